@@ -1,0 +1,40 @@
+# `make demo` and `make test` do all the set-up themselves: they need Python 3.10 or newer, gcc and make.
+
+PYTHON      ?= python3
+VENV        ?= .venv
+JOBS        ?= 2
+DEMO_ARGS   ?=
+PYTEST_ARGS ?=
+RUN         := $(VENV)/bin/python
+INPUTS      := pyproject.toml constraints/ci.txt tools/setup_env.py
+
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo   an expert block in FP8 against BF16, on the GPU if there is one   (DEMO_ARGS='--model qwen3-235b')"
+	@echo "make test   ruff, mypy and every test that needs no GPU                       (PYTEST_ARGS='-k masked')"
+	@echo "make lint   ruff and mypy"
+	@echo "make clean  remove the environment and the caches"
+
+demo: $(VENV)/.ready-cli
+	$(RUN) -m narrowgemm demo $(DEMO_ARGS)
+
+test: lint
+	$(RUN) -m pytest -n $(JOBS) $(PYTEST_ARGS)
+
+lint: $(VENV)/.ready-dev
+	$(RUN) -m ruff check src tests tools
+	$(RUN) -m mypy
+
+# The developer's environment holds everything that the demo needs, so `make demo` is satisfied with either.
+$(VENV)/.ready-cli: $(INPUTS)
+	$(PYTHON) tools/setup_env.py $(VENV) cli,hf
+	@touch $@
+
+$(VENV)/.ready-dev: $(INPUTS)
+	$(PYTHON) tools/setup_env.py $(VENV) dev
+	@touch $@ $(VENV)/.ready-cli
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,246 @@
+"""One expert block, step by step: in FP8 by narrowgemm, in BF16 by torch, both against the same layer in FP32.
+
+Shapes: T tokens, R = T * top_k routed rows, E experts, H hidden, I intermediate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..formats import FP8_1x128, ScaledTensor
+from ..integrations.checkpoints import MoELayer
+from ..ops.explain import explain
+from ..ops.grouped import grouped_gemm
+from ..ops.quantize import quantize
+from ..ops.route import Routing, combine, gather, route, sort_by_expert
+from ..reference.gemm import full_float32
+from ..testing.numerics import GateResult, calc_diff, check_gates
+from ..testing.timers import GraphTimer, WallTimer, ceilings
+
+T = TypeVar("T")
+Timer = GraphTimer | WallTimer
+
+
+@dataclass(frozen=True, slots=True)
+class Roof:
+    """What the device does at best: FLOP/s of the FP8 and the BF16 path, bytes/s; `source` says where that is from."""
+
+    fp8_flops: float
+    bf16_flops: float
+    bandwidth: float
+    source: str
+
+    def seconds(self, flops: float, nbytes: float, fp8: bool) -> float:
+        return max(flops / (self.fp8_flops if fp8 else self.bf16_flops), nbytes / self.bandwidth)
+
+
+@dataclass(slots=True)
+class Step:
+    """One step as it ran. `nbytes`: each input read once, each output written once. `error`: calc_diff of its result
+    against the FP32 layer's at the same point, None where the step makes no numbers. `predicted_us` is the plan's."""
+
+    name: str
+    run: Callable[[], object]
+    flops: float
+    nbytes: float
+    roof_us: float
+    us: float = 0.0
+    error: float | None = None
+    kernel: str = "torch"
+    why: str = ""
+    predicted_us: float | None = None
+
+    @property
+    def tflops(self) -> float:
+        return self.flops / self.us * 1e-6
+
+    @property
+    def gbs(self) -> float:
+        return self.nbytes / self.us * 1e-3
+
+    @property
+    def of_roof(self) -> float:
+        return self.roof_us / self.us
+
+    def to_dict(self) -> dict[str, Any]:
+        names = ("name", "us", "tflops", "gbs", "of_roof", "roof_us", "flops", "nbytes", "error", "kernel", "why",
+                 "predicted_us")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    fp8: list[Step]
+    bf16: list[Step]
+    gates: dict[str, GateResult]
+    active_experts: int
+
+
+class Steps:
+    """Runs steps in order, each once for its result, and keeps them to be timed."""
+
+    def __init__(self, roof: Roof, fp8: bool, on_step: Callable[[str], None]) -> None:
+        self.roof, self.fp8, self.on_step = roof, fp8, on_step
+        self.done: list[Step] = []
+
+    def __call__(self, name: str, fn: Callable[[], T], nbytes: float, flops: float = 0.0, **facts: Any) -> T:
+        self.on_step(f"{'FP8' if self.fp8 else 'BF16'} {name}")
+        self.done.append(Step(name, fn, flops, nbytes, self.roof.seconds(flops, nbytes, self.fp8) * 1e6, **facts))
+        return fn()
+
+
+def run_block(layer: MoELayer, x: Tensor, *, top_k: int, activation: str, timer: Timer, roof: Roof,
+              on_step: Callable[[str], None] = lambda name: None) -> Block:
+    """`x`: bf16 `[T, H]` on the layer's device. Routes over the loaded experts. Reads group sizes on the host."""
+    assert layer.router is not None
+    t, hidden, inter, experts = x.shape[0], layer.hidden, layer.inter, len(layer.experts)
+    r = t * top_k
+    device = x.device
+    router = layer.router[layer.experts.start:layer.experts.stop].float()
+    options = dict(layer.routing)
+    if experts < layer.num_experts:  # groups of experts mean nothing in a part of them
+        options |= {"num_expert_group": None, "topk_group": None}
+    bias = None if layer.router_bias is None else layer.router_bias[layer.experts.start:layer.experts.stop]
+
+    fp8 = Steps(roof, True, on_step)
+    weights, ids = fp8("route", lambda: route(x.float() @ router.T, top_k, bias=bias, **options),
+                       x.nbytes + router.nbytes + 8 * r, 2.0 * t * hidden * experts)
+    routing = fp8("sort", lambda: sort_by_expert(ids, experts), 4 * r * 3 + 8 * experts)
+    bounds = routing.offsets.tolist()
+    slices = [slice(a, b) for a, b in pairwise(bounds)]
+    active = sum(s.stop > s.start for s in slices)
+
+    def fp8_bytes(rows: int, cols: int) -> int:
+        return FP8_1x128.storage_bytes(rows, cols)
+
+    def product(name: str, a: ScaledTensor, w: ScaledTensor) -> Tensor:
+        _, n, k = w.shape
+        plan = explain("grouped_gemm", layout="offsets", groups=experts, m=r, n=n, k=k, device=device).plan
+        nbytes = fp8_bytes(r, k) + active * w.format.storage_bytes(n, k) + 2 * r * n
+        return fp8(name, lambda: grouped_gemm(a, w, routing.layout), nbytes, 2.0 * r * n * k,
+                   kernel=f"{plan.kernel} {plan.config}".strip() if plan.backend != "reference" else plan.kernel,
+                   why=_why(plan.reason, plan.passed_over), predicted_us=plan.predicted_us)
+
+    xq = fp8("quantize x", lambda: quantize(x, FP8_1x128), x.nbytes + fp8_bytes(t, hidden))
+    rows = fp8("gather", lambda: gather(xq, routing), fp8_bytes(t, hidden) + fp8_bytes(r, hidden))
+    h = product("gate_up", rows, layer.gate_up)
+    act = fp8("swiglu", lambda: activate(h, activation), 2 * r * 3 * inter)
+    aq = fp8("quantize act", lambda: quantize(act, FP8_1x128), 2 * r * inter + fp8_bytes(r, inter))
+    y = product("down", aq, layer.down)
+    out = fp8("combine", lambda: combine(y, routing, weights), 2 * r * hidden + 2 * t * hidden)
+
+    on_step("FP32 reference")
+    ref = _reference(layer, x, routing, weights, slices, activation, same={"gate_up": (rows, gather(x, routing)),
+                                                                       "down": (aq, act)})
+    made: dict[str, Tensor | ScaledTensor] = {"quantize x": xq, "gather": rows, "gate_up": h, "swiglu": act,
+                                              "quantize act": aq, "down": y, "combine": out}
+    _errors(fp8.done, made, ref.layer)
+    gates = {name: check_gates(result, ref.same_bits[name], ref.unquantised[name], FP8_1x128, w.format, rows=slices,
+                               k=w.shape[-1])
+             for name, result, w in (("gate_up", h, layer.gate_up), ("down", y, layer.down))}
+    bf16 = _bf16(layer, x, routing, weights, activation, ref.layer, Steps(roof, False, on_step), active)
+    _measure(fp8.done, bf16, timer, on_step)
+    return Block(fp8.done, bf16, gates, active)
+
+
+def _measure(fp8: list[Step], bf16: list[Step], timer: Timer, on_step: Callable[[str], None]) -> None:
+    """Time the steps, FP8 and BF16 in turn where both have one."""
+    twins = {step.name: step for step in bf16}
+    for step in fp8:
+        on_step(f"time {step.name}")
+        pair = [step, twins[step.name]] if step.name in twins else [step]
+        times = timer.measure({str(i): s.run for i, s in enumerate(pair)})
+        for i, s in enumerate(pair):
+            s.us = max(times[str(i)].us, 1e-3)  # a graph of very short launches can measure as nothing
+
+
+def activate(h: Tensor, kind: str) -> Tensor:
+    """SwiGLU of `[R, 2I]` (gate, then up) to `[R, I]`, in FP32 inside. 'swiglu_oai': GPT-OSS's clamped form."""
+    gate, up = h.float().chunk(2, dim=-1)
+    if kind == "swiglu_oai":
+        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+        return (gate * torch.sigmoid(1.702 * gate) * (up + 1.0)).to(h.dtype)
+    return (torch.nn.functional.silu(gate) * up).to(h.dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class _Reference:
+    layer: dict[str, Tensor]         # the FP32 layer's value at each step
+    same_bits: dict[str, Tensor]     # each product in FP32 over the operands that the kernel had
+    unquantised: dict[str, Tensor]   # and over its activations before they were quantised
+
+
+def _reference(layer: MoELayer, x: Tensor, routing: Routing, weights: Tensor, slices: list[slice], activation: str,
+               same: dict[str, tuple[ScaledTensor, Tensor]]) -> _Reference:
+    """Expert by expert, so that one expert's weights at a time are held in FP32."""
+    values: dict[str, Tensor] = {"quantize x": x.float()}
+    values["gather"] = gather(values["quantize x"], routing)
+    bits: dict[str, Tensor] = {}
+    plain: dict[str, Tensor] = {}
+    for name, w, source in (("gate_up", layer.gate_up, "gather"), ("down", layer.down, "swiglu")):
+        quantised, before = same[name]
+        sides = (values[source], quantised.dequantize(), before.float())
+        outs = [torch.zeros(s.shape[0], w.shape[1], device=x.device) for s in sides]
+        for e, rows in enumerate(slices):
+            if rows.stop > rows.start:
+                weight = w[e].dequantize().mT
+                with full_float32():
+                    for side, result in zip(sides, outs):
+                        torch.mm(side[rows], weight, out=result[rows])
+        values[name], bits[name], plain[name] = outs
+        if name == "gate_up":
+            values["swiglu"] = values["quantize act"] = activate(values[name], activation)
+    values["combine"] = combine(values["down"], routing, weights)
+    return _Reference(values, bits, plain)
+
+
+def _bf16(layer: MoELayer, x: Tensor, routing: Routing, weights: Tensor, activation: str, ref: dict[str, Tensor],
+          steps: Steps, active: int) -> list[Step]:
+    """The same layer with its weights expanded to BF16 and torch's grouped product."""
+    hidden, inter = layer.hidden, layer.inter
+    r = routing.row_map.numel()
+    ends = routing.offsets[1:].to(torch.int32)
+
+    def product(name: str, a: Tensor, narrow: ScaledTensor) -> Tensor:
+        e, n, k = narrow.shape
+        w = torch.empty(e, n, k, dtype=torch.bfloat16, device=a.device)
+        for i in range(e):
+            w[i] = narrow[i].dequantize()
+        return steps(name, lambda: torch.nn.functional.grouped_mm(a, w.mT, offs=ends),
+                     2 * (r * k + active * n * k + r * n), 2.0 * r * n * k, kernel="torch.grouped_mm")
+
+    rows = steps("gather", lambda: gather(x, routing), 2 * (x.numel() + r * hidden))
+    h = product("gate_up", rows, layer.gate_up)
+    act = steps("swiglu", lambda: activate(h, activation), 2 * r * 3 * inter)
+    y = product("down", act, layer.down)
+    out = steps("combine", lambda: combine(y, routing, weights), 2 * r * hidden + 2 * x.numel())
+    _errors(steps.done, {"gather": rows, "gate_up": h, "swiglu": act, "down": y, "combine": out}, ref)
+    return steps.done
+
+
+def _errors(steps: list[Step], made: dict[str, Any], ref: dict[str, Tensor]) -> None:
+    for step in steps:
+        if (value := made.get(step.name)) is not None:
+            value = value.dequantize() if isinstance(value, ScaledTensor) else value.float()
+            step.error = calc_diff(value, ref[step.name])
+
+
+def _why(reason: str, passed_over: tuple[tuple[str, str], ...]) -> str:
+    return "; ".join((reason, *(f"not {name}: {text}" for name, text in passed_over)))
+
+
+def roof_of(device: torch.device, timer: Timer) -> Roof:
+    """Ceilings of the device, measured here and now."""
+    best, source = ceilings(device, timer), "measured just now with torch's own products"
+    bf16, read = best["flops_16"] * 1e12, best["read_gbs"] * 1e9
+    if device.type == "cuda":
+        return Roof(best.get("flops_8", best["flops_16"]) * 1e12, bf16, read, source)
+    a = torch.ones(512, 512)
+    us = timer.measure({"fp32": lambda: a @ a})["fp32"].us
+    return Roof(2e6 * 512**3 / us, bf16, read, f"{source}; FP8 runs as FP32 on a CPU")

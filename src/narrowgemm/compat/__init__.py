@@ -1,0 +1,1 @@
+"""Other libraries' names and signatures. The only place with process-wide state."""

@@ -1,0 +1,1 @@
+"""Checkpoints and frameworks. Lazy: nothing here is imported until asked for."""

@@ -1,0 +1,1 @@
+"""Kernels in Gluon: Triton's lower level, where layouts, copies and barriers are written out."""

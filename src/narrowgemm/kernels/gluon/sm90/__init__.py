@@ -1,0 +1,1 @@
+"""NVIDIA Hopper: TMA, mbarrier, wgmma, warp specialisation."""

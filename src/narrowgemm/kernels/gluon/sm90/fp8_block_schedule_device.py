@@ -1,0 +1,202 @@
+"""Which tile comes next in the Hopper FP8 prefill kernel. Every warp of a block finds the same answer by itself.
+
+Dense: tiles in strips. Contiguous: the same tiles, each in as many passes as it holds group ids (one, where segments are
+aligned). Offsets, psum, masked: tiles are counted per group; a table of their running sum is made in shared memory once a
+block, and a tile's group is found by looking at 32 of its entries at a time, going on from the last one.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from .shim import view_as
+
+DENSE = gl.constexpr(0)
+CONTIGUOUS = gl.constexpr(1)
+OFFSETS = gl.constexpr(2)
+PSUM = gl.constexpr(3)
+MASKED = gl.constexpr(4)
+NO_GROUP = gl.constexpr(0x7fffffff)
+ROW_OF_INTS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def add(x, y):
+    return x + y
+
+
+@gluon.jit
+def clip(x, limit):
+    """Into [0, limit], int32: a wrong size may lose rows, never leave the tensor."""
+    return gl.minimum(gl.maximum(x, 0), limit).to(gl.int32)
+
+
+@gluon.jit
+def align_up(x, alignment):
+    return (x + alignment - 1) // alignment * alignment
+
+
+@gluon.jit
+def rows_of_group(index_ptr, g, live, M, G, alignment, cfg: gl.constexpr):
+    """(first row, end, end of what is written) of group(s) g where `live`; rows from `end` on are padding, written as zero."""
+    if cfg.LAYOUT == MASKED:
+        end = clip(gl.load(index_ptr + g, mask=live, other=0), M)
+        return end * 0, end, end
+    elif cfg.LAYOUT == OFFSETS:
+        start = clip(gl.load(index_ptr + g, mask=live, other=0), M)
+        end = gl.maximum(clip(gl.load(index_ptr + g + 1, mask=live, other=0), M), start)
+        return start, end, end
+    else:
+        before = gl.load(index_ptr + g - 1, mask=live & (g > 0), other=0)
+        last = gl.load(index_ptr + g, mask=live, other=0)
+        start = clip(align_up(gl.maximum(before, 0), alignment), M)
+        end = gl.maximum(clip(last, M), start)
+        if cfg.ZERO:
+            stop = gl.maximum(clip(align_up(gl.maximum(last, 0), alignment), M), end)
+            # what comes after the last group is padding too
+            return start, end, gl.where(g == G - 1, gl.to_tensor(M), stop)
+        else:
+            return start, end, end
+
+
+@gluon.jit
+def fill_table(table, index_ptr, M, G, alignment, cfg: gl.constexpr, WARPS: gl.constexpr):
+    """table[g] = tiles of M up to and including group g."""
+    GP: gl.constexpr = cfg.GROUPS
+    lay: gl.constexpr = gl.BlockedLayout([max(1, GP // (32 * WARPS))], [32], [WARPS], [0])
+    g = gl.arange(0, GP, lay)
+    start, end, stop = rows_of_group(index_ptr, g, g < G, M, G, alignment, cfg)
+    tiles = gl.where(g < G, (stop - start + (cfg.BM - 1)) // cfg.BM, 0)
+    table.store(gl.associative_scan(tiles, 0, add))
+
+
+@gluon.jit
+def entries(table, chunk, cfg: gl.constexpr, WARPS: gl.constexpr):
+    """32 entries of the table, one a lane, the same in every warp: no barrier between warps to reduce them."""
+    lay: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    return view_as(table, gl.int32, [cfg.GROUPS // 32, 32], ROW_OF_INTS).index(chunk).load(lay)
+
+
+@gluon.jit
+def strip_order(t, num_m, num_n, STRIP: gl.constexpr):
+    """Tile t of num_m x num_n -> (m, n): strips of STRIP tiles of M, M fastest, so that a strip shares B and A through L2."""
+    per = STRIP * num_n
+    s = t // per
+    first = s * STRIP
+    r = t - s * per
+    height = gl.maximum(gl.minimum(num_m - first, STRIP), 1)
+    n = r // height
+    return first + r - n * height, n
+
+
+# A tile is (live, run, group, n block, first row, end, stop, whole). live: there is one. run: it has products to sum.
+# Rows are of A, for masked inside the group. Rows [first, end) are the group's, [end, stop) are written as zero.
+# whole: no row of it belongs to another group (contiguous). A cursor is (t, id, chunk, before): tile index;
+# contiguous: the last id of tile t that was done, or -1; others: where to go on in the table, and the tiles before there.
+@gluon.jit
+def dense_tile(t, work, cfg: gl.constexpr):
+    index_ptr, table, M, N, KB, G, alignment, total = work
+    m, n = strip_order(t, gl.cdiv(M, cfg.BM), gl.cdiv(N, cfg.BN), cfg.STRIP)
+    zero = t * 0
+    return t < total, t < total, zero, n, m * cfg.BM, zero + M, zero + M, zero == 0
+
+
+@gluon.jit
+def contiguous_tile(t, done, work, cfg: gl.constexpr, WARPS: gl.constexpr):
+    """The next (tile, id) pass at or after id `done` + 1 of tile t. Ids of a tile ascend; a tile of nothing but padding has
+    one pass that doesn't run. Returns (t, tile)."""
+    index_ptr, table, M, N, KB, G, alignment, total = work
+    lay: gl.constexpr = gl.BlockedLayout([cfg.BM // 32], [32], [WARPS], [0])
+    r = gl.arange(0, cfg.BM, lay)
+    num_m = gl.cdiv(M, cfg.BM)
+    num_n = gl.cdiv(N, cfg.BN)
+    m = t * 0
+    n = t * 0
+    least = t * 0
+    most = t * 0
+    seek = t < total
+    while seek:
+        m, n = strip_order(t, num_m, num_n, cfg.STRIP)
+        row = m * cfg.BM + r
+        ids = gl.load(index_ptr + row, mask=row < M, other=-1)
+        bad = (ids < 0) | (ids >= G)
+        least = gl.min(gl.where(bad | (ids <= done), NO_GROUP, ids), 0)
+        # rows past M are nobody's: they don't make a tile mixed
+        most = gl.max(gl.where(row >= M, -1, gl.where(bad, NO_GROUP, ids)), 0)
+        seek = (least == NO_GROUP) & (done >= 0)
+        if seek:
+            t += gl.num_programs(0)
+            done = done * 0 - 1
+            seek = t < total
+    live = t < total
+    run = live & (least != NO_GROUP)
+    first = m * cfg.BM
+    return t, (live, run, least, n, first, t * 0 + M, t * 0 + M, (least == most) & (done < 0))
+
+
+@gluon.jit
+def counted_tile(t, chunk, before, work, cfg: gl.constexpr, WARPS: gl.constexpr):
+    """Tile t of layouts whose tiles are counted per group. Returns (chunk, before, tile)."""
+    index_ptr, table, M, N, KB, G, alignment, total = work
+    num_n = gl.cdiv(N, cfg.BN)
+    live = t < total
+    u = gl.minimum(t, gl.maximum(total - 1, 0)) // num_n
+    v = entries(table, chunk, cfg, WARPS)
+    hits = gl.sum((v <= u).to(gl.int32), 0)
+    while (hits == 32) & (chunk < cfg.GROUPS // 32 - 1):
+        before = gl.max(v, 0)
+        chunk += 1
+        v = entries(table, chunk, cfg, WARPS)
+        hits = gl.sum((v <= u).to(gl.int32), 0)
+    first_tile = gl.maximum(gl.max(gl.where(v <= u, v, 0), 0), before)
+    next_tile = gl.min(gl.where(v <= u, NO_GROUP, v), 0)
+    g = gl.minimum(chunk * 32 + hits, gl.maximum(G - 1, 0))
+    m, n = strip_order(t - first_tile * num_n, next_tile - first_tile, num_n, cfg.STRIP)
+    start, end, stop = rows_of_group(index_ptr, g, live, M, G, alignment, cfg)
+    first = start + m * cfg.BM
+    return chunk, before, (live, live & (first < end), g, n, first, end, stop, live)
+
+
+@gluon.jit
+def first_tile(work, cfg: gl.constexpr, WARPS: gl.constexpr):
+    """(cursor, tile) of this block's first tile."""
+    t = gl.program_id(0)
+    zero = t * 0
+    if cfg.LAYOUT == DENSE:
+        return (t, zero, zero, zero), dense_tile(t, work, cfg)
+    elif cfg.LAYOUT == CONTIGUOUS:
+        t, tile = contiguous_tile(t, zero - 1, work, cfg, WARPS)
+        return (t, zero - 1, zero, zero), tile
+    else:
+        chunk, before, tile = counted_tile(t, zero, zero, work, cfg, WARPS)
+        return (t, zero, chunk, before), tile
+
+
+@gluon.jit
+def next_tile(cursor, tile, work, cfg: gl.constexpr, WARPS: gl.constexpr):
+    """(cursor, tile) after `tile`."""
+    t, done, chunk, before = cursor
+    live, run, g, n, first, end, stop, whole = tile
+    if cfg.LAYOUT == DENSE:
+        t += gl.num_programs(0)
+        return (t, done, chunk, before), dense_tile(t, work, cfg)
+    elif cfg.LAYOUT == CONTIGUOUS:
+        leave = whole | (run == 0)
+        t = gl.where(leave, t + gl.num_programs(0), t)
+        done = gl.where(leave, -1, g)
+        t_next, tile = contiguous_tile(t, done, work, cfg, WARPS)
+        # a tile that was left has no id done
+        done = gl.where(t_next == t, done, -1)
+        return (t_next, done, chunk, before), tile
+    else:
+        t += gl.num_programs(0)
+        chunk, before, tile = counted_tile(t, chunk, before, work, cfg, WARPS)
+        return (t, done, chunk, before), tile
+
+
+@gluon.jit
+def total_tiles(table, M, N, cfg: gl.constexpr, WARPS: gl.constexpr):
+    num_n = gl.cdiv(N, cfg.BN)
+    if cfg.LAYOUT < OFFSETS:
+        return gl.cdiv(M, cfg.BM) * num_n
+    else:
+        return gl.max(entries(table, cfg.GROUPS // 32 - 1, cfg, WARPS), 0) * num_n

@@ -1,0 +1,27 @@
+"""Gluon names that changed between Triton 3.6 and 3.9, under one name each. Imports Triton: only device code imports this.
+
+3.7 renamed the TMA copies `async_copy_*` to `async_load` / `async_store` (3.9 dropped the old names); 3.9 renamed
+`shared_memory_descriptor._reinterpret` to `reinterpret`; `thread_barrier` became `barrier`.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import tma
+
+if hasattr(tma, "async_load"):
+    tma_load, tma_store = tma.async_load, tma.async_store
+else:
+    tma_load, tma_store = tma.async_copy_global_to_shared, tma.async_copy_shared_to_global
+
+block_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+
+HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
+@gluon.jit
+def view_as(buf, dtype: gl.constexpr, n: gl.constexpr, rows: gl.constexpr, cols: gl.constexpr, layout: gl.constexpr):
+    """The same shared memory as [n, rows, cols] in another layout."""
+    if HAS_REINTERPRET:
+        return buf.reinterpret(dtype, [n, rows, cols], layout)
+    else:
+        return buf._reinterpret(dtype, [n, rows, cols], layout)

@@ -1,0 +1,52 @@
+"""Every kernel, one line each. Order breaks ties: the first of two equal estimates wins.
+
+A kernel module has `NAME`, `BACKEND` and five functions:
+
+    supports(problem, arch) -> None | str      None, or one sentence saying why not
+    configs(problem, arch) -> list[Config]     legal candidates, about a dozen
+    workspace(problem, config) -> int          bytes
+    estimate(problem, config, arch) -> float   predicted seconds
+    launch(step, problem, operands, workspace) on the current stream; no validation, no decisions
+
+The modules import without Triton and without a GPU: device code is in `*_device.py`, imported by `launch`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from importlib import import_module
+from typing import Protocol
+
+from torch import Tensor
+
+from ..arch import Arch
+from ..problem import Config, Problem, Step
+from .operands import Operands
+
+MODULES: tuple[str, ...] = (
+    "triton.fp8_block",
+    "triton.fp8_wgrad",
+    "torch_reference",
+)
+
+
+class Kernel(Protocol):
+    NAME: str
+    BACKEND: str
+
+    def supports(self, problem: Problem, arch: Arch) -> str | None: ...
+    def configs(self, problem: Problem, arch: Arch) -> list[Config]: ...
+    def workspace(self, problem: Problem, config: Config) -> int: ...
+    def estimate(self, problem: Problem, config: Config, arch: Arch) -> float: ...
+    def launch(self, step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None: ...
+
+
+@lru_cache(maxsize=1)
+def kernels() -> dict[str, Kernel]:
+    """Every kernel by name, in registry order."""
+    mods = [import_module(f"{__package__}.{m}") for m in MODULES]
+    return {m.NAME: m for m in mods}  # type: ignore[misc]
+
+
+def backends() -> tuple[str, ...]:
+    return tuple(dict.fromkeys(k.BACKEND for k in kernels().values()))

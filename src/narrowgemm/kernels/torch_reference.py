@@ -1,0 +1,61 @@
+"""The reference ops as a kernel like any other: the CPU backend, and the last resort on a GPU (it reads sizes on the host)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..arch import Arch
+from ..problem import Config, Problem, Step
+from .operands import Operands
+
+NAME = "reference"
+BACKEND = "reference"
+OPS = ("gemm", "grouped_gemm", "grouped_gemm_wgrad", "quantize")
+
+
+def supports(problem: Problem, arch: Arch) -> str | None:
+    if problem.op not in OPS or problem.layout == "routed":
+        return f"has no {problem.op} for the {problem.layout} layout"
+    if not problem.epilogue.plain or problem.gather:
+        return "has no fused gather and no epilogue beyond the sum"
+    if problem.a.prepack or problem.b.prepack:
+        return "takes plain operands, not prepacked ones"
+    return None
+
+
+def configs(problem: Problem, arch: Arch) -> list[Config]:
+    return [Config(0, 0, 0, 0, 0)]
+
+
+def workspace(problem: Problem, config: Config) -> int:
+    return 0
+
+
+def estimate(problem: Problem, config: Config, arch: Arch) -> float:
+    """Dequantised FP32 products: on a GPU an order of magnitude behind any kernel, by the bytes and the FP32 rate."""
+    if problem.op == "quantize":
+        return 50e-6 + 20.0 * problem.m * problem.k * 4 / arch.bandwidth
+    per_group = 20e-6 * max(problem.groups, 1)
+    return 100e-6 + per_group + problem.flops / (arch.bf16_flops / 16) + 8 * problem.bytes / arch.bandwidth
+
+
+def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
+    from ..reference import gemm, grouped
+
+    x = operands
+    if problem.op == "quantize":
+        from ..reference import quantize
+
+        y = quantize.quantize(x.a.data, problem.b.format, x.rounding, x.amax_clamp)
+        x.out.copy_(y.data)
+        if x.out_scale is not None and y.scale is not None:
+            x.out_scale.copy_(y.scale)
+    elif problem.op == "gemm":
+        gemm.gemm(x.a, x.b, x.out, accumulate=problem.accumulate)
+    elif problem.op == "grouped_gemm":
+        assert x.index is not None
+        grouped.grouped_gemm(x.a, x.b, x.out, problem.layout, x.index, alignment=x.alignment,
+                             accumulate=problem.accumulate, zero_padding=problem.zero_padding)
+    else:
+        assert x.index is not None
+        grouped.grouped_gemm_wgrad(x.a, x.b, x.out, x.index, accumulate=problem.accumulate)

@@ -1,0 +1,175 @@
+"""What the GEMM ops share: operand checks, the Problem's operands, and the cache from a call's signature to its Plan.
+
+Checks depend on nothing but shapes, strides, dtypes, devices, alignment and options, all of which are in the signature:
+a call whose signature was seen before is known to be valid, and goes straight to its Plan.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..arch import detect
+from ..errors import expect
+from ..formats import BF16, FP16, FP32, Format, ScaledTensor, dtype_name
+from ..problem import Config, Operand, Plan, Problem, bucket
+from ..runtime import dispatch
+
+OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_PLAIN = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
+_LIMIT = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """What a caller may say about how, not what. See `gemm` for each."""
+
+    backend: str | None = None
+    config: Config | None = None
+    max_sms: int = 0
+    validate: str | None = None
+    on_unsupported: str = "portable"
+
+    def check(self) -> None:
+        expect(isinstance(self.max_sms, int) and self.max_sms >= 0, "max_sms", self.max_sms, "0 (all) or a positive count")
+        expect(self.validate in (None, "sync"), "validate", repr(self.validate), "None or 'sync'")
+        expect(self.config is None or isinstance(self.config, Config), "config", type(self.config).__name__,
+               "a narrowgemm.Config", error=TypeError)
+
+
+def as_operand(x: ScaledTensor | Tensor, name: str) -> ScaledTensor:
+    """`x` as a ScaledTensor; BF16, FP16 and FP32 tensors come without scales. TypeError for anything else."""
+    if isinstance(x, ScaledTensor):
+        return x
+    hint = "a ScaledTensor (ScaledTensor.make(data, scale, format) or narrowgemm.quantize), or a BF16 / FP16 / FP32 tensor"
+    expect(isinstance(x, Tensor), name, type(x).__name__, hint, error=TypeError)
+    expect(x.dtype in _PLAIN, f"{name}, dtype", x.dtype, hint, error=TypeError)
+    return ScaledTensor(x, None, _PLAIN[x.dtype])
+
+
+def _tensor_key(x: Tensor) -> tuple:
+    return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16
+
+
+def signature(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, *rest: object) -> tuple:
+    """Everything that checks and the Plan depend on."""
+    return (a.format, _tensor_key(a.data), None if a.scale is None else _tensor_key(a.scale),
+            b.format, _tensor_key(b.data), None if b.scale is None else _tensor_key(b.scale),
+            None if out is None else _tensor_key(out), os.environ.get("NARROWGEMM_BACKEND"),
+            os.environ.get("NARROWGEMM_ARCH"), os.environ.get("NARROWGEMM_TABLES"), *rest)
+
+
+class PlanCache:
+    """Signature to Plan, bounded, safe with several threads. Signatures hold devices, so one cache serves them all."""
+
+    def __init__(self) -> None:
+        self._plans: OrderedDict[tuple, Plan | None] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple, make: Callable[[], Plan | None]) -> Plan | None:
+        try:
+            return self._plans[key]
+        except KeyError:
+            plan = make()
+            with self._lock:
+                self._plans[key] = plan
+                if len(self._plans) > _LIMIT:
+                    self._plans.popitem(last=False)
+            return plan
+
+
+def check_operand(x: ScaledTensor, name: str, shape: str, dims: int) -> None:
+    """Payload and scale agree with the format and with each other, in dtype, shape, device and strides."""
+    expect(isinstance(x.format, Format), f"{name}.format", type(x.format).__name__, "a Format", error=TypeError)
+    fmt = x.format
+    expect(x.data.dtype == fmt.elem.dtype, f"{name} ({fmt.name}), dtype", x.data.dtype, str(fmt.elem.dtype), error=TypeError)
+    expect(x.data.dim() == dims, f"{name}, shape", tuple(x.shape), f"{dims} dimensions, {shape}")
+    expect(x.data.layout == torch.strided, f"{name}, layout", x.data.layout, "a dense strided tensor", error=TypeError)
+    if not fmt.scaled:
+        expect(x.scale is None, f"{name}: scale of unscaled format {fmt.name}", "a tensor", "None")
+        return
+    want = fmt.scale_shape(x.shape)
+    expect(x.scale is not None, f"{name} ({fmt.name}): scale", None, f"a tensor of shape {want}")
+    assert x.scale is not None
+    expect(x.scale.dtype in (torch.float32, torch.uint8), f"{name} ({fmt.name}): scale dtype", x.scale.dtype,
+           "float32, or uint8 with E8M0 codes: ScaledTensor.make converts", error=TypeError)
+    expect(x.scale.dtype == torch.float32 or fmt.scale == "e8m0", f"{name} ({fmt.name}): scale dtype", x.scale.dtype,
+           "float32", error=TypeError)
+    expect(tuple(x.scale.shape) == want, f"{name} ({fmt.name}) of shape {tuple(x.shape)}: scale shape",
+           tuple(x.scale.shape), f"{want}: ScaledTensor.make takes other layouts")
+    expect(x.scale.device == x.data.device, f"{name}: scale device", x.scale.device, f"the payload's, {x.data.device}")
+
+
+def check_pair(a: ScaledTensor, b: ScaledTensor, a_shape: str, b_shape: str, a_dims: int, b_dims: int) -> None:
+    check_operand(a, "a", a_shape, a_dims)
+    check_operand(b, "b", b_shape, b_dims)
+    expect(a.device == b.device, "b, device", b.device, f"a's, {a.device}")
+    expect(a.shape[-1] == b.shape[-1], "K of b", f"{b.shape[-1]} (b is {tuple(b.shape)})",
+           f"a's, {a.shape[-1]} (a is {tuple(a.shape)})")
+
+
+def check_out(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device,
+              accumulate: bool) -> None:
+    if dtype is not None:
+        expect(dtype in OUT_DTYPES, "out_dtype", dtype, f"one of {OUT_DTYPES}", error=TypeError)
+    if out is None:
+        expect(not accumulate, "out with accumulate=True", None, "the tensor to add to")
+        return
+    expect(isinstance(out, Tensor), "out", type(out).__name__, "a torch.Tensor", error=TypeError)
+    expect(out.dtype in OUT_DTYPES, "out, dtype", out.dtype, f"one of {OUT_DTYPES}", error=TypeError)
+    expect(dtype is None or out.dtype == dtype, "out, dtype", out.dtype, f"out_dtype, {dtype}", error=TypeError)
+    expect(tuple(out.shape) == shape, "out, shape", tuple(out.shape), str(shape))
+    expect(out.device == device, "out, device", out.device, f"the operands', {device}")
+    expect(out.stride(-1) == 1 or out.shape[-1] <= 1, "out, strides", out.stride(), "contiguous rows (last stride 1)")
+    expect(out.numel() == 0 or all(s > 0 or n == 1 for s, n in zip(out.stride(), out.shape)), "out, strides", out.stride(),
+           "no row stored twice (no stride 0)")
+
+
+def _aligned(x: Tensor) -> bool:
+    size = x.element_size()
+    s = sorted(x.stride())
+    return x.data_ptr() % 16 == 0 and all(v * size % 16 == 0 for v in s[1:])
+
+
+def _scale_major(x: ScaledTensor) -> str:
+    if x.scale is None:
+        return ""
+    s = x.scale
+    if s.stride(-2) == 1 and s.data_ptr() % 16 == 0 and all(v * s.element_size() % 16 == 0 for v in s.stride()[:-2]) \
+            and s.stride(-1) * s.element_size() % 16 == 0:
+        return "mn"
+    return "k" if s.stride(-1) == 1 else "strided"
+
+
+def operand(x: ScaledTensor, prepack: str = "") -> Operand:
+    scale = "" if x.scale is None else "e8m0" if x.scale.dtype == torch.uint8 else "fp32"
+    return Operand(x.format, x.major, prepack, scale, _scale_major(x), _aligned(x.data))
+
+
+def is_wide(*tensors: Tensor | None) -> bool:
+    """An offset inside a tile of 256 rows or a K block of 128 can pass 2^31 elements."""
+    return any(256 * max(t.stride()[-2:], default=0) >= 2**31 for t in tensors if t is not None)
+
+
+def plan(op: str, layout: str, a: ScaledTensor, b: ScaledTensor, out: Tensor, m: int, groups: int, rows: int,
+         accumulate: bool, zero_padding: bool, options: Options) -> Plan:
+    """Name the Problem and select its Plan."""
+    n, k = b.shape[-2], a.shape[-1]
+    problem = Problem(
+        op, layout, bucket(m), n, k, groups, operand(a), operand(b), rows=bucket(max(rows, 1)),
+        out_dtype=dtype_name(out.dtype), out_aligned=_aligned(out), accumulate=accumulate, zero_padding=zero_padding,
+        max_sms=options.max_sms, wide=is_wide(a.data, b.data, out))
+    return dispatch.select(problem, detect(a.device), options.backend, options.config, options.on_unsupported)
+
+
+def out_dtype_of(out: Tensor | None, dtype: torch.dtype | None, default: torch.dtype) -> torch.dtype:
+    return dtype if dtype is not None else default if out is None else out.dtype
+
+
+

@@ -1,0 +1,82 @@
+"""`gemm`: the dense product."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import expect
+from ..formats import ScaledTensor, get_format
+from ..kernels.operands import Operands
+from ..problem import Config, Plan
+from ..runtime.launch import run
+from . import common, library, validate_data
+from .common import Options
+
+_plans = common.PlanCache()
+
+
+def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, *, out: Tensor | None = None,
+         out_dtype: torch.dtype | None = None, accumulate: bool = False, backend: str | None = None,
+         config: Config | None = None, max_sms: int = 0, validate: str | None = None,
+         on_unsupported: str = "portable", workspace: Tensor | None = None) -> Tensor:
+    """`out [M, N] = A [M, K] . B [N, K]^T`, summed in FP32 and rounded once.
+
+    a: `[M, K]`, b: `[N, K]`: `ScaledTensor`s (any FORMATS entry), or BF16 / FP16 / FP32 tensors. Shapes are logical: an operand
+        stored `[K, N]` comes as its transpose, a view.
+    out: `[M, N]` BF16 / FP16 / FP32 with contiguous rows, written in place; allocated with `out_dtype` (BF16) if None.
+    accumulate: add to `out` instead.
+    backend: run on this one only ('triton', 'gluon_sm90', 'reference'). config: with this Config. max_sms: on so many SMs, 0 = all.
+    validate: 'sync' reads scales back and raises on NaN (slow). on_unsupported: 'raise' refuses the portable kernels.
+    workspace: uint8 scratch of at least `explain(...).plan.workspace_bytes` bytes; allocated if None.
+
+    Returns `out`. Empty operands are legal; K = 0 gives zeros. Raises TypeError (dtype, type), ValueError (shape, device, stride,
+    option), both before anything is written; Unsupported where no kernel takes the problem.
+
+    Scale recipes follow DeepSeek-V3 (1x128 activations, 128x128 weights), OCP MX (1x32) and torch.scaled_mm (row, tensor).
+    """
+    a, b = common.as_operand(a, "a"), common.as_operand(b, "b")
+    if torch.compiler.is_compiling():
+        return _traced(a, b, out, out_dtype, accumulate, backend, config, max_sms, on_unsupported)
+    dtype = common.out_dtype_of(out, out_dtype, torch.bfloat16)
+    options = Options(backend, config, max_sms, validate, on_unsupported)
+    key = common.signature(a, b, out, dtype, accumulate, options)
+
+    def make() -> Plan | None:
+        options.check()
+        common.check_pair(a, b, "[M, K]", "[N, K]", 2, 2)
+        shape = (a.shape[0], b.shape[0])
+        common.check_out(out, shape, dtype, a.device, accumulate)
+        if 0 in shape:
+            return None
+        like = out if out is not None else torch.empty_strided(shape, (shape[1], 1), dtype=dtype, device="meta")
+        return common.plan("gemm", "dense", a, b, like, shape[0], 1, shape[0], accumulate, True, options)
+
+    plan = _plans.get(key, make)
+    if validate == "sync":
+        validate_data.check_scales(a, b)
+    if out is None:
+        out = torch.empty((a.shape[0], b.shape[0]), dtype=dtype, device=a.device)
+    if plan is not None:
+        run(plan, Operands(a, b, out, a.shape[0], b.shape[0], a.shape[1]), workspace)
+    return out
+
+
+def _traced(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, dtype: torch.dtype | None, accumulate: bool,
+            backend: str | None, config: Config | None, max_sms: int, on_unsupported: str) -> Tensor:
+    expect(config is None, "config under torch.compile", "a Config", "None: a tuned table decides there")
+    expect(out is not None or not accumulate, "out with accumulate=True", None, "the tensor to add to")
+    if out is None:
+        out = torch.empty((a.shape[0], b.shape[0]), dtype=dtype or torch.bfloat16, device=a.device)
+    torch.ops.narrowgemm.gemm(a.data, a.scale, b.data, b.scale, a.format.name, b.format.name, out, accumulate,
+                              backend or "", max_sms, on_unsupported)
+    return out
+
+
+def _impl(a: Tensor, a_scale: Tensor | None, b: Tensor, b_scale: Tensor | None, a_format: str, b_format: str, out: Tensor,
+          accumulate: bool, backend: str, max_sms: int, on_unsupported: str) -> None:
+    gemm(ScaledTensor(a, a_scale, get_format(a_format)), ScaledTensor(b, b_scale, get_format(b_format)), out=out,
+         accumulate=accumulate, backend=backend or None, max_sms=max_sms, on_unsupported=on_unsupported)
+
+
+library.register("gemm", f"{library.OPERANDS}, Tensor(a!) out, {library.OPTIONS}", _impl)

@@ -1,0 +1,108 @@
+"""`grouped_gemm`: one product a group of rows, weights stacked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import Unsupported, expect
+from ..formats import ScaledTensor, get_format
+from ..kernels.operands import Operands
+from ..layouts import Contiguous, Layout, Masked, Offsets, Psum
+from ..problem import Config, Plan
+from ..runtime.launch import run
+from . import common, library, validate_data
+from .common import Options
+
+_plans = common.PlanCache()
+KINDS: dict[str, type[Layout]] = {c.kind: c for c in (Contiguous, Psum, Offsets, Masked)}
+
+
+def grouped_gemm(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, layout: Layout, *, out: Tensor | None = None,
+                 out_dtype: torch.dtype | None = None, accumulate: bool = False, zero_padding: bool = True,
+                 backend: str | None = None, config: Config | None = None, max_sms: int = 0, validate: str | None = None,
+                 on_unsupported: str = "portable", workspace: Tensor | None = None) -> Tensor:
+    """`out[rows of g] = A[rows of g] . B[g]^T` for every group g, in one launch, group sizes on the device.
+
+    a: `[M, K]` (Contiguous, Psum, Offsets) or `[G, max_m, K]` (Masked). b: `[G, N, K]`. out: like a, with N for K.
+    zero_padding: padding rows of Contiguous and Psum are written as zero; False leaves them. Rows outside every group of
+        Offsets and Masked are never written.
+    validate: 'sync' reads the layout and the scales back and raises ValueError naming the first bad row or group (slow).
+    Other arguments and errors as in `gemm`. Ids outside [0, G) act as -1, sizes are clamped to the tensor.
+
+    Layouts are DeepGEMM's (contiguous, psum, masked) and torch's / Primus-Turbo's (offsets): see `narrowgemm.layouts`.
+    """
+    a, b = common.as_operand(a, "a"), common.as_operand(b, "b")
+    expect(isinstance(layout, Layout), "layout", type(layout).__name__, "Contiguous, Psum, Offsets or Masked", error=TypeError)
+    if torch.compiler.is_compiling():
+        return _traced(a, b, layout, out, out_dtype, accumulate, zero_padding, backend, config, max_sms, on_unsupported)
+    dtype = common.out_dtype_of(out, out_dtype, torch.bfloat16)
+    options = Options(backend, config, max_sms, validate, on_unsupported)
+    index = layout.index
+    alignment = layout.alignment if isinstance(layout, Psum) else 1
+    expected_m = layout.expected_m if isinstance(layout, Masked) else 0
+    key = common.signature(a, b, out, dtype, accumulate, options, layout.kind, index.shape, index.dtype, index.device,
+                           alignment, expected_m, zero_padding)
+    plan = _plans.get(key, lambda: _plan(a, b, layout, out, dtype, accumulate, zero_padding, options))
+    if validate == "sync":
+        validate_data.check_layout(layout, a.shape[-2], b.shape[0])
+        validate_data.check_scales(a, b)
+    if out is None:
+        out = torch.empty((*a.shape[:-1], b.shape[-2]), dtype=dtype, device=a.device)
+    if plan is not None:
+        run(plan, Operands(a, b, out, a.shape[-2], b.shape[-2], a.shape[-1], b.shape[0], index, alignment), workspace)
+    return out
+
+
+def _plan(a: ScaledTensor, b: ScaledTensor, layout: Layout, out: Tensor | None, dtype: torch.dtype, accumulate: bool,
+          zero_padding: bool, options: Options) -> Plan | None:
+    options.check()
+    if layout.kind not in KINDS:
+        raise Unsupported(f"grouped_gemm has no {layout.kind} layout yet", f"use one of {sorted(KINDS)}")
+    masked = layout.kind == "masked"
+    common.check_pair(a, b, "[G, max_m, K]" if masked else "[M, K]", "[G, N, K]", 3 if masked else 2, 3)
+    groups = layout.groups(b.shape[0])
+    m = a.shape[-2]
+    expect(not masked or a.shape[0] == groups, "groups of a", a.shape[0], f"b's, {groups}")
+    expect(a.format.group[0] in (0, 1), f"a's scale block {a.format.group}, rows", a.format.group[0], "1 or whole tensor: "
+           "rows of one block may belong to several groups")
+    index = layout.index
+    expect(index.device == a.device, f"{layout.kind} index, device", index.device, f"the operands', {a.device}")
+    expect(layout.kind != "contiguous" or index.numel() == m, "m_indices, length", index.numel(), f"M = {m}")
+    shape = (*a.shape[:-1], b.shape[-2])
+    common.check_out(out, shape, dtype, a.device, accumulate)
+    if 0 in shape:
+        return None
+    expect(groups > 0, f"groups of b for {m} rows", 0, "at least one")
+    rows = layout.expected_m if isinstance(layout, Masked) and layout.expected_m else m if masked else -(-m // groups)
+    like = out if out is not None else torch.empty(shape, dtype=dtype, device="meta")
+    return common.plan("grouped_gemm", layout.kind, a, b, like, m, groups, min(rows, m), accumulate, zero_padding, options)
+
+
+def _traced(a: ScaledTensor, b: ScaledTensor, layout: Layout, out: Tensor | None, dtype: torch.dtype | None,
+            accumulate: bool, zero_padding: bool, backend: str | None, config: Config | None, max_sms: int,
+            on_unsupported: str) -> Tensor:
+    expect(config is None, "config under torch.compile", "a Config", "None: a tuned table decides there")
+    expect(out is not None or not accumulate, "out with accumulate=True", None, "the tensor to add to")
+    if out is None:
+        out = torch.empty((*a.shape[:-1], b.shape[-2]), dtype=dtype or torch.bfloat16, device=a.device)
+    alignment = layout.alignment if isinstance(layout, Psum) else 1
+    expected_m = layout.expected_m if isinstance(layout, Masked) else 0
+    torch.ops.narrowgemm.grouped_gemm(a.data, a.scale, b.data, b.scale, a.format.name, b.format.name, out, layout.index,
+                                      layout.kind, alignment, expected_m, zero_padding, accumulate, backend or "", max_sms,
+                                      on_unsupported)
+    return out
+
+
+def _impl(a: Tensor, a_scale: Tensor | None, b: Tensor, b_scale: Tensor | None, a_format: str, b_format: str, out: Tensor,
+          index: Tensor, kind: str, alignment: int, expected_m: int, zero_padding: bool, accumulate: bool, backend: str,
+          max_sms: int, on_unsupported: str) -> None:
+    layout = Psum(index, alignment) if kind == "psum" else Masked(index, expected_m) if kind == "masked" \
+        else KINDS[kind](index)  # type: ignore[call-arg]
+    grouped_gemm(ScaledTensor(a, a_scale, get_format(a_format)), ScaledTensor(b, b_scale, get_format(b_format)), layout,
+                 out=out, accumulate=accumulate, zero_padding=zero_padding, backend=backend or None, max_sms=max_sms,
+                 on_unsupported=on_unsupported)
+
+
+library.register("grouped_gemm", f"{library.OPERANDS}, Tensor(a!) out, Tensor index, str kind, int alignment, "
+                 f"int expected_m, bool zero_padding, {library.OPTIONS}", _impl)

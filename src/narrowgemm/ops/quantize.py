@@ -1,0 +1,115 @@
+"""`quantize`: a tensor into a scaled format. The definition, bit for bit, is `reference/quantize.py`."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from ..arch import detect
+from ..errors import expect
+from ..formats import BF16, FP16, FP32, Format, ScaledTensor, get_format
+from ..kernels.operands import Operands
+from ..problem import Config, Operand, Plan, Problem, bucket
+from ..reference import quantize as reference
+from ..runtime import dispatch
+from ..runtime.launch import run
+from ..scales import tma_aligned_rows
+from . import common, library
+
+SCALE_LAYOUTS = ("row_major", "mn_major")
+_SOURCE = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
+_plans = common.PlanCache()
+
+
+def quantize(x: Tensor, fmt: Format | str, *, rounding: str = "rceil", amax_clamp: float = 1e-4,
+             scale_layout: str = "row_major", backend: str | None = None, config: Config | None = None) -> ScaledTensor:
+    """`x` in the scaled format `fmt`: payload and scales, one scale a block.
+
+    x: `[..., R, K]`, BF16, FP16 or FP32, any strides (a transposed view quantises along its own K without a copy).
+    fmt: a scaled entry of FORMATS or its name: tensor-wise (one scale a matrix `[R, K]`), row-wise, 1x128, 128x128,
+        MXFP8, MXFP4. K of MXFP4 must be even. Blocks that R or K cut short are scaled by the elements they have.
+    rounding: of E8M0 scales: 'rceil' (the smallest power of two that saturates nothing), 'floor' (OCP MX), 'even'; FP32
+        scales have none. amax_clamp: the least amax of a block, so that a block of zeros has a scale (DeepGEMM's 1e-4).
+    scale_layout: strides of the scales `[..., ceil(R/rows), ceil(K/cols)]`: 'row_major', or 'mn_major', R contiguous
+        with columns on 16 bytes, as TMA loads them.
+    backend: run on this one only ('triton', 'reference'). config: with this Config.
+
+    Returns a ScaledTensor with payload `[..., R, K]`, K contiguous (E2M1: uint8 `[..., R, K/2]`, low nibble = even K),
+    and float32 or uint8 E8M0 scales. Values beyond the range saturate; a NaN or an infinity makes its whole block NaN.
+    Not differentiable. Empty tensors are legal. Raises TypeError / ValueError before anything is launched.
+    """
+    if torch.compiler.is_compiling():
+        return _traced(x, fmt, rounding, amax_clamp, scale_layout, backend, config)
+    fmt = get_format(fmt)
+    expect(isinstance(x, Tensor), "input of quantize", type(x).__name__, "a torch.Tensor", error=TypeError)
+    key = (fmt, x.shape, x.stride(), x.dtype, x.device, rounding, amax_clamp, scale_layout, backend, config,
+           os.environ.get("NARROWGEMM_BACKEND"), os.environ.get("NARROWGEMM_ARCH"), os.environ.get("NARROWGEMM_TABLES"))
+    plan = _plans.get(key, lambda: _plan(x, fmt, rounding, amax_clamp, scale_layout, backend, config))
+    data, scale = _allocate(x, fmt, scale_layout)
+    _fill(plan, x.detach() if x.requires_grad else x, fmt, data, scale, rounding, amax_clamp)
+    return ScaledTensor(data, scale, fmt)
+
+
+def _plan(x: Tensor, fmt: Format, rounding: str, amax_clamp: float, scale_layout: str, backend: str | None,
+          config: Config | None) -> Plan | None:
+    """Check the call and select its Plan; None where there is nothing to launch."""
+    _check(x, fmt, rounding, amax_clamp, scale_layout)
+    if x.numel() == 0:
+        return None
+    rows = x.numel() // x.shape[-1]
+    matrices = rows // x.shape[-2]
+    source = ScaledTensor(x, None, _SOURCE[x.dtype])
+    problem = Problem(
+        "quantize", "dense", bucket(rows), 0, x.shape[-1], matrices if fmt.group[0] == 0 else 1,
+        Operand(source.format, source.major), Operand(fmt, scale_dtype=fmt.scale,
+                                                      scale_major="mn" if scale_layout == "mn_major" else "k"),
+        rows=bucket(x.shape[-2]))
+    return dispatch.select(problem, detect(x.device), backend, config)
+
+
+def _check(x: Tensor, fmt: Format | str, rounding: str, amax_clamp: float, scale_layout: str) -> Format:
+    expect(scale_layout in SCALE_LAYOUTS, "scale_layout", repr(scale_layout), f"one of {SCALE_LAYOUTS}")
+    return reference.check_input(x, fmt, rounding, amax_clamp)
+
+
+def _allocate(x: Tensor, fmt: Format, scale_layout: str) -> tuple[Tensor, Tensor]:
+    *lead, k = x.shape
+    data = torch.empty((*lead, k // fmt.elem.per_byte), dtype=fmt.elem.dtype, device=x.device)
+    dtype = torch.float32 if fmt.scale == "fp32" else torch.uint8
+    *lead, rows, cols = fmt.scale_shape(x.shape)
+    if scale_layout == "row_major":
+        return data, torch.empty((*lead, rows, cols), dtype=dtype, device=x.device)
+    aligned = tma_aligned_rows(rows, dtype.itemsize)
+    return data, torch.empty((*lead, cols, aligned), dtype=dtype, device=x.device)[..., :rows].mT
+
+
+def _fill(plan: Plan | None, x: Tensor, fmt: Format, data: Tensor, scale: Tensor, rounding: str,
+          amax_clamp: float) -> None:
+    if plan is None:  # no payload, but a matrix without elements still has a scale
+        scale.copy_(reference.quantize(x, fmt, rounding, amax_clamp).scale)  # type: ignore[arg-type]
+        return
+    operands = Operands(ScaledTensor(x, None, _SOURCE[x.dtype]), ScaledTensor(data, scale, fmt), data, x.shape[-2], 0,
+                        x.shape[-1], out_scale=scale, rounding=rounding, amax_clamp=amax_clamp)
+    run(plan, operands)
+
+
+def _traced(x: Tensor, fmt: Format | str, rounding: str, amax_clamp: float, scale_layout: str, backend: str | None,
+            config: Config | None) -> ScaledTensor:
+    expect(config is None, "config under torch.compile", "a Config", "None: a tuned table decides there")
+    fmt = _check(x, fmt, rounding, amax_clamp, scale_layout)
+    data, scale = _allocate(x, fmt, scale_layout)
+    torch.ops.narrowgemm.quantize(x.detach(), data, scale, fmt.name, rounding, amax_clamp, backend or "")
+    return ScaledTensor(data, scale, fmt)
+
+
+def _impl(x: Tensor, data: Tensor, scale: Tensor, fmt: str, rounding: str, amax_clamp: float, backend: str) -> None:
+    form = get_format(fmt)
+    layout = "row_major" if scale.is_contiguous() else "mn_major"
+    plan = _plan(x, form, rounding, amax_clamp, layout, backend or None, None)
+    _fill(plan, x, form, data, scale, rounding, amax_clamp)
+
+
+library.register("quantize", "Tensor x, Tensor(a!) data, Tensor(b!) scale, str fmt, str rounding, float amax_clamp, "
+                 "str backend", _impl)

@@ -1,0 +1,84 @@
+"""`grouped_gemm_wgrad`: one product a group of K (weight gradient), the k-grouped layout."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..errors import expect
+from ..formats import ScaledTensor, get_format
+from ..kernels.operands import Operands
+from ..layouts import KGrouped
+from ..problem import Config, Plan
+from ..runtime.launch import run
+from . import common, library, validate_data
+from .common import Options
+
+_plans = common.PlanCache()
+
+
+def grouped_gemm_wgrad(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, layout: KGrouped, *, out: Tensor | None = None,
+                       out_dtype: torch.dtype | None = None, accumulate: bool = False, backend: str | None = None,
+                       config: Config | None = None, max_sms: int = 0, validate: str | None = None,
+                       on_unsupported: str = "portable", workspace: Tensor | None = None) -> Tensor:
+    """`out[g] [M, N] = A[:, ks] . B[:, ks]^T` over the columns ks of group g. An empty group gives zero.
+
+    a: `[M, K_total]`, b: `[N, K_total]`; gradients stored `[K_total, M]` come as their transpose, a view. Scales: 1x128 along
+        K, taken by absolute column (column k has scale k // 128 whatever the groups), row-wise, tensor-wise.
+    out: `[G, M, N]`, FP32 by default. accumulate: add to `out` (a main gradient).
+    Other arguments and errors as in `gemm`. Group bounds come from the device and are clamped to [0, K_total].
+
+    The definition is Primus-Turbo's variable-K product and DeepGEMM's k-grouped one, without host-side sizes.
+    """
+    a, b = common.as_operand(a, "a"), common.as_operand(b, "b")
+    expect(isinstance(layout, KGrouped), "layout", type(layout).__name__, "KGrouped", error=TypeError)
+    if torch.compiler.is_compiling():
+        return _traced(a, b, layout, out, out_dtype, accumulate, backend, config, max_sms, on_unsupported)
+    dtype = common.out_dtype_of(out, out_dtype, torch.float32)
+    options = Options(backend, config, max_sms, validate, on_unsupported)
+    index, groups = layout.offsets, layout.num_groups
+    key = common.signature(a, b, out, dtype, accumulate, options, index.shape, index.dtype, index.device)
+    plan = _plans.get(key, lambda: _plan(a, b, layout, out, dtype, accumulate, options))
+    if validate == "sync":
+        validate_data.check_layout(layout, a.shape[-1], groups)
+        validate_data.check_scales(a, b)
+    if out is None:
+        out = torch.empty((groups, a.shape[0], b.shape[0]), dtype=dtype, device=a.device)
+    if plan is not None:
+        run(plan, Operands(a, b, out, a.shape[0], b.shape[0], a.shape[1], groups, index), workspace)
+    return out
+
+
+def _plan(a: ScaledTensor, b: ScaledTensor, layout: KGrouped, out: Tensor | None, dtype: torch.dtype, accumulate: bool,
+          options: Options) -> Plan | None:
+    options.check()
+    common.check_pair(a, b, "[M, K_total]", "[N, K_total]", 2, 2)
+    expect(layout.offsets.device == a.device, "k_grouped offsets, device", layout.offsets.device, f"the operands', {a.device}")
+    shape = (layout.num_groups, a.shape[0], b.shape[0])
+    common.check_out(out, shape, dtype, a.device, accumulate)
+    if 0 in shape:
+        return None
+    like = out if out is not None else torch.empty(shape, dtype=dtype, device="meta")
+    return common.plan("grouped_gemm_wgrad", "k_grouped", a, b, like, a.shape[0], layout.num_groups, a.shape[0], accumulate,
+                       True, options)
+
+
+def _traced(a: ScaledTensor, b: ScaledTensor, layout: KGrouped, out: Tensor | None, dtype: torch.dtype | None,
+            accumulate: bool, backend: str | None, config: Config | None, max_sms: int, on_unsupported: str) -> Tensor:
+    expect(config is None, "config under torch.compile", "a Config", "None: a tuned table decides there")
+    expect(out is not None or not accumulate, "out with accumulate=True", None, "the tensor to add to")
+    if out is None:
+        out = torch.empty((layout.num_groups, a.shape[0], b.shape[0]), dtype=dtype or torch.float32, device=a.device)
+    torch.ops.narrowgemm.grouped_gemm_wgrad(a.data, a.scale, b.data, b.scale, a.format.name, b.format.name, out,
+                                            layout.offsets, accumulate, backend or "", max_sms, on_unsupported)
+    return out
+
+
+def _impl(a: Tensor, a_scale: Tensor | None, b: Tensor, b_scale: Tensor | None, a_format: str, b_format: str, out: Tensor,
+          offsets: Tensor, accumulate: bool, backend: str, max_sms: int, on_unsupported: str) -> None:
+    grouped_gemm_wgrad(ScaledTensor(a, a_scale, get_format(a_format)), ScaledTensor(b, b_scale, get_format(b_format)),
+                       KGrouped(offsets), out=out, accumulate=accumulate, backend=backend or None, max_sms=max_sms,
+                       on_unsupported=on_unsupported)
+
+
+library.register("grouped_gemm_wgrad", f"{library.OPERANDS}, Tensor(a!) out, Tensor offsets, {library.OPTIONS}", _impl)

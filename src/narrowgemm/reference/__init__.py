@@ -1,0 +1,1 @@
+"""Plain torch definitions of every op: oracle, documentation and CPU backend."""

@@ -1,0 +1,204 @@
+"""The one enumerator of cases: tests, benchmarks and the tuner take their problems from `SUITES`.
+
+A suite has a fixed name, fixed case ids and a fixed count, so that a result that is missing is seen. `PEERS` says against
+whom a suite is measured; every (case, peer) that the peer can compute is a row of the result, or the report fails.
+
+Shapes: FlyDSL 433 (its 30 test cases and its table), DeepGEMM's `tests/generators.py`, and `models.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from fnmatch import fnmatch
+
+from ..errors import expect
+from ..formats import BF16, FP8_1x128, FP8_128x128, FP8_ROW, FP8_TENSOR, MXFP4, MXFP8
+from .case import Case
+from .guard import Guarded, guarded_empty
+from .inputs import Inputs, build
+from .models import get_model
+
+__all__ = ["PEERS", "SUITES", "Case", "Guarded", "Inputs", "build", "find", "get_suite", "guarded_empty"]
+
+# (N, K)
+DENSE = ((2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
+GROUPED = ((6144, 7168), (7168, 3072), (4096, 4096), (4096, 2048))
+EIGHT = ((2048, 7168), (7168, 2048))
+# (groups, m, N, K)
+LARGE = tuple((g, m, n, k) for g, m in ((4, 8192), (8, 4096)) for n, k in GROUPED)
+SMALL = tuple((8, m, n, k) for n, k in EIGHT for m in (64, 128, 256, 512))
+FLYDSL_CONTIGUOUS = ((1, 128, 128, 128), (2, 128, 128, 128), (4, 128, 256, 256), (2, 100, 128, 128), (4, 200, 256, 256),
+                     (8, 256, 512, 512), (8, 256, 2048, 7168), (8, 256, 7168, 2304))
+# (groups, max_m, m, N, K)
+FLYDSL_MASKED = ((1, 256, 100, 128, 128), (4, 256, 150, 128, 128), (8, 512, 300, 256, 256), (4, 512, 50, 128, 128),
+                 (8, 1024, 800, 512, 512), (8, 512, 300, 2048, 7168), (8, 512, 300, 7168, 2304))
+UNEVEN, MILD = "uniform:0.7:1.3", "uniform:0.8:1.2"
+
+
+def flydsl_contiguous(suite: str, dtypes: Iterable[str], largest: int = 1 << 62) -> list[Case]:
+    return [Case(suite, "contiguous", g, m, n, k, sizes=MILD, out_dtype=d)
+            for g, m, n, k in FLYDSL_CONTIGUOUS if n * k <= largest for d in dtypes]
+
+
+def flydsl_masked(suite: str, dtypes: Iterable[str], largest: int = 1 << 62) -> list[Case]:
+    """The case that its source calls sparse (50 rows of 512) has empty groups here."""
+    return [Case(suite, "masked", g, m, n, k, max_m=x, sizes="empty:0.5" if m == 50 else MILD, out_dtype=d)
+            for g, x, m, n, k in FLYDSL_MASKED if n * k <= largest for d in dtypes]
+
+
+def flat(suite: str, layout: str, shapes: Iterable[tuple[int, int, int, int]], sizes: str = "balanced") -> list[Case]:
+    return [Case(suite, layout, g, m, n, k, sizes=sizes) for g, m, n, k in shapes]
+
+
+def masked(suite: str, groups_rows: Iterable[tuple[int, int, str]]) -> list[Case]:
+    """(groups, rows, sizes) over `GROUPED`; cases of the same weights are neighbours, so that weights are made once."""
+    return [Case(suite, "masked", g, m, n, k, max_m=4096, sizes=s) for n, k in GROUPED for g, m, s in groups_rows]
+
+
+def masked_eight(suite: str) -> list[Case]:
+    """Eight experts, all rows in use. A group holds at least 128 rows, which is a tile of every peer."""
+    return [Case(suite, "masked", g, m, n, k, max_m=max(128, m)) for g, m, n, k in SMALL]
+
+
+def dense(suite: str, rows: Iterable[int]) -> list[Case]:
+    return [Case(suite, "dense", 1, m, n, k) for n, k in DENSE for m in rows]
+
+
+def skewed(suite: str) -> list[Case]:
+    """DeepSeek-V3, top-8 of 256 experts, the rank with the hot experts: `m` = tokens · 8 / 256."""
+    v3 = get_model("deepseek-v3")
+    return [Case(suite, "offsets", v3.local_experts(ep), tokens * v3.top_k // v3.experts, n, k, sizes=sizes, world=v3.experts)
+            for ep in (1, 8, 32) for n, k in (v3.gate_up(), v3.down()) for tokens in (32, 256, 2048, 8192)
+            for sizes in ("skew:2", "skew:30", "few:8")]
+
+
+def offsets_spreads(suite: str) -> list[Case]:
+    return [Case(suite, "offsets", 32, 64, 4096, 7168, sizes=s) for s in ("skew:2", "skew:30", "few:4", "empty:0.5")]
+
+
+def edge(suite: str) -> list[Case]:
+    """What breaks kernels on a device: tails, empty and repeated groups, one expert, many experts, every output."""
+    flat_ = [
+        Case(suite, "offsets", 32, 37, 1088, 640, sizes=UNEVEN),
+        Case(suite, "offsets", 256, 3, 512, 512, sizes="empty:0.5"),
+        Case(suite, "offsets", 1024, 5, 256, 256, sizes=UNEVEN),
+        Case(suite, "offsets", 64, 16, 512, 512, sizes="few:1"),
+        Case(suite, "offsets", 8, 16, 512, 512, sizes="zero"),
+        Case(suite, "offsets", 1, 1, 512, 7168),
+        Case(suite, "offsets", 6, 100, 576, 720, sizes="skew:30", slack=77),
+        Case(suite, "psum", 6, 200, 512, 1024, sizes="empty:0.5"),
+        Case(suite, "psum", 8, 50, 768, 512, sizes=UNEVEN, alignment=16),
+        Case(suite, "contiguous", 8, 97, 768, 512, sizes=UNEVEN, alignment=1),
+        Case(suite, "contiguous", 6, 300, 512, 512, sizes="empty:0.3", order="reversed"),
+        Case(suite, "contiguous", 6, 75, 512, 512, sizes=UNEVEN, order="repeated", alignment=1),
+        Case(suite, "contiguous", 4, 150, 512, 512, sizes=UNEVEN, zero_padding=False, slack=128),
+        Case(suite, "contiguous", 4, 150, 512, 512, sizes="zero", slack=256),
+        Case(suite, "masked", 8, 40, 576, 720, max_m=100, sizes=UNEVEN),
+        Case(suite, "masked", 16, 8, 512, 512, max_m=64, sizes="zero"),
+        Case(suite, "masked", 4, 64, 512, 512, max_m=64),
+        Case(suite, "dense", 1, 77, 1096, 840),
+        Case(suite, "dense", 1, 1, 128, 64),
+        Case(suite, "dense", 1, 0, 512, 512),
+    ]
+    outs = [Case(suite, layout, g, m, 768, 1024, max_m=x, sizes=s, out_dtype=d, accumulate=acc)
+            for layout, g, m, x, s in (("dense", 1, 200, 0, "balanced"), ("contiguous", 4, 100, 0, UNEVEN),
+                                       ("offsets", 5, 60, 0, UNEVEN), ("masked", 4, 60, 128, UNEVEN))
+            for d, acc in (("fp32", False), ("fp16", False), ("bf16", True), ("fp32", True))]
+    ue8m0 = FP8_1x128.with_scale("e8m0"), FP8_128x128.with_scale("e8m0")
+    return flat_ + outs + [
+        Case(suite, layout, g, m, 512, 1024, max_m=x, sizes=s, a=a, b=b)
+        for layout, g, m, x, s in (("dense", 1, 130, 0, "balanced"), ("offsets", 5, 60, 0, UNEVEN), ("masked", 4, 60, 128, UNEVEN))
+        for a, b in (ue8m0, (FP8_ROW, FP8_ROW), (FP8_TENSOR, FP8_TENSOR), (FP8_1x128.with_element("e5m2"), FP8_128x128))]
+
+
+def large(suite: str) -> list[Case]:
+    """One tensor of each over 2^31 elements: A, B, the output; the arithmetic stays small."""
+    return [
+        Case(suite, "masked", 72, 3, 256, 4096, max_m=8192, sizes=UNEVEN),               # A
+        Case(suite, "offsets", 128, 3, 6144, 4096, sizes="empty:0.75"),                  # B
+        Case(suite, "masked", 64, 3, 4608, 256, max_m=8192, sizes=UNEVEN),               # output
+        Case(suite, "dense", 1, 1 << 20, 128, 2304),                                     # A, rows all in use
+        Case(suite, "contiguous", 3, 131072, 6144, 128, sizes=UNEVEN),                   # output, rows all in use
+    ]
+
+
+def cpu_small(suite: str) -> list[Case]:
+    """Small enough for Triton's interpreter: tails of M, N and K, empty groups, one expert, every layout and output."""
+    return [
+        *flydsl_contiguous(suite, ("bf16",), 1 << 16), *flydsl_masked(suite, ("bf16", ), 1 << 16),
+        *(Case(suite, "dense", 1, m, n, k) for m, n, k in ((1, 128, 128), (17, 128, 256), (64, 112, 128), (33, 200, 192),
+                                                           (130, 256, 320), (0, 128, 128))),
+        Case(suite, "offsets", 5, 24, 96, 160, sizes=UNEVEN),
+        Case(suite, "offsets", 6, 20, 128, 128, sizes="empty:0.5"),
+        Case(suite, "offsets", 8, 8, 128, 256, sizes="few:1"),
+        Case(suite, "offsets", 4, 16, 128, 128, sizes="zero"),
+        Case(suite, "offsets", 1, 1, 128, 128),
+        Case(suite, "offsets", 4, 30, 128, 128, sizes="skew:30", slack=9),
+        Case(suite, "psum", 4, 40, 128, 128, sizes="empty:0.5"),
+        Case(suite, "psum", 3, 20, 128, 256, sizes=UNEVEN, alignment=16),
+        Case(suite, "contiguous", 5, 33, 128, 128, sizes=UNEVEN, alignment=1),
+        Case(suite, "contiguous", 4, 50, 128, 128, sizes="empty:0.3", order="reversed"),
+        Case(suite, "contiguous", 3, 30, 128, 128, sizes=UNEVEN, order="repeated", alignment=1),
+        Case(suite, "contiguous", 2, 90, 128, 128, sizes=UNEVEN, zero_padding=False),
+        Case(suite, "masked", 3, 20, 136, 192, max_m=50, sizes=UNEVEN),
+        Case(suite, "masked", 3, 20, 128, 128, max_m=32, sizes="zero"),
+        *(Case(suite, layout, g, m, 128, 256, max_m=x, sizes=s, out_dtype=d, accumulate=acc)
+          for layout, g, m, x, s in (("dense", 1, 40, 0, "balanced"), ("contiguous", 2, 60, 0, UNEVEN),
+                                     ("offsets", 3, 30, 0, UNEVEN), ("masked", 2, 30, 64, UNEVEN))
+          for d, acc in (("fp32", False), ("fp16", False), ("bf16", True))),
+        *(Case(suite, "k_grouped", g, 64, 96, k, a=FP8_1x128, b=FP8_1x128, sizes=s, out_dtype="fp32", accumulate=acc)
+          for g, k, s, acc in ((2, 128, "balanced", False), (4, 100, "empty:0.5", False), (3, 130, UNEVEN, True))),
+    ]
+
+
+def cpu_formats(suite: str) -> list[Case]:
+    """Every pair of formats once, dense and grouped."""
+    e5m2, ue8m0 = FP8_1x128.with_element("e5m2"), (FP8_1x128.with_scale("e8m0"), FP8_128x128.with_scale("e8m0"))
+    pairs = ((FP8_TENSOR, FP8_TENSOR), (FP8_ROW, FP8_ROW), (e5m2, FP8_128x128), ue8m0, (FP8_1x128, FP8_1x128),
+             (MXFP8, MXFP8), (FP8_1x128, MXFP4), (MXFP8, MXFP4), (MXFP4, MXFP4), (BF16, MXFP4), (BF16, BF16))
+    return [Case(suite, layout, g, m, 128, 256, max_m=x, sizes=s, a=a, b=b) for a, b in pairs
+            for layout, g, m, x, s in (("dense", 1, 40, 0, "balanced"), ("offsets", 3, 30, 0, UNEVEN),
+                                       ("masked", 2, 30, 64, UNEVEN))]
+
+
+BOTH = ("bf16", "fp16")
+_BUILDERS = {
+    "portable-contiguous": lambda s: [*flydsl_contiguous(s, BOTH), *flat(s, "contiguous", SMALL), *flat(s, "contiguous", LARGE)],
+    "portable-masked": lambda s: [*flydsl_masked(s, BOTH), *masked_eight(s),
+                                  *masked(s, tuple((g, m, UNEVEN) for g, m in ((32, 192), (32, 20), (6, 1024), (6, 20))))],
+    "portable-dense": lambda s: dense(s, (1, 64, 128, 4096)),
+    "portable-offsets": lambda s: [*flat(s, "offsets", LARGE, UNEVEN), *flat(s, "offsets", SMALL, UNEVEN), *offsets_spreads(s)],
+    "fp8-contiguous": lambda s: flat(s, "contiguous", LARGE),
+    "fp8-contiguous-small": lambda s: flat(s, "contiguous", SMALL),
+    "fp8-offsets": lambda s: flat(s, "offsets", LARGE, UNEVEN),
+    "fp8-offsets-small": lambda s: flat(s, "offsets", SMALL, UNEVEN),
+    "fp8-masked": lambda s: masked(s, ((32, 192, UNEVEN), (6, 1024, UNEVEN))),
+    "fp8-masked-eight": masked_eight,
+    "fp8-masked-decode": lambda s: masked(s, tuple((g, m, UNEVEN if m == 20 else "balanced")
+                                                   for g in (32, 6) for m in (20, 1, 2, 4, 8))),
+    "fp8-dense": lambda s: dense(s, (1, 16, 64, 128, 4096, 8192)),
+    "fp8-skew": skewed,
+    "edge": edge,
+    "large": large,
+    "cpu-small": cpu_small,
+    "cpu-formats": cpu_formats,
+}
+SUITES: dict[str, tuple[Case, ...]] = {name: tuple(make(name)) for name, make in _BUILDERS.items()}
+
+# Whom a suite is measured against; adapters of these names are in `peers.py`.
+PEERS: dict[str, tuple[str, ...]] = {
+    name: ("torch_bf16", "floor") if name.startswith("cpu-") else () if name in ("edge", "large") else ("deepgemm", "floor")
+    for name in SUITES
+}
+
+
+def get_suite(name: str) -> tuple[Case, ...]:
+    """A suite by name; ValueError names the ones there are."""
+    expect(name in SUITES, "suite", repr(name), f"one of {sorted(SUITES)}")
+    return SUITES[name]
+
+
+def find(pattern: str, suites: Iterable[str] = ()) -> list[Case]:
+    """Cases whose id, or `suite/id`, matches a shell pattern, in `suites` (default: all)."""
+    names = tuple(suites) or tuple(SUITES)
+    return [c for s in names for c in get_suite(s) if fnmatch(c.id, pattern) or fnmatch(f"{c.suite}/{c.id}", pattern)]

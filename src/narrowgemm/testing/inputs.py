@@ -1,0 +1,354 @@
+"""Tensors of a case: fresh random operands, poisoned padding, a guarded output, and the references to compare with.
+
+Sources (what was quantised) are not kept: each group's is drawn again from its own generator when a reference asks for it,
+so 256 experts of 4096 x 7168 need the memory of their FP8 bytes and of one unquantised expert. Padding rows of A hold NaN
+payload and NaN scales: a kernel that lets one leak into a result fails every gate.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..formats import E8M0_NAN, ELEMENTS, Format, ScaledTensor
+from ..layouts import Contiguous, KGrouped, Layout, Masked, Offsets, Psum
+from ..problem import Plan
+from ..reference.gemm import full_float32
+from ..scales import mn_major_tma_aligned
+from .case import Case
+from .guard import Guarded, guarded_empty
+from .numerics import KERNEL_GATE, GateResult, Sums, independent, recipe_gate
+
+NAN_BYTE = {"e4m3": 0x7F, "e5m2": 0x7F, "e2m1": 0x77}  # E2M1 has no NaN: its scale has
+
+
+@dataclass(eq=False)
+class Inputs:
+    """Operands, layout and output of a case on a device. `a`, `b`, `layout`, `out.tensor` are what the op takes."""
+
+    case: Case
+    device: torch.device
+    seed: int
+    a: ScaledTensor
+    b: ScaledTensor
+    layout: Layout | None
+    out: Guarded
+    _b_key: tuple[Any, ...] = field(default=())
+
+    @property
+    def groups(self) -> Iterator[int]:
+        """Groups with rows."""
+        return (g for g, s in enumerate(self.case.group_sizes) if s)
+
+    # ---- sources and references ------------------------------------------------------------------------------------
+
+    def source_a(self, g: int) -> Tensor:
+        """BF16 `[rows of g, K]` before quantisation; `[M, columns of g]` for k_grouped."""
+        c = self.case
+        shape = (c.m, c.group_sizes[g]) if c.layout == "k_grouped" else (c.group_sizes[g], c.k)
+        return draw("a", g, shape, self.device, self.seed)
+
+    def source_b(self, g: int) -> Tensor:
+        """BF16 `[N, K]` before quantisation; `[N, columns of g]` for k_grouped."""
+        c = self.case
+        return draw("b", g, (c.n, c.group_sizes[g] if c.layout == "k_grouped" else c.k), self.device, self.seed)
+
+    def base(self, g: int) -> Tensor:
+        """What `out` holds before an accumulating call, in the output's dtype, shaped like `rows(out, g)`."""
+        c = self.case
+        shape = (c.m, c.n) if c.layout == "k_grouped" else (c.group_sizes[g], c.n)
+        return draw("c", g, shape, self.device, self.seed).to(self.out.tensor.dtype)
+
+    def same_bits(self, g: int) -> Tensor:
+        """FP32 product of group g over the dequantised operands, plus the accumulated base: the kernel gate's reference."""
+        a, b = self._dequantized(g)
+        with full_float32():
+            return self._plus_base(g, a @ b.mT)
+
+    def unquantised(self, g: int) -> Tensor:
+        """FP32 product of group g's sources, plus the accumulated base: the recipe gate's reference."""
+        with full_float32():
+            return self._plus_base(g, self.source_a(g).float() @ self.source_b(g).float().mT)
+
+    def _plus_base(self, g: int, product: Tensor) -> Tensor:
+        return product + self.base(g).float() if self.case.accumulate else product
+
+    def _dequantized(self, g: int) -> tuple[Tensor, Tensor]:
+        if self.case.layout == "k_grouped":
+            from ..reference.grouped import take_columns
+
+            start = sum(self.case.group_sizes[:g])
+            end = start + self.case.group_sizes[g]
+            return take_columns(self.a, start, end), take_columns(self.b, start, end)
+        a = self.a[g] if self.case.layout == "masked" else self.a
+        parts = [ScaledTensor(a.data[r], a.scale if a.scale is None or a.format.group[0] == 0 else a.scale[r], a.format)
+                 for r in self._slices(g)]
+        b = self.b[g] if self.case.layout != "dense" else self.b
+        return torch.cat([p.dequantize() for p in parts]), b.dequantize()
+
+    # ---- rows ------------------------------------------------------------------------------------------------------
+
+    def _slices(self, g: int) -> list[slice]:
+        if self.case.layout == "masked":
+            return [slice(0, self.case.group_sizes[g])]
+        return [slice(start, start + n) for group, start, n in self.case.segments if group == g]
+
+    def rows(self, out: Tensor, g: int) -> Tensor:
+        """Group g's rows of an output laid out like `self.out.tensor`: a view where they lie together."""
+        if self.case.layout in ("masked", "k_grouped"):
+            return out[g] if self.case.layout == "k_grouped" else out[g, : self.case.group_sizes[g]]
+        parts = [out[s] for s in self._slices(g)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def padding(self, x: Tensor) -> list[Tensor]:
+        """Rows of A, or of an output, that belong to no group."""
+        c = self.case
+        if c.layout == "masked":
+            return [x[g, s:] for g, s in enumerate(c.group_sizes) if s < c.max_m]
+        if c.layout in ("k_grouped", "dense"):
+            return []
+        gaps, row = [], 0
+        for _, start, n in sorted(c.segments, key=lambda s: s[1]):
+            gaps.append(x[row:start])
+            row = start + n
+        return [g for g in (*gaps, x[row:]) if g.shape[0]]
+
+    # ---- the call and its checks -----------------------------------------------------------------------------------
+
+    def reset_out(self) -> None:
+        """Poison the output; write the base that an accumulating call adds to."""
+        self.out.reset()
+        if self.case.accumulate:
+            for g in range(self.case.groups) if self.case.layout == "k_grouped" else self.groups:
+                base = self.base(g)
+                for part, piece in zip(self._targets(g), base.split([p.shape[0] for p in self._targets(g)])):
+                    part.copy_(piece)
+
+    def _targets(self, g: int) -> list[Tensor]:
+        out = self.out.tensor
+        if self.case.layout == "k_grouped":
+            return [out[g]]
+        return [(out[g] if self.case.layout == "masked" else out)[s] for s in self._slices(g)]
+
+    def call(self, **options: Any) -> Tensor:
+        """Run narrowgemm's op into `self.out.tensor`. `options`: `backend`, `config`, `max_sms`, `validate`, ..."""
+        from ..ops.gemm import gemm
+        from ..ops.grouped import grouped_gemm
+        from ..ops.wgrad import grouped_gemm_wgrad
+
+        c, out = self.case, self.out.tensor
+        if c.layout == "dense":
+            return gemm(self.a, self.b, out=out, accumulate=c.accumulate, **options)
+        if c.layout == "k_grouped":
+            return grouped_gemm_wgrad(self.a, self.b, self.layout, out=out, accumulate=c.accumulate, **options)
+        return grouped_gemm(self.a, self.b, self.layout, zero_padding=c.zero_padding, out=out, accumulate=c.accumulate, **options)
+
+    def plan(self, **options: Any) -> Plan | None:
+        """The Plan that `call` with these options follows; None where there is nothing to compute."""
+        from ..ops import common, grouped, wgrad
+
+        c, out = self.case, self.out.tensor
+        chosen = common.Options(**options)
+        if 0 in out.shape:
+            return None
+        if c.layout == "dense":
+            return common.plan("gemm", "dense", self.a, self.b, out, c.m, 1, c.m, c.accumulate, True, chosen)
+        if isinstance(self.layout, KGrouped):
+            return wgrad._plan(self.a, self.b, self.layout, out, out.dtype, c.accumulate, chosen)
+        assert self.layout is not None
+        return grouped._plan(self.a, self.b, self.layout, out, out.dtype, c.accumulate, c.zero_padding, chosen)
+
+    def faults(self) -> list[str]:
+        """What the last call wrote and must not have, or did not write and should have, outside the groups' rows."""
+        c = self.case
+        outside = self.padding(self.out.tensor)
+        zeroed = c.zero_padding and c.layout in ("contiguous", "psum")
+        out = self.out.faults([] if zeroed else outside)
+        if zeroed and not all(bool((x == 0).all()) for x in outside):
+            out.append("padding rows are not zero")
+        if c.layout == "k_grouped":
+            empty = [g for g, s in enumerate(c.group_sizes) if not s]
+            want = self.base if c.accumulate else (lambda g: torch.zeros_like(self.out.tensor[g]))
+            out += [f"group {g} is empty and its output is not {'what it was' if c.accumulate else 'zero'}"
+                    for g in empty if not torch.equal(self.out.tensor[g], want(g))]
+        return out
+
+    def check(self, out: Tensor | None = None, *, recipe: bool = True) -> GateResult:
+        """Both gates for `out` (default: the case's own output), overall and per group."""
+        y = self.out.tensor if out is None else out
+        return check_outputs(self, {"": (lambda g: self.rows(y, g), gate_limits(self.case, recipe))})[""]
+
+    def verify(self, **options: Any) -> GateResult:
+        """Poison, call, and assert that nothing outside was touched and both gates hold. For tests."""
+        self.reset_out()
+        self.call(**options)
+        if bad := self.faults():
+            raise AssertionError(f"{self.case.id}: {'; '.join(bad)}")
+        return self.check().assert_(self.case.id)
+
+
+def gate_limits(case: Case, recipe: bool = True) -> dict[str, float]:
+    """The limits that a result of ours has to keep."""
+    return {"kernel": KERNEL_GATE[case.out_dtype]} | ({"recipe": recipe_gate(case.a, case.b)} if recipe else {})
+
+
+def check_outputs(inputs: Inputs, outputs: Mapping[str, tuple[Callable[[int], Tensor], Mapping[str, float]]]
+                  ) -> dict[str, GateResult]:
+    """Gates of several results of one case at once: a reference is made once a group, and only where a result needs it.
+
+    `outputs`: name -> (rows of a group, limits by gate: 'kernel' against the same bits, 'recipe' against the sources).
+    """
+    c = inputs.case
+    sums = {name: {gate: Sums() for gate in limits} for name, (_, limits) in outputs.items()}
+    for g in inputs.groups:
+        k = c.group_sizes[g] if c.layout == "k_grouped" else c.k
+        for gate, make in (("kernel", inputs.same_bits), ("recipe", inputs.unquantised)):
+            wanted = [name for name in outputs if gate in sums[name]]
+            if not wanted:
+                continue
+            reference = make(g)
+            for name in wanted:
+                sums[name][gate].add(g, outputs[name][0](g), reference, independent(reference, k))
+    return {name: GateResult(tuple(sums[name][gate].gate(gate, limit, sampling=gate == "recipe")
+                                   for gate, limit in limits.items())) for name, (_, limits) in outputs.items()}
+
+
+def draw(side: str, group: int, shape: tuple[int, ...], device: torch.device, seed: int) -> Tensor:
+    """Normal BF16 values that depend on (side, group, shape, seed) and the kind of device alone."""
+    generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed}/{side}/{group}/{shape}".encode()))
+    return torch.randn(shape, device=device, generator=generator).bfloat16()
+
+
+def build(case: Case, device: torch.device | str = "cpu", seed: int = 0, scale_layout: str = "mn_major",
+          reuse: Inputs | None = None, hollow: bool = False) -> Inputs:
+    """Random inputs of `case`. `scale_layout` of A: 'mn_major' (TMA-aligned, what kernels like) or 'row_major'.
+
+    `reuse`: inputs of an earlier case; its weights are taken over where they would be the same.
+    `hollow`: every value is poison, for what needs shapes alone (compiling ahead).
+    """
+    if scale_layout not in ("mn_major", "row_major"):
+        raise ValueError(f"scale_layout: got {scale_layout!r}, expected 'mn_major' or 'row_major'")
+    device = torch.device(device)
+    b_key = (case.b, case.groups, case.n, case.k, case.layout == "dense", str(device), seed)
+    shape = (case.groups, case.m, case.n) if case.layout == "k_grouped" else (
+        (case.groups, case.max_m, case.n) if case.layout == "masked" else (case.a_rows, case.n))
+    out = guarded_empty(shape, ELEMENTS[case.out_dtype].dtype, device)
+    inputs = Inputs(case, device, seed, None, None, make_layout(case, device), out, b_key)  # type: ignore[arg-type]
+    if hollow:
+        dims = (case.groups, case.max_m) if case.layout == "masked" else (case.a_rows,)
+        k = case.rows if case.layout == "k_grouped" else case.k
+        weights = (case.groups, case.n, k) if case.op == "grouped_gemm" else (case.n, k)
+        inputs.a, inputs.b = poisoned((*dims, k), case.a, device), poisoned(weights, case.b, device)
+    elif case.layout == "k_grouped":
+        inputs.a, inputs.b = (_columns(inputs, f, s, r) for f, s, r in
+                              ((case.a, inputs.source_a, case.m), (case.b, inputs.source_b, case.n)))
+    else:
+        same = reuse is not None and reuse._b_key == b_key and reuse.case.layout != "k_grouped"
+        inputs.b = reuse.b if same and reuse is not None else _weights(inputs)
+        inputs.a = _rows(inputs)
+    if scale_layout == "mn_major":
+        inputs.a = _mn_major(inputs.a)
+        inputs.b = _mn_major(inputs.b) if case.layout == "k_grouped" else inputs.b
+    inputs.reset_out()
+    return inputs
+
+
+def make_layout(case: Case, device: torch.device) -> Layout | None:
+    """The layout object of a case, its index on `device`."""
+    sizes, kind = case.group_sizes, case.layout
+    if kind == "masked":
+        return Masked(torch.tensor(sizes, dtype=torch.int32, device=device), case.expected_m)
+    if kind in ("offsets", "k_grouped"):
+        offsets = torch.tensor((0, *sizes), dtype=torch.int64).cumsum(0).to(torch.int32).to(device)
+        return Offsets(offsets) if kind == "offsets" else KGrouped(offsets)
+    if kind == "psum":
+        ends, row = [], 0
+        for s in sizes:
+            row = -(-row // case.alignment) * case.alignment + s
+            ends.append(row)
+        return Psum(torch.tensor(ends, dtype=torch.int32, device=device), case.alignment)
+    if kind == "contiguous":
+        ids = torch.full((case.a_rows,), -1, dtype=torch.int32)
+        for g, start, n in case.segments:
+            ids[start : start + n] = g
+        return Contiguous(ids.to(device))
+    return None
+
+
+def poisoned(shape: tuple[int, ...], fmt: Format, device: torch.device) -> ScaledTensor:
+    """An operand of logical `shape` `[..., R, K]` whose payload and scales are NaN."""
+    packed = (*shape[:-1], shape[-1] // fmt.elem.per_byte)
+    data = torch.empty(packed, dtype=fmt.elem.dtype, device=device)
+    if fmt.element in NAN_BYTE:
+        data.view(torch.uint8).fill_(NAN_BYTE[fmt.element])
+    else:
+        data.fill_(float("nan"))
+    if not fmt.scaled:
+        return ScaledTensor(data, None, fmt)
+    scale = torch.empty(fmt.scale_shape(shape), dtype=torch.float32 if fmt.scale == "fp32" else torch.uint8, device=device)
+    return ScaledTensor(data, scale.fill_(float("nan") if fmt.scale == "fp32" else E8M0_NAN), fmt)
+
+
+def _quantize(x: Tensor, fmt: Format) -> ScaledTensor:
+    if not fmt.scaled:
+        return ScaledTensor(x.to(fmt.elem.dtype), None, fmt)
+    from ..ops.quantize import quantize
+
+    return quantize(x, fmt)
+
+
+def _weights(inputs: Inputs) -> ScaledTensor:
+    c = inputs.case
+    if c.layout == "dense":
+        return _quantize(inputs.source_b(0), c.b)
+    b = poisoned((c.groups, c.n, c.k), c.b, inputs.device)
+    for g in range(c.groups):
+        _put(b, g, _quantize(inputs.source_b(g), c.b))
+    return b
+
+
+def _put(target: ScaledTensor, index: Any, value: ScaledTensor) -> None:
+    target.data[index] = value.data
+    if target.scale is not None and value.scale is not None:
+        target.scale[index if target.format.group[0] or isinstance(index, int) else slice(None)] = value.scale
+
+
+def _rows(inputs: Inputs) -> ScaledTensor:
+    c = inputs.case
+    if c.layout == "masked":
+        a = poisoned((c.groups, c.max_m, c.k), c.a, inputs.device)
+        for g in inputs.groups:
+            _put(a[g], slice(0, c.group_sizes[g]), _quantize(inputs.source_a(g), c.a))
+        return a
+    if c.layout == "dense":
+        return _quantize(inputs.source_a(0), c.a) if c.m else poisoned((0, c.k), c.a, inputs.device)
+    a = poisoned((c.a_rows, c.k), c.a, inputs.device)
+    if not c.segments:
+        return a
+    # all rows at once, so that a tensor-wise scale covers the whole operand
+    q = _quantize(torch.cat([inputs.source_a(g) for g in inputs.groups]), c.a)
+    first = {g: sum(c.group_sizes[:g]) for g in inputs.groups}
+    for g, start, n in c.segments:
+        src = slice(first[g], first[g] + n)
+        first[g] += n
+        by_row = q.scale is None or c.a.group[0] == 0
+        _put(a, slice(start, start + n), ScaledTensor(q.data[src], q.scale if by_row else q.scale[src], c.a))  # type: ignore
+    return a
+
+
+def _columns(inputs: Inputs, fmt: Format, source: Callable[[int], Tensor], rows: int) -> ScaledTensor:
+    parts = [source(g) for g in inputs.groups]
+    if not parts:
+        return poisoned((rows, 0), fmt, inputs.device)
+    return _quantize(torch.cat(parts, dim=1), fmt)
+
+
+def _mn_major(x: ScaledTensor) -> ScaledTensor:
+    if x.scale is None or x.format.group[0] != 1:
+        return x
+    return ScaledTensor(x.data, mn_major_tma_aligned(x.scale), x.format)

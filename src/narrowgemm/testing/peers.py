@@ -1,0 +1,265 @@
+"""Other libraries on the same case: adapters that are inert until asked for, and never imported by the package itself.
+
+An adapter says whether the library is here (`available`), whether it computes a case at all (`supports`: pure data, so a
+report knows which rows must exist), and prepares a call whose inputs hold the same values. What a user of the peer would do
+once (transposing scales, padding weights) is in `prepare`, outside the timing; what it must do on every call is inside.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..formats import FP8_1x128, FP8_128x128
+from ..scales import mn_major_tma_aligned
+from .case import Case
+from .guard import Guarded
+from .inputs import Inputs
+
+# A peer is not failed over the last bits of its sum, only where its product is another one.
+SAME_BITS_LIMIT = 1e-4
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A peer's call on one case. `rows(g)` is group g of its output after a `run`; `reference` names what to compare it with.
+
+    `reference`: 'same_bits', 'unquantised', or '' where there is no output (a floor). `limit`: on its calc_diff.
+    """
+
+    run: Callable[[], object]
+    rows: Callable[[int], Tensor] | None = None
+    reference: str = ""
+    limit: float = 0.0
+
+
+class Peer(Protocol):
+    name: str
+
+    def available(self, device: torch.device) -> str | None:
+        """None, or why this peer can't run here."""
+
+    def supports(self, case: Case) -> str | None:
+        """None, or why this peer does not compute the case. Depends on the case alone."""
+
+    def prepare(self, case: Case, inputs: Inputs) -> Prepared: ...
+
+
+def packed(inputs: Inputs, alignment: int = 1) -> tuple[dict[int, slice], int]:
+    """Rows of each group with rows, one after the other from multiples of `alignment`, and the rows of the whole."""
+    rows, start = {}, 0
+    for g in inputs.groups:
+        rows[g] = slice(start, start + inputs.case.group_sizes[g])
+        start = -(-rows[g].stop // alignment) * alignment
+    return rows, start
+
+
+def padded(inputs: Inputs, alignment: int) -> tuple[Tensor, Tensor, Tensor, dict[int, slice]]:
+    """A copy of a flat A whose groups start at multiples of `alignment`: payload, scales, m_indices, rows of each group.
+
+    Padding is zero payload with unit scales, as a user of a padded layout would make it.
+    """
+    case, a = inputs.case, inputs.a
+    rows, start = packed(inputs, alignment)
+    ids = torch.full((start,), -1, dtype=torch.int32)
+    data = torch.zeros((start, case.k), dtype=a.data.dtype, device=inputs.device)
+    assert a.scale is not None
+    scale = torch.ones((start, a.scale.shape[1]), dtype=a.scale.dtype, device=inputs.device)
+    for g, r in rows.items():
+        data[r], scale[r], ids[r] = inputs.rows(a.data, g), inputs.rows(a.scale, g), g
+    return data, scale, ids.to(inputs.device), rows
+
+
+class DeepGemm:
+    """DeepGEMM on SM90: 1x128 by 128x128 FP8 with FP32 scales. Offsets and psum run on a padded contiguous copy."""
+
+    name = "deepgemm"
+    ALIGNMENT = 128
+
+    def available(self, device: torch.device) -> str | None:
+        if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
+            return "DeepGEMM needs an NVIDIA GPU of compute capability 9.0 or later"
+        return _import_error("deep_gemm")
+
+    def supports(self, case: Case) -> str | None:
+        if (case.a, case.b) != (FP8_1x128, FP8_128x128):
+            return f"DeepGEMM's SM90 kernels take fp8_1x128 x fp8_128x128, not {case.a.name} x {case.b.name}"
+        if case.layout == "k_grouped":
+            return "its k-grouped product takes per-group transposed copies and host sizes"
+        if case.out_dtype != "bf16" or case.accumulate:
+            return "DeepGEMM's output is BF16, without accumulation"
+        if case.k % 128 or case.n % 64:
+            return f"DeepGEMM needs K in blocks of 128 and N of 64, not {case.n}x{case.k}"
+        return "no rows" if case.rows == 0 else None
+
+    def prepare(self, case: Case, inputs: Inputs) -> Prepared:
+        dg = importlib.import_module("deep_gemm")
+        a, b = inputs.a, inputs.b
+        assert a.scale is not None and b.scale is not None
+        transformed = a.scale.stride(-1) != 1  # row-major scales: the transform is to be timed, DeepGEMM does it itself
+        out = torch.full_like(inputs.out.tensor, float("nan"))
+        pa, pb = (a.data, a.scale), (b.data, b.scale)
+        if case.layout == "dense":
+            return Prepared(lambda: dg.fp8_gemm_nt(pa, pb, out), lambda g: out, "same_bits", SAME_BITS_LIMIT)
+        if case.layout == "masked":
+            index = inputs.layout.index  # type: ignore[union-attr]
+            return Prepared(lambda: dg.m_grouped_fp8_gemm_nt_masked(pa, pb, out, index, case.expected_m),
+                            lambda g: inputs.rows(out, g), "same_bits", SAME_BITS_LIMIT)
+        if case.layout == "contiguous" and case.alignment % self.ALIGNMENT == 0 and case.order == "sorted" and not case.slack:
+            ids = inputs.layout.index  # type: ignore[union-attr]
+            return Prepared(lambda: dg.m_grouped_fp8_gemm_nt_contiguous(pa, pb, out, ids),
+                            lambda g: inputs.rows(out, g), "same_bits", SAME_BITS_LIMIT)
+        data, scale, ids, rows = padded(inputs, self.ALIGNMENT)
+        pad = (data, mn_major_tma_aligned(scale) if transformed else scale)
+        y = torch.full((data.shape[0], case.n), float("nan"), dtype=torch.bfloat16, device=inputs.device)
+        return Prepared(lambda: dg.m_grouped_fp8_gemm_nt_contiguous(pad, pb, y, ids), lambda g: y[rows[g]], "same_bits",
+                        SAME_BITS_LIMIT)
+
+
+class Torch:
+    """torch's own scaled product (cuBLASLt) of dense block-scaled FP8."""
+
+    name = "torch"
+
+    def available(self, device: torch.device) -> str | None:
+        if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0):
+            return "torch's 1x128 by 128x128 product is for NVIDIA compute capability 9.0"
+        return None if hasattr(torch.nn.functional, "scaled_mm") else "this torch has no torch.nn.functional.scaled_mm"
+
+    def supports(self, case: Case) -> str | None:
+        if case.layout != "dense" or (case.a, case.b) != (FP8_1x128, FP8_128x128):
+            return "only dense fp8_1x128 x fp8_128x128 is compared with torch's scaled product"
+        if case.accumulate or case.m % 4 or case.n % 16 or case.k % 128 or not case.m:
+            return "cuBLASLt needs M in fours, N in sixteens, K in blocks of 128"
+        return None
+
+    def prepare(self, case: Case, inputs: Inputs) -> Prepared:
+        from torch.nn.functional import ScalingType, scaled_mm
+
+        a, b = inputs.a, inputs.b
+        assert a.scale is not None and b.scale is not None
+        sa = a.scale.mT.contiguous().mT                                             # [M, K/128], M contiguous
+        sb = torch.zeros((b.scale.shape[0], -(-b.scale.shape[1] // 4) * 4), device=inputs.device)
+        sb[:, : b.scale.shape[1]] = b.scale                                         # K blocks padded to fours, contiguous
+        dtype = inputs.out.tensor.dtype
+        result: list[Tensor] = []
+
+        def run() -> None:
+            result[:] = [scaled_mm(a.data, b.data.mT, sa, ScalingType.BlockWise1x128, sb.mT, ScalingType.BlockWise128x128,
+                                   output_dtype=dtype)]
+
+        return Prepared(run, lambda g: result[0], "same_bits", SAME_BITS_LIMIT)
+
+
+class TorchBf16:
+    """The unquantised product in BF16: torch.mm, torch.nn.functional.grouped_mm, and a loop on the CPU."""
+
+    name = "torch_bf16"
+
+    def available(self, device: torch.device) -> str | None:
+        return None if hasattr(torch.nn.functional, "grouped_mm") else "this torch has no torch.nn.functional.grouped_mm"
+
+    def supports(self, case: Case) -> str | None:
+        if case.layout == "k_grouped" or case.accumulate:
+            return "only forward products without accumulation are compared with BF16"
+        if case.rows == 0:
+            return "no rows"
+        return "grouped_mm needs N and K in eights" if case.layout != "dense" and (case.n % 8 or case.k % 8) else None
+
+    def prepare(self, case: Case, inputs: Inputs) -> Prepared:
+        from torch.nn.functional import grouped_mm
+
+        limit = 5e-6
+        if case.layout == "dense":
+            a, b = inputs.source_a(0), inputs.source_b(0)
+            y = torch.empty((case.m, case.n), dtype=torch.bfloat16, device=inputs.device)
+            return Prepared(lambda: torch.mm(a, b.mT, out=y), lambda g: y, "unquantised", limit)
+        rows, total = packed(inputs)
+        a = torch.cat([inputs.source_a(g) for g in rows])
+        if inputs.device.type == "cpu":
+            weights = {g: inputs.source_b(g) for g in rows}
+            y = torch.empty((total, case.n), dtype=torch.bfloat16)
+
+            def loop() -> None:
+                for g, r in rows.items():
+                    torch.mm(a[r], weights[g].mT, out=y[r])
+
+            return Prepared(loop, lambda g: y[rows[g]], "unquantised", limit)
+        b = torch.empty((case.groups, case.n, case.k), dtype=torch.bfloat16, device=inputs.device)
+        for g in range(case.groups):
+            b[g] = inputs.source_b(g)
+        ends = torch.tensor(case.group_sizes, device=inputs.device).cumsum(0).to(torch.int32)
+        result: list[Tensor] = []
+
+        def run() -> None:
+            result[:] = [grouped_mm(a, b.mT, offs=ends, out_dtype=torch.bfloat16)]
+
+        return Prepared(run, lambda g: result[0][rows[g]], "unquantised", limit)
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A backend of ours as a peer of another."""
+
+    name: str
+
+    def available(self, device: torch.device) -> str | None:
+        return None
+
+    def supports(self, case: Case) -> str | None:
+        return None
+
+    def prepare(self, case: Case, inputs: Inputs) -> Prepared:
+        own = Inputs(case, inputs.device, inputs.seed, inputs.a, inputs.b, inputs.layout,
+                     Guarded(torch.empty_like(inputs.out.tensor), inputs.out.buffer, inputs.out.guard))
+        y = own.out.tensor
+        if case.accumulate:
+            y.copy_(inputs.out.tensor)
+        return Prepared(lambda: own.call(backend=self.name), lambda g: own.rows(y, g), "same_bits", SAME_BITS_LIMIT)
+
+
+ADAPTERS: dict[str, Peer] = {p.name: p for p in (DeepGemm(), Torch(), TorchBf16())}
+FLOOR = "floor"
+
+
+def names() -> tuple[str, ...]:
+    """Every name that `--peers` takes: adapters, the floor, and our own backends."""
+    from ..kernels.registry import backends
+
+    return (*ADAPTERS, FLOOR, *backends())
+
+
+def get_peer(name: str) -> Peer:
+    """The adapter of a peer, or one of a backend of ours. ValueError names the ones there are."""
+    if name in ADAPTERS:
+        return ADAPTERS[name]
+    if name == FLOOR or name not in names():
+        raise ValueError(f"peer: got {name!r}, expected one of {[n for n in names() if n != FLOOR]}")
+    return Backend(name)
+
+
+def computes(peer: str, case: Case) -> bool:
+    """Whether a result of the case must have a row with this peer. A floor exists for all work there is."""
+    return case.flops > 0 if peer == FLOOR else get_peer(peer).supports(case) is None
+
+
+@lru_cache(maxsize=16)
+def _import_error(module: str) -> str | None:
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError, AssertionError, RuntimeError) as e:
+        return f"{module} can't be imported: {e}"
+    return None
+
+
+def version(peer: str) -> str:
+    """Version of the library behind a peer, '' where it has none or is not imported."""
+    found = sys.modules.get({"deepgemm": "deep_gemm"}.get(peer, ""))
+    return str(getattr(found, "__version__", ""))

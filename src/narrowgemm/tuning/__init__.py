@@ -1,0 +1,1 @@
+"""Legal candidates, their predicted cost, and tuned tables as data."""

@@ -1,0 +1,114 @@
+"""Cross-compiles kernels with no GPU, each target in a process of its own (one AMD target a process: Triton keeps state).
+
+A job is an ordinary launch on small CPU tensors; in the worker, launching compiles for the target and records the machine
+code instead of running. Jobs are generators named by "module:function" that yield (id, callable).
+
+    reports = compile_jobs("gfx950", "tests.kernels.fp8_block_jobs:jobs")
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NVIDIA_OPS = ("wgmma.mma_async", "mma.sync", "tcgen05.mma", "cp.async", "cp.async.bulk.tensor", "e4m3", "setmaxnreg")
+
+
+def compile_jobs(target: str, jobs: str, *args: str) -> list[dict]:
+    """One report a compiled kernel: job, kernel, shared (bytes), spills (bytes), registers, ops (mnemonic: count)."""
+    env = dict(os.environ, TRITON_INTERPRET="0", NARROWGEMM_ARCH=target, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'src'}")
+    done = subprocess.run([sys.executable, "-m", "tests._compile", target, jobs, *args], cwd=ROOT, env=env,
+                          capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, f"compiling {jobs} for {target} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def gpu_target(target: str):
+    from triton.backends.compiler import GPUTarget
+
+    if target.startswith("gfx"):
+        return GPUTarget("hip", target, 64)
+    return GPUTarget("cuda", int(target[2:]), 32)
+
+
+class FakeDriver:
+    """Just enough of a driver for a JIT function to compile."""
+
+    def __init__(self, target: str) -> None:
+        self.target = gpu_target(target)
+
+    def get_current_target(self):
+        return self.target
+
+    def get_current_device(self):
+        return 0
+
+    def get_current_stream(self, device=None):
+        return 0
+
+    def get_active_torch_device(self):
+        import torch
+
+        return torch.device("cpu")
+
+
+def nvidia_report(kernel, target: str) -> dict:
+    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+
+    ptx = kernel.asm["ptx"]
+    arch = sm_arch_from_capability(int(target[2:]))
+    with tempfile.TemporaryDirectory() as d:
+        source = Path(d) / "kernel.ptx"
+        source.write_text(ptx)
+        tool = get_ptxas(int(target[2:])) if get_ptxas.__code__.co_argcount else get_ptxas()
+        log = subprocess.run([tool.path, "-v", f"--gpu-name={arch}", str(source), "-o", f"{d}/kernel.cubin"],
+                             capture_output=True, text=True, check=True).stderr
+    spill = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
+    registers = re.search(r"Used (\d+) registers", log)
+    return {"spills": int(spill[1]) + int(spill[2]) if spill else -1, "registers": int(registers[1]) if registers else -1,
+            "serialized": "C7514" in log, "ops": {op: ptx.count(op) for op in NVIDIA_OPS}}
+
+
+def amd_report(kernel) -> dict:
+    asm = kernel.asm["amdgcn"]
+    # scalar registers spill into lanes of vector registers, not to memory: the scratch size tells what reaches memory
+    spills = sum(int(x) for x in re.findall(r"\.vgpr_spill_count:\s+(\d+)|\.private_segment_fixed_size:\s+(\d+)", asm)
+                 for x in x if x)
+    registers = re.search(r"\.vgpr_count:\s+(\d+)", asm)
+    ops: dict[str, int] = {}
+    for op in re.findall(r"\b(v_mfma\w+|v_cvt_scalef32\w+|buffer_load\w+|global_load\w+|ds_read_b64_tr\w+)", asm):
+        ops[op] = ops.get(op, 0) + 1
+    return {"spills": spills, "registers": int(registers[1]) if registers else -1, "serialized": False, "ops": ops}
+
+
+def main(target: str, jobs: str, *args: str) -> None:
+    from importlib import import_module
+
+    import triton
+
+    triton.runtime.driver.set_active(FakeDriver(target))
+    reports: list[dict] = []
+    original = triton.runtime.jit.JITFunction.run
+    current = ""
+
+    def compile_only(self, *run_args, grid, warmup, **kwargs):
+        kernel = original(self, *run_args, grid=grid, warmup=True, **kwargs)
+        report = amd_report(kernel) if target.startswith("gfx") else nvidia_report(kernel, target)
+        reports.append({"job": current, "kernel": self.fn.__name__, "shared": kernel.metadata.shared, **report})
+        return kernel
+
+    triton.runtime.jit.JITFunction.run = compile_only
+    module, _, name = jobs.partition(":")
+    for current, job in getattr(import_module(module), name)(target, *args):  # noqa: B007
+        job()
+    print(json.dumps(reports))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
