@@ -1,9 +1,9 @@
 """Repairs Triton's interpreter, so that what it computes is what the compiled kernel computes.
 
 Triton 3.6's interpreter multiplies BF16 operands of `tl.dot` as raw integers, truncates casts to BF16, makes FP8 casts
-that are off by up to 2x, lets NaN through `maxnum`, has no BF16 constants and no `dot_scaled`, and cannot loop over a
-runtime bound with NumPy >= 2.4. Each fault is probed first: a fix that the installed Triton has made itself is
-not patched over. `repair()` says which faults it found.
+that are off by up to 2x, lets NaN through `maxnum`, has no BF16 constants and no `dot_scaled`, makes loop variables Python
+ints, and cannot loop over a runtime bound with NumPy >= 2.4. Each fault is probed first: a fix that the installed Triton
+has made itself is not patched over. `repair()` says which faults it found.
 
 Narrow floats go through float32 and torch: round to nearest even, FP8 saturating (infinities too, NaN stays NaN), which
 is what `cvt.rn.satfinite` does on the device. Rounding toward zero stays with Triton's own code.
@@ -11,6 +11,7 @@ is what `cvt.rn.satfinite` does on the device. Rounding toward zero stays with T
 
 from __future__ import annotations
 
+import ast
 import warnings
 from collections.abc import Callable
 from functools import lru_cache
@@ -264,6 +265,24 @@ def fix_index() -> None:
     ti._patch_lang_tensor = patch_lang_tensor
 
 
+def loop_variable_wrong() -> bool:
+    """Whether `for i in range(...)` gives a Python int, where the compiler gives a tensor with `.to` and a dtype."""
+    return not hasattr(ti.ASTTransformer, "visit_For")
+
+
+def fix_loop_variable() -> None:
+    def visit_For(self, node: ast.For) -> ast.For:
+        self.generic_visit(node)
+        call = node.iter.func if isinstance(node.iter, ast.Call) else None
+        name = call.id if isinstance(call, ast.Name) else call.attr if isinstance(call, ast.Attribute) else ""
+        if name == "range" and isinstance(node.target, ast.Name):  # not static_range, whose variable is a constexpr
+            convert = ast.parse(f"{node.target.id} = interpreter_semantic.to_tensor({node.target.id}, False)").body
+            node.body[:0] = [ast.copy_location(stmt, node.body[0]) for stmt in convert]
+        return node
+
+    ti.ASTTransformer.visit_For = visit_For
+
+
 FAULTS: dict[str, tuple[Callable[[], bool], Callable[[], None]]] = {
     "casts to and from BF16 and FP8": (casts_wrong, fix_casts),
     "BF16 arithmetic": (arithmetic_wrong, fix_arithmetic),
@@ -273,6 +292,7 @@ FAULTS: dict[str, tuple[Callable[[], bool], Callable[[], None]]] = {
     "dot of BF16 and FP8": (dot_wrong, fix_dot),
     "no dot_scaled": (dot_scaled_wrong, fix_dot_scaled),
     "loops over a runtime bound": (index_wrong, fix_index),
+    "loop variables are Python ints": (loop_variable_wrong, fix_loop_variable),
 }
 
 

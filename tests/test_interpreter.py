@@ -36,6 +36,8 @@ def control_kernel(x, y, n, N: tl.constexpr):
     while j * j < n:
         total += j
         j += 1
+    for k in range(0, n):
+        total += (k.to(tl.int64) * 0).to(tl.int32)
     tl.store(y + i, tl.cumsum(v, 0) + total, mask=i < n)
 
 

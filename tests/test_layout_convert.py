@@ -198,6 +198,12 @@ def test_offsets_from_routed_skips():
     assert row_map.tolist() == [3, 1] + [-1] * 7
 
 
+def test_offsets_from_routed_never_point_past_the_rows():
+    """A malformed layout that holds slots several times is cut at num_slots rows."""
+    layout, row_map = offsets_from_routed(Routed(i32([0, 0, 1, 1]), i32([0, 1]), i32([4]), 3, 1, 2), 2)
+    assert layout.offsets.tolist() == [0, 2, 3] and row_map.tolist() == [0, 0, 1]
+
+
 @given(st.lists(st.integers(-50, 50), min_size=1, max_size=9), st.integers(0, 60))
 def test_garbage_offsets_stay_in_bounds(values, rows):
     """Descending, negative, past the end: every index that comes out is -1 or a row of the buffer, after the gather."""

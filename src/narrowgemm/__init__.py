@@ -3,19 +3,35 @@
 Importing needs torch alone: no GPU, no Triton, no network.
 """
 
-from .errors import Unsupported
-from .formats import BF16, FORMATS, FP8_128x128, FP8_1x128, FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, Format, ScaledTensor
-from .layouts import Contiguous, KGrouped, Layout, Masked, Offsets, Psum, Routed
-from .ops.explain import Explanation, explain
-from .ops.gemm import gemm
-from .ops.grouped import grouped_gemm
-from .ops.wgrad import grouped_gemm_wgrad
-from .problem import Config, Plan, Problem
 from .version import __version__
 
+try:
+    import torch as _torch  # noqa: F401
+except (ImportError, OSError, RuntimeError, AttributeError, NameError, SyntaxError) as _error:
+    # torch is missing or broken. `python -m narrowgemm env` must be able to say so: fail at the first use instead.
+    _cause = _error
+
+    def __getattr__(name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ImportError(f"narrowgemm.{name} needs torch, which can't be imported here "
+                          f"({type(_cause).__name__}: {_cause}); `python -m narrowgemm env` shows more") from _cause
+else:
+    from .errors import Unsupported
+    from .formats import BF16, FORMATS, FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, Format, FP8_1x128, FP8_128x128, ScaledTensor
+    from .layouts import Contiguous, KGrouped, Layout, Masked, Offsets, Psum, Routed
+    from .ops.explain import Explanation, explain
+    from .ops.gemm import gemm
+    from .ops.grouped import grouped_gemm
+    from .ops.prepare import prepare
+    from .ops.quantize import quantize
+    from .ops.route import Routing, combine, gather, moe_align_block_size, route, sort_by_expert
+    from .ops.wgrad import grouped_gemm_wgrad
+    from .problem import Config, Plan, Problem
+
 __all__ = [
-    "BF16", "FORMATS", "FP8_128x128", "FP8_1x128", "FP8_ROW", "FP8_TENSOR", "MXFP4", "MXFP8",
-    "Config", "Contiguous", "Explanation", "Format", "KGrouped", "Layout", "Masked", "Offsets", "Plan", "Problem", "Psum",
-    "Routed", "ScaledTensor", "Unsupported", "__version__",
-    "explain", "gemm", "grouped_gemm", "grouped_gemm_wgrad",
+    "BF16", "FORMATS", "FP8_ROW", "FP8_TENSOR", "MXFP4", "MXFP8", "Config", "Contiguous", "Explanation",
+    "FP8_1x128", "FP8_128x128", "Format", "KGrouped", "Layout", "Masked", "Offsets", "Plan", "Problem",
+    "Psum", "Routed", "Routing", "ScaledTensor", "Unsupported", "__version__", "combine", "explain", "gather", "gemm",
+    "grouped_gemm", "grouped_gemm_wgrad", "moe_align_block_size", "prepare", "quantize", "route", "sort_by_expert",
 ]

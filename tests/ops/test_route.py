@@ -61,8 +61,9 @@ def test_route(case, dtype):
     weights, ids = route(logits, k, scoring=scoring, renormalize=renormalize, bias=bias, num_expert_group=groups,
                          topk_group=kept, scaling_factor=factor)
     assert weights.dtype == torch.float32 and ids.dtype == torch.int32 and weights.shape == ids.shape == (50, k)
+    biases = None if bias is None else bias.tolist()
     for row, w, i in zip(logits.float().tolist(), weights.tolist(), ids.tolist()):
-        want_ids, want = naive_route(row, k, scoring, renormalize, bias.tolist() if biased else None, groups, kept, factor)
+        want_ids, want = naive_route(row, k, scoring, renormalize, biases, groups, kept, factor)
         assert i == want_ids
         assert w == pytest.approx(want, rel=2e-6)
 

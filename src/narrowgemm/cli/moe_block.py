@@ -15,10 +15,11 @@ from torch import Tensor
 
 from ..formats import FP8_1x128, ScaledTensor
 from ..integrations.checkpoints import MoELayer
-from ..ops.explain import explain
-from ..ops.grouped import grouped_gemm
-from ..ops.quantize import quantize
+from ..ops import grouped
+from ..ops import quantize as quantize_op
+from ..ops.common import Options
 from ..ops.route import Routing, combine, gather, route, sort_by_expert
+from ..problem import Plan
 from ..reference.gemm import full_float32
 from ..testing.numerics import GateResult, calc_diff, check_gates
 from ..testing.timers import GraphTimer, WallTimer, ceilings
@@ -101,7 +102,6 @@ def run_block(layer: MoELayer, x: Tensor, *, top_k: int, activation: str, timer:
     assert layer.router is not None
     t, hidden, inter, experts = x.shape[0], layer.hidden, layer.inter, len(layer.experts)
     r = t * top_k
-    device = x.device
     router = layer.router[layer.experts.start:layer.experts.stop].float()
     options = dict(layer.routing)
     if experts < layer.num_experts:  # groups of experts mean nothing in a part of them
@@ -116,30 +116,29 @@ def run_block(layer: MoELayer, x: Tensor, *, top_k: int, activation: str, timer:
     slices = [slice(a, b) for a, b in pairwise(bounds)]
     active = sum(s.stop > s.start for s in slices)
 
-    def fp8_bytes(rows: int, cols: int) -> int:
-        return FP8_1x128.storage_bytes(rows, cols)
+    def narrow(name: str, values: Tensor) -> ScaledTensor:
+        plan = quantize_op._plan(values, FP8_1x128, "rceil", 1e-4, "mn_major", None, None)
+        return fp8(name, lambda: quantize_op.quantize(values, FP8_1x128, scale_layout="mn_major"),
+                   values.nbytes + FP8_1x128.storage_bytes(*values.shape), **_choice(plan))
 
     def product(name: str, a: ScaledTensor, w: ScaledTensor) -> Tensor:
         _, n, k = w.shape
-        plan = explain("grouped_gemm", layout="offsets", groups=experts, m=r, n=n, k=k, device=device).plan
-        nbytes = fp8_bytes(r, k) + active * w.format.storage_bytes(n, k) + 2 * r * n
-        return fp8(name, lambda: grouped_gemm(a, w, routing.layout), nbytes, 2.0 * r * n * k,
-                   kernel=f"{plan.kernel} {plan.config}".strip() if plan.backend != "reference" else plan.kernel,
-                   why=_why(plan.reason, plan.passed_over), predicted_us=plan.predicted_us)
+        plan = grouped.plan_of(a, w, routing.layout, None, torch.bfloat16, False, True, Options())
+        nbytes = FP8_1x128.storage_bytes(r, k) + active * w.format.storage_bytes(n, k) + 2 * r * n
+        return fp8(name, lambda: grouped.grouped_gemm(a, w, routing.layout), nbytes, 2.0 * r * n * k, **_choice(plan))
 
-    xq = fp8("quantize x", lambda: quantize(x, FP8_1x128), x.nbytes + fp8_bytes(t, hidden))
-    rows = fp8("gather", lambda: gather(xq, routing), fp8_bytes(t, hidden) + fp8_bytes(r, hidden))
-    h = product("gate_up", rows, layer.gate_up)
+    rows = fp8("gather", lambda: gather(x, routing), 2 * (t + r) * hidden)
+    xq = narrow("quant x", rows)
+    h = product("gate_up", xq, layer.gate_up)
     act = fp8("swiglu", lambda: activate(h, activation), 2 * r * 3 * inter)
-    aq = fp8("quantize act", lambda: quantize(act, FP8_1x128), 2 * r * inter + fp8_bytes(r, inter))
+    aq = narrow("quant act", act)
     y = product("down", aq, layer.down)
     out = fp8("combine", lambda: combine(y, routing, weights), 2 * r * hidden + 2 * t * hidden)
 
     on_step("FP32 reference")
-    ref = _reference(layer, x, routing, weights, slices, activation, same={"gate_up": (rows, gather(x, routing)),
-                                                                       "down": (aq, act)})
-    made: dict[str, Tensor | ScaledTensor] = {"quantize x": xq, "gather": rows, "gate_up": h, "swiglu": act,
-                                              "quantize act": aq, "down": y, "combine": out}
+    ref = _reference(layer, rows, routing, weights, slices, activation, {"gate_up": (xq, rows), "down": (aq, act)})
+    made: dict[str, Tensor | ScaledTensor] = {"gather": rows, "quant x": xq, "gate_up": h, "swiglu": act,
+                                              "quant act": aq, "down": y, "combine": out}
     _errors(fp8.done, made, ref.layer)
     gates = {name: check_gates(result, ref.same_bits[name], ref.unquantised[name], FP8_1x128, w.format, rows=slices,
                                k=w.shape[-1])
@@ -178,9 +177,8 @@ class _Reference:
 
 def _reference(layer: MoELayer, x: Tensor, routing: Routing, weights: Tensor, slices: list[slice], activation: str,
                same: dict[str, tuple[ScaledTensor, Tensor]]) -> _Reference:
-    """Expert by expert, so that one expert's weights at a time are held in FP32."""
-    values: dict[str, Tensor] = {"quantize x": x.float()}
-    values["gather"] = gather(values["quantize x"], routing)
+    """Expert by expert, so that one expert's weights at a time are held in FP32. `x`: gathered rows `[R, H]`."""
+    values: dict[str, Tensor] = {"gather": x.float(), "quant x": x.float()}
     bits: dict[str, Tensor] = {}
     plain: dict[str, Tensor] = {}
     for name, w, source in (("gate_up", layer.gate_up, "gather"), ("down", layer.down, "swiglu")):
@@ -195,7 +193,7 @@ def _reference(layer: MoELayer, x: Tensor, routing: Routing, weights: Tensor, sl
                         torch.mm(side[rows], weight, out=result[rows])
         values[name], bits[name], plain[name] = outs
         if name == "gate_up":
-            values["swiglu"] = values["quantize act"] = activate(values[name], activation)
+            values["swiglu"] = values["quant act"] = activate(values[name], activation)
     values["combine"] = combine(values["down"], routing, weights)
     return _Reference(values, bits, plain)
 
@@ -231,8 +229,13 @@ def _errors(steps: list[Step], made: dict[str, Any], ref: dict[str, Tensor]) -> 
             step.error = calc_diff(value, ref[step.name])
 
 
-def _why(reason: str, passed_over: tuple[tuple[str, str], ...]) -> str:
-    return "; ".join((reason, *(f"not {name}: {text}" for name, text in passed_over)))
+def _choice(plan: Plan | None) -> dict[str, Any]:
+    """What a step says about the kernel it ran on."""
+    if plan is None:
+        return {"kernel": "", "why": "nothing to compute"}
+    kernel = plan.kernel if plan.backend == "reference" else f"{plan.kernel} [{plan.config}]"
+    why = "; ".join((plan.reason, *(f"not {name}: {text}" for name, text in plan.passed_over)))
+    return {"kernel": kernel, "why": why, "predicted_us": plan.predicted_us}
 
 
 def roof_of(device: torch.device, timer: Timer) -> Roof:

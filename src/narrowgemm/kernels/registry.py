@@ -26,6 +26,7 @@ from .operands import Operands
 MODULES: tuple[str, ...] = (
     "triton.fp8_block",
     "triton.fp8_wgrad",
+    "triton.quantize",
     "torch_reference",
 )
 

@@ -36,11 +36,13 @@ class Options:
     validate: str | None = None
     on_unsupported: str = "portable"
 
+    def __post_init__(self) -> None:
+        expect(self.config is None or isinstance(self.config, Config), "config", type(self.config).__name__,
+               "a narrowgemm.Config", error=TypeError)
+
     def check(self) -> None:
         expect(isinstance(self.max_sms, int) and self.max_sms >= 0, "max_sms", self.max_sms, "0 (all) or a positive count")
         expect(self.validate in (None, "sync"), "validate", repr(self.validate), "None or 'sync'")
-        expect(self.config is None or isinstance(self.config, Config), "config", type(self.config).__name__,
-               "a narrowgemm.Config", error=TypeError)
 
 
 def as_operand(x: ScaledTensor | Tensor, name: str) -> ScaledTensor:
@@ -114,16 +116,14 @@ def check_pair(a: ScaledTensor, b: ScaledTensor, a_shape: str, b_shape: str, a_d
            f"a's, {a.shape[-1]} (a is {tuple(a.shape)})")
 
 
-def check_out(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device,
+def check_out(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
               accumulate: bool) -> None:
-    if dtype is not None:
-        expect(dtype in OUT_DTYPES, "out_dtype", dtype, f"one of {OUT_DTYPES}", error=TypeError)
     if out is None:
+        expect(dtype in OUT_DTYPES, "out_dtype", dtype, f"one of {OUT_DTYPES}", error=TypeError)
         expect(not accumulate, "out with accumulate=True", None, "the tensor to add to")
         return
-    expect(isinstance(out, Tensor), "out", type(out).__name__, "a torch.Tensor", error=TypeError)
     expect(out.dtype in OUT_DTYPES, "out, dtype", out.dtype, f"one of {OUT_DTYPES}", error=TypeError)
-    expect(dtype is None or out.dtype == dtype, "out, dtype", out.dtype, f"out_dtype, {dtype}", error=TypeError)
+    expect(out.dtype == dtype, "out, dtype", out.dtype, f"out_dtype, {dtype}", error=TypeError)
     expect(tuple(out.shape) == shape, "out, shape", tuple(out.shape), str(shape))
     expect(out.device == device, "out, device", out.device, f"the operands', {device}")
     expect(out.stride(-1) == 1 or out.shape[-1] <= 1, "out, strides", out.stride(), "contiguous rows (last stride 1)")
@@ -169,6 +169,7 @@ def plan(op: str, layout: str, a: ScaledTensor, b: ScaledTensor, out: Tensor, m:
 
 
 def out_dtype_of(out: Tensor | None, dtype: torch.dtype | None, default: torch.dtype) -> torch.dtype:
+    expect(out is None or isinstance(out, Tensor), "out", type(out).__name__, "a torch.Tensor", error=TypeError)
     return dtype if dtype is not None else default if out is None else out.dtype
 
 

@@ -42,17 +42,7 @@ def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, *, out: Tensor | No
     options = Options(backend, config, max_sms, validate, on_unsupported)
     key = common.signature(a, b, out, dtype, accumulate, options)
 
-    def make() -> Plan | None:
-        options.check()
-        common.check_pair(a, b, "[M, K]", "[N, K]", 2, 2)
-        shape = (a.shape[0], b.shape[0])
-        common.check_out(out, shape, dtype, a.device, accumulate)
-        if 0 in shape:
-            return None
-        like = out if out is not None else torch.empty_strided(shape, (shape[1], 1), dtype=dtype, device="meta")
-        return common.plan("gemm", "dense", a, b, like, shape[0], 1, shape[0], accumulate, True, options)
-
-    plan = _plans.get(key, make)
+    plan = _plans.get(key, lambda: plan_of(a, b, out, dtype, accumulate, options))
     if validate == "sync":
         validate_data.check_scales(a, b)
     if out is None:
@@ -60,6 +50,19 @@ def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, *, out: Tensor | No
     if plan is not None:
         run(plan, Operands(a, b, out, a.shape[0], b.shape[0], a.shape[1]), workspace)
     return out
+
+
+def plan_of(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, dtype: torch.dtype, accumulate: bool,
+            options: Options) -> Plan | None:
+    """Check the call and select its Plan; None where there is nothing to compute."""
+    options.check()
+    common.check_pair(a, b, "[M, K]", "[N, K]", 2, 2)
+    shape = (a.shape[0], b.shape[0])
+    common.check_out(out, shape, dtype, a.device, accumulate)
+    if 0 in shape:
+        return None
+    like = out if out is not None else torch.empty(shape, dtype=dtype, device="meta")
+    return common.plan("gemm", "dense", a, b, like, shape[0], 1, shape[0], accumulate, True, options)
 
 
 def _traced(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, dtype: torch.dtype | None, accumulate: bool,

@@ -43,7 +43,7 @@ def grouped_gemm(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, layout: Lay
     expected_m = layout.expected_m if isinstance(layout, Masked) else 0
     key = common.signature(a, b, out, dtype, accumulate, options, layout.kind, index.shape, index.dtype, index.device,
                            alignment, expected_m, zero_padding)
-    plan = _plans.get(key, lambda: _plan(a, b, layout, out, dtype, accumulate, zero_padding, options))
+    plan = _plans.get(key, lambda: plan_of(a, b, layout, out, dtype, accumulate, zero_padding, options))
     if validate == "sync":
         validate_data.check_layout(layout, a.shape[-2], b.shape[0])
         validate_data.check_scales(a, b)
@@ -54,8 +54,9 @@ def grouped_gemm(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, layout: Lay
     return out
 
 
-def _plan(a: ScaledTensor, b: ScaledTensor, layout: Layout, out: Tensor | None, dtype: torch.dtype, accumulate: bool,
-          zero_padding: bool, options: Options) -> Plan | None:
+def plan_of(a: ScaledTensor, b: ScaledTensor, layout: Layout, out: Tensor | None, dtype: torch.dtype, accumulate: bool,
+            zero_padding: bool, options: Options) -> Plan | None:
+    """Check the call and select its Plan; None where there is nothing to compute."""
     options.check()
     if layout.kind not in KINDS:
         raise Unsupported(f"grouped_gemm has no {layout.kind} layout yet", f"use one of {sorted(KINDS)}")

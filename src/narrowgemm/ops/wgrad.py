@@ -38,7 +38,7 @@ def grouped_gemm_wgrad(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, layou
     options = Options(backend, config, max_sms, validate, on_unsupported)
     index, groups = layout.offsets, layout.num_groups
     key = common.signature(a, b, out, dtype, accumulate, options, index.shape, index.dtype, index.device)
-    plan = _plans.get(key, lambda: _plan(a, b, layout, out, dtype, accumulate, options))
+    plan = _plans.get(key, lambda: plan_of(a, b, layout, out, dtype, accumulate, options))
     if validate == "sync":
         validate_data.check_layout(layout, a.shape[-1], groups)
         validate_data.check_scales(a, b)
@@ -49,8 +49,9 @@ def grouped_gemm_wgrad(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, layou
     return out
 
 
-def _plan(a: ScaledTensor, b: ScaledTensor, layout: KGrouped, out: Tensor | None, dtype: torch.dtype, accumulate: bool,
-          options: Options) -> Plan | None:
+def plan_of(a: ScaledTensor, b: ScaledTensor, layout: KGrouped, out: Tensor | None, dtype: torch.dtype, accumulate: bool,
+            options: Options) -> Plan | None:
+    """Check the call and select its Plan; None where there is nothing to compute."""
     options.check()
     common.check_pair(a, b, "[M, K_total]", "[N, K_total]", 2, 2)
     expect(layout.offsets.device == a.device, "k_grouped offsets, device", layout.offsets.device, f"the operands', {a.device}")

@@ -1,7 +1,7 @@
 """One problem with its group sizes, as tests, benchmarks and the tuner enumerate them. Pure data: nothing is allocated.
 
-Group sizes are a function of the case alone (seeded by its sizes and shape), so FLOPs and bytes are known without a device
-and a case means the same rows on every machine; only the values in the tensors follow a seed of the run.
+Group sizes are a function of the case alone (seeded by its sizes and shape), so FLOPs and bytes are known without a
+device, and a case means the same rows on every machine; only the values in the tensors follow a seed of the run.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..errors import expect
-from ..formats import ELEMENTS, FP8_1x128, FP8_128x128, Format
+from ..formats import ELEMENTS, Format, FP8_1x128, FP8_128x128
 
 OPS = ("gemm", "grouped_gemm", "grouped_gemm_wgrad")
 LAYOUTS = ("dense", "contiguous", "psum", "offsets", "masked", "k_grouped")
@@ -20,12 +20,13 @@ ORDERS = ("sorted", "reversed", "repeated")
 
 @dataclass(frozen=True, slots=True)
 class Case:
-    """A product of `groups` weights `[n, k]` with about `m` rows each (`k_grouped`: `[m, n]` outputs, about `k` columns each).
+    """A product of `groups` weights `[n, k]` with about `m` rows each.
 
-    `sizes`: how rows (columns) spread over groups, see `spread`. `world`: experts over all ranks when this one holds only
-    `groups` of them; `m` is then the mean over the world. `max_m`: rows a group can hold (masked). `alignment`: rows that a
-    group's segment starts at a multiple of (contiguous, psum). `order`: order of the segments of a contiguous layout;
-    'repeated' cuts every group in two. `slack`: rows of A behind the last group.
+    k_grouped: `groups` outputs `[m, n]` of about `k` columns each. `sizes`: how rows (columns) spread over groups, see
+    `spread`. `world`: experts over all ranks when this one holds only `groups` of them; `m` is then the mean over the
+    world. `max_m`: rows a group can hold (masked). `alignment`: a group's segment starts at a multiple of it (contiguous,
+    psum). `order`: of the segments of a contiguous layout; 'repeated' cuts every group in two. `slack`: rows of A behind
+    the last group.
     """
 
     suite: str
@@ -58,7 +59,8 @@ class Case:
     @property
     def id(self) -> str:
         """Unique within the suite and stable: what a result file calls the case."""
-        out = f"{self.layout}-" + (f"g{self.groups}-" if self.layout != "dense" else "") + f"m{self.m}-n{self.n}-k{self.k}"
+        groups = f"-g{self.groups}" if self.layout != "dense" else ""
+        out = f"{self.layout}{groups}-m{self.m}-n{self.n}-k{self.k}"
         if self.max_m:
             out += f"-x{self.max_m}"
         if self.sizes != "balanced":
@@ -128,7 +130,7 @@ class Case:
 
 @lru_cache(maxsize=4096)
 def spread(sizes: str, groups: int, mean: int, world: int = 0, limit: int = 0) -> tuple[int, ...]:
-    """Rows of each of `groups` groups of a world of `world` groups (0: these are all), about `mean` each, at most `limit`.
+    """Rows of each of `groups` groups of a world of `world` (0: these are all), about `mean` each, at most `limit`.
 
     | `sizes` | rows |
     | --- | --- |

@@ -1,7 +1,7 @@
 """The one enumerator of cases: tests, benchmarks and the tuner take their problems from `SUITES`.
 
-A suite has a fixed name, fixed case ids and a fixed count, so that a result that is missing is seen. `PEERS` says against
-whom a suite is measured; every (case, peer) that the peer can compute is a row of the result, or the report fails.
+A suite has a fixed name, fixed case ids and a fixed count, so that a result that is missing is seen. `PEERS` says
+against whom a suite is measured; every (case, peer) that the peer can compute is a row of the result, or the report fails.
 
 Shapes: FlyDSL 433 (its 30 test cases and its table), DeepGEMM's `tests/generators.py`, and `models.py`.
 """
@@ -12,13 +12,13 @@ from collections.abc import Iterable
 from fnmatch import fnmatch
 
 from ..errors import expect
-from ..formats import BF16, FP8_1x128, FP8_128x128, FP8_ROW, FP8_TENSOR, MXFP4, MXFP8
+from ..formats import BF16, FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, FP8_1x128, FP8_128x128
 from .case import Case
 from .guard import Guarded, guarded_empty
 from .inputs import Inputs, build
 from .models import get_model
 
-__all__ = ["PEERS", "SUITES", "Case", "Guarded", "Inputs", "build", "find", "get_suite", "guarded_empty"]
+__all__ = ["PEERS", "SUITES", "Case", "Guarded", "Inputs", "build", "find", "get_case", "get_suite", "guarded_empty"]
 
 # (N, K)
 DENSE = ((2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
@@ -67,7 +67,8 @@ def dense(suite: str, rows: Iterable[int]) -> list[Case]:
 def skewed(suite: str) -> list[Case]:
     """DeepSeek-V3, top-8 of 256 experts, the rank with the hot experts: `m` = tokens · 8 / 256."""
     v3 = get_model("deepseek-v3")
-    return [Case(suite, "offsets", v3.local_experts(ep), tokens * v3.top_k // v3.experts, n, k, sizes=sizes, world=v3.experts)
+    e = v3.experts
+    return [Case(suite, "offsets", v3.local_experts(ep), tokens * v3.top_k // e, n, k, sizes=sizes, world=e)
             for ep in (1, 8, 32) for n, k in (v3.gate_up(), v3.down()) for tokens in (32, 256, 2048, 8192)
             for sizes in ("skew:2", "skew:30", "few:8")]
 
@@ -104,11 +105,12 @@ def edge(suite: str) -> list[Case]:
             for layout, g, m, x, s in (("dense", 1, 200, 0, "balanced"), ("contiguous", 4, 100, 0, UNEVEN),
                                        ("offsets", 5, 60, 0, UNEVEN), ("masked", 4, 60, 128, UNEVEN))
             for d, acc in (("fp32", False), ("fp16", False), ("bf16", True), ("fp32", True))]
-    ue8m0 = FP8_1x128.with_scale("e8m0"), FP8_128x128.with_scale("e8m0")
+    pairs = ((FP8_1x128.with_scale("e8m0"), FP8_128x128.with_scale("e8m0")), (FP8_ROW, FP8_ROW), (FP8_TENSOR, FP8_TENSOR),
+             (FP8_1x128.with_element("e5m2"), FP8_128x128))
     return flat_ + outs + [
         Case(suite, layout, g, m, 512, 1024, max_m=x, sizes=s, a=a, b=b)
-        for layout, g, m, x, s in (("dense", 1, 130, 0, "balanced"), ("offsets", 5, 60, 0, UNEVEN), ("masked", 4, 60, 128, UNEVEN))
-        for a, b in (ue8m0, (FP8_ROW, FP8_ROW), (FP8_TENSOR, FP8_TENSOR), (FP8_1x128.with_element("e5m2"), FP8_128x128))]
+        for layout, g, m, x, s in (("dense", 1, 130, 0, "balanced"), ("offsets", 5, 60, 0, UNEVEN),
+                                   ("masked", 4, 60, 128, UNEVEN)) for a, b in pairs]
 
 
 def large(suite: str) -> list[Case]:
@@ -126,8 +128,8 @@ def cpu_small(suite: str) -> list[Case]:
     """Small enough for Triton's interpreter: tails of M, N and K, empty groups, one expert, every layout and output."""
     return [
         *flydsl_contiguous(suite, ("bf16",), 1 << 16), *flydsl_masked(suite, ("bf16", ), 1 << 16),
-        *(Case(suite, "dense", 1, m, n, k) for m, n, k in ((1, 128, 128), (17, 128, 256), (64, 112, 128), (33, 200, 192),
-                                                           (130, 256, 320), (0, 128, 128))),
+        *(Case(suite, "dense", 1, m, n, k) for m, n, k in ((1, 128, 128), (17, 128, 256), (64, 112, 128),
+                                                           (33, 200, 192), (130, 256, 320), (0, 128, 128))),
         Case(suite, "offsets", 5, 24, 96, 160, sizes=UNEVEN),
         Case(suite, "offsets", 6, 20, 128, 128, sizes="empty:0.5"),
         Case(suite, "offsets", 8, 8, 128, 256, sizes="few:1"),
@@ -163,11 +165,12 @@ def cpu_formats(suite: str) -> list[Case]:
 
 BOTH = ("bf16", "fp16")
 _BUILDERS = {
-    "portable-contiguous": lambda s: [*flydsl_contiguous(s, BOTH), *flat(s, "contiguous", SMALL), *flat(s, "contiguous", LARGE)],
-    "portable-masked": lambda s: [*flydsl_masked(s, BOTH), *masked_eight(s),
-                                  *masked(s, tuple((g, m, UNEVEN) for g, m in ((32, 192), (32, 20), (6, 1024), (6, 20))))],
+    "portable-contiguous": lambda s: [*flydsl_contiguous(s, BOTH), *flat(s, "contiguous", (*SMALL, *LARGE))],
+    "portable-masked": lambda s: [
+        *flydsl_masked(s, BOTH), *masked_eight(s),
+        *masked(s, tuple((g, m, UNEVEN) for g, m in ((32, 192), (32, 20), (6, 1024), (6, 20))))],
     "portable-dense": lambda s: dense(s, (1, 64, 128, 4096)),
-    "portable-offsets": lambda s: [*flat(s, "offsets", LARGE, UNEVEN), *flat(s, "offsets", SMALL, UNEVEN), *offsets_spreads(s)],
+    "portable-offsets": lambda s: [*flat(s, "offsets", (*LARGE, *SMALL), UNEVEN), *offsets_spreads(s)],
     "fp8-contiguous": lambda s: flat(s, "contiguous", LARGE),
     "fp8-contiguous-small": lambda s: flat(s, "contiguous", SMALL),
     "fp8-offsets": lambda s: flat(s, "offsets", LARGE, UNEVEN),
@@ -186,16 +189,21 @@ _BUILDERS = {
 SUITES: dict[str, tuple[Case, ...]] = {name: tuple(make(name)) for name, make in _BUILDERS.items()}
 
 # Whom a suite is measured against; adapters of these names are in `peers.py`.
-PEERS: dict[str, tuple[str, ...]] = {
-    name: ("torch_bf16", "floor") if name.startswith("cpu-") else () if name in ("edge", "large") else ("deepgemm", "floor")
-    for name in SUITES
-}
+PEERS: dict[str, tuple[str, ...]] = {name: ("deepgemm", "floor") for name in SUITES} | {
+    "edge": (), "large": (), "cpu-small": ("torch_bf16", "floor"), "cpu-formats": ("torch_bf16", "floor")}
 
 
 def get_suite(name: str) -> tuple[Case, ...]:
     """A suite by name; ValueError names the ones there are."""
     expect(name in SUITES, "suite", repr(name), f"one of {sorted(SUITES)}")
     return SUITES[name]
+
+
+def get_case(suite: str, case: str) -> Case:
+    """A case of a suite by id; ValueError where there is none."""
+    found = [c for c in get_suite(suite) if c.id == case]
+    expect(bool(found), f"case of suite {suite}", repr(case), "an id that `narrowgemm bench --suite NAME --list` shows")
+    return found[0]
 
 
 def find(pattern: str, suites: Iterable[str] = ()) -> list[Case]:

@@ -1,15 +1,17 @@
 """Tensors of a case: fresh random operands, poisoned padding, a guarded output, and the references to compare with.
 
-Sources (what was quantised) are not kept: each group's is drawn again from its own generator when a reference asks for it,
-so 256 experts of 4096 x 7168 need the memory of their FP8 bytes and of one unquantised expert. Padding rows of A hold NaN
-payload and NaN scales: a kernel that lets one leak into a result fails every gate.
+Sources (what was quantised) are not kept: each group's is drawn again from its own generator when a reference asks for
+it, so 256 experts of 4096 x 7168 need the memory of their FP8 bytes and of one unquantised expert. Padding rows of A hold
+NaN payload and NaN scales: a kernel that lets one leak into a result fails every gate.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -27,6 +29,9 @@ from .numerics import KERNEL_GATE, GateResult, Sums, independent, recipe_gate
 NAN_BYTE = {"e4m3": 0x7F, "e5m2": 0x7F, "e2m1": 0x77}  # E2M1 has no NaN: its scale has
 
 
+Weights = tuple[tuple[Any, ...], ScaledTensor]
+
+
 @dataclass(eq=False)
 class Inputs:
     """Operands, layout and output of a case on a device. `a`, `b`, `layout`, `out.tensor` are what the op takes."""
@@ -38,7 +43,12 @@ class Inputs:
     b: ScaledTensor
     layout: Layout | None
     out: Guarded
-    _b_key: tuple[Any, ...] = field(default=())
+    weights_key: tuple[Any, ...] = ()
+
+    @property
+    def weights(self) -> Weights:
+        """B, and what it depends on, for the `reuse` of a later case."""
+        return self.weights_key, self.b
 
     @property
     def groups(self) -> Iterator[int]:
@@ -65,13 +75,13 @@ class Inputs:
         return draw("c", g, shape, self.device, self.seed).to(self.out.tensor.dtype)
 
     def same_bits(self, g: int) -> Tensor:
-        """FP32 product of group g over the dequantised operands, plus the accumulated base: the kernel gate's reference."""
+        """FP32 product of group g over the dequantised operands, plus the accumulated base: for the kernel gate."""
         a, b = self._dequantized(g)
         with full_float32():
             return self._plus_base(g, a @ b.mT)
 
     def unquantised(self, g: int) -> Tensor:
-        """FP32 product of group g's sources, plus the accumulated base: the recipe gate's reference."""
+        """FP32 product of group g's sources, plus the accumulated base: for the recipe gate."""
         with full_float32():
             return self._plus_base(g, self.source_a(g).float() @ self.source_b(g).float().mT)
 
@@ -86,7 +96,8 @@ class Inputs:
             end = start + self.case.group_sizes[g]
             return take_columns(self.a, start, end), take_columns(self.b, start, end)
         a = self.a[g] if self.case.layout == "masked" else self.a
-        parts = [ScaledTensor(a.data[r], a.scale if a.scale is None or a.format.group[0] == 0 else a.scale[r], a.format)
+        by_row = a.scale is not None and a.format.group[0] == 1
+        parts = [ScaledTensor(a.data[r], a.scale[r] if by_row and a.scale is not None else a.scale, a.format)
                  for r in self._slices(g)]
         b = self.b[g] if self.case.layout != "dense" else self.b
         return torch.cat([p.dequantize() for p in parts]), b.dequantize()
@@ -96,7 +107,14 @@ class Inputs:
     def _slices(self, g: int) -> list[slice]:
         if self.case.layout == "masked":
             return [slice(0, self.case.group_sizes[g])]
-        return [slice(start, start + n) for group, start, n in self.case.segments if group == g]
+        return self._by_group.get(g, [])
+
+    @cached_property
+    def _by_group(self) -> dict[int, list[slice]]:
+        out: dict[int, list[slice]] = {}
+        for g, start, n in self.case.segments:
+            out.setdefault(g, []).append(slice(start, start + n))
+        return out
 
     def rows(self, out: Tensor, g: int) -> Tensor:
         """Group g's rows of an output laid out like `self.out.tensor`: a view where they lie together."""
@@ -146,22 +164,21 @@ class Inputs:
             return gemm(self.a, self.b, out=out, accumulate=c.accumulate, **options)
         if c.layout == "k_grouped":
             return grouped_gemm_wgrad(self.a, self.b, self.layout, out=out, accumulate=c.accumulate, **options)
-        return grouped_gemm(self.a, self.b, self.layout, zero_padding=c.zero_padding, out=out, accumulate=c.accumulate, **options)
+        return grouped_gemm(self.a, self.b, self.layout, zero_padding=c.zero_padding, out=out, accumulate=c.accumulate,
+                            **options)
 
     def plan(self, **options: Any) -> Plan | None:
         """The Plan that `call` with these options follows; None where there is nothing to compute."""
-        from ..ops import common, grouped, wgrad
+        from ..ops import common, gemm, grouped, wgrad
 
         c, out = self.case, self.out.tensor
         chosen = common.Options(**options)
-        if 0 in out.shape:
-            return None
         if c.layout == "dense":
-            return common.plan("gemm", "dense", self.a, self.b, out, c.m, 1, c.m, c.accumulate, True, chosen)
+            return gemm.plan_of(self.a, self.b, out, out.dtype, c.accumulate, chosen)
         if isinstance(self.layout, KGrouped):
-            return wgrad._plan(self.a, self.b, self.layout, out, out.dtype, c.accumulate, chosen)
+            return wgrad.plan_of(self.a, self.b, self.layout, out, out.dtype, c.accumulate, chosen)
         assert self.layout is not None
-        return grouped._plan(self.a, self.b, self.layout, out, out.dtype, c.accumulate, c.zero_padding, chosen)
+        return grouped.plan_of(self.a, self.b, self.layout, out, out.dtype, c.accumulate, c.zero_padding, chosen)
 
     def faults(self) -> list[str]:
         """What the last call wrote and must not have, or did not write and should have, outside the groups' rows."""
@@ -225,20 +242,20 @@ def draw(side: str, group: int, shape: tuple[int, ...], device: torch.device, se
 
 
 def build(case: Case, device: torch.device | str = "cpu", seed: int = 0, scale_layout: str = "mn_major",
-          reuse: Inputs | None = None, hollow: bool = False) -> Inputs:
+          reuse: Weights | None = None, hollow: bool = False) -> Inputs:
     """Random inputs of `case`. `scale_layout` of A: 'mn_major' (TMA-aligned, what kernels like) or 'row_major'.
 
-    `reuse`: inputs of an earlier case; its weights are taken over where they would be the same.
+    `reuse`: `Inputs.weights` of an earlier case, taken over where they would be the same.
     `hollow`: every value is poison, for what needs shapes alone (compiling ahead).
     """
     if scale_layout not in ("mn_major", "row_major"):
         raise ValueError(f"scale_layout: got {scale_layout!r}, expected 'mn_major' or 'row_major'")
     device = torch.device(device)
-    b_key = (case.b, case.groups, case.n, case.k, case.layout == "dense", str(device), seed)
+    key = (case.b, case.op, case.groups, case.n, case.k, str(device), seed, hollow)
     shape = (case.groups, case.m, case.n) if case.layout == "k_grouped" else (
         (case.groups, case.max_m, case.n) if case.layout == "masked" else (case.a_rows, case.n))
     out = guarded_empty(shape, ELEMENTS[case.out_dtype].dtype, device)
-    inputs = Inputs(case, device, seed, None, None, make_layout(case, device), out, b_key)  # type: ignore[arg-type]
+    inputs = Inputs(case, device, seed, None, None, make_layout(case, device), out, key)  # type: ignore[arg-type]
     if hollow:
         dims = (case.groups, case.max_m) if case.layout == "masked" else (case.a_rows,)
         k = case.rows if case.layout == "k_grouped" else case.k
@@ -248,8 +265,7 @@ def build(case: Case, device: torch.device | str = "cpu", seed: int = 0, scale_l
         inputs.a, inputs.b = (_columns(inputs, f, s, r) for f, s, r in
                               ((case.a, inputs.source_a, case.m), (case.b, inputs.source_b, case.n)))
     else:
-        same = reuse is not None and reuse._b_key == b_key and reuse.case.layout != "k_grouped"
-        inputs.b = reuse.b if same and reuse is not None else _weights(inputs)
+        inputs.b = reuse[1] if reuse is not None and reuse[0] == key else _weights(inputs)
         inputs.a = _rows(inputs)
     if scale_layout == "mn_major":
         inputs.a = _mn_major(inputs.a)
@@ -290,8 +306,8 @@ def poisoned(shape: tuple[int, ...], fmt: Format, device: torch.device) -> Scale
         data.fill_(float("nan"))
     if not fmt.scaled:
         return ScaledTensor(data, None, fmt)
-    scale = torch.empty(fmt.scale_shape(shape), dtype=torch.float32 if fmt.scale == "fp32" else torch.uint8, device=device)
-    return ScaledTensor(data, scale.fill_(float("nan") if fmt.scale == "fp32" else E8M0_NAN), fmt)
+    dtype, nan = (torch.float32, float("nan")) if fmt.scale == "fp32" else (torch.uint8, E8M0_NAN)
+    return ScaledTensor(data, torch.full(fmt.scale_shape(shape), nan, dtype=dtype, device=device), fmt)
 
 
 def _quantize(x: Tensor, fmt: Format) -> ScaledTensor:
@@ -332,12 +348,12 @@ def _rows(inputs: Inputs) -> ScaledTensor:
         return a
     # all rows at once, so that a tensor-wise scale covers the whole operand
     q = _quantize(torch.cat([inputs.source_a(g) for g in inputs.groups]), c.a)
-    first = {g: sum(c.group_sizes[:g]) for g in inputs.groups}
+    first = dict(enumerate(accumulate(c.group_sizes, initial=0)))
     for g, start, n in c.segments:
         src = slice(first[g], first[g] + n)
         first[g] += n
-        by_row = q.scale is None or c.a.group[0] == 0
-        _put(a, slice(start, start + n), ScaledTensor(q.data[src], q.scale if by_row else q.scale[src], c.a))  # type: ignore
+        scale = q.scale if q.scale is None or c.a.group[0] == 0 else q.scale[src]
+        _put(a, slice(start, start + n), ScaledTensor(q.data[src], scale, c.a))
     return a
 
 

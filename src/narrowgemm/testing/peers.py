@@ -1,8 +1,8 @@
 """Other libraries on the same case: adapters that are inert until asked for, and never imported by the package itself.
 
-An adapter says whether the library is here (`available`), whether it computes a case at all (`supports`: pure data, so a
-report knows which rows must exist), and prepares a call whose inputs hold the same values. What a user of the peer would do
-once (transposing scales, padding weights) is in `prepare`, outside the timing; what it must do on every call is inside.
+An adapter says whether the library is here (`available`), whether it computes a case at all (`supports`: pure data, so
+a report knows which rows must exist), and prepares a call whose inputs hold the same values. What a user of the peer
+would do once (transposing scales, padding groups) is in `prepare`, outside the timing; what every call does is inside.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ SAME_BITS_LIMIT = 1e-4
 
 @dataclass(frozen=True)
 class Prepared:
-    """A peer's call on one case. `rows(g)` is group g of its output after a `run`; `reference` names what to compare it with.
+    """A peer's call on one case. `rows(g)`: group g of its output after a `run`, to be held against a reference.
 
-    `reference`: 'same_bits', 'unquantised', or '' where there is no output (a floor). `limit`: on its calc_diff.
+    `gate`: 'kernel' against the product of the same bits, 'recipe' against that of the sources. `limit`: on its calc_diff.
     """
 
     run: Callable[[], object]
     rows: Callable[[int], Tensor] | None = None
-    reference: str = ""
-    limit: float = 0.0
+    gate: str = "kernel"
+    limit: float = SAME_BITS_LIMIT
 
 
 class Peer(Protocol):
@@ -62,7 +62,7 @@ def packed(inputs: Inputs, alignment: int = 1) -> tuple[dict[int, slice], int]:
 
 
 def padded(inputs: Inputs, alignment: int) -> tuple[Tensor, Tensor, Tensor, dict[int, slice]]:
-    """A copy of a flat A whose groups start at multiples of `alignment`: payload, scales, m_indices, rows of each group.
+    """A copy of a flat A whose groups start at multiples of `alignment`: payload, scales, m_indices, each group's rows.
 
     Padding is zero payload with unit scales, as a user of a padded layout would make it.
     """
@@ -107,20 +107,20 @@ class DeepGemm:
         out = torch.full_like(inputs.out.tensor, float("nan"))
         pa, pb = (a.data, a.scale), (b.data, b.scale)
         if case.layout == "dense":
-            return Prepared(lambda: dg.fp8_gemm_nt(pa, pb, out), lambda g: out, "same_bits", SAME_BITS_LIMIT)
+            return Prepared(lambda: dg.fp8_gemm_nt(pa, pb, out), lambda g: out)
         if case.layout == "masked":
             index = inputs.layout.index  # type: ignore[union-attr]
             return Prepared(lambda: dg.m_grouped_fp8_gemm_nt_masked(pa, pb, out, index, case.expected_m),
-                            lambda g: inputs.rows(out, g), "same_bits", SAME_BITS_LIMIT)
-        if case.layout == "contiguous" and case.alignment % self.ALIGNMENT == 0 and case.order == "sorted" and not case.slack:
+                            lambda g: inputs.rows(out, g))
+        aligned = case.alignment % self.ALIGNMENT == 0 and case.order == "sorted" and not case.slack
+        if case.layout == "contiguous" and aligned:
             ids = inputs.layout.index  # type: ignore[union-attr]
             return Prepared(lambda: dg.m_grouped_fp8_gemm_nt_contiguous(pa, pb, out, ids),
-                            lambda g: inputs.rows(out, g), "same_bits", SAME_BITS_LIMIT)
+                            lambda g: inputs.rows(out, g))
         data, scale, ids, rows = padded(inputs, self.ALIGNMENT)
         pad = (data, mn_major_tma_aligned(scale) if transformed else scale)
         y = torch.full((data.shape[0], case.n), float("nan"), dtype=torch.bfloat16, device=inputs.device)
-        return Prepared(lambda: dg.m_grouped_fp8_gemm_nt_contiguous(pad, pb, y, ids), lambda g: y[rows[g]], "same_bits",
-                        SAME_BITS_LIMIT)
+        return Prepared(lambda: dg.m_grouped_fp8_gemm_nt_contiguous(pad, pb, y, ids), lambda g: y[rows[g]])
 
 
 class Torch:
@@ -145,17 +145,17 @@ class Torch:
 
         a, b = inputs.a, inputs.b
         assert a.scale is not None and b.scale is not None
-        sa = a.scale.mT.contiguous().mT                                             # [M, K/128], M contiguous
-        sb = torch.zeros((b.scale.shape[0], -(-b.scale.shape[1] // 4) * 4), device=inputs.device)
-        sb[:, : b.scale.shape[1]] = b.scale                                         # K blocks padded to fours, contiguous
+        sa = a.scale.mT.contiguous().mT  # [M, K/128], M contiguous
+        sb = torch.zeros((b.scale.shape[0], -(-b.scale.shape[1] // 4) * 4), device=inputs.device)  # K blocks in fours
+        sb[:, : b.scale.shape[1]] = b.scale
         dtype = inputs.out.tensor.dtype
+        recipes = ScalingType.BlockWise1x128, ScalingType.BlockWise128x128
         result: list[Tensor] = []
 
         def run() -> None:
-            result[:] = [scaled_mm(a.data, b.data.mT, sa, ScalingType.BlockWise1x128, sb.mT, ScalingType.BlockWise128x128,
-                                   output_dtype=dtype)]
+            result[:] = [scaled_mm(a.data, b.data.mT, sa, recipes[0], sb.mT, recipes[1], output_dtype=dtype)]
 
-        return Prepared(run, lambda g: result[0], "same_bits", SAME_BITS_LIMIT)
+        return Prepared(run, lambda g: result[0])
 
 
 class TorchBf16:
@@ -164,7 +164,7 @@ class TorchBf16:
     name = "torch_bf16"
 
     def available(self, device: torch.device) -> str | None:
-        return None if hasattr(torch.nn.functional, "grouped_mm") else "this torch has no torch.nn.functional.grouped_mm"
+        return None if hasattr(torch.nn.functional, "grouped_mm") else "this torch has no nn.functional.grouped_mm"
 
     def supports(self, case: Case) -> str | None:
         if case.layout == "k_grouped" or case.accumulate:
@@ -180,7 +180,7 @@ class TorchBf16:
         if case.layout == "dense":
             a, b = inputs.source_a(0), inputs.source_b(0)
             y = torch.empty((case.m, case.n), dtype=torch.bfloat16, device=inputs.device)
-            return Prepared(lambda: torch.mm(a, b.mT, out=y), lambda g: y, "unquantised", limit)
+            return Prepared(lambda: torch.mm(a, b.mT, out=y), lambda g: y, "recipe", limit)
         rows, total = packed(inputs)
         a = torch.cat([inputs.source_a(g) for g in rows])
         if inputs.device.type == "cpu":
@@ -191,7 +191,7 @@ class TorchBf16:
                 for g, r in rows.items():
                     torch.mm(a[r], weights[g].mT, out=y[r])
 
-            return Prepared(loop, lambda g: y[rows[g]], "unquantised", limit)
+            return Prepared(loop, lambda g: y[rows[g]], "recipe", limit)
         b = torch.empty((case.groups, case.n, case.k), dtype=torch.bfloat16, device=inputs.device)
         for g in range(case.groups):
             b[g] = inputs.source_b(g)
@@ -201,7 +201,7 @@ class TorchBf16:
         def run() -> None:
             result[:] = [grouped_mm(a, b.mT, offs=ends, out_dtype=torch.bfloat16)]
 
-        return Prepared(run, lambda g: result[0][rows[g]], "unquantised", limit)
+        return Prepared(run, lambda g: result[0][rows[g]], "recipe", limit)
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,7 @@ class Backend:
         y = own.out.tensor
         if case.accumulate:
             y.copy_(inputs.out.tensor)
-        return Prepared(lambda: own.call(backend=self.name), lambda g: own.rows(y, g), "same_bits", SAME_BITS_LIMIT)
+        return Prepared(lambda: own.call(backend=self.name), lambda g: own.rows(y, g))
 
 
 ADAPTERS: dict[str, Peer] = {p.name: p for p in (DeepGemm(), Torch(), TorchBf16())}

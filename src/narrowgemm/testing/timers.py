@@ -120,7 +120,8 @@ class WallTimer:
         self.rounds, self.target_us = rounds, target_us
 
     def describe(self) -> dict[str, Any]:
-        return {"name": self.name, "rounds": self.rounds, "statistic": "median", "formula": "wall clock, callables interleaved"}
+        return {"name": self.name, "rounds": self.rounds, "statistic": "median",
+                "formula": "wall clock, callables interleaved"}
 
     def measure(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, Timing]:
         """Time every callable, in microseconds a call, in turn within each round."""
@@ -160,7 +161,7 @@ class StreamRead:
     def call(self, nbytes: float) -> Callable[[], object]:
         count = max(1, int(nbytes) // 4)
         if self._data.numel() < count:
-            self._data = self._sums = torch.empty(0, dtype=torch.int32, device=self.device)  # free before the larger one
+            self._data = self._sums = self._data[:0].clone()  # the old one goes before the larger one comes
             self._data = torch.empty(count, dtype=torch.int32, device=self.device).random_()
             self._sums = torch.empty(-(-count // BLOCK), dtype=torch.int32, device=self.device)
         data, sums = self._data, self._sums

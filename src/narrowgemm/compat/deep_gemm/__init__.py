@@ -32,7 +32,7 @@ from .grouped import (
     m_grouped_fp8_gemm_nt_contiguous,
     m_grouped_fp8_gemm_nt_masked,
 )
-from .install import install, installed, uninstall
+from .installer import install, installed, uninstall
 from .kgrouped import k_grouped_fp8_gemm_nt_contiguous, k_grouped_fp8_gemm_tn_contiguous
 from .scale_layout import transform_sf_into_required_layout
 from .state import (

@@ -102,6 +102,8 @@ def _imported() -> ModuleType | None:
 
 
 def _load() -> ModuleType | None:
+    if PRIVATE in sys.modules:
+        return sys.modules[PRIVATE]
     spec = _find()
     if spec is None:
         return importlib.import_module(VENDORED) if "vllm" in sys.modules and _has(VENDORED) else None

@@ -9,6 +9,8 @@ import torch
 
 from ....errors import expect
 
+__all__ = ["bench", "bench_kineto"]
+
 FLUSH_BYTES = 512 << 20  # more than any L2
 
 

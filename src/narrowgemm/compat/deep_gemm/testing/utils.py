@@ -9,6 +9,8 @@ from typing import Any
 
 from .... import arch
 
+__all__ = ["get_arch_major", "ignore_env", "test_filter"]
+
 
 def get_arch_major() -> int:
     """Major compute capability of the current GPU. 9 without an NVIDIA GPU: what is offered there is DeepGEMM's Hopper

@@ -15,6 +15,12 @@ from torch import Tensor
 from ....errors import expect
 from ....formats import ELEMENTS
 
+__all__ = [
+    "align", "cast_back_from_fp4", "ceil_div", "ceil_to_ue8m0", "pack_ue8m0_to_int", "per_block_cast_to_fp8",
+    "per_channel_cast_to_fp8", "per_custom_dims_cast_to_fp8", "per_token_cast_to_fp4", "per_token_cast_to_fp8",
+    "transpose_packed_fp4", "unpack_ue8m0_from_int",
+]
+
 AMAX_MIN = 1e-4
 E4M3_MAX, E2M1_MAX = ELEMENTS["e4m3"].max, ELEMENTS["e2m1"].max
 E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

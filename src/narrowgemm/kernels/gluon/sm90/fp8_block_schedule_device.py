@@ -8,7 +8,7 @@ block, and a tile's group is found by looking at 32 of its entries at a time, go
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .shim import view_as
+from .shim import view_rows
 
 DENSE = gl.constexpr(0)
 CONTIGUOUS = gl.constexpr(1)
@@ -53,7 +53,7 @@ def rows_of_group(index_ptr, g, live, M, G, alignment, cfg: gl.constexpr):
         if cfg.ZERO:
             stop = gl.maximum(clip(align_up(gl.maximum(last, 0), alignment), M), end)
             # what comes after the last group is padding too
-            return start, end, gl.where(g == G - 1, gl.to_tensor(M), stop)
+            return start, end, gl.where(g == G - 1, M, stop)
         else:
             return start, end, end
 
@@ -62,7 +62,7 @@ def rows_of_group(index_ptr, g, live, M, G, alignment, cfg: gl.constexpr):
 def fill_table(table, index_ptr, M, G, alignment, cfg: gl.constexpr, WARPS: gl.constexpr):
     """table[g] = tiles of M up to and including group g."""
     GP: gl.constexpr = cfg.GROUPS
-    lay: gl.constexpr = gl.BlockedLayout([max(1, GP // (32 * WARPS))], [32], [WARPS], [0])
+    lay: gl.constexpr = gl.BlockedLayout([GP // (32 * WARPS) if GP > 32 * WARPS else 1], [32], [WARPS], [0])
     g = gl.arange(0, GP, lay)
     start, end, stop = rows_of_group(index_ptr, g, g < G, M, G, alignment, cfg)
     tiles = gl.where(g < G, (stop - start + (cfg.BM - 1)) // cfg.BM, 0)
@@ -73,7 +73,7 @@ def fill_table(table, index_ptr, M, G, alignment, cfg: gl.constexpr, WARPS: gl.c
 def entries(table, chunk, cfg: gl.constexpr, WARPS: gl.constexpr):
     """32 entries of the table, one a lane, the same in every warp: no barrier between warps to reduce them."""
     lay: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    return view_as(table, gl.int32, [cfg.GROUPS // 32, 32], ROW_OF_INTS).index(chunk).load(lay)
+    return view_rows(table, gl.int32, cfg.GROUPS // 32, 32, ROW_OF_INTS).index(chunk).load(lay)
 
 
 @gluon.jit
@@ -88,22 +88,39 @@ def strip_order(t, num_m, num_n, STRIP: gl.constexpr):
     return first + r - n * height, n
 
 
-# A tile is (live, run, group, n block, first row, end, stop, whole). live: there is one. run: it has products to sum.
-# Rows are of A, for masked inside the group. Rows [first, end) are the group's, [end, stop) are written as zero.
-# whole: no row of it belongs to another group (contiguous). A cursor is (t, id, chunk, before): tile index;
-# contiguous: the last id of tile t that was done, or -1; others: where to go on in the table, and the tiles before there.
+# A tile is (n block or -1 where there is none, group, first row, end, stop). Rows are of A, for masked inside the group. Rows
+# [first, end) are the group's, [end, stop) are written as zero. Contiguous: group NO_GROUP is a tile of padding, and stop is
+# 1 where no row of the tile belongs to another group, else 0. It is five numbers because it is kept in registers through
+# the sums of the tile before. A cursor is (t, id, chunk, before): tile index; contiguous: the last id of tile t that was
+# done, or -1; others: where to go on in the table, and the tiles before there.
+@gluon.jit
+def is_live(tile):
+    return tile[0] >= 0
+
+
+@gluon.jit
+def has_products(tile, cfg: gl.constexpr):
+    """Of a live tile: whether there is anything to sum, or only padding."""
+    if cfg.LAYOUT == CONTIGUOUS:
+        return tile[1] != NO_GROUP
+    elif cfg.LAYOUT == PSUM and cfg.ZERO:
+        return tile[2] < tile[3]
+    else:
+        return tile[0] >= 0
+
+
 @gluon.jit
 def dense_tile(t, work, cfg: gl.constexpr):
     index_ptr, table, M, N, KB, G, alignment, total = work
     m, n = strip_order(t, gl.cdiv(M, cfg.BM), gl.cdiv(N, cfg.BN), cfg.STRIP)
     zero = t * 0
-    return t < total, t < total, zero, n, m * cfg.BM, zero + M, zero + M, zero == 0
+    return gl.where(t < total, n, -1), zero, m * cfg.BM, zero + M, zero
 
 
 @gluon.jit
 def contiguous_tile(t, done, work, cfg: gl.constexpr, WARPS: gl.constexpr):
     """The next (tile, id) pass at or after id `done` + 1 of tile t. Ids of a tile ascend; a tile of nothing but padding has
-    one pass that doesn't run. Returns (t, tile)."""
+    one pass without products. Returns (t, tile)."""
     index_ptr, table, M, N, KB, G, alignment, total = work
     lay: gl.constexpr = gl.BlockedLayout([cfg.BM // 32], [32], [WARPS], [0])
     r = gl.arange(0, cfg.BM, lay)
@@ -127,10 +144,8 @@ def contiguous_tile(t, done, work, cfg: gl.constexpr, WARPS: gl.constexpr):
             t += gl.num_programs(0)
             done = done * 0 - 1
             seek = t < total
-    live = t < total
-    run = live & (least != NO_GROUP)
-    first = m * cfg.BM
-    return t, (live, run, least, n, first, t * 0 + M, t * 0 + M, (least == most) & (done < 0))
+    whole = (least == most) & (done < 0)
+    return t, (gl.where(t < total, n, -1), least, m * cfg.BM, t * 0 + M, whole.to(gl.int32))
 
 
 @gluon.jit
@@ -142,18 +157,18 @@ def counted_tile(t, chunk, before, work, cfg: gl.constexpr, WARPS: gl.constexpr)
     u = gl.minimum(t, gl.maximum(total - 1, 0)) // num_n
     v = entries(table, chunk, cfg, WARPS)
     hits = gl.sum((v <= u).to(gl.int32), 0)
-    while (hits == 32) & (chunk < cfg.GROUPS // 32 - 1):
-        before = gl.max(v, 0)
-        chunk += 1
-        v = entries(table, chunk, cfg, WARPS)
-        hits = gl.sum((v <= u).to(gl.int32), 0)
+    if cfg.GROUPS > 32:
+        while (hits == 32) & (chunk < cfg.GROUPS // 32 - 1):
+            before = gl.max(v, 0)
+            chunk += 1
+            v = entries(table, chunk, cfg, WARPS)
+            hits = gl.sum((v <= u).to(gl.int32), 0)
     first_tile = gl.maximum(gl.max(gl.where(v <= u, v, 0), 0), before)
     next_tile = gl.min(gl.where(v <= u, NO_GROUP, v), 0)
     g = gl.minimum(chunk * 32 + hits, gl.maximum(G - 1, 0))
     m, n = strip_order(t - first_tile * num_n, next_tile - first_tile, num_n, cfg.STRIP)
     start, end, stop = rows_of_group(index_ptr, g, live, M, G, alignment, cfg)
-    first = start + m * cfg.BM
-    return chunk, before, (live, live & (first < end), g, n, first, end, stop, live)
+    return chunk, before, (gl.where(live, n, -1), g, start + m * cfg.BM, end, stop)
 
 
 @gluon.jit
@@ -175,12 +190,12 @@ def first_tile(work, cfg: gl.constexpr, WARPS: gl.constexpr):
 def next_tile(cursor, tile, work, cfg: gl.constexpr, WARPS: gl.constexpr):
     """(cursor, tile) after `tile`."""
     t, done, chunk, before = cursor
-    live, run, g, n, first, end, stop, whole = tile
+    n, g, first, end, stop = tile
     if cfg.LAYOUT == DENSE:
         t += gl.num_programs(0)
         return (t, done, chunk, before), dense_tile(t, work, cfg)
     elif cfg.LAYOUT == CONTIGUOUS:
-        leave = whole | (run == 0)
+        leave = (stop == 1) | (g == NO_GROUP)
         t = gl.where(leave, t + gl.num_programs(0), t)
         done = gl.where(leave, -1, g)
         t_next, tile = contiguous_tile(t, done, work, cfg, WARPS)

@@ -252,7 +252,7 @@ def scale_loader(ptrs, strides, rings, bars, shape_args, index_ptr, table_ptr, c
         a_ptr = sa_ptr + row.to(gl.int64) * sam
         if cfg.LAYOUT == MASKED:
             a_ptr += g.to(gl.int64) * sag
-        a_ptrs = a_ptr + tok * sam
+        a_ptrs = a_ptr + tok.to(gl.int64) * sam
         b_ptr = sb_ptr + g.to(gl.int64) * sbg
         nb0 = nb * cfg.BN // 128
         b0_ptr = b_ptr + nb0.to(gl.int64) * sbn
@@ -425,6 +425,11 @@ def fp8_decode_kernel(w_desc, x_desc, out_ptr, sa_ptr, sb_ptr, index_ptr, part_p
             (weight_loader, (descs, rings, bars, sh, index_ptr, table_ptr, cap, KB, cfg)),
             (scale_loader, (sa_sb, strides, rings, bars, sh, index_ptr, table_ptr, cap, KB, cfg)),
         ], [4, 1, 1], [cfg.CONSUMER_REGS, cfg.LOADER_REGS, cfg.LOADER_REGS])
+
+
+def layouts(cfg):
+    """Shared-memory layouts of the weights' and the tokens' TMA boxes."""
+    return [gl.NVMMASharedLayout.get_default_for([1, rows, 128], gl.float8e4nv) for rows in (cfg.BN, cfg.BT)]
 
 
 # ---------------------------------------------------------------- before the main kernel: counters, table, padding rows

@@ -25,3 +25,12 @@ def view_as(buf, dtype: gl.constexpr, n: gl.constexpr, rows: gl.constexpr, cols:
         return buf.reinterpret(dtype, [n, rows, cols], layout)
     else:
         return buf._reinterpret(dtype, [n, rows, cols], layout)
+
+
+@gluon.jit
+def view_rows(buf, dtype: gl.constexpr, n: gl.constexpr, cols: gl.constexpr, layout: gl.constexpr):
+    """The same shared memory as [n, cols] in another layout."""
+    if HAS_REINTERPRET:
+        return buf.reinterpret(dtype, [n, cols], layout)
+    else:
+        return buf._reinterpret(dtype, [n, cols], layout)

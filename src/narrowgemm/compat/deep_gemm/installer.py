@@ -31,20 +31,17 @@ def install() -> ModuleType:
         current = sys.modules.get(delegate.NAME)
         if current is not None and hasattr(current, delegate.MARK):
             return current
-        made = {_full(path): _facade(path) for path in ("", *SUBMODULES)}
-        for name, module in made.items():
+        made = {path: _facade(path) for path in ("", *SUBMODULES)}
+        ours = {f"{_HERE}.{path}".rstrip("."): module for path, module in made.items()}
+        for path, module in made.items():
+            for key, value in list(vars(module).items()):  # attributes that are modules name the made ones
+                if isinstance(value, ModuleType):
+                    setattr(module, key, ours[value.__name__])
+            name = _full(path)
             if name in sys.modules:
                 delegate.replaced[name] = sys.modules[name]
             sys.modules[name] = module
-            parent, _, child = name.rpartition(".")
-            if parent and child not in vars(made[parent]):
-                setattr(made[parent], child, module)
-        # the attributes that are modules name the made ones; `testing.bench` is the function, as upstream
-        for path in SUBMODULES:
-            parent, _, child = _full(path).rpartition(".")
-            if isinstance(vars(made[parent])[child], ModuleType):
-                setattr(made[parent], child, made[_full(path)])
-        return made[delegate.NAME]
+        return made[""]
 
 
 def uninstall() -> None:
@@ -58,6 +55,7 @@ def uninstall() -> None:
                 sys.modules[name] = delegate.replaced.pop(name)
             else:
                 del sys.modules[name]
+        delegate.forget()
 
 
 def installed() -> bool:
@@ -72,10 +70,9 @@ def _full(path: str) -> str:
 def _facade(path: str) -> ModuleType:
     """A module with the public names of ours and a spec of its own, so that `importlib.util.find_spec` works."""
     source = import_module(f"{_HERE}.{path}" if path else _HERE)
-    names = getattr(source, "__all__", None) or [n for n in vars(source) if not n.startswith("_")]
     package = hasattr(source, "__path__")
     module = ModuleType(_full(path), source.__doc__)
-    module.__dict__.update({name: getattr(source, name) for name in names})
+    module.__dict__.update({name: getattr(source, name) for name in source.__all__})
     module.__spec__ = ModuleSpec(_full(path), None, origin=source.__file__, is_package=package)
     module.__file__ = source.__file__
     module.__package__ = _full(path) if package else _full(path).rpartition(".")[0]

@@ -1,0 +1,228 @@
+"""Parts of the Hopper FP8 prefill kernel: the ring of K blocks, scales, promotion, the store."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import constexpr_function
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait)
+
+from .fp8_block_schedule_device import CONTIGUOUS, DENSE, MASKED, NO_GROUP, PSUM
+from .shim import tma_load, tma_store
+
+FP8_TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
+ROW_OF_FLOATS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@gluon.jit
+def advance(slot, phase, STAGES: gl.constexpr):
+    slot += 1
+    wrap = slot == STAGES
+    return gl.where(wrap, 0, slot), gl.where(wrap, phase ^ 1, phase)
+
+
+# ---------------------------------------------------------------- producer
+@gluon.jit
+def load_blocks(descs, rings, bar, slot, at, kb, cfg: gl.constexpr, FROM: gl.constexpr):
+    """Fill places [FROM, KS) of a slot with K blocks kb, kb + 1, ...; they arrive on `bar`."""
+    a_desc, sa_desc, b_desc = descs
+    a_s, sa_s, b_s = rings
+    a_row, b_row, sa_row, sa_col = at
+    KS: gl.constexpr = cfg.KS
+    mbarrier.expect(bar, (KS - FROM) * cfg.BLOCK_BYTES)
+    for i in gl.static_range(FROM, KS):
+        k = kb + (i - FROM)
+        place = slot * cfg.KS + i
+        tma_load(a_desc, [a_row, k * 128], bar, a_s.index(place))
+        tma_load(b_desc, [b_row, k * 128], bar, b_s.index(place))
+        if cfg.A_SCALE_TMA:
+            tma_load(sa_desc, [sa_row + k, sa_col], bar, sa_s.index(place))
+
+
+# ---------------------------------------------------------------- scales
+@gluon.jit
+def as_float(x):
+    """A scale: FP32 as it is, uint8 as E8M0 (0 is 2^-127, 255 is NaN)."""
+    if x.dtype == gl.uint8:
+        bits = x.to(gl.int32) << 23
+        bits = gl.where(x == 0, 0x00400000, bits)
+        bits = gl.where(x == 255, 0x7FC00000, bits)
+        return bits.to(gl.float32, bitcast=True)
+    else:
+        return x
+
+
+@gluon.jit
+def scale_bases(scales, tile, N, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr):
+    """Where this warpgroup's scales of a tile start: (A's, per row of piece 0, B's). A tile may lie past N: clamped."""
+    sa_ptr, sag, sam, sak, sb_ptr, sbg, sbn, sbk = scales
+    n, g, first, end, stop = tile
+    if cfg.LAYOUT == CONTIGUOUS:
+        g = gl.where(g == NO_GROUP, 0, g)
+    block = gl.minimum((gl.maximum(n, 0) * cfg.BN + WN * cfg.WN) // 128, (N - 1) // 128)
+    sb = sb_ptr + (g.to(gl.int64) * sbg + block.to(gl.int64) * sbn)
+    sa = sb                 # stands in, where TMA brings A's
+    if not cfg.A_SCALE_TMA:
+        sa = sa_ptr + (first + WM * (cfg.MP * 64)).to(gl.int64) * sam
+        if cfg.LAYOUT == MASKED:
+            sa += g.to(gl.int64) * sag
+    return sa, sb
+
+
+@gluon.jit
+def load_b_scale(base, scales, kb, KB, INSIDE: gl.constexpr):
+    """B's scale of K block kb; past the last one (unless it is known to be INSIDE) there is nothing to read."""
+    sa_ptr, sag, sam, sak, sb_ptr, sbg, sbn, sbk = scales
+    if INSIDE:
+        return as_float(gl.load(base + kb * sbk))
+    else:
+        return as_float(gl.load(base + kb * sbk, mask=kb < KB, other=0))
+
+
+@gluon.jit
+def load_a_scales(base, scales, tile, M, kb, KB, cfg: gl.constexpr, WM: gl.constexpr, rows: gl.constexpr):
+    """A's scales of one K block by plain loads, one vector a piece; rows past M are not read."""
+    sa_ptr, sag, sam, sak, sb_ptr, sbg, sbn, sbk = scales
+    n, g, first, end, stop = tile
+    r = gl.arange(0, 64, rows)
+    k = kb.to(gl.int64) * sak
+    out = ()
+    MP: gl.constexpr = cfg.MP
+    for i in gl.static_range(MP):
+        at = r + i * 64
+        inside = (first + WM * (cfg.MP * 64) + at < M) & (n >= 0) & (kb < KB)
+        out = out + (as_float(gl.load(base + (k + at.to(gl.int64) * sam), mask=inside, other=0)), )
+    return out
+
+
+# ---------------------------------------------------------------- sums
+@gluon.jit
+def promote(acc, p, s):
+    """acc += p * s, a scale a row: one FMA an element."""
+    s, p = gl.broadcast(gl.expand_dims(s, 1), p)
+    return gl.fma(p, s, acc)
+
+
+@gluon.jit
+def scaled(p, s):
+    s, p = gl.broadcast(gl.expand_dims(s, 1), p)
+    return p * s
+
+
+@gluon.jit
+def fence(pending: gl.constexpr, acc, p):
+    """Keeps a promotion in front of the wgmma that reuses p's registers; else its FMAs sink below and p is copied."""
+    return warpgroup_mma_wait(pending, deps=(acc, p))
+
+
+@gluon.jit
+def multiply(a_v, b_v, place, p, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr, PIECE: gl.constexpr):
+    """Start p = A . B^T over one K block; p comes in only to keep its registers."""
+    a = a_v.index(place * (cfg.WGM * cfg.MP) + WM * cfg.MP + PIECE)
+    b = b_v.index(place * cfg.WGN + WN).permute((1, 0))
+    return warpgroup_mma(a, b, p, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def read_a_scale(sa_v, place, cfg: gl.constexpr, WM: gl.constexpr, PIECE: gl.constexpr, rows: gl.constexpr):
+    return sa_v.index(place * (cfg.WGM * cfg.MP) + WM * cfg.MP + PIECE).load(rows)
+
+
+# ---------------------------------------------------------------- store
+@gluon.jit
+def row_masks(index_ptr, row, M, G, tile, cfg: gl.constexpr):
+    """(rows whose product is stored, rows that are written at all) of the vector `row`."""
+    n, g, first, end, stop = tile
+    mine = row < end
+    written = mine
+    if cfg.LAYOUT == CONTIGUOUS:
+        ids = gl.load(index_ptr + row, mask=mine, other=0)
+        mine = (ids == g) & mine
+        written = mine
+        if cfg.ZERO:
+            written = mine | ((row < end) & ((ids < 0) | (ids >= G)))
+    elif cfg.LAYOUT == PSUM:
+        written = row < stop
+    return mine, written
+
+
+@gluon.jit
+def output_pointers(out, tile, row, col, cfg: gl.constexpr):
+    """Pointers of rows x columns; the row product in 64 bits."""
+    out_ptr, og, om, pitch = out
+    n, g, first, end, stop = tile
+    base = out_ptr
+    if cfg.LAYOUT == MASKED:
+        base += g.to(gl.int64) * og
+    return base + gl.expand_dims(row.to(gl.int64) * om, 1) + gl.expand_dims(col, 0)
+
+
+@constexpr_function
+def vector_layout(columns, element_bytes):
+    """16 bytes a lane along the columns, 4 warps down the rows."""
+    v = 16 // element_bytes
+    lanes = min(32, columns // v)
+    return gl.BlockedLayout([1, v], [32 // lanes, lanes], [4, 1], [1, 0])
+
+
+@gluon.jit
+def add_output(acc, out, index_ptr, tile, row0, col0, M, N, G, cfg: gl.constexpr, mma: gl.constexpr):
+    """acc + what the output holds, where the row is this product's."""
+    row = row0 + gl.arange(0, 64, gl.SliceLayout(1, mma))
+    col = col0 + gl.arange(0, cfg.WN, gl.SliceLayout(0, mma))
+    mine, written = row_masks(index_ptr, row, M, G, tile, cfg)
+    ptrs = output_pointers(out, tile, row, col, cfg)
+    mask = gl.expand_dims(mine, 1) & gl.expand_dims(col < N, 0)
+    return acc + gl.load(ptrs, mask=mask, other=0).to(gl.float32)
+
+
+@gluon.jit
+def store_piece(acc, buf, d_desc, out, index_ptr, tile, row0, col0, M, N, G, cfg: gl.constexpr, mma: gl.constexpr):
+    """64 rows from row0: by TMA where all of them are the product's, else masked, 16 bytes a lane."""
+    out_ptr, og, om, pitch = out
+    n, g, first, end, stop = tile
+    if cfg.ACCUMULATE:
+        acc = add_output(acc, out, index_ptr, tile, row0, col0, M, N, G, cfg, mma)
+    # the buffer's last store must have been read; the buffers take turns
+    tma.store_wait(cfg.OUT_BUFFERS - 1)
+    buf.store(acc.to(out_ptr.dtype.element_ty))
+    if cfg.STORE_TMA and cfg.LAYOUT == DENSE:
+        fence_async_shared()
+        tma_store(d_desc, [row0, col0], buf)
+    else:
+        by_tma = False
+        if cfg.STORE_TMA:
+            by_tma = stop == 1
+            if cfg.LAYOUT != CONTIGUOUS:
+                by_tma = row0 + 64 <= end
+        if by_tma:
+            fence_async_shared()
+            shift = row0
+            if cfg.LAYOUT == MASKED:
+                shift += g * pitch
+            tma_store(d_desc, [shift, col0], buf)
+        else:
+            lay: gl.constexpr = vector_layout(cfg.WN, cfg.OUT_BYTES)
+            row = row0 + gl.arange(0, 64, gl.SliceLayout(1, lay))
+            col = col0 + gl.arange(0, cfg.WN, gl.SliceLayout(0, lay))
+            mine, written = row_masks(index_ptr, row, M, G, tile, cfg)
+            v = buf.load(lay)
+            if cfg.ZERO and (cfg.LAYOUT == CONTIGUOUS or cfg.LAYOUT == PSUM):
+                keep, v = gl.broadcast(gl.expand_dims(mine, 1), v)
+                v = gl.where(keep, v, gl.zeros_like(v))
+            mask = gl.expand_dims(written, 1) & gl.expand_dims(col < N, 0)
+            gl.store(output_pointers(out, tile, row, col, cfg), v, mask=mask)
+
+
+@gluon.jit
+def store_zeros(out, index_ptr, tile, row0, col0, M, N, G, cfg: gl.constexpr):
+    """A tile that is padding only."""
+    out_ptr, og, om, pitch = out
+    n, g, first, end, stop = tile
+    lay: gl.constexpr = vector_layout(cfg.WN, cfg.OUT_BYTES)
+    MP: gl.constexpr = cfg.MP
+    COLS: gl.constexpr = cfg.WN
+    for i in gl.static_range(MP):
+        row = row0 + i * 64 + gl.arange(0, 64, gl.SliceLayout(1, lay))
+        col = col0 + gl.arange(0, cfg.WN, gl.SliceLayout(0, lay))
+        mask = gl.expand_dims(row < (end if cfg.LAYOUT == CONTIGUOUS else stop), 1) & gl.expand_dims(col < N, 0)
+        gl.store(output_pointers(out, tile, row, col, cfg), gl.zeros([64, COLS], out_ptr.dtype.element_ty, lay), mask=mask)

@@ -1,0 +1,249 @@
+"""Device code of quantisation: bit for bit what `reference/quantize.py` defines.
+
+    load -> |x| as integers -> max of a block -> scale, 1 / scale -> |x| * (1 / scale) -> sign -> FP8 or E2M1 -> store
+
+Magnitudes are compared as integers, in which order a NaN is above infinity, so that it reaches the scale. Signs travel as
+bits, so that -0 stays -0 and a NaN block comes out as 0x7F. Base addresses are 64-bit scalars; offsets inside a program's
+tile are 32-bit unless WIDE.
+"""
+
+import triton
+import triton.language as tl
+
+INF_BITS = tl.constexpr(0x7F800000)
+NAN_BITS = tl.constexpr(0x7FC00000)
+ABS_BITS = tl.constexpr(0x7FFFFFFF)
+
+
+@triton.jit
+def magnitude(x):
+    """Bits of |x| as int32; ordered as |x|, with NaN above infinity."""
+    return x.to(tl.float32).to(tl.int32, bitcast=True) & ABS_BITS
+
+
+@triton.jit
+def block_scale(bits, clamp, ROUNDING: tl.constexpr, E8M0: tl.constexpr, TOP: tl.constexpr, EMAX: tl.constexpr,
+                MANTISSA: tl.constexpr, MANTISSA_BITS: tl.constexpr):
+    """(scale as stored, 1 / scale, mask of the sign bits to keep) from the largest magnitudes of blocks."""
+    finite = bits < INF_BITS
+    amax = tl.maximum(bits.to(tl.float32, bitcast=True), clamp)
+    if E8M0:
+        bits = amax.to(tl.int32, bitcast=True)
+        if ROUNDING == "even":
+            bits += 1 << (22 - MANTISSA_BITS)
+        code = (bits >> 23) - EMAX
+        if ROUNDING == "rceil":
+            code += ((bits & 0x7FFFFF) > MANTISSA).to(tl.int32)
+        code = tl.minimum(tl.maximum(code, 0), 254)
+        inverse = tl.where(code == 254, 0x400000, (254 - code) << 23)
+        inverse = tl.where(finite, inverse, NAN_BITS).to(tl.float32, bitcast=True)
+        scale = tl.where(finite, code, 255).to(tl.uint8)
+    else:
+        scale = tl.maximum(tl.div_rn(amax, tl.full(amax.shape, TOP, tl.float32)), 1.1754943508222875e-38)
+        inverse = tl.div_rn(tl.full(amax.shape, 1.0, tl.float32), scale)
+        scale = tl.where(finite, scale.to(tl.int32, bitcast=True), NAN_BITS).to(tl.float32, bitcast=True)
+        inverse = tl.where(finite, inverse.to(tl.int32, bitcast=True), NAN_BITS).to(tl.float32, bitcast=True)
+    return scale, inverse, tl.where(finite, 1, 0) << 31
+
+
+@triton.jit
+def narrow_fp8(x, inverse, sign, DTYPE: tl.constexpr, TOP: tl.constexpr, SATURATE: tl.constexpr):
+    """x * inverse as FP8. `inverse` and `sign` broadcast against x."""
+    x = x.to(tl.float32)
+    y = tl.abs(x) * inverse
+    if SATURATE:
+        y = tl.minimum(y, TOP, propagate_nan=tl.PropagateNan.ALL)
+    y = y.to(tl.int32, bitcast=True) | (x.to(tl.int32, bitcast=True) & sign)
+    return y.to(tl.float32, bitcast=True).to(DTYPE)
+
+
+@triton.jit
+def narrow_e2m1(x, inverse, sign):
+    """x * inverse as E2M1 codes, int32 0 to 15; a NaN is +6."""
+    NARROW: tl.constexpr = x.dtype.primitive_bitwidth == 16
+    x = x.to(tl.float32)
+    y = tl.minimum(tl.abs(x) * inverse, 6.0)
+    if NARROW:
+        # times 2^-126, E2M1's code lies in bits 22 and up, its subnormals on float32's; 11 significant bits lose nothing
+        bits = (y * 1.1754943508222875e-38).to(tl.int32, bitcast=True)
+        code = (bits + 0x1FFFFF + ((bits >> 22) & 1)) >> 22
+    else:
+        bits = y.to(tl.int32, bitcast=True)
+        code = ((bits + 0x1FFFFF + ((bits >> 22) & 1)) >> 22) - 252
+        halves = (y + 4194304.0).to(tl.int32, bitcast=True) & 7  # 2^22: rounds to halves
+        code = tl.where(y < 1.0, halves, code)
+    return code | (((x.to(tl.int32, bitcast=True) & sign) >> 28) & 8)
+
+
+@triton.jit
+def groups_kernel(x_ptr, out_ptr, scale_ptr, R, K, S, clamp, xb, xr, xk, ob, orow, sb, sr, ss,
+                  N: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
+                  E2M1: tl.constexpr, SATURATE: tl.constexpr, ROUNDING: tl.constexpr, E8M0: tl.constexpr,
+                  TOP: tl.constexpr, EMAX: tl.constexpr, MANTISSA: tl.constexpr, MANTISSA_BITS: tl.constexpr):
+    """1xN blocks along K. A program does BR rows of BG blocks; FLAT: BR * BG blocks in a row of one contiguous tensor."""
+    PER_BYTE: tl.constexpr = 2 if E2M1 else 1
+    pid = tl.program_id(0)
+    i = tl.arange(0, BR * BG)
+    n = tl.arange(0, N)
+    h = tl.arange(0, N // PER_BYTE)
+    if FLAT:
+        first = pid.to(tl.int64) * (BR * BG)
+        live = first + i < R.to(tl.int64) * S
+        x_ptr += first * N
+        out_ptr += first * (N // PER_BYTE)
+        scale_ptr += first
+        x_off = (i * N)[:, None] + n[None, :]
+        out_off = (i * (N // PER_BYTE))[:, None] + h[None, :]
+        scale_off = i
+        mask = live[:, None]
+        out_mask = live[:, None]
+    else:
+        tiles_g = tl.cdiv(S, BG)
+        tiles = tl.cdiv(R, BR) * tiles_g
+        b = pid // tiles
+        row = pid % tiles // tiles_g * BR
+        group = pid % tiles % tiles_g * BG
+        r = row + i // BG
+        g = group + i % BG
+        live = (r < R) & (g < S)
+        k = (g * N)[:, None] + n[None, :]
+        kh = (g * (N // PER_BYTE))[:, None] + h[None, :]
+        if WIDE:
+            r = r.to(tl.int64)
+            k = k.to(tl.int64)
+            g = g.to(tl.int64)
+        x_ptr += b.to(tl.int64) * xb
+        out_ptr += b.to(tl.int64) * ob
+        scale_ptr += b.to(tl.int64) * sb
+        x_off = (r * xr)[:, None] + k * xk
+        out_off = (r * orow)[:, None] + kh
+        scale_off = r * sr + g * ss
+        mask = live[:, None] & (k < K)
+        out_mask = live[:, None] & (kh < K // PER_BYTE)
+    x = tl.load(x_ptr + x_off, mask=mask, other=0.0, eviction_policy="evict_first")
+    scale, inverse, sign = block_scale(tl.max(magnitude(x), 1), clamp, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS)
+    tl.store(scale_ptr + scale_off, scale, mask=live)
+    if E2M1:
+        code = narrow_e2m1(x, inverse[:, None], sign[:, None])
+        low, high = tl.split(tl.reshape(code, (BR * BG, N // 2, 2)))
+        tl.store(out_ptr + out_off, (low | (high << 4)).to(tl.uint8), mask=out_mask)
+    else:
+        y = narrow_fp8(x, inverse[:, None], sign[:, None], out_ptr.dtype.element_ty, TOP, SATURATE)
+        tl.store(out_ptr + out_off, y, mask=out_mask)
+
+
+@triton.jit
+def tiles_kernel(x_ptr, out_ptr, scale_ptr, R, K, clamp, xb, xr, xk, ob, orow, sb, sr, ss,
+                 BR: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr, SATURATE: tl.constexpr,
+                 ROUNDING: tl.constexpr, E8M0: tl.constexpr, TOP: tl.constexpr, EMAX: tl.constexpr,
+                 MANTISSA: tl.constexpr, MANTISSA_BITS: tl.constexpr):
+    """BR x BK blocks with one scale each: one program a block."""
+    pid = tl.program_id(0)
+    tiles_k = tl.cdiv(K, BK)
+    tiles = tl.cdiv(R, BR) * tiles_k
+    b = (pid // tiles).to(tl.int64)
+    tr = pid % tiles // tiles_k
+    tk = pid % tiles % tiles_k
+    r = tl.arange(0, BR)[:, None]
+    k = tl.arange(0, BK)[None, :]
+    mask = (tr * BR + r < R) & (tk * BK + k < K)
+    if WIDE:
+        r = r.to(tl.int64)
+        k = k.to(tl.int64)
+    row = tr.to(tl.int64) * BR
+    col = tk.to(tl.int64) * BK
+    x_ptr += b * xb + row * xr + col * xk
+    out_ptr += b * ob + row * orow + col
+    scale_ptr += b * sb + tr.to(tl.int64) * sr + tk.to(tl.int64) * ss
+    x = tl.load(x_ptr + r * xr + k * xk, mask=mask, other=0.0, eviction_policy="evict_first")
+    bits = tl.max(tl.max(magnitude(x), 1), 0)
+    scale, inverse, sign = block_scale(bits, clamp, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS)
+    tl.store(scale_ptr, scale)
+    tl.store(out_ptr + r * orow + k, narrow_fp8(x, inverse, sign, out_ptr.dtype.element_ty, TOP, SATURATE), mask=mask)
+
+
+@triton.jit
+def rows_kernel(x_ptr, out_ptr, scale_ptr, R, K, clamp, xb, xr, xk, ob, orow, sb, sr,
+                BR: tl.constexpr, BK: tl.constexpr, ONCE: tl.constexpr, TOP: tl.constexpr):
+    """One FP32 scale a row: BR rows a program. ONCE: BK holds the row, which is read once; else it is read twice."""
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(R, BR)
+    b = (pid // tiles).to(tl.int64)
+    row = (pid % tiles).to(tl.int64) * BR
+    r = tl.arange(0, BR)
+    k = tl.arange(0, BK)
+    live = row + r < R
+    x_ptr += b * xb + row * xr + (r.to(tl.int64) * xr)[:, None]
+    out_ptr += b * ob + row * orow + (r.to(tl.int64) * orow)[:, None]
+    if ONCE:
+        mask = live[:, None] & (k < K)[None, :]
+        x = tl.load(x_ptr + (k.to(tl.int64) * xk)[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+        bits = tl.max(magnitude(x), 1)
+    else:
+        most = tl.zeros((BR, BK), tl.int32)
+        for k0 in range(0, K, BK):
+            kk = k0 + k
+            x = tl.load(x_ptr + (kk.to(tl.int64) * xk)[None, :], mask=live[:, None] & (kk < K)[None, :], other=0.0)
+            most = tl.maximum(most, magnitude(x))
+        bits = tl.max(most, 1)
+    scale, inverse, sign = block_scale(bits, clamp, "", False, TOP, 0, 0, 0)
+    tl.store(scale_ptr + b * sb + (row + r) * sr, scale, mask=live)
+    if ONCE:
+        y = narrow_fp8(x, inverse[:, None], sign[:, None], out_ptr.dtype.element_ty, TOP, False)
+        tl.store(out_ptr + k[None, :], y, mask=mask)
+    else:
+        for k0 in range(0, K, BK):
+            kk = k0 + k
+            mask = live[:, None] & (kk < K)[None, :]
+            x = tl.load(x_ptr + (kk.to(tl.int64) * xk)[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+            y = narrow_fp8(x, inverse[:, None], sign[:, None], out_ptr.dtype.element_ty, TOP, False)
+            tl.store(out_ptr + kk[None, :], y, mask=mask)
+
+
+@triton.jit
+def flat_load(x_ptr, start, size, K, xr, xk, BLOCK: tl.constexpr, FLAT: tl.constexpr):
+    """BLOCK elements of a matrix in row-major order, from element `start` (int64) on; zero past its end."""
+    i = tl.arange(0, BLOCK)
+    if FLAT:
+        return tl.load(x_ptr + start + i, mask=i < size - start, other=0.0)
+    at = start + i
+    return tl.load(x_ptr + at // K * xr + at % K * xk, mask=at < size, other=0.0)
+
+
+@triton.jit
+def tensor_amax_kernel(x_ptr, part_ptr, R, K, xb, xr, xk, P, BLOCK: tl.constexpr, FLAT: tl.constexpr):
+    """First pass of tensor-wise: the largest magnitude of each of P interleaved parts of each matrix."""
+    b = (tl.program_id(0) // P).to(tl.int64)
+    p = tl.program_id(0) % P
+    size = R.to(tl.int64) * K
+    x_ptr += b * xb
+    most = tl.zeros((BLOCK, ), tl.int32)
+    for tile in range(p, tl.cdiv(size, BLOCK), P):
+        most = tl.maximum(most, magnitude(flat_load(x_ptr, tile.to(tl.int64) * BLOCK, size, K, xr, xk, BLOCK, FLAT)))
+    tl.store(part_ptr + b * P + p, tl.max(most, 0))
+
+
+@triton.jit
+def tensor_cast_kernel(x_ptr, part_ptr, out_ptr, scale_ptr, R, K, clamp, xb, xr, xk, ob, orow, sb, P,
+                       PARTS: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr, TOP: tl.constexpr):
+    """Second pass: every program reduces the parts (a maximum: the order does not matter), and casts its own."""
+    b = (tl.program_id(0) // P).to(tl.int64)
+    p = tl.program_id(0) % P
+    size = R.to(tl.int64) * K
+    j = tl.arange(0, PARTS)
+    bits = tl.max(tl.load(part_ptr + b * P + j, mask=j < P, other=0), 0)
+    scale, inverse, sign = block_scale(bits, clamp, "", False, TOP, 0, 0, 0)
+    if p == 0:
+        tl.store(scale_ptr + b * sb, scale)
+    x_ptr += b * xb
+    out_ptr += b * ob
+    i = tl.arange(0, BLOCK)
+    for tile in range(p, tl.cdiv(size, BLOCK), P):
+        start = tile.to(tl.int64) * BLOCK
+        mask = i < size - start
+        x = flat_load(x_ptr, start, size, K, xr, xk, BLOCK, FLAT)
+        y = narrow_fp8(x, inverse, sign, out_ptr.dtype.element_ty, TOP, False)
+        if FLAT:
+            tl.store(out_ptr + start + i, y, mask=mask)
+        else:
+            tl.store(out_ptr + (start + i) // K * orow + (start + i) % K, y, mask=mask)

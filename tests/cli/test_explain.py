@@ -1,0 +1,78 @@
+"""`narrowgemm explain` on a machine without a GPU."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from click.testing import CliRunner
+
+from narrowgemm.arch import ARCHS
+from narrowgemm.cli.group import cli
+from narrowgemm.kernels.registry import kernels
+
+MASKED = ["--op", "grouped_gemm", "--layout", "masked", "-G", "32", "-M", "20", "-N", "6144", "-K", "7168"]
+
+
+def explain(*args: str):
+    return CliRunner().invoke(cli, ["explain", *args])
+
+
+def test_masked_decode_on_h200() -> None:
+    result = explain(*MASKED, "--device", "h200")
+    assert result.exit_code == 0, result.output
+    for part in ("grouped_gemm (masked)", "fp8_1x128 x fp8_128x128", "on h200 (sm90)", "predicted", "floor", "kernel", "why"):
+        assert part in result.output
+    for name in kernels():
+        assert name in result.output  # taken or passed over, each is named
+
+
+def test_json_names_every_kernel_with_a_reason() -> None:
+    doc = json.loads(explain(*MASKED, "--device", "h200", "--json").output)
+    assert doc["device"] == "h200" and doc["problem"]["groups"] == 32 and doc["problem"]["k"] == 7168
+    passed = dict(doc["passed_over"])
+    assert set(passed) | {doc["kernel"]} == set(kernels()) and all(passed.values())
+    assert doc["predicted_us"] >= doc["floor_us"] > 0
+
+
+@pytest.mark.parametrize("device", sorted(ARCHS))
+@pytest.mark.parametrize(("op", "layout"), [("gemm", None), ("grouped_gemm", None), ("grouped_gemm", "offsets"),
+                                            ("grouped_gemm", "psum"), ("grouped_gemm_wgrad", None)])
+def test_every_device_and_layout(device: str, op: str, layout: str | None) -> None:
+    args = ["--op", op, "-M", "100", "-N", "512", "-K", "1024", "--device", device, "--json"]
+    args += ["-G", "4"] if op != "gemm" else []
+    result = explain(*args, *(["--layout", layout] if layout else []))
+    assert result.exit_code == 0, result.output
+    default = {"gemm": "dense", "grouped_gemm": "contiguous", "grouped_gemm_wgrad": "k_grouped"}[op]
+    assert json.loads(result.output)["problem"]["layout"] == (layout or default)
+
+
+def test_default_device_is_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NARROWGEMM_ARCH", "b200")
+    assert json.loads(explain(*MASKED, "--json").output)["device"] == "b200"
+
+
+def test_backend() -> None:
+    doc = json.loads(explain(*MASKED, "--device", "h200", "--backend", "reference", "--json").output)
+    assert doc["backend"] == "reference"
+    assert any("was asked for" in reason for _, reason in doc["passed_over"])
+
+
+@pytest.mark.parametrize(("args", "message"), [
+    (["-M", "1", "-N", "1"], "Missing option '-K'"),
+    (["-M", "-1", "-N", "1", "-K", "1"], "-1"),
+    (["-M", "1", "-N", "1", "-K", "1", "--a", "fp7"], "'fp7' is not one of"),
+    (["-M", "1", "-N", "1", "-K", "1", "--device", "h300"], "'h300'"),
+    (["-M", "1", "-N", "1", "-K", "1", "--out-dtype", "int8"], "'int8'"),
+    (["--op", "gemm", "--layout", "masked", "-M", "1", "-N", "1", "-K", "1"], "layout of gemm"),
+    (["-M", "1", "-N", "1", "-K", "1", "--backend", "cublas"], "'cublas'"),
+])
+def test_bad_input(args: list[str], message: str) -> None:
+    result = explain(*args)
+    assert result.exit_code == 2, result.output
+    assert message in result.output and "Traceback" not in result.output
+
+
+def test_what_no_kernel_runs_is_an_error_that_says_why() -> None:
+    result = explain(*MASKED, "--device", "h200", "--backend", "triton", "--a", "mxfp4", "--b", "mxfp4")
+    assert result.exit_code == 1 and "no kernel runs grouped_gemm (masked, mxfp4 x mxfp4)" in result.output

@@ -1,0 +1,201 @@
+"""The calls that vLLM, SGLang and torchao make, argument by argument, with scales in every layout they bring.
+
+vLLM: `vllm/utils/deep_gemm.py` and its DeepGEMM experts; SGLang: `deep_gemm_wrapper/entrypoint.py`; torchao:
+`prototype/blockwise_fp8_training`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.util
+
+import pytest
+import torch
+
+from . import _caller as caller
+
+M, N, K, G = 48, 384, 640, 3
+
+
+def codes(scale: torch.Tensor) -> torch.Tensor:
+    """uint8 E8M0 codes of float32 powers of two."""
+    return (scale.contiguous().view(torch.int32) >> 23).to(torch.uint8)
+
+
+def packed(scale: torch.Tensor) -> torch.Tensor:
+    """int32 of four codes along K, the last word filled with 1.0."""
+    return torch.nn.functional.pad(codes(scale), (0, -scale.shape[-1] % 4), value=127).view(torch.int32)
+
+
+def rows(scale: torch.Tensor, n: int) -> torch.Tensor:
+    """128x128 scales expanded to one row each."""
+    return scale.repeat_interleave(128, -2)[..., :n, :].contiguous()
+
+
+def activations(dg, m: int = M, use_ue8m0: bool = False):
+    x = caller.randn(m, K, device="cpu")
+    return x, dg.per_token_cast_to_fp8(x, use_ue8m0=use_ue8m0)
+
+
+def weights(dg, use_ue8m0: bool = False):
+    w = caller.randn(G, N, K, device="cpu")
+    return w, caller.each_block(dg, w, use_ue8m0)
+
+
+A_LAYOUTS = {
+    "row_major": lambda dg, s: s,
+    "mn_major_tma_aligned": lambda dg, s: dg.get_mn_major_tma_aligned_tensor(s),
+    "transposed": lambda dg, s: s.t().contiguous(),
+    "e8m0_bytes": lambda dg, s: codes(s),
+    "float8_e8m0fnu": lambda dg, s: codes(s).view(torch.float8_e8m0fnu),
+    "packed": lambda dg, s: packed(s),
+    "packed_mn_major": lambda dg, s: dg.get_mn_major_tma_aligned_packed_ue8m0_tensor(s),
+}
+B_LAYOUTS = {
+    "row_major": lambda dg, s: s,
+    "transposed": lambda dg, s: s.mT.contiguous(),
+    "column_major": lambda dg, s: s.mT.contiguous().mT,
+    "rows_fp32": lambda dg, s: rows(s, N),
+    "e8m0_bytes": lambda dg, s: codes(s),
+    "float8_e8m0fnu": lambda dg, s: codes(s).view(torch.float8_e8m0fnu),
+    "packed": lambda dg, s: packed(s),
+    "packed_rows": lambda dg, s: packed(rows(s, N)),
+    "packed_rows_mn_major": lambda dg, s: dg.get_mn_major_tma_aligned_packed_ue8m0_tensor(rows(s, N)),
+}
+
+
+@pytest.mark.parametrize("a_layout", A_LAYOUTS)
+@pytest.mark.parametrize("b_layout", B_LAYOUTS)
+def test_every_scale_layout_gives_the_same_bits(deep_gemm, a_layout, b_layout):
+    _, (a, sa) = activations(deep_gemm, use_ue8m0=True)
+    _, (b, sb) = weights(deep_gemm, use_ue8m0=True)
+    want, got = torch.empty((2, M, N), dtype=torch.bfloat16)
+    deep_gemm.fp8_gemm_nt((a, sa), (b[0], sb[0]), want)
+    deep_gemm.fp8_gemm_nt((a, A_LAYOUTS[a_layout](deep_gemm, sa)), (b[0], B_LAYOUTS[b_layout](deep_gemm, sb)[0]), got)
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("b_layout", B_LAYOUTS)
+def test_every_weight_scale_layout_grouped(deep_gemm, b_layout):
+    _, a = activations(deep_gemm, use_ue8m0=True)
+    _, (b, sb) = weights(deep_gemm, use_ue8m0=True)
+    ids = torch.arange(M, dtype=torch.int32) % G
+    want, got = torch.empty((2, M, N), dtype=torch.bfloat16)
+    deep_gemm.m_grouped_fp8_gemm_nt_contiguous(a, (b, sb), want, ids)
+    deep_gemm.m_grouped_fp8_gemm_nt_contiguous(a, (b, B_LAYOUTS[b_layout](deep_gemm, sb)), got, ids)
+    assert torch.equal(got, want)
+
+
+def test_packed_rows_with_the_recipe_of_128x128(deep_gemm):
+    _, a = activations(deep_gemm, use_ue8m0=True)
+    _, (b, sb) = weights(deep_gemm, use_ue8m0=True)
+    want, got = torch.empty((2, M, N), dtype=torch.bfloat16)
+    deep_gemm.fp8_gemm_nt(a, (b[0], sb[0]), want)
+    deep_gemm.fp8_gemm_nt(a, (b[0], packed(rows(sb, N))[0]), got, recipe=(1, 128, 128))
+    assert torch.equal(got, want)
+
+
+def test_float32_scales_are_never_rounded(deep_gemm):
+    """Without `disable_ue8m0_cast` upstream may cast scales on some GPUs; here the flag changes nothing."""
+    x, a = activations(deep_gemm)
+    w, (b, sb) = weights(deep_gemm)
+    one, two = torch.empty((2, M, N), dtype=torch.bfloat16)
+    kept = a[1].clone(), sb.clone()
+    deep_gemm.fp8_gemm_nt(a, (b[0], sb[0]), one, disable_ue8m0_cast=False)
+    deep_gemm.fp8_gemm_nt(a, (b[0], sb[0]), two, disable_ue8m0_cast=True)
+    assert torch.equal(one, two) and torch.equal(a[1], kept[0]) and torch.equal(sb, kept[1])
+    assert deep_gemm.testing.calc_diff(one, x @ w[0].t()) < caller.LIMIT
+
+
+def test_vllm(deep_gemm):
+    assert importlib.util.find_spec("deep_gemm") is not None
+    dg = importlib.import_module("deep_gemm")
+    dg.set_pdl(True)
+
+    @contextlib.contextmanager
+    def mk_alignment_scope(value: int):
+        before = dg.get_mk_alignment_for_contiguous_layout()
+        dg.set_mk_alignment_for_contiguous_layout(value)
+        try:
+            yield
+        finally:
+            dg.set_mk_alignment_for_contiguous_layout(before)
+
+    # dense linear: scales through transform_sf_into_required_layout
+    x, (a, sa) = activations(dg)
+    w, (b, sb) = weights(dg)
+    assert dg.get_tma_aligned_size(M, 4) == M
+    wanted = dg.transform_sf_into_required_layout(sf=sb[0].unsqueeze(0), mn=N, k=K, recipe=(1, 128, 128), num_groups=1,
+                                                  is_sfa=False, disable_ue8m0_cast=True).squeeze(0)
+    out = torch.empty((M, N), dtype=torch.bfloat16)
+    dg.fp8_gemm_nt((a, dg.get_mn_major_tma_aligned_tensor(sa)), (b[0], wanted), out, disable_ue8m0_cast=True)
+    assert dg.testing.calc_diff(out, x @ w[0].t()) < caller.LIMIT
+
+    # experts, contiguous and psum, under a per-call alignment
+    align = dg.get_theoretical_mk_alignment_for_contiguous_layout(M, G)
+    with mk_alignment_scope(align):
+        for psum in (False, True):
+            pair, stacked, d, layout, ref, *_ = caller.contiguous(dg, G, 100, N, K, "cpu", psum=psum)
+            dg.m_grouped_fp8_gemm_nt_contiguous(pair, stacked, d, layout, disable_ue8m0_cast=True, use_psum_layout=psum)
+            assert dg.testing.calc_diff(d, ref) < caller.LIMIT
+    assert dg.get_mk_alignment_for_contiguous_layout() == 128
+
+    # batched experts
+    pair, stacked, d, tokens, ref = caller.masked(dg, G, 64, 30, N, K, "cpu")
+    dg.fp8_m_grouped_gemm_nt_masked(pair, stacked, d, tokens, 30, disable_ue8m0_cast=True)
+    assert all(dg.testing.calc_diff(d[g, :t], ref[g, :t]) < caller.LIMIT for g, t in enumerate(tokens.tolist()))
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_vllm_mxfp8(deep_gemm, pack):
+    """1x32 E8M0 scales on both sides, as float8_e8m0fnu or packed."""
+    x, w = caller.randn(M, K, device="cpu"), caller.randn(G, N, K, device="cpu")
+    a, sa = deep_gemm.per_token_cast_to_fp8(x, use_ue8m0=True, gran_k=32)
+    b, sb = deep_gemm.per_token_cast_to_fp8(w.view(-1, K), use_ue8m0=True, gran_k=32)
+    b, sb = b.view(G, N, K), sb.view(G, N, -1)
+    ids = (torch.arange(M) // 20).to(torch.int32)
+    d = torch.empty((M, N), dtype=torch.bfloat16)
+    as_e8m0 = packed if pack else (lambda s: codes(s).view(torch.float8_e8m0fnu))
+    deep_gemm.m_grouped_fp8_gemm_nt_contiguous((a, as_e8m0(sa)), (b, as_e8m0(sb)), d, ids, disable_ue8m0_cast=False,
+                                               recipe_a=(1, 32), recipe_b=(1, 32))
+    for g in range(G):
+        assert deep_gemm.testing.calc_diff(d[ids == g], x[ids == g] @ w[g].t()) < caller.LIMIT
+
+
+def test_sglang(deep_gemm):
+    from deep_gemm.utils.layout import get_mn_major_tma_aligned_tensor
+
+    x, (a, sa) = activations(deep_gemm)
+    w, (b, sb) = weights(deep_gemm)
+    before = deep_gemm.get_num_sms()
+    deep_gemm.set_num_sms(before)
+    ids = (torch.arange(M) // 16).to(torch.int32)
+    out = torch.empty((M, N), dtype=torch.bfloat16)
+    deep_gemm.m_grouped_fp8_gemm_nt_contiguous([a, get_mn_major_tma_aligned_tensor(sa)], [b, sb], out, ids)
+    for g in range(G):
+        assert deep_gemm.testing.calc_diff(out[ids == g], x[ids == g] @ w[g].t()) < caller.LIMIT
+    pair, stacked, d, tokens, ref = caller.masked(deep_gemm, G, 64, 30, N, K, "cpu")
+    got = deep_gemm.fp8_m_grouped_gemm_nt_masked(pair, stacked, d, tokens, 30, recipe_a=[1, 128], recipe_b=[128, 128])
+    assert got is None
+    assert all(deep_gemm.testing.calc_diff(d[g, :t], ref[g, :t]) < caller.LIMIT for g, t in enumerate(tokens.tolist()))
+    # its warm-up: compile without launching
+    mode = deep_gemm.get_compile_mode()
+    deep_gemm.set_compile_mode(1)
+    for m in range(1, 9):
+        deep_gemm.fp8_gemm_nt((a[:m], sa[:m]), (b[0], sb[0]), out[:m])
+    deep_gemm.set_compile_mode(mode)
+
+
+def test_torchao(deep_gemm):
+    module = importlib.import_module("deep_gemm")
+    m_grouped = getattr(module, "m_grouped_fp8_gemm_nt_contiguous", None) or module.m_grouped_fp8_fp4_gemm_nt_contiguous
+    pair, stacked, out, layout, ref, *_ = caller.contiguous(module, G, 100, N, K, "cpu", psum=False)
+    m_grouped(pair, stacked, out, layout, recipe_a=(1, 128), recipe_b=(128, 128), disable_ue8m0_cast=True)
+    assert module.testing.calc_diff(out, ref) < caller.LIMIT
+
+    a, b, c, _, ref, ks = caller.k_grouped(module, G, 96, 160, 200, "cpu", k_major=True, empty=False)
+    ks_tensor = torch.tensor(ks, dtype=torch.int32)
+    out, zero = torch.empty_like(c), torch.zeros_like(c)
+    module.k_grouped_fp8_gemm_nt_contiguous(a, b, out, ks_tensor.tolist(), ks_tensor, zero, recipe=(1, 1, 128))
+    assert module.testing.calc_diff(out, ref - c) < caller.LIMIT and not zero.any()
