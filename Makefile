@@ -23,7 +23,7 @@ test: lint
 	$(RUN) -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.ready-dev
-	$(RUN) -m ruff check src tests tools
+	$(RUN) -m ruff check src tests tools benchmarks
 	$(RUN) -m mypy
 
 # The developer's environment holds everything that the demo needs, so `make demo` is satisfied with either.

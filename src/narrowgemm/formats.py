@@ -172,6 +172,7 @@ class ScaledTensor:
             expect(scale is None, f"scale of unscaled format {fmt.name}", type(scale).__name__, "None")
             return out
         expect(scale is not None, f"scale of format {fmt.name}", None, f"a tensor of shape {fmt.scale_shape(out.shape)}")
+        assert scale is not None
         return ScaledTensor(data, normalize_scale(scale, out.shape, fmt, data.device, scale_layout), fmt)
 
     @property

@@ -44,7 +44,8 @@ def scale_to_float(scale: Tensor) -> Tensor:
 
 def unpack_ue8m0(packed: Tensor, count: int) -> Tensor:
     """int32 `[..., R, ceil(count/4)]` with four E8M0 codes along K, lowest byte first, to uint8 `[..., R, count]`."""
-    return packed.contiguous().view(torch.uint8)[..., :count]
+    # clone, not contiguous(): that keeps the strides of MN-major scales with one word a row, and view() refuses them
+    return packed.clone(memory_format=torch.contiguous_format).view(torch.uint8)[..., :count]
 
 
 def pack_ue8m0(code: Tensor) -> Tensor:

@@ -60,8 +60,8 @@ def test_errors_are_those_of_the_formats() -> None:
 def test_tables() -> None:
     result = demo(*TINY)
     assert result.exit_code == 0, result.output
-    for part in (*FP8_STEPS, "deepseek-v3: 12 tokens", "the model has top-8 of 256", "% roof", "BF16 err", "kernel gate ok",
-                 "gate_up ran on reference. Why:"):
+    for part in (*FP8_STEPS, "deepseek-v3: 12 tokens", "the model has top-8 of 256", "% roof", "BF16 err",
+                 "kernel gate ok", "gate_up ran on reference. Why:"):
         assert part in result.output, part
     assert max(map(len, result.stdout.split("error: calc_diff")[0].splitlines())) <= 125
 
@@ -88,7 +88,8 @@ def test_keep_writes_once_and_checkpoint_reads_it(tmp_path: Path) -> None:
 
 def test_checkpoint_layer_and_fewer_experts(tmp_path: Path) -> None:
     write_fp8_checkpoint(tmp_path / "c", MoEModel("t", 256, 128, 6, 3), layers=2)
-    doc = document("--device", "cpu", "--tokens", "5", "--checkpoint", str(tmp_path / "c"), "--layer", "1", "--experts", "5")
+    doc = document("--device", "cpu", "--tokens", "5", "--checkpoint", str(tmp_path / "c"), "--layer", "1",
+                   "--experts", "5")
     assert doc["weights"].endswith("layer 1")
     assert doc["sizes"]["experts"] == 5 and doc["sizes"]["top_k"] == 3 and doc["full_sizes"]["experts"] >= 6
 
@@ -122,7 +123,8 @@ def test_one_token_and_experts_without_tokens(tmp_path: Path) -> None:
     layer = load_moe_layer(tmp_path / "c", 0)
     timer = make_timer(torch.device("cpu"), rounds=1)
     roof = moe_block.Roof(1e12, 1e12, 1e12, "made up")
-    block = moe_block.run_block(layer, torch.randn(1, 256).bfloat16(), top_k=1, activation="swiglu_oai", timer=timer, roof=roof)
+    x = torch.randn(1, 256).bfloat16()
+    block = moe_block.run_block(layer, x, top_k=1, activation="swiglu_oai", timer=timer, roof=roof)
     assert block.active_experts == 1 and all(g.ok for g in block.gates.values())
 
 

@@ -51,7 +51,7 @@ def test_a_healthy_install(healthy: dict) -> None:
 
 def test_text_has_the_same_facts(healthy: dict) -> None:
     text = env.text(healthy)
-    for line in ("narrowgemm:", f"  version: {narrowgemm.__version__}", "import torch:", "  NARROWGEMM_BACKEND: reference"):
+    for line in ("narrowgemm:", f"  version: {narrowgemm.__version__}", "  NARROWGEMM_BACKEND: reference"):
         assert line in text.splitlines()
 
 

@@ -1,7 +1,7 @@
 """The calls that vLLM, SGLang and torchao make, argument by argument, with scales in every layout they bring.
 
 vLLM: `vllm/utils/deep_gemm.py` and its DeepGEMM experts; SGLang: `deep_gemm_wrapper/entrypoint.py`; torchao:
-`prototype/blockwise_fp8_training`.
+its blockwise FP8 training of grouped experts.
 """
 
 from __future__ import annotations
@@ -13,9 +13,25 @@ import importlib.util
 import pytest
 import torch
 
+from narrowgemm.testing.numerics import KERNEL_GATE, calc_diff
+
 from . import _caller as caller
 
 M, N, K, G = 48, 384, 640, 3
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def where(request) -> str:
+    return request.param
+
+
+def same(got: torch.Tensor, want: torch.Tensor) -> bool:
+    """The same bits on the CPU; on a GPU another scale layout may take another kernel, with another order of sums."""
+    return torch.equal(got, want) if got.device.type == "cpu" else calc_diff(got, want) < KERNEL_GATE["bf16"]
+
+
+def bf16(*shape: int, device: str) -> torch.Tensor:
+    return torch.empty(shape, dtype=torch.bfloat16, device=device)
 
 
 def codes(scale: torch.Tensor) -> torch.Tensor:
@@ -33,13 +49,13 @@ def rows(scale: torch.Tensor, n: int) -> torch.Tensor:
     return scale.repeat_interleave(128, -2)[..., :n, :].contiguous()
 
 
-def activations(dg, m: int = M, use_ue8m0: bool = False):
-    x = caller.randn(m, K, device="cpu")
+def activations(dg, device: str, use_ue8m0: bool = False):
+    x = caller.randn(M, K, device=device)
     return x, dg.per_token_cast_to_fp8(x, use_ue8m0=use_ue8m0)
 
 
-def weights(dg, use_ue8m0: bool = False):
-    w = caller.randn(G, N, K, device="cpu")
+def weights(dg, device: str, use_ue8m0: bool = False):
+    w = caller.randn(G, N, K, device=device)
     return w, caller.each_block(dg, w, use_ue8m0)
 
 
@@ -67,40 +83,52 @@ B_LAYOUTS = {
 
 @pytest.mark.parametrize("a_layout", A_LAYOUTS)
 @pytest.mark.parametrize("b_layout", B_LAYOUTS)
-def test_every_scale_layout_gives_the_same_bits(deep_gemm, a_layout, b_layout):
-    _, (a, sa) = activations(deep_gemm, use_ue8m0=True)
-    _, (b, sb) = weights(deep_gemm, use_ue8m0=True)
-    want, got = torch.empty((2, M, N), dtype=torch.bfloat16)
+def test_every_scale_layout_gives_the_same_bits(deep_gemm, where, a_layout, b_layout):
+    _, (a, sa) = activations(deep_gemm, where, use_ue8m0=True)
+    _, (b, sb) = weights(deep_gemm, where, use_ue8m0=True)
+    want, got = bf16(2, M, N, device=where)
     deep_gemm.fp8_gemm_nt((a, sa), (b[0], sb[0]), want)
     deep_gemm.fp8_gemm_nt((a, A_LAYOUTS[a_layout](deep_gemm, sa)), (b[0], B_LAYOUTS[b_layout](deep_gemm, sb)[0]), got)
-    assert torch.equal(got, want)
+    assert same(got, want)
 
 
 @pytest.mark.parametrize("b_layout", B_LAYOUTS)
-def test_every_weight_scale_layout_grouped(deep_gemm, b_layout):
-    _, a = activations(deep_gemm, use_ue8m0=True)
-    _, (b, sb) = weights(deep_gemm, use_ue8m0=True)
-    ids = torch.arange(M, dtype=torch.int32) % G
-    want, got = torch.empty((2, M, N), dtype=torch.bfloat16)
+def test_every_weight_scale_layout_grouped(deep_gemm, where, b_layout):
+    _, a = activations(deep_gemm, where, use_ue8m0=True)
+    _, (b, sb) = weights(deep_gemm, where, use_ue8m0=True)
+    ids = torch.arange(M, dtype=torch.int32, device=where) % G
+    want, got = bf16(2, M, N, device=where)
     deep_gemm.m_grouped_fp8_gemm_nt_contiguous(a, (b, sb), want, ids)
     deep_gemm.m_grouped_fp8_gemm_nt_contiguous(a, (b, B_LAYOUTS[b_layout](deep_gemm, sb)), got, ids)
-    assert torch.equal(got, want)
+    assert same(got, want)
 
 
-def test_packed_rows_with_the_recipe_of_128x128(deep_gemm):
-    _, a = activations(deep_gemm, use_ue8m0=True)
-    _, (b, sb) = weights(deep_gemm, use_ue8m0=True)
-    want, got = torch.empty((2, M, N), dtype=torch.bfloat16)
+@pytest.mark.parametrize("m", [1, 5, 48])
+def test_packed_scales_of_one_word_a_row(deep_gemm, where, m):
+    """K up to 512: the one column of words has a stride of its own."""
+    x, w = caller.randn(m, 384, device=where), caller.randn(N, 384, device=where)
+    (a, sa), (b, sb) = (deep_gemm.per_token_cast_to_fp8(t, use_ue8m0=True) for t in (x, w))
+    want, got = bf16(2, m, N, device=where)
+    deep_gemm.fp8_gemm_nt((a, sa), (b, sb), want)
+    pack = deep_gemm.get_mn_major_tma_aligned_packed_ue8m0_tensor
+    deep_gemm.fp8_gemm_nt((a, pack(sa)), (b, pack(sb)), got)
+    assert same(got, want)
+
+
+def test_packed_rows_with_the_recipe_of_128x128(deep_gemm, where):
+    _, a = activations(deep_gemm, where, use_ue8m0=True)
+    _, (b, sb) = weights(deep_gemm, where, use_ue8m0=True)
+    want, got = bf16(2, M, N, device=where)
     deep_gemm.fp8_gemm_nt(a, (b[0], sb[0]), want)
     deep_gemm.fp8_gemm_nt(a, (b[0], packed(rows(sb, N))[0]), got, recipe=(1, 128, 128))
-    assert torch.equal(got, want)
+    assert same(got, want)
 
 
-def test_float32_scales_are_never_rounded(deep_gemm):
+def test_float32_scales_are_never_rounded(deep_gemm, where):
     """Without `disable_ue8m0_cast` upstream may cast scales on some GPUs; here the flag changes nothing."""
-    x, a = activations(deep_gemm)
-    w, (b, sb) = weights(deep_gemm)
-    one, two = torch.empty((2, M, N), dtype=torch.bfloat16)
+    x, a = activations(deep_gemm, where)
+    w, (b, sb) = weights(deep_gemm, where)
+    one, two = bf16(2, M, N, device=where)
     kept = a[1].clone(), sb.clone()
     deep_gemm.fp8_gemm_nt(a, (b[0], sb[0]), one, disable_ue8m0_cast=False)
     deep_gemm.fp8_gemm_nt(a, (b[0], sb[0]), two, disable_ue8m0_cast=True)
@@ -108,7 +136,7 @@ def test_float32_scales_are_never_rounded(deep_gemm):
     assert deep_gemm.testing.calc_diff(one, x @ w[0].t()) < caller.LIMIT
 
 
-def test_vllm(deep_gemm):
+def test_vllm(deep_gemm, where):
     assert importlib.util.find_spec("deep_gemm") is not None
     dg = importlib.import_module("deep_gemm")
     dg.set_pdl(True)
@@ -123,12 +151,12 @@ def test_vllm(deep_gemm):
             dg.set_mk_alignment_for_contiguous_layout(before)
 
     # dense linear: scales through transform_sf_into_required_layout
-    x, (a, sa) = activations(dg)
-    w, (b, sb) = weights(dg)
+    x, (a, sa) = activations(dg, where)
+    w, (b, sb) = weights(dg, where)
     assert dg.get_tma_aligned_size(M, 4) == M
     wanted = dg.transform_sf_into_required_layout(sf=sb[0].unsqueeze(0), mn=N, k=K, recipe=(1, 128, 128), num_groups=1,
                                                   is_sfa=False, disable_ue8m0_cast=True).squeeze(0)
-    out = torch.empty((M, N), dtype=torch.bfloat16)
+    out = bf16(M, N, device=where)
     dg.fp8_gemm_nt((a, dg.get_mn_major_tma_aligned_tensor(sa)), (b[0], wanted), out, disable_ue8m0_cast=True)
     assert dg.testing.calc_diff(out, x @ w[0].t()) < caller.LIMIT
 
@@ -136,26 +164,26 @@ def test_vllm(deep_gemm):
     align = dg.get_theoretical_mk_alignment_for_contiguous_layout(M, G)
     with mk_alignment_scope(align):
         for psum in (False, True):
-            pair, stacked, d, layout, ref, *_ = caller.contiguous(dg, G, 100, N, K, "cpu", psum=psum)
+            pair, stacked, d, layout, ref, *_ = caller.contiguous(dg, G, 100, N, K, where, psum=psum)
             dg.m_grouped_fp8_gemm_nt_contiguous(pair, stacked, d, layout, disable_ue8m0_cast=True, use_psum_layout=psum)
             assert dg.testing.calc_diff(d, ref) < caller.LIMIT
     assert dg.get_mk_alignment_for_contiguous_layout() == 128
 
     # batched experts
-    pair, stacked, d, tokens, ref = caller.masked(dg, G, 64, 30, N, K, "cpu")
+    pair, stacked, d, tokens, ref = caller.masked(dg, G, 64, 30, N, K, where)
     dg.fp8_m_grouped_gemm_nt_masked(pair, stacked, d, tokens, 30, disable_ue8m0_cast=True)
     assert all(dg.testing.calc_diff(d[g, :t], ref[g, :t]) < caller.LIMIT for g, t in enumerate(tokens.tolist()))
 
 
 @pytest.mark.parametrize("pack", [False, True])
-def test_vllm_mxfp8(deep_gemm, pack):
+def test_vllm_mxfp8(deep_gemm, where, pack):
     """1x32 E8M0 scales on both sides, as float8_e8m0fnu or packed."""
-    x, w = caller.randn(M, K, device="cpu"), caller.randn(G, N, K, device="cpu")
+    x, w = caller.randn(M, K, device=where), caller.randn(G, N, K, device=where)
     a, sa = deep_gemm.per_token_cast_to_fp8(x, use_ue8m0=True, gran_k=32)
     b, sb = deep_gemm.per_token_cast_to_fp8(w.view(-1, K), use_ue8m0=True, gran_k=32)
     b, sb = b.view(G, N, K), sb.view(G, N, -1)
-    ids = (torch.arange(M) // 20).to(torch.int32)
-    d = torch.empty((M, N), dtype=torch.bfloat16)
+    ids = (torch.arange(M, device=where) // 20).to(torch.int32)
+    d = bf16(M, N, device=where)
     as_e8m0 = packed if pack else (lambda s: codes(s).view(torch.float8_e8m0fnu))
     deep_gemm.m_grouped_fp8_gemm_nt_contiguous((a, as_e8m0(sa)), (b, as_e8m0(sb)), d, ids, disable_ue8m0_cast=False,
                                                recipe_a=(1, 32), recipe_b=(1, 32))
@@ -163,19 +191,19 @@ def test_vllm_mxfp8(deep_gemm, pack):
         assert deep_gemm.testing.calc_diff(d[ids == g], x[ids == g] @ w[g].t()) < caller.LIMIT
 
 
-def test_sglang(deep_gemm):
+def test_sglang(deep_gemm, where):
     from deep_gemm.utils.layout import get_mn_major_tma_aligned_tensor
 
-    x, (a, sa) = activations(deep_gemm)
-    w, (b, sb) = weights(deep_gemm)
+    x, (a, sa) = activations(deep_gemm, where)
+    w, (b, sb) = weights(deep_gemm, where)
     before = deep_gemm.get_num_sms()
     deep_gemm.set_num_sms(before)
-    ids = (torch.arange(M) // 16).to(torch.int32)
-    out = torch.empty((M, N), dtype=torch.bfloat16)
+    ids = (torch.arange(M, device=where) // 16).to(torch.int32)
+    out = bf16(M, N, device=where)
     deep_gemm.m_grouped_fp8_gemm_nt_contiguous([a, get_mn_major_tma_aligned_tensor(sa)], [b, sb], out, ids)
     for g in range(G):
         assert deep_gemm.testing.calc_diff(out[ids == g], x[ids == g] @ w[g].t()) < caller.LIMIT
-    pair, stacked, d, tokens, ref = caller.masked(deep_gemm, G, 64, 30, N, K, "cpu")
+    pair, stacked, d, tokens, ref = caller.masked(deep_gemm, G, 64, 30, N, K, where)
     got = deep_gemm.fp8_m_grouped_gemm_nt_masked(pair, stacked, d, tokens, 30, recipe_a=[1, 128], recipe_b=[128, 128])
     assert got is None
     assert all(deep_gemm.testing.calc_diff(d[g, :t], ref[g, :t]) < caller.LIMIT for g, t in enumerate(tokens.tolist()))
@@ -187,15 +215,15 @@ def test_sglang(deep_gemm):
     deep_gemm.set_compile_mode(mode)
 
 
-def test_torchao(deep_gemm):
+def test_torchao(deep_gemm, where):
     module = importlib.import_module("deep_gemm")
     m_grouped = getattr(module, "m_grouped_fp8_gemm_nt_contiguous", None) or module.m_grouped_fp8_fp4_gemm_nt_contiguous
-    pair, stacked, out, layout, ref, *_ = caller.contiguous(module, G, 100, N, K, "cpu", psum=False)
+    pair, stacked, out, layout, ref, *_ = caller.contiguous(module, G, 100, N, K, where, psum=False)
     m_grouped(pair, stacked, out, layout, recipe_a=(1, 128), recipe_b=(128, 128), disable_ue8m0_cast=True)
     assert module.testing.calc_diff(out, ref) < caller.LIMIT
 
-    a, b, c, _, ref, ks = caller.k_grouped(module, G, 96, 160, 200, "cpu", k_major=True, empty=False)
-    ks_tensor = torch.tensor(ks, dtype=torch.int32)
+    a, b, c, _, ref, ks = caller.k_grouped(module, G, 96, 160, 200, where, k_major=True, empty=False)
+    ks_tensor = torch.tensor(ks, dtype=torch.int32, device=where)
     out, zero = torch.empty_like(c), torch.zeros_like(c)
     module.k_grouped_fp8_gemm_nt_contiguous(a, b, out, ks_tensor.tolist(), ks_tensor, zero, recipe=(1, 1, 128))
     assert module.testing.calc_diff(out, ref - c) < caller.LIMIT and not zero.any()

@@ -53,7 +53,7 @@ PAIRS = {
     "scale columns": (dict(a=a(scale=(M, 3))), ValueError, r"got \(16, 3\), expected \(16, 2\)"),
     "weight scales": (dict(b=b(scale=(3, 2))), ValueError, r"b, scales for .*got \(3, 2\).*expected \[\.\.\., 1, 2\]"),
     "packed scales": (dict(a=a(scale=(M, 2), scale_dtype=torch.int32)), ValueError, r"packed UE8M0 .*\(16, 1\)"),
-    "packed weight scales": (dict(b=b(scale=(N, 2), scale_dtype=torch.int32)), ValueError, r"got \(128, 2\) torch.int32"),
+    "packed weights": (dict(b=b(scale=(N, 2), scale_dtype=torch.int32)), ValueError, r"got \(128, 2\) torch.int32"),
     "K": (dict(b=b(k=384, scale=(1, 3))), ValueError, r"K of a and b: got 256 and 384"),
     "d shape": (dict(d=d(M, N + 1)), ValueError, r"d, shape: got \(16, 129\), expected \(16, 128\)"),
     "d dtype": (dict(d=d(dtype=torch.float64)), TypeError, r"d, dtype: got torch.float64"),
@@ -69,7 +69,7 @@ PAIRS = {
     "compiled_dims": (dict(compiled_dims="xy"), ValueError, r"compiled_dims: got 'xy', expected letters of 'mnk'"),
     "fp4 a": (dict(a=a(dtype=torch.int8)), Unsupported, r"a: FP4 payload \(torch.int8\).*keep FP8"),
     "fp4 b": (dict(b=b(dtype=torch.int32)), Unsupported, r"b: FP4 payload \(torch.int32\)"),
-    "unknown block": (dict(recipe=(1, 64, 64)), Unsupported, r"scale blocks of 1x64 for FP8 \(1x128, 128x128 or 1x32\)"),
+    "unknown block": (dict(recipe=(1, 64, 64)), Unsupported, r"scale blocks of 1x64 for FP8 \(1x128, 128x128 or"),
     "epilogue": (dict(epilogue="relu"), Unsupported, r"epilogue 'relu'"),
 }
 
@@ -77,7 +77,9 @@ PAIRS = {
 @pytest.mark.parametrize("case", PAIRS)
 def test_dense(deep_gemm, case):
     change, error, match = PAIRS[case]
-    args = {"a": a(), "b": b(), "d": d()} | change
+    good = {"a": a(), "b": b(), "d": d()}
+    args = good | change
+    deep_gemm.fp8_gemm_nt(**good | {"d": d()})  # what was checked before hides nothing
     refuses(deep_gemm.fp8_gemm_nt, error, match, out=args["d"], **args)
 
 
@@ -153,7 +155,7 @@ K_GROUPED = {
     "ks negative": (dict(ks_cpu=[-128, 512]), ValueError, r"ks_cpu\[0\]: got -128"),
     "no ks": (dict(ks_cpu=None), ValueError, r"ks_cpu.*: got None"),
     "empty ks": (dict(ks_cpu=[]), ValueError, r"ks_cpu.*: got \[\]"),
-    "ks differ": (dict(ks_cpu=[256, 128]), ValueError, r"grouped_layout: got \[128, 256\], expected ks_cpu, \[256, 128\]"),
+    "ks differ": (dict(ks_cpu=[256, 128]), ValueError, r"grouped_layout: got \[128, 256\], expected ks_cpu, \[256"),
     "sizes dtype": (dict(grouped_layout=torch.tensor(KS)), TypeError, r"grouped_layout, dtype: got torch.int64"),
     "sizes length": (dict(grouped_layout=ids(3)), ValueError, r"grouped_layout, length: got 3"),
     "recipe": (dict(recipe=(1, 1, 32)), Unsupported, r"k-grouped recipe \(1, 1, 32\)"),
@@ -183,7 +185,8 @@ def test_k_grouped(deep_gemm, case, name):
 def test_k_grouped_layouts(deep_gemm):
     nt, tn = deep_gemm.k_grouped_fp8_gemm_nt_contiguous, deep_gemm.k_grouped_fp8_gemm_tn_contiguous
     args = k_args(True)
-    refuses(nt, Unsupported, r"with use_psum_layout \(k_grouped_fp8_gemm_tn", **args, use_psum_layout=True, out=args["d"])
+    refuses(nt, Unsupported, r"with use_psum_layout \(k_grouped_fp8_gemm_tn", **args, use_psum_layout=True,
+            out=args["d"])
     refuses(nt, ValueError, r"a, elements: got 6144, expected .* 17 x 384",
             **args | {"d": torch.full((G, 17, 32), 7.0)}, out=args["d"])
     args = k_args(False)
@@ -196,7 +199,7 @@ def test_k_grouped_layouts(deep_gemm):
 def test_devices(deep_gemm):
     there = [(x.cuda(), s.cuda()) for x, s in (a(), b())]
     out = d().cuda()
-    refuses(deep_gemm.fp8_gemm_nt, ValueError, r"a, device of the scales: got cpu", (there[0][0], a()[1]), there[1], out,
-            out=out)
+    refuses(deep_gemm.fp8_gemm_nt, ValueError, r"a, device of the scales: got cpu", (there[0][0], a()[1]), there[1],
+            out, out=out)
     refuses(deep_gemm.fp8_gemm_nt, ValueError, r"d, device: got cpu", *there, d(), out=out)
     refuses(deep_gemm.fp8_gemm_nt, ValueError, r"device", there[0], b(), out, out=out)

@@ -283,7 +283,7 @@ def test_other_quantisations_are_refused(folder: Path, tmp_path: Path) -> None:
 
 
 MEMORY_PROBE = """
-import resource, sys, threading
+import sys, threading
 from narrowgemm.integrations.checkpoints import load_moe_layer
 
 def private():

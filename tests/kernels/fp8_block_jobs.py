@@ -8,7 +8,7 @@ import torch
 
 import narrowgemm as ng
 from narrowgemm.arch import get_arch
-from narrowgemm.formats import FP8_1x128, FP8_128x128, Format, ScaledTensor
+from narrowgemm.formats import Format, FP8_1x128, FP8_128x128, ScaledTensor
 from narrowgemm.kernels.triton import fp8_block, fp8_wgrad
 from narrowgemm.ops.explain import describe
 from narrowgemm.problem import Config

@@ -200,6 +200,29 @@ def test_illegal_configs_are_refused(monkeypatch, config, words):
         quantize(torch.zeros(4, 256), FP8_1x128, backend="triton", config=config)
 
 
+TARGETS = ("sm90", "sm100", "gfx942", "gfx950")
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiles_for_every_target(target):
+    """No spills, little shared memory; FP8 is converted by the chip where it has the instruction, loads are 16 bytes."""
+    from .._compile import compile_jobs
+
+    reports = compile_jobs(target, "tests.kernels.quantize_jobs:jobs")
+    assert len(reports) == 27 and {r["kernel"] for r in reports} == {
+        "groups_kernel", "tiles_kernel", "rows_kernel", "tensor_amax_kernel", "tensor_cast_kernel"}
+    for r in reports:
+        assert r["spills"] == 0 and r["shared"] <= 16384 and r["registers"] <= 128, (target, r)
+        if target.startswith("sm"):
+            narrows = r["kernel"] != "tensor_amax_kernel" and "mxfp4" not in r["job"] and "e5m2" not in r["job"]
+            assert not narrows or r["ops"]["e4m3"] > 0, (target, r)
+        elif target == "gfx950" and r["kernel"] == "groups_kernel" and "mxfp4" not in r["job"]:
+            assert any(op.startswith("v_cvt_scalef32") for op in r["ops"]), (target, r)
+        if target.startswith("gfx") and "4096" in r["job"]:
+            assert any(op.endswith("load_dwordx4") for op in r["ops"]), (target, r)
+
+
 # -- GPU only ----------------------------------------------------------------------------------------------------------
 
 

@@ -49,9 +49,9 @@ def roofline(path: Path, header: dict[str, Any], rows: Sequence[Row]) -> None:
             axes.plot(grid, [min(rate, x * ceilings["read_gbs"] * 1e-3) for x in grid], "--", lw=1, color="grey",
                       label=f"measured: {ceilings['read_gbs']:.0f} GB/s, {rate:.0f} TFLOPS ({name.split('_')[1]}-bit)")
     for (name, p), marker in zip(series.items(), "o^sDvP*X<>" * 10):
-        axes.scatter(*zip(*p), s=22, marker=marker, label=name, alpha=0.8)
+        axes.scatter([x for x, _ in p], [y for _, y in p], s=22, marker=marker, label=name, alpha=0.8)
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte (operands in use and output, once)", ylabel="TFLOPS",
-             title=f"{header.get('device', '')}, {str(header.get('commit', ''))[:10]}, {str(header.get('date', ''))[:10]}")
+             title=", ".join(str(header.get(k) or "")[:20] for k in ("device", "commit", "date")))
     axes.grid(True, which="both", lw=0.3)
     axes.legend(fontsize=8)
     figure.tight_layout()

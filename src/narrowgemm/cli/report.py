@@ -18,7 +18,8 @@ from ..testing import results
 @click.option("--peers", "peers", multiple=True, help="A peer that every suite must have rows for.")
 @click.option("--markdown", is_flag=True, help="The table as Markdown.")
 @click.option("--json", "as_json", is_flag=True, help="Summaries and problems as JSON.")
-def report(files: tuple[Path, ...], suites: tuple[str, ...], peers: tuple[str, ...], markdown: bool, as_json: bool) -> None:
+def report(files: tuple[Path, ...], suites: tuple[str, ...], peers: tuple[str, ...], markdown: bool,
+           as_json: bool) -> None:
     """Geometric mean and worst ratio of every suite and peer in FILES, which count as one result.
 
     Exits with 1 where a row of a suite is missing or has an error: a crashed peer or kernel never flatters a mean.
@@ -51,13 +52,15 @@ def report(files: tuple[Path, ...], suites: tuple[str, ...], peers: tuple[str, .
 
 def text_table(summaries: list[results.Summary]) -> list[str]:
     lines = [f"{'suite':24s} {'backend':16s} {'peer':12s} {'cases':>5s} {'mean':>7s} {'worst':>7s}  worst case"]
-    return lines + [f"{s.suite:24s} {s.asked:16s} {s.peer:12s} {s.cases:5d} {s.mean:7.3f} {s.worst:7.3f}  {s.worst_case}"
-                    for s in summaries]
+    return lines + [f"{s.suite:24s} {s.asked:16s} {s.peer:12s} {s.cases:5d} {s.mean:7.3f} {s.worst:7.3f}  "
+                    f"{s.worst_case}" for s in summaries]
 
 
 def markdown_table(summaries: list[results.Summary]) -> list[str]:
     """Rows of a Markdown table; ratio = peer's time / ours, so more than 1 is faster."""
-    lines = ["| suite | against | cases | geometric mean | worst | worst case |", "| --- | --- | ---: | ---: | ---: | --- |"]
-    many = len({s.asked for s in summaries}) > 1
-    return lines + [f"| `{s.suite}`{f' ({s.asked})' if many else ''} | {s.peer} | {s.cases} | {s.mean:.2f} | {s.worst:.2f} "
-                    f"| `{s.worst_case}` |" for s in summaries]
+    lines = ["| suite | against | cases | geometric mean | worst | worst case |",
+             "| --- | --- | ---: | ---: | ---: | --- |"]
+    for s in summaries:
+        name = f"`{s.suite}`" if s.asked == "auto" else f"`{s.suite}` ({s.asked})"
+        lines.append(f"| {name} | {s.peer} | {s.cases} | {s.mean:.2f} | {s.worst:.2f} | `{s.worst_case}` |")
+    return lines

@@ -40,6 +40,10 @@ class Options:
         expect(self.config is None or isinstance(self.config, Config), "config", type(self.config).__name__,
                "a narrowgemm.Config", error=TypeError)
 
+    @property
+    def sync(self) -> bool:
+        return self.validate == "sync" or os.environ.get("NARROWGEMM_VALIDATE") == "sync"
+
     def check(self) -> None:
         expect(isinstance(self.max_sms, int) and self.max_sms >= 0, "max_sms", self.max_sms, "0 (all) or a positive count")
         expect(self.validate in (None, "sync"), "validate", repr(self.validate), "None or 'sync'")

@@ -65,9 +65,9 @@ def describe(op: str, *, layout: str = "dense", groups: int = 1, m: int, n: int,
            "'k_grouped' for grouped_gemm_wgrad, and for it only")
     fa, fb = get_format(a), get_format(b)
     rows = {"dense": m, "masked": expected_m or m}.get(layout, -(-m // max(groups, 1)))
-    side = [Operand(f, "k", "", f.scale if f.scaled else "", "mn" if f.scaled and i == 0 else "k" if f.scaled else "",
+    sa, sb = [Operand(f, "k", "", f.scale if f.scaled else "", "mn" if f.scaled and i == 0 else "k" if f.scaled else "",
                     k * f.elem.bits // 8 % 16 == 0) for i, f in enumerate((fa, fb))]
-    return Problem(op, layout, bucket(m), n, k, groups, *side, rows=bucket(max(rows, 1)), out_dtype=out_dtype,
+    return Problem(op, layout, bucket(m), n, k, groups, sa, sb, rows=bucket(max(rows, 1)), out_dtype=out_dtype,
                    out_aligned=n * (4 if out_dtype == "fp32" else 2) % 16 == 0, max_sms=max_sms)
 
 

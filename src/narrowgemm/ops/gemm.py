@@ -43,7 +43,7 @@ def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, *, out: Tensor | No
     key = common.signature(a, b, out, dtype, accumulate, options)
 
     plan = _plans.get(key, lambda: plan_of(a, b, out, dtype, accumulate, options))
-    if validate == "sync":
+    if options.sync:
         validate_data.check_scales(a, b)
     if out is None:
         out = torch.empty((a.shape[0], b.shape[0]), dtype=dtype, device=a.device)

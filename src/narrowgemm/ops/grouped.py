@@ -44,7 +44,7 @@ def grouped_gemm(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, layout: Lay
     key = common.signature(a, b, out, dtype, accumulate, options, layout.kind, index.shape, index.dtype, index.device,
                            alignment, expected_m, zero_padding)
     plan = _plans.get(key, lambda: plan_of(a, b, layout, out, dtype, accumulate, zero_padding, options))
-    if validate == "sync":
+    if options.sync:
         validate_data.check_layout(layout, a.shape[-2], b.shape[0])
         validate_data.check_scales(a, b)
     if out is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..errors import expect
-from ..formats import FP8_1x128, Format, ScaledTensor, get_format
+from ..formats import Format, FP8_1x128, ScaledTensor, get_format
 from ..layouts import Contiguous, Layout, Masked, Offsets, Psum
 from ..problem import Plan, bucket
 from ..scales import mn_major_tma_aligned

@@ -39,7 +39,7 @@ def grouped_gemm_wgrad(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, layou
     index, groups = layout.offsets, layout.num_groups
     key = common.signature(a, b, out, dtype, accumulate, options, index.shape, index.dtype, index.device)
     plan = _plans.get(key, lambda: plan_of(a, b, layout, out, dtype, accumulate, options))
-    if validate == "sync":
+    if options.sync:
         validate_data.check_layout(layout, a.shape[-1], groups)
         validate_data.check_scales(a, b)
     if out is None:

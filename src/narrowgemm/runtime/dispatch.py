@@ -35,55 +35,62 @@ def select(problem: Problem, arch: Arch, backend: str | None = None, config: Con
 @lru_cache(maxsize=8192)
 def _select(problem: Problem, arch: Arch, backend: str, config: Config | None, on_unsupported: str, tables: str) -> Plan:
     expect(not backend or backend in backends(), "backend", repr(backend), f"one of {backends()}")
-    passed: list[tuple[str, str]] = []
-    best: tuple[float, Kernel, Config] | None = None
-    tuned = None if config else store.lookup(problem, arch.name, tables)
-    why = "cost model"
+    passed: dict[str, str] = {}
+    able: dict[str, Kernel] = {}
     for name, kernel in kernels().items():
-        if backend and kernel.BACKEND != backend:
-            passed.append((name, f"backend {backend!r} was asked for"))
-            continue
-        reason = kernel.supports(problem, arch)
-        if reason is None and on_unsupported == "raise" and kernel.BACKEND in PORTABLE and not backend:
-            reason = "portable, and on_unsupported='raise' asks for a fast kernel"
-        if reason is not None:
-            passed.append((name, reason))
-            continue
-        legal = kernel.configs(problem, arch)
-        if config is not None:
-            if reason := illegal(kernel, problem, config, arch):
-                passed.append((name, f"config {config} is not legal here: {reason}"))
-                continue
-            legal = [config]
-        elif tuned and tuned.kernel == name and illegal(kernel, problem, tuned.config, arch) is None:
-            best, why = (tuned.us * 1e-6, kernel, tuned.config), f"tuned table {tuned.source}"
-            continue
-        if not legal:
-            passed.append((name, "no config fits this device"))
-            continue
-        seconds, chosen = min(((kernel.estimate(problem, c, arch), c) for c in legal), key=lambda x: x[0])
-        if why.startswith("tuned"):
-            passed.append((name, f"the tuned table prefers {best[1].NAME}" if best else ""))
-        elif best is None or seconds < best[0]:
-            if best is not None:
-                passed.append((best[1].NAME, f"predicted {best[0] * 1e6:.1f} us, {seconds / best[0]:.2f}x of it here"))
-            best = (seconds, kernel, chosen)
+        reason = _unable(kernel, problem, arch, backend, config, on_unsupported)
+        if reason is None:
+            able[name] = kernel
         else:
-            passed.append((name, f"predicted {seconds * 1e6:.1f} us, slower than {best[1].NAME}"))
-    if best is None:
-        reasons = "; ".join(f"{n}: {r}" for n, r in passed)
-        if config is not None:
-            raise ValueError(f"config {config} can't run {problem.op} ({problem.layout}) on {arch.name}: {reasons}")
-        raise Unsupported(f"no kernel runs {problem.op} ({problem.layout}, {problem.a.format.name} x "
-                          f"{problem.b.format.name}) on {arch.name}: {reasons}", "see narrowgemm.explain")
-    seconds, kernel, chosen = best
+            passed[name] = reason
+    tuned = None if config else store.lookup(problem, arch.name, tables)
+    if tuned and tuned.kernel in able and illegal(able[tuned.kernel], problem, tuned.config, arch) is None:
+        name, chosen, seconds, why = tuned.kernel, tuned.config, tuned.us * 1e-6, f"tuned table {tuned.source}"
+        passed |= {other: f"the tuned table prefers {name}" for other in able if other != name}
+    elif able:
+        offers = {name: _cheapest(kernel, problem, config, arch) for name, kernel in able.items()}
+        name = min(offers, key=lambda n: offers[n][0])
+        seconds, chosen = offers[name]
+        why = "config= was given" if config else "cost model"
+        passed |= {other: f"predicted {cost * 1e6:.1f} us, {name} {seconds * 1e6:.1f} us"
+                   for other, (cost, _) in offers.items() if other != name}
+        if arch.vendor != "cpu" and all(k.BACKEND in PORTABLE for k in able.values()) and not (backend or config):
+            why += "; no fast kernel takes this problem"
+    else:
+        raise _refusal(problem, arch, config, passed)
+    step = Step(name, chosen, able[name].workspace(problem, chosen))
+    order = tuple((n, passed[n]) for n in kernels() if n in passed)
+    return Plan(problem, arch.name, able[name].BACKEND, (step,), why, seconds * 1e6, order)
+
+
+def _unable(kernel: Kernel, problem: Problem, arch: Arch, backend: str, config: Config | None,
+            on_unsupported: str) -> str | None:
+    """Why `kernel` is out of the question, or None."""
+    if backend and backend != kernel.BACKEND:
+        return f"backend {backend!r} was asked for"
+    if (reason := kernel.supports(problem, arch)) is not None:
+        return reason
+    if on_unsupported == "raise" and kernel.BACKEND in PORTABLE and not backend:
+        return "portable, and on_unsupported='raise' asks for a fast kernel"
+    if config is not None and (reason := illegal(kernel, problem, config, arch)) is not None:
+        return f"config {config} is not legal here: {reason}"
+    return None if config or kernel.configs(problem, arch) else "no config fits this device"
+
+
+def _cheapest(kernel: Kernel, problem: Problem, config: Config | None, arch: Arch) -> tuple[float, Config]:
+    """(predicted seconds, config) of the kernel's best candidate; the first of equals."""
+    candidates = [config] if config else kernel.configs(problem, arch)
+    costs = [kernel.estimate(problem, c, arch) for c in candidates]
+    best = min(range(len(costs)), key=costs.__getitem__)
+    return costs[best], candidates[best]
+
+
+def _refusal(problem: Problem, arch: Arch, config: Config | None, passed: dict[str, str]) -> Exception:
+    reasons = "; ".join(f"{n}: {r}" for n, r in passed.items())
+    what = f"{problem.op} ({problem.layout}, {problem.a.format.name} x {problem.b.format.name}) on {arch.name}"
     if config is not None:
-        why = "config= was given"
-    if kernel.BACKEND in PORTABLE and arch.vendor != "cpu" and not backend and why == "cost model":
-        why += "; no fast kernel takes this problem" if not any(
-            r.startswith(("predicted", "the tuned")) for n, r in passed if kernels()[n].BACKEND not in PORTABLE) else ""
-    step = Step(kernel.NAME, chosen, kernel.workspace(problem, chosen))
-    return Plan(problem, arch.name, kernel.BACKEND, (step,), why, seconds * 1e6, tuple(passed))
+        return ValueError(f"config {config} can't run {what}: {reasons}")
+    return Unsupported(f"no kernel runs {what}: {reasons}", "see narrowgemm.explain")
 
 
 def illegal(kernel: Kernel, problem: Problem, config: Config, arch: Arch) -> str | None:

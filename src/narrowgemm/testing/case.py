@@ -24,9 +24,9 @@ class Case:
 
     k_grouped: `groups` outputs `[m, n]` of about `k` columns each. `sizes`: how rows (columns) spread over groups, see
     `spread`. `world`: experts over all ranks when this one holds only `groups` of them; `m` is then the mean over the
-    world. `max_m`: rows a group can hold (masked). `alignment`: a group's segment starts at a multiple of it (contiguous,
-    psum). `order`: of the segments of a contiguous layout; 'repeated' cuts every group in two. `slack`: rows of A behind
-    the last group.
+    world. `max_m`: rows a group can hold (masked). `alignment`: a group's segment starts at a multiple of it
+    (contiguous, psum). `order`: of the segments of a contiguous layout; 'repeated' cuts every group in two. `slack`:
+    rows of A behind the last group.
     """
 
     suite: str

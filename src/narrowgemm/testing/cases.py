@@ -1,7 +1,7 @@
 """The one enumerator of cases: tests, benchmarks and the tuner take their problems from `SUITES`.
 
 A suite has a fixed name, fixed case ids and a fixed count, so that a result that is missing is seen. `PEERS` says
-against whom a suite is measured; every (case, peer) that the peer can compute is a row of the result, or the report fails.
+against whom a suite is measured: every (case, peer) that the peer computes is a row of the result, or the report fails.
 
 Shapes: FlyDSL 433 (its 30 test cases and its table), DeepGEMM's `tests/generators.py`, and `models.py`.
 """
@@ -65,7 +65,7 @@ def dense(suite: str, rows: Iterable[int]) -> list[Case]:
 
 
 def skewed(suite: str) -> list[Case]:
-    """DeepSeek-V3, top-8 of 256 experts, the rank with the hot experts: `m` = tokens · 8 / 256."""
+    """DeepSeek-V3, top-8 of 256 experts; `m` = tokens · 8 / 256. Where all go to 8 experts, this rank holds them."""
     v3 = get_model("deepseek-v3")
     e = v3.experts
     return [Case(suite, "offsets", v3.local_experts(ep), tokens * v3.top_k // e, n, k, sizes=sizes, world=e)
@@ -105,8 +105,8 @@ def edge(suite: str) -> list[Case]:
             for layout, g, m, x, s in (("dense", 1, 200, 0, "balanced"), ("contiguous", 4, 100, 0, UNEVEN),
                                        ("offsets", 5, 60, 0, UNEVEN), ("masked", 4, 60, 128, UNEVEN))
             for d, acc in (("fp32", False), ("fp16", False), ("bf16", True), ("fp32", True))]
-    pairs = ((FP8_1x128.with_scale("e8m0"), FP8_128x128.with_scale("e8m0")), (FP8_ROW, FP8_ROW), (FP8_TENSOR, FP8_TENSOR),
-             (FP8_1x128.with_element("e5m2"), FP8_128x128))
+    pairs = ((FP8_1x128.with_scale("e8m0"), FP8_128x128.with_scale("e8m0")), (FP8_ROW, FP8_ROW),
+             (FP8_TENSOR, FP8_TENSOR), (FP8_1x128.with_element("e5m2"), FP8_128x128))
     return flat_ + outs + [
         Case(suite, layout, g, m, 512, 1024, max_m=x, sizes=s, a=a, b=b)
         for layout, g, m, x, s in (("dense", 1, 130, 0, "balanced"), ("offsets", 5, 60, 0, UNEVEN),

@@ -51,7 +51,7 @@ class Guarded:
 
 
 def guarded_empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str, guard: int = 4096) -> Guarded:
-    """A poisoned contiguous tensor between two guards of `guard` bytes, a multiple of 256 so that alignment is torch's."""
+    """A poisoned contiguous tensor between two guards of `guard` bytes (a multiple of 256: alignment stays torch's)."""
     nbytes = math.prod(shape) * torch.empty((), dtype=dtype).element_size()
     buffer = torch.empty(guard + nbytes + guard, dtype=torch.uint8, device=device)
     out = Guarded(buffer[guard : guard + nbytes].view(dtype).view(shape), buffer, guard)

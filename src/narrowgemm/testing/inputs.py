@@ -1,8 +1,8 @@
 """Tensors of a case: fresh random operands, poisoned padding, a guarded output, and the references to compare with.
 
 Sources (what was quantised) are not kept: each group's is drawn again from its own generator when a reference asks for
-it, so 256 experts of 4096 x 7168 need the memory of their FP8 bytes and of one unquantised expert. Padding rows of A hold
-NaN payload and NaN scales: a kernel that lets one leak into a result fails every gate.
+it, so 256 experts of 4096 x 7168 need the memory of their FP8 bytes and of one unquantised expert. Padding rows of A
+hold NaN payload and NaN scales: a kernel that lets one leak into a result fails every gate.
 """
 
 from __future__ import annotations
@@ -141,17 +141,23 @@ class Inputs:
     def reset_out(self) -> None:
         """Poison the output; write the base that an accumulating call adds to."""
         self.out.reset()
-        if self.case.accumulate:
-            for g in range(self.case.groups) if self.case.layout == "k_grouped" else self.groups:
-                base = self.base(g)
-                for part, piece in zip(self._targets(g), base.split([p.shape[0] for p in self._targets(g)])):
-                    part.copy_(piece)
+        self.write_base()
 
-    def _targets(self, g: int) -> list[Tensor]:
-        out = self.out.tensor
-        if self.case.layout == "k_grouped":
-            return [out[g]]
-        return [(out[g] if self.case.layout == "masked" else out)[s] for s in self._slices(g)]
+    def write_base(self) -> None:
+        """Write into the output what an accumulating call adds to; nothing where the case does not accumulate."""
+        c, out = self.case, self.out.tensor
+        if not c.accumulate:
+            return
+        for g in range(c.groups) if c.layout == "k_grouped" else self.groups:
+            base = self.base(g)
+            if c.layout == "k_grouped":
+                out[g] = base
+                continue
+            row = 0
+            for s in self._slices(g):
+                n = s.stop - s.start
+                (out[g] if c.layout == "masked" else out)[s] = base[row : row + n]
+                row += n
 
     def call(self, **options: Any) -> Tensor:
         """Run narrowgemm's op into `self.out.tensor`. `options`: `backend`, `config`, `max_sms`, `validate`, ..."""
@@ -162,8 +168,9 @@ class Inputs:
         c, out = self.case, self.out.tensor
         if c.layout == "dense":
             return gemm(self.a, self.b, out=out, accumulate=c.accumulate, **options)
-        if c.layout == "k_grouped":
+        if isinstance(self.layout, KGrouped):
             return grouped_gemm_wgrad(self.a, self.b, self.layout, out=out, accumulate=c.accumulate, **options)
+        assert self.layout is not None
         return grouped_gemm(self.a, self.b, self.layout, zero_padding=c.zero_padding, out=out, accumulate=c.accumulate,
                             **options)
 
@@ -242,10 +249,10 @@ def draw(side: str, group: int, shape: tuple[int, ...], device: torch.device, se
 
 
 def build(case: Case, device: torch.device | str = "cpu", seed: int = 0, scale_layout: str = "mn_major",
-          reuse: Weights | None = None, hollow: bool = False) -> Inputs:
+          reuse: Inputs | Weights | None = None, hollow: bool = False) -> Inputs:
     """Random inputs of `case`. `scale_layout` of A: 'mn_major' (TMA-aligned, what kernels like) or 'row_major'.
 
-    `reuse`: `Inputs.weights` of an earlier case, taken over where they would be the same.
+    `reuse`: an earlier case's inputs, or their `weights`, taken over where they would be the same.
     `hollow`: every value is poison, for what needs shapes alone (compiling ahead).
     """
     if scale_layout not in ("mn_major", "row_major"):
@@ -265,7 +272,8 @@ def build(case: Case, device: torch.device | str = "cpu", seed: int = 0, scale_l
         inputs.a, inputs.b = (_columns(inputs, f, s, r) for f, s, r in
                               ((case.a, inputs.source_a, case.m), (case.b, inputs.source_b, case.n)))
     else:
-        inputs.b = reuse[1] if reuse is not None and reuse[0] == key else _weights(inputs)
+        known = reuse.weights if isinstance(reuse, Inputs) else reuse
+        inputs.b = known[1] if known is not None and known[0] == key else _weights(inputs)
         inputs.a = _rows(inputs)
     if scale_layout == "mn_major":
         inputs.a = _mn_major(inputs.a)

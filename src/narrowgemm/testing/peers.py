@@ -31,7 +31,7 @@ SAME_BITS_LIMIT = 1e-4
 class Prepared:
     """A peer's call on one case. `rows(g)`: group g of its output after a `run`, to be held against a reference.
 
-    `gate`: 'kernel' against the product of the same bits, 'recipe' against that of the sources. `limit`: on its calc_diff.
+    `gate`: 'kernel' against the product of the same bits, 'recipe' against that of the sources; `limit` on calc_diff.
     """
 
     run: Callable[[], object]
@@ -41,7 +41,8 @@ class Prepared:
 
 
 class Peer(Protocol):
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def available(self, device: torch.device) -> str | None:
         """None, or why this peer can't run here."""
@@ -159,7 +160,7 @@ class Torch:
 
 
 class TorchBf16:
-    """The unquantised product in BF16: torch.mm, torch.nn.functional.grouped_mm, and a loop on the CPU."""
+    """The unquantised product in BF16: torch.mm, or torch.nn.functional.grouped_mm on tightly packed groups."""
 
     name = "torch_bf16"
 
@@ -181,17 +182,8 @@ class TorchBf16:
             a, b = inputs.source_a(0), inputs.source_b(0)
             y = torch.empty((case.m, case.n), dtype=torch.bfloat16, device=inputs.device)
             return Prepared(lambda: torch.mm(a, b.mT, out=y), lambda g: y, "recipe", limit)
-        rows, total = packed(inputs)
+        rows, _ = packed(inputs)
         a = torch.cat([inputs.source_a(g) for g in rows])
-        if inputs.device.type == "cpu":
-            weights = {g: inputs.source_b(g) for g in rows}
-            y = torch.empty((total, case.n), dtype=torch.bfloat16)
-
-            def loop() -> None:
-                for g, r in rows.items():
-                    torch.mm(a[r], weights[g].mT, out=y[r])
-
-            return Prepared(loop, lambda g: y[rows[g]], "recipe", limit)
         b = torch.empty((case.groups, case.n, case.k), dtype=torch.bfloat16, device=inputs.device)
         for g in range(case.groups):
             b[g] = inputs.source_b(g)
@@ -220,8 +212,7 @@ class Backend:
         own = Inputs(case, inputs.device, inputs.seed, inputs.a, inputs.b, inputs.layout,
                      Guarded(torch.empty_like(inputs.out.tensor), inputs.out.buffer, inputs.out.guard))
         y = own.out.tensor
-        if case.accumulate:
-            y.copy_(inputs.out.tensor)
+        own.write_base()
         return Prepared(lambda: own.call(backend=self.name), lambda g: own.rows(y, g))
 
 

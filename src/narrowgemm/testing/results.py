@@ -113,9 +113,13 @@ class Summary:
     worst_case: str
 
 
-def expected(suite: str, peers: Iterable[str | None]) -> list[tuple[Case, str | None]]:
-    """Every (case, peer) that a result of the suite must have."""
-    return [(c, p) for c in SUITES[suite] for p in peers if p is None or computes(p, c)]
+def expected(suite: str, peers: Sequence[str]) -> list[tuple[Case, str | None]]:
+    """Every (case, peer) that a result of the suite must have; peer None where no peer computes the case."""
+    out: list[tuple[Case, str | None]] = []
+    for case in SUITES[suite]:
+        mine = [p for p in peers if computes(p, case)]
+        out += [(case, p) for p in mine] or [(case, None)]
+    return out
 
 
 def check(rows: Sequence[Row], suites: Iterable[str] = (), peers: Iterable[str] = ()) -> list[str]:
@@ -134,7 +138,7 @@ def check(rows: Sequence[Row], suites: Iterable[str] = (), peers: Iterable[str] 
         problems += [f"{suite}/{i}: no such case" for i in dict.fromkeys(r["case"] for r in mine) if i not in known]
         wanted = list(dict.fromkeys([*PEERS[suite], *peers, *(r["peer"] for r in mine if r["peer"])]))
         for asked in dict.fromkeys(r["asked"] for r in mine) or ("auto",):
-            for case, peer in expected(suite, wanted or (None,)):
+            for case, peer in expected(suite, wanted):
                 row = by_key.get((suite, case.id, asked, peer))
                 where = f"{suite}/{case.id} [{asked}] against {peer}"
                 if row is None:
@@ -147,7 +151,7 @@ def check(rows: Sequence[Row], suites: Iterable[str] = (), peers: Iterable[str] 
 
 
 def summarise(rows: Sequence[Row]) -> list[Summary]:
-    """One line a (suite, backend asked for, peer), in the order of the rows. What has no ratio is for `check` to name."""
+    """One line a (suite, backend asked for, peer), in the order of the rows. `check` names what has no ratio."""
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for r in rows:
         if r["peer"] and r["error"] is None and r["ratio"]:
@@ -171,5 +175,5 @@ def perf_line(case: Case, rows: Sequence[Row]) -> str:
         return f" > Perf ({shape}): {r['asked']}: {r['error']}"
     failed = "".join(f" | {x['peer'] or 'error'}: {x['error']}" for x in rows if x["error"])
     diff = f" | diff {r['calc_diff']:.1e}" if r["calc_diff"] is not None else ""
-    return (f" > Perf ({shape}): {r['us']:7.1f} us | {r['tflops']:.4g} TFLOPS | {r['gbs']:.4g} GB/s{ratios}{diff}{failed}"
-            f" | {r['backend']} {r['config']}")
+    return (f" > Perf ({shape}): {r['us']:7.1f} us | {r['tflops']:.4g} TFLOPS | {r['gbs']:.4g} GB/s{ratios}{diff}"
+            f"{failed} | {r['backend']} {r['config']}")

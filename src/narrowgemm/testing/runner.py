@@ -31,8 +31,8 @@ def owed(case: Case, job: Job, error: str | None = None) -> list[Row]:
 def run(job: Job, *, timeout: float = 300.0) -> Iterator[Event]:
     """Measure `job.cases`: the worker's events as they come, and `row` / `done` events for what it owes.
 
-    A worker that dies, or says nothing for `timeout` seconds, costs the case it was at (or only the peer that it was in);
-    another one takes the rest.
+    A worker that dies, or says nothing for `timeout` seconds, costs the case it was at (or only the peer that it was
+    in); another one takes the rest.
     """
     left = list(job.cases)
     skip = {k: list(v) for k, v in job.skip.items()}
@@ -107,7 +107,7 @@ class Worker:
         self._process.kill()
 
     def events(self) -> Iterator[Event]:
-        """Events until the process ends; one that says nothing for `timeout` seconds is ended, and so is one left early."""
+        """Events until the process ends. It is killed where it is silent for `timeout` seconds, or left early."""
         ended = timed_out = False
         try:
             while not ended:

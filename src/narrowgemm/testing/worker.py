@@ -1,8 +1,8 @@
-"""Measures cases in a process of its own: `python -m narrowgemm.testing.worker`, a job as JSON on stdin, events on stdout.
+"""Measures cases in a process of its own: `python -m narrowgemm.testing.worker`, a job on stdin, events on stdout.
 
-A failed launch leaves a CUDA context unusable, so whoever asks for a measurement does not share its process: `runner.py`
-starts one of these, and another where one died. Events are lines `MARK {json}`; anything else on stdout is noise of some
-library. Events: `environment`, `ceilings`, `start` (a case), `stage`, `row`, `done` (a case), `late` (out of time).
+A failed launch leaves a CUDA context unusable, so who asks for a measurement does not share its process: `runner.py`
+starts one of these, and another where one died. Events are lines `MARK {json}`; anything else on stdout is noise of
+some library. Events: `environment`, `ceilings`, `start` (of a case), `stage`, `row`, `done`, `late` (out of time).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,8 +31,14 @@ from .timers import GraphTimer, StreamRead, Timing, WallTimer, ceilings, make_ti
 MARK = "@narrowgemm"
 STICKY = 75  # exit status: the device can't be used any more, the rest needs a new process
 # What a case may raise and the next case survive. Anything else ends the process, and the runner writes the row.
-FAILURES = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError, AssertionError, AttributeError, ImportError,
-            OSError)
+FAILURES: tuple[type[Exception], ...] = (RuntimeError, ValueError, TypeError, LookupError, ArithmeticError,
+                                         AssertionError, AttributeError, ImportError, OSError)
+try:
+    from triton.errors import TritonError  # compilation failed, out of shared memory
+
+    FAILURES += (TritonError,)
+except ImportError:
+    pass
 
 
 @dataclass
@@ -121,11 +128,11 @@ class Bench:
             this.measure()
         except DeviceLost as lost:
             this.errors.setdefault("", f"device lost: {lost}")
-            raise
-        finally:
-            if this.inputs is not None:
-                self.weights = this.inputs.weights
             this.emit_rows()
+            raise
+        if this.inputs is not None:
+            self.weights = this.inputs.weights
+        this.emit_rows()
 
 
 class Measurement:
@@ -160,12 +167,12 @@ class Measurement:
         if inputs is None:
             return
         for asked in job.backends:
-            self.attempt(own(asked), lambda asked=asked: self.ours(inputs, asked), own(asked))
+            self.attempt(own(asked), partial(self.ours, inputs, asked), own(asked))
         for peer in self.peers:
             if peer in job.skip.get(f"{case.suite}/{case.id}", ()):
                 self.errors[peer] = "the process died in this peer"
             elif peer != peers_.FLOOR:
-                self.attempt(f"peer:{peer}", lambda peer=peer: self.peer(inputs, peer), peer)
+                self.attempt(f"peer:{peer}", partial(self.peer, inputs, peer), peer)
         if job.refcheck and self.outputs:
             self.gates = self.attempt("check", lambda: check_outputs(inputs, self.outputs), "") or {}
             self.errors |= {name: result.message for name, result in self.gates.items() if not result.ok}
@@ -203,7 +210,7 @@ class Measurement:
         times, error = bench.attempt(lambda: bench.timer.measure(self.calls))
         if error:
             for name in list(self.calls):
-                _, error = bench.attempt(lambda name=name: bench.timer.measure({name: self.calls[name]}))
+                _, error = bench.attempt(partial(bench.timer.measure, {name: self.calls[name]}))
                 if error:
                     self.errors[name] = f"timing: {error}"
                     del self.calls[name]
@@ -217,22 +224,25 @@ class Measurement:
     def emit_rows(self) -> None:
         for asked in self.job.backends:
             mine = self.own_values(asked)
-            for peer in self.peers or [None]:
+            for peer in (*self.peers,) or (None,):
                 emit("row", row=make_row(self.case, asked, peer, **self.peer_values(mine, peer)))
 
     def own_values(self, asked: str) -> dict[str, Any]:
         case, name = self.case, own(asked)
-        values: dict[str, Any] = {"error": self.errors.get("") or self.errors.get(name)}
+        # what happened to this call itself says more than that the device was lost later
+        values: dict[str, Any] = {"error": self.errors.get(name) or self.errors.get("")}
         if (plan := self.plans.get(asked)) is not None:
             values |= {"backend": plan.backend, "config": str(plan.config)}
         if name in self.gates:
             column = {"kernel": "calc_diff", "recipe": "recipe_diff"}
-            values |= {column[g.name]: max(g.overall, g.worst) for g in self.gates[name].gates}
+            values |= {column[g.name]: float(f"{max(g.overall, g.worst):.4g}") for g in self.gates[name].gates}
         if name in self.times and self.times[name].us > 0:
             t = self.times[name]
             values |= {"us": round(t.us, 3), "tflops": float(f"{case.flops / t.us * 1e-6:.5g}"),
                        "gbs": float(f"{case.bytes / t.us * 1e-3:.5g}"),
                        "note": f"spread {t.spread:.1%}, {t.repeats} launches a round"}
+        elif not values["error"]:
+            values["error"] = "no time could be measured"
         return values
 
     def peer_values(self, mine: dict[str, Any], peer: str | None) -> dict[str, Any]:
@@ -248,7 +258,8 @@ class Measurement:
             if mine.get("us") and mine["error"] is None and peer not in self.errors:
                 out["ratio"] = round(us / mine["us"], 4)
         if peer in self.gates:
-            out["peer_calc_diff"] = max(x for g in self.gates[peer].gates for x in (g.overall, g.worst))
+            worst = max(x for g in self.gates[peer].gates for x in (g.overall, g.worst))
+            out["peer_calc_diff"] = float(f"{worst:.4g}")
         if mine["error"] is None and peer in self.errors:
             out["error"] = f"{peer}: {self.errors[peer]}"
         return out
@@ -280,18 +291,23 @@ def environment(job: Job, timer: GraphTimer | WallTimer) -> dict[str, Any]:
 
 
 def warm(job: Job, case: Case) -> None:
-    """Compile what the case will need, ours and the peers', on inputs that hold nothing. Failures show when measured."""
+    """Compile what the case needs, ours and the peers', on inputs without values. What fails shows when measured."""
     device = torch.device(job.device)
     inputs = build(case, device, job.seed, job.scale_layout, hollow=True)
     steps: dict[str, Callable[[], object]] = {
-        own(asked): lambda asked=asked: inputs.call(backend=None if asked == "auto" else asked) for asked in job.backends}
-    steps |= {p: lambda p=p: peers_.ADAPTERS[p].prepare(case, inputs).run() for p in job.peers_of(case)
-              if p in peers_.ADAPTERS and peers_.ADAPTERS[p].available(device) is None}
+        own(x): partial(inputs.call, backend=None if x == "auto" else x) for x in job.backends}
+    for p in job.peers_of(case):
+        if p in peers_.ADAPTERS and peers_.ADAPTERS[p].available(device) is None:
+            steps[p] = partial(_once, peers_.ADAPTERS[p], inputs)
     for name, step in steps.items():
         try:
             step()
         except FAILURES as e:
             emit("stage", stage=f"warm {name}: {failure(e)}")
+
+
+def _once(peer: peers_.Peer, inputs: Inputs) -> None:
+    peer.prepare(inputs.case, inputs).run()
 
 
 def main() -> int:

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ...ops.gemm import gemm
-from ...problem import bucket
 from . import state
-from .operands import Pair, blocks, check_options, check_out, operand, take_c, transposed
+from .operands import Pair, check_options, prepare, take_c, transposed
 
 Recipe = Sequence[int] | None
 
@@ -29,15 +28,11 @@ def fp8_fp4_gemm_nt(a: Pair, b: Pair, d: Tensor, c: Tensor | None = None, recipe
     Raises ValueError / TypeError for what doesn't fit, Unsupported for FP4 payloads, epilogues and unknown recipes.
     """
     check_options(compiled_dims, epilogue)
-    block_a, block_b = blocks(recipe, recipe_a, recipe_b)
-    x, y = operand(a, "a", block_a, 2), operand(b, "b", block_b, 2)
-    (m, k), (n, k_b) = x.data.shape, y.data.shape
-    if k != k_b:
-        raise ValueError(f"K of a and b: got {k} and {k_b}, expected the same")
-    check_out(d, (m, n), x.data.device)
-    if m == 0 or n == 0 or state.skips(("gemm", bucket(m), n, k, x.format, y.format, d.dtype, c is None)):
+    x, y = prepare(a, b, d, (2, 2), recipe, recipe_a, recipe_b)
+    accumulate = c is not None and take_c(c, d)
+    if state.settings.compile_mode and state.skips("gemm", x, y, d):
         return
-    gemm(x, y, out=d, accumulate=take_c(c, d), max_sms=state.max_sms(d.device))
+    gemm(x, y, out=d, accumulate=accumulate, max_sms=state.max_sms(d))
 
 
 def fp8_fp4_gemm_nn(a: Pair, b: Pair, d: Tensor, c: Tensor | None = None, recipe: Recipe = None,

@@ -12,9 +12,8 @@ from torch import Tensor
 from ...errors import Unsupported, expect
 from ...layouts import Contiguous, Masked, Psum
 from ...ops.grouped import grouped_gemm
-from ...problem import bucket
 from . import state
-from .operands import Pair, blocks, check_options, check_out, operand, transposed
+from .operands import Pair, check_options, prepare, transposed
 
 Recipe = Sequence[int] | None
 
@@ -33,26 +32,23 @@ def m_grouped_fp8_fp4_gemm_nt_contiguous(
     `expected_m_for_psum_layout` is a hint. Scales and errors as in `fp8_fp4_gemm_nt`.
     """
     check_options(compiled_dims, epilogue)
-    block_a, block_b = blocks(recipe, recipe_a, recipe_b)
-    x, y = operand(a, "a", block_a, 2), operand(b, "b", block_b, 3)
-    (m, k), (groups, n, k_b) = x.data.shape, y.data.shape
-    expect(k == k_b, "K of a and b", f"{k} and {k_b}", "the same")
-    check_out(d, (m, n), x.data.device)
+    x, y = prepare(a, b, d, (2, 3), recipe, recipe_a, recipe_b)
     layout: Contiguous | Psum
     if use_psum_layout:
         if expected_m_for_psum_layout is not None:
             hint(expected_m_for_psum_layout, "expected_m_for_psum_layout")
         layout = Psum(grouped_layout, state.settings.mk_alignment)
-        layout.groups(groups)
+        layout.groups(y.data.shape[0])
     else:
         expect(expected_m_for_psum_layout is None, "expected_m_for_psum_layout without use_psum_layout",
                expected_m_for_psum_layout, "None")
         layout = Contiguous(grouped_layout)
-        expect(grouped_layout.numel() == m, "grouped_layout, length", grouped_layout.numel(), f"the rows of a, {m}")
-    if m == 0 or n == 0 or state.skips((layout.kind, bucket(m), n, k, bucket(groups), x.format, y.format, d.dtype)):
+        expect(grouped_layout.numel() == len(d), "grouped_layout, length", grouped_layout.numel(),
+               f"the rows of a, {len(d)}")
+    if state.settings.compile_mode and state.skips(layout.kind, x, y, d):
         return
     grouped_gemm(x, y, layout, out=d, zero_padding=ensure_zero_padding or not use_psum_layout,
-                 max_sms=state.max_sms(d.device))
+                 max_sms=state.max_sms(d))
 
 
 def m_grouped_fp8_fp4_gemm_nn_contiguous(
@@ -79,22 +75,18 @@ def m_grouped_fp8_fp4_gemm_nt_masked(
     check_options(compiled_dims, epilogue)
     if enable_overlap or signal is not None:
         raise Unsupported("enable_overlap with a signal tensor", "enable_overlap=False; set_num_sms leaves SMs free")
-    block_a, block_b = blocks(recipe, recipe_a, recipe_b)
-    x, y = operand(a, "a", block_a, 3), operand(b, "b", block_b, 3)
-    (groups_a, m, k), (groups, n, k_b) = x.data.shape, y.data.shape
-    expect(groups_a == groups, "groups of a and b", f"{groups_a} and {groups}", "the same")
-    expect(k == k_b, "K of a and b", f"{k} and {k_b}", "the same")
-    check_out(d, (groups, m, n), x.data.device)
+    x, y = prepare(a, b, d, (3, 3), recipe, recipe_a, recipe_b)
     layout = Masked(masked_m, hint(expected_m, "expected_m"))
-    layout.groups(groups)
-    if d.numel() == 0 or state.skips(("masked", bucket(layout.expected_m), bucket(m), n, k, bucket(groups), x.format,
-                                      y.format, d.dtype)):
+    layout.groups(len(d))
+    if state.settings.compile_mode and state.skips("masked", x, y, d, layout.expected_m):
         return
-    grouped_gemm(x, y, layout, out=d, max_sms=state.max_sms(d.device))
+    grouped_gemm(x, y, layout, out=d, max_sms=state.max_sms(d))
 
 
 def hint(value: object, name: str) -> int:
     """A non-negative number of rows that the host knows; a tensor would mean a synchronisation, so it is refused."""
+    if type(value) is int and value >= 0:
+        return value
     expect(not isinstance(value, (Tensor, bool, float)) and hasattr(value, "__index__"), name, repr(value),
            "an integer known to the host", error=TypeError)
     n = int(value)  # type: ignore[call-overload]

@@ -14,7 +14,6 @@ from ...errors import Unsupported, expect
 from ...formats import ScaledTensor
 from ...layouts import KGrouped
 from ...ops.wgrad import grouped_gemm_wgrad
-from ...problem import bucket
 from ...runtime import env
 from . import state
 from .operands import Pair, check_options, check_out, operand, split, take_c, transposed
@@ -85,15 +84,14 @@ def run(x: ScaledTensor, y: ScaledTensor, d: Tensor, c: Tensor | None, offsets: 
     check_out(d, (d.shape[0], m, n), x.data.device)
     expect(d.is_contiguous(), "d, strides", d.stride(), "contiguous")
     layout = KGrouped(offsets)
-    if d.numel() == 0 or state.skips(("k_grouped", m, n, bucket(k), bucket(d.shape[0]), x.format, y.format, d.dtype,
-                                      c is None)):
+    accumulate = c is not None and take_c(c, d)
+    if state.settings.compile_mode and state.skips("k_grouped", x, y, d):
         return
-    accumulate = take_c(c, d)
     if k == 0:
         if not accumulate:
             d.zero_()
         return
-    grouped_gemm_wgrad(x, y, layout, out=d, accumulate=accumulate, max_sms=state.max_sms(d.device))
+    grouped_gemm_wgrad(x, y, layout, out=d, accumulate=accumulate, max_sms=state.max_sms(d))
 
 
 def check_recipe(recipe: Sequence[int], compiled_dims: str) -> None:

@@ -25,6 +25,9 @@ SCALES = (torch.float32, torch.uint8, E8M0, torch.int32)
 BLOCKS = {(1, 128): FP8_1x128, (128, 128): FP8_128x128, (1, 32): MXFP8}
 OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
 
+_checked: dict[tuple, tuple[Format, Format]] = {}  # calls whose operands need no more looking at
+_LIMIT = 8192
+
 
 @lru_cache(maxsize=64)
 def format_of(block: Block, element: str, e8m0: bool) -> Format:
@@ -33,6 +36,35 @@ def format_of(block: Block, element: str, e8m0: bool) -> Format:
         raise Unsupported(f"scale blocks of {block[0]}x{block[1]} for FP8", "1x128, 128x128 or 1x32")
     fmt = BLOCKS[block]
     return (fmt.with_scale("e8m0") if e8m0 else fmt).with_element(element)
+
+
+def prepare(a: Pair, b: Pair, d: Tensor, dims: tuple[int, int], recipe: Sequence[int] | None,
+            recipe_a: Sequence[int] | None, recipe_b: Sequence[int] | None) -> tuple[ScaledTensor, ScaledTensor]:
+    """A and B of `dims` dimensions as ScaledTensors, checked against each other and against `d`.
+
+    Calls that differ in nothing but data are checked once: what follows costs a look-up.
+    """
+    key: tuple | None
+    try:
+        (x, sx), (y, sy) = a, b
+        key = (dims, recipe, recipe_a, recipe_b, x.shape, x.dtype, x.device, sx.shape, sx.dtype, sx.device, y.shape,
+               y.dtype, y.device, sy.shape, sy.dtype, sy.device, d.shape, d.stride(), d.dtype, d.device)
+        formats = _checked.get(key)
+    except (TypeError, ValueError, AttributeError):  # no pairs, no tensors, recipes as lists: the long way says which
+        key = formats = None
+    if formats is not None:
+        return ScaledTensor(x, sx, formats[0]), ScaledTensor(y, sy, formats[1])
+    block_a, block_b = blocks(recipe, recipe_a, recipe_b)
+    p, q = operand(a, "a", block_a, dims[0]), operand(b, "b", block_b, dims[1])
+    expect(dims[0] == 2 or p.shape[0] == q.shape[0], "groups of a and b", f"{p.shape[0]} and {q.shape[0]}", "the same")
+    expect(p.shape[-1] == q.shape[-1], "K of a and b", f"{p.shape[-1]} and {q.shape[-1]}", "the same")
+    expect(p.device == q.device, "b, device", q.device, f"a's, {p.device}")
+    check_out(d, (*p.shape[:-1], q.shape[-2]), p.device)
+    if key is not None and p.scale is sx and q.scale is sy:
+        if len(_checked) >= _LIMIT:
+            _checked.clear()
+        _checked[key] = p.format, q.format
+    return p, q
 
 
 def split(pair: Pair, name: str) -> tuple[Tensor, Tensor]:
@@ -118,6 +150,8 @@ def operand(pair: Pair, name: str, block: Block | None, dim: int) -> ScaledTenso
 
 def check_options(compiled_dims: str, epilogue: object) -> None:
     """`compiled_dims` names dimensions (nothing is compiled a shape, so it has no effect); no epilogue is offered."""
+    if epilogue is None and compiled_dims in ("nk", "mn"):
+        return
     expect(isinstance(compiled_dims, str) and set(compiled_dims) <= set("mnk"), "compiled_dims", repr(compiled_dims),
            "letters of 'mnk'")
     if epilogue is not None:

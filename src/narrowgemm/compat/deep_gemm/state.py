@@ -12,10 +12,12 @@ import threading
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
-import torch
+from torch import Tensor
 
 from ... import arch
 from ...errors import expect
+from ...formats import ScaledTensor
+from ...problem import bucket
 
 LEGACY_ALIGNMENT = 128  # rows; DeepGEMM's fixed value everywhere but on compute capability 10
 
@@ -69,10 +71,10 @@ def get_num_sms() -> int:
     return settings.num_sms or arch.detect().sms
 
 
-def max_sms(device: torch.device) -> int:
-    """The per-call option for `device`: 0 where the limit is no limit there, so that plans and tables still match."""
+def max_sms(d: Tensor) -> int:
+    """The per-call option where `d` lies: 0 where the limit is no limit there, so that plans and tables still match."""
     n = settings.num_sms
-    return 0 if n == 0 or n >= arch.detect(device).sms else n
+    return 0 if n == 0 or n >= arch.detect(d.device).sms else n
 
 
 def set_tc_util(tc_util: int) -> None:
@@ -159,10 +161,12 @@ def get_compile_mode() -> int:
     return settings.compile_mode
 
 
-def skips(key: Hashable) -> bool:
-    """Whether compile mode is on and a call with this key has compiled already."""
-    if not settings.compile_mode:
-        return False
+def skips(kind: str, a: ScaledTensor, b: ScaledTensor, d: Tensor, expected_m: int = 0) -> bool:
+    """In compile mode: whether a call that chooses like this one was made already. Sizes of M, G and k are in buckets."""
+    *groups, n, k = b.shape
+    rows = bucket(expected_m or a.shape[-2])
+    key = (kind, a.format, b.format, d.dtype, d.device, rows, n, bucket(k) if kind == "k_grouped" else k,
+           *map(bucket, groups))
     with _lock:
         seen = key in settings.compiled
         settings.compiled.add(key)

@@ -57,15 +57,16 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
     """`block_m` x `block_k`: rows (1xN: blocks) x columns of a program's tile."""
     how, cols = kind(problem.b.format), problem.b.format.group[1]
     if how == "groups":
-        return [Config(e // cols, 1, cols, e * arch_lanes(arch) // 512, 1) for e in (4096, 2048, 8192, 1024)]
+        return [Config(e // cols, 1, cols, warps(e, arch), 1) for e in (4096, 2048, 8192, 1024)]
     if how == "tiles":
         return [Config(128, 1, 128, w, 1) for w in (8, 16)]
     if how == "rows":
         block = min(max(next_pow2(problem.k), 64), ROW_ONCE)
         tall = max(1, 4096 // block)
+        many = min(16, 1024 // arch.warp)
         return [Config(rows, 1, block, w, 1) for rows in dict.fromkeys((tall, 1))
-                for w in ((4, 8) if rows * block <= 4096 else (8, 16))]
-    return [Config(1, 1, e, 8, 1) for e in (4096, 8192, 2048)]
+                for w in ((4, 8) if rows * block <= 4096 else (8, many))]
+    return [Config(1, 1, e, warps(e, arch), 1) for e in (4096, 8192, 2048)]
 
 
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
@@ -79,16 +80,16 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
         return f"num_warps={config.num_warps}, the device has {1024 // arch.warp}"
     if how in ("groups", "tiles") and columns != cols:
         return f"block_k={columns}, the format's blocks have {cols} columns"
-    if how == "tiles" and rows != 128 or how == "tensor" and rows != 1:
+    if (how == "tiles" and rows != 128) or (how == "tensor" and rows != 1):
         return f"block_m={rows}, expected {128 if how == 'tiles' else 1}"
     if not 16 <= rows * columns <= 32768:
         return f"a tile of {rows * columns} elements, expected 16 to 32768"
     return None
 
 
-def arch_lanes(arch: Arch) -> int:
-    """Warps that give a thread 16 elements out of 512."""
-    return 32 // arch.warp if arch.warp <= 32 else 1
+def warps(elements: int, arch: Arch) -> int:
+    """Warps that leave a thread 16 elements: two 16-byte loads of BF16, one 16-byte store of FP8."""
+    return max(1, elements // (16 * arch.warp))
 
 
 def next_pow2(n: int) -> int:

@@ -4,7 +4,7 @@
 
 Magnitudes are compared as integers, in which order a NaN is above infinity, so that it reaches the scale. Signs travel as
 bits, so that -0 stays -0 and a NaN block comes out as 0x7F. Base addresses are 64-bit scalars; offsets inside a program's
-tile are 32-bit unless WIDE.
+tile are 32-bit unless WIDE. Numbers of rows are not specialised on: a new token count never compiles anything.
 """
 
 import triton
@@ -47,35 +47,41 @@ def block_scale(bits, clamp, ROUNDING: tl.constexpr, E8M0: tl.constexpr, TOP: tl
 
 
 @triton.jit
-def narrow_fp8(x, inverse, sign, DTYPE: tl.constexpr, TOP: tl.constexpr, SATURATE: tl.constexpr):
-    """x * inverse as FP8. `inverse` and `sign` broadcast against x."""
-    x = x.to(tl.float32)
-    y = tl.abs(x) * inverse
+def narrow_fp8(x, bits, inverse, sign, DTYPE: tl.constexpr, TOP: tl.constexpr, SATURATE: tl.constexpr):
+    """x * inverse as FP8, `bits` being the magnitude of x. `inverse` and `sign` broadcast against x."""
+    y = bits.to(tl.float32, bitcast=True) * inverse
     if SATURATE:
         y = tl.minimum(y, TOP, propagate_nan=tl.PropagateNan.ALL)
-    y = y.to(tl.int32, bitcast=True) | (x.to(tl.int32, bitcast=True) & sign)
+    y = y.to(tl.int32, bitcast=True) | (x.to(tl.float32).to(tl.int32, bitcast=True) & sign)
     return y.to(tl.float32, bitcast=True).to(DTYPE)
 
 
 @triton.jit
-def narrow_e2m1(x, inverse, sign):
-    """x * inverse as E2M1 codes, int32 0 to 15; a NaN is +6."""
+def narrow_e2m1(x, inverse, SATURATE: tl.constexpr):
+    """x * inverse as E2M1 in int32: magnitude in bits 0 to 2, sign in bit 9; a NaN is +6."""
     NARROW: tl.constexpr = x.dtype.primitive_bitwidth == 16
-    x = x.to(tl.float32)
-    y = tl.minimum(tl.abs(x) * inverse, 6.0)
+    y = tl.minimum(x.to(tl.float32) * inverse, 6.0)
+    if SATURATE:
+        y = tl.maximum(y, -6.0)
     if NARROW:
-        # times 2^-126, E2M1's code lies in bits 22 and up, its subnormals on float32's; 11 significant bits lose nothing
-        bits = (y * 1.1754943508222875e-38).to(tl.int32, bitcast=True)
-        code = (bits + 0x1FFFFF + ((bits >> 22) & 1)) >> 22
-    else:
-        bits = y.to(tl.int32, bitcast=True)
-        code = ((bits + 0x1FFFFF + ((bits >> 22) & 1)) >> 22) - 252
-        halves = (y + 4194304.0).to(tl.int32, bitcast=True) & 7  # 2^22: rounds to halves
-        code = tl.where(y < 1.0, halves, code)
-    return code | (((x.to(tl.int32, bitcast=True) & sign) >> 28) & 8)
+        # times 2^-126, E2M1's code lies in bits 22 to 24, its subnormals on float32's; 11 significant bits lose nothing
+        bits = (y * 1.1754943508222875e-38).to(tl.uint32, bitcast=True)
+        return (bits + 0x1FFFFF + ((bits >> 22) & 1)) >> 22
+    bits = tl.abs(y).to(tl.uint32, bitcast=True)
+    code = ((bits + 0x1FFFFF + ((bits >> 22) & 1)) >> 22) - 252
+    halves = (tl.abs(y) + 4194304.0).to(tl.uint32, bitcast=True) & 7  # 2^22: rounds to halves
+    return tl.where(tl.abs(y) < 1.0, halves, code) | ((y.to(tl.uint32, bitcast=True) >> 22) & 0x200)
 
 
 @triton.jit
+def pack_e2m1(code, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """`narrow_e2m1`'s codes [ROWS, COLUMNS] as bytes [ROWS, COLUMNS / 2], even columns in the low nibble."""
+    low, high = tl.split(tl.reshape(code, (ROWS, COLUMNS // 2, 2)))
+    both = low | (high << 4)
+    return ((both & 0x77) | ((both >> 6) & 0x88)).to(tl.uint8)
+
+
+@triton.jit(do_not_specialize=["R", "sb", "ss"])
 def groups_kernel(x_ptr, out_ptr, scale_ptr, R, K, S, clamp, xb, xr, xk, ob, orow, sb, sr, ss,
                   N: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
                   E2M1: tl.constexpr, SATURATE: tl.constexpr, ROUNDING: tl.constexpr, E8M0: tl.constexpr,
@@ -88,7 +94,7 @@ def groups_kernel(x_ptr, out_ptr, scale_ptr, R, K, S, clamp, xb, xr, xk, ob, oro
     h = tl.arange(0, N // PER_BYTE)
     if FLAT:
         first = pid.to(tl.int64) * (BR * BG)
-        live = first + i < R.to(tl.int64) * S
+        live = first + i < tl.cast(R, tl.int64) * S
         x_ptr += first * N
         out_ptr += first * (N // PER_BYTE)
         scale_ptr += first
@@ -121,18 +127,18 @@ def groups_kernel(x_ptr, out_ptr, scale_ptr, R, K, S, clamp, xb, xr, xk, ob, oro
         mask = live[:, None] & (k < K)
         out_mask = live[:, None] & (kh < K // PER_BYTE)
     x = tl.load(x_ptr + x_off, mask=mask, other=0.0, eviction_policy="evict_first")
-    scale, inverse, sign = block_scale(tl.max(magnitude(x), 1), clamp, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS)
+    bits = magnitude(x)
+    scale, inverse, sign = block_scale(tl.max(bits, 1), clamp, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS)
     tl.store(scale_ptr + scale_off, scale, mask=live)
     if E2M1:
-        code = narrow_e2m1(x, inverse[:, None], sign[:, None])
-        low, high = tl.split(tl.reshape(code, (BR * BG, N // 2, 2)))
-        tl.store(out_ptr + out_off, (low | (high << 4)).to(tl.uint8), mask=out_mask)
+        code = narrow_e2m1(x, inverse[:, None], SATURATE)
+        tl.store(out_ptr + out_off, pack_e2m1(code, BR * BG, N), mask=out_mask)
     else:
-        y = narrow_fp8(x, inverse[:, None], sign[:, None], out_ptr.dtype.element_ty, TOP, SATURATE)
+        y = narrow_fp8(x, bits, inverse[:, None], sign[:, None], out_ptr.dtype.element_ty, TOP, SATURATE)
         tl.store(out_ptr + out_off, y, mask=out_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "sb", "ss"])
 def tiles_kernel(x_ptr, out_ptr, scale_ptr, R, K, clamp, xb, xr, xk, ob, orow, sb, sr, ss,
                  BR: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr, SATURATE: tl.constexpr,
                  ROUNDING: tl.constexpr, E8M0: tl.constexpr, TOP: tl.constexpr, EMAX: tl.constexpr,
@@ -156,13 +162,15 @@ def tiles_kernel(x_ptr, out_ptr, scale_ptr, R, K, clamp, xb, xr, xk, ob, orow, s
     out_ptr += b * ob + row * orow + col
     scale_ptr += b * sb + tr.to(tl.int64) * sr + tk.to(tl.int64) * ss
     x = tl.load(x_ptr + r * xr + k * xk, mask=mask, other=0.0, eviction_policy="evict_first")
-    bits = tl.max(tl.max(magnitude(x), 1), 0)
-    scale, inverse, sign = block_scale(bits, clamp, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS)
+    bits = magnitude(x)
+    most = tl.max(tl.max(bits, 1), 0)
+    scale, inverse, sign = block_scale(most, clamp, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS)
     tl.store(scale_ptr, scale)
-    tl.store(out_ptr + r * orow + k, narrow_fp8(x, inverse, sign, out_ptr.dtype.element_ty, TOP, SATURATE), mask=mask)
+    y = narrow_fp8(x, bits, inverse, sign, out_ptr.dtype.element_ty, TOP, SATURATE)
+    tl.store(out_ptr + r * orow + k, y, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "sb"])
 def rows_kernel(x_ptr, out_ptr, scale_ptr, R, K, clamp, xb, xr, xk, ob, orow, sb, sr,
                 BR: tl.constexpr, BK: tl.constexpr, ONCE: tl.constexpr, TOP: tl.constexpr):
     """One FP32 scale a row: BR rows a program. ONCE: BK holds the row, which is read once; else it is read twice."""
@@ -178,25 +186,26 @@ def rows_kernel(x_ptr, out_ptr, scale_ptr, R, K, clamp, xb, xr, xk, ob, orow, sb
     if ONCE:
         mask = live[:, None] & (k < K)[None, :]
         x = tl.load(x_ptr + (k.to(tl.int64) * xk)[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-        bits = tl.max(magnitude(x), 1)
+        bits = magnitude(x)
+        most = tl.max(bits, 1)
     else:
-        most = tl.zeros((BR, BK), tl.int32)
+        many = tl.zeros((BR, BK), tl.int32)
         for k0 in range(0, K, BK):
             kk = k0 + k
             x = tl.load(x_ptr + (kk.to(tl.int64) * xk)[None, :], mask=live[:, None] & (kk < K)[None, :], other=0.0)
-            most = tl.maximum(most, magnitude(x))
-        bits = tl.max(most, 1)
-    scale, inverse, sign = block_scale(bits, clamp, "", False, TOP, 0, 0, 0)
+            many = tl.maximum(many, magnitude(x))
+        most = tl.max(many, 1)
+    scale, inverse, sign = block_scale(most, clamp, "", False, TOP, 0, 0, 0)
     tl.store(scale_ptr + b * sb + (row + r) * sr, scale, mask=live)
     if ONCE:
-        y = narrow_fp8(x, inverse[:, None], sign[:, None], out_ptr.dtype.element_ty, TOP, False)
+        y = narrow_fp8(x, bits, inverse[:, None], sign[:, None], out_ptr.dtype.element_ty, TOP, False)
         tl.store(out_ptr + k[None, :], y, mask=mask)
     else:
         for k0 in range(0, K, BK):
             kk = k0 + k
             mask = live[:, None] & (kk < K)[None, :]
             x = tl.load(x_ptr + (kk.to(tl.int64) * xk)[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-            y = narrow_fp8(x, inverse[:, None], sign[:, None], out_ptr.dtype.element_ty, TOP, False)
+            y = narrow_fp8(x, magnitude(x), inverse[:, None], sign[:, None], out_ptr.dtype.element_ty, TOP, False)
             tl.store(out_ptr + kk[None, :], y, mask=mask)
 
 
@@ -210,12 +219,12 @@ def flat_load(x_ptr, start, size, K, xr, xk, BLOCK: tl.constexpr, FLAT: tl.const
     return tl.load(x_ptr + at // K * xr + at % K * xk, mask=at < size, other=0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "P"])
 def tensor_amax_kernel(x_ptr, part_ptr, R, K, xb, xr, xk, P, BLOCK: tl.constexpr, FLAT: tl.constexpr):
     """First pass of tensor-wise: the largest magnitude of each of P interleaved parts of each matrix."""
     b = (tl.program_id(0) // P).to(tl.int64)
     p = tl.program_id(0) % P
-    size = R.to(tl.int64) * K
+    size = tl.cast(R, tl.int64) * K
     x_ptr += b * xb
     most = tl.zeros((BLOCK, ), tl.int32)
     for tile in range(p, tl.cdiv(size, BLOCK), P):
@@ -223,16 +232,16 @@ def tensor_amax_kernel(x_ptr, part_ptr, R, K, xb, xr, xk, P, BLOCK: tl.constexpr
     tl.store(part_ptr + b * P + p, tl.max(most, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R", "P", "sb"])
 def tensor_cast_kernel(x_ptr, part_ptr, out_ptr, scale_ptr, R, K, clamp, xb, xr, xk, ob, orow, sb, P,
                        PARTS: tl.constexpr, BLOCK: tl.constexpr, FLAT: tl.constexpr, TOP: tl.constexpr):
     """Second pass: every program reduces the parts (a maximum: the order does not matter), and casts its own."""
     b = (tl.program_id(0) // P).to(tl.int64)
     p = tl.program_id(0) % P
-    size = R.to(tl.int64) * K
+    size = tl.cast(R, tl.int64) * K
     j = tl.arange(0, PARTS)
-    bits = tl.max(tl.load(part_ptr + b * P + j, mask=j < P, other=0), 0)
-    scale, inverse, sign = block_scale(bits, clamp, "", False, TOP, 0, 0, 0)
+    most = tl.max(tl.load(part_ptr + b * P + j, mask=j < P, other=0), 0)
+    scale, inverse, sign = block_scale(most, clamp, "", False, TOP, 0, 0, 0)
     if p == 0:
         tl.store(scale_ptr + b * sb, scale)
     x_ptr += b * xb
@@ -242,7 +251,7 @@ def tensor_cast_kernel(x_ptr, part_ptr, out_ptr, scale_ptr, R, K, clamp, xb, xr,
         start = tile.to(tl.int64) * BLOCK
         mask = i < size - start
         x = flat_load(x_ptr, start, size, K, xr, xk, BLOCK, FLAT)
-        y = narrow_fp8(x, inverse, sign, out_ptr.dtype.element_ty, TOP, False)
+        y = narrow_fp8(x, magnitude(x), inverse, sign, out_ptr.dtype.element_ty, TOP, False)
         if FLAT:
             tl.store(out_ptr + start + i, y, mask=mask)
         else:

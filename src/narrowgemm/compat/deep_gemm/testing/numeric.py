@@ -29,7 +29,7 @@ def assert_bitwise_equal(x: Tensor, y: Tensor, label: str = "") -> None:
     if not x.numel():
         return
     width = x.element_size()
-    p, q = (t.contiguous().view(-1).view(torch.uint8).view(-1, width) for t in (x, y))
+    p, q = (t.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).view(-1, width) for t in (x, y))
     differs = (p != q).any(1)
     if not bool(differs.any()):
         return

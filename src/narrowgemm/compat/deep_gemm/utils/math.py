@@ -59,7 +59,8 @@ def pack_ue8m0_to_int(x: Tensor) -> Tensor:
 
 def unpack_ue8m0_from_int(packed_sf: Tensor) -> Tensor:
     """int32 `[.., S/4]` of E8M0 codes to float32 `[.., S]`; code 0 gives 0."""
-    return (packed_sf.contiguous().view(torch.uint8).to(torch.int32) << 23).view(torch.float32)
+    codes = packed_sf.clone(memory_format=torch.contiguous_format).view(torch.uint8)
+    return (codes.to(torch.int32) << 23).view(torch.float32)
 
 
 def per_token_cast_to_fp8(x: Tensor, use_ue8m0: bool, gran_k: int = 128,

@@ -20,10 +20,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
 from .fp8_block_parts_device import (
-    FP8_TILE, ROW_OF_FLOATS, advance, fence, load_a_scales, load_b_scale, load_blocks, multiply, promote, read_a_scale,
-    scale_bases, scaled, store_piece, store_zeros)
+    FP8_TILE, ROW_OF_FLOATS, add_output, advance, fence, load_a_scales, load_b_scale, load_blocks, multiply, parts, promote, read_a_scale,
+    scale_bases, scaled, store_part, store_zeros)
 from .fp8_block_schedule_device import (
-    DENSE, MASKED, OFFSETS, ROW_OF_INTS, fill_table, first_tile, has_products, is_live, next_tile,
+    DENSE, MASKED, OFFSETS, ROW_OF_INTS, fill_table, first_tile, fresh, has_products, is_live, next_tile,
     total_tiles)
 from .shim import block_barrier, view_as, view_rows
 
@@ -143,9 +143,16 @@ def store_tile(acc, d_s, d_desc, out, problem, tile, cfg: gl.constexpr, WM: gl.c
     n, g, first, end, stop = tile
     col0 = n * cfg.BN + WN * cfg.WN
     MP: gl.constexpr = cfg.MP
+    SPLIT: gl.constexpr = cfg.OUT_SPLIT
     for i in gl.static_range(MP):
-        buf = d_s.index((WM * cfg.WGN + WN) * cfg.OUT_BUFFERS + i % cfg.OUT_BUFFERS)
-        store_piece(acc[i], buf, d_desc, out, index_ptr, tile, first + (WM * cfg.MP + i) * 64, col0, M, N, G, cfg, mma)
+        row0 = first + (WM * MP + i) * 64
+        x = acc[i]
+        if cfg.ACCUMULATE:
+            x = add_output(x, out, index_ptr, tile, row0, col0, M, N, G, cfg, mma)
+        part = parts(x, cfg)
+        for j in gl.static_range(SPLIT):
+            buf = d_s.index((WM * cfg.WGN + WN) * cfg.OUT_BUFFERS + (i * SPLIT + j) % cfg.OUT_BUFFERS)
+            store_part(part[j], buf, d_desc, out, index_ptr, tile, row0, col0 + j * cfg.OUT_COLS, M, N, G, cfg)
 
 
 @gluon.jit
@@ -165,7 +172,8 @@ def consumer(d_desc, out, scales, rings, d_s, bars, table, problem, cfg: gl.cons
     if cfg.A_SCALE_TMA:
         sa_v = view_rows(sa_s, gl.float32, S * cfg.WGM * MP, 64, ROW_OF_FLOATS)
     views = (a_v, b_v, sa_v)
-    work = (index_ptr, table, M, N, KB, G, alignment, total_tiles(table, M, N, cfg, 4))
+    total = total_tiles(table, M, N, cfg, 4)
+    work = (index_ptr, table, M, N, KB, G, alignment, total)
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     zero = gl.zeros([64, COLS], gl.float32, mma)
@@ -182,19 +190,30 @@ def consumer(d_desc, out, scales, rings, d_s, bars, table, problem, cfg: gl.cons
         sa = load_a_scales(bases[0], scales, tile, M, slot, KB, cfg, WM, rows)
     live = is_live(tile)
     while live:
+        # worked on afresh: see there
+        M = fresh(M)
+        N = fresh(N)
+        if cfg.LAYOUT != DENSE:
+            G = fresh(G)
+        problem = (index_ptr, M, N, KB, G, alignment)
+        work = (index_ptr, table, M, N, KB, G, alignment, total)
         if has_products(tile, cfg):
             mbarrier.wait(full.index(slot), phase)
             p = multiply(a_v, b_v, slot * cfg.KS + cfg.SKIP, zero, cfg, WM, WN, 0)
-            if pending:
-                store_tile(acc, d_s, d_desc, out, problem, done, cfg, WM, WN, mma)
+            if cfg.LATE_STORE:
+                if pending:
+                    store_tile(acc, d_s, d_desc, out, problem, done, cfg, WM, WN, mma)
             cursor, ahead = next_tile(cursor, tile, work, cfg, 4)
             acc, p, sa, sb, slot, phase = blocks(acc, p, sa, sb, slot, phase, KB * 0, views, bars, problem, bases, scales, tile,
                                                  cfg, WM, WN, mma, cfg.HEAD, True)
             for kb in range(cfg.HEAD, KB, cfg.UNROLL):
                 acc, p, sa, sb, slot, phase = blocks(acc, p, sa, sb, slot, phase, kb, views, bars, problem, bases, scales, tile,
                                                      cfg, WM, WN, mma, cfg.UNROLL, False)
-            done = tile
-            pending = is_live(tile)
+            if cfg.LATE_STORE:
+                done = tile
+                pending = is_live(tile)
+            else:
+                store_tile(acc, d_s, d_desc, out, problem, tile, cfg, WM, WN, mma)
         else:
             cursor, ahead = next_tile(cursor, tile, work, cfg, 4)
             if cfg.ZERO and cfg.LAYOUT != DENSE:
@@ -205,8 +224,9 @@ def consumer(d_desc, out, scales, rings, d_s, bars, table, problem, cfg: gl.cons
         if not cfg.A_SCALE_TMA:
             sa = load_a_scales(bases[0], scales, tile, M, slot * 0, KB, cfg, WM, rows)
         live = is_live(tile)
-    if pending:
-        store_tile(acc, d_s, d_desc, out, problem, done, cfg, WM, WN, mma)
+    if cfg.LATE_STORE:
+        if pending:
+            store_tile(acc, d_s, d_desc, out, problem, done, cfg, WM, WN, mma)
     tma.store_wait(0)
 
 
@@ -220,8 +240,8 @@ def fp8_block_kernel(a_desc, sa_desc, b_desc, d_desc, out_ptr, sa_ptr, sb_ptr, i
     S: gl.constexpr = STAGES * cfg.KS
     a_s = gl.allocate_shared_memory(gl.float8e4nv, [S, cfg.BM, 128], FP8_TILE)
     b_s = gl.allocate_shared_memory(gl.float8e4nv, [S, cfg.BN, 128], FP8_TILE)
-    staging: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, cfg.WN], out_ptr.dtype.element_ty)
-    d_s = gl.allocate_shared_memory(out_ptr.dtype.element_ty, [cfg.CONSUMERS * cfg.OUT_BUFFERS, 64, cfg.WN], staging)
+    staging: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, cfg.OUT_COLS], out_ptr.dtype.element_ty)
+    d_s = gl.allocate_shared_memory(out_ptr.dtype.element_ty, [cfg.CONSUMERS * cfg.OUT_BUFFERS, 64, cfg.OUT_COLS], staging)
     sa_s = a_s
     if cfg.A_SCALE_TMA:
         sa_s = gl.allocate_shared_memory(gl.float32, [S, 1, cfg.BM], sa_desc.layout)

@@ -6,7 +6,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait)
 
-from .fp8_block_schedule_device import CONTIGUOUS, DENSE, MASKED, NO_GROUP, PSUM
+from .fp8_block_schedule_device import CONTIGUOUS, DENSE, MASKED, NO_GROUP, PSUM, fresh
 from .shim import tma_load, tma_store
 
 FP8_TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
@@ -167,8 +167,9 @@ def vector_layout(columns, element_bytes):
 @gluon.jit
 def add_output(acc, out, index_ptr, tile, row0, col0, M, N, G, cfg: gl.constexpr, mma: gl.constexpr):
     """acc + what the output holds, where the row is this product's."""
-    row = row0 + gl.arange(0, 64, gl.SliceLayout(1, mma))
-    col = col0 + gl.arange(0, cfg.WN, gl.SliceLayout(0, mma))
+    COLS: gl.constexpr = cfg.WN
+    row = row0 + fresh(gl.arange(0, 64, gl.SliceLayout(1, mma)))
+    col = col0 + gl.arange(0, COLS, gl.SliceLayout(0, mma))
     mine, written = row_masks(index_ptr, row, M, G, tile, cfg)
     ptrs = output_pointers(out, tile, row, col, cfg)
     mask = gl.expand_dims(mine, 1) & gl.expand_dims(col < N, 0)
@@ -176,41 +177,59 @@ def add_output(acc, out, index_ptr, tile, row0, col0, M, N, G, cfg: gl.constexpr
 
 
 @gluon.jit
-def store_piece(acc, buf, d_desc, out, index_ptr, tile, row0, col0, M, N, G, cfg: gl.constexpr, mma: gl.constexpr):
-    """64 rows from row0: by TMA where all of them are the product's, else masked, 16 bytes a lane."""
+def parts(acc, cfg: gl.constexpr):
+    """acc in OUT_SPLIT parts along N. They are different registers of each thread: nothing moves."""
+    if cfg.OUT_SPLIT == 1:
+        return (acc, )
+    else:
+        gl.static_assert(cfg.OUT_SPLIT == 2)
+        HALF: gl.constexpr = cfg.OUT_COLS
+        lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 32])
+        left, right = gl.split(gl.permute(gl.reshape(acc, [64, 2, HALF]), (0, 2, 1)))
+        return gl.convert_layout(left, lay, assert_trivial=True), gl.convert_layout(right, lay, assert_trivial=True)
+
+
+@gluon.jit
+def store_masked(buf, out, index_ptr, tile, row0, col0, M, N, G, cfg: gl.constexpr):
+    """The rows of a staging buffer that are this product's, 16 bytes a lane, and zeros to padding."""
+    COLS: gl.constexpr = cfg.OUT_COLS
+    lay: gl.constexpr = vector_layout(cfg.OUT_COLS, cfg.OUT_BYTES)
+    row = row0 + fresh(gl.arange(0, 64, gl.SliceLayout(1, lay)))
+    col = col0 + gl.arange(0, COLS, gl.SliceLayout(0, lay))
+    mine, written = row_masks(index_ptr, row, M, G, tile, cfg)
+    v = buf.load(lay)
+    if cfg.ZERO and (cfg.LAYOUT == CONTIGUOUS or cfg.LAYOUT == PSUM):
+        keep, v = gl.broadcast(gl.expand_dims(mine, 1), v)
+        v = gl.where(keep, v, gl.zeros_like(v))
+    mask = gl.expand_dims(written, 1) & gl.expand_dims(col < N, 0)
+    gl.store(output_pointers(out, tile, row, col, cfg), v, mask=mask)
+
+
+@gluon.jit
+def store_part(x, buf, d_desc, out, index_ptr, tile, row0, col0, M, N, G, cfg: gl.constexpr):
+    """64 rows from row0: by TMA where all of them are the product's, else masked."""
     out_ptr, og, om, pitch = out
     n, g, first, end, stop = tile
-    if cfg.ACCUMULATE:
-        acc = add_output(acc, out, index_ptr, tile, row0, col0, M, N, G, cfg, mma)
     # the buffer's last store must have been read; the buffers take turns
     tma.store_wait(cfg.OUT_BUFFERS - 1)
-    buf.store(acc.to(out_ptr.dtype.element_ty))
-    if cfg.STORE_TMA and cfg.LAYOUT == DENSE:
+    buf.store(x.to(out_ptr.dtype.element_ty))
+    if not cfg.STORE_TMA:
+        store_masked(buf, out, index_ptr, tile, row0, col0, M, N, G, cfg)
+    elif cfg.LAYOUT == DENSE:
         fence_async_shared()
         tma_store(d_desc, [row0, col0], buf)
     else:
-        by_tma = False
-        if cfg.STORE_TMA:
-            by_tma = stop == 1
-            if cfg.LAYOUT != CONTIGUOUS:
-                by_tma = row0 + 64 <= end
-        if by_tma:
+        whole = stop == 1
+        shift = row0
+        if cfg.LAYOUT != CONTIGUOUS:
+            whole = row0 + 64 <= end
+        if cfg.LAYOUT == MASKED:
+            shift += g * pitch
+        if whole:
             fence_async_shared()
-            shift = row0
-            if cfg.LAYOUT == MASKED:
-                shift += g * pitch
             tma_store(d_desc, [shift, col0], buf)
         else:
-            lay: gl.constexpr = vector_layout(cfg.WN, cfg.OUT_BYTES)
-            row = row0 + gl.arange(0, 64, gl.SliceLayout(1, lay))
-            col = col0 + gl.arange(0, cfg.WN, gl.SliceLayout(0, lay))
-            mine, written = row_masks(index_ptr, row, M, G, tile, cfg)
-            v = buf.load(lay)
-            if cfg.ZERO and (cfg.LAYOUT == CONTIGUOUS or cfg.LAYOUT == PSUM):
-                keep, v = gl.broadcast(gl.expand_dims(mine, 1), v)
-                v = gl.where(keep, v, gl.zeros_like(v))
-            mask = gl.expand_dims(written, 1) & gl.expand_dims(col < N, 0)
-            gl.store(output_pointers(out, tile, row, col, cfg), v, mask=mask)
+            store_masked(buf, out, index_ptr, tile, row0, col0, M, N, G, cfg)
 
 
 @gluon.jit
@@ -219,10 +238,10 @@ def store_zeros(out, index_ptr, tile, row0, col0, M, N, G, cfg: gl.constexpr):
     out_ptr, og, om, pitch = out
     n, g, first, end, stop = tile
     lay: gl.constexpr = vector_layout(cfg.WN, cfg.OUT_BYTES)
-    MP: gl.constexpr = cfg.MP
     COLS: gl.constexpr = cfg.WN
+    MP: gl.constexpr = cfg.MP
     for i in gl.static_range(MP):
-        row = row0 + i * 64 + gl.arange(0, 64, gl.SliceLayout(1, lay))
-        col = col0 + gl.arange(0, cfg.WN, gl.SliceLayout(0, lay))
+        row = row0 + i * 64 + fresh(gl.arange(0, 64, gl.SliceLayout(1, lay)))
+        col = col0 + gl.arange(0, COLS, gl.SliceLayout(0, lay))
         mask = gl.expand_dims(row < (end if cfg.LAYOUT == CONTIGUOUS else stop), 1) & gl.expand_dims(col < N, 0)
         gl.store(output_pointers(out, tile, row, col, cfg), gl.zeros([64, COLS], out_ptr.dtype.element_ty, lay), mask=mask)

@@ -235,6 +235,7 @@ class Prepared:
 
     def __init__(self, step: Step, problem: Problem, groups: int) -> None:
         from . import fp8_decode_device as device
+        from .fp8_decode_prepare_device import prepare_kernel
 
         self.step, self.problem, self.config = step, problem, step.config
         self.cfg = cfg = static(problem, step.config, groups)
@@ -242,7 +243,7 @@ class Prepared:
         self.before: Launcher | None = None
         if needs_prepare(problem, self.config):
             self.before = Launcher(
-                device.prepare_kernel,
+                prepare_kernel,
                 (problem.layout == "contiguous", self.zero, problem.layout == "psum", cfg.BT, ZERO_ROWS, cfg.PDL),
                 {"num_warps": 4})
         options = {"num_warps": 4, "maxnreg": max_registers(self.config), **({"launch_pdl": True} if cfg.PDL else {})}

@@ -100,6 +100,11 @@ class Launcher:
                  for b, lay in zip(boxes, self.layouts())]
         return [*descs, *map(Pointer, pointers, dtypes), *ints, *self.constants]
 
+    def warm(self, boxes: Sequence[Box], pointers: Sequence[int], dtypes: Sequence[torch.dtype],
+             ints: Sequence[int]) -> Any:
+        """Compile what such a launch runs, without a launch: tensors may be on 'meta'."""
+        return self.kernel.warmup(*self.arguments(boxes, pointers, dtypes, ints), grid=(1,), **self.options)
+
     def __call__(self, index: int, grid: int, boxes: Sequence[Box], pointers: tuple[int, ...],
                  dtypes: tuple[torch.dtype, ...], ints: tuple[int, ...]) -> None:
         """Launch on the current stream of CUDA device `index`."""
@@ -153,10 +158,8 @@ def _handle(kernel: Any) -> Handle:
 
 def _hooked(runtime: Any) -> bool:
     """Whether a profiler wants to see launches."""
-    for hook in (runtime.launch_enter_hook, runtime.launch_exit_hook):
-        if hook is not None and getattr(hook, "calls", True):
-            return True
-    return False
+    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
+    return any(h is not None and getattr(h, "calls", True) for h in hooks)
 
 
 def _descriptor(box: Box, meta: dict[str, Any]) -> Any:

@@ -1,0 +1,114 @@
+"""Rewrites the tables of README.md from the committed result files: figures are never typed.
+
+    python benchmarks/make_tables.py            writes README.md
+    python benchmarks/make_tables.py --check    exits with 1 where README.md is not what the files say
+
+Every folder of benchmarks/results is a device. A suite's rows are those of the newest commit that measured it; several
+files of that commit count as one result. A suite with a row missing or failed fails the script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+
+
+def committed(root: Path) -> list[Path]:
+    """Result files that git has; all of them where this is no checkout."""
+    folder = root / "benchmarks" / "results"
+    command = ["git", "ls-files", "-z", str(folder)]
+    try:
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.TimeoutExpired):
+        return sorted(folder.glob("*/*.json"))
+    if done.returncode:
+        return sorted(folder.glob("*/*.json"))
+    return sorted(root / name for name in done.stdout.split("\0") if name.endswith(".json") and (root / name).exists())
+
+
+def newest(files: list[dict[str, Any]]) -> dict[tuple[str, bool], list[dict[str, Any]]]:
+    """(suite, transforms inside) -> the files of the newest commit that measured it, oldest first."""
+    ordered = sorted(files, key=lambda d: str(d["date"]))
+    last: dict[tuple[str, bool], str] = {}
+    for d in ordered:
+        for suite in {r["suite"] for r in d["rows"]}:
+            last[suite, bool(d.get("scale_transform"))] = d["commit"]
+    return {k: [d for d in ordered if d["commit"] == commit and bool(d.get("scale_transform")) == k[1]
+                and any(r["suite"] == k[0] for r in d["rows"])] for k, commit in last.items()}
+
+
+def table(device_files: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    """(lines of one device's section, problems)."""
+    from narrowgemm.cli.report import markdown_table
+    from narrowgemm.testing import results
+    from narrowgemm.testing.cases import SUITES
+
+    chosen = newest(device_files)
+    order = {name: i for i, name in enumerate(SUITES)}
+    rows = [r for key in sorted(chosen, key=lambda k: (k[1], order.get(k[0], len(order)), k[0]))
+            for r in results.merge(chosen[key]) if r["suite"] == key[0]]
+    used = {id(d): d for files in chosen.values() for d in files}.values()
+    versions = {n: v for d in used for n, v in d["versions"].items() if v and n in ("torch", "triton", "deepgemm")}
+    lines = [f"**{device_files[-1]['device']}** ({', '.join(f'{n} {v}' for n, v in versions.items())}; commits "
+             f"{', '.join(sorted({'`' + str(d['commit'])[:10] + '`' for d in used}))}; measured "
+             f"{', '.join(sorted({str(d['date'])[:10] for d in used}))})", ""]
+    return [*lines, *markdown_table(results.summarise(rows)), ""], results.check(rows)
+
+
+def render(paths: list[Path]) -> tuple[str, list[str]]:
+    """(text between the marks, problems). Files of another schema (test summaries) are passed over."""
+    from narrowgemm.testing import results
+
+    devices: dict[str, list[dict[str, Any]]] = {}
+    for p in paths:
+        if json.loads(p.read_text()).get("schema") == results.SCHEMA:
+            devices.setdefault(p.parent.name, []).append(results.read(p))
+    lines = ["Ratio = the peer's time / ours, from the same interleaved run: above 1 ours is faster. `floor` is the",
+             "larger of a streaming read of the same bytes and the FLOPs over the measured ceiling.", ""]
+    problems = []
+    for name in sorted(devices):
+        section, bad = table(devices[name])
+        lines += section
+        problems += [f"{name}: {b}" for b in bad]
+    if not devices:
+        lines = ["No result is committed yet.", ""]
+    return "\n".join(lines).rstrip() + "\n", problems
+
+
+def rewritten(text: str, block: str) -> str:
+    """`text` with what is between the marks replaced. ValueError where the marks are not there once, in order."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"README.md: got no single block from {BEGIN} to {END}, expected one")
+    head, rest = text.split(BEGIN)
+    return f"{head}{BEGIN}\n{block}{END}{rest.split(END)[1]}"
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    args = parser.parse_args(argv)
+    sys.path.insert(0, str(root / "src"))
+    readme = root / "README.md"
+    before = readme.read_text()
+    block, problems = render(committed(root))
+    after = rewritten(before, block)
+    for p in problems:
+        print(f"MISSING {p}", file=sys.stderr)
+    if args.check:
+        if after != before:
+            print("README.md differs from the committed results: run python benchmarks/make_tables.py", file=sys.stderr)
+        return 1 if problems or after != before else 0
+    if after != before:
+        readme.write_text(after)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

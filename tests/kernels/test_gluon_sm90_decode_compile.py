@@ -1,0 +1,102 @@
+"""The Hopper decode kernel compiles: wgmma with E4M3 on both sides and K = 32, no spills, wgmma not serialised, and the
+shared memory that the host states is no less than the compiler's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+
+from narrowgemm.arch import get_arch
+from narrowgemm.formats import FP8_1x128, FP8_128x128, ScaledTensor
+from narrowgemm.kernels.gluon.sm90 import fp8_decode
+from narrowgemm.kernels.operands import Operands
+from narrowgemm.ops.explain import describe
+from narrowgemm.problem import Config, Problem, Step
+
+from .._compile import compile_jobs
+
+N, K, G = 512, 1024, 4
+ARCH = get_arch("h200")
+INDEX = {"contiguous": torch.int32, "offsets": torch.int64, "psum": torch.int32, "masked": torch.int32}
+FEW = (("dense", 64, 0), ("masked", 20, 1), ("offsets", 8, 3), ("psum", 16, 4), ("contiguous", 64, 9))
+
+
+def problem(layout: str, rows: int, out_dtype: str = "bf16") -> Problem:
+    if layout == "dense":
+        return describe("gemm", m=rows, n=N, k=K, out_dtype=out_dtype)
+    m = rows if layout == "masked" else rows * G
+    return describe("grouped_gemm", layout=layout, groups=G, m=m, n=N, k=K, out_dtype=out_dtype)
+
+
+def operands(p: Problem, dtype: torch.dtype = torch.bfloat16, scale: torch.dtype = torch.float32) -> Operands:
+    masked, dense = p.layout == "masked", p.layout == "dense"
+    a = torch.empty((G, p.m, K) if masked else (p.m, K), dtype=torch.float8_e4m3fn, device="meta")
+    b = torch.empty((N, K) if dense else (G, N, K), dtype=torch.float8_e4m3fn, device="meta")
+
+    def scaled(x, fmt):
+        return ScaledTensor(x, torch.empty(fmt.scale_shape(x.shape), dtype=scale, device="meta"), fmt)
+
+    index = None
+    if not dense:
+        length = {"contiguous": p.m, "offsets": G + 1}.get(p.layout, G)
+        index = torch.empty(length, dtype=INDEX[p.layout], device="meta")
+    out = torch.empty((*a.shape[:-1], N), dtype=dtype, device="meta")
+    return Operands(scaled(a, FP8_1x128), scaled(b, FP8_128x128), out, p.m, N, K, 1 if dense else G, index, 128)
+
+
+def compile_step(p: Problem, config: Config, x: Operands) -> None:
+    size = fp8_decode.workspace(p, config)
+    work = torch.empty(size, dtype=torch.uint8, device="meta") if size else None
+    for call in fp8_decode.Prepared(Step(fp8_decode.NAME, config, size), p, x.groups).calls(x, work, ARCH.sms):
+        call.launcher.warm(*call[2:])
+
+
+def chosen(which: str) -> Iterator[tuple[str, Problem, Config, Operands]]:
+    """'few': one config a layout and a corner each; 'all': every config of the search space, for every token width."""
+    if which == "all":
+        for layout in fp8_decode.LAYOUT_IDS:
+            for rows in (1, 16, 32, 64):
+                p = problem(layout, rows)
+                for c in fp8_decode.configs(p, ARCH):
+                    yield f"{layout} {rows}", p, c, operands(p)
+        return
+    for layout, rows, at in FEW:
+        p = problem(layout, rows)
+        yield f"{layout} {rows}", p, fp8_decode.configs(p, ARCH)[at], operands(p)
+    p = replace(problem("dense", 8, "fp32"), accumulate=True)
+    yield "dense 8 fp32 accumulate e8m0", p, fp8_decode.configs(p, ARCH)[5], operands(p, torch.float32, torch.uint8)
+
+
+def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], object]]]:
+    for name, p, c, x in chosen(which):
+        job = f"m64n{c.block_m}k32 | {name} | {c} | {fp8_decode.smem_bytes(p, c)}"
+        yield job, lambda p=p, c=c, x=x: compile_step(p, c, x)
+
+
+def check(reports: list[dict]) -> None:
+    for r in reports:
+        assert r["spills"] == 0, f"{r['job']}: {r['spills']} bytes spilled"
+        assert not r["serialized"], f"{r['job']}: ptxas serialises wgmma"
+        if r["kernel"] != "fp8_decode_kernel":
+            continue
+        stated = int(r["job"].rsplit("|", 1)[1])
+        assert r["shared"] <= stated <= ARCH.smem, f"{r['job']}: {r['shared']} bytes of shared memory, stated {stated}"
+        shape = r["job"].split(" ")[0] + ".f32.e4m3.e4m3"
+        for op in ("wgmma.mma_async", shape, "cp.async.bulk.tensor", "setmaxnreg"):
+            assert r["ops"][op], f"{r['job']}: no {op}"
+
+
+@pytest.mark.compile
+def test_every_layout() -> None:
+    reports = compile_jobs("sm90", "tests.kernels.test_gluon_sm90_decode_compile:jobs")
+    assert sum(r["kernel"] == "fp8_decode_kernel" for r in reports) == 6
+    check(reports)
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+def test_whole_search_space() -> None:
+    check(compile_jobs("sm90", "tests.kernels.test_gluon_sm90_decode_compile:jobs", "all"))
