@@ -66,15 +66,20 @@ class Contiguous(Layout):
 
 @dataclass(frozen=True, eq=False)
 class Psum(Layout):
-    """`ends` int32 `[G]`: end row of each group; group g starts at `ends[g-1]` rounded up to `alignment` rows."""
+    """`ends` int32 `[G]`: end row of each group; group g starts at `ends[g-1]` rounded up to `alignment` rows.
+
+    `expected_m`: a host-side hint of the mean rows of a group, for buffers much larger than what they hold.
+    """
 
     kind: ClassVar[str] = "psum"
     ends: Tensor
     alignment: int = 128
+    expected_m: int = 0
 
     def __post_init__(self) -> None:
         check_index(self.ends, "psum ends", 1, (torch.int32,))
         expect(self.alignment >= 1, "psum alignment", self.alignment, "at least 1 row")
+        expect(self.expected_m >= 0, "expected_m", self.expected_m, "a number of rows, 0 for unknown")
 
     @property
     def index(self) -> Tensor:

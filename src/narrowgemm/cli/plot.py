@@ -47,11 +47,11 @@ def roofline(path: Path, header: dict[str, Any], rows: Sequence[Row]) -> None:
     for name, rate in ceilings.items():
         if name.startswith("flops"):
             axes.plot(grid, [min(rate, x * ceilings["read_gbs"] * 1e-3) for x in grid], "--", lw=1, color="grey",
-                      label=f"measured: {ceilings['read_gbs']:.0f} GB/s, {rate:.0f} TFLOPS ({name.split('_')[1]}-bit)")
+                      label=f"measured: {ceilings['read_gbs']:.3g} GB/s, {rate:.3g} TFLOPS ({name.split('_')[1]}-bit)")
     for (name, p), marker in zip(series.items(), "o^sDvP*X<>" * 10):
         axes.scatter([x for x, _ in p], [y for _, y in p], s=22, marker=marker, label=name, alpha=0.8)
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte (operands in use and output, once)", ylabel="TFLOPS",
-             title=", ".join(str(header.get(k) or "")[:20] for k in ("device", "commit", "date")))
+             title=", ".join(str(header.get(k) or "")[:n] for k, n in (("device", 40), ("commit", 10), ("date", 10))))
     axes.grid(True, which="both", lw=0.3)
     axes.legend(fontsize=8)
     figure.tight_layout()

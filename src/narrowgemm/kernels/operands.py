@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
@@ -25,3 +25,4 @@ class Operands:
     out_scale: Tensor | None = None       # quantise: scales of `out`
     rounding: str = "rceil"               # quantise: how an E8M0 scale is rounded
     amax_clamp: float = 1e-4              # quantise: least amax of a block
+    memo: dict = field(default_factory=dict)  # what a kernel keeps for calls of the same signature: see `ops.common.PlanCache`

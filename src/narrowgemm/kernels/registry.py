@@ -24,6 +24,7 @@ from ..problem import Config, Problem, Step
 from .operands import Operands
 
 MODULES: tuple[str, ...] = (
+    "gluon.sm90.fp8_decode",
     "triton.fp8_block",
     "triton.fp8_wgrad",
     "triton.quantize",

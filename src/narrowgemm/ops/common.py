@@ -72,22 +72,26 @@ def signature(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, *rest: objec
 
 
 class PlanCache:
-    """Signature to Plan, bounded, safe with several threads. Signatures hold devices, so one cache serves them all."""
+    """Signature to Plan, bounded, safe with several threads. Signatures hold devices, so one cache serves them all.
+
+    Beside each Plan lies a memo, a dict in which kernels keep what depends on the signature alone (grids, arguments that are
+    no addresses, compiled handles), so that a warm launch derives nothing anew.
+    """
 
     def __init__(self) -> None:
-        self._plans: OrderedDict[tuple, Plan | None] = OrderedDict()
+        self._plans: OrderedDict[tuple, tuple[Plan | None, dict]] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: tuple, make: Callable[[], Plan | None]) -> Plan | None:
+    def get(self, key: tuple, make: Callable[[], Plan | None]) -> tuple[Plan | None, dict]:
         try:
             return self._plans[key]
         except KeyError:
             plan = make()
             with self._lock:
-                self._plans[key] = plan
+                entry = self._plans.setdefault(key, (plan, {}))
                 if len(self._plans) > _LIMIT:
                     self._plans.popitem(last=False)
-            return plan
+            return entry
 
 
 def check_operand(x: ScaledTensor, name: str, shape: str, dims: int) -> None:

@@ -42,13 +42,13 @@ def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, *, out: Tensor | No
     options = Options(backend, config, max_sms, validate, on_unsupported)
     key = common.signature(a, b, out, dtype, accumulate, options)
 
-    plan = _plans.get(key, lambda: plan_of(a, b, out, dtype, accumulate, options))
+    plan, memo = _plans.get(key, lambda: plan_of(a, b, out, dtype, accumulate, options))
     if options.sync:
         validate_data.check_scales(a, b)
     if out is None:
         out = torch.empty((a.shape[0], b.shape[0]), dtype=dtype, device=a.device)
     if plan is not None:
-        run(plan, Operands(a, b, out, a.shape[0], b.shape[0], a.shape[1]), workspace)
+        run(plan, Operands(a, b, out, a.shape[0], b.shape[0], a.shape[1], memo=memo), workspace)
     return out
 
 

@@ -40,17 +40,17 @@ def grouped_gemm(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, layout: Lay
     options = Options(backend, config, max_sms, validate, on_unsupported)
     index = layout.index
     alignment = layout.alignment if isinstance(layout, Psum) else 1
-    expected_m = layout.expected_m if isinstance(layout, Masked) else 0
+    expected_m = getattr(layout, "expected_m", 0)
     key = common.signature(a, b, out, dtype, accumulate, options, layout.kind, index.shape, index.dtype, index.device,
                            alignment, expected_m, zero_padding)
-    plan = _plans.get(key, lambda: plan_of(a, b, layout, out, dtype, accumulate, zero_padding, options))
+    plan, memo = _plans.get(key, lambda: plan_of(a, b, layout, out, dtype, accumulate, zero_padding, options))
     if options.sync:
         validate_data.check_layout(layout, a.shape[-2], b.shape[0])
         validate_data.check_scales(a, b)
     if out is None:
         out = torch.empty((*a.shape[:-1], b.shape[-2]), dtype=dtype, device=a.device)
     if plan is not None:
-        run(plan, Operands(a, b, out, a.shape[-2], b.shape[-2], a.shape[-1], b.shape[0], index, alignment), workspace)
+        run(plan, Operands(a, b, out, a.shape[-2], b.shape[-2], a.shape[-1], b.shape[0], index, alignment, memo=memo), workspace)
     return out
 
 
@@ -75,7 +75,7 @@ def plan_of(a: ScaledTensor, b: ScaledTensor, layout: Layout, out: Tensor | None
     if 0 in shape:
         return None
     expect(groups > 0, f"groups of b for {m} rows", 0, "at least one")
-    rows = layout.expected_m if isinstance(layout, Masked) and layout.expected_m else m if masked else -(-m // groups)
+    rows = getattr(layout, "expected_m", 0) or (m if masked else -(-m // groups))
     like = out if out is not None else torch.empty(shape, dtype=dtype, device="meta")
     return common.plan("grouped_gemm", layout.kind, a, b, like, m, groups, min(rows, m), accumulate, zero_padding, options)
 
@@ -88,7 +88,7 @@ def _traced(a: ScaledTensor, b: ScaledTensor, layout: Layout, out: Tensor | None
     if out is None:
         out = torch.empty((*a.shape[:-1], b.shape[-2]), dtype=dtype or torch.bfloat16, device=a.device)
     alignment = layout.alignment if isinstance(layout, Psum) else 1
-    expected_m = layout.expected_m if isinstance(layout, Masked) else 0
+    expected_m = getattr(layout, "expected_m", 0)
     torch.ops.narrowgemm.grouped_gemm(a.data, a.scale, b.data, b.scale, a.format.name, b.format.name, out, layout.index,
                                       layout.kind, alignment, expected_m, zero_padding, accumulate, backend or "", max_sms,
                                       on_unsupported)
@@ -98,7 +98,7 @@ def _traced(a: ScaledTensor, b: ScaledTensor, layout: Layout, out: Tensor | None
 def _impl(a: Tensor, a_scale: Tensor | None, b: Tensor, b_scale: Tensor | None, a_format: str, b_format: str, out: Tensor,
           index: Tensor, kind: str, alignment: int, expected_m: int, zero_padding: bool, accumulate: bool, backend: str,
           max_sms: int, on_unsupported: str) -> None:
-    layout = Psum(index, alignment) if kind == "psum" else Masked(index, expected_m) if kind == "masked" \
+    layout = Psum(index, alignment, expected_m) if kind == "psum" else Masked(index, expected_m) if kind == "masked" \
         else KINDS[kind](index)  # type: ignore[call-arg]
     grouped_gemm(ScaledTensor(a, a_scale, get_format(a_format)), ScaledTensor(b, b_scale, get_format(b_format)), layout,
                  out=out, accumulate=accumulate, zero_padding=zero_padding, backend=backend or None, max_sms=max_sms,

@@ -20,8 +20,9 @@ def prepare(b: ScaledTensor, *, layout: str = "dense", max_m: int, a_format: For
             zero_padding: bool = True, max_sms: int = 0, backend: str | None = None) -> list[Plan]:
     """Compile ahead: every distinct Plan of `gemm` / `grouped_gemm` with weight `b` and 1 to `max_m` rows is launched once.
 
-    b: `[N, K]` (dense) or `[G, N, K]`, the real weight, or one of its shape, strides and formats. max_m: the most rows of A (masked:
-        the rows a group can hold; `expected_m` are then the hints that calls will give). Other arguments as in the calls to come.
+    b: `[N, K]` (dense) or `[G, N, K]`, the real weight, or one of its shape, strides and formats.
+    max_m: the most rows of A (masked: the rows a group can hold; `expected_m` are then the hints that calls will give).
+    Other arguments as in the calls to come.
 
     Activations of zeros are used, with scales MN-major, as `quantize(..., scale_layout='mn_major')` gives them; nothing is kept.
     Returns the Plans. Raises as the calls would.

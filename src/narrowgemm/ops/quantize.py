@@ -46,7 +46,7 @@ def quantize(x: Tensor, fmt: Format | str, *, rounding: str = "rceil", amax_clam
     expect(isinstance(x, Tensor), "input of quantize", type(x).__name__, "a torch.Tensor", error=TypeError)
     key = (fmt, x.shape, x.stride(), x.dtype, x.device, rounding, amax_clamp, scale_layout, backend, config,
            os.environ.get("NARROWGEMM_BACKEND"), os.environ.get("NARROWGEMM_ARCH"), os.environ.get("NARROWGEMM_TABLES"))
-    plan = _plans.get(key, lambda: _plan(x, fmt, rounding, amax_clamp, scale_layout, backend, config))
+    plan, _ = _plans.get(key, lambda: _plan(x, fmt, rounding, amax_clamp, scale_layout, backend, config))
     data, scale = _allocate(x, fmt, scale_layout)
     _fill(plan, x.detach() if x.requires_grad else x, fmt, data, scale, rounding, amax_clamp)
     return ScaledTensor(data, scale, fmt)

@@ -38,14 +38,14 @@ def grouped_gemm_wgrad(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, layou
     options = Options(backend, config, max_sms, validate, on_unsupported)
     index, groups = layout.offsets, layout.num_groups
     key = common.signature(a, b, out, dtype, accumulate, options, index.shape, index.dtype, index.device)
-    plan = _plans.get(key, lambda: plan_of(a, b, layout, out, dtype, accumulate, options))
+    plan, memo = _plans.get(key, lambda: plan_of(a, b, layout, out, dtype, accumulate, options))
     if options.sync:
         validate_data.check_layout(layout, a.shape[-1], groups)
         validate_data.check_scales(a, b)
     if out is None:
         out = torch.empty((groups, a.shape[0], b.shape[0]), dtype=dtype, device=a.device)
     if plan is not None:
-        run(plan, Operands(a, b, out, a.shape[0], b.shape[0], a.shape[1], groups, index), workspace)
+        run(plan, Operands(a, b, out, a.shape[0], b.shape[0], a.shape[1], groups, index, memo=memo), workspace)
     return out
 
 

@@ -35,9 +35,8 @@ def m_grouped_fp8_fp4_gemm_nt_contiguous(
     x, y = prepare(a, b, d, (2, 3), recipe, recipe_a, recipe_b)
     layout: Contiguous | Psum
     if use_psum_layout:
-        if expected_m_for_psum_layout is not None:
-            hint(expected_m_for_psum_layout, "expected_m_for_psum_layout")
-        layout = Psum(grouped_layout, state.settings.mk_alignment)
+        layout = Psum(grouped_layout, state.settings.mk_alignment,
+                      hint(expected_m_for_psum_layout or 0, "expected_m_for_psum_layout"))
         layout.groups(y.data.shape[0])
     else:
         expect(expected_m_for_psum_layout is None, "expected_m_for_psum_layout without use_psum_layout",
