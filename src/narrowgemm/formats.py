@@ -63,6 +63,9 @@ class Format:
     group: tuple[int, int]
     scale: str
 
+    def __hash__(self) -> int:
+        return hash(self.name)  # equal formats have equal names; a string keeps its hash, and every call hashes two formats
+
     @property
     def elem(self) -> Element:
         return ELEMENTS[self.element]

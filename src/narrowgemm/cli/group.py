@@ -13,7 +13,9 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "demo": ("demo", "demo", "An expert block of a real model, FP8 against BF16, step by step."),
     "explain": ("explain", "explain", "Which kernel a problem gets, how fast it should be, and why not another."),
     "bench": ("bench", "bench", "Measure cases by name, with peers side by side."),
+    "tune": ("tune", "tune", "Measure every kernel and config on cases; keep what beats the cost model."),
     "report": ("report", "report", "Tables and plots from result files."),
+    "cache": ("cache", "cache", "Triton's compile cache: where it is, clearing it, compiling a model's shapes ahead."),
     "env": ("env", "command", "Versions, devices, drivers, variables and caches; works on a broken install."),
 }
 

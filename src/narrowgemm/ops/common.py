@@ -36,14 +36,6 @@ class Options:
     validate: str | None = None
     on_unsupported: str = "portable"
 
-    def __post_init__(self) -> None:
-        expect(self.config is None or isinstance(self.config, Config), "config", type(self.config).__name__,
-               "a narrowgemm.Config", error=TypeError)
-
-    @property
-    def sync(self) -> bool:
-        return self.validate == "sync" or os.environ.get("NARROWGEMM_VALIDATE") == "sync"
-
     def check(self) -> None:
         expect(isinstance(self.max_sms, int) and self.max_sms >= 0, "max_sms", self.max_sms, "0 (all) or a positive count")
         expect(self.validate in (None, "sync"), "validate", repr(self.validate), "None or 'sync'")
@@ -59,16 +51,25 @@ def as_operand(x: ScaledTensor | Tensor, name: str) -> ScaledTensor:
     return ScaledTensor(x, None, _PLAIN[x.dtype])
 
 
-def _tensor_key(x: Tensor) -> tuple:
-    return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16
-
-
 def signature(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, *rest: object) -> tuple:
-    """Everything that checks and the Plan depend on."""
-    return (a.format, _tensor_key(a.data), None if a.scale is None else _tensor_key(a.scale),
-            b.format, _tensor_key(b.data), None if b.scale is None else _tensor_key(b.scale),
-            None if out is None else _tensor_key(out), os.environ.get("NARROWGEMM_BACKEND"),
-            os.environ.get("NARROWGEMM_ARCH"), os.environ.get("NARROWGEMM_TABLES"), *rest)
+    """Everything that checks and the Plan depend on. It is built in every call: plain reads, no objects of our own."""
+    x, y, sx, sy = a.data, b.data, a.scale, b.scale
+    get = os.environ.get
+    return (a.format, x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16,
+            b.format, y.shape, y.stride(), y.dtype, y.device, y.data_ptr() % 16,
+            None if sx is None else (sx.shape, sx.stride(), sx.dtype, sx.device, sx.data_ptr() % 16),
+            None if sy is None else (sy.shape, sy.stride(), sy.dtype, sy.device, sy.data_ptr() % 16),
+            None if out is None else (out.shape, out.stride(), out.dtype, out.device, out.data_ptr() % 16),
+            get("NARROWGEMM_BACKEND"), get("NARROWGEMM_ARCH"), get("NARROWGEMM_TABLES"), *rest)
+
+
+def check_config(config: Config | None) -> None:
+    """In front of the cache: a config that is none can't be hashed."""
+    expect(config is None or isinstance(config, Config), "config", type(config).__name__, "a narrowgemm.Config", error=TypeError)
+
+
+def wants_sync(validate: str | None) -> bool:
+    return validate == "sync" or os.environ.get("NARROWGEMM_VALIDATE") == "sync"
 
 
 class PlanCache:
@@ -83,15 +84,14 @@ class PlanCache:
         self._lock = threading.Lock()
 
     def get(self, key: tuple, make: Callable[[], Plan | None]) -> tuple[Plan | None, dict]:
-        try:
-            return self._plans[key]
-        except KeyError:
+        entry = self._plans.get(key)
+        if entry is None:
             plan = make()
             with self._lock:
                 entry = self._plans.setdefault(key, (plan, {}))
                 if len(self._plans) > _LIMIT:
                     self._plans.popitem(last=False)
-            return entry
+        return entry
 
 
 def check_operand(x: ScaledTensor, name: str, shape: str, dims: int) -> None:

@@ -39,11 +39,10 @@ def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, *, out: Tensor | No
     if torch.compiler.is_compiling():
         return _traced(a, b, out, out_dtype, accumulate, backend, config, max_sms, on_unsupported)
     dtype = common.out_dtype_of(out, out_dtype, torch.bfloat16)
-    options = Options(backend, config, max_sms, validate, on_unsupported)
-    key = common.signature(a, b, out, dtype, accumulate, options)
-
-    plan, memo = _plans.get(key, lambda: plan_of(a, b, out, dtype, accumulate, options))
-    if options.sync:
+    common.check_config(config)
+    key = common.signature(a, b, out, dtype, accumulate, backend, config, max_sms, validate, on_unsupported)
+    plan, memo = _plans.get(key, lambda: plan_of(a, b, out, dtype, accumulate, Options(backend, config, max_sms, validate, on_unsupported)))
+    if common.wants_sync(validate):
         validate_data.check_scales(a, b)
     if out is None:
         out = torch.empty((a.shape[0], b.shape[0]), dtype=dtype, device=a.device)

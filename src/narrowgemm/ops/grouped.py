@@ -37,14 +37,15 @@ def grouped_gemm(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, layout: Lay
     if torch.compiler.is_compiling():
         return _traced(a, b, layout, out, out_dtype, accumulate, zero_padding, backend, config, max_sms, on_unsupported)
     dtype = common.out_dtype_of(out, out_dtype, torch.bfloat16)
-    options = Options(backend, config, max_sms, validate, on_unsupported)
+    common.check_config(config)
     index = layout.index
     alignment = layout.alignment if isinstance(layout, Psum) else 1
     expected_m = getattr(layout, "expected_m", 0)
-    key = common.signature(a, b, out, dtype, accumulate, options, layout.kind, index.shape, index.dtype, index.device,
-                           alignment, expected_m, zero_padding)
-    plan, memo = _plans.get(key, lambda: plan_of(a, b, layout, out, dtype, accumulate, zero_padding, options))
-    if options.sync:
+    key = common.signature(a, b, out, dtype, accumulate, backend, config, max_sms, validate, on_unsupported, layout.kind,
+                           index.shape, index.dtype, index.device, index.data_ptr() % 16, alignment, expected_m, zero_padding)
+    plan, memo = _plans.get(key, lambda: plan_of(a, b, layout, out, dtype, accumulate, zero_padding,
+                                                 Options(backend, config, max_sms, validate, on_unsupported)))
+    if common.wants_sync(validate):
         validate_data.check_layout(layout, a.shape[-2], b.shape[0])
         validate_data.check_scales(a, b)
     if out is None:

@@ -35,11 +35,13 @@ def grouped_gemm_wgrad(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, layou
     if torch.compiler.is_compiling():
         return _traced(a, b, layout, out, out_dtype, accumulate, backend, config, max_sms, on_unsupported)
     dtype = common.out_dtype_of(out, out_dtype, torch.float32)
-    options = Options(backend, config, max_sms, validate, on_unsupported)
+    common.check_config(config)
     index, groups = layout.offsets, layout.num_groups
-    key = common.signature(a, b, out, dtype, accumulate, options, index.shape, index.dtype, index.device)
-    plan, memo = _plans.get(key, lambda: plan_of(a, b, layout, out, dtype, accumulate, options))
-    if options.sync:
+    key = common.signature(a, b, out, dtype, accumulate, backend, config, max_sms, validate, on_unsupported, index.shape,
+                           index.dtype, index.device, index.data_ptr() % 16)
+    plan, memo = _plans.get(key, lambda: plan_of(a, b, layout, out, dtype, accumulate,
+                                                 Options(backend, config, max_sms, validate, on_unsupported)))
+    if common.wants_sync(validate):
         validate_data.check_layout(layout, a.shape[-1], groups)
         validate_data.check_scales(a, b)
     if out is None:

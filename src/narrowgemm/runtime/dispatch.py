@@ -22,7 +22,8 @@ def select(problem: Problem, arch: Arch, backend: str | None = None, config: Con
            on_unsupported: str = "portable") -> Plan:
     """The Plan for `problem` on `arch`.
 
-    `backend`: only that one (default: NARROWGEMM_BACKEND, else any). `config`: that config, where the kernel can run it.
+    `backend`: only that one, or only the kernel of that name (default: NARROWGEMM_BACKEND, else any).
+    `config`: that config, where the kernel can run it.
     `on_unsupported`: 'portable' lets a problem without a fast kernel run on the portable ones, and the Plan says so;
     'raise' makes it an error. Raises Unsupported, with every kernel's reason, where nothing is left; ValueError for an
     unknown backend or an illegal config.
@@ -34,7 +35,8 @@ def select(problem: Problem, arch: Arch, backend: str | None = None, config: Con
 
 @lru_cache(maxsize=8192)
 def _select(problem: Problem, arch: Arch, backend: str, config: Config | None, on_unsupported: str, tables: str) -> Plan:
-    expect(not backend or backend in backends(), "backend", repr(backend), f"one of {backends()}")
+    expect(not backend or backend in (*backends(), *kernels()), "backend", repr(backend),
+           f"one of {backends()}, or a kernel by name")
     passed: dict[str, str] = {}
     able: dict[str, Kernel] = {}
     for name, kernel in kernels().items():
@@ -66,7 +68,7 @@ def _select(problem: Problem, arch: Arch, backend: str, config: Config | None, o
 def _unable(kernel: Kernel, problem: Problem, arch: Arch, backend: str, config: Config | None,
             on_unsupported: str) -> str | None:
     """Why `kernel` is out of the question, or None."""
-    if backend and backend != kernel.BACKEND:
+    if backend and backend not in (kernel.BACKEND, kernel.NAME):
         return f"backend {backend!r} was asked for"
     if (reason := kernel.supports(problem, arch)) is not None:
         return reason

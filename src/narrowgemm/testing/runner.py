@@ -83,14 +83,17 @@ def _answer(which: tuple[str, str], job: Job, error: str, have: set[tuple[str, s
 
 
 class Worker:
-    """One worker process. `status` and `reason` say how it ended, after `events` has."""
+    """One worker process: `module` with a job, a dataclass, as JSON on its stdin.
 
-    def __init__(self, job: Job, timeout: float) -> None:
+    `status` and `reason` say how it ended, after `events` has.
+    """
+
+    def __init__(self, job: Any, timeout: float, module: str = "narrowgemm.testing.worker") -> None:
         self.timeout, self.status, self.reason = timeout, 0, ""
         self._err = tempfile.TemporaryFile("w+", errors="replace")  # noqa: SIM115  closed where `events` ends
         env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        self._process = subprocess.Popen([sys.executable, "-m", "narrowgemm.testing.worker"], stdin=subprocess.PIPE,
-                                         stdout=subprocess.PIPE, stderr=self._err, text=True, errors="replace", env=env)
+        self._process = subprocess.Popen([sys.executable, "-m", module], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                         stderr=self._err, text=True, errors="replace", env=env)
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(asdict(job)))
         self._process.stdin.close()
@@ -134,6 +137,11 @@ class Worker:
 def warm(job: Job, processes: int, timeout: float = 600.0) -> Iterator[Event]:
     """Compile ahead in `processes` workers side by side; events as they come. Failures show when it is measured."""
     shares = [s for s in (job.cases[i::processes] for i in range(processes)) if s]
+    return side_by_side([Worker(replace(job, cases=share, warm=True), timeout) for share in shares], timeout)
+
+
+def side_by_side(workers: list[Worker], timeout: float) -> Iterator[Event]:
+    """The events of several workers as they come. All are ended `timeout` seconds after the first was asked for."""
     events: queue.Queue[Event | None] = queue.Queue()
 
     def forward(worker: Worker) -> None:
@@ -141,7 +149,6 @@ def warm(job: Job, processes: int, timeout: float = 600.0) -> Iterator[Event]:
             events.put(event)
         events.put(None)
 
-    workers = [Worker(replace(job, cases=share, warm=True), timeout) for share in shares]
     for worker in workers:
         threading.Thread(target=forward, args=(worker,), daemon=True).start()
     end, ended = time.time() + timeout, 0

@@ -54,15 +54,18 @@ class GraphTimer:
     def flush(self) -> None:
         self._flush.zero_()
 
-    def measure(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, Timing]:
-        """Time every callable, in microseconds a call. All are warmed up and captured first, then replayed in turn."""
+    def measure(self, calls: Mapping[str, Callable[[], object]], rounds: int = 0) -> dict[str, Timing]:
+        """Time every callable, in microseconds a call. All are warmed up and captured first, then replayed in turn.
+
+        `rounds`: instead of the timer's own number.
+        """
         with torch.cuda.device(self.device):
             graphs = {name: self._capture(fn) for name, fn in calls.items()}
             for graph, repeats in graphs.values():   # a first round brings clocks and caches to where they stay
                 self._replay(self._empty_graph(repeats))
                 self._replay(graph)
             samples: dict[str, list[float]] = {name: [] for name in calls}
-            for _ in range(self.rounds):
+            for _ in range(rounds or self.rounds):
                 for name, (graph, repeats) in graphs.items():
                     idle = self._replay(self._empty_graph(repeats))
                     samples[name].append(max(0.0, self._replay(graph) - idle) / repeats)
@@ -123,14 +126,14 @@ class WallTimer:
         return {"name": self.name, "rounds": self.rounds, "statistic": "median",
                 "formula": "wall clock, callables interleaved"}
 
-    def measure(self, calls: Mapping[str, Callable[[], object]]) -> dict[str, Timing]:
-        """Time every callable, in microseconds a call, in turn within each round."""
+    def measure(self, calls: Mapping[str, Callable[[], object]], rounds: int = 0) -> dict[str, Timing]:
+        """Time every callable, in microseconds a call, in turn within each round; `rounds` as in `GraphTimer`."""
         repeats = {}
         for name, fn in calls.items():
             fn()
             repeats[name] = max(1, min(100, int(self.target_us / max(self._time(fn, 1), 1.0))))
         samples: dict[str, list[float]] = {name: [] for name in calls}
-        for _ in range(self.rounds):
+        for _ in range(rounds or self.rounds):
             for name, fn in calls.items():
                 samples[name].append(self._time(fn, repeats[name]))
         return {name: Timing.of(s, repeats[name]) for name, s in samples.items()}

@@ -11,7 +11,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -90,14 +90,12 @@ class DeviceLost(Exception):
     """The device does not answer after a failed launch."""
 
 
-class Bench:
-    """The state of one process: the timer, the streaming read, the ceilings, and the weights of the last case."""
+class Station:
+    """What one process measures with: the device, its timer, and the weights of the last case."""
 
-    def __init__(self, job: Job) -> None:
-        self.job, self.device = job, torch.device(job.device)
-        self.timer: GraphTimer | WallTimer = make_timer(self.device, job.rounds)
-        self.stream = StreamRead(self.device)
-        self.rates = ceilings(self.device, self.timer)
+    def __init__(self, device: str, rounds: int) -> None:
+        self.device = torch.device(device)
+        self.timer: GraphTimer | WallTimer = make_timer(self.device, rounds)
         self.weights: Weights | None = None
 
     def sync(self) -> None:
@@ -120,6 +118,16 @@ class Bench:
             except RuntimeError as lost:
                 raise DeviceLost(text) from lost
             return None, text
+
+
+class Bench(Station):
+    """A station with the streaming read, the ceilings, and what is asked for."""
+
+    def __init__(self, job: Job) -> None:
+        super().__init__(job.device, job.rounds)
+        self.job = job
+        self.stream = StreamRead(self.device)
+        self.rates = ceilings(self.device, self.timer)
 
     def run(self, case: Case) -> None:
         """Measure one case. Every row that it owes is emitted, where the device is lost too: DeviceLost comes after."""
@@ -272,9 +280,9 @@ class Measurement:
         return (stream_us, "bytes") if stream_us >= math_us else (math_us, "FLOPs")
 
 
-def environment(job: Job, timer: GraphTimer | WallTimer) -> dict[str, Any]:
+def environment(station: Station, peers: Iterable[str] = ()) -> dict[str, Any]:
     """Device and versions for a result's header. Peers are imported here, so that each has a version to name."""
-    device = torch.device(job.device)
+    device = station.device
     versions = {"narrowgemm": __version__, "python": platform.python_version(), "torch": torch.__version__,
                 "cuda": torch.version.cuda, "hip": torch.version.hip}
     try:
@@ -283,11 +291,11 @@ def environment(job: Job, timer: GraphTimer | WallTimer) -> dict[str, Any]:
         versions["triton"] = triton.__version__
     except ImportError:
         versions["triton"] = None
-    for p in dict.fromkeys(p for names in job.peers.values() for p in names):
+    for p in dict.fromkeys(peers):
         if p in peers_.ADAPTERS and peers_.ADAPTERS[p].available(device) is None and peers_.version(p):
             versions[p] = peers_.version(p)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": name, "arch": detect(device).name, "versions": versions, "timer": timer.describe()}
+    return {"device": name, "arch": detect(device).name, "versions": versions, "timer": station.timer.describe()}
 
 
 def warm(job: Job, case: Case) -> None:
@@ -314,7 +322,7 @@ def main() -> int:
     job = Job(**json.load(sys.stdin))
     bench = None if job.warm else Bench(job)
     if bench is not None:
-        emit("environment", **environment(job, bench.timer))
+        emit("environment", **environment(bench, (p for names in job.peers.values() for p in names)))
         emit("ceilings", ceilings={k: float(f"{v:.5g}") for k, v in bench.rates.items()})
     for suite, i in job.cases:
         if job.deadline and time.time() > job.deadline:

@@ -1,20 +1,39 @@
 """Tuned tables: JSON under `tables/<device>/`, read once, never required.
 
-One file a (op, layout, formats): `{"schema": 1, "op", "layout", "a", "b", "rows": [{"n", "k", "rows", "kernel",
-"config", "us", "runner_up", "runner_up_us", "calc_diff"}]}`. `rows` is the bucket of rows per group; groups are no key.
+One file a (op, layout, formats): `{"schema": 1, "device", "op", "layout", "a", "b", "versions", "commit", "rows": [...]}`.
+A row is the verdict for one key, N, K and the bucket of rows per group:
+
+| column | |
+| --- | --- |
+| `n`, `k`, `rows` | the key; `k` is a bucket for k_grouped, where it counts tokens |
+| `adopted` | true: `kernel` and `config` beat the cost model's pick by `tuning.adopt.MARGIN`; false: they are that pick, and the cost model decides |
+| `kernel`, `config`, `us`, `calc_diff` | the choice, measured on `case` |
+| `runner_up`, `runner_up_us` | `{kernel, config}` of the next best, and its time there |
+| `model`, `model_us` | `{kernel, config}` that the cost model picked for `case`, and its time there |
+| `worst_ratio`, `cases` | the choice's time over the best, at its worst, and how many cases fell on the key |
+
+Not in the key, so one row serves all: groups, the total of rows, output dtype, accumulate, max_sms, scale dtype and order,
+alignment. A choice that the kernel can't run for one of them (`supports`, `legal`) is passed by, and the cost model decides.
 """
 
 from __future__ import annotations
 
 import json
+import math
+import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from ..problem import Config, Problem, bucket
 
 PACKAGED = Path(__file__).parent / "tables"
 SCHEMA = 1
+REACH = 2.0      # a key without a row takes the row of the nearest bucket within this factor
+Key = tuple[int, int, int]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,30 +42,85 @@ class Tuned:
     config: Config
     us: float
     source: str
+    adopted: bool = True
 
 
 def table_name(problem: Problem) -> str:
     return f"{problem.op}-{problem.layout}-{problem.a.format.name}-{problem.b.format.name}.json".replace(":", "_")
 
 
+def key(problem: Problem) -> Key:
+    """What a row of the problem's table is found by."""
+    k = bucket(problem.k) if problem.layout == "k_grouped" else problem.k
+    return problem.n, k, bucket(problem.rows)
+
+
 def lookup(problem: Problem, device: str, extra: str = "") -> Tuned | None:
-    """The tuned choice for the problem's (N, K, rows bucket), or None. `extra` is a folder read before the packaged one."""
-    key = (problem.n, problem.k, bucket(problem.rows))
-    for root in filter(None, (extra, str(PACKAGED))):
-        found = _table(root, device, table_name(problem)).get(key)
-        if found is not None:
-            return found
-    return None
+    """The tuned choice for the problem, or None where the cost model decides. `extra`: a folder read before the packaged one.
+
+    A row of the problem's own bucket counts, wherever it is, before one of another bucket: the nearest within a factor of
+    `REACH`, the larger of two equally near. A row that is not `adopted` says that the cost model is right there.
+    """
+    name = table_name(problem)
+    n, k, rows = key(problem)
+    tables = [_table(root, device, name).get((n, k), {}) for root in (extra, str(PACKAGED)) if root]
+    near = min((abs(math.log(b / rows)), -b) for t in tables for b in t) if rows and any(tables) else None
+    if near is None or near[0] > math.log(REACH) + 1e-9:
+        return None
+    found = next(t[-near[1]] for t in tables if -near[1] in t)
+    return found if found.adopted else None
 
 
 @lru_cache(maxsize=256)
-def _table(root: str, device: str, name: str) -> dict[tuple[int, int, int], Tuned]:
-    path = Path(root) / device / name
+def _table(root: str, device: str, name: str) -> dict[tuple[int, int], dict[int, Tuned]]:
+    """(N, K) -> bucket of rows -> choice."""
+    out: dict[tuple[int, int], dict[int, Tuned]] = {}
+    for r in read_rows(Path(root) / device / name):
+        source = f"{device}/{name} ({r['rows']} rows)"
+        tuned = Tuned(r["kernel"], Config.from_dict(r["config"]), r["us"], source, r.get("adopted", True))
+        out.setdefault((r["n"], r["k"]), {})[r["rows"]] = tuned
+    return out
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of a table, none where there is no file. ValueError where it is a table of another schema, or none."""
     if not path.is_file():
-        return {}
-    doc = json.loads(path.read_text())
-    if doc.get("schema") != SCHEMA:
-        raise ValueError(f"tuned table {path}: got schema {doc.get('schema')!r}, expected {SCHEMA}; make it anew with "
+        return []
+    try:
+        doc = json.loads(path.read_text())
+    except json.JSONDecodeError as e:
+        raise ValueError(f"tuned table {path}: got text that is no JSON ({e}); make it anew with `narrowgemm tune`") from e
+    schema = doc.get("schema") if isinstance(doc, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"tuned table {path}: got schema {schema!r}, expected {SCHEMA}; make it anew with "
                          "`narrowgemm tune`")
-    return {(r["n"], r["k"], r["rows"]): Tuned(r["kernel"], Config.from_dict(r["config"]), r["us"], f"{device}/{name}")
-            for r in doc["rows"]}
+    for r in doc["rows"]:
+        if missing := [c for c in ("n", "k", "rows", "kernel", "config", "us") if c not in r]:
+            raise ValueError(f"tuned table {path}: a row has no {missing[0]!r}: {r}; make it anew with `narrowgemm tune`")
+    return doc["rows"]
+
+
+def row_key(row: Row) -> Key:
+    return row["n"], row["k"], row["rows"]
+
+
+def write_table(root: Path, device: str, name: str, header: dict[str, Any], rows: Iterable[Row]) -> Path:
+    """Put `rows` into `root/device/name`, over rows of the same key; rows of other keys stay. Replaced in one step.
+
+    Lookups of this process see the new table; Plans that it has made already stay as they are.
+    """
+    path = root / device / name
+    merged = {row_key(r): r for r in (*read_rows(path), *rows)}
+    write_json(path, {"schema": SCHEMA, "device": device, **header}, "rows", [merged[k] for k in sorted(merged)])
+    _table.cache_clear()
+    return path
+
+
+def write_json(path: Path, header: dict[str, Any], name: str, items: Sequence[Any]) -> None:
+    """`{**header, name: items}`, one item a line, in one step: an interrupted run never leaves half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    lines = ",\n".join("  " + json.dumps(x) for x in items)
+    head = json.dumps(header, indent=1)[:-2]
+    part.write_text(f'{head},\n {json.dumps(name)}: [\n{lines}\n ]\n}}\n')
+    os.replace(part, path)

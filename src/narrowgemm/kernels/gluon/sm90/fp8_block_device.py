@@ -20,7 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma_wait
 
 from .fp8_block_parts_device import (
-    FP8_TILE, ROW_OF_FLOATS, add_output, advance, fence, load_a_scales, load_b_scale, load_blocks, multiply, parts, promote, read_a_scale,
+    FP8_PLANE, FP8_TILE, ROW_OF_FLOATS, add_output, advance, fence, load_a_scales, load_b_scale, load_blocks, multiply, parts, promote, read_a_scale,
     scale_bases, scaled, store_part, store_zeros)
 from .fp8_block_schedule_device import (
     DENSE, MASKED, OFFSETS, ROW_OF_INTS, fill_table, first_tile, fresh, has_products, is_live, next_tile,
@@ -29,22 +29,19 @@ from .shim import block_barrier, view_as, view_rows
 
 
 @gluon.jit
-def producer(descs, rings, bars, table, problem, pitches, cfg: gl.constexpr):
+def producer(descs, rings, bars, table, problem, sa_pitch, cfg: gl.constexpr):
     full, empty = bars
     index_ptr, M, N, KB, G, alignment = problem
-    a_pitch, b_pitch, sa_pitch = pitches
     work = (index_ptr, table, M, N, KB, G, alignment, total_tiles(table, M, N, cfg, 1))
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)
     cursor, tile = first_tile(work, cfg, 1)
     n, g, first, end, stop = tile
     while n >= 0:
-        a_row = first
-        sa_row = g * 0
+        a_plane = g * 0
         if cfg.LAYOUT == MASKED:
-            a_row += g * a_pitch
-            sa_row += g * sa_pitch
-        at = (a_row, g * b_pitch + n * cfg.BN, sa_row, first)
+            a_plane = g
+        at = (a_plane, first, g, n * cfg.BN, a_plane * sa_pitch, first)
         # the next tile is looked up first, so that its loads are off the path between two tiles
         run = has_products((n, g, first, end, stop), cfg)
         cursor, ahead = next_tile(cursor, (n, g, first, end, stop), work, cfg, 1)
@@ -190,13 +187,9 @@ def consumer(d_desc, out, scales, rings, d_s, bars, table, problem, cfg: gl.cons
         sa = load_a_scales(bases[0], scales, tile, M, slot, KB, cfg, WM, rows)
     live = is_live(tile)
     while live:
-        # worked on afresh: see there
-        M = fresh(M)
-        N = fresh(N)
+        work = (index_ptr, table, fresh(M), fresh(N), KB, fresh(G), alignment, total)
         if cfg.LAYOUT != DENSE:
-            G = fresh(G)
-        problem = (index_ptr, M, N, KB, G, alignment)
-        work = (index_ptr, table, M, N, KB, G, alignment, total)
+            slot = fresh(slot)      # where it comes round once a trip, every slot's addresses would be kept too
         if has_products(tile, cfg):
             mbarrier.wait(full.index(slot), phase)
             p = multiply(a_v, b_v, slot * cfg.KS + cfg.SKIP, zero, cfg, WM, WN, 0)
@@ -230,16 +223,17 @@ def consumer(d_desc, out, scales, rings, d_s, bars, table, problem, cfg: gl.cons
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "KB", "G", "alignment", "a_pitch", "b_pitch", "sa_pitch", "sag", "sam", "sak", "sbg", "sbn",
-                              "og", "out_pitch"])
+@gluon.jit(do_not_specialize=["M", "KB", "G", "alignment", "sa_pitch", "sag", "sam", "sak", "sbg", "sbn",
+                              "out_pitch"])
 def fp8_block_kernel(a_desc, sa_desc, b_desc, d_desc, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N, KB, G, alignment,
-                     a_pitch, b_pitch, sa_pitch, sag, sam, sak, sbg, sbn, sbk, og, om, out_pitch, cfg: gl.constexpr):
-    """A persistent grid. M: rows of A, or rows a group can hold (masked). Pitches: rows from one group to the next in the
-    two-dimensional view that TMA has of A, B, and A's scales; s..: strides of scales; og, om: strides of the output."""
+                     sa_pitch, sag, sam, sak, sbg, sbn, sbk, og, om, out_pitch, cfg: gl.constexpr):
+    """A persistent grid. M: rows of A, or rows a group can hold (masked). a_desc [1 or G, M, K], b_desc [1 or G, N, K],
+    sa_desc [K blocks, M], d_desc [M, N]; sa_pitch, out_pitch: rows of the last two from one group to the next (masked).
+    s..: strides of scales; og, om: of the output."""
     STAGES: gl.constexpr = cfg.STAGES
     S: gl.constexpr = STAGES * cfg.KS
-    a_s = gl.allocate_shared_memory(gl.float8e4nv, [S, cfg.BM, 128], FP8_TILE)
-    b_s = gl.allocate_shared_memory(gl.float8e4nv, [S, cfg.BN, 128], FP8_TILE)
+    a_s = gl.allocate_shared_memory(gl.float8e4nv, [S, 1, cfg.BM, 128], FP8_PLANE)
+    b_s = gl.allocate_shared_memory(gl.float8e4nv, [S, 1, cfg.BN, 128], FP8_PLANE)
     staging: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, cfg.OUT_COLS], out_ptr.dtype.element_ty)
     d_s = gl.allocate_shared_memory(out_ptr.dtype.element_ty, [cfg.CONSUMERS * cfg.OUT_BUFFERS, 64, cfg.OUT_COLS], staging)
     sa_s = a_s
@@ -263,15 +257,14 @@ def fp8_block_kernel(a_desc, sa_desc, b_desc, d_desc, out_ptr, sa_ptr, sb_ptr, i
     problem = (index_ptr, M, N, KB, G, alignment)
     scales = (sa_ptr, sag, sam, sak, sb_ptr, sbg, sbn, sbk)
     out = (out_ptr, og, om, out_pitch)
-    pitches = (a_pitch, b_pitch, sa_pitch)
     if cfg.CONSUMERS == 1:
         gl.warp_specialize([
             (consumer, (d_desc, out, scales, rings, d_s, bars, table, problem, cfg, 0, 0)),
-            (producer, (descs, rings, bars, table, problem, pitches, cfg)),
+            (producer, (descs, rings, bars, table, problem, sa_pitch, cfg)),
         ], [1], [cfg.PRODUCER_REGISTERS])
     else:
         gl.warp_specialize([
             (consumer, (d_desc, out, scales, rings, d_s, bars, table, problem, cfg, 0, 0)),
             (consumer, (d_desc, out, scales, rings, d_s, bars, table, problem, cfg, cfg.WGM - 1, cfg.WGN - 1)),
-            (producer, (descs, rings, bars, table, problem, pitches, cfg)),
+            (producer, (descs, rings, bars, table, problem, sa_pitch, cfg)),
         ], [4, 1], [cfg.CONSUMER_REGISTERS, cfg.PRODUCER_REGISTERS])

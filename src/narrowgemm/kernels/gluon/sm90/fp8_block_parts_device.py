@@ -10,6 +10,7 @@ from .fp8_block_schedule_device import CONTIGUOUS, DENSE, MASKED, NO_GROUP, PSUM
 from .shim import tma_load, tma_store
 
 FP8_TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
+FP8_PLANE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=3))
 ROW_OF_FLOATS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
 
@@ -26,14 +27,14 @@ def load_blocks(descs, rings, bar, slot, at, kb, cfg: gl.constexpr, FROM: gl.con
     """Fill places [FROM, KS) of a slot with K blocks kb, kb + 1, ...; they arrive on `bar`."""
     a_desc, sa_desc, b_desc = descs
     a_s, sa_s, b_s = rings
-    a_row, b_row, sa_row, sa_col = at
+    a_plane, a_row, b_plane, b_row, sa_row, sa_col = at
     KS: gl.constexpr = cfg.KS
     mbarrier.expect(bar, (KS - FROM) * cfg.BLOCK_BYTES)
     for i in gl.static_range(FROM, KS):
         k = kb + (i - FROM)
         place = slot * cfg.KS + i
-        tma_load(a_desc, [a_row, k * 128], bar, a_s.index(place))
-        tma_load(b_desc, [b_row, k * 128], bar, b_s.index(place))
+        tma_load(a_desc, [a_plane, a_row, k * 128], bar, a_s.index(place))
+        tma_load(b_desc, [b_plane, b_row, k * 128], bar, b_s.index(place))
         if cfg.A_SCALE_TMA:
             tma_load(sa_desc, [sa_row + k, sa_col], bar, sa_s.index(place))
 

@@ -5,13 +5,16 @@
 Operands are swapped: D^T = B . A^T, weights on wgmma's 64-row side, tokens on its column side, which may be as narrow as 8.
 
     warps                 does, for every K block of its CTA's work
-    weight_loader (1)     TMA of BN weight rows and BT token rows into a ring slot
-    scale_loader (1)      sa * sb of the BT tokens into the slot; loads run 4-8 K blocks ahead in registers
+    weight_loader (1)     TMA of BN weight rows and BT (or NARROW) token rows into a ring slot
+    scale_loader (1)      sa * sb of the tokens into the slot; loads run 4-8 K blocks ahead in registers
+    zero_filler (1)       rows of no group, where the layout has such rows and wants them zero
     consumer (4, or 2x4)  wgmma, promotion in FP32, release of the slot; at a tile's end transpose and store
 
-The loaders run across tile boundaries, so the ring never drains between tiles. Work is (tile, K range) *segments*, the same
-sequence in every partition. With STREAM the tiles left over after whole waves are cut into equal K ranges over all CTAs;
-a CTA that has part of a tile leaves FP32 partial sums in the workspace, and the last to arrive adds them in CTA order.
+The loaders run across tile boundaries, so the ring never drains between tiles. A tile of few rows (NARROW and fewer) loads
+and multiplies NARROW token columns instead of BT: skewed groups cost what they hold, whatever the width compiled for.
+
+With SPLIT, tiles that are too few for the grid are cut along K; every unit leaves FP32 partial sums in the workspace, and
+`fp8_decode_sum_kernel`, launched behind it, adds them in order.
 """
 
 from triton.experimental import gluon
@@ -20,241 +23,91 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait)
 from triton.language.extra.cuda import gdc_wait
 
-from .fp8_decode_schedule_device import CONTIGUOUS, MASKED, advance, locate, segment, share, step, tile_table
-from .shim import block_barrier, tma_load, view_as
+from .fp8_decode_parts_device import scale_loader, store_tile, weight_loader, zero_filler
+from .fp8_decode_schedule_device import CONTIGUOUS, advance, k_range, list_pieces, locate, share, tile_table
+from .shim import block_barrier, view_as
 
 
-# ---------------------------------------------------------------- loaders
 @gluon.jit
-def weight_loader(descs, rings, bars, shape_args, index_ptr, table_ptr, cap, KB, cfg: gl.constexpr):
-    w_desc, x_desc = descs
+def multiply(rings, bars, slot, phase, k0, k1, cfg: gl.constexpr, CID: gl.constexpr, NT: gl.constexpr):
+    """Sums of K blocks [k0, k1) for the consumer's WR weight rows and the first NT tokens of the slots."""
     w_s, x_s, s_s = rings
     full, empty = bars
-    BYTES: gl.constexpr = (cfg.BN + cfg.BT) * 128
-    if cfg.PDL and cfg.LAYOUT == CONTIGUOUS:
-        gdc_wait()
-    upto, tiles = tile_table(shape_args, index_ptr, table_ptr, cfg, 1)
-    whole, chunk, begin, end = share(tiles, KB, cfg)
-    slot = gl.to_tensor(0)
-    phase = gl.to_tensor(1)
-    t = gl.program_id(0)
-    live, tile, k0, k1 = segment(begin, end, t, whole, KB, cfg)
-    while live:
-        g, row, _, nb = locate(tile, upto, shape_args, index_ptr, table_ptr, cap, cfg, False)
-        plane = g if cfg.LAYOUT == MASKED else g * 0
-        for kb in range(k0, k1):
-            mbarrier.wait(empty.index(slot), phase)
-            mbarrier.expect(full.index(slot), BYTES)
-            tma_load(w_desc, [g, nb * cfg.BN, kb * 128], full.index(slot), w_s.index(slot))
-            tma_load(x_desc, [plane, row, kb * 128], full.index(slot), x_s.index(slot))
-            slot, phase = advance(slot, phase, cfg.STAGES)
-        begin, t = step(begin, end, t, k0, k1, cfg)
-        live, tile, k0, k1 = segment(begin, end, t, whole, KB, cfg)
-
-
-@gluon.jit
-def as_float(x):
-    """A scale: FP32 as it is, uint8 as E8M0 (0 is 2^-127, 255 is NaN)."""
-    if x.dtype == gl.uint8:
-        bits = x.to(gl.int32) << 23
-        bits = gl.where(x == 0, 0x00400000, bits)
-        bits = gl.where(x == 255, 0x7FC00000, bits)
-        return bits.to(gl.float32, bitcast=True)
-    else:
-        return x
-
-
-@gluon.jit
-def scale_block(sa_ptr, sak, live, sb0_ptr, sb1_ptr, sbk, kb, k1):
-    """Scales of K block kb: of the tokens, and of one or two blocks of 128 weight rows. Zero past the segment."""
-    inside = kb < k1
-    k = kb.to(gl.int64)
-    sa = as_float(gl.load(sa_ptr + k * sak, mask=live & inside, other=0))
-    sb0 = as_float(gl.load(sb0_ptr + k * sbk, mask=inside, other=0))
-    sb1 = as_float(gl.load(sb1_ptr + k * sbk, mask=inside, other=0))
-    return sa, sb0, sb1
-
-
-@gluon.jit
-def put_scales(s, rings, bars, slot, phase, cfg: gl.constexpr):
-    w_s, x_s, s_s = rings
-    full, empty = bars
-    sa, sb0, sb1 = s
-    NS: gl.constexpr = cfg.SCALE_ROWS
-    mbarrier.wait(empty.index(slot), phase)
-    s_s.index(slot * NS).store(sa * sb0)
-    if NS == 2:
-        s_s.index(slot * NS + 1).store(sa * sb1)
-    mbarrier.arrive(full.index(slot), count=1)
-    return advance(slot, phase, cfg.STAGES)
-
-
-@gluon.jit
-def scale_loader(ptrs, strides, rings, bars, shape_args, index_ptr, table_ptr, cap, KB, cfg: gl.constexpr):
-    sa_ptr, sb_ptr = ptrs
-    sag, sam, sak, sbg, sbn, sbk = strides
-    M, N, G, alignment = shape_args
-    lay: gl.constexpr = gl.BlockedLayout([(cfg.BT + 31) // 32], [32], [1], [0])
-    tok = gl.arange(0, cfg.BT, lay)
-    if cfg.PDL and cfg.LAYOUT == CONTIGUOUS:
-        gdc_wait()
-    upto, tiles = tile_table(shape_args, index_ptr, table_ptr, cfg, 1)
-    whole, chunk, begin, end = share(tiles, KB, cfg)
-    slot = gl.to_tensor(0)
-    phase = gl.to_tensor(1)
-    t = gl.program_id(0)
-    last = (N - 1) // 128
-    live, tile, k0, k1 = segment(begin, end, t, whole, KB, cfg)
-    while live:
-        g, row, rows, nb = locate(tile, upto, shape_args, index_ptr, table_ptr, cap, cfg, True)
-        a_ptr = sa_ptr + row.to(gl.int64) * sam
-        if cfg.LAYOUT == MASKED:
-            a_ptr += g.to(gl.int64) * sag
-        a_ptrs = a_ptr + tok.to(gl.int64) * sam
-        b_ptr = sb_ptr + g.to(gl.int64) * sbg
-        nb0 = nb * cfg.BN // 128
-        b0_ptr = b_ptr + nb0.to(gl.int64) * sbn
-        b1_ptr = b0_ptr
-        if cfg.SCALE_ROWS == 2:
-            b1_ptr = b_ptr + gl.minimum(nb0 + 1, last).to(gl.int64) * sbn
-        mine = tok < rows
-        c0 = scale_block(a_ptrs, sak, mine, b0_ptr, b1_ptr, sbk, k0, k1)
-        c1 = scale_block(a_ptrs, sak, mine, b0_ptr, b1_ptr, sbk, k0 + 1, k1)
-        c2 = scale_block(a_ptrs, sak, mine, b0_ptr, b1_ptr, sbk, k0 + 2, k1)
-        c3 = scale_block(a_ptrs, sak, mine, b0_ptr, b1_ptr, sbk, k0 + 3, k1)
-        for kb in range(k0, k1, 4):
-            n0 = scale_block(a_ptrs, sak, mine, b0_ptr, b1_ptr, sbk, kb + 4, k1)
-            n1 = scale_block(a_ptrs, sak, mine, b0_ptr, b1_ptr, sbk, kb + 5, k1)
-            n2 = scale_block(a_ptrs, sak, mine, b0_ptr, b1_ptr, sbk, kb + 6, k1)
-            n3 = scale_block(a_ptrs, sak, mine, b0_ptr, b1_ptr, sbk, kb + 7, k1)
-            slot, phase = put_scales(c0, rings, bars, slot, phase, cfg)
-            if kb + 1 < k1:
-                slot, phase = put_scales(c1, rings, bars, slot, phase, cfg)
-            if kb + 2 < k1:
-                slot, phase = put_scales(c2, rings, bars, slot, phase, cfg)
-            if kb + 3 < k1:
-                slot, phase = put_scales(c3, rings, bars, slot, phase, cfg)
-            c0 = n0
-            c1 = n1
-            c2 = n2
-            c3 = n3
-        begin, t = step(begin, end, t, k0, k1, cfg)
-        live, tile, k0, k1 = segment(begin, end, t, whole, KB, cfg)
-
-
-# ---------------------------------------------------------------- consumers
-@gluon.jit
-def store_tile(acc, out_ptr, out_strides, g, row, rows, col, N, cfg: gl.constexpr):
-    """Transpose through shared memory and store: 16 bytes a thread along N, rows past the group's never written."""
-    sog, som = out_strides
     WR: gl.constexpr = cfg.WR
-    V: gl.constexpr = cfg.STORE_VEC
-    lay: gl.constexpr = gl.BlockedLayout([V, 1], [64 // V, V // 2], [1, 4], [0, 1])
-    base = out_ptr + (row.to(gl.int64) * som + col)
-    if cfg.LAYOUT == MASKED:
-        base += g.to(gl.int64) * sog
-    n = gl.arange(0, WR, gl.SliceLayout(1, lay))
-    tok = gl.arange(0, cfg.BT, gl.SliceLayout(0, lay))
-    ptrs = base + gl.expand_dims(tok * som, 0) + gl.expand_dims(n, 1)
-    live = gl.expand_dims(tok < rows, 0) & gl.expand_dims(n < N - col, 1)
-    if cfg.ACCUMULATE:
-        y = gl.convert_layout(acc, lay)
-        y += gl.load(ptrs, mask=live, other=0).to(gl.float32)
-        gl.store(ptrs, y.to(out_ptr.dtype.element_ty), mask=live)
-    else:
-        y = gl.convert_layout(acc.to(out_ptr.dtype.element_ty), lay)
-        gl.store(ptrs, y, mask=live)
-
-
-@gluon.jit
-def part_slot(c, chunk, first):
-    """A CTA's partial sums: its first segment's in slot 2c, its second's in 2c + 1 (a range touches two tiles at most)."""
-    return 2 * c + gl.where(c * chunk < first, 1, 0)
-
-
-@gluon.jit
-def consumer(rings, bars, ptrs, out_strides, shape_args, index_ptr, table_ptr, cap, KB, cfg: gl.constexpr,
-             CID: gl.constexpr):
-    """Weight rows [CID * WR, +WR) of every tile."""
-    w_s, x_s, s_s = rings
-    full, empty = bars
-    out_ptr, part_ptr, count_ptr = ptrs
-    M, N, G, alignment = shape_args
-    WR: gl.constexpr = cfg.WR
-    BT: gl.constexpr = cfg.BT
     NC: gl.constexpr = cfg.CONSUMERS
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 32])
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, NT, 32])
     cols: gl.constexpr = gl.SliceLayout(0, mma)
     w_v = view_as(w_s, gl.float8e4nv, cfg.STAGES * NC, WR, 128,
                   gl.NVMMASharedLayout.get_default_for([WR, 128], gl.float8e4nv))
-    x_v = view_as(x_s, gl.float8e4nv, cfg.STAGES, BT, 128,
-                  gl.NVMMASharedLayout.get_default_for([BT, 128], gl.float8e4nv))
-    if cfg.PDL and cfg.LAYOUT == CONTIGUOUS:
+    x_v = view_as(x_s, gl.float8e4nv, cfg.STAGES * (cfg.BT // NT), NT, 128,
+                  gl.NVMMASharedLayout.get_default_for([NT, 128], gl.float8e4nv))
+    acc = gl.zeros([WR, NT], gl.float32, mma)
+    p = gl.zeros([WR, NT], gl.float32, mma)
+    for kb in range(k0, k1):
+        mbarrier.wait(full.index(slot), phase)
+        s = s_s.index(slot).slice(0, NT).load(cols)
+        p = warpgroup_mma(w_v.index(slot * NC + CID), x_v.index(slot * (cfg.BT // NT)).permute((1, 0)), p, use_acc=False,
+                          is_async=True)
+        p = warpgroup_mma_wait(0, deps=(p, ))
+        mbarrier.arrive(empty.index(slot), count=1)
+        sb, _ = gl.broadcast(gl.expand_dims(s, 0), p)
+        acc = gl.fma(p, sb, acc)
+        slot, phase = advance(slot, phase, cfg.STAGES)
+    return acc, slot, phase
+
+
+@gluon.jit
+def finish(acc, t, split, outs, out_strides, where, N, cfg: gl.constexpr, CID: gl.constexpr, NT: gl.constexpr):
+    """Store a tile, or its partial sums: [token][weight row] in the unit's part of the workspace."""
+    out_ptr, part_ptr = outs
+    g, row, rows, nb = where
+    if cfg.SPLIT > 1:
+        if split > 1:
+            mma: gl.constexpr = acc.type.layout
+            n = gl.arange(0, cfg.WR, gl.SliceLayout(1, mma))
+            tok = gl.arange(0, NT, gl.SliceLayout(0, mma))
+            base = part_ptr + t * (cfg.BT * cfg.BN) + CID * cfg.WR
+            gl.store(base + gl.expand_dims(tok * cfg.BN, 0) + gl.expand_dims(n, 1), acc)
+        else:
+            store_tile(acc, out_ptr, out_strides, g, row, rows, nb * cfg.BN + CID * cfg.WR, N, cfg.WR, NT, cfg)
+    else:
+        store_tile(acc, out_ptr, out_strides, g, row, rows, nb * cfg.BN + CID * cfg.WR, N, cfg.WR, NT, cfg)
+
+
+@gluon.jit
+def consumer(rings, bars, outs, out_strides, shape_args, index_ptr, table_ptr, cap, KB, cfg: gl.constexpr,
+             CID: gl.constexpr):
+    """Weight rows [CID * WR, +WR) of every tile."""
+    M, N, G, alignment = shape_args
+    if cfg.PDL:
         gdc_wait()
     upto, tiles = tile_table(shape_args, index_ptr, table_ptr, cfg, 4)
-    whole, chunk, begin, end = share(tiles, KB, cfg)
+    units, split, chunk = share(tiles, KB, gl.num_programs(0), cfg)
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
-    t = gl.program_id(0)
-    p = gl.zeros([WR, BT], gl.float32, mma)
-    live, tile, k0, k1 = segment(begin, end, t, whole, KB, cfg)
-    while live:
-        g, row, rows, nb = locate(tile, upto, shape_args, index_ptr, table_ptr, cap, cfg, True)
-        col = nb * cfg.BN + CID * WR
-        acc = gl.zeros([WR, BT], gl.float32, mma)
-        for kb in range(k0, k1):
-            mbarrier.wait(full.index(slot), phase)
-            s = s_s.index(slot * cfg.SCALE_ROWS + (CID if cfg.SCALE_ROWS == 2 else 0)).load(cols)
-            p = warpgroup_mma(w_v.index(slot * NC + CID), x_v.index(slot).permute((1, 0)), p, use_acc=False, is_async=True)
-            p = warpgroup_mma_wait(0, deps=(p, ))
-            mbarrier.arrive(empty.index(slot), count=1)
-            sb, _ = gl.broadcast(gl.expand_dims(s, 0), p)
-            acc = gl.fma(p, sb, acc)
-            slot, phase = advance(slot, phase, cfg.STAGES)
-        if cfg.STREAM > 0:
-            if k1 - k0 == KB:
-                store_tile(acc, out_ptr, out_strides, g, row, rows, col, N, cfg)
+    for t in range(gl.program_id(0), units, gl.num_programs(0)):
+        tile, k0, k1 = k_range(t, split, chunk, KB, cfg)
+        where = locate(tile, upto, shape_args, index_ptr, table_ptr, cap, cfg, True)
+        if cfg.NARROW > 0:
+            if where[2] <= cfg.NARROW:
+                acc, slot, phase = multiply(rings, bars, slot, phase, k0, k1, cfg, CID, cfg.NARROW)
+                finish(acc, t, split, outs, out_strides, where, N, cfg, CID, cfg.NARROW)
             else:
-                j = tile - whole
-                lo = j * KB
-                c0 = lo // chunk
-                c1 = (lo + KB - 1) // chunk
-                n = gl.arange(0, WR, gl.SliceLayout(1, mma))
-                tok = gl.arange(0, BT, cols)
-                mine = part_ptr + CID * (WR * BT) + gl.expand_dims(n * BT, 1) + gl.expand_dims(tok, 0)
-                gl.store(mine + part_slot(gl.program_id(0), chunk, lo) * (NC * WR * BT), acc)
-                if cfg.PDL:
-                    gdc_wait()
-                block_barrier()
-                arrived = gl.atomic_add(count_ptr + j * NC + CID, 1, sem="acq_rel", scope="gpu")
-                if arrived == c1 - c0:
-                    AHEAD: gl.constexpr = cfg.PARTS_AHEAD
-                    acc = gl.zeros([WR, BT], gl.float32, mma)
-                    for c in range(c0, c1 + 1, AHEAD):
-                        parts = ()
-                        for i in gl.static_range(AHEAD):
-                            q = gl.load(mine + part_slot(c + i, chunk, lo) * (NC * WR * BT),
-                                        mask=c + i <= c1, other=0.0, cache_modifier=".cg")
-                            parts = parts + (q, )
-                        for i in gl.static_range(AHEAD):
-                            acc += parts[i]
-                    store_tile(acc, out_ptr, out_strides, g, row, rows, col, N, cfg)
+                acc, slot, phase = multiply(rings, bars, slot, phase, k0, k1, cfg, CID, cfg.BT)
+                finish(acc, t, split, outs, out_strides, where, N, cfg, CID, cfg.BT)
         else:
-            store_tile(acc, out_ptr, out_strides, g, row, rows, col, N, cfg)
-        begin, t = step(begin, end, t, k0, k1, cfg)
-        live, tile, k0, k1 = segment(begin, end, t, whole, KB, cfg)
-    if cfg.PDL and CID == 0:
-        gdc_wait()          # whoever waits for this grid has waited for the one before it too
+            acc, slot, phase = multiply(rings, bars, slot, phase, k0, k1, cfg, CID, cfg.BT)
+            finish(acc, t, split, outs, out_strides, where, N, cfg, CID, cfg.BT)
 
 
 @gluon.jit(do_not_specialize=["M", "KB", "G", "alignment", "cap", "sag", "sam", "sak", "sbg", "sbn", "sbk"])
-def fp8_decode_kernel(w_desc, x_desc, out_ptr, sa_ptr, sb_ptr, index_ptr, part_ptr, count_ptr, table_ptr,
+def fp8_decode_kernel(w_desc, x_desc, narrow_desc, out_ptr, sa_ptr, sb_ptr, index_ptr, part_ptr, table_ptr,
                       M, N, KB, G, alignment, cap, sag, sam, sak, sbg, sbn, sbk, sog, som, cfg: gl.constexpr):
     """A persistent grid. M: rows of A, or rows a group can hold (masked). `cap`: entries of each column of the table."""
     S: gl.constexpr = cfg.STAGES
     w_s = gl.allocate_shared_memory(gl.float8e4nv, [S, 1, cfg.BN, 128], w_desc.layout)
     x_s = gl.allocate_shared_memory(gl.float8e4nv, [S, 1, cfg.BT, 128], x_desc.layout)
-    s_s = gl.allocate_shared_memory(gl.float32, [S * cfg.SCALE_ROWS, cfg.BT], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    s_s = gl.allocate_shared_memory(gl.float32, [S, cfg.BT], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(S):
@@ -262,29 +115,68 @@ def fp8_decode_kernel(w_desc, x_desc, out_ptr, sa_ptr, sb_ptr, index_ptr, part_p
         mbarrier.init(empty.index(i), count=cfg.CONSUMERS)
     fence_async_shared()
 
-    descs = (w_desc, x_desc)
+    descs = (w_desc, x_desc, narrow_desc)
     rings = (w_s, x_s, s_s)
     bars = (full, empty)
     sa_sb = (sa_ptr, sb_ptr)
     strides = (sag, sam, sak, sbg, sbn, sbk)
-    outs = (out_ptr, part_ptr, count_ptr)
+    outs = (out_ptr, part_ptr)
     out_strides = (sog, som)
     sh = (M, N, G, alignment)
-    if cfg.CONSUMERS == 1:
-        gl.warp_specialize([
-            (consumer, (rings, bars, outs, out_strides, sh, index_ptr, table_ptr, cap, KB, cfg, 0)),
-            (weight_loader, (descs, rings, bars, sh, index_ptr, table_ptr, cap, KB, cfg)),
-            (scale_loader, (sa_sb, strides, rings, bars, sh, index_ptr, table_ptr, cap, KB, cfg)),
-        ], [1, 1], [cfg.LOADER_REGS, cfg.LOADER_REGS])
+    if cfg.LAYOUT == CONTIGUOUS:
+        if cfg.PDL:
+            gdc_wait()
+        list_pieces(sh, index_ptr, table_ptr, cap, cfg, 4)
+        block_barrier()
+    R: gl.constexpr = cfg.LOADER_REGS
+    first = (consumer, (rings, bars, outs, out_strides, sh, index_ptr, table_ptr, cap, KB, cfg, 0))
+    second = (consumer, (rings, bars, outs, out_strides, sh, index_ptr, table_ptr, cap, KB, cfg, 1))
+    weights = (weight_loader, (descs, rings, bars, sh, index_ptr, table_ptr, cap, KB, cfg))
+    scales = (scale_loader, (sa_sb, strides, rings, bars, sh, index_ptr, table_ptr, cap, KB, cfg))
+    zeros = (zero_filler, (out_ptr, som, sh, index_ptr, cfg))
+    if cfg.CONSUMERS == 1 and cfg.ZERO:
+        gl.warp_specialize([first, weights, scales, zeros], [1, 1, 1], [R, R, R])
+    elif cfg.CONSUMERS == 1:
+        gl.warp_specialize([first, weights, scales], [1, 1], [R, R])
+    elif cfg.ZERO:
+        gl.warp_specialize([first, second, weights, scales, zeros], [4, 1, 1, 1], [cfg.CONSUMER_REGS, R, R, R])
     else:
-        gl.warp_specialize([
-            (consumer, (rings, bars, outs, out_strides, sh, index_ptr, table_ptr, cap, KB, cfg, 0)),
-            (consumer, (rings, bars, outs, out_strides, sh, index_ptr, table_ptr, cap, KB, cfg, 1)),
-            (weight_loader, (descs, rings, bars, sh, index_ptr, table_ptr, cap, KB, cfg)),
-            (scale_loader, (sa_sb, strides, rings, bars, sh, index_ptr, table_ptr, cap, KB, cfg)),
-        ], [4, 1, 1], [cfg.CONSUMER_REGS, cfg.LOADER_REGS, cfg.LOADER_REGS])
+        gl.warp_specialize([first, second, weights, scales], [4, 1, 1], [cfg.CONSUMER_REGS, R, R])
+
+
+@gluon.jit(do_not_specialize=["M", "KB", "G", "alignment", "cap", "ctas"])
+def fp8_decode_sum_kernel(out_ptr, index_ptr, part_ptr, table_ptr, M, N, KB, G, alignment, cap, ctas, sog, som,
+                          cfg: gl.constexpr):
+    """Adds the partial sums of split tiles, 16 weight rows a program. `ctas`: the grid that made them."""
+    V: gl.constexpr = cfg.STORE_VEC
+    lay: gl.constexpr = gl.BlockedLayout([V, 1], [16 // V, 2 * V], [1, 4], [0, 1])
+    if cfg.PDL:
+        gdc_wait()
+    sh = (M, N, G, alignment)
+    upto, tiles = tile_table(sh, index_ptr, table_ptr, cfg, 4)
+    units, split, chunk = share(tiles, KB, ctas, cfg)
+    if split > 1:
+        STRIPS: gl.constexpr = cfg.BN // 16
+        n = gl.arange(0, 16, gl.SliceLayout(1, lay))
+        tok = gl.arange(0, cfg.BT, gl.SliceLayout(0, lay))
+        for i in range(gl.program_id(0), tiles * STRIPS, gl.num_programs(0)):
+            tile = i // STRIPS
+            strip = (i - tile * STRIPS) * 16
+            g, row, rows, nb = locate(tile, upto, sh, index_ptr, table_ptr, cap, cfg, True)
+            base = part_ptr + tile * split * (cfg.BT * cfg.BN) + strip
+            ptrs = base + gl.expand_dims(tok * cfg.BN, 0) + gl.expand_dims(n, 1)
+            live = gl.expand_dims(tok < rows, 0)
+            acc = gl.zeros([16, cfg.BT], gl.float32, lay)
+            for s in range(0, split, 4):
+                parts = ()
+                for j in gl.static_range(4):
+                    parts = parts + (gl.load(ptrs + (s + j) * (cfg.BT * cfg.BN), mask=live & (s + j < split), other=0.0), )
+                for j in gl.static_range(4):
+                    acc += parts[j]
+            store_tile(acc, out_ptr, (sog, som), g, row, rows, nb * cfg.BN + strip, N, 16, cfg.BT, cfg)
 
 
 def layouts(cfg):
-    """Shared-memory layouts of the weights' and the tokens' TMA boxes."""
-    return [gl.NVMMASharedLayout.get_default_for([1, rows, 128], gl.float8e4nv) for rows in (cfg.BN, cfg.BT)]
+    """Shared-memory layouts of the boxes: weights, tokens, few tokens."""
+    return [gl.NVMMASharedLayout.get_default_for([1, rows, 128], gl.float8e4nv)
+            for rows in (cfg.BN, cfg.BT, cfg.NARROW or cfg.BT)]

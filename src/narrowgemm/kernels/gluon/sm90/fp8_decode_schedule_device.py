@@ -14,10 +14,14 @@ PSUM = gl.constexpr(3)
 MASKED = gl.constexpr(4)
 
 
-# ---------------------------------------------------------------- which tile, which rows
 @gluon.jit
 def add(a, b):
     return a + b
+
+
+@gluon.jit
+def larger(a, b):
+    return gl.maximum(a, b)
 
 
 @gluon.jit
@@ -25,6 +29,7 @@ def clamp(x, limit):
     return gl.minimum(gl.maximum(x, 0), limit).to(gl.int32)
 
 
+# ---------------------------------------------------------------- which tile, which rows
 @gluon.jit
 def group_rows(index_ptr, g, G, M, alignment, LAYOUT: gl.constexpr):
     """(first row, number of rows) of group(s) g, clamped to the tensor; no rows outside [0, G)."""
@@ -43,6 +48,14 @@ def group_rows(index_ptr, g, G, M, alignment, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
+def all_groups(shape_args, index_ptr, cfg: gl.constexpr, NW: gl.constexpr):
+    """(first row, number of rows) of every group; each warp holds a copy."""
+    M, N, G, alignment = shape_args
+    per: gl.constexpr = gl.BlockedLayout([cfg.GROUPS // 32], [32], [NW], [0])
+    return group_rows(index_ptr, gl.arange(0, cfg.GROUPS, per), G, M, alignment, cfg.LAYOUT)
+
+
+@gluon.jit
 def tile_table(shape_args, index_ptr, table_ptr, cfg: gl.constexpr, NW: gl.constexpr):
     """(tiles of M up to and including each group, tiles in all). Each warp holds a copy: no barrier to look a tile up."""
     M, N, G, alignment = shape_args
@@ -52,8 +65,7 @@ def tile_table(shape_args, index_ptr, table_ptr, cfg: gl.constexpr, NW: gl.const
     elif cfg.LAYOUT == CONTIGUOUS:
         return num_n, gl.load(table_ptr) * num_n
     else:
-        per: gl.constexpr = gl.BlockedLayout([cfg.GROUPS // 32], [32], [NW], [0])
-        _, rows = group_rows(index_ptr, gl.arange(0, cfg.GROUPS, per), G, M, alignment, cfg.LAYOUT)
+        _, rows = all_groups(shape_args, index_ptr, cfg, NW)
         upto = gl.associative_scan((rows + (cfg.BT - 1)) // cfg.BT, 0, add)
         return upto, gl.max(upto, 0) * num_n
 
@@ -96,50 +108,59 @@ def locate(tile, upto, shape_args, index_ptr, table_ptr, cap, cfg: gl.constexpr,
         return g, start + m, gl.minimum(rows - m, cfg.BT), nb
 
 
-# ---------------------------------------------------------------- which segments: (tile, K range)
 @gluon.jit
-def share(tiles, KB, cfg: gl.constexpr):
-    """(tiles done whole, K blocks a CTA takes of the rest, this CTA's range of them)."""
-    whole = tiles
-    chunk = KB
-    begin = tiles * 0
-    end = begin
-    if cfg.STREAM > 0:
-        P = gl.num_programs(0)
-        whole = tiles // P * P
-        rest = (tiles - whole) * KB
-        chunk = gl.minimum(gl.maximum(gl.cdiv(rest, P), cfg.STREAM), KB)
-        begin = gl.minimum(gl.program_id(0) * chunk, rest)
-        end = gl.minimum(begin + chunk, rest)
-    return whole, chunk, begin, end
+def list_pieces(shape_args, index_ptr, table_ptr, cap, cfg: gl.constexpr, NW: gl.constexpr):
+    """m_indices -> table of pieces: at most BT neighbouring rows of one group. Word 0 is their number; then the columns
+    group, first row, end row, `cap` entries each. Every CTA writes the whole table, all of them the same words: each
+    reads what it has written itself, so none waits for another."""
+    M, N, G, alignment = shape_args
+    CH: gl.constexpr = 256 * NW
+    lay: gl.constexpr = gl.BlockedLayout([8], [32], [NW], [0])
+    pieces = M * 0
+    run = M * 0 - 1                             # first row of the run that the last chunk ended in
+    for base in range(0, M, CH):
+        i = base + gl.arange(0, CH, lay)
+        here = gl.load(index_ptr + i, mask=i < M, other=-1)
+        prev = gl.load(index_ptr + i - 1, mask=(i > 0) & (i <= M), other=-1)
+        succ = gl.load(index_ptr + i + 1, mask=i + 1 < M, other=-1)
+        live = (here >= 0) & (here < G)
+        starts = gl.maximum(gl.associative_scan(gl.where(live & (here != prev), i, -1), 0, larger), run)
+        at = (i - starts) % cfg.BT
+        opens = live & (at == 0)
+        closes = live & ((at == cfg.BT - 1) | (succ != here))
+        upto = gl.associative_scan(opens.to(gl.int32), 0, add)
+        entry = pieces + upto - 1
+        gl.store(table_ptr + 4 + entry, here, mask=opens)
+        gl.store(table_ptr + 4 + cap + entry, i, mask=opens)
+        gl.store(table_ptr + 4 + 2 * cap + entry, i + 1, mask=closes)
+        pieces += gl.max(upto, 0)
+        run = gl.maximum(run, gl.max(starts, 0))
+    gl.store(table_ptr, pieces)
 
 
+# ---------------------------------------------------------------- which K range
 @gluon.jit
-def segment(begin, end, t, whole, KB, cfg: gl.constexpr):
-    """The next segment: (is there one, tile, first K block, end). Shared tiles come first, so that a wait for their sum
-    is hidden behind whole ones."""
-    live = t < whole
-    tile = t
-    k0 = t * 0
-    k1 = k0 + KB
-    if cfg.STREAM > 0:
-        part = begin < end
-        j = begin // KB
-        live = live | part
-        tile = gl.where(part, whole + j, t)
-        k0 = gl.where(part, begin - j * KB, 0)
-        k1 = gl.where(part, gl.minimum(KB, k0 + end - begin), KB)
-    return live, tile, k0, k1
-
-
-@gluon.jit
-def step(begin, end, t, k0, k1, cfg: gl.constexpr):
-    P = gl.num_programs(0)
-    if cfg.STREAM > 0:
-        part = begin < end
-        return gl.where(part, begin + k1 - k0, begin), gl.where(part, t, t + P)
+def share(tiles, KB, ctas, cfg: gl.constexpr):
+    """(units of work, units a tile, K blocks a unit). Tiles are cut along K only where all of them together find room on
+    the grid at once, so that a CTA has one unit at most and partial sums take one tile a CTA."""
+    if cfg.SPLIT == 1:
+        return tiles, tiles * 0 + 1, KB
     else:
-        return begin, t + P
+        split = gl.maximum(gl.minimum(ctas // gl.maximum(tiles, 1), cfg.SPLIT), 1)
+        chunk = gl.cdiv(KB, split)
+        split = gl.cdiv(KB, chunk)
+        return tiles * split, split, chunk
+
+
+@gluon.jit
+def k_range(t, split, chunk, KB, cfg: gl.constexpr):
+    """Unit t -> (tile, first K block, end)."""
+    if cfg.SPLIT == 1:
+        return t, t * 0, KB
+    else:
+        tile = t // split
+        k0 = (t - tile * split) * chunk
+        return tile, k0, gl.minimum(k0 + chunk, KB)
 
 
 @gluon.jit

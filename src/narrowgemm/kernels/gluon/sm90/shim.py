@@ -34,3 +34,12 @@ def view_rows(buf, dtype: gl.constexpr, n: gl.constexpr, cols: gl.constexpr, lay
         return buf.reinterpret(dtype, [n, cols], layout)
     else:
         return buf._reinterpret(dtype, [n, cols], layout)
+
+
+@gluon.jit
+def view_boxes(buf, dtype: gl.constexpr, n: gl.constexpr, rows: gl.constexpr, cols: gl.constexpr, layout: gl.constexpr):
+    """The same shared memory as n boxes [1, rows, cols] of a TMA descriptor."""
+    if HAS_REINTERPRET:
+        return buf.reinterpret(dtype, [n, 1, rows, cols], layout)
+    else:
+        return buf._reinterpret(dtype, [n, 1, rows, cols], layout)

@@ -1,0 +1,278 @@
+"""FP8 block-scaled GEMM on Hopper, dense and grouped, for problems with many rows: TMA, wgmma, warp specialisation, in Gluon.
+
+E4M3 with 1x128 scales on A and 128x128 on B, FP32 or E8M0; partial sums are promoted to FP32 every 128 of K. Persistent:
+one block (or two) an SM takes tile after tile. Device code: `fp8_block_device.py`; what is fixed at compile time:
+`fp8_block_tile.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ....arch import Arch
+from ....problem import Config, Problem, Step
+from ...operands import Operands
+from . import bound_launch
+from .fp8_block_tile import LAYOUTS, MAX_GROUPS, Tile
+
+NAME = "gluon_sm90.fp8_block"
+BACKEND = "gluon_sm90"
+OUT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+RESERVED_SMEM = 1024    # of an SM's shared memory, a block
+
+
+# ---------------------------------------------------------------- what it takes
+def supports(problem: Problem, arch: Arch) -> str | None:
+    p, a, b = problem, problem.a, problem.b
+    if arch.target != "sm90":
+        return f"runs on NVIDIA Hopper (sm90), not {arch.target}"
+    if p.op not in ("gemm", "grouped_gemm") or p.layout not in LAYOUTS:
+        return f"computes dense, contiguous, offsets, psum and masked products, not {p.op} ({p.layout})"
+    if a.format.element != "e4m3" or b.format.element != "e4m3":
+        return f"takes E4M3 on both sides, not {a.format.element} x {b.format.element}"
+    if a.format.group != (1, 128) or b.format.group != (128, 128):
+        return f"takes 1x128 scales on A and 128x128 on B, not {a.format.group} x {b.format.group}"
+    if a.prepack or b.prepack:
+        return "takes plain operands, not prepacked ones"
+    if a.major != "k" or b.major != "k":
+        return f"wgmma takes FP8 with K contiguous, not {a.major} x {b.major}"
+    if not a.aligned or not b.aligned:
+        return "TMA needs operands whose base and outer strides are multiples of 16 bytes"
+    if p.k % 128 or not p.k:
+        return f"takes K in multiples of 128, not {p.k}"
+    if p.n < 8:
+        return f"takes at least 8 columns, not {p.n}"
+    if not p.epilogue.plain or p.gather:
+        return "has no fused gather and no epilogue beyond the sum"
+    if p.out_dtype not in OUT_BYTES:
+        return f"writes {', '.join(OUT_BYTES)}, not {p.out_dtype}"
+    if 0 < p.promote < 128:
+        return f"promotes every 128 of K, not every {p.promote}"
+    if p.groups > MAX_GROUPS and p.layout not in ("dense", "contiguous"):
+        return f"counts tiles of up to {MAX_GROUPS} groups, not {p.groups}"
+    if p.wide:
+        return "offsets inside a tile pass 2^31 elements"
+    return None
+
+
+# ---------------------------------------------------------------- configs
+# block_m x block_n -> warpgroups along M and N, 64-row pieces and columns of each. Blocks with 2 an SM have one warpgroup.
+_SHAPES = {
+    (128, 128, 1): (2, 1, 1, 128), (256, 128, 1): (2, 1, 2, 128), (128, 256, 1): (1, 2, 2, 128), (64, 256, 1): (1, 2, 1, 128),
+    (128, 64, 1): (2, 1, 1, 64), (64, 128, 1): (1, 2, 1, 64), (64, 128, 2): (1, 1, 1, 128), (128, 128, 2): (1, 1, 2, 128),
+}
+_EXTRA = {"ctas": (1, 2), "slot": (1, 2), "unroll": (1, 2, 4, 8), "late_store": (0, 1)}
+
+
+def _config(bm: int, bn: int, stages: int, strip: int = 16, **extra: int) -> Config:
+    warps = 4 * (1 if extra.get("ctas") == 2 else 2) + 1
+    return Config(bm, bn, 128, warps, stages, strip, persistent=True, extra=tuple(sorted(extra.items())))
+
+
+_CANDIDATES = (
+    _config(128, 128, 5), _config(128, 128, 4), _config(128, 128, 5, 8), _config(128, 128, 3, slot=2),
+    _config(128, 128, 5, unroll=8), _config(256, 128, 3), _config(256, 128, 3, 8), _config(128, 256, 3),
+    _config(128, 128, 3, ctas=2), _config(64, 256, 4), _config(64, 128, 3, ctas=2), _config(64, 128, 8), _config(128, 64, 7),
+)
+
+
+def configs(problem: Problem, arch: Arch) -> list[Config]:
+    return [c for c in _CANDIDATES if legal(problem, c, arch) is None]
+
+
+def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
+    """Why `config` can't run the problem, or None."""
+    extra = dict(config.extra)
+    for name, value in extra.items():
+        if value not in _EXTRA.get(name, ()):
+            return f"{name}={value!r}, expected one of {_EXTRA.get(name, 'no such option')}"
+    shape = (config.block_m, config.block_n, extra.get("ctas", 1))
+    if shape not in _SHAPES or config.block_k != 128:
+        return f"tile {config.block_m}x{config.block_n}x{config.block_k} with {shape[2]} an SM, expected one of {list(_SHAPES)}"
+    if not config.persistent or config.split_k != 1 or config.swap_ab:
+        return "the kernel is persistent, without split_k and swap_ab"
+    if config.num_stages < 2 or config.group_m < 1:
+        return f"num_stages={config.num_stages}, group_m={config.group_m}, expected at least 2 and 1"
+    if extra.get("unroll", 4) % extra.get("slot", 1):
+        return f"unroll={extra.get('unroll', 4)} is no multiple of slot={extra['slot']}"
+    tile = tile_of(problem, config, arch)
+    if tile is None:
+        return f"needs more shared memory than the {arch.smem} bytes of the device"
+    return None
+
+
+@lru_cache(maxsize=4096)
+def tile_of(problem: Problem, config: Config, arch: Arch) -> Tile | None:
+    """The compile-time constants of a legal config; None where it needs more shared memory than there is."""
+    extra = dict(config.extra)
+    ctas, slot = extra.get("ctas", 1), extra.get("slot", 1)
+    wgm, wgn, pieces, columns = _SHAPES[config.block_m, config.block_n, ctas]
+    unroll = extra.get("unroll", 4 if pieces == 1 else slot)
+    blocks = problem.k // 128
+    counted = problem.layout not in ("dense", "contiguous")
+    groups = next(n for n in (32, 128, 512, MAX_GROUPS) if not counted or n >= problem.groups)
+    budget = arch.smem if ctas == 1 else (arch.smem + RESERVED_SMEM) // ctas - RESERVED_SMEM
+    consumers = wgm * wgn
+    # staging of the store: as much as fits; whole pieces, or halves of their columns
+    for split, buffers in ((1, pieces), (2, 2), (2, 1)):
+        tile = Tile(
+            LAYOUTS[problem.layout], wgm, wgn, pieces, columns, config.num_stages, slot, unroll, 1 + (blocks - 1) % unroll,
+            -blocks % slot, config.group_m, ctas, buffers, split, OUT_BYTES[problem.out_dtype], groups,
+            A_SCALE_TMA=problem.a.scale_major == "mn" and problem.a.scale_dtype == "fp32",
+            ZERO=problem.zero_padding and problem.layout in ("contiguous", "psum"), ACCUMULATE=problem.accumulate,
+            STORE_TMA=problem.out_aligned, LATE_STORE=bool(extra.get("late_store", 1)) and not problem.accumulate,
+            CONSUMER_REGISTERS=232, PRODUCER_REGISTERS=40 if consumers == 2 else 24)
+        if tile.shared_bytes <= budget:
+            return tile
+    return None
+
+
+def workspace(problem: Problem, config: Config) -> int:
+    return 0
+
+
+# ---------------------------------------------------------------- cost
+LAUNCH_SECONDS = 3.0e-6
+MEMORY_SECONDS = 4.0e-6     # to fill the pipes and drain them, where bytes decide
+MEMORY_EFFICIENCY = 0.85    # of the streaming rate
+TILE_SECONDS = 0.35e-6      # of a tile, beyond its K blocks
+# seconds of one K block of 128 on one SM of an H200 that is busy all over; alone: of the only block on an SM that could hold two
+_BLOCK_SECONDS = {
+    (128, 128, 1): 0.430e-6, (256, 128, 1): 0.840e-6, (128, 256, 1): 0.840e-6, (64, 256, 1): 0.450e-6,
+    (128, 64, 1): 0.270e-6, (64, 128, 1): 0.290e-6, (64, 128, 2): 0.490e-6, (128, 128, 2): 0.900e-6,
+}
+_ALONE = 0.62
+_H200_RATE = 1.40e15        # FP8 rate of the device that the figures are from
+
+
+def tiles(problem: Problem, config: Config) -> int:
+    """Tiles expected to have work."""
+    num_n = -(-problem.n // config.block_n)
+    if problem.layout in ("dense", "contiguous"):
+        return -(-problem.m // config.block_m) * num_n
+    groups = problem.groups if problem.layout == "masked" else problem.active_groups
+    return groups * -(-max(problem.rows, 1) // config.block_m) * num_n
+
+
+def estimate(problem: Problem, config: Config, arch: Arch) -> float:
+    """Seconds: whole waves of tiles, or the bytes at the streaming rate, whichever is longer."""
+    ctas = dict(config.extra).get("ctas", 1)
+    sms = min(arch.sms, problem.max_sms or arch.sms)
+    work = tiles(problem, config)
+    per_block = _BLOCK_SECONDS[config.block_m, config.block_n, ctas] * (_H200_RATE / 132) / (arch.fp8_flops / arch.sms)
+    per_tile = per_block * (problem.k // 128) + ctas * TILE_SECONDS
+    waves, rest = divmod(work, sms * ctas)
+    seconds = waves * per_tile
+    if rest:
+        seconds += per_tile * (_ALONE if ctas == 2 and rest <= sms else 1.0)
+    memory = MEMORY_SECONDS + problem.bytes / (arch.bandwidth * MEMORY_EFFICIENCY * min(1.0, max(work, 1) / (0.6 * sms)))
+    return LAUNCH_SECONDS + max(seconds, memory)
+
+
+# ---------------------------------------------------------------- launch
+@dataclass(slots=True)
+class _Entry:
+    """Keeps `step` and `problem` alive, whose identities are in its key."""
+
+    step: Step
+    problem: Problem
+    launch: bound_launch.Bound | None
+
+
+_bound = bound_launch.Cache()
+
+
+def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
+    x = operands
+    a, b, sa, sb, out, index = x.a.data, x.b.data, x.a.scale, x.b.scale, x.out, x.index
+    assert sa is not None and sb is not None
+    device = out.get_device()
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return launch(step, problem, operands, workspace)
+    key = (id(step), id(problem), device, x.groups, x.alignment, a.data_ptr(), a.shape, a.stride(), b.data_ptr(), b.shape,
+           b.stride(), sa.data_ptr(), sa.stride(), sa.dtype, sb.data_ptr(), sb.stride(), sb.dtype, out.data_ptr(), out.stride(),
+           out.dtype, None if index is None else (index.data_ptr(), index.dtype))
+    entry = _bound.find(key)
+    if entry is None:
+        kernel, grid, arguments, options = prepare(step, problem, x)
+        entry = _Entry(step, problem, bound_launch.bind(kernel, grid, arguments, **options))
+        _bound.put(key, entry)
+    if entry.launch is None or entry.launch.hooked:
+        kernel, grid, arguments, options = prepare(step, problem, x)
+        kernel[(grid,)](*arguments, **options)
+    else:
+        entry.launch(device)
+
+
+def prepare(step: Step, problem: Problem, x: Operands) -> tuple:
+    """(kernel, grid, arguments, options) of a launch, as Triton takes them."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from ....arch import detect
+    from . import fp8_block_device as device
+
+    arch = detect(x.out.device)
+    a, b, sa, sb, out = x.a.data, x.b.data, x.a.scale, x.b.scale, x.out
+    assert sa is not None and sb is not None
+    masked = problem.layout == "masked"
+    tile = tile_of(problem, step.config, arch)
+    assert tile is not None, f"{step.config} is not legal for {problem}"
+    blocks = x.k // 128
+    om = _stride(out, -2, x.n)
+    og = _stride(out, 0, om * x.m) if masked else 0
+    if tile.STORE_TMA and og % om:
+        tile = replace(tile, STORE_TMA=False)
+    pitch = 0
+    if tile.A_SCALE_TMA:
+        column = _stride(sa, -1, -(-x.m // 4) * 4)
+        group = _stride(sa, 0, column * blocks) if masked else 0
+        if group % column or column % 4:
+            tile = replace(tile, A_SCALE_TMA=False)
+        pitch = group // column
+
+    def planes(t: Tensor, rows: int, box: int) -> TensorDescriptor:
+        """[1 or G, rows, K] of an operand, moved in boxes of `box` rows by 128."""
+        outer = _stride(t, -2, x.k)
+        count = t.shape[0] if t.dim() == 3 else 1
+        plane = _stride(t, 0, outer * rows) if t.dim() == 3 else outer * rows
+        return TensorDescriptor(t, [count, rows, x.k], [plane, outer, 1], [1, box, 128], device.FP8_PLANE.value)
+
+    sa_desc = None
+    if tile.A_SCALE_TMA:
+        rows = (x.groups - 1) * pitch + blocks if masked else blocks
+        sa_desc = TensorDescriptor(sa, [rows, x.m], [column, 1], [1, tile.BM],
+                                   gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2))
+    out_desc = None
+    if tile.STORE_TMA:
+        rows = (x.groups - 1) * (og // om) + x.m if masked else x.m
+        box = [64, tile.OUT_COLS]
+        dtype = {2: gl.bfloat16, 4: gl.float32}[tile.OUT_BYTES]     # only its width matters to the layout
+        out_desc = TensorDescriptor(out, [rows, x.n], [om, 1], box, gl.NVMMASharedLayout.get_default_for(box, dtype))
+    scale_strides: tuple[int | None, ...] = (None, None, None, None)
+    if not tile.A_SCALE_TMA:
+        scale_strides = (sa, sa.stride(0) if masked else 0, sa.stride(-2), sa.stride(-1))
+    num_m = -(-x.m // tile.BM)
+    if problem.layout in ("offsets", "psum"):
+        num_m = x.m // tile.BM + x.groups
+    elif masked:
+        num_m *= x.groups
+    sms = arch.sms if not problem.max_sms else min(problem.max_sms, arch.sms)
+    # blocks spread over the SMs before two share one, so a limit on SMs takes one block each
+    grid = max(1, min(sms * (tile.CTAS if sms == arch.sms else 1), num_m * -(-x.n // tile.BN)))
+    arguments = (
+        planes(a, x.m, tile.BM), sa_desc, planes(b, x.n, tile.BN), out_desc, out, scale_strides[0], sb, x.index, x.m, x.n,
+        blocks, x.groups, x.alignment, pitch, *scale_strides[1:], sb.stride(0) if sb.dim() == 3 else 0, sb.stride(-2),
+        sb.stride(-1), og, om, og // om, tile)
+    return device.fp8_block_kernel, grid, arguments, {"num_warps": 4, "maxnreg": tile.max_registers}
+
+
+def _stride(t: Tensor, dim: int, packed: int) -> int:
+    """The stride, or what it would be in a packed tensor where there is only one element to stride over."""
+    return t.stride(dim) if t.shape[dim] > 1 else packed
+

@@ -1,0 +1,194 @@
+"""Device code of the Hopper FP8 decode kernel: what its loading and filling warps do, and how a tile is stored."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .fp8_decode_schedule_device import (
+    CONTIGUOUS, MASKED, PSUM, advance, all_groups, k_range, locate, share, tile_table)
+from .shim import tma_load, view_boxes
+
+
+@gluon.jit
+def weight_loader(descs, rings, bars, shape_args, index_ptr, table_ptr, cap, KB, cfg: gl.constexpr):
+    w_desc, x_desc, narrow_desc = descs
+    w_s, x_s, s_s = rings
+    full, empty = bars
+    WEIGHTS: gl.constexpr = cfg.BN * 128
+    NT: gl.constexpr = cfg.NARROW
+    if cfg.PDL:
+        gdc_wait()
+        if cfg.SPLIT > 1:
+            gdc_launch_dependents()
+    if NT > 0:
+        narrow_s = view_boxes(x_s, gl.float8e4nv, cfg.STAGES * (cfg.BT // NT), NT, 128, narrow_desc.layout)
+    upto, tiles = tile_table(shape_args, index_ptr, table_ptr, cfg, 1)
+    units, split, chunk = share(tiles, KB, gl.num_programs(0), cfg)
+    slot = gl.to_tensor(0)
+    phase = gl.to_tensor(1)
+    for t in range(gl.program_id(0), units, gl.num_programs(0)):
+        tile, k0, k1 = k_range(t, split, chunk, KB, cfg)
+        g, row, rows, nb = locate(tile, upto, shape_args, index_ptr, table_ptr, cap, cfg, NT > 0)
+        plane = g if cfg.LAYOUT == MASKED else g * 0
+        for kb in range(k0, k1):
+            mbarrier.wait(empty.index(slot), phase)
+            if NT > 0:
+                if rows <= NT:
+                    mbarrier.expect(full.index(slot), WEIGHTS + NT * 128)
+                    tma_load(w_desc, [g, nb * cfg.BN, kb * 128], full.index(slot), w_s.index(slot))
+                    tma_load(narrow_desc, [plane, row, kb * 128], full.index(slot), narrow_s.index(slot * (cfg.BT // NT)))
+                else:
+                    mbarrier.expect(full.index(slot), WEIGHTS + cfg.BT * 128)
+                    tma_load(w_desc, [g, nb * cfg.BN, kb * 128], full.index(slot), w_s.index(slot))
+                    tma_load(x_desc, [plane, row, kb * 128], full.index(slot), x_s.index(slot))
+            else:
+                mbarrier.expect(full.index(slot), WEIGHTS + cfg.BT * 128)
+                tma_load(w_desc, [g, nb * cfg.BN, kb * 128], full.index(slot), w_s.index(slot))
+                tma_load(x_desc, [plane, row, kb * 128], full.index(slot), x_s.index(slot))
+            slot, phase = advance(slot, phase, cfg.STAGES)
+
+
+# ---------------------------------------------------------------- scales
+@gluon.jit
+def as_float(x):
+    """A scale: FP32 as it is, uint8 as E8M0 (0 is 2^-127, 255 is NaN)."""
+    if x.dtype == gl.uint8:
+        bits = x.to(gl.int32) << 23
+        bits = gl.where(x == 0, 0x00400000, bits)
+        bits = gl.where(x == 255, 0x7FC00000, bits)
+        return bits.to(gl.float32, bitcast=True)
+    else:
+        return x
+
+
+@gluon.jit
+def scale_block(sa_ptr, sak, live, sb_ptr, sbk, kb, k1):
+    """Scales of K block kb: of the tokens, and of the 128 weight rows. Zero past the unit."""
+    inside = kb < k1
+    k = kb.to(gl.int64)
+    sa = as_float(gl.load(sa_ptr + k * sak, mask=live & inside, other=0))
+    sb = as_float(gl.load(sb_ptr + k * sbk, mask=inside, other=0))
+    return sa, sb
+
+
+@gluon.jit
+def put_scales(s, rings, bars, slot, phase, cfg: gl.constexpr):
+    w_s, x_s, s_s = rings
+    full, empty = bars
+    sa, sb = s
+    mbarrier.wait(empty.index(slot), phase)
+    s_s.index(slot).store(sa * sb)
+    mbarrier.arrive(full.index(slot), count=1)
+    return advance(slot, phase, cfg.STAGES)
+
+
+@gluon.jit
+def scale_loader(ptrs, strides, rings, bars, shape_args, index_ptr, table_ptr, cap, KB, cfg: gl.constexpr):
+    sa_ptr, sb_ptr = ptrs
+    sag, sam, sak, sbg, sbn, sbk = strides
+    lay: gl.constexpr = gl.BlockedLayout([(cfg.BT + 31) // 32], [32], [1], [0])
+    tok = gl.arange(0, cfg.BT, lay)
+    if cfg.PDL:
+        gdc_wait()
+    upto, tiles = tile_table(shape_args, index_ptr, table_ptr, cfg, 1)
+    units, split, chunk = share(tiles, KB, gl.num_programs(0), cfg)
+    slot = gl.to_tensor(0)
+    phase = gl.to_tensor(1)
+    for t in range(gl.program_id(0), units, gl.num_programs(0)):
+        tile, k0, k1 = k_range(t, split, chunk, KB, cfg)
+        g, row, rows, nb = locate(tile, upto, shape_args, index_ptr, table_ptr, cap, cfg, True)
+        a_ptr = sa_ptr + row.to(gl.int64) * sam
+        if cfg.LAYOUT == MASKED:
+            a_ptr += g.to(gl.int64) * sag
+        a_ptrs = a_ptr + tok.to(gl.int64) * sam
+        b_ptr = sb_ptr + g.to(gl.int64) * sbg + (nb * cfg.BN // 128).to(gl.int64) * sbn
+        mine = tok < rows
+        c0 = scale_block(a_ptrs, sak, mine, b_ptr, sbk, k0, k1)
+        c1 = scale_block(a_ptrs, sak, mine, b_ptr, sbk, k0 + 1, k1)
+        c2 = scale_block(a_ptrs, sak, mine, b_ptr, sbk, k0 + 2, k1)
+        c3 = scale_block(a_ptrs, sak, mine, b_ptr, sbk, k0 + 3, k1)
+        for kb in range(k0, k1, 4):
+            n0 = scale_block(a_ptrs, sak, mine, b_ptr, sbk, kb + 4, k1)
+            n1 = scale_block(a_ptrs, sak, mine, b_ptr, sbk, kb + 5, k1)
+            n2 = scale_block(a_ptrs, sak, mine, b_ptr, sbk, kb + 6, k1)
+            n3 = scale_block(a_ptrs, sak, mine, b_ptr, sbk, kb + 7, k1)
+            slot, phase = put_scales(c0, rings, bars, slot, phase, cfg)
+            if kb + 1 < k1:
+                slot, phase = put_scales(c1, rings, bars, slot, phase, cfg)
+            if kb + 2 < k1:
+                slot, phase = put_scales(c2, rings, bars, slot, phase, cfg)
+            if kb + 3 < k1:
+                slot, phase = put_scales(c3, rings, bars, slot, phase, cfg)
+            c0 = n0
+            c1 = n1
+            c2 = n2
+            c3 = n3
+
+
+# ---------------------------------------------------------------- output
+@gluon.jit
+def put(ptrs, y, live, cfg: gl.constexpr):
+    """KEEP: the output stays in L2 while weights stream through, instead of going to memory line by line among them."""
+    if cfg.KEEP:
+        gl.store(ptrs, y, mask=live, eviction_policy="evict_last")
+    else:
+        gl.store(ptrs, y, mask=live)
+
+
+@gluon.jit
+def store_tile(acc, out_ptr, out_strides, g, row, rows, col, N, WR: gl.constexpr, NT: gl.constexpr, cfg: gl.constexpr):
+    """[WR weight rows, NT tokens] of sums: 16 bytes a thread along N, rows past the group's never written."""
+    sog, som = out_strides
+    V: gl.constexpr = cfg.STORE_VEC
+    LANES: gl.constexpr = min(WR // V, 32)
+    lay: gl.constexpr = gl.BlockedLayout([V, 1], [LANES, 32 // LANES], [1, 4], [0, 1])
+    base = out_ptr + (row.to(gl.int64) * som + col)
+    if cfg.LAYOUT == MASKED:
+        base += g.to(gl.int64) * sog
+    n = gl.arange(0, WR, gl.SliceLayout(1, lay))
+    tok = gl.arange(0, NT, gl.SliceLayout(0, lay))
+    ptrs = base + gl.expand_dims(tok * som, 0) + gl.expand_dims(n, 1)
+    live = gl.expand_dims(tok < rows, 0) & gl.expand_dims(n < N - col, 1)
+    if cfg.ACCUMULATE:
+        y = gl.convert_layout(acc, lay)
+        y += gl.load(ptrs, mask=live, other=0).to(gl.float32)
+        put(ptrs, y.to(out_ptr.dtype.element_ty), live, cfg)
+    else:
+        put(ptrs, gl.convert_layout(acc.to(out_ptr.dtype.element_ty), lay), live, cfg)
+
+
+@gluon.jit
+def zero_filler(out_ptr, som, shape_args, index_ptr, cfg: gl.constexpr):
+    """Rows of no group come back zero: 8 rows of 8 stores' columns at a time, spread over the grid."""
+    M, N, G, alignment = shape_args
+    R: gl.constexpr = 8
+    W: gl.constexpr = 32 * cfg.STORE_VEC
+    lay: gl.constexpr = gl.BlockedLayout([cfg.STORE_VEC], [32], [1], [0])
+    n = gl.arange(0, W, lay)
+    zero = gl.zeros([W], gl.float32, lay).to(out_ptr.dtype.element_ty)
+    if cfg.PDL:
+        gdc_wait()
+    if cfg.LAYOUT == PSUM:
+        starts, sizes = all_groups(shape_args, index_ptr, cfg, 1)
+        ends = starts + sizes
+    strips = gl.cdiv(N, 8 * W)
+    for u in range(gl.program_id(0), gl.cdiv(M, R) * strips, gl.num_programs(0)):
+        r0 = u // strips
+        c0 = (u - r0 * strips) * (8 * W)
+        c1 = gl.minimum(c0 + 8 * W, N)
+        r0 = r0 * R
+        dead = ()
+        for i in gl.static_range(R):
+            r = r0 + i
+            if cfg.LAYOUT == CONTIGUOUS:
+                g = gl.load(index_ptr + r, mask=r < M, other=0)
+                dead = dead + ((g < 0) | (g >= G), )
+            else:
+                inside = (starts <= r) & (r < ends)
+                dead = dead + ((r < M) & (gl.max(inside.to(gl.int32), 0) == 0), )
+        for i in gl.static_range(R):
+            if dead[i]:
+                base = out_ptr + (r0 + i).to(gl.int64) * som
+                for c in range(c0, c1, W):
+                    put(base + c + n, zero, c + n < N, cfg)

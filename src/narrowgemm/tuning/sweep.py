@@ -1,0 +1,55 @@
+"""Sweep files: every candidate measured on every case. What tables are made from, and what cost models are fitted to.
+
+    {schema, device, arch, versions, commit, date, timer, suites,
+     cases: [{suite, case, table, n, k, rows, groups, m, error,
+              candidates: [{kernel, backend, config, predicted_us, us, spread, rounds, calc_diff, recipe_diff, error}]}]}
+
+`us` is kernel time; those of one case are comparable, the more `rounds` the better. `predicted_us` is what the kernel's
+`estimate` said then. A candidate with `error` failed a gate, or could not be compiled, launched or timed: `us` is null.
+A case of `error` has no figures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ..errors import expect
+from .store import write_json
+
+SCHEMA = "narrowgemm-sweep/1"
+HEADER = ("schema", "device", "arch", "versions", "commit", "date", "timer", "suites")
+Record = dict[str, Any]
+
+
+def write(path: Path, header: dict[str, Any], records: Iterable[Record]) -> None:
+    write_json(path, {h: header.get(h) for h in HEADER} | {"schema": SCHEMA}, "cases", list(records))
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A sweep file. ValueError where it is none of this schema."""
+    try:
+        data = json.loads(path.read_text())
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{path}: got text that is no JSON ({e}), expected a sweep file") from e
+    schema = data.get("schema") if isinstance(data, dict) else None
+    expect(schema == SCHEMA and isinstance(data.get("cases"), list), f"{path}, schema", repr(schema),
+           f"{SCHEMA!r} with cases")
+    return data
+
+
+def timed(record: Record) -> list[dict[str, Any]]:
+    """Candidates that passed both gates and have a time, fastest first."""
+    return sorted((c for c in record["candidates"] if c["error"] is None and c["us"]), key=lambda c: c["us"])
+
+
+def model_pick(record: Record) -> dict[str, Any] | None:
+    """The candidate that the cost model picked when the sweep was made."""
+    return min(record["candidates"], key=lambda c: c["predicted_us"], default=None)
+
+
+def name(candidate: dict[str, Any]) -> str:
+    """What tells a candidate from the others of its case."""
+    return f"{candidate['kernel']} {json.dumps(candidate['config'], sort_keys=True)}"
