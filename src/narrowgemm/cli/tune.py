@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from ..arch import Arch, detect, get_arch
+from ..problem import Config
 from ..testing.case import Case
 from ..tuning import report, search, store, sweep
 from ..tuning.measure import Job
@@ -142,8 +143,8 @@ def line(record: sweep.Record) -> str:
     if not field or pick is None:
         return f" > {where}: no candidate has a figure{tail}"
     ratio = f"{pick['us'] / field[0]['us']:.3f} of the best" if pick["us"] else "no figure"
-    return (f" > {where}: {field[0]['us']:.1f} us {field[0]['kernel']} {field[0]['config']}; the cost model's pick "
-            f"{pick['kernel']} {ratio}{tail}")
+    return (f" > {where}: {field[0]['us']:.1f} us {field[0]['kernel']} {Config.from_dict(field[0]['config'])}; "
+            f"the cost model's pick {pick['kernel']} {Config.from_dict(pick['config'])}: {ratio}{tail}")
 
 
 def finish(run: search.Tuning, cases: Sequence[Case]) -> None:

@@ -17,11 +17,13 @@ LAYOUTS = ("dense", "contiguous", "psum", "offsets", "masked")
 
 def prepare(b: ScaledTensor, *, layout: str = "dense", max_m: int, a_format: Format | str = FP8_1x128,
             out_dtype: torch.dtype = torch.bfloat16, alignment: int = 128, expected_m: tuple[int, ...] = (),
-            zero_padding: bool = True, max_sms: int = 0, backend: str | None = None) -> list[Plan]:
+            zero_padding: bool = True, max_sms: int = 0, backend: str | None = None,
+            sizes: tuple[int, ...] = ()) -> list[Plan]:
     """Compile ahead: every distinct Plan of `gemm` / `grouped_gemm` with weight `b` and 1 to `max_m` rows is launched once.
 
     b: `[N, K]` (dense) or `[G, N, K]`, the real weight, or one of its shape, strides and formats.
     max_m: the most rows of A (masked: the rows a group can hold; `expected_m` are then the hints that calls will give).
+    sizes: only these numbers of rows, instead of every bucket up to `max_m` (not for masked).
     Other arguments as in the calls to come.
 
     Activations of zeros are used, with scales MN-major, as `quantize(..., scale_layout='mn_major')` gives them; nothing is kept.
@@ -30,7 +32,8 @@ def prepare(b: ScaledTensor, *, layout: str = "dense", max_m: int, a_format: For
     expect(layout in LAYOUTS, "layout", repr(layout), f"one of {LAYOUTS}")
     expect(max_m >= 1, "max_m", max_m, "at least 1 row")
     fmt = get_format(a_format)
-    sizes = sorted({bucket(m) for m in range(1, max_m + 1) if bucket(m) <= max_m} | {max_m})
+    expect(all(1 <= m <= max_m for m in sizes), "sizes", sizes, f"numbers of rows from 1 to max_m, {max_m}")
+    sizes = sizes or tuple(sorted({bucket(m) for m in range(1, max_m + 1) if bucket(m) <= max_m} | {max_m}))
     groups = b.shape[0] if layout != "dense" else 1
     hints = tuple(sorted({bucket(e) for e in expected_m})) or (0,)
     plans: dict[tuple, Plan] = {}

@@ -91,5 +91,8 @@ def _line(suite: str, figures: dict[str, tuple[float, float | None]]) -> Line:
 def text(lines: Iterable[Line]) -> list[str]:
     """A table. `/ best`: over the fastest candidate; `/ portable`: over the fastest portable one, less than 1 is faster."""
     out = [f"{'suite':24s} {'cases':>5s}  {'/ best':>7s} {'worst':>7s}  {'/ portable':>10s} {'worst':>7s}  worst cases"]
-    return out + [f"{x.suite:24s} {x.cases:5d}  {x.mean:7.3f} {x.worst:7.3f}  {x.portable_mean:10.3f} {x.portable_worst:7.3f}"
-                  f"  {x.worst_case}, {x.portable_worst_case or '-'}" for x in lines]
+    for x in lines:
+        portable = f"{x.portable_mean:10.3f} {x.portable_worst:7.3f}" if x.portable_worst_case else f"{'-':>10s} {'-':>7s}"
+        out.append(f"{x.suite:24s} {x.cases:5d}  {x.mean:7.3f} {x.worst:7.3f}  {portable}  {x.worst_case}"
+                   + (f", {x.portable_worst_case}" if x.portable_worst_case else ""))
+    return out

@@ -25,7 +25,7 @@ MODULE = "narrowgemm.tuning.measure"
 
 def run(job: Job, timeout: float = 120.0) -> Iterator[Event]:
     """Measure `job.cases`: the workers' events, with one `measured` for every case that time is left for."""
-    left = [tuple(c) for c in job.cases]
+    left = list(job.cases)
     skip = {k: dict(v) for k, v in job.skip.items()}
     careful = list(job.careful)
     while left:
@@ -90,7 +90,7 @@ class Tuning:
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"), "suites": list(suites)}
 
     def resume(self, cases: Iterable[Case]) -> list[Case]:
-        """Take over what the sweep file has without an error; the cases that are left. ValueError where it is of another commit."""
+        """Take over what the sweep file has without an error; the cases that are left. ValueError: it is of another commit."""
         cases = list(cases)
         if not self.log.exists():
             return cases

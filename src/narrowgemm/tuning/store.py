@@ -6,7 +6,7 @@ A row is the verdict for one key, N, K and the bucket of rows per group:
 | column | |
 | --- | --- |
 | `n`, `k`, `rows` | the key; `k` is a bucket for k_grouped, where it counts tokens |
-| `adopted` | true: `kernel` and `config` beat the cost model's pick by `tuning.adopt.MARGIN`; false: they are that pick, and the cost model decides |
+| `adopted` | true: the choice beat the cost model's pick by `adopt.MARGIN`; false: it is that pick, and the model decides |
 | `kernel`, `config`, `us`, `calc_diff` | the choice, measured on `case` |
 | `runner_up`, `runner_up_us` | `{kernel, config}` of the next best, and its time there |
 | `model`, `model_us` | `{kernel, config}` that the cost model picked for `case`, and its time there |

@@ -13,14 +13,15 @@ up live tiles. Bad input raises ValueError or TypeError before anything is writt
 `narrowgemm.Unsupported`.
 
 Weights arrive shuffled and are kept a second time in plain order, as long as their storage lives; writes that torch's
-version counter does not see (through `.data`, by custom kernels) need `refresh_weight`. See `weights`.
+version counter does not see (through `.data`, by custom kernels) need `refresh_weight`; callers that view weights as
+int8 under `torch.inference_mode` need `freeze_weight`. See `weights`.
 """
 
 from __future__ import annotations
 
 from .factories import compile_grouped_gemm_blockscale_contiguous, compile_grouped_gemm_blockscale_masked
 from .scales import fp32_e8m0_to_byte, fp32_to_e8m0
-from .weights import refresh_weight, shuffle_weight, unshuffle_weight
+from .weights import freeze_weight, refresh_weight, shuffle_weight, unshuffle_weight
 
 __all__ = ["compile_grouped_gemm_blockscale_contiguous", "compile_grouped_gemm_blockscale_masked", "fp32_e8m0_to_byte",
-           "fp32_to_e8m0", "refresh_weight", "shuffle_weight", "unshuffle_weight"]
+           "fp32_to_e8m0", "freeze_weight", "refresh_weight", "shuffle_weight", "unshuffle_weight"]

@@ -44,8 +44,8 @@ def compile_grouped_gemm_blockscale_contiguous(
 
     `d` `[M, n]` bf16 or f16 as `out_dtype`; `a` E4M3FN `[M, k]`, `b` E4M3FN `[num_groups, n, k]` in the order of
     `shuffle_weight`, both also as int8 or uint8; `scale_a` `[k/128, M]`, `scale_b` `[num_groups, n/128, k/128]`,
-    float32 or E8M0 codes; `grouped_layout` int32 `[M]`, the group of each row, -1 for padding, whose rows of `d` are not
-    written. `stream`: a torch stream, a handle, or None for the current one. `n`, `k`, `num_groups`: the factory's.
+    float32 or E8M0 codes; `grouped_layout` int32 `[M]`, the group of each row, -1 for padding, whose rows of `d` are
+    not written. `stream`: a torch stream, a handle, or None for the current one. `n`, `k`, `num_groups`: the factory's.
 
     `tile_*`: other than 128, the tiles that the kernel shall use, where it can; else a warning. `waves_per_eu`: no
     effect, with a warning. Raises ValueError for an `n` or `k` that tiles, or tiles that scale blocks, do not divide,
@@ -53,8 +53,8 @@ def compile_grouped_gemm_blockscale_contiguous(
     """
     spec = _spec(n, k, num_groups, (tile_m, tile_n, tile_k), scale_block_k, scale_block_n, out_dtype, waves_per_eu)
 
-    def launch(d: Tensor, a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, grouped_layout: Tensor, M: int, n: int,
-               k: int, num_groups: int, stream: _Stream = None) -> None:
+    def launch(d: Tensor, a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, grouped_layout: Tensor, M: int,
+               n: int, k: int, num_groups: int, stream: _Stream = None) -> None:
         spec.launch(False, d, a, b, scale_a, scale_b, grouped_layout, M, (n, k, num_groups), stream)
 
     return launch
@@ -155,13 +155,18 @@ class _Spec:
             if t.dtype == E4M3FNUZ:
                 raise Unsupported(f"{name}: E4M3FNUZ payload", "quantise to torch.float8_e4m3fn")
             expect(t.dtype in allowed, f"{name}, dtype", t.dtype, " or ".join(map(str, allowed)), error=TypeError)
-            if allowed is PAYLOADS and t.dtype != E4M3 and t.is_cuda and detect(t.device).target == "gfx942":
+            if allowed is PAYLOADS and t.dtype != E4M3 and is_gfx942(t.device):
                 raise Unsupported(f"{name}: FP8 bytes as {t.dtype} on gfx942, where FlyDSL's are E4M3FNUZ",
                                   "quantise to torch.float8_e4m3fn and pass that dtype")
             expect(t.device == device, f"{name}, device", t.device, f"d's, {device}")
             expect(t.is_contiguous(), f"{name}, strides", t.stride(), "contiguous")
             _expect_shape(name, t, shape)
         return m
+
+
+def is_gfx942(device: torch.device) -> bool:
+    """Whether FlyDSL's FP8 bytes are E4M3FNUZ there."""
+    return device.type == "cuda" and detect(device).target == "gfx942"
 
 
 def _expect_shape(name: str, t: Tensor, shape: tuple[int, ...]) -> None:

@@ -9,12 +9,13 @@ makes a plain copy and later launches find it. How that is never of another weig
 * it remembers torch's version counter, which every in-place torch operation on the weight or a view of it advances.
   Another number means another content: the copy is rewritten where it lies, so that captured graphs that read it keep
   a valid address.
-* what has no version counter (tensors made under `torch.inference_mode`) is copied at every launch, with a warning.
+* what has no version counter (tensors made under `torch.inference_mode`, dtype views made there among them) is copied
+  at every launch, with a warning, unless `freeze_weight` was told that the weight stays.
 * a weight first seen while a CUDA graph is captured is copied inside the graph, at every replay: launch once before.
 
-The counter misses writes that torch does not see: through `.data`, by custom kernels, by collectives; and graphs replay
-without looking at it. After those, call `refresh_weight`. Making or rewriting a copy waits for the device, so that
-every stream may read it.
+The counter misses writes through `.data` or through inference tensors, by custom kernels and by collectives; and graphs
+replay without looking at it. After those, call `refresh_weight`. Making or rewriting a copy waits for the device, so
+that every stream may read it.
 """
 
 from __future__ import annotations
@@ -62,23 +63,35 @@ def refresh_weight(b: Tensor) -> None:
     `b`: the weight, or any view that starts where it does. Without copies nothing happens.
     """
     with _lock:
-        for (address, shape), copy in list(_copies(b).items()):
+        for (address, shape), copy in list(_register(b).copies.items()):
             if address == b.data_ptr():
-                version = b._version
+                version = _version(b)
                 whole = torch.empty(0, dtype=torch.uint8, device=b.device).set_(
                     b.untyped_storage(), b.storage_offset() * b.element_size(), (math.prod(shape),), (1,))
                 _write(whole, copy.plain)
                 copy.version = version
 
 
+def freeze_weight(b: Tensor) -> None:
+    """Promise that whoever writes shuffled weight `b` from here on calls `refresh_weight` after it.
+
+    For tensors without a version counter, whose copies then stay too. It holds for all of `b`'s storage as long as that
+    lives.
+    """
+    with _lock:
+        _register(b).frozen = True
+
+
 def plain_weight(b: Tensor, shape: Shape) -> Tensor:
     """The plain E4M3 `[G, N, K]` of shuffled `b`, contiguous one-byte elements, `shape` = (G, N, K)."""
-    if b.is_inference():
-        warn_once("a weight made under torch.inference_mode has no version counter, so it is un-shuffled at every "
-                  "launch; make it, or clone it, outside")
+    entry = _entry(b)
+    version = _version(b)
+    if version is None and (entry is None or not entry.frozen):
+        warn_once("a weight made, or viewed as another dtype, under torch.inference_mode has no version counter, so it "
+                  "is un-shuffled at every launch; make it outside, or call freeze_weight")
         return _fresh(b, shape)
-    copy = _copies(b).get((b.data_ptr(), shape))
-    if copy is None or copy.version != b._version:
+    copy = None if entry is None else entry.copies.get((b.data_ptr(), shape))
+    if copy is None or not copy.shows(version):
         return _take(b, shape)
     if b.is_cuda and torch.cuda.current_stream(b.device) != copy.stream:
         copy.plain.record_stream(torch.cuda.current_stream(b.device))
@@ -88,25 +101,34 @@ def plain_weight(b: Tensor, shape: Shape) -> Tensor:
 @dataclass(slots=True)
 class _Copy:
     plain: Tensor
-    version: int
+    version: int | None          # None: written from a tensor without a counter
     stream: torch.Stream | None  # the one that the copy was allocated on
+
+    def shows(self, version: int | None) -> bool:
+        """Whether it holds that state of the weight; a frozen weight without a counter has but one."""
+        return version is None or version == self.version
 
 
 @dataclass(slots=True)
 class _Storage:
     alive: weakref.ref
     copies: dict[tuple[int, Shape], _Copy] = field(default_factory=dict)
+    frozen: bool = False
 
 
 _storages: dict[int, _Storage] = {}
 _lock = threading.Lock()
 
 
-def _copies(b: Tensor) -> dict[tuple[int, Shape], _Copy]:
-    """The copies of the storage that `b` lies in; of that storage, not of one that was at its address before."""
+def _version(b: Tensor) -> int | None:
+    return None if b.is_inference() else b._version
+
+
+def _entry(b: Tensor) -> _Storage | None:
+    """What is known of the storage that `b` lies in; of that storage, not of one that was at its address before."""
     storage = b.untyped_storage()
     entry = _storages.get(storage._cdata)
-    return entry.copies if entry is not None and entry.alive() is storage else {}
+    return entry if entry is not None and entry.alive() is storage else None
 
 
 def _take(b: Tensor, shape: Shape) -> Tensor:
@@ -116,9 +138,9 @@ def _take(b: Tensor, shape: Shape) -> Tensor:
                   "captured graph, at every replay; launch once before capturing")
         return _fresh(b, shape)
     with _lock:
-        copies, key = _copies(b), (b.data_ptr(), shape)
-        copy, version = copies.get(key), b._version
-        if copy is not None and copy.version == version:  # another thread was faster
+        copies, key = _register(b).copies, (b.data_ptr(), shape)
+        copy, version = copies.get(key), _version(b)
+        if copy is not None and copy.shows(version):  # another thread was faster
             return copy.plain
         if copy is not None:
             _write(b, copy.plain)
@@ -127,21 +149,21 @@ def _take(b: Tensor, shape: Shape) -> Tensor:
         stream = torch.cuda.current_stream(b.device) if b.is_cuda else None
         copy = _Copy(_empty(b, shape), version, stream)
         _write(b, copy.plain)
-        _register(b)[key] = copy
+        copies[key] = copy
         return copy.plain
 
 
-def _register(b: Tensor) -> dict[tuple[int, Shape], _Copy]:
-    storage = b.untyped_storage()
+def _register(b: Tensor) -> _Storage:
+    """The same, from now on if it was not known."""
+    storage, entry = b.untyped_storage(), _entry(b)
     address = storage._cdata
-    entry = _storages.get(address)
-    if entry is None or entry.alive() is not storage:
+    if entry is None:
         def gone(ref: weakref.ref) -> None:  # takes no lock: it may run wherever the last reference goes
             if (now := _storages.get(address)) is not None and now.alive is ref:
                 _storages.pop(address, None)
 
         entry = _storages[address] = _Storage(weakref.ref(storage, gone))
-    return entry.copies
+    return entry
 
 
 def _fresh(b: Tensor, shape: Shape) -> Tensor:

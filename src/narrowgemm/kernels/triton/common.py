@@ -10,6 +10,8 @@ from ...problem import Config, Problem
 
 FP8 = ("e4m3", "e5m2")
 LAUNCH_SECONDS = 3e-6
+BLOCK_SECONDS = 0.42e-6   # least time of one K block of one tile, however small: loads' latency through the pipeline
+STREAMING = 0.66          # of the read bandwidth that these kernels sustain where weights are the traffic
 A_GROUPS = ((1, 128), (1, 0), (0, 0))
 B_GROUPS = ((128, 128), (1, 128), (1, 0), (0, 0))
 
@@ -96,10 +98,9 @@ def estimate(problem: Problem, config: Config, arch: Arch, efficiency: float) ->
     loads = (config.block_m + config.block_n) * k / per_sm_bandwidth
     resident = max(1, min(4, arch.smem // max(smem_bytes(config, arch), 1)))
     waves = -(-work // sms) if work <= sms else work / sms + 0.5 / resident
-    seconds = waves * max(math, loads)
+    seconds = max(waves * max(math, loads), -(-work // (sms * resident)) * -(-k // 128) * BLOCK_SECONDS)
     if config.split_k > 1:
         seconds += LAUNCH_SECONDS / 2 + 8.0 * config.split_k * problem.m * problem.n / arch.bandwidth
-    # what the loads in flight sustain, out of the bandwidth
-    busy = min(1.0, work * resident / (sms * resident))
-    memory = problem.bytes / (arch.bandwidth * 0.85 * max(busy, 0.1))
+    busy = min(1.0, work / sms)
+    memory = problem.bytes / (arch.bandwidth * STREAMING * max(busy, 0.1))
     return LAUNCH_SECONDS + max(seconds, memory)

@@ -232,9 +232,10 @@ def prepare(step: Step, problem: Problem, x: Operands) -> tuple:
     if tile.A_SCALE_TMA:
         column = _stride(sa, -1, -(-x.m // 4) * 4)
         group = _stride(sa, 0, column * blocks) if masked else 0
-        if group % column or column % 4:
+        if column and not group % column and not column % 4:
+            pitch = group // column
+        else:
             tile = replace(tile, A_SCALE_TMA=False)
-        pitch = group // column
 
     def planes(t: Tensor, rows: int, box: int) -> TensorDescriptor:
         """[1 or G, rows, K] of an operand, moved in boxes of `box` rows by 128."""
@@ -254,9 +255,9 @@ def prepare(step: Step, problem: Problem, x: Operands) -> tuple:
         box = [64, tile.OUT_COLS]
         dtype = {2: gl.bfloat16, 4: gl.float32}[tile.OUT_BYTES]     # only its width matters to the layout
         out_desc = TensorDescriptor(out, [rows, x.n], [om, 1], box, gl.NVMMASharedLayout.get_default_for(box, dtype))
-    scale_strides: tuple[int | None, ...] = (None, None, None, None)
+    plain: tuple[Tensor | int | None, ...] = (None, None, None, None)     # where A's scales come by plain loads
     if not tile.A_SCALE_TMA:
-        scale_strides = (sa, sa.stride(0) if masked else 0, sa.stride(-2), sa.stride(-1))
+        plain = (sa, sa.stride(0) if masked else 0, sa.stride(-2), sa.stride(-1))
     num_m = -(-x.m // tile.BM)
     if problem.layout in ("offsets", "psum"):
         num_m = x.m // tile.BM + x.groups
@@ -266,8 +267,8 @@ def prepare(step: Step, problem: Problem, x: Operands) -> tuple:
     # blocks spread over the SMs before two share one, so a limit on SMs takes one block each
     grid = max(1, min(sms * (tile.CTAS if sms == arch.sms else 1), num_m * -(-x.n // tile.BN)))
     arguments = (
-        planes(a, x.m, tile.BM), sa_desc, planes(b, x.n, tile.BN), out_desc, out, scale_strides[0], sb, x.index, x.m, x.n,
-        blocks, x.groups, x.alignment, pitch, *scale_strides[1:], sb.stride(0) if sb.dim() == 3 else 0, sb.stride(-2),
+        planes(a, x.m, tile.BM), sa_desc, planes(b, x.n, tile.BN), out_desc, out, plain[0], sb, x.index, x.m, x.n,
+        blocks, x.groups, x.alignment, pitch, *plain[1:], sb.stride(0) if sb.dim() == 3 else 0, sb.stride(-2),
         sb.stride(-1), og, om, og // om, tile)
     return device.fp8_block_kernel, grid, arguments, {"num_warps": 4, "maxnreg": tile.max_registers}
 

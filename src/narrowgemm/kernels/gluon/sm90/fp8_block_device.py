@@ -148,6 +148,12 @@ def store_tile(acc, d_s, d_desc, out, problem, tile, cfg: gl.constexpr, WM: gl.c
             x = add_output(x, out, index_ptr, tile, row0, col0, M, N, G, cfg, mma)
         part = parts(x, cfg)
         for j in gl.static_range(SPLIT):
+            # the buffers take turns, and what was stored from one must have been read before it is written again. Only
+            # TMA stores count, so where some parts leave otherwise, nothing less than all of them can be waited for
+            if cfg.LAYOUT == DENSE and cfg.STORE_TMA:
+                tma.store_wait(cfg.OUT_BUFFERS - 1)
+            elif (i * SPLIT + j) % cfg.OUT_BUFFERS == 0:
+                tma.store_wait(0)
             buf = d_s.index((WM * cfg.WGN + WN) * cfg.OUT_BUFFERS + (i * SPLIT + j) % cfg.OUT_BUFFERS)
             store_part(part[j], buf, d_desc, out, index_ptr, tile, row0, col0 + j * cfg.OUT_COLS, M, N, G, cfg)
 

@@ -211,8 +211,6 @@ def store_part(x, buf, d_desc, out, index_ptr, tile, row0, col0, M, N, G, cfg: g
     """64 rows from row0: by TMA where all of them are the product's, else masked."""
     out_ptr, og, om, pitch = out
     n, g, first, end, stop = tile
-    # the buffer's last store must have been read; the buffers take turns
-    tma.store_wait(cfg.OUT_BUFFERS - 1)
     buf.store(x.to(out_ptr.dtype.element_ty))
     if not cfg.STORE_TMA:
         store_masked(buf, out, index_ptr, tile, row0, col0, M, N, G, cfg)

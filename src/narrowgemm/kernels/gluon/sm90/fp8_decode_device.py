@@ -75,6 +75,14 @@ def finish(acc, t, split, outs, out_strides, where, N, cfg: gl.constexpr, CID: g
 
 
 @gluon.jit
+def unit(rings, bars, slot, phase, k0, k1, t, split, outs, out_strides, where, N, cfg: gl.constexpr, CID: gl.constexpr,
+         NT: gl.constexpr):
+    acc, slot, phase = multiply(rings, bars, slot, phase, k0, k1, cfg, CID, NT)
+    finish(acc, t, split, outs, out_strides, where, N, cfg, CID, NT)
+    return slot, phase
+
+
+@gluon.jit
 def consumer(rings, bars, outs, out_strides, shape_args, index_ptr, table_ptr, cap, KB, cfg: gl.constexpr,
              CID: gl.constexpr):
     """Weight rows [CID * WR, +WR) of every tile."""
@@ -90,14 +98,11 @@ def consumer(rings, bars, outs, out_strides, shape_args, index_ptr, table_ptr, c
         where = locate(tile, upto, shape_args, index_ptr, table_ptr, cap, cfg, True)
         if cfg.NARROW > 0:
             if where[2] <= cfg.NARROW:
-                acc, slot, phase = multiply(rings, bars, slot, phase, k0, k1, cfg, CID, cfg.NARROW)
-                finish(acc, t, split, outs, out_strides, where, N, cfg, CID, cfg.NARROW)
+                slot, phase = unit(rings, bars, slot, phase, k0, k1, t, split, outs, out_strides, where, N, cfg, CID, cfg.NARROW)
             else:
-                acc, slot, phase = multiply(rings, bars, slot, phase, k0, k1, cfg, CID, cfg.BT)
-                finish(acc, t, split, outs, out_strides, where, N, cfg, CID, cfg.BT)
+                slot, phase = unit(rings, bars, slot, phase, k0, k1, t, split, outs, out_strides, where, N, cfg, CID, cfg.BT)
         else:
-            acc, slot, phase = multiply(rings, bars, slot, phase, k0, k1, cfg, CID, cfg.BT)
-            finish(acc, t, split, outs, out_strides, where, N, cfg, CID, cfg.BT)
+            slot, phase = unit(rings, bars, slot, phase, k0, k1, t, split, outs, out_strides, where, N, cfg, CID, cfg.BT)
 
 
 @gluon.jit(do_not_specialize=["M", "KB", "G", "alignment", "cap", "sag", "sam", "sak", "sbg", "sbn", "sbk"])
@@ -129,19 +134,35 @@ def fp8_decode_kernel(w_desc, x_desc, narrow_desc, out_ptr, sa_ptr, sb_ptr, inde
         list_pieces(sh, index_ptr, table_ptr, cap, cfg, 4)
         block_barrier()
     R: gl.constexpr = cfg.LOADER_REGS
-    first = (consumer, (rings, bars, outs, out_strides, sh, index_ptr, table_ptr, cap, KB, cfg, 0))
-    second = (consumer, (rings, bars, outs, out_strides, sh, index_ptr, table_ptr, cap, KB, cfg, 1))
-    weights = (weight_loader, (descs, rings, bars, sh, index_ptr, table_ptr, cap, KB, cfg))
-    scales = (scale_loader, (sa_sb, strides, rings, bars, sh, index_ptr, table_ptr, cap, KB, cfg))
-    zeros = (zero_filler, (out_ptr, som, sh, index_ptr, cfg))
+    C: gl.constexpr = cfg.CONSUMER_REGS
     if cfg.CONSUMERS == 1 and cfg.ZERO:
-        gl.warp_specialize([first, weights, scales, zeros], [1, 1, 1], [R, R, R])
+        gl.warp_specialize([
+            (consumer, (rings, bars, outs, out_strides, sh, index_ptr, table_ptr, cap, KB, cfg, 0)),
+            (weight_loader, (descs, rings, bars, sh, index_ptr, table_ptr, cap, KB, cfg)),
+            (scale_loader, (sa_sb, strides, rings, bars, sh, index_ptr, table_ptr, cap, KB, cfg)),
+            (zero_filler, (out_ptr, som, sh, index_ptr, cfg)),
+        ], [1, 1, 1], [R, R, R])
     elif cfg.CONSUMERS == 1:
-        gl.warp_specialize([first, weights, scales], [1, 1], [R, R])
+        gl.warp_specialize([
+            (consumer, (rings, bars, outs, out_strides, sh, index_ptr, table_ptr, cap, KB, cfg, 0)),
+            (weight_loader, (descs, rings, bars, sh, index_ptr, table_ptr, cap, KB, cfg)),
+            (scale_loader, (sa_sb, strides, rings, bars, sh, index_ptr, table_ptr, cap, KB, cfg)),
+        ], [1, 1], [R, R])
     elif cfg.ZERO:
-        gl.warp_specialize([first, second, weights, scales, zeros], [4, 1, 1, 1], [cfg.CONSUMER_REGS, R, R, R])
+        gl.warp_specialize([
+            (consumer, (rings, bars, outs, out_strides, sh, index_ptr, table_ptr, cap, KB, cfg, 0)),
+            (consumer, (rings, bars, outs, out_strides, sh, index_ptr, table_ptr, cap, KB, cfg, 1)),
+            (weight_loader, (descs, rings, bars, sh, index_ptr, table_ptr, cap, KB, cfg)),
+            (scale_loader, (sa_sb, strides, rings, bars, sh, index_ptr, table_ptr, cap, KB, cfg)),
+            (zero_filler, (out_ptr, som, sh, index_ptr, cfg)),
+        ], [4, 1, 1, 1], [C, R, R, R])
     else:
-        gl.warp_specialize([first, second, weights, scales], [4, 1, 1], [cfg.CONSUMER_REGS, R, R])
+        gl.warp_specialize([
+            (consumer, (rings, bars, outs, out_strides, sh, index_ptr, table_ptr, cap, KB, cfg, 0)),
+            (consumer, (rings, bars, outs, out_strides, sh, index_ptr, table_ptr, cap, KB, cfg, 1)),
+            (weight_loader, (descs, rings, bars, sh, index_ptr, table_ptr, cap, KB, cfg)),
+            (scale_loader, (sa_sb, strides, rings, bars, sh, index_ptr, table_ptr, cap, KB, cfg)),
+        ], [4, 1, 1], [C, R, R])
 
 
 @gluon.jit(do_not_specialize=["M", "KB", "G", "alignment", "cap", "ctas"])

@@ -22,7 +22,8 @@ def weight_loader(descs, rings, bars, shape_args, index_ptr, table_ptr, cap, KB,
         if cfg.SPLIT > 1:
             gdc_launch_dependents()
     if NT > 0:
-        narrow_s = view_boxes(x_s, gl.float8e4nv, cfg.STAGES * (cfg.BT // NT), NT, 128, narrow_desc.layout)
+        narrow_s = view_boxes(x_s, gl.float8e4nv, cfg.STAGES * (cfg.BT // NT), NT, 128,
+                              gl.NVMMASharedLayout.get_default_for([1, NT, 128], gl.float8e4nv))
     upto, tiles = tile_table(shape_args, index_ptr, table_ptr, cfg, 1)
     units, split, chunk = share(tiles, KB, gl.num_programs(0), cfg)
     slot = gl.to_tensor(0)

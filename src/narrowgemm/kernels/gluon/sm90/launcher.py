@@ -5,6 +5,8 @@ Here a descriptor is cached under all that is encoded in it, base address includ
 gets either its own descriptor or one that is equal to it. A compiled handle is cached under all that Triton
 specialises for: dtypes, 16-byte alignment of pointers, and the integer arguments.
 
+Where the caller knows that a call has the signature of an earlier one, `bind` leaves nothing but addresses to be put in.
+
 The cached path builds the argument list of the launcher that Triton 3.6 generates. Where that is not there (newer
 Triton), or a profiler has installed launch hooks, the ordinary launch runs instead.
 """
@@ -15,6 +17,7 @@ import inspect
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -76,6 +79,37 @@ class Handle(NamedTuple):
     meta: tuple[dict[str, Any], ...]
 
 
+def current_device() -> int:
+    return _current()[0]()
+
+
+def current_stream(index: int) -> int:
+    return _current()[1](index)
+
+
+@lru_cache(maxsize=1)
+def _current() -> tuple[Callable[[], int], Callable[[int], int]]:
+    """The bare functions behind torch.cuda.current_device and current_stream, where torch is built with them."""
+    from triton.runtime import driver
+
+    device = getattr(torch._C, "_cuda_getDevice", None) or driver.active.get_current_device
+    return device, getattr(torch._C, "_cuda_getCurrentRawStream", None) or driver.active.get_current_stream
+
+
+@lru_cache(maxsize=1)
+def _runtime() -> Any:
+    from triton import knobs
+
+    return knobs.runtime
+
+
+def hooked() -> bool:
+    """Whether a profiler wants to see launches."""
+    runtime = _runtime()
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return (enter is not None and getattr(enter, "calls", True)) or (leave is not None and getattr(leave, "calls", True))
+
+
 _ORDINARY = Handle(None, (), ())
 _descriptors = Cache()
 
@@ -108,35 +142,77 @@ class Launcher:
     def __call__(self, index: int, grid: int, boxes: Sequence[Box], pointers: tuple[int, ...],
                  dtypes: tuple[torch.dtype, ...], ints: tuple[int, ...]) -> None:
         """Launch on the current stream of CUDA device `index`."""
-        from triton import knobs
-        from triton.runtime import driver
-
-        active = driver.active
-        if active.get_current_device() != index:
+        if current_device() != index:
             with torch.cuda.device(index):
                 self(index, grid, boxes, pointers, dtypes, ints)
                 return
-        odd = 0
-        for p in pointers:
-            odd |= p
-        key = (index, ints, dtypes, tuple(p % 16 for p in pointers) if odd % 16 else ())
+        key = _key(index, pointers, dtypes, ints)
         handle = self._handles.find(key)
         if handle is None:
             # this launch compiles, or loads the compiled kernel
             compiled = self.kernel[(grid,)](*self.arguments(boxes, pointers, dtypes, ints), **self.options)
             self._handles.put(key, _handle(compiled))
             return
-        if handle.raw is None or _hooked(knobs.runtime):
+        if handle.raw is None or hooked():
             self.kernel[(grid,)](*self.arguments(boxes, pointers, dtypes, ints), **self.options)
             return
-        maps: list[Any] = []
-        for box, meta in zip(boxes, handle.meta):
-            tag = (index, box.tensor.data_ptr(), box.tensor.dtype, meta["swizzle"], *box[1:])
-            found = _descriptors.find(tag)
-            if found is None:
-                found = _descriptors.put(tag, _descriptor(box, meta))
-            maps += (found, *box.shape, *box.strides)
-        handle.raw(grid, 1, 1, active.get_current_stream(index), *handle.head, *maps, *pointers, *ints, *self.constants)
+        maps = _maps(index, boxes, handle.meta)
+        handle.raw(grid, 1, 1, current_stream(index), *handle.head, *maps, *pointers, *ints, *self.constants)
+
+    def bind(self, index: int, grid: int, boxes: Sequence[Box], pointers: tuple[int, ...],
+             dtypes: tuple[torch.dtype, ...], ints: tuple[int, ...]) -> Bound | None:
+        """What a launch like this one, which has been made, comes to: None where it goes the ordinary way, or where a
+        pointer is off 16 bytes (the next call's may be on them, and would want another kernel)."""
+        handle = self._handles.find(_key(index, pointers, dtypes, ints))
+        if handle is None or handle.raw is None or any(p % 16 for p in pointers):
+            return None
+        return Bound(handle, index, grid, boxes, (*ints, *self.constants))
+
+
+class Bound:
+    """A launch with everything fixed but the addresses: `bound(stream, bound.maps(tensors, addresses), *pointers)`.
+
+    Pointers are on 16 bytes, and tensors have the dtypes, shapes and strides that it was bound with: neither is checked.
+    """
+
+    __slots__ = ("_boxes", "_found", "_grid", "_handle", "_head", "_index", "_raw", "_tail")
+
+    def __init__(self, handle: Handle, index: int, grid: int, boxes: Sequence[Box], tail: tuple[Any, ...]) -> None:
+        assert handle.raw is not None
+        self._handle, self._raw, self._head = handle, handle.raw, handle.head
+        self._index, self._grid, self._tail = index, grid, tail
+        self._boxes = [box[1:] for box in boxes]
+        self._found = Cache(256)
+
+    def maps(self, tensors: Sequence[Tensor], addresses: Hashable) -> tuple[Any, ...]:
+        """The descriptors' arguments. `addresses`: of all different tensors among `tensors`, one a box."""
+        found = self._found.find(addresses)
+        if found is None:
+            boxes = [Box(t, *b) for t, b in zip(tensors, self._boxes)]
+            found = self._found.put(addresses, tuple(_maps(self._index, boxes, self._handle.meta)))
+        return found
+
+    def __call__(self, stream: int, maps: tuple[Any, ...], *pointers: int) -> None:
+        self._raw(self._grid, 1, 1, stream, *self._head, *maps, *pointers, *self._tail)
+
+
+def _key(index: int, pointers: tuple[int, ...], dtypes: tuple[torch.dtype, ...], ints: tuple[int, ...]) -> tuple[Any, ...]:
+    odd = 0
+    for p in pointers:
+        odd |= p
+    return index, ints, dtypes, tuple(p % 16 for p in pointers) if odd % 16 else ()
+
+
+def _maps(index: int, boxes: Sequence[Box], metas: Sequence[dict[str, Any]]) -> list[Any]:
+    """Each box's descriptor, shape and strides, in the order of the generated launcher's arguments."""
+    maps: list[Any] = []
+    for box, meta in zip(boxes, metas):
+        tag = (index, box.tensor.data_ptr(), box.tensor.dtype, meta["swizzle"], *box[1:])
+        found = _descriptors.find(tag)
+        if found is None:
+            found = _descriptors.put(tag, _descriptor(box, meta))
+        maps += (found, *box.shape, *box.strides)
+    return maps
 
 
 def _handle(kernel: Any) -> Handle:
@@ -154,12 +230,6 @@ def _handle(kernel: Any) -> Handle:
     # function, flags, two scratch buffers, metadata, launch metadata, two hooks
     head = (kernel.function, run.launch_cooperative_grid, run.launch_pdl, None, None, kernel.packed_metadata)
     return Handle(launch, (*head, None, None, None), meta)
-
-
-def _hooked(runtime: Any) -> bool:
-    """Whether a profiler wants to see launches."""
-    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
-    return any(h is not None and getattr(h, "calls", True) for h in hooks)
 
 
 def _descriptor(box: Box, meta: dict[str, Any]) -> Any:

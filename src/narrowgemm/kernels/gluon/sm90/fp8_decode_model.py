@@ -1,0 +1,76 @@
+"""Predicted time of the Hopper FP8 decode kernel. Constants are fitted to an H200's times of 26 cases in 12 configs each.
+
+Tiles go over the CTAs in waves. A wave ends when memory has delivered its bytes and the SM with the most work has taken its
+share in: an SM takes tokens in again with every tile of weights, and no faster than what it has in flight per latency.
+"""
+
+from __future__ import annotations
+
+from ....arch import Arch
+from ....problem import Config, Problem
+from .fp8_decode_tile import ITEMSIZE, extra
+
+START = 3.7e-6               # launch, schedule, first bytes, drain
+DEPENDENT = -0.7e-6          # less of it where the previous kernel's end overlaps the launch
+EPILOGUE = 0.2e-9            # a sum's way from registers to memory at a tile's end
+SUM_SECONDS = 2.0e-6         # the kernel that adds partial sums
+SEGMENTS_SECONDS = 1.0e-6    # listing 1024 rows of m_indices
+EFFICIENCY = 0.93            # of the peak bandwidth
+INTAKE = 105e9               # bytes/s that one SM takes in
+LATENCY = 0.75e-6
+WRITE = 2                    # a byte written among reads costs so many read
+SPREAD = (0.5, 0.7, 0.9, 1.0, 1.3, 1.6)     # groups' sizes over the expected one
+
+
+def expected_rows(problem: Problem) -> int:
+    return max(1, problem.m if problem.layout == "dense" else problem.rows)
+
+
+def pieces(problem: Problem, config: Config) -> tuple[float, float]:
+    """Expected (tiles of rows, token columns that they take in) of a group that has rows."""
+    rows, bt, narrow = expected_rows(problem), config.block_m, extra(config, "narrow")
+    if problem.layout == "contiguous":
+        rows = max(1, rows * 3 // 4)        # the rest is padding
+    count = columns = 0
+    sizes = [rows] if problem.layout == "dense" or rows == 1 else [max(1, round(rows * x)) for x in SPREAD]
+    for size in sizes:
+        whole, rest = divmod(size, bt)
+        count += whole + (rest > 0)
+        columns += whole * bt + (0 if not rest else narrow if rest <= narrow else bt)
+    return count / len(sizes), columns / len(sizes)
+
+
+def tiles_expected(problem: Problem, config: Config) -> int:
+    count, _ = pieces(problem, config)
+    return max(1, round(problem.active_groups * count)) * -(-problem.n // config.block_n)
+
+
+def estimate(problem: Problem, config: Config, arch: Arch) -> float:
+    """Seconds."""
+    sms = min(arch.sms, problem.max_sms or arch.sms)
+    ctas = sms * extra(config, "ctas", 1)
+    count, columns = pieces(problem, config)
+    tiles = tiles_expected(problem, config)
+    k_blocks = problem.k // 128
+    split = max(1, min(config.split_k, ctas // tiles))
+    units, k_blocks = tiles * split, -(-k_blocks // split)
+    size = config.block_m * config.block_n
+    written = problem.active_groups * expected_rows(problem) * problem.n * ITEMSIZE[problem.out_dtype]
+    read = (problem.bytes + (WRITE - 1) * written) / units
+    slot = (config.block_n + columns / count) * 128
+    alone = min(INTAKE, config.num_stages * slot / LATENCY)
+
+    def wave(n: int) -> float:
+        memory = n * read / (arch.bandwidth * EFFICIENCY)
+        intake = k_blocks * slot * max(-(-n // sms) / INTAKE, 1 / alone)
+        return (memory**3 + intake**3) ** (1 / 3)
+
+    seconds = START + EPILOGUE * size + units // ctas * wave(ctas) + (wave(units % ctas) if units % ctas else 0.0)
+    if extra(config, "pdl"):
+        seconds += DEPENDENT
+    if split > 1:
+        # partial sums are written and read, mostly in L2
+        seconds += SUM_SECONDS + units * size * 8 / (arch.bandwidth * 1.2)
+    if problem.layout == "contiguous":
+        seconds += SEGMENTS_SECONDS * -(-problem.m // 1024)
+    return seconds
