@@ -484,6 +484,10 @@ def _jit(fn: Any = None, **_: Any) -> Any:
     return fn if fn is not None else _jit
 
 
+def _device_range(*bounds: Any) -> Any:
+    return (wrap(np.int32(i)) for i in range(*(int(raw(b)) for b in bounds)))
+
+
 def load_device_module(name: str) -> types.ModuleType:
     """A device module of kernels/gluon/sm90 as plain Python."""
     gluon = types.ModuleType("triton.experimental.gluon")
@@ -504,13 +508,17 @@ def load_device_module(name: str) -> types.ModuleType:
     before = {n: sys.modules.get(n) for n in stand_ins}
     sys.modules.update(stand_ins)
     try:
-        return importlib.import_module(f"_emulated_sm90.{name}")
+        module = importlib.import_module(f"_emulated_sm90.{name}")
+        for n, m in sys.modules.items():
+            if n.startswith("_emulated_sm90"):
+                m.__dict__["range"] = _device_range
+        return module
     finally:
-        for n, module in before.items():
-            if module is None:
+        for n, old in before.items():
+            if old is None:
                 del sys.modules[n]
             else:
-                sys.modules[n] = module
+                sys.modules[n] = old
         for n in [n for n in sys.modules if n.startswith("_emulated_sm90")]:
             del sys.modules[n]
 

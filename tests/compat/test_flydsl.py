@@ -285,16 +285,18 @@ def test_reallocated(copies):
 
 
 def test_an_entry_of_another_storage_does_not_count():
+    """As if y had come to lie where x was, and x's copies were still known there."""
     x, y = (torch.zeros(16, 32, dtype=torch.uint8) + i for i in (1, 2))
-    weights.plain_weight(x, (1, 16, 32))
-    weights._storages[y.untyped_storage()._cdata] = weights._storages.pop(x.untyped_storage()._cdata)
-    key = next(iter(weights._storages[y.untyped_storage()._cdata].copies))
-    weights._storages[y.untyped_storage()._cdata].copies[y.data_ptr(), key[1]] = \
-        weights._storages[y.untyped_storage()._cdata].copies.pop(key)
-    assert (weights.plain_weight(y, (1, 16, 32)).view(torch.uint8) == 2).all()
-    del x
+    shape = (1, 16, 32)
+    weights.plain_weight(x, shape)
+    stale = weights._storages[y.untyped_storage()._cdata] = weights._storages[x.untyped_storage()._cdata]
+    stale.copies[y.data_ptr(), shape] = stale.copies[x.data_ptr(), shape]
+    assert (weights.plain_weight(y, shape).view(torch.uint8) == 2).all()
+    address = x.untyped_storage()._cdata
+    weights._storages[address] = weights._storages[y.untyped_storage()._cdata]
+    del x, stale
     gc.collect()
-    assert y.untyped_storage()._cdata in weights._storages, "x's callback leaves y's entry"
+    assert address in weights._storages, "x's callback drops x's entry alone"
 
 
 def test_two_weights_in_one_storage(copies):
@@ -484,15 +486,16 @@ def test_tiles_are_passed_where_the_kernel_can(monkeypatch, layout, tiles, honou
     from narrowgemm.compat.flydsl import factories
     from narrowgemm.ops import common, grouped
 
+    n = k = 512
+    args = problem(layout, 2048, n, k)
     monkeypatch.setenv("NARROWGEMM_ARCH", "mi350x")
     seen = []
     monkeypatch.setattr(factories, "grouped_gemm", lambda *args, **options: seen.append((args, options)))
-    n = k = 512
     options = dict(zip(("tile_m", "tile_n", "tile_k"), tiles))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        launcher(layout, n, k, **options)(**problem(layout, 2048, n, k))
-        launcher(layout, n, k)(**problem(layout, 2048, n, k))
+        launcher(layout, n, k, **options)(**args)
+        launcher(layout, n, k)(**args)
     assert [bool(c) for c in caught] == [True] * (not honoured)
     plans = []
     for operands, given in seen:

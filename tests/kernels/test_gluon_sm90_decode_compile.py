@@ -21,7 +21,9 @@ from .._compile import compile_jobs
 N, K, G = 512, 1024, 4
 ARCH = get_arch("h200")
 INDEX = {"contiguous": torch.int32, "offsets": torch.int64, "psum": torch.int32, "masked": torch.int32}
-FEW = (("dense", 64, 0), ("masked", 20, 1), ("offsets", 8, 3), ("psum", 16, 4), ("contiguous", 64, 9))
+# layout, rows a group, token columns, of few rows, weight rows, warps, most units a tile
+FEW = (("dense", 64, 64, 0, 64, 4, 2), ("masked", 20, 64, 32, 128, 8, 1), ("offsets", 8, 8, 0, 64, 4, 2),
+       ("psum", 16, 64, 16, 128, 4, 1), ("contiguous", 64, 128, 64, 128, 8, 1))
 
 
 def problem(layout: str, rows: int, out_dtype: str = "bf16") -> Problem:
@@ -63,11 +65,13 @@ def chosen(which: str) -> Iterator[tuple[str, Problem, Config, Operands]]:
                 for c in fp8_decode.configs(p, ARCH):
                     yield f"{layout} {rows}", p, c, operands(p)
         return
-    for layout, rows, at in FEW:
+    for layout, rows, *want in FEW:
         p = problem(layout, rows)
-        yield f"{layout} {rows}", p, fp8_decode.configs(p, ARCH)[at], operands(p)
+        c = next(c for c in fp8_decode.configs(p, ARCH)
+                 if [c.block_m, fp8_decode.extra(c, "narrow"), c.block_n, c.num_warps, min(c.split_k, 2)] == want)
+        yield f"{layout} {rows}", p, replace(c, extra=(*c.extra, ("keep", 1))) if layout == "masked" else c, operands(p)
     p = replace(problem("dense", 8, "fp32"), accumulate=True)
-    yield "dense 8 fp32 accumulate e8m0", p, fp8_decode.configs(p, ARCH)[5], operands(p, torch.float32, torch.uint8)
+    yield "dense 8 fp32 accumulate e8m0", p, fp8_decode.configs(p, ARCH)[0], operands(p, torch.float32, torch.uint8)
 
 
 def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], object]]]:
@@ -93,6 +97,7 @@ def check(reports: list[dict]) -> None:
 def test_every_layout() -> None:
     reports = compile_jobs("sm90", "tests.kernels.test_gluon_sm90_decode_compile:jobs")
     assert sum(r["kernel"] == "fp8_decode_kernel" for r in reports) == 6
+    assert sum(r["kernel"] == "fp8_decode_sum_kernel" for r in reports) >= 2
     check(reports)
 
 

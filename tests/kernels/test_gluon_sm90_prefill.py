@@ -141,7 +141,7 @@ def offsets(sizes: list[int], start: int = 0) -> list[int]:
 
 # ---------------------------------------------------------------- device code
 @pytest.mark.parametrize("name", TILES)
-@pytest.mark.parametrize("blocks", [1, 4, 7])
+@pytest.mark.parametrize("blocks", [1, 7])
 def test_dense(device, name: str, blocks: int) -> None:
     Case("dense", 200, 264, blocks, 1, [0], seed=blocks, **TILES[name]).check(device, grid=2)
 
@@ -241,7 +241,7 @@ def test_configs_are_legal(layout: str, out_dtype: str) -> None:
         assert len(found) >= 6
         for c in found:
             t = fp8_block.tile_of(p, c, H200)
-            assert (t.BM, t.BN) == (c.block_m, c.block_n)
+            assert (c.block_m, c.block_n) == (t.BM, t.BN)
             assert t.shared_bytes * t.CTAS + 1024 * t.CTAS <= H200.smem + 1024
             assert 1 <= t.HEAD <= k // 128 and (k // 128 - t.HEAD) % t.UNROLL == 0
             assert (t.SKIP + t.HEAD) % t.KS == 0 or t.UNROLL % t.KS == 0

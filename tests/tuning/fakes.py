@@ -17,6 +17,10 @@ from narrowgemm.testing.worker import Station
 
 SMALL, LARGE, SPLIT = Config(16), Config(32), Config(16, split_k=2)
 
+QUANTISE = SimpleNamespace(**{
+    **{k: getattr(torch_reference, k) for k in ("NAME", "BACKEND", "configs", "workspace", "estimate", "launch")},
+    "supports": lambda problem, arch: None if problem.op == "quantize" else "no"})
+
 
 def kernel(name: str, predicted: Mapping[Config, float], backend: str = "fake",
            spoil: Callable[[Config, torch.Tensor], None] | None = None) -> SimpleNamespace:
@@ -27,15 +31,15 @@ def kernel(name: str, predicted: Mapping[Config, float], backend: str = "fake",
             spoil(step.config, operands.out)
 
     return SimpleNamespace(
-        NAME=name, BACKEND=backend, supports=torch_reference.supports, configs=lambda problem, arch: list(predicted),
+        NAME=name, BACKEND=backend, supports=lambda problem, arch: "no" if problem.op == "quantize" else None, configs=lambda problem, arch: list(predicted),
         workspace=lambda problem, config: 0, estimate=lambda problem, config, arch: predicted[config] * 1e-6, launch=launch)
 
 
 def install(monkeypatch: Any, *fakes: SimpleNamespace) -> None:
-    """Make these the only kernels."""
+    """Make these the only kernels for products; the reference still quantises. Undone with `monkeypatch`."""
     for name in list(kernels()):
         monkeypatch.delitem(kernels(), name)
-    for fake in fakes:
+    for fake in (*fakes, QUANTISE):
         monkeypatch.setitem(kernels(), fake.NAME, fake)
     dispatch._select.cache_clear()
 

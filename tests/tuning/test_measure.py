@@ -35,7 +35,7 @@ def by_label(out: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def test_every_candidate_is_gated_and_timed(monkeypatch: pytest.MonkeyPatch) -> None:
     out, timer = trial(monkeypatch, GOOD, finalists=2)
-    assert out["error"] is None and (out["n"], out["k"], out["rows"]) == (96, 160, 32)
+    assert out["error"] is None and (out["n"], out["k"], out["rows"]) == (96, 160, 24)
     assert out["table"] == "grouped_gemm-offsets-fp8_1x128-fp8_128x128.json"
     entries = by_label(out)
     assert {label: c["us"] for label, c in entries.items()} == GOOD
@@ -80,7 +80,7 @@ def test_results_of_the_same_bits_are_gated_once(monkeypatch: pytest.MonkeyPatch
     assert made == [[A]] and all(c["calc_diff"] for c in out["candidates"])
     made.clear()
     monkeypatch.setattr(measure, "KEPT_BYTES", 1)
-    trial(monkeypatch, GOOD, spoil=lambda config, y: y[:1].mul_(1.001) if config == LARGE else None)
+    trial(monkeypatch, GOOD, spoil=lambda config, y: y[:1].mul_(1.5) if config == LARGE else None)
     assert made == [[A], [B], [C]]   # no room: what waits is judged first
 
 

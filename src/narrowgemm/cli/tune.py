@@ -36,9 +36,9 @@ def user_tables() -> Path:
 @click.option("--packaged", is_flag=True, help="Write the tables that ship with the package, in this source tree.")
 @click.option("--sweep", "sweep_path", type=click.Path(dir_okay=False, path_type=Path),
               help="No tables: keep every measurement in this file.")
-@click.option("--from", "sources", multiple=True, type=click.Path(exists=True, dir_okay=False, path_type=Path),
+@click.option("--from", "sources", multiple=True, type=click.Path(dir_okay=False, path_type=Path),
               help="Make tables from sweep files, without measuring.")
-@click.option("--report", "report_path", type=click.Path(exists=True, dir_okay=False, path_type=Path),
+@click.option("--report", "report_path", type=click.Path(dir_okay=False, path_type=Path),
               help="Print what a sweep file says of the cost model, without measuring.")
 @click.option("--resume", is_flag=True, help="Keep what was measured before at this commit, and measure the rest.")
 @click.option("--budget", type=float, default=0.0, help="Seconds after which no case starts. 0: no limit.")
@@ -112,7 +112,7 @@ def measure(run: search.Tuning, job: Job, warm: int, timeout: float) -> None:
         return
     with Progress(len(job.cases)) as bar:
         done = 0
-        for event in search.compile_ahead(job, warm) if warm else ():
+        for event in search.compile_ahead(job, warm, timeout) if warm else ():
             done += event["event"] == "done"
             bar.describe(f"compiled {done} of {warm * len(job.cases)}")
         for event in search.run(job, timeout):

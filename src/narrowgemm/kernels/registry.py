@@ -25,6 +25,7 @@ from .operands import Operands
 
 MODULES: tuple[str, ...] = (
     "gluon.sm90.fp8_decode",
+    "gluon.sm90.fp8_block",
     "triton.fp8_block",
     "triton.fp8_wgrad",
     "triton.quantize",

@@ -27,7 +27,7 @@ from ..testing.numerics import GateResult
 from ..testing.timers import Timing
 from ..testing.worker import FAILURES, STICKY, DeviceLost, Station, emit, environment, failure
 from . import store
-from .space import PORTABLE, Candidate, candidates, pick
+from .space import PORTABLE, Candidate, candidates, pick, problem_of
 
 QUICK_ROUNDS = 2
 KEPT_BYTES = 8 << 30    # of results that wait for the gates
@@ -243,19 +243,20 @@ def failed(case: Case, error: str, problem: Problem | None = None) -> Record:
 def compile_share(job: Job, case: Case) -> None:
     """Launch this process's share of the candidates on inputs without values; what fails shows when it is measured.
 
-    A candidate belongs to the same share in every case, so that no two processes compile the same thing.
+    A candidate of a layout belongs to the same share in every case: no two processes compile the same thing.
     """
     assert job.share is not None
     index, of = job.share
-    inputs = build(case, job.device, job.seed, hollow=True)
-    problem = problem_of_call(inputs)
-    found = candidates(problem, detect(torch.device(job.device)), job.kernels) if problem else []
-    for c in found:
-        if zlib.crc32(c.label.encode()) % of == index:
-            try:
-                inputs.call(backend=c.kernel, config=c.config)
-            except FAILURES as e:
-                emit("stage", stage=f"compile {c.label}: {failure(e)}")
+    found = candidates(problem_of(case), detect(torch.device(job.device)), job.kernels) if case.rows else []
+    mine = [c for c in found if zlib.crc32(f"{case.layout} {c.label}".encode()) % of == index]
+    inputs = build(case, job.device, job.seed, hollow=True) if mine else None
+    for c in mine:
+        assert inputs is not None
+        emit("stage", stage=f"compile {c.label}")
+        try:
+            inputs.call(backend=c.kernel, config=c.config)
+        except FAILURES as e:
+            emit("stage", stage=f"compile {c.label}: {failure(e)}")
 
 
 def main() -> int:

@@ -7,6 +7,7 @@ measured again in a new process: a bad config costs itself and not the run.
 from __future__ import annotations
 
 import datetime
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -65,10 +66,15 @@ def measured(record: Record) -> Event:
     return {"event": "measured", "record": record}
 
 
-def compile_ahead(job: Job, processes: int, timeout: float = 600.0) -> Iterator[Event]:
-    """Compile every candidate in `processes` workers side by side; a `done` for each case of each worker."""
-    workers = [Worker(replace(job, share=(i, processes)), timeout, MODULE) for i in range(processes)]
-    return side_by_side(workers, timeout)
+def compile_ahead(job: Job, processes: int, timeout: float = 120.0) -> Iterator[Event]:
+    """Compile every candidate in `processes` workers side by side; a `done` for each case of each worker.
+
+    It takes no more than half of the time that is left until `job.deadline`, or 600 s.
+    """
+    left = (job.deadline - time.time()) / 2 if job.deadline else 600.0
+    share = replace(job, deadline=time.time() + left)
+    workers = [Worker(replace(share, share=(i, processes)), timeout, MODULE) for i in range(processes)]
+    return side_by_side(workers, max(0.0, left))
 
 
 def distinct(cases: Iterable[Case]) -> list[Case]:

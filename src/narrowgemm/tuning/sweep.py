@@ -29,7 +29,8 @@ def write(path: Path, header: dict[str, Any], records: Iterable[Record]) -> None
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A sweep file. ValueError where it is none of this schema."""
+    """A sweep file. ValueError where there is none, or one of another schema."""
+    expect(path.is_file(), "sweep file", str(path), "a file that `narrowgemm tune --sweep` wrote")
     try:
         data = json.loads(path.read_text())
     except json.JSONDecodeError as e:

@@ -118,7 +118,7 @@ class _Spec:
         lead = (groups,) if masked else ()
         tensors = (d, a, b, scale_a, scale_b, index)
         key = None
-        if all(isinstance(t, Tensor) for t in tensors) and isinstance(m, int):
+        if type(m) is int and all(isinstance(t, Tensor) for t in tensors):
             key = (masked, m, dims, *((t.shape, t.dtype, t.device, t.is_contiguous()) for t in tensors))
         if key is None or key not in self.checked:
             m = self._check(masked, lead, tensors, m, dims)
@@ -130,7 +130,8 @@ class _Spec:
             out = _shaped(d, (*lead, m, n))
             x = _scaled(_shaped(a, (*lead, m, k)), _shaped(scale_a, (*lead, k // 128, m)).mT, FP8_1x128)
             y = _scaled(plain_weight(b, (groups, n, k)), _shaped(scale_b, (groups, n // 128, k // 128)), FP8_128x128)
-            index = index[: groups if masked else m]
+            rows = groups if masked else m
+            index = index if len(index) == rows else index[:rows]
             layout = Masked(index) if masked else Contiguous(index)
             grouped_gemm(x, y, layout, out=out, zero_padding=False, **self.tiles.options(x, y, layout, out))
 

@@ -79,7 +79,8 @@ def columns(problem: Problem) -> list[tuple[int, int]]:
         return [(token, 0), *half]
     if token == TOKENS[-1]:
         return [(token, token // 2), *half]
-    return [(max(64, 2 * token), token), (token, 0)]
+    wide = [(128, token)] if token < 64 < problem.m and problem.layout != "masked" else []
+    return [(max(64, 2 * token), token), *wide, (token, 0)]
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
@@ -88,13 +89,17 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
     out = []
     for bt, narrow in columns(problem):
         for bn, warps, ctas in SHAPES:
+            if bt == 128 and bn == 64 and 0 < narrow < 64:
+                continue            # takes in as much for a large group as 64 columns on 128 weight rows do
             more = (("ctas", ctas),) * (ctas > 1) + (("narrow", narrow),) * (narrow > 0) + pdl
             c = Config(bt, bn, 128, warps, 0, swap_ab=True, persistent=True, extra=more)
             stages = min(MAX_STAGES, (smem_budget(c, arch) - smem_bytes(problem, c)) // slot_bytes(c))
             c = replace(c, num_stages=stages)
-            # cut tiles along K where they are fewer than half the CTAs, to at least 4 K blocks
-            most = min(MAX_SPLIT, sms * ctas // tiles_expected(problem, c), problem.k // 512)
-            for split in {1, max(1, most), max(1, most // 2)}:
+            # cut tiles along K where they are fewer than half the CTAs, to at least 4 K blocks. Two widths and partial sums
+            # are too much for the registers
+            room = sms * ctas // tiles_expected(problem, c) if ctas < 3 and not narrow else 1
+            most = min(MAX_SPLIT, room, problem.k // 512)
+            for split in sorted({1, max(1, most), max(1, most // 2)}):
                 s = replace(c, split_k=split, extra=(*more, ("sms", arch.sms)) if split > 1 else more)
                 if legal(problem, s, arch) is None:
                     out.append(s)

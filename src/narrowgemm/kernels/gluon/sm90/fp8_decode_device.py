@@ -178,6 +178,7 @@ def fp8_decode_sum_kernel(out_ptr, index_ptr, part_ptr, table_ptr, M, N, KB, G, 
     units, split, chunk = share(tiles, KB, ctas, cfg)
     if split > 1:
         STRIPS: gl.constexpr = cfg.BN // 16
+        BT: gl.constexpr = cfg.BT
         n = gl.arange(0, 16, gl.SliceLayout(1, lay))
         tok = gl.arange(0, cfg.BT, gl.SliceLayout(0, lay))
         for i in range(gl.program_id(0), tiles * STRIPS, gl.num_programs(0)):
@@ -187,7 +188,7 @@ def fp8_decode_sum_kernel(out_ptr, index_ptr, part_ptr, table_ptr, M, N, KB, G, 
             base = part_ptr + tile * split * (cfg.BT * cfg.BN) + strip
             ptrs = base + gl.expand_dims(tok * cfg.BN, 0) + gl.expand_dims(n, 1)
             live = gl.expand_dims(tok < rows, 0)
-            acc = gl.zeros([16, cfg.BT], gl.float32, lay)
+            acc = gl.zeros([16, BT], gl.float32, lay)
             for s in range(0, split, 4):
                 parts = ()
                 for j in gl.static_range(4):

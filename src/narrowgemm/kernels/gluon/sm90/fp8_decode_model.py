@@ -12,14 +12,15 @@ from .fp8_decode_tile import ITEMSIZE, extra
 
 START = 3.7e-6               # launch, schedule, first bytes, drain
 DEPENDENT = -0.7e-6          # less of it where the previous kernel's end overlaps the launch
-EPILOGUE = 0.2e-9            # a sum's way from registers to memory at a tile's end
+EPILOGUE = 0.2e-9            # of a tile's sum, from registers to memory at the end of all
 SUM_SECONDS = 2.0e-6         # the kernel that adds partial sums
 SEGMENTS_SECONDS = 1.0e-6    # listing 1024 rows of m_indices
 EFFICIENCY = 0.93            # of the peak bandwidth
 INTAKE = 105e9               # bytes/s that one SM takes in
 LATENCY = 0.75e-6
 WRITE = 2                    # a byte written among reads costs so many read
-SPREAD = (0.5, 0.7, 0.9, 1.0, 1.3, 1.6)     # groups' sizes over the expected one
+INSURANCE = 0.01             # what it is worth that a group of many times the expected size costs few passes over its weights
+SPREAD = (0.7, 0.85, 1.0, 1.15, 1.3)          # groups' sizes over the expected one
 
 
 def expected_rows(problem: Problem) -> int:
@@ -40,6 +41,15 @@ def pieces(problem: Problem, config: Config) -> tuple[float, float]:
     return count / len(sizes), columns / len(sizes)
 
 
+def passes(problem: Problem, config: Config) -> float:
+    """How often a group that is far larger than expected is gone through, over the best that can be, 0 to 1. A masked
+    layout's expected size is its caller's word, so twice that is enough there."""
+    most = min(128, problem.m)
+    if problem.layout == "dense" or config.block_m >= (min(64, most) if problem.layout == "masked" else most):
+        return 0.0
+    return 1 - config.block_m / most
+
+
 def tiles_expected(problem: Problem, config: Config) -> int:
     count, _ = pieces(problem, config)
     return max(1, round(problem.active_groups * count)) * -(-problem.n // config.block_n)
@@ -54,7 +64,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     k_blocks = problem.k // 128
     split = max(1, min(config.split_k, ctas // tiles))
     units, k_blocks = tiles * split, -(-k_blocks // split)
-    size = config.block_m * config.block_n
+    size = config.block_n * columns / count
     written = problem.active_groups * expected_rows(problem) * problem.n * ITEMSIZE[problem.out_dtype]
     read = (problem.bytes + (WRITE - 1) * written) / units
     slot = (config.block_n + columns / count) * 128
@@ -73,4 +83,4 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
         seconds += SUM_SECONDS + units * size * 8 / (arch.bandwidth * 1.2)
     if problem.layout == "contiguous":
         seconds += SEGMENTS_SECONDS * -(-problem.m // 1024)
-    return seconds
+    return seconds * (1 + INSURANCE * passes(problem, config))

@@ -166,10 +166,9 @@ def zero_filler(out_ptr, som, shape_args, index_ptr, cfg: gl.constexpr):
     R: gl.constexpr = 8
     W: gl.constexpr = 32 * cfg.STORE_VEC
     lay: gl.constexpr = gl.BlockedLayout([cfg.STORE_VEC], [32], [1], [0])
-    n = gl.arange(0, W, lay)
-    zero = gl.zeros([W], gl.float32, lay).to(out_ptr.dtype.element_ty)
     if cfg.PDL:
         gdc_wait()
+    zero = gl.zeros([W], gl.float32, lay).to(out_ptr.dtype.element_ty)
     if cfg.LAYOUT == PSUM:
         starts, sizes = all_groups(shape_args, index_ptr, cfg, 1)
         ends = starts + sizes
@@ -179,17 +178,19 @@ def zero_filler(out_ptr, som, shape_args, index_ptr, cfg: gl.constexpr):
         c0 = (u - r0 * strips) * (8 * W)
         c1 = gl.minimum(c0 + 8 * W, N)
         r0 = r0 * R
-        dead = ()
+        dead = u * 0            # a bit a row
         for i in gl.static_range(R):
             r = r0 + i
             if cfg.LAYOUT == CONTIGUOUS:
-                g = gl.load(index_ptr + r, mask=r < M, other=0)
-                dead = dead + ((g < 0) | (g >= G), )
+                g = gl.load(index_ptr + r, mask=r < M, other=0).to(gl.int32)
+                dead |= gl.where((g < 0) | (g >= G), 1 << i, 0)
             else:
                 inside = (starts <= r) & (r < ends)
-                dead = dead + ((r < M) & (gl.max(inside.to(gl.int32), 0) == 0), )
-        for i in gl.static_range(R):
-            if dead[i]:
-                base = out_ptr + (r0 + i).to(gl.int64) * som
-                for c in range(c0, c1, W):
-                    put(base + c + n, zero, c + n < N, cfg)
+                dead |= gl.where((r < M) & (gl.max(inside.to(gl.int32), 0) == 0), 1 << i, 0)
+        for i in range(0, gl.minimum(M - r0, R)):
+            if (dead >> i) & 1 == 1:
+                # columns count from c0: fewer values that live from the kernel's start, where registers are fewest
+                base = out_ptr + ((r0 + i).to(gl.int64) * som + c0)
+                for c in range(0, c1 - c0, W):
+                    n = c + gl.arange(0, W, lay)
+                    put(base + n, zero, n < N - c0, cfg)

@@ -70,7 +70,7 @@ def max_registers(config: Config) -> int:
 def register_split(config: Config, table: int) -> tuple[int, int]:
     """(registers of a loader's thread, of a consumer's), with a group table of that size in each loader."""
     regs = max_registers(config)
-    loader = min(regs, 56 if table <= 256 else 88 if table <= 512 else 128)
+    loader = min(regs, 56 + 16 * (config.block_m == 128) if table <= 256 else 88 if table <= 512 else 128)
     return loader, min(232, (regs * (config.num_warps + 4) - 4 * loader) // config.num_warps // 8 * 8)
 
 
@@ -105,6 +105,8 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
         return f"{bt} x {config.block_n // consumers} sums take about {need} registers, {register_split(config, 32)[1]} there"
     if not 1 <= config.split_k <= MAX_SPLIT:
         return f"split_k={config.split_k}, expected 1 to {MAX_SPLIT}"
+    if config.split_k > 1 and (narrow or extra(config, "ctas", 1) > 2):
+        return "split_k takes registers that two widths (narrow) or three CTAs on an SM don't leave"
     if config.split_k > 1 and (problem.batch_invariant or extra(config, "sms") < 1):
         return "split_k cuts K by the work at hand: not batch-invariant, and needs sms=... for its workspace"
     if config.num_stages < 3 or smem_bytes(problem, config) > smem_budget(config, arch):

@@ -1,0 +1,64 @@
+"""Launches of the Hopper prefill kernel for the compile tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from narrowgemm.arch import get_arch
+from narrowgemm.formats import FP8_1x128, FP8_128x128, ScaledTensor
+from narrowgemm.kernels.gluon.sm90 import fp8_block
+from narrowgemm.kernels.operands import Operands
+from narrowgemm.problem import Config, Operand, Problem, Step
+
+M, N, K, G = 512, 1536, 1024, 4
+LAYOUTS = ("dense", "contiguous", "offsets", "psum", "masked")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def describe(layout: str, k: int = K, a_scale: str = "mn", e8m0: bool = False, **kw) -> Problem:
+    dtype = "e8m0" if e8m0 else "fp32"
+    return Problem("gemm" if layout == "dense" else "grouped_gemm", layout, M, N, k, 1 if layout == "dense" else G,
+                   Operand(FP8_1x128, scale_dtype=dtype, scale_major=a_scale), Operand(FP8_128x128, scale_dtype=dtype),
+                   rows=M // G, **kw)
+
+
+def operands(p: Problem) -> Operands:
+    empty, f8 = torch.empty, torch.float8_e4m3fn
+    planes = (G,) if p.layout == "masked" else ()
+    groups = () if p.layout == "dense" else (G,)
+    scale = torch.uint8 if p.a.scale_dtype == "e8m0" else torch.float32
+    sa = empty(*planes, p.k // 128, M, dtype=scale).mT if p.a.scale_major == "mn" else empty(*planes, M, p.k // 128, dtype=scale)
+    index = {"dense": None, "contiguous": empty(M, dtype=torch.int32), "offsets": empty(G + 1, dtype=torch.int64)}
+    return Operands(
+        ScaledTensor(empty(*planes, M, p.k, dtype=f8), sa, p.a.format),
+        ScaledTensor(empty(*groups, N, p.k, dtype=f8), empty(*groups, N // 128, p.k // 128, dtype=scale), p.b.format),
+        empty(*planes, M, N, dtype=DTYPES[p.out_dtype]), M, N, p.k, p.groups,
+        index[p.layout] if p.layout in index else empty(G, dtype=torch.int32), 128)
+
+
+def call(p: Problem, config: Config) -> None:
+    kernel, grid, arguments, options = fp8_block.prepare(Step(fp8_block.NAME, config), p, operands(p))
+    assert arguments[-1] == fp8_block.tile_of(p, config, get_arch("sm90"))
+    kernel[(grid,)](*arguments, **options)
+
+
+def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], object]]]:
+    """'few': one config a layout, and some kinds of tile with an odd number of K blocks; 'all': every config of the search space and every option."""
+    arch = get_arch(target)
+    for layout in LAYOUTS:
+        p = describe(layout)
+        for c in fp8_block.configs(p, arch)[: None if which == "all" else 1]:
+            yield f"{layout} {c}", lambda p=p, c=c: call(p, c)
+    odd = describe("offsets", k=7 * 128)
+    few = ((128, 128, (("slot", 2),)), (256, 128, ()), (64, 128, (("ctas", 2),)))
+    for c in fp8_block.configs(odd, arch):
+        if which == "all" or (c.block_m, c.block_n, c.extra) in few:
+            yield f"offsets, odd K, {c}", lambda c=c: call(odd, c)
+    options = {"E8M0": describe("masked", e8m0=True, a_scale="k"), "fp32": describe("dense", out_dtype="fp32"),
+               "accumulate": describe("contiguous", accumulate=True, out_dtype="fp16"),
+               "plain stores": describe("psum", out_aligned=False)}
+    for name, p in options.items():
+        for c in fp8_block.configs(p, arch)[: 6 if which == "all" else 1]:
+            yield f"{name} {c}", lambda p=p, c=c: call(p, c)

@@ -1,0 +1,34 @@
+"""The Hopper prefill kernel compiles for sm_90a: wgmma, TMA, register reallocation, no spills, nothing serialised."""
+
+from __future__ import annotations
+
+import pytest
+
+from .._compile import compile_jobs
+
+JOBS = "tests.kernels.gluon_sm90_prefill_jobs:jobs"
+SHARED = 232448
+WORST_SPILL = 16    # bytes, of numbers read once a tile
+
+
+def check(reports: list[dict]) -> None:
+    for r in reports:
+        assert r["ops"]["wgmma.mma_async"] and r["ops"]["e4m3"] and r["ops"]["cp.async.bulk.tensor"], r
+        assert r["ops"]["setmaxnreg"], r
+        assert not r["serialized"], f"{r['job']}: ptxas serialises wgmma (C7514)"
+        assert r["spills"] <= (WORST_SPILL if "ctas=2" in r["job"] else 0), r
+        assert r["shared"] <= (SHARED if "ctas=2" not in r["job"] else 115712), r
+        assert r["registers"] <= 168, r
+
+
+@pytest.mark.compile
+def test_representative_configs() -> None:
+    reports = compile_jobs("sm90", JOBS)
+    assert len(reports) >= 12
+    check(reports)
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+def test_every_config() -> None:
+    check(compile_jobs("sm90", JOBS, "all"))

@@ -1,0 +1,140 @@
+"""Tuned tables: written and read back, the exact bucket first, then the nearest; illegal choices are passed by."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from narrowgemm.arch import get_arch
+from narrowgemm.ops.explain import describe
+from narrowgemm.problem import Config
+from narrowgemm.runtime import dispatch
+from narrowgemm.tuning import store
+
+DENSE = "gemm-dense-fp8_1x128-fp8_128x128.json"
+GOOD = Config(64, 64, num_stages=4)
+
+
+def row(rows: int, kernel: str = "triton.fp8_block", config: Config = GOOD, n: int = 512, k: int = 1024, **more: object) -> dict:
+    return {"n": n, "k": k, "rows": rows, "adopted": True, "kernel": kernel, "config": config.to_dict(), "us": 5.0, **more}
+
+
+def look(root: Path, m: int, n: int = 512, k: int = 1024, **how: object) -> store.Tuned | None:
+    return store.lookup(describe("gemm", m=m, n=n, k=k, **how), "h200", str(root))  # type: ignore[arg-type]
+
+
+def test_a_written_table_is_read_back_sorted(tmp_path: Path) -> None:
+    path = store.write_table(tmp_path, "h200", DENSE, {"commit": "abc"}, [row(64), row(8), row(64, n=128)])
+    doc = json.loads(path.read_text())
+    assert (doc["schema"], doc["device"], doc["commit"]) == (store.SCHEMA, "h200", "abc")
+    assert [store.row_key(r) for r in doc["rows"]] == [(128, 1024, 64), (512, 1024, 8), (512, 1024, 64)]
+    assert path.read_text().count("\n") < 15 and not list(tmp_path.rglob("*.part"))   # a row a line
+    found = look(tmp_path, 60)
+    assert found is not None and (found.kernel, found.config, found.us) == ("triton.fp8_block", GOOD, 5.0)
+    assert found.source == f"h200/{DENSE} (64 rows)"
+
+
+def test_writing_again_replaces_keys_and_keeps_the_others(tmp_path: Path) -> None:
+    store.write_table(tmp_path, "h200", DENSE, {}, [row(64), row(8)])
+    assert look(tmp_path, 64).kernel == "triton.fp8_block"  # type: ignore[union-attr]
+    store.write_table(tmp_path, "h200", DENSE, {}, [row(64, "other"), row(4096)])
+    assert look(tmp_path, 64).kernel == "other" and look(tmp_path, 8).kernel == "triton.fp8_block"  # type: ignore[union-attr]
+    assert len(store.read_rows(tmp_path / "h200" / DENSE)) == 3
+
+
+@pytest.mark.parametrize(("have", "m", "expected"), [
+    ((64, 96), 96, 96),      # its own bucket
+    ((32, 64), 48, 64),      # 1.33 away rather than 1.5
+    ((64,), 128, 64), ((256,), 128, 256),   # within a factor of two
+    ((64, 256), 128, 256),   # equally near: the larger
+    ((48,), 128, None), ((512,), 128, None), ((1,), 4096, None),
+])
+def test_the_nearest_bucket_within_a_factor_of_two(tmp_path: Path, have: tuple[int, ...], m: int, expected: int | None) -> None:
+    store.write_table(tmp_path, "h200", DENSE, {}, [row(r, f"k{r}") for r in have])
+    found = look(tmp_path, m)
+    assert (found.kernel if found else None) == (f"k{expected}" if expected else None)
+    assert look(tmp_path, m, n=640) is None and look(tmp_path, m, k=2048) is None
+
+
+def test_a_row_that_was_not_adopted_leaves_it_to_the_cost_model(tmp_path: Path) -> None:
+    """Of its own bucket, and before a neighbour's choice."""
+    store.write_table(tmp_path, "h200", DENSE, {}, [row(64, adopted=False), row(96)])
+    assert look(tmp_path, 64) is None and look(tmp_path, 96) is not None
+
+
+def test_the_users_rows_count_before_the_packaged_ones_of_the_same_bucket(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "PACKAGED", tmp_path / "packaged")
+    store.write_table(tmp_path / "packaged", "h200", DENSE, {}, [row(64, "packaged"), row(96, "packaged")])
+    store.write_table(tmp_path / "mine", "h200", DENSE, {}, [row(64, "mine")])
+    assert [look(tmp_path / "mine", m).kernel for m in (64, 96)] == ["mine", "packaged"]  # type: ignore[union-attr]
+    assert store.lookup(describe("gemm", m=64, n=512, k=1024), "h200").kernel == "packaged"  # type: ignore[union-attr]
+    assert store.lookup(describe("gemm", m=64, n=512, k=1024), "h100") is None
+
+
+def test_groups_are_no_key(tmp_path: Path) -> None:
+    name = "grouped_gemm-masked-fp8_1x128-fp8_128x128.json"
+    store.write_table(tmp_path, "h200", name, {}, [row(24)])
+    for groups in (1, 6, 32, 256):
+        problem = describe("grouped_gemm", layout="masked", groups=groups, m=4096, expected_m=20, n=512, k=1024)
+        assert store.lookup(problem, "h200", str(tmp_path)) is not None
+
+
+def test_k_of_a_weight_gradient_is_a_bucket() -> None:
+    keys = {store.key(describe("grouped_gemm_wgrad", layout="k_grouped", groups=8, m=512, n=512, k=k, b="fp8_1x128"))
+            for k in (7000, 8000, 8192)}
+    assert keys == {(512, 8192, 64)}
+
+
+def test_no_rows_is_no_key(tmp_path: Path) -> None:
+    store.write_table(tmp_path, "h200", DENSE, {}, [row(1)])
+    problem = describe("gemm", m=1, n=512, k=1024)
+    assert store.lookup(problem, "h200", str(tmp_path)) is not None
+    import dataclasses
+
+    assert store.lookup(dataclasses.replace(problem, rows=0), "h200", str(tmp_path)) is None
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("{", "no JSON"), ('{"schema": 99, "rows": []}', r"got schema 99, expected 1; make it anew"), ("[]", "got schema None"),
+    ('{"schema": 1, "rows": [{"n": 1}]}', "a row has no 'k'"),
+])
+def test_files_that_are_no_tables(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "h200" / DENSE
+    path.parent.mkdir()
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        look(tmp_path, 64)
+
+
+def test_a_choice_that_can_not_run_this_call_is_passed_by(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The key says nothing of dtype, strides, SMs: what is legal for one call may not be for another."""
+    monkeypatch.setenv("NARROWGEMM_TABLES", str(tmp_path))
+    h200 = get_arch("h200")
+    plain = describe("gemm", m=64, n=4096, k=7168)
+    decode = next((c for c in _decode_configs(plain) if _illegal_as_fp32(c)), None)
+    assert decode is not None, "no config of the decode kernel that FP32 output rules out"
+    store.write_table(tmp_path, "h200", DENSE, {}, [row(64, "gluon_sm90.fp8_decode", decode, 4096, 7168)])
+    dispatch._select.cache_clear()
+    assert dispatch.select(plain, h200).config == decode and "tuned table" in dispatch.select(plain, h200).reason
+    other = dispatch.select(describe("gemm", m=64, n=4096, k=7168, out_dtype="fp32"), h200)
+    assert other.config != decode and "cost model" in other.reason
+    few = dispatch.select(describe("gemm", m=64, n=4096, k=7168, max_sms=20), h200)   # legal there, so it is kept
+    assert few.config == decode
+    odd = dispatch.select(describe("gemm", m=64, n=4096, k=7168), h200, "triton")     # another backend was asked for
+    assert odd.backend == "triton" and "cost model" in odd.reason
+    dispatch._select.cache_clear()
+
+
+def _decode_configs(problem) -> list[Config]:
+    from narrowgemm.kernels.registry import kernels
+
+    return kernels()["gluon_sm90.fp8_decode"].configs(problem, get_arch("h200"))
+
+
+def _illegal_as_fp32(config: Config) -> bool:
+    from narrowgemm.kernels.registry import kernels
+
+    problem = describe("gemm", m=64, n=4096, k=7168, out_dtype="fp32")
+    return dispatch.illegal(kernels()["gluon_sm90.fp8_decode"], problem, config, get_arch("h200")) is not None
