@@ -305,6 +305,8 @@ def _run() -> Run:
 
 def tma_load(desc: Descriptor, at: list[Any], bar: Barrier, out: Shared) -> None:
     assert list(out.a.shape) == desc.box and out.dtype is desc.dtype, (out.a.shape, desc.box)
+    if int(raw(at[-1])) * desc.dtype.size % 16:
+        raise EmulationError("a box that doesn't start on 16 bytes: an illegal instruction on the H200")
     out.a[...] = np.nan
     inside, boxed = desc.windows(at)
 

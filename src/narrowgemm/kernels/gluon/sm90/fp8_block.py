@@ -7,6 +7,7 @@ one block (or two) an SM takes tile after tile. Device code: `fp8_block_device.p
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -74,9 +75,10 @@ def _config(bm: int, bn: int, stages: int, strip: int = 16, **extra: int) -> Con
 
 
 _CANDIDATES = (
-    _config(128, 128, 5), _config(128, 128, 4), _config(128, 128, 5, 8), _config(128, 128, 3, slot=2),
-    _config(128, 128, 5, unroll=8), _config(256, 128, 3), _config(256, 128, 3, 8), _config(128, 256, 3),
-    _config(128, 128, 3, ctas=2), _config(64, 256, 4), _config(64, 128, 3, ctas=2), _config(64, 128, 8), _config(128, 64, 7),
+    _config(128, 128, 5, 8), _config(128, 128, 5), _config(128, 128, 5, 8, late_store=1), _config(128, 128, 5, late_store=1),
+    _config(128, 128, 5, unroll=8), _config(128, 128, 5, 8, unroll=8, late_store=1), _config(128, 128, 3, slot=2),
+    _config(128, 256, 3), _config(256, 128, 3, 8, late_store=1), _config(128, 128, 3, ctas=2), _config(64, 256, 4),
+    _config(64, 256, 4, late_store=1), _config(64, 128, 3, ctas=2), _config(64, 128, 8), _config(128, 64, 7),
 )
 
 
@@ -138,39 +140,56 @@ def workspace(problem: Problem, config: Config) -> int:
 
 # ---------------------------------------------------------------- cost
 LAUNCH_SECONDS = 3.0e-6
-MEMORY_SECONDS = 4.0e-6     # to fill the pipes and drain them, where bytes decide
+MEMORY_SECONDS = 5.0e-6     # to fill the pipes and drain them, where bytes decide
 MEMORY_EFFICIENCY = 0.85    # of the streaming rate
-TILE_SECONDS = 0.35e-6      # of a tile, beyond its K blocks
-# seconds of one K block of 128 on one SM of an H200 that is busy all over; alone: of the only block on an SM that could hold two
-_BLOCK_SECONDS = {
-    (128, 128, 1): 0.430e-6, (256, 128, 1): 0.840e-6, (128, 256, 1): 0.840e-6, (64, 256, 1): 0.450e-6,
-    (128, 64, 1): 0.270e-6, (64, 128, 1): 0.290e-6, (64, 128, 2): 0.490e-6, (128, 128, 2): 0.900e-6,
+TILE_SECONDS = 0.6e-6       # of a tile, beyond its K blocks
+_NOT_HIDDEN = 0.15          # of the shorter of arithmetic and bytes
+# microseconds of one K block of 128 on one SM of an H200: where every SM is busy (with two blocks an SM: both of them), where
+# only a few are, and what plain loads of A's scales cost beside (1 = nothing). Fitted to a sweep: docs/measured.md
+_BLOCK_TIMES = {
+    (128, 128, 1): (0.430, 0.36, 1.02), (256, 128, 1): (1.060, 0.76, 1.13), (128, 256, 1): (1.000, 0.75, 1.20),
+    (64, 256, 1): (0.470, 0.42, 1.00), (128, 64, 1): (0.325, 0.31, 1.02), (64, 128, 1): (0.285, 0.26, 1.15),
+    (64, 128, 2): (0.546, 0.45, 1.00), (128, 128, 2): (0.985, 0.55, 1.15),
 }
-_ALONE = 0.62
-_NOT_HIDDEN = 0.1          # of the shorter of arithmetic and bytes
+_OUTSIDE = 0.8              # TMA is slow where a box reaches outside its tensor
 _H200_RATE = 1.40e15        # FP8 rate of the device that the figures are from
 
 
-def tiles(problem: Problem, config: Config) -> int:
+def tiles(problem: Problem, config: Config) -> float:
     """Tiles expected to have work."""
     num_n = -(-problem.n // config.block_n)
-    if problem.layout in ("dense", "contiguous"):
+    if problem.layout == "dense":
         return -(-problem.m // config.block_m) * num_n
+    if problem.layout == "contiguous":
+        # a tile that two segments share is worked on twice; segments are taken to be aligned to 128 rows
+        shared = min(1.0, problem.groups * config.block_m / max(problem.m, 1)) if config.block_m > 128 else 0.0
+        return -(-problem.m // config.block_m) * num_n * (1 + shared)
     groups = problem.groups if problem.layout == "masked" else problem.active_groups
-    return groups * -(-max(problem.rows, 1) // config.block_m) * num_n
+    rows = max(problem.rows, 1)
+    # sizes spread about their mean: half a tile a group goes to waste, where they don't all fit into one
+    per_group = rows / config.block_m + 0.5 if rows > config.block_m else 1
+    return groups * max(1.0, per_group) * num_n
 
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
-    """Seconds: whole waves of tiles, or the bytes at the streaming rate, whichever is longer, and some of the other."""
+    """Seconds: waves of tiles, or the bytes at the streaming rate, whichever is longer, and some of the other."""
     ctas = dict(config.extra).get("ctas", 1)
     sms = min(arch.sms, problem.max_sms or arch.sms)
     work = tiles(problem, config)
-    per_block = _BLOCK_SECONDS[config.block_m, config.block_n, ctas] * (_H200_RATE / 132) / (arch.fp8_flops / arch.sms)
-    per_tile = per_block * (problem.k // 128) + ctas * TILE_SECONDS
-    waves, rest = divmod(work, sms * ctas)
-    seconds = waves * per_tile
-    if rest:
-        seconds += per_tile * (_ALONE if ctas == 2 and rest <= sms else 1.0)
+    busy, alone, plain = _BLOCK_TIMES[config.block_m, config.block_n, ctas]
+    if problem.layout == "offsets" or problem.a.scale_major != "mn" or problem.a.scale_dtype != "fp32":
+        busy, alone = busy * plain, alone * plain
+    if problem.layout == "dense" and problem.m < config.block_m:
+        outside = 1 + _OUTSIDE * (1 - problem.m / config.block_m)
+        busy, alone = busy * outside, alone * outside
+    unit = problem.k // 128 * 1e-6 * (_H200_RATE / 132) / (arch.fp8_flops / arch.sms)
+    if work <= sms:     # one tile an SM: the fewer, the faster
+        seconds = unit * (alone + (busy / ctas - alone if ctas == 1 else 0.0) * work / sms) + TILE_SECONDS
+    else:
+        waves = work / (sms * ctas)
+        waves = math.ceil(waves) if waves < 8 else waves + 0.5
+        last_alone = ctas == 2 and 0 < work % (sms * ctas) <= sms
+        seconds = waves * (unit * busy + TILE_SECONDS) - (unit * (busy - alone) if last_alone else 0.0)
     memory = MEMORY_SECONDS + problem.bytes / (arch.bandwidth * MEMORY_EFFICIENCY * min(1.0, max(work, 1) / (0.6 * sms)))
     return LAUNCH_SECONDS + max(seconds, memory) + _NOT_HIDDEN * min(seconds, memory)
 

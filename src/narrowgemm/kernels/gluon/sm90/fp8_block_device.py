@@ -184,7 +184,9 @@ def consumer(d_desc, out, scales, rings, d_s, bars, table, problem, cfg: gl.cons
     for i in gl.static_range(MP):
         acc = acc + (zero, )
     cursor, tile = first_tile(work, cfg, 4)
-    done = tile             # the tile whose sums are in acc, where `pending`
+    # the tile whose sums are in acc, where `pending`. Values of its own: Triton 3.6 doesn't carry a variable through the loop
+    # that starts as another's alias and is assigned in a branch
+    done = (fresh(tile[0]), fresh(tile[1]), fresh(tile[2]), fresh(tile[3]), fresh(tile[4]))
     pending = gl.program_id(0) < 0
     bases = scale_bases(scales, tile, N, cfg, WM, WN)
     sb = load_b_scale(bases[1], scales, slot, KB, True)

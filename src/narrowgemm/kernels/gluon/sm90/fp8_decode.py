@@ -42,7 +42,7 @@ MAX_GROUPS = 1024            # the group table is held in the registers of one w
 MAX_INDICES = 1 << 15        # rows of m_indices that every CTA goes through at its start
 MAX_STAGES = 16
 SHAPES = ((64, 4, 3), (64, 4, 2), (128, 4, 2), (128, 8, 1))      # weight rows, warps of consumers, CTAs on an SM
-DEPENDENT_BYTES = 128e6      # up to so many bytes the start of the kernel, which a dependent launch hides, is worth it
+KEEP_BYTES = 16e6            # an output of so many bytes and fewer is asked to stay in L2, where its reader finds it
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:
@@ -85,13 +85,14 @@ def columns(problem: Problem) -> list[tuple[int, int]]:
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     sms = min(arch.sms, problem.max_sms or arch.sms)
-    pdl = (("pdl", 1),) * (problem.bytes <= DEPENDENT_BYTES)
+    rows = problem.groups * problem.rows if problem.layout == "masked" else problem.m
+    keep = (("keep", 1),) * (rows * problem.n * ITEMSIZE[problem.out_dtype] <= KEEP_BYTES)
     out = []
     for bt, narrow in columns(problem):
         for bn, warps, ctas in SHAPES:
             if bt == 128 and bn == 64 and 0 < narrow < 64:
                 continue            # takes in as much for a large group as 64 columns on 128 weight rows do
-            more = (("ctas", ctas),) * (ctas > 1) + (("narrow", narrow),) * (narrow > 0) + pdl
+            more = (("ctas", ctas),) * (ctas > 1) + (("narrow", narrow),) * (narrow > 0) + keep
             c = Config(bt, bn, 128, warps, 0, swap_ab=True, persistent=True, extra=more)
             stages = min(MAX_STAGES, (smem_budget(c, arch) - smem_bytes(problem, c)) // slot_bytes(c))
             c = replace(c, num_stages=stages)
@@ -100,7 +101,8 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
             room = sms * ctas // tiles_expected(problem, c) if ctas < 3 and not narrow else 1
             most = min(MAX_SPLIT, room, problem.k // 512)
             for split in sorted({1, max(1, most), max(1, most // 2)}):
-                s = replace(c, split_k=split, extra=(*more, ("sms", arch.sms)) if split > 1 else more)
+                # a dependent launch pays for the kernel behind it, the sum, and costs where there is none
+                s = replace(c, split_k=split, extra=(*more, ("pdl", 1), ("sms", arch.sms)) if split > 1 else more)
                 if legal(problem, s, arch) is None:
                     out.append(s)
     return out

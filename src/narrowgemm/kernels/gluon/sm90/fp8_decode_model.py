@@ -11,14 +11,16 @@ from ....problem import Config, Problem
 from .fp8_decode_tile import ITEMSIZE, extra
 
 START = 3.7e-6               # launch, schedule, first bytes, drain
-DEPENDENT = -0.7e-6          # less of it where the previous kernel's end overlaps the launch
+DEPENDENT = -0.5e-6          # less of it where the sum of the partial sums is launched ahead
+STEP = 0.12e-6               # of one K block of 64 weight rows, in one warpgroup, however narrow
 EPILOGUE = 0.2e-9            # of a tile's sum, from registers to memory at the end of all
 SUM_SECONDS = 2.0e-6         # the kernel that adds partial sums
 SEGMENTS_SECONDS = 1.0e-6    # listing 1024 rows of m_indices
 EFFICIENCY = 0.93            # of the peak bandwidth
 INTAKE = 105e9               # bytes/s that one SM takes in
 LATENCY = 0.75e-6
-WRITE = 2                    # a byte written among reads costs so many read
+WRITE = 2                    # a byte written among reads costs so many read,
+WRITE_KEPT = 1               # and so many where it is kept in L2
 INSURANCE = 0.01             # what it is worth that a group of many times the expected size costs few passes over its weights
 SPREAD = (0.7, 0.85, 1.0, 1.15, 1.3)          # groups' sizes over the expected one
 
@@ -66,14 +68,15 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     units, k_blocks = tiles * split, -(-k_blocks // split)
     size = config.block_n * columns / count
     written = problem.active_groups * expected_rows(problem) * problem.n * ITEMSIZE[problem.out_dtype]
-    read = (problem.bytes + (WRITE - 1) * written) / units
+    read = (problem.bytes + ((WRITE_KEPT if extra(config, "keep") else WRITE) - 1) * written) / units
     slot = (config.block_n + columns / count) * 128
     alone = min(INTAKE, config.num_stages * slot / LATENCY)
 
     def wave(n: int) -> float:
         memory = n * read / (arch.bandwidth * EFFICIENCY)
         intake = k_blocks * slot * max(-(-n // sms) / INTAKE, 1 / alone)
-        return (memory**3 + intake**3) ** (1 / 3)
+        step = k_blocks * STEP * config.block_n / (16 * config.num_warps)
+        return max((memory**3 + intake**3) ** (1 / 3), step)
 
     seconds = START + EPILOGUE * size + units // ctas * wave(ctas) + (wave(units % ctas) if units % ctas else 0.0)
     if extra(config, "pdl"):
