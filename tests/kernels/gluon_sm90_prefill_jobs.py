@@ -75,18 +75,17 @@ def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], ob
         p = describe(layout)
         for c in fp8_block.configs(p, arch)[: None if which == "all" else 1]:
             yield f"{layout} {c}", lambda p=p, c=c: call(p, c)
-    odd = describe("offsets", k=7 * 128)
-    few = ((128, 128, (("slot", 2),)), (256, 128, ()), (64, 128, (("ctas", 2),)))
+    odd = describe("masked", k=7 * 128)
+    few = {(128, 128, "slot"), (128, 256, ""), (64, 128, "ctas")}
     for c in fp8_block.configs(odd, arch):
-        if which == "all" or (c.block_m, c.block_n, c.extra) in few:
-            yield f"offsets, odd K, {c}", lambda c=c: call(odd, c)
+        if which == "all" or (c.block_m, c.block_n, "".join(k for k, _ in c.extra)) in few:
+            yield f"masked, odd K, {c}", lambda c=c: call(odd, c)
     options = {"E8M0": describe("masked", e8m0=True, a_scale="k"), "fp32": describe("dense", out_dtype="fp32"),
                "accumulate": describe("contiguous", accumulate=True, out_dtype="fp16"),
                "plain stores": describe("psum", out_aligned=False)}
     for layout in ("dense", "masked"):
         p = describe(layout)
-        c = fp8_block.configs(p, arch)[0]
-        late = replace(c, extra=(*c.extra, ("late_store", 1)))
+        late = replace(fp8_block.configs(p, arch)[0], extra=(("late_store", 1),))
         yield f"{layout} {late}", lambda p=p, c=late: call(p, c)
     for name, p in options.items():
         for c in fp8_block.configs(p, arch)[: 6 if which == "all" else 1]:

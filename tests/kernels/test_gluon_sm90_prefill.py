@@ -74,7 +74,7 @@ class Case:
         self.memory, self.guard = memory, guard
         options = {"STAGES": 4, "KS": 1, "UNROLL": 4, **tile}
         options.update(HEAD=1 + (blocks - 1) % options["UNROLL"], SKIP=-blocks % options["KS"])
-        anywhere = layout == "offsets" or layout == "psum" and alignment % 4 != 0
+        anywhere = layout == "offsets" or (layout == "psum" and alignment % 4 != 0)
         self.tile = Tile(LAYOUTS[layout], A_SCALE_TMA=a_scale == "mn" and not anywhere, ZERO=zero and layout in ("contiguous", "psum"),
                          ACCUMULATE=accumulate, STORE_TMA=store_tma, OUT_BYTES=out.size,
                          GROUPS=32 if groups <= 32 else 128, **options)

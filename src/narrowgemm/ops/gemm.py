@@ -41,7 +41,8 @@ def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, *, out: Tensor | No
     dtype = common.out_dtype_of(out, out_dtype, torch.bfloat16)
     common.check_config(config)
     key = common.signature(a, b, out, dtype, accumulate, backend, config, max_sms, validate, on_unsupported)
-    plan, memo = _plans.get(key, lambda: plan_of(a, b, out, dtype, accumulate, Options(backend, config, max_sms, validate, on_unsupported)))
+    plan, memo = _plans.get(key, lambda: plan_of(a, b, out, dtype, accumulate,
+                                                 Options(backend, config, max_sms, validate, on_unsupported)))
     if common.wants_sync(validate):
         validate_data.check_scales(a, b)
     if out is None:

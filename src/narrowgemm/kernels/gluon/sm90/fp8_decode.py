@@ -18,6 +18,7 @@ from ....problem import Config, Problem, Step
 from ...operands import Operands
 from .fp8_decode_model import estimate, expected_rows, tiles_expected
 from .fp8_decode_tile import (
+    ITEMSIZE,
     LAYOUT_IDS,
     MAX_SPLIT,
     TOKENS,
