@@ -77,7 +77,7 @@ def _config(bm: int, bn: int, stages: int, strip: int = 16, **extra: int) -> Con
 _CANDIDATES = (
     _config(128, 128, 5, 8), _config(128, 128, 5), _config(128, 128, 5, 8, late_store=1), _config(128, 128, 5, late_store=1),
     _config(128, 128, 5, unroll=8), _config(128, 128, 5, 8, unroll=8, late_store=1), _config(128, 128, 3, slot=2),
-    _config(128, 256, 3), _config(256, 128, 3, 8, late_store=1), _config(128, 128, 3, ctas=2), _config(64, 256, 4),
+    _config(128, 256, 3), _config(128, 128, 3, ctas=2), _config(64, 256, 4),
     _config(64, 256, 4, late_store=1), _config(64, 128, 3, ctas=2), _config(64, 128, 8), _config(128, 64, 7),
 )
 
@@ -195,6 +195,9 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
         waves = math.ceil(waves) if waves < 8 else waves + 0.5
         last_alone = ctas == 2 and 0 < work % (sms * ctas) <= sms
         seconds = waves * (unit * busy + TILE_SECONDS) - (unit * (busy - alone) if last_alone else 0.0)
+    if dict(config.extra).get("late_store"):
+        # the store beside the next tile's first product: seen to pay where K is long and tiles are many
+        seconds *= 0.98 if problem.k >= 4096 and work > 2 * sms else 1.005
     memory = MEMORY_SECONDS + problem.bytes / (arch.bandwidth * MEMORY_EFFICIENCY * min(1.0, max(work, 1) / (0.6 * sms)))
     return LAUNCH_SECONDS + max(seconds, memory) + _NOT_HIDDEN * min(seconds, memory)
 

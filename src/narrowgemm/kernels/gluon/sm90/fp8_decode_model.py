@@ -19,6 +19,7 @@ SEGMENTS_SECONDS = 1.0e-6    # listing 1024 rows of m_indices
 EFFICIENCY = 0.93            # of the peak bandwidth
 INTAKE = 105e9               # bytes/s that one SM takes in
 LATENCY = 0.75e-6
+WIDE = 1.18                  # 128 token columns: their sums leave no registers to run ahead in
 WRITE = 2                    # a byte written among reads costs so many read,
 WRITE_KEPT = 1               # and so many where it is kept in L2
 INSURANCE = 0.01             # what it is worth that a group of many times the expected size costs few passes over its weights
@@ -86,4 +87,6 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
         seconds += SUM_SECONDS + units * size * 8 / (arch.bandwidth * 1.2)
     if problem.layout == "contiguous":
         seconds += SEGMENTS_SECONDS * -(-problem.m // 1024)
+    if config.block_m == 128 and not extra(config, "narrow"):
+        seconds *= WIDE
     return seconds * (1 + INSURANCE * passes(problem, config))
