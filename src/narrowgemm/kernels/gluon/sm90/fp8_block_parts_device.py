@@ -7,6 +7,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait)
 
 from .fp8_block_schedule_device import CONTIGUOUS, DENSE, MASKED, NO_GROUP, PSUM, fresh
+from .scales_device import as_float
 from .shim import tma_load, tma_store
 
 FP8_TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
@@ -40,18 +41,6 @@ def load_blocks(descs, rings, bar, slot, at, kb, cfg: gl.constexpr, FROM: gl.con
 
 
 # ---------------------------------------------------------------- scales
-@gluon.jit
-def as_float(x):
-    """A scale: FP32 as it is, uint8 as E8M0 (0 is 2^-127, 255 is NaN)."""
-    if x.dtype == gl.uint8:
-        bits = x.to(gl.int32) << 23
-        bits = gl.where(x == 0, 0x00400000, bits)
-        bits = gl.where(x == 255, 0x7FC00000, bits)
-        return bits.to(gl.float32, bitcast=True)
-    else:
-        return x
-
-
 @gluon.jit
 def scale_bases(scales, tile, N, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr):
     """Where this warpgroup's scales of a tile start: (A's, per row of piece 0, B's). A tile may lie past N: clamped."""

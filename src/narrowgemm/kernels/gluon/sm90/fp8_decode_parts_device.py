@@ -7,6 +7,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .fp8_decode_schedule_device import (
     CONTIGUOUS, MASKED, PSUM, advance, all_groups, k_range, locate, share, tile_table)
+from .scales_device import as_float
 from .shim import tma_load, view_boxes
 
 
@@ -51,18 +52,6 @@ def weight_loader(descs, rings, bars, shape_args, index_ptr, table_ptr, cap, KB,
 
 
 # ---------------------------------------------------------------- scales
-@gluon.jit
-def as_float(x):
-    """A scale: FP32 as it is, uint8 as E8M0 (0 is 2^-127, 255 is NaN)."""
-    if x.dtype == gl.uint8:
-        bits = x.to(gl.int32) << 23
-        bits = gl.where(x == 0, 0x00400000, bits)
-        bits = gl.where(x == 255, 0x7FC00000, bits)
-        return bits.to(gl.float32, bitcast=True)
-    else:
-        return x
-
-
 @gluon.jit
 def scale_block(sa_ptr, sak, live, sb_ptr, sbk, kb, k1):
     """Scales of K block kb: of the tokens, and of the 128 weight rows. Zero past the unit."""
