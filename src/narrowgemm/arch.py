@@ -37,11 +37,6 @@ class Arch:
         """NVIDIA compute capability as an integer (90, 100), 0 elsewhere."""
         return int(self.target[2:]) if self.vendor == "nvidia" else 0
 
-    @property
-    def has_mx(self) -> bool:
-        """Tensor cores that take E8M0 block scales."""
-        return self.target in ("sm100", "sm103", "sm120", "gfx950")
-
 
 ARCHS: dict[str, Arch] = {
     a.name: a

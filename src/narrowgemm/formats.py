@@ -16,7 +16,6 @@ from torch import Tensor
 
 from .errors import expect
 
-E8M0_BIAS = 127
 E8M0_NAN = 255
 
 

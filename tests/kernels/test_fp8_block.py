@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -29,8 +31,6 @@ def test_gates(case: Case, device: str) -> None:
 
 def configs_for(case: Case) -> list[Config]:
     """Every config of the search space that the case's problem admits, for few rows and for many."""
-    from dataclasses import replace
-
     problem = build(case, "cpu", hollow=True).plan(backend="triton").problem
     kernel = fp8_wgrad if case.layout == "k_grouped" else fp8_block
     found = [c for rows in (8, 512) for c in kernel.configs(replace(problem, rows=rows), get_arch("h200"))]

@@ -22,7 +22,7 @@ MUTATIONS = {
     "B's scale never advances": ("        sb_ptrs += stride_sbk\n", "", GROUPED, "kernel"),
     "B's scale of the wrong columns": ("n_scale = n0 // GROUP_N", "n_scale = 0", GROUPED, "kernel"),
     "two groups swapped": ("b_ptr += g.to(tl.int64) * stride_bg", "b_ptr += (g ^ 1).to(tl.int64) * stride_bg", GROUPED, "kernel"),
-    "rows stored without a mask": ("m_off, n_off, m_arange < valid, col_live,".replace("m_off", "m_arange"), "m_arange, n_off, m_arange < BM, col_live,", MASKED, "belong to no group"),
+    "rows stored without a mask": ("m_arange, n_off, m_arange < valid, col_live,", "m_arange, n_off, m_arange < BM, col_live,", MASKED, "belong to no group"),
     "columns stored without a mask": ("col_live = n_off < N - n0", "col_live = n_off < BN", MASKED, "past the output|belong to no group|kernel"),
     "padding rows not zeroed": ("if tl.sum(tl.where(real | (m_arange >= extent), 0, 1)) > 0:", "if M < 0:", CONTIGUOUS, "padding rows"),
     "one group a tile": ("gid = tl.min(tl.where(real & (ids > gid), ids, G))", "gid = G", CONTIGUOUS, "kernel"),

@@ -98,9 +98,8 @@ def test_empty_grouped() -> None:
     assert ng.grouped_gemm(none, b, ng.Contiguous(torch.zeros(0, dtype=torch.int32))).shape == (0, 64)
     no_groups = ng.ScaledTensor(b.data[:0], b.scale[:0], b.format)
     assert ng.grouped_gemm(none, no_groups, ng.Offsets(torch.zeros(1, dtype=torch.int64))).shape == (0, 64)
-    dw = ng.grouped_gemm_wgrad(none.transpose() if False else ng.ScaledTensor(none.data.mT, torch.zeros(128, 0), ng.FP8_1x128),
-                               ng.ScaledTensor(none.data.mT, torch.zeros(128, 0), ng.FP8_1x128),
-                               ng.KGrouped(torch.zeros(4, dtype=torch.int64)))
+    no_columns = ng.ScaledTensor(none.data.mT, torch.zeros(128, 0), ng.FP8_1x128)
+    dw = ng.grouped_gemm_wgrad(no_columns, no_columns, ng.KGrouped(torch.zeros(4, dtype=torch.int64)))
     assert dw.shape == (3, 128, 128) and bool((dw == 0).all())
 
 

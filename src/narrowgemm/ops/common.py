@@ -6,7 +6,6 @@ a call whose signature was seen before is known to be valid, and goes straight t
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from ..arch import detect
 from ..errors import expect
 from ..formats import BF16, FP16, FP32, Format, ScaledTensor, dtype_name
 from ..problem import Config, Operand, Plan, Problem, bucket
-from ..runtime import dispatch
+from ..runtime import dispatch, env
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _PLAIN = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
@@ -54,13 +53,12 @@ def as_operand(x: ScaledTensor | Tensor, name: str) -> ScaledTensor:
 def signature(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, *rest: object) -> tuple:
     """Everything that checks and the Plan depend on. It is built in every call: plain reads, no objects of our own."""
     x, y, sx, sy = a.data, b.data, a.scale, b.scale
-    get = os.environ.get
     return (a.format, x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16,
             b.format, y.shape, y.stride(), y.dtype, y.device, y.data_ptr() % 16,
             None if sx is None else (sx.shape, sx.stride(), sx.dtype, sx.device, sx.data_ptr() % 16),
             None if sy is None else (sy.shape, sy.stride(), sy.dtype, sy.device, sy.data_ptr() % 16),
             None if out is None else (out.shape, out.stride(), out.dtype, out.device, out.data_ptr() % 16),
-            get("NARROWGEMM_BACKEND"), get("NARROWGEMM_ARCH"), get("NARROWGEMM_TABLES"), *rest)
+            env.choice(), *rest)
 
 
 def check_config(config: Config | None) -> None:
@@ -68,8 +66,14 @@ def check_config(config: Config | None) -> None:
     expect(config is None or isinstance(config, Config), "config", type(config).__name__, "a narrowgemm.Config", error=TypeError)
 
 
+def check_traced(config: Config | None, out: Tensor | None, accumulate: bool) -> None:
+    """What a call can't have under torch.compile; the rest is checked when the compiled graph runs."""
+    expect(config is None, "config under torch.compile", "a Config", "None: a tuned table decides there")
+    expect(out is not None or not accumulate, "out with accumulate=True", None, "the tensor to add to")
+
+
 def wants_sync(validate: str | None) -> bool:
-    return validate == "sync" or os.environ.get("NARROWGEMM_VALIDATE") == "sync"
+    return validate == "sync" or env.get("NARROWGEMM_VALIDATE") == "sync"
 
 
 class PlanCache:
@@ -179,6 +183,3 @@ def plan(op: str, layout: str, a: ScaledTensor, b: ScaledTensor, out: Tensor, m:
 def out_dtype_of(out: Tensor | None, dtype: torch.dtype | None, default: torch.dtype) -> torch.dtype:
     expect(out is None or isinstance(out, Tensor), "out", type(out).__name__, "a torch.Tensor", error=TypeError)
     return dtype if dtype is not None else default if out is None else out.dtype
-
-
-

@@ -84,6 +84,3 @@ def explain(op: str, *, layout: str = "dense", groups: int = 1, m: int, n: int, 
     problem = describe(op, layout=layout, groups=groups, m=m, n=n, k=k, a=a, b=b, out_dtype=out_dtype, expected_m=expected_m,
                        max_sms=max_sms)
     return Explanation(dispatch.select(problem, arch, backend, None, on_unsupported), arch)
-
-
-

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..errors import expect
 from ..formats import ScaledTensor, get_format
 from ..kernels.operands import Operands
 from ..problem import Config, Plan
@@ -67,8 +66,7 @@ def plan_of(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, dtype: torch.d
 
 def _traced(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, dtype: torch.dtype | None, accumulate: bool,
             backend: str | None, config: Config | None, max_sms: int, on_unsupported: str) -> Tensor:
-    expect(config is None, "config under torch.compile", "a Config", "None: a tuned table decides there")
-    expect(out is not None or not accumulate, "out with accumulate=True", None, "the tensor to add to")
+    common.check_traced(config, out, accumulate)
     if out is None:
         out = torch.empty((a.shape[0], b.shape[0]), dtype=dtype or torch.bfloat16, device=a.device)
     torch.ops.narrowgemm.gemm(a.data, a.scale, b.data, b.scale, a.format.name, b.format.name, out, accumulate,

@@ -39,8 +39,7 @@ def grouped_gemm(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, layout: Lay
     dtype = common.out_dtype_of(out, out_dtype, torch.bfloat16)
     common.check_config(config)
     index = layout.index
-    alignment = layout.alignment if isinstance(layout, Psum) else 1
-    expected_m = getattr(layout, "expected_m", 0)
+    alignment, expected_m = _hints(layout)
     key = common.signature(a, b, out, dtype, accumulate, backend, config, max_sms, validate, on_unsupported, layout.kind,
                            index.shape, index.dtype, index.device, index.data_ptr() % 16, alignment, expected_m, zero_padding)
     plan, memo = _plans.get(key, lambda: plan_of(a, b, layout, out, dtype, accumulate, zero_padding,
@@ -53,6 +52,12 @@ def grouped_gemm(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, layout: Lay
     if plan is not None:
         run(plan, Operands(a, b, out, a.shape[-2], b.shape[-2], a.shape[-1], b.shape[0], index, alignment, memo=memo), workspace)
     return out
+
+
+def _hints(layout: Layout) -> tuple[int, int]:
+    """(alignment of psum's groups, expected rows a group): what the host knows of a layout beside its index."""
+    return (layout.alignment if isinstance(layout, Psum) else 1,
+            layout.expected_m if isinstance(layout, (Psum, Masked)) else 0)
 
 
 def plan_of(a: ScaledTensor, b: ScaledTensor, layout: Layout, out: Tensor | None, dtype: torch.dtype, accumulate: bool,
@@ -76,7 +81,7 @@ def plan_of(a: ScaledTensor, b: ScaledTensor, layout: Layout, out: Tensor | None
     if 0 in shape:
         return None
     expect(groups > 0, f"groups of b for {m} rows", 0, "at least one")
-    rows = getattr(layout, "expected_m", 0) or (m if masked else -(-m // groups))
+    rows = _hints(layout)[1] or (m if masked else -(-m // groups))
     like = out if out is not None else torch.empty(shape, dtype=dtype, device="meta")
     return common.plan("grouped_gemm", layout.kind, a, b, like, m, groups, min(rows, m), accumulate, zero_padding, options)
 
@@ -84,12 +89,10 @@ def plan_of(a: ScaledTensor, b: ScaledTensor, layout: Layout, out: Tensor | None
 def _traced(a: ScaledTensor, b: ScaledTensor, layout: Layout, out: Tensor | None, dtype: torch.dtype | None,
             accumulate: bool, zero_padding: bool, backend: str | None, config: Config | None, max_sms: int,
             on_unsupported: str) -> Tensor:
-    expect(config is None, "config under torch.compile", "a Config", "None: a tuned table decides there")
-    expect(out is not None or not accumulate, "out with accumulate=True", None, "the tensor to add to")
+    common.check_traced(config, out, accumulate)
     if out is None:
         out = torch.empty((*a.shape[:-1], b.shape[-2]), dtype=dtype or torch.bfloat16, device=a.device)
-    alignment = layout.alignment if isinstance(layout, Psum) else 1
-    expected_m = getattr(layout, "expected_m", 0)
+    alignment, expected_m = _hints(layout)
     torch.ops.narrowgemm.grouped_gemm(a.data, a.scale, b.data, b.scale, a.format.name, b.format.name, out, layout.index,
                                       layout.kind, alignment, expected_m, zero_padding, accumulate, backend or "", max_sms,
                                       on_unsupported)

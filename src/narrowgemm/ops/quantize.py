@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
@@ -13,7 +11,7 @@ from ..formats import BF16, FP16, FP32, Format, ScaledTensor, get_format
 from ..kernels.operands import Operands
 from ..problem import Config, Operand, Plan, Problem, bucket
 from ..reference import quantize as reference
-from ..runtime import dispatch
+from ..runtime import dispatch, env
 from ..runtime.launch import run
 from ..scales import tma_aligned_rows
 from . import common, library
@@ -45,7 +43,7 @@ def quantize(x: Tensor, fmt: Format | str, *, rounding: str = "rceil", amax_clam
     fmt = get_format(fmt)
     expect(isinstance(x, Tensor), "input of quantize", type(x).__name__, "a torch.Tensor", error=TypeError)
     key = (fmt, x.shape, x.stride(), x.dtype, x.device, rounding, amax_clamp, scale_layout, backend, config,
-           os.environ.get("NARROWGEMM_BACKEND"), os.environ.get("NARROWGEMM_ARCH"), os.environ.get("NARROWGEMM_TABLES"))
+           env.choice())
     plan, _ = _plans.get(key, lambda: _plan(x, fmt, rounding, amax_clamp, scale_layout, backend, config))
     data, scale = _allocate(x, fmt, scale_layout)
     _fill(plan, x.detach() if x.requires_grad else x, fmt, data, scale, rounding, amax_clamp)

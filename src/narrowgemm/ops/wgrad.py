@@ -68,8 +68,7 @@ def plan_of(a: ScaledTensor, b: ScaledTensor, layout: KGrouped, out: Tensor | No
 
 def _traced(a: ScaledTensor, b: ScaledTensor, layout: KGrouped, out: Tensor | None, dtype: torch.dtype | None,
             accumulate: bool, backend: str | None, config: Config | None, max_sms: int, on_unsupported: str) -> Tensor:
-    expect(config is None, "config under torch.compile", "a Config", "None: a tuned table decides there")
-    expect(out is not None or not accumulate, "out with accumulate=True", None, "the tensor to add to")
+    common.check_traced(config, out, accumulate)
     if out is None:
         out = torch.empty((layout.num_groups, a.shape[0], b.shape[0]), dtype=dtype or torch.float32, device=a.device)
     torch.ops.narrowgemm.grouped_gemm_wgrad(a.data, a.scale, b.data, b.scale, a.format.name, b.format.name, out,

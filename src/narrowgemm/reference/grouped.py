@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..formats import ScaledTensor
-from .gemm import product
+from .gemm import full_float32, product
 
 
 def rows_of_groups(kind: str, index: Tensor, m: int, groups: int, alignment: int = 1) -> Iterator[tuple[int, Tensor]]:
@@ -80,8 +80,6 @@ def take_columns(x: ScaledTensor, start: int, end: int) -> Tensor:
 
 def grouped_gemm_wgrad(a: ScaledTensor, b: ScaledTensor, out: Tensor, offsets: Tensor, *, accumulate: bool = False) -> Tensor:
     """`out[g] (+)= A[:, ks] . B[:, ks]^T` over group g's columns. A `[M, K]`, B `[N, K]`, out `[G, M, N]`; empty groups add 0."""
-    from .gemm import full_float32
-
     k = a.shape[1]
     bounds = [min(max(v, 0), k) for v in offsets.tolist()]
     for g, (start, end) in enumerate(zip(bounds, bounds[1:])):

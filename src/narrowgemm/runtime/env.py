@@ -13,6 +13,12 @@ VARIABLES: dict[str, str] = {
 }
 
 
+def choice() -> tuple[str | None, str | None, str | None]:
+    """The variables that decide which kernel a call gets, as they are: part of every key under which a Plan is kept."""
+    read = os.environ.get
+    return read("NARROWGEMM_BACKEND"), read("NARROWGEMM_ARCH"), read("NARROWGEMM_TABLES")
+
+
 def get(name: str) -> str:
     """The variable's value, or '' where it is not set. Raises KeyError for a name that the table lacks."""
     assert name in VARIABLES, name

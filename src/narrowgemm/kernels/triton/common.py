@@ -43,8 +43,7 @@ def kernel_scale(x: ScaledTensor) -> tuple[Tensor, bool, tuple[int, int, int]]:
     s = x.scale
     assert s is not None
     gr, gc = x.format.group
-    strides = [s.stride(0) if s.dim() == 3 else 0, s.stride(-2) if gr else 0, s.stride(-1) if gc else 0]
-    return s, s.element_size() == 1, (strides[0], strides[1], strides[2])
+    return s, s.element_size() == 1, (s.stride(0) if s.dim() == 3 else 0, s.stride(-2) if gr else 0, s.stride(-1) if gc else 0)
 
 
 def smem_bytes(config: Config, arch: Arch) -> int:
