@@ -41,10 +41,11 @@ def operands(p: Problem) -> Operands:
 
 
 def call(p: Problem, config: Config) -> None:
-    kernel, grid, arguments, options = fp8_block.prepare(Step(fp8_block.NAME, config), p, operands(p))
-    assert arguments[-1] == fp8_block.tile_of(p, config, get_arch("sm90"))
-    compiled = kernel[(grid,)](*arguments, **options)
-    if arguments[-1].LATE_STORE and arguments[-1].STORE_TMA:
+    launch, = fp8_block.launches(Step(fp8_block.NAME, config), p, operands(p), None)
+    tile = launch.arguments[-1]
+    assert tile == fp8_block.tile_of(p, config, get_arch("sm90"))
+    compiled = launch.run()
+    if tile.LATE_STORE and tile.STORE_TMA:
         check_late_store(compiled.asm["ttgir"])
 
 

@@ -52,8 +52,8 @@ def operands(p: Problem, dtype: torch.dtype = torch.bfloat16, scale: torch.dtype
 def compile_step(p: Problem, config: Config, x: Operands) -> None:
     size = fp8_decode.workspace(p, config)
     work = torch.empty(size, dtype=torch.uint8, device="meta") if size else None
-    for call in fp8_decode.Prepared(Step(fp8_decode.NAME, config, size), p, x.groups).calls(x, work, ARCH.sms):
-        call.launcher.warm(*call[2:])
+    for launch in fp8_decode.launches(Step(fp8_decode.NAME, config, size), p, x, work):
+        launch.warm()
 
 
 def chosen(which: str) -> Iterator[tuple[str, Problem, Config, Operands]]:

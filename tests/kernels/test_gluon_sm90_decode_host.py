@@ -1,14 +1,13 @@
-"""Host side of the Hopper decode kernel: the search space, the cost model, and launches bound to a call's signature."""
+"""Host side of the Hopper decode kernel: the search space and the cost model."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
 import pytest
-import torch
 
 from narrowgemm.arch import get_arch
-from narrowgemm.kernels.gluon.sm90 import fp8_decode, launcher
+from narrowgemm.kernels.gluon.sm90 import fp8_decode
 from narrowgemm.ops.explain import describe
 from narrowgemm.problem import Problem, bucket
 
@@ -56,19 +55,3 @@ def test_batch_invariant_is_never_split() -> None:
 def test_model_is_near_the_measured(p: Problem, us: float) -> None:
     best = min(fp8_decode.estimate(p, c, ARCH) for c in fp8_decode.configs(p, ARCH)) * 1e6
     assert 0.8 < best / us < 1.2
-
-
-def test_bound_launch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every launch gets the addresses of its own call, and a descriptor that encodes them."""
-    made, seen = [], []
-    monkeypatch.setattr(launcher, "_descriptor", lambda box, meta: made.append(box) or ("map", box.tensor.data_ptr()))
-    monkeypatch.setattr(launcher, "_descriptors", launcher.Cache())
-    handle = launcher.Handle(lambda *a: seen.append(a), ("head",), ({"swizzle": 3},))
-    one, two = torch.zeros(4, 8), torch.zeros(4, 8)
-    box = launcher.Box(one, (4, 8), (8, 1), (2, 8))
-    bound = launcher.Bound(handle, 0, 5, [box], (7, "cfg"))
-    for t in (one, two, one):
-        bound(99, bound.maps((t,), t.data_ptr()), 11, 12)
-    assert [b.tensor.data_ptr() for b in made] == [one.data_ptr(), two.data_ptr()]
-    for t, call in zip((one, two, one), seen):
-        assert call == (5, 1, 1, 99, "head", ("map", t.data_ptr()), 4, 8, 8, 1, 11, 12, 7, "cfg")

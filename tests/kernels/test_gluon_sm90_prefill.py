@@ -7,11 +7,10 @@ import random
 
 import numpy as np
 import pytest
-import torch
 
 from narrowgemm.arch import get_arch
 from narrowgemm.formats import FP8_1x128, FP8_128x128
-from narrowgemm.kernels.gluon.sm90 import bound_launch, fp8_block
+from narrowgemm.kernels.gluon.sm90 import fp8_block
 from narrowgemm.kernels.gluon.sm90.fp8_block_tile import LAYOUTS, Tile
 from narrowgemm.problem import Config, Operand, Problem
 
@@ -264,50 +263,3 @@ def test_waves_decide_between_tiles() -> None:
     assert by(problem("masked", 4096, 6144, 7168, 32, )).block_m >= 128
     small = problem("offsets", 8 * 64, 2048, 7168, 8)
     assert by(small).block_m == 64
-
-
-# ---------------------------------------------------------------- launch cache
-class FakeRun:
-    """What Triton's launcher object looks like: `launch` encodes descriptors and calls the C launcher."""
-
-    global_scratch_size = profile_scratch_size = 0
-
-    def __init__(self, launcher) -> None:
-        def inner(*args):
-            return launcher(*(("encoded", a.ptr) if hasattr(a, "ptr") else a for a in args))
-
-        self.launch = inner
-
-    def __call__(self, gx, gy, gz, stream, function, packed, metadata, enter, leave, *args) -> None:
-        self.launch(gx, gy, gz, stream, function, packed, metadata, enter, leave, *args)
-
-
-def test_record_and_replay() -> None:
-    launched = []
-    run = FakeRun(lambda *args: launched.append(args))
-    x = torch.zeros(4)
-    descriptor = type("D", (), {"ptr": 5})()
-    launcher, seen = bound_launch.record(run, 7, 1, 1, 0, "f", "p", None, None, None, descriptor, x, 3)
-    assert not launched
-    bound = bound_launch.Bound(launcher, seen, lambda device: 100 + device, ())
-    bound(2)
-    assert launched == [(7, 1, 1, 102, "f", "p", None, None, None, ("encoded", 5), x.data_ptr(), 3)]
-    assert not bound.hooked
-
-
-def test_record_gives_up_on_an_unknown_launcher() -> None:
-    class Other:
-        global_scratch_size = profile_scratch_size = 0
-        launch = print
-
-    assert bound_launch.record(Other(), 1, 1, 1, 0) is None
-    scratch = FakeRun(print)
-    scratch.global_scratch_size = 16
-    assert bound_launch.record(scratch, 1, 1, 1, 0) is None
-
-
-def test_cache_is_bounded() -> None:
-    cache = bound_launch.Cache(limit=3)
-    for i in range(5):
-        cache.put(i, str(i))
-    assert [cache.find(i) for i in range(5)] == [None, None, "2", "3", "4"]

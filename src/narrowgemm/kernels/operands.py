@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -25,4 +25,12 @@ class Operands:
     out_scale: Tensor | None = None       # quantise: scales of `out`
     rounding: str = "rceil"               # quantise: how an E8M0 scale is rounded
     amax_clamp: float = 1e-4              # quantise: least amax of a block
-    memo: dict = field(default_factory=dict)  # what a kernel keeps for calls of the same signature: see `ops.common.PlanCache`
+    memo: dict | None = None              # launches bound to calls of the same signature (`kernels.launching`); None: bind none
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Every tensor of the call, in one order."""
+        return self.a.data, self.a.scale, self.b.data, self.b.scale, self.out, self.index, self.out_scale
+
+    def addresses(self, workspace: Tensor | None) -> tuple[int, ...]:
+        """The workspace's, then those of `tensors`; 0 where there is none."""
+        return tuple([0 if t is None else t.data_ptr() for t in (workspace, *self.tensors())])

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..formats import ScaledTensor, get_format
 from ..kernels.operands import Operands
 from ..problem import Config, Plan
-from ..runtime.launch import run
+from ..runtime.launch import again, run
 from . import common, library, validate_data
 from .common import Options
 
@@ -39,13 +39,18 @@ def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, *, out: Tensor | No
         return _traced(a, b, out, out_dtype, accumulate, backend, config, max_sms, on_unsupported)
     dtype = common.out_dtype_of(out, out_dtype, torch.bfloat16)
     common.check_config(config)
-    key = common.signature(a, b, out, dtype, accumulate, backend, config, max_sms, validate, on_unsupported)
-    plan, memo = _plans.get(key, lambda: plan_of(a, b, out, dtype, accumulate,
-                                                 Options(backend, config, max_sms, validate, on_unsupported)))
-    if common.wants_sync(validate):
+    key, addresses = common.identify(a, b, out, None, dtype, accumulate, backend, config, max_sms, validate, on_unsupported)
+    known = _plans.find(key)
+    if known is None:
+        known = _plans.add(key, plan_of(a, b, out, dtype, accumulate,
+                                        Options(backend, config, max_sms, validate, on_unsupported)), validate)
+    plan, memo, sync = known
+    if sync:
         validate_data.check_scales(a, b)
     if out is None:
         out = torch.empty((a.shape[0], b.shape[0]), dtype=dtype, device=a.device)
+    if workspace is None and again(memo, addresses, out):
+        return out
     if plan is not None:
         run(plan, Operands(a, b, out, a.shape[0], b.shape[0], a.shape[1], memo=memo), workspace)
     return out

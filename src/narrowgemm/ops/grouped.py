@@ -10,7 +10,7 @@ from ..formats import ScaledTensor, get_format
 from ..kernels.operands import Operands
 from ..layouts import Contiguous, Layout, Masked, Offsets, Psum
 from ..problem import Config, Plan
-from ..runtime.launch import run
+from ..runtime.launch import again, run
 from . import common, library, validate_data
 from .common import Options
 
@@ -40,15 +40,20 @@ def grouped_gemm(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, layout: Lay
     common.check_config(config)
     index = layout.index
     alignment, expected_m = _hints(layout)
-    key = common.signature(a, b, out, dtype, accumulate, backend, config, max_sms, validate, on_unsupported, layout.kind,
-                           index.shape, index.dtype, index.device, index.data_ptr() % 16, alignment, expected_m, zero_padding)
-    plan, memo = _plans.get(key, lambda: plan_of(a, b, layout, out, dtype, accumulate, zero_padding,
-                                                 Options(backend, config, max_sms, validate, on_unsupported)))
-    if common.wants_sync(validate):
+    key, addresses = common.identify(a, b, out, index, layout.kind, alignment, expected_m, zero_padding, dtype, accumulate,
+                                     backend, config, max_sms, validate, on_unsupported)
+    known = _plans.find(key)
+    if known is None:
+        known = _plans.add(key, plan_of(a, b, layout, out, dtype, accumulate, zero_padding,
+                                        Options(backend, config, max_sms, validate, on_unsupported)), validate)
+    plan, memo, sync = known
+    if sync:
         validate_data.check_layout(layout, a.shape[-2], b.shape[0])
         validate_data.check_scales(a, b)
     if out is None:
         out = torch.empty((*a.shape[:-1], b.shape[-2]), dtype=dtype, device=a.device)
+    if workspace is None and again(memo, addresses, out):
+        return out
     if plan is not None:
         run(plan, Operands(a, b, out, a.shape[-2], b.shape[-2], a.shape[-1], b.shape[0], index, alignment, memo=memo), workspace)
     return out

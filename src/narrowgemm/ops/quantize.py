@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -12,11 +14,12 @@ from ..kernels.operands import Operands
 from ..problem import Config, Operand, Plan, Problem, bucket
 from ..reference import quantize as reference
 from ..runtime import dispatch, env
-from ..runtime.launch import run
+from ..runtime.launch import again, run
 from ..scales import tma_aligned_rows
 from . import common, library
 
 SCALE_LAYOUTS = ("row_major", "mn_major")
+SHAPES = "shapes"   # where the memo of a signature holds them
 _SOURCE = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
 _plans = common.PlanCache()
 
@@ -42,11 +45,19 @@ def quantize(x: Tensor, fmt: Format | str, *, rounding: str = "rceil", amax_clam
         return _traced(x, fmt, rounding, amax_clamp, scale_layout, backend, config)
     fmt = get_format(fmt)
     expect(isinstance(x, Tensor), "input of quantize", type(x).__name__, "a torch.Tensor", error=TypeError)
-    key = (fmt, x.shape, x.stride(), x.dtype, x.device, rounding, amax_clamp, scale_layout, backend, config,
+    at = x.data_ptr()
+    key = (fmt, x.shape, x.stride(), x.dtype, x.device, at & 15, rounding, amax_clamp, scale_layout, backend, config,
            env.choice())
-    plan, _ = _plans.get(key, lambda: _plan(x, fmt, rounding, amax_clamp, scale_layout, backend, config))
-    data, scale = _allocate(x, fmt, scale_layout)
-    _fill(plan, x.detach() if x.requires_grad else x, fmt, data, scale, rounding, amax_clamp)
+    known = _plans.find(key)
+    if known is None:
+        known = _plans.add(key, _plan(x, fmt, rounding, amax_clamp, scale_layout, backend, config))
+    plan, memo, _ = known
+    shapes = memo.get(SHAPES)
+    if shapes is None:
+        shapes = memo[SHAPES] = _shapes(x, fmt, scale_layout)
+    data, scale = _allocate(x, shapes)
+    if not again(memo, (at, 0, data.data_ptr(), scale.data_ptr(), 0), data, scale.data_ptr()):
+        _fill(plan, x.detach() if x.requires_grad else x, fmt, data, scale, rounding, amax_clamp, memo)
     return ScaledTensor(data, scale, fmt)
 
 
@@ -72,24 +83,41 @@ def _check(x: Tensor, fmt: Format | str, rounding: str, amax_clamp: float, scale
     return reference.check_input(x, fmt, rounding, amax_clamp)
 
 
-def _allocate(x: Tensor, fmt: Format, scale_layout: str) -> tuple[Tensor, Tensor]:
+class Shapes(NamedTuple):
+    """Payload and scales: shapes and dtypes; `stored`: what is allocated for the scales, viewed with `strides` if there are any."""
+
+    data: tuple[int, ...]
+    dtype: torch.dtype
+    stored: tuple[int, ...]
+    scale_dtype: torch.dtype
+    scale: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+def _shapes(x: Tensor, fmt: Format, scale_layout: str) -> Shapes:
     *lead, k = x.shape
-    data = torch.empty((*lead, k // fmt.elem.per_byte), dtype=fmt.elem.dtype, device=x.device)
+    data = (*lead, k // fmt.elem.per_byte)
     dtype = torch.float32 if fmt.scale == "fp32" else torch.uint8
-    *lead, rows, cols = fmt.scale_shape(x.shape)
+    *lead, rows, cols = shape = fmt.scale_shape(x.shape)
     if scale_layout == "row_major":
-        return data, torch.empty((*lead, rows, cols), dtype=dtype, device=x.device)
-    aligned = tma_aligned_rows(rows, dtype.itemsize)
-    return data, torch.empty((*lead, cols, aligned), dtype=dtype, device=x.device)[..., :rows].mT
+        return Shapes(data, fmt.elem.dtype, shape, dtype, shape, ())
+    stored = (*lead, cols, tma_aligned_rows(rows, dtype.itemsize))
+    return Shapes(data, fmt.elem.dtype, stored, dtype, shape, torch.empty(stored, device="meta")[..., :rows].mT.stride())
+
+
+def _allocate(x: Tensor, s: Shapes) -> tuple[Tensor, Tensor]:
+    data = torch.empty(s.data, dtype=s.dtype, device=x.device)
+    scale = torch.empty(s.stored, dtype=s.scale_dtype, device=x.device)
+    return data, scale.as_strided(s.scale, s.strides) if s.strides else scale
 
 
 def _fill(plan: Plan | None, x: Tensor, fmt: Format, data: Tensor, scale: Tensor, rounding: str,
-          amax_clamp: float) -> None:
+          amax_clamp: float, memo: dict | None = None) -> None:
     if plan is None:  # no payload, but a matrix without elements still has a scale
         scale.copy_(reference.quantize(x, fmt, rounding, amax_clamp).scale)  # type: ignore[arg-type]
         return
     operands = Operands(ScaledTensor(x, None, _SOURCE[x.dtype]), ScaledTensor(data, scale, fmt), data, x.shape[-2], 0,
-                        x.shape[-1], out_scale=scale, rounding=rounding, amax_clamp=amax_clamp)
+                        x.shape[-1], out_scale=scale, rounding=rounding, amax_clamp=amax_clamp, memo=memo)
     run(plan, operands)
 
 
@@ -97,7 +125,7 @@ def _traced(x: Tensor, fmt: Format | str, rounding: str, amax_clamp: float, scal
             config: Config | None) -> ScaledTensor:
     expect(config is None, "config under torch.compile", "a Config", "None: a tuned table decides there")
     fmt = _check(x, fmt, rounding, amax_clamp, scale_layout)
-    data, scale = _allocate(x, fmt, scale_layout)
+    data, scale = _allocate(x, _shapes(x, fmt, scale_layout))
     torch.ops.narrowgemm.quantize(x.detach(), data, scale, fmt.name, rounding, amax_clamp, backend or "")
     return ScaledTensor(data, scale, fmt)
 

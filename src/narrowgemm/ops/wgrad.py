@@ -10,7 +10,7 @@ from ..formats import ScaledTensor, get_format
 from ..kernels.operands import Operands
 from ..layouts import KGrouped
 from ..problem import Config, Plan
-from ..runtime.launch import run
+from ..runtime.launch import again, run
 from . import common, library, validate_data
 from .common import Options
 
@@ -37,15 +37,19 @@ def grouped_gemm_wgrad(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, layou
     dtype = common.out_dtype_of(out, out_dtype, torch.float32)
     common.check_config(config)
     index, groups = layout.offsets, layout.num_groups
-    key = common.signature(a, b, out, dtype, accumulate, backend, config, max_sms, validate, on_unsupported, index.shape,
-                           index.dtype, index.device, index.data_ptr() % 16)
-    plan, memo = _plans.get(key, lambda: plan_of(a, b, layout, out, dtype, accumulate,
-                                                 Options(backend, config, max_sms, validate, on_unsupported)))
-    if common.wants_sync(validate):
+    key, addresses = common.identify(a, b, out, index, dtype, accumulate, backend, config, max_sms, validate, on_unsupported)
+    known = _plans.find(key)
+    if known is None:
+        known = _plans.add(key, plan_of(a, b, layout, out, dtype, accumulate,
+                                        Options(backend, config, max_sms, validate, on_unsupported)), validate)
+    plan, memo, sync = known
+    if sync:
         validate_data.check_layout(layout, a.shape[-1], groups)
         validate_data.check_scales(a, b)
     if out is None:
         out = torch.empty((groups, a.shape[0], b.shape[0]), dtype=dtype, device=a.device)
+    if workspace is None and again(memo, addresses, out):
+        return out
     if plan is not None:
         run(plan, Operands(a, b, out, a.shape[0], b.shape[0], a.shape[1], groups, index, memo=memo), workspace)
     return out

@@ -13,10 +13,17 @@ VARIABLES: dict[str, str] = {
 }
 
 
-def choice() -> tuple[str | None, str | None, str | None]:
-    """The variables that decide which kernel a call gets, as they are: part of every key under which a Plan is kept."""
-    read = os.environ.get
-    return read("NARROWGEMM_BACKEND"), read("NARROWGEMM_ARCH"), read("NARROWGEMM_TABLES")
+_KEYS = tuple(name.encode() for name in VARIABLES)
+
+
+def choice() -> tuple[str | bytes | None, ...]:
+    """The variables as they are: they decide which kernel a call gets and what is checked, so they are part of every key under
+    which a Plan is kept."""
+    raw = getattr(os.environ, "_data", None)    # where os.environ keeps them: reading there takes 0.04 us, through it 1 us
+    if raw is None or os.name != "posix":
+        return tuple([os.environ.get(name) for name in VARIABLES])
+    read = raw.get
+    return read(_KEYS[0]), read(_KEYS[1]), read(_KEYS[2]), read(_KEYS[3])
 
 
 def get(name: str) -> str:

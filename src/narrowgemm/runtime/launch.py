@@ -1,4 +1,4 @@
-"""The way from a validated call to the device: plan (cached), workspace (given or allocated), one launch a step."""
+"""The way from a validated call to the device: plan (cached), workspace (given or allocated), launches (bound, where known)."""
 
 from __future__ import annotations
 
@@ -6,21 +6,49 @@ import torch
 from torch import Tensor
 
 from ..errors import expect
+from ..kernels.launching import READY, collect
 from ..kernels.operands import Operands
 from ..kernels.registry import kernels
 from ..problem import Plan
 
 
 def run(plan: Plan, operands: Operands, workspace: Tensor | None = None) -> None:
-    """Launch every step of `plan` on the current stream. `workspace`: uint8, at least `plan.workspace_bytes`."""
+    """Launch every step of `plan` on the current stream of `out`'s device.
+
+    `workspace`: uint8, at least `plan.workspace_bytes`; allocated where None.
+    """
+    out, memo = operands.out, operands.memo
+    if out.is_cuda and out.get_device() != torch.cuda.current_device():
+        with torch.cuda.device(out.device):
+            return run(plan, operands, workspace)
     if need := plan.workspace_bytes:
         if workspace is None:
-            workspace = torch.empty(need, dtype=torch.uint8, device=operands.out.device)
+            workspace = torch.empty(need, dtype=torch.uint8, device=out.device)
         else:
-            expect(workspace.dtype == torch.uint8 and workspace.device == operands.out.device and workspace.is_contiguous(),
+            expect(workspace.dtype == torch.uint8 and workspace.device == out.device and workspace.is_contiguous(),
                    "workspace", f"{workspace.dtype} on {workspace.device}",
-                   f"contiguous uint8 on {operands.out.device}")
+                   f"contiguous uint8 on {out.device}")
             expect(workspace.numel() >= need, "workspace bytes", workspace.numel(), f"at least {need}")
+    ready = None if memo is None else memo.get(READY)
+    if ready is not None and ready(operands.addresses(workspace)):
+        return
     table = kernels()
     for step in plan.steps:
         table[step.kernel].launch(step, plan.problem, operands, workspace)
+    if memo is not None and READY not in memo:
+        memo[READY] = collect(plan, operands, workspace)
+
+
+def again(memo: dict, addresses: tuple[int, ...], out: Tensor, out_scale: int = 0) -> bool:
+    """Launch what calls of this signature are known to come to, without making Operands.
+
+    `addresses`: of a, its scales, b, its scales, and the index, 0 where there is none. False where nothing was done: `run` has to.
+    """
+    ready = memo.get(READY)
+    if ready is None:
+        return False
+    a, a_scale, b, b_scale, index = addresses
+    if ready.workspace_bytes:
+        workspace = torch.empty(ready.workspace_bytes, dtype=torch.uint8, device=out.device)
+        return ready((workspace.data_ptr(), a, a_scale, b, b_scale, out.data_ptr(), index, out_scale))
+    return ready((0, a, a_scale, b, b_scale, out.data_ptr(), index, out_scale))

@@ -13,6 +13,8 @@ from torch import Tensor
 
 from ...arch import Arch
 from ...problem import Config, Problem, Step
+from .. import launching
+from ..launching import Launch, Pointer
 from ..operands import Operands
 from . import common
 
@@ -72,9 +74,14 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
 
 
 def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
+    launching.launch(launches, step, problem, operands, workspace)
+
+
+def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
+    """The kernel, and behind it the sum of partial sums where K is split."""
     from . import fp8_block_device as device
 
-    x, c = operands, step.config
+    c = step.config
     sa, sa_e8m0, (sag, sam, sak) = common.kernel_scale(x.a)
     sb, sb_e8m0, (sbg, sbn, sbk) = common.kernel_scale(x.b)
     a, b, out = x.a.data, x.b.data, x.out
@@ -89,26 +96,28 @@ def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor |
     programs = slots * num_n
     if c.persistent:
         programs = min(programs, problem.max_sms or device_programs(out, c))
-    target, target_strides = out, (out.stride(0) if masked else 0, out.stride(-2))
+    target: Tensor | Pointer = out
+    target_strides = (out.stride(0) if masked else 0, out.stride(-2))
     if c.split_k > 1:
         assert workspace is not None
-        target = workspace[: 4 * c.split_k * x.m * x.n].view(torch.float32)
-        target_strides = (0, x.n)
-    device.fp8_block_kernel[(programs, c.split_k)](
-        a, b, target, sa, sb, x.index if x.index is not None else sa, x.m, x.n, x.k, x.groups, slots, x.alignment,
-        a.stride(0) if masked else 0, a.stride(-2), a.stride(-1),
-        b.stride(0) if b.dim() == 3 else 0, b.stride(-2), b.stride(-1), *target_strides,
-        sag if masked else 0, sam, sak, sbg, sbn, sbk,
-        LAYOUT=LAYOUT_IDS[problem.layout], BM=c.block_m, BN=c.block_n, BK=128,
-        GROUP_N=1 if x.b.format.group[0] == 1 else 128, GROUP_M=c.group_m, SPLIT_K=c.split_k, EVEN_K=x.k % 128 == 0,
-        EVEN_N=x.n % c.block_n == 0, SWAP=c.swap_ab, PERSISTENT=c.persistent, ACCUMULATE=problem.accumulate and c.split_k == 1,
-        ZERO=problem.zero_padding, SA_E8M0=sa_e8m0, SB_E8M0=sb_e8m0, WIDE=problem.wide,
-        num_warps=c.num_warps, num_stages=c.num_stages)
+        target, target_strides = Pointer(workspace, torch.float32), (0, x.n)
+    found = [Launch(
+        device.fp8_block_kernel, (programs, c.split_k),
+        (a, b, target, sa, sb, x.index if x.index is not None else sa, x.m, x.n, x.k, x.groups, slots, x.alignment,
+         a.stride(0) if masked else 0, a.stride(-2), a.stride(-1),
+         b.stride(0) if b.dim() == 3 else 0, b.stride(-2), b.stride(-1), *target_strides,
+         sag if masked else 0, sam, sak, sbg, sbn, sbk),
+        dict(LAYOUT=LAYOUT_IDS[problem.layout], BM=c.block_m, BN=c.block_n, BK=128,
+             GROUP_N=1 if x.b.format.group[0] == 1 else 128, GROUP_M=c.group_m, SPLIT_K=c.split_k, EVEN_K=x.k % 128 == 0,
+             EVEN_N=x.n % c.block_n == 0, SWAP=c.swap_ab, PERSISTENT=c.persistent,
+             ACCUMULATE=problem.accumulate and c.split_k == 1, ZERO=problem.zero_padding, SA_E8M0=sa_e8m0, SB_E8M0=sb_e8m0,
+             WIDE=problem.wide, num_warps=c.num_warps, num_stages=c.num_stages))]
     if c.split_k > 1:
         block = 512
-        device.reduce_splits_kernel[(x.m, -(-x.n // block))](
-            target, out, x.m, x.n, out.stride(-2), SPLIT_K=c.split_k, BLOCK=block, ACCUMULATE=problem.accumulate,
-            num_warps=4)
+        found.append(Launch(
+            device.reduce_splits_kernel, (x.m, -(-x.n // block)), (target, out, x.m, x.n, out.stride(-2)),
+            dict(SPLIT_K=c.split_k, BLOCK=block, ACCUMULATE=problem.accumulate, num_warps=4)))
+    return found
 
 
 def device_programs(out: Tensor, config: Config) -> int:

@@ -13,6 +13,8 @@ from ...arch import Arch
 from ...formats import Format
 from ...problem import Config, Problem, Step
 from ...reference.quantize import MANTISSA_BITS, mantissa
+from .. import launching
+from ..launching import Launch, Pointer
 from ..operands import Operands
 
 NAME = "triton.quantize"
@@ -133,6 +135,10 @@ def is_wide(*tensors: Tensor) -> bool:
 
 
 def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
+    launching.launch(launches, step, problem, operands, workspace)
+
+
+def launches(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> list[Launch]:
     from . import quantize_device as device
 
     c, fmt = step.config, problem.b.format
@@ -142,6 +148,9 @@ def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor |
     if how in ("groups", "rows"):
         x, out, scale = merge(x, out, scale)
     b, r, k = x.shape
+    # where these are views, kernels take the operands themselves: a view's address is theirs
+    px, pout, pscale = (t if v.data_ptr() == t.data_ptr() else v for v, t in
+                        ((x, operands.a.data), (out, operands.out), (scale, operands.out_scale)))
     clamp = operands.amax_clamp
     is_e8m0 = fmt.scale == "e8m0"
     e8m0 = {"ROUNDING": operands.rounding if is_e8m0 else "", "E8M0": is_e8m0, "EMAX": elem.emax,
@@ -159,26 +168,30 @@ def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor |
             bg = 1 if x.stride(2) != 1 else min(c.block_m, next_pow2(s))
         br = c.block_m // bg
         grid = -(-r * s // c.block_m) if flat else b * -(-r // br) * -(-s // bg)
-        device.groups_kernel[(grid,)](
-            x, out, scale, r, k, s, clamp, x.stride(0), x.stride(1), x.stride(2), out.stride(0), out.stride(1),
-            *scale.stride(), N=cols, BR=br, BG=bg, FLAT=flat, WIDE=is_wide(x, out, scale), E2M1=fmt.element == "e2m1",
-            TOP=elem.max, **e8m0, num_warps=c.num_warps, num_stages=1)
-    elif how == "tiles":
+        return [Launch(
+            device.groups_kernel, (grid,),
+            (px, pout, pscale, r, k, s, clamp, x.stride(0), x.stride(1), x.stride(2), out.stride(0), out.stride(1),
+             *scale.stride()),
+            dict(N=cols, BR=br, BG=bg, FLAT=flat, WIDE=is_wide(x, out, scale), E2M1=fmt.element == "e2m1",
+                 TOP=elem.max, **e8m0, num_warps=c.num_warps, num_stages=1))]
+    if how == "tiles":
         grid = b * -(-r // 128) * -(-k // 128)
-        wide = 128 * max(x.stride(1), x.stride(2), out.stride(1)) >= 2**31
-        device.tiles_kernel[(grid,)](
-            x, out, scale, r, k, clamp, *x.stride(), out.stride(0), out.stride(1), *scale.stride(),
-            BR=128, BK=128, WIDE=wide, TOP=elem.max, **e8m0, num_warps=c.num_warps, num_stages=1)
-    elif how == "rows":
-        device.rows_kernel[(b * -(-r // c.block_m),)](
-            x, out, scale, r, k, clamp, *x.stride(), out.stride(0), out.stride(1), scale.stride(0), scale.stride(1),
-            BR=c.block_m, BK=c.block_k, ONCE=k <= c.block_k, TOP=elem.max, num_warps=c.num_warps, num_stages=1)
-    else:
-        assert workspace is not None
-        part = workspace.view(torch.int32)
-        parts = min(PARTS, -(-r * k // c.block_k))
-        flat = x.stride(2) == 1 and (r == 1 or x.stride(1) == out.stride(1) == k)
-        shape = {"BLOCK": c.block_k, "FLAT": flat, "num_warps": c.num_warps, "num_stages": 1}
-        device.tensor_amax_kernel[(b * parts,)](x, part, r, k, *x.stride(), parts, **shape)
-        device.tensor_cast_kernel[(b * parts,)](x, part, out, scale, r, k, clamp, *x.stride(), out.stride(0),
-                                                out.stride(1), scale.stride(0), parts, PARTS=PARTS, TOP=elem.max, **shape)
+        far = 128 * max(x.stride(1), x.stride(2), out.stride(1)) >= 2**31
+        return [Launch(
+            device.tiles_kernel, (grid,),
+            (px, pout, pscale, r, k, clamp, *x.stride(), out.stride(0), out.stride(1), *scale.stride()),
+            dict(BR=128, BK=128, WIDE=far, TOP=elem.max, **e8m0, num_warps=c.num_warps, num_stages=1))]
+    if how == "rows":
+        return [Launch(
+            device.rows_kernel, (b * -(-r // c.block_m),),
+            (px, pout, pscale, r, k, clamp, *x.stride(), out.stride(0), out.stride(1), scale.stride(0), scale.stride(1)),
+            dict(BR=c.block_m, BK=c.block_k, ONCE=k <= c.block_k, TOP=elem.max, num_warps=c.num_warps, num_stages=1))]
+    assert workspace is not None
+    part = Pointer(workspace, torch.int32)
+    parts = min(PARTS, -(-r * k // c.block_k))
+    flat = x.stride(2) == 1 and (r == 1 or x.stride(1) == out.stride(1) == k)
+    shape = {"BLOCK": c.block_k, "FLAT": flat, "num_warps": c.num_warps, "num_stages": 1}
+    return [Launch(device.tensor_amax_kernel, (b * parts,), (px, part, r, k, *x.stride(), parts), shape),
+            Launch(device.tensor_cast_kernel, (b * parts,),
+                   (px, part, pout, pscale, r, k, clamp, *x.stride(), out.stride(0), out.stride(1), scale.stride(0), parts),
+                   dict(PARTS=PARTS, TOP=elem.max, **shape))]

@@ -8,16 +8,16 @@ one block (or two) an SM takes tile after tile. Device code: `fp8_block_device.p
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 
-import torch
 from torch import Tensor
 
 from ....arch import Arch
 from ....problem import Config, Problem, Step
+from ... import launching
+from ...launching import Launch
 from ...operands import Operands
-from . import bound_launch
 from .fp8_block_tile import LAYOUTS, MAX_GROUPS, Tile
 
 NAME = "gluon_sm90.fp8_block"
@@ -203,43 +203,11 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
 
 
 # ---------------------------------------------------------------- launch
-@dataclass(slots=True)
-class _Entry:
-    """Keeps `step` and `problem` alive, whose identities are in its key."""
-
-    step: Step
-    problem: Problem
-    launch: bound_launch.Bound | None
-
-
-_bound = bound_launch.Cache()
-
-
 def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
-    x = operands
-    a, b, sa, sb, out, index = x.a.data, x.b.data, x.a.scale, x.b.scale, x.out, x.index
-    assert sa is not None and sb is not None
-    device = out.get_device()
-    if device != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return launch(step, problem, operands, workspace)
-    key = (id(step), id(problem), device, x.groups, x.alignment, a.data_ptr(), a.shape, a.stride(), b.data_ptr(), b.shape,
-           b.stride(), sa.data_ptr(), sa.stride(), sa.dtype, sb.data_ptr(), sb.stride(), sb.dtype, out.data_ptr(), out.stride(),
-           out.dtype, None if index is None else (index.data_ptr(), index.dtype))
-    entry = _bound.find(key)
-    if entry is None:
-        kernel, grid, arguments, options = prepare(step, problem, x)
-        entry = _Entry(step, problem, bound_launch.bind(kernel, grid, arguments, **options))
-        _bound.put(key, entry)
-    if entry.launch is None or entry.launch.hooked:
-        kernel, grid, arguments, options = prepare(step, problem, x)
-        kernel[(grid,)](*arguments, **options)
-    else:
-        entry.launch(device)
+    launching.launch(launches, step, problem, operands, workspace)
 
 
-def prepare(step: Step, problem: Problem, x: Operands) -> tuple:
-    """(kernel, grid, arguments, options) of a launch, as Triton takes them."""
+def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -299,7 +267,7 @@ def prepare(step: Step, problem: Problem, x: Operands) -> tuple:
         planes(a, x.m, tile.BM), sa_desc, planes(b, x.n, tile.BN), out_desc, out, plain[0], sb, x.index, x.m, x.n,
         blocks, x.groups, x.alignment, pitch, *plain[1:], sb.stride(0) if sb.dim() == 3 else 0, sb.stride(-2),
         sb.stride(-1), og, om, og // om, tile)
-    return device.fp8_block_kernel, grid, arguments, {"num_warps": 4, "maxnreg": tile.max_registers}
+    return [Launch(device.fp8_block_kernel, (grid,), arguments, {"num_warps": 4, "maxnreg": tile.max_registers})]
 
 
 def _stride(t: Tensor, dim: int, packed: int) -> int:

@@ -7,14 +7,14 @@ persistent, warp-specialised grid with the operands swapped; how it works: `fp8_
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ....arch import Arch
+from ....arch import Arch, detect
 from ....problem import Config, Problem, Step
+from ... import launching
+from ...launching import Launch, Pointer
 from ...operands import Operands
 from .fp8_decode_model import estimate, expected_rows, tiles_expected
 from .fp8_decode_tile import (
@@ -31,9 +31,8 @@ from .fp8_decode_tile import (
     smem_bytes,
     static,
 )
-from .launcher import Box, Cache, Launcher, current_device, current_stream, hooked
 
-__all__ = ["BACKEND", "LAYOUT_IDS", "NAME", "configs", "estimate", "extra", "launch", "legal", "max_registers", "pads",
+__all__ = ["BACKEND", "LAYOUT_IDS", "NAME", "configs", "estimate", "extra", "launch", "launches", "legal", "max_registers", "pads",
            "smem_bytes", "supports", "workspace"]
 
 NAME = "gluon_sm90.fp8_decode"
@@ -127,60 +126,44 @@ def workspace(problem: Problem, config: Config) -> int:
 
 
 # ---------------------------------------------------------------- launch
-class Call(NamedTuple):
-    """One launch: see `Launcher.__call__`."""
-
-    launcher: Launcher
-    grid: int
-    boxes: tuple[Box, ...]
-    pointers: tuple[int, ...]
-    dtypes: tuple[torch.dtype, ...]
-    ints: tuple[int, ...]
+def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
+    launching.launch(launches, step, problem, operands, workspace)
 
 
-class Prepared:
-    """What launches of one step have in common; made at its first launch."""
+def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
+    """The kernel, and behind it the sum of partial sums where K is split."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    def __init__(self, step: Step, problem: Problem, groups: int) -> None:
-        from . import fp8_decode_device as device
+    from . import fp8_decode_device as device
 
-        self.step, self.problem, self.config = step, problem, step.config
-        self.cfg = cfg = static(problem, step.config, groups)
-        pdl = {"launch_pdl": True} if cfg.PDL else {}
-        self.main = Launcher(device.fp8_decode_kernel, (cfg,), {"num_warps": 4, "maxnreg": max_registers(self.config), **pdl},
-                             lambda: device.layouts(cfg))
-        self.sum = Launcher(device.fp8_decode_sum_kernel, (cfg,), {"num_warps": 4, **pdl}) if cfg.SPLIT > 1 else None
-
-    def parts(self, sms: int) -> int:
-        """Bytes of partial sums, in front of the table of segments."""
-        return part_bytes(self.config, programs(self.config, sms, self.problem.max_sms))
-
-    def calls(self, x: Operands, workspace: Tensor | None, sms: int) -> list[Call]:
-        """The launches of one call, in order."""
-        cfg = self.cfg
-        a, b, out, sa, sb = x.a.data, x.b.data, x.out, x.a.scale, x.b.scale
-        assert sa is not None and sb is not None
-        masked = self.problem.layout == "masked"
-        tiles = tiles_at_most(self.problem.layout, x, cfg.BT) * -(-x.n // cfg.BN)
-        ctas = min(programs(self.config, sms, self.problem.max_sms), tiles * cfg.SPLIT)
-        at = out.data_ptr()
-        index, ids = (at, torch.int32) if x.index is None else (x.index.data_ptr(), x.index.dtype)
-        parts = at if workspace is None else workspace.data_ptr()
-        table = at if workspace is None else parts + self.parts(sms)
-        som, sog = out.stride(-2), out.stride(0) if masked else 0
-        calls = [Call(
-            self.main, ctas, (_box(b, cfg.BN), _box(a, cfg.BT), _box(a, cfg.NARROW or cfg.BT)),
-            (at, sa.data_ptr(), sb.data_ptr(), index, parts, table),
-            (out.dtype, sa.dtype, sb.dtype, ids, torch.float32, torch.int32),
-            (x.m, x.n, x.k // 128, x.groups, x.alignment, x.m,
-             sa.stride(0) if masked else 0, sa.stride(-2), sa.stride(-1),
-             sb.stride(0) if sb.dim() == 3 else 0, sb.stride(-2), sb.stride(-1), sog, som))]
-        if self.sum is not None:
-            grid = max(1, min(tiles, ctas // 2)) * cfg.BN // 16
-            calls.append(Call(
-                self.sum, grid, (), (at, index, parts, table), (out.dtype, ids, torch.float32, torch.int32),
-                (x.m, x.n, x.k // 128, x.groups, x.alignment, x.m, ctas, sog, som)))
-        return calls
+    config, sms = step.config, detect(x.out.device).sms
+    cfg = static(problem, config, x.groups)
+    a, b, out, sa, sb = x.a.data, x.b.data, x.out, x.a.scale, x.b.scale
+    assert sa is not None and sb is not None
+    masked = problem.layout == "masked"
+    tiles = tiles_at_most(problem.layout, x, cfg.BT) * -(-x.n // cfg.BN)
+    ctas = min(programs(config, sms, problem.max_sms), tiles * cfg.SPLIT)
+    # what there is none of, no code reads
+    index = Pointer(out, torch.int32) if x.index is None else x.index
+    scratch = out if workspace is None else workspace
+    parts = Pointer(scratch, torch.float32)
+    table = Pointer(scratch, torch.int32, 0 if workspace is None else part_bytes(config, programs(config, sms, problem.max_sms)))
+    som, sog = out.stride(-2), out.stride(0) if masked else 0
+    pdl = {"launch_pdl": True} if cfg.PDL else {}
+    descriptors = [TensorDescriptor(t, *_box(t, rows), layout) for (t, rows), layout in
+                   zip(((b, cfg.BN), (a, cfg.BT), (a, cfg.NARROW or cfg.BT)), device.layouts(cfg))]
+    sizes = (x.m, x.n, x.k // 128, x.groups, x.alignment, x.m)
+    found = [Launch(
+        device.fp8_decode_kernel, (ctas,),
+        (*descriptors, out, sa, sb, index, parts, table, *sizes,
+         sa.stride(0) if masked else 0, sa.stride(-2), sa.stride(-1),
+         sb.stride(0) if sb.dim() == 3 else 0, sb.stride(-2), sb.stride(-1), sog, som, cfg),
+        {"num_warps": 4, "maxnreg": max_registers(config), **pdl})]
+    if cfg.SPLIT > 1:
+        grid = max(1, min(tiles, ctas // 2)) * cfg.BN // 16
+        found.append(Launch(device.fp8_decode_sum_kernel, (grid,), (out, index, parts, table, *sizes, ctas, sog, som, cfg),
+                            {"num_warps": 4, **pdl}))
+    return found
 
 
 def tiles_at_most(layout: str, x: Operands, tokens: int) -> int:
@@ -192,75 +175,11 @@ def tiles_at_most(layout: str, x: Operands, tokens: int) -> int:
     return -(-x.m // tokens) + (x.groups if layout != "dense" else 0)
 
 
-def _box(x: Tensor, rows: int) -> Box:
-    """[G, R, K] (or [R, K]) as three dimensions, so that a tile's rows past R read as zero, not as the next group's."""
+def _box(x: Tensor, rows: int) -> tuple[list[int], list[int], list[int]]:
+    """Shape, strides and box of [G, R, K] (or [R, K]) in three dimensions, so that a tile's rows past R read as zero, not as
+    the next group's."""
     # an axis of size 1 may carry any stride: give it one that TMA takes
     r, k = x.shape[-2:]
     row = x.stride(-2) if r > 1 else k
     groups, group = (x.shape[0], x.stride(0)) if x.dim() == 3 and x.shape[0] > 1 else (1, r * row)
-    return Box(x, (groups, r, k), (group, row, 1), (1, rows, 128))
-
-
-@lru_cache(maxsize=64)
-def _sms(index: int) -> int:
-    return torch.cuda.get_device_properties(index).multi_processor_count
-
-
-_prepared = Cache(1024)
-
-
-def prepared(step: Step, problem: Problem, groups: int) -> Prepared:
-    """By identity of the step, which its Plan keeps: no hash of a Problem on the way to a launch."""
-    found = _prepared.find((id(step), groups))
-    if found is None or found.step is not step or found.problem is not problem:
-        found = Prepared(step, problem, groups)
-        _prepared.replace((id(step), groups), found)
-    return found
-
-
-class Ready:
-    """A step bound to one signature of calls: only addresses and the stream are still open."""
-
-    __slots__ = ("_bound", "_index", "_parts", "step")
-
-    def __init__(self, step: Step, index: int, bound: list, parts: int) -> None:
-        self.step, self._index, self._bound, self._parts = step, index, bound, parts
-
-    def __call__(self, x: Operands, workspace: Tensor | None) -> bool:
-        """Launch; False where it has to go the ordinary way."""
-        index = self._index
-        if current_device() != index or hooked():
-            return False
-        out = x.out.data_ptr()
-        ids = out if x.index is None else x.index.data_ptr()
-        parts = table = out
-        if workspace is not None:
-            parts = workspace.data_ptr()
-            if parts % 16:
-                return False
-            table = parts + self._parts
-        stream = current_stream(index)
-        a, b = x.a.data, x.b.data
-        main = self._bound[0]
-        main(stream, main.maps((b, a, a), (b.data_ptr(), a.data_ptr())),
-             out, x.a.scale.data_ptr(), x.b.scale.data_ptr(), ids, parts, table)  # type: ignore[union-attr]
-        if len(self._bound) > 1:
-            self._bound[1](stream, (), out, ids, parts, table)
-        return True
-
-
-def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
-    ready = operands.memo.get(NAME)
-    if ready is not None and ready.step is step and ready(operands, workspace):
-        return
-    index = operands.out.device.index
-    if index is None:
-        index = torch.cuda.current_device()
-    sms = _sms(index)
-    p = prepared(step, problem, operands.groups)
-    calls = p.calls(operands, workspace, sms)
-    for call in calls:
-        call.launcher(index, *call[1:])
-    bound = [call.launcher.bind(index, *call[1:]) for call in calls]
-    if all(b is not None for b in bound):
-        operands.memo[NAME] = Ready(step, index, bound, p.parts(sms))
+    return [groups, r, k], [group, row, 1], [1, rows, 128]
