@@ -1,6 +1,7 @@
 """Two measurements beside the suites: quantisation against a copy of the same bytes, and what an eager call costs the CPU.
 
     python benchmarks/microbench.py --json FILE [--commit SHA]        on a GPU
+    python benchmarks/microbench.py --stub                            the launch cost alone, with no GPU
 
 `copy` moves as many bytes as the quantiser reads and writes. The launch cost is wall time of many calls that outrun nothing:
 the kernels are smaller than the calls, and the queue is empty again before each batch.
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +20,14 @@ from pathlib import Path
 import torch
 
 import narrowgemm as ng
+from narrowgemm.kernels.launching import READY
+from narrowgemm.kernels.operands import Operands
+from narrowgemm.ops import gemm as gemm_op
+from narrowgemm.ops import grouped as grouped_op
+from narrowgemm.ops import quantize as quantize_op
+from narrowgemm.ops.common import PlanCache
 from narrowgemm.testing.cases import Case, build
+from narrowgemm.testing.inputs import Inputs
 from narrowgemm.testing.timers import GraphTimer
 
 SHAPES = ((512, 7168), (4096, 7168), (16384, 7168), (16384, 2048))
@@ -45,41 +54,80 @@ def quantisation(timer: GraphTimer) -> list[dict]:
     return rows
 
 
-def host_us(call: Callable[[], object], batch: int = 100, rounds: int = 15) -> float:
+def host_us(call: Callable[[], object], batch: int = 50, rounds: int = 40) -> float:
     """CPU microseconds a call, the best of the rounds."""
     for _ in range(20):
         call()
     best = float("inf")
     for _ in range(rounds):
-        torch.cuda.synchronize()
+        synchronize()
         start = time.perf_counter()
         for _ in range(batch):
             call()
         best = min(best, time.perf_counter() - start)
-    torch.cuda.synchronize()
+    synchronize()
     return best / batch * 1e6
 
 
-def launches() -> list[dict]:
-    y = torch.zeros(16, device="cuda")
-    rows = [{"call": "torch: y.mul_(1)", "us": host_us(lambda: y.mul_(1))}]
-    cases = (Case("launch", "dense", 1, 16, 256, 256), Case("launch", "offsets", 4, 8, 256, 256),
-             Case("launch", "masked", 4, 8, 256, 256, max_m=64), Case("launch", "contiguous", 4, 128, 256, 256),
-             Case("launch", "dense", 1, 512, 256, 256))
-    for case in cases:
-        i = build(case, "cuda")
-        for backend in (None, *sorted({"triton", "gluon_sm90"})):
-            try:
-                plan = i.plan(backend=backend)
-            except ng.Unsupported:
-                continue
-            options = {} if backend is None else {"backend": backend}
-            us = host_us(lambda i=i, options=options: i.call(**options))
-            rows.append({"call": f"{case.id} {backend or 'auto'}", "kernel": plan.kernel if plan else "", "us": us})
-    x = torch.randn(16, 256, device="cuda", dtype=torch.bfloat16)
-    rows.append({"call": "quantize 16x256 fp8_1x128", "us": host_us(lambda: ng.quantize(x, ng.FP8_1x128))})
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def caller(i: Inputs, out: torch.Tensor | None, **options: object) -> Callable[[], object]:
+    """The op's call as a user writes it."""
+    a, b, layout = i.a, i.b, i.layout
+    if layout is None:
+        return lambda: ng.gemm(a, b, out=out, **options)
+    return lambda: ng.grouped_gemm(a, b, layout, out=out, **options)
+
+
+def bare_us(plans: PlanCache, addresses: tuple[int, ...]) -> float | None:
+    """Of the C launcher alone, as the newest signature's launches call it; None where they are not bound."""
+    ready = plans.newest().memo.get(READY)
+    if ready is None:
+        return None
+    calls = ready.calls(addresses)
+    return host_us(lambda: [call() for call in calls])
+
+
+CASES = (Case("launch", "dense", 1, 16, 256, 256), Case("launch", "dense", 1, 512, 256, 256),
+         Case("launch", "dense", 1, 64, 512, 7168), Case("launch", "offsets", 4, 8, 256, 256),
+         Case("launch", "masked", 4, 8, 256, 256, max_m=64), Case("launch", "contiguous", 4, 128, 256, 256))
+
+
+def launches(device: str) -> list[dict]:
+    """CPU time of warm eager calls: with `out=`, without, and of the C launcher alone (the driver's launch)."""
+    y = torch.zeros(16, device=device)
+    rows: list[dict] = [{"call": "torch: y.mul_(1)", "us": host_us(lambda: y.mul_(1))}]
+
+    def add(name: str, kernel: str, bare: float | None, **times: float) -> None:
+        row = {"call": name, "kernel": kernel, **times, "c_launcher_us": bare}
+        if bare is not None:
+            row["python_us"] = times["us"] - bare
+        rows.append(row)
+
+    for case in CASES:
+        i = build(case, device)
+        for backend in ("gluon_sm90", "triton"):
+            plan = i.plan(backend=backend)
+            out = i.out.tensor
+            us = host_us(caller(i, out, backend=backend))
+            work = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=device)
+            x = Operands(i.a, i.b, out, 0, 0, 0, index=None if i.layout is None else i.layout.index)
+            bare = bare_us(gemm_op._plans if i.layout is None else grouped_op._plans, x.addresses(work))
+            add(f"{case.id} {backend}", plan.kernel, bare, us=us, allocating_us=host_us(caller(i, None, backend=backend)))
+    x = torch.randn(16, 256, device=device, dtype=torch.bfloat16)
+    for layout in ("row_major", "mn_major"):
+        us = host_us(lambda layout=layout: ng.quantize(x, ng.FP8_1x128, scale_layout=layout))
+        q = ng.quantize(x, ng.FP8_1x128, scale_layout=layout)
+        source = ng.ScaledTensor(x, None, ng.BF16)
+        addresses = Operands(source, q, q.data, 0, 0, 0, out_scale=q.scale).addresses(None)
+        add(f"quantize 16x256 fp8_1x128 {layout}", "triton.quantize", bare_us(quantize_op._plans, addresses), us=us)
     for r in rows:
-        print(f"launch {r['call']:50s} {r.get('kernel', ''):28s} {r['us']:7.1f} us of CPU", flush=True)
+        print(f"launch {r['call']:48s} {r.get('kernel', ''):24s} {r['us']:6.1f} us of CPU, "
+              + (f"C launcher {r['c_launcher_us']:.1f}, above it {r['python_us']:.1f}" if r.get("c_launcher_us") else "not bound")
+              + (f"; allocating its output {r['allocating_us']:.1f}" if "allocating_us" in r else ""), flush=True)
     return rows
 
 
@@ -87,13 +135,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--commit", default="")
+    parser.add_argument("--only", choices=("launches", "quantisation"))
+    parser.add_argument("--stub", action="store_true",
+                        help="with no GPU: calls on CPU tensors, planned for an H200, with a C launcher that does nothing")
     args = parser.parse_args()
     import triton
 
-    doc = {"schema": "narrowgemm-micro/1", "device": torch.cuda.get_device_name(), "commit": args.commit,
+    device = "cpu" if args.stub else "cuda"
+    if args.stub:
+        from narrowgemm.testing import stub_driver
+
+        os.environ["NARROWGEMM_ARCH"] = "h200"
+        stub_driver.install("".format)      # takes any arguments, does nothing, in C
+    doc = {"schema": "narrowgemm-micro/2", "device": "stub" if args.stub else torch.cuda.get_device_name(), "commit": args.commit,
            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-           "versions": {"torch": torch.__version__, "triton": triton.__version__, "narrowgemm": ng.__version__},
-           "launches": launches(), "quantisation": quantisation(GraphTimer(torch.device("cuda"), rounds=5))}
+           "versions": {"torch": torch.__version__, "triton": triton.__version__, "narrowgemm": ng.__version__}}
+    if args.only != "quantisation":
+        doc["launches"] = launches(device)
+    if args.only != "launches" and not args.stub:
+        doc["quantisation"] = quantisation(GraphTimer(torch.device("cuda"), rounds=5))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(doc, indent=1) + "\n")

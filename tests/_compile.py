@@ -4,6 +4,8 @@ A job is an ordinary launch on small CPU tensors; in the worker, launching compi
 code instead of running. Jobs are generators named by "module:function" that yield (id, callable).
 
     reports = compile_jobs("gfx950", "tests.kernels.fp8_block_jobs:jobs")
+
+TRITONS: the installed Triton is the oldest that is supported; the newest lies beside the environment, for these tests alone.
 """
 
 from __future__ import annotations
@@ -16,18 +18,36 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parent.parent
+TRITONS = ("oldest", "newest")
 NVIDIA_OPS = ("wgmma.mma_async", "mma.sync", "tcgen05.mma", "cp.async", "cp.async.bulk.tensor", "e4m3", "setmaxnreg",
               *(f"m64n{n}k32.f32.e4m3.e4m3" for n in (8, 16, 32, 64, 128, 256)))
 
 
-def compile_jobs(target: str, jobs: str, *args: str) -> list[dict]:
+def newest_triton() -> str:
+    """The folder of the newest Triton that the kernels are held against, beside the installed, oldest one: where
+    `tools/setup_env.py` put it, or NARROWGEMM_TEST_TRITON says. Skips the test where there is none."""
+    found = os.environ.get("NARROWGEMM_TEST_TRITON") or f"{sys.prefix}-triton"
+    if not (Path(found) / "triton").is_dir():
+        pytest.skip(f"no second Triton in {found}: tools/setup_env.py installs it")
+    return found
+
+
+def with_triton(which: str) -> dict[str, str]:
+    """The environment of a process with the 'oldest' (installed) or 'newest' Triton, and without the interpreter."""
+    front = [newest_triton()] if which == "newest" else []
+    return dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=os.pathsep.join([*front, str(ROOT), str(ROOT / "src")]))
+
+
+def compile_jobs(target: str, jobs: str, *args: str, triton: str = "oldest") -> list[dict]:
     """One report a compiled kernel: job, kernel, shared (bytes), spills (bytes), registers, ops (mnemonic: count)."""
-    env = dict(os.environ, TRITON_INTERPRET="0", NARROWGEMM_ARCH=target, PYTHONPATH=f"{ROOT}{os.pathsep}{ROOT / 'src'}")
+    env = with_triton(triton) | {"NARROWGEMM_ARCH": target}
     done = subprocess.run([sys.executable, "-m", "tests._compile", target, jobs, *args], cwd=ROOT, env=env,
                           capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"compiling {jobs} for {target} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("[{") or line == "[]"))
 
 
 def gpu_target(target: str):

@@ -20,9 +20,10 @@ import copy
 import inspect
 import sys
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -148,51 +149,90 @@ class Ready:
             bits |= p
         if bits & 15 if self._odd is None else tuple(p & 15 for p in addresses) != self._odd:
             return False
+        return self.launch(addresses)
+
+    def aligned(self, bits: int) -> bool:
+        """Whether all operands are on 16 bytes, as far as the signature says, and the addresses that `bits` is the OR of too."""
+        return not bits & 15 and self._odd is None
+
+    def launch(self, addresses: tuple[int, ...]) -> bool:
+        """As a call, for addresses whose alignment is known to be that of the signature."""
         runtime, device = self._runtime, self._device
-        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-        if (enter is not None and getattr(enter, "calls", True)) or (leave is not None and getattr(leave, "calls", True)) \
-                or self._current() != device:
+        enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook      # a chain of hooks, or one, or None
+        if getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or self._current() != device:
             return False
         stream = self._stream(device)
         for bound in self._bound:
             bound(stream, addresses)
         return True
 
+    def calls(self, addresses: tuple[int, ...]) -> list[Callable[[], None]]:
+        """The C launcher with its arguments, once a launch: to measure what is left where nothing is worked out."""
+        stream = self._stream(self._device)
+        return [partial(bound._raw, *bound.arguments(stream, addresses)) for bound in self._bound]
+
 
 class Bound:
     """One launch with everything fixed but addresses and stream. It keeps no tensor alive."""
 
-    __slots__ = ("_after", "_arguments", "_before", "_maps", "_pointers", "_raw", "_stream_at")
+    __slots__ = ("_given", "_maps", "_offsets", "_raw", "_runs", "_stream_at")
 
-    def __init__(self, raw: Callable[..., None], given: Sequence[Any], stream_at: int, arguments: list[Any],
-                 pointers: Sequence[tuple[int, int, int]], maps: Sequence[tuple[int, int, Maps]]) -> None:
-        """`given`: what the C launcher got. `arguments`: the kernel's, among or (Triton 3.7 on) in a list behind the others.
-        `pointers`: (place, operand, offset in bytes); `maps`: (place, operand, descriptors); places are among `arguments`."""
-        self._raw, self._stream_at, self._arguments = raw, stream_at, arguments
-        self._before, self._after = tuple(given[:stream_at]), tuple(given[stream_at + 1:])
-        self._pointers, self._maps = tuple(pointers), tuple(maps)
+    def __init__(self, raw: Callable[..., None], given: list[Any], stream_at: int, pointers: Sequence[tuple[int, int, int]],
+                 maps: Sequence[tuple[int, int, Maps]]) -> None:
+        """`given`: what the C launcher gets.
 
-    def __call__(self, stream: int, addresses: Sequence[int]) -> None:
-        arguments = self._arguments.copy()
-        for at, operand, offset in self._pointers:
-            arguments[at] = addresses[operand] + offset
-        for at, operand, maps in self._maps:
-            arguments[at] = maps[addresses[operand]]
-        self._raw(*self._before, stream, *self._after, arguments)
-
-
-class BoundFlat(Bound):
-    """As Triton 3.6 has it: the kernel's arguments follow the others, without a list of their own."""
-
-    __slots__ = ()
+        `pointers`: (place, operand, offset in bytes); `maps`: (place, operand, descriptors); places are in `given`.
+        """
+        self._raw, self._given, self._stream_at, self._maps = raw, given, stream_at, tuple(maps)
+        self._runs = tuple(_runs(pointers))
+        self._offsets = tuple((at, offset) for at, _, offset in pointers if offset)
 
     def __call__(self, stream: int, addresses: Sequence[int]) -> None:
-        arguments = self._arguments.copy()
-        for at, operand, offset in self._pointers:
-            arguments[at] = addresses[operand] + offset
+        self._raw(*self.arguments(stream, addresses))
+
+    def arguments(self, stream: int, addresses: Sequence[int]) -> list[Any]:
+        """What the C launcher gets for these addresses."""
+        arguments = self._fill(addresses)
+        arguments[self._stream_at] = stream
+        return arguments
+
+    def _fill(self, addresses: Sequence[int]) -> list[Any]:
+        arguments = self._given.copy()
+        for places, pick in self._runs:
+            arguments[places] = pick(addresses)
+        for at, offset in self._offsets:
+            arguments[at] += offset
         for at, operand, maps in self._maps:
             arguments[at] = maps[addresses[operand]]
-        self._raw(*self._before, stream, *self._after, *arguments)
+        return arguments
+
+
+def _runs(pointers: Sequence[tuple[int, int, int]]) -> Iterator[tuple[slice, Callable[[Sequence[int]], tuple[int, ...]]]]:
+    """Pointers that follow each other, and what picks their addresses, all at once."""
+    start = 0
+    for i in range(1, len(pointers) + 1):
+        if i == len(pointers) or pointers[i][0] != pointers[i - 1][0] + 1:
+            operands = [operand for _, operand, _ in pointers[start:i]]
+            # a slice brings a tuple, as several indices do
+            pick = itemgetter(*operands) if len(operands) > 1 else itemgetter(slice(operands[0], operands[0] + 1))
+            yield slice(pointers[start][0], pointers[i - 1][0] + 1), pick
+            start = i
+
+
+class BoundNested(Bound):
+    """From Triton 3.7 on: the C launcher takes the kernel's arguments as one list, behind the others."""
+
+    __slots__ = ("_outer",)
+
+    def __init__(self, raw: Callable[..., None], given: list[Any], stream_at: int, pointers: Sequence[tuple[int, int, int]],
+                 maps: Sequence[tuple[int, int, Maps]], outer: Sequence[Any]) -> None:
+        """`given`, `pointers`, `maps`: of the kernel's arguments; `stream_at`: among the `outer` ones."""
+        super().__init__(raw, given, 0, pointers, maps)
+        self._outer = tuple(outer[:stream_at]), tuple(outer[stream_at + 1:])
+
+    def arguments(self, stream: int, addresses: Sequence[int]) -> list[Any]:
+        before, after = self._outer
+        return [*before, stream, *after, self._fill(addresses)]
 
 
 class Maps(dict[int, Any]):
@@ -264,9 +304,12 @@ def _bind(compiled: Any, x: Launch, slots: dict[int, int]) -> Bound | str:
     if len(metas) != len(descriptors) or None in metas:
         return "this Triton doesn't encode the kernel's descriptors on the host"
     template = [None if isinstance(v, Tensor | Pointer) or i in encoded else v for i, v in enumerate(arguments)]
-    maps = [(i, slot, Maps(lambda d, meta=meta: encode(d, meta), desc))  # type: ignore[misc, operator]
+    first = 0 if nested else len(outer)
+    maps = [(first + i, slot, Maps(lambda d, meta=meta: encode(d, meta), desc))  # type: ignore[misc, operator]
             for (i, slot, desc), meta in zip(descriptors, metas)]
-    return (Bound if nested else BoundFlat)(raw, outer, at[0], template, pointers, maps)
+    if nested:
+        return BoundNested(raw, template, at[0], pointers, maps, outer)
+    return Bound(raw, [*outer, *template], at[0], [(first + i, slot, offset) for i, slot, offset in pointers], maps)
 
 
 def record(run: Any, *arguments: Any) -> tuple[Callable[..., None], tuple[Any, ...]] | str:

@@ -59,39 +59,43 @@ def identify(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, index: Tensor
              *rest: object) -> tuple[tuple, tuple[int, ...]]:
     """(everything that checks and the Plan depend on, addresses of a, its scales, b, its scales and the index).
 
-    It is made in every call: plain reads, no objects of our own. A device by its number takes a third of the time.
+    It is made in every call, so it is plain reads, no objects of our own; a device is its number, which costs a third.
     """
     x, y, sx, sy = a.data, b.data, a.scale, b.scale
-    p, q, ps, qs, po, pi = x.data_ptr(), y.data_ptr(), 0, 0, 0, 0
-    dx, dy = x.get_device(), y.get_device()
-    key = [a.format, x.shape, x.stride(), x.dtype, x.device if dx < 0 else dx,
-           b.format, y.shape, y.stride(), y.dtype, y.device if dy < 0 else dy, rest, env.choice()]
-    if sx is not None:
-        ps, dx = sx.data_ptr(), sx.get_device()
-        key += (sx.shape, sx.stride(), sx.dtype, sx.device if dx < 0 else dx)
+    p, q = x.data_ptr(), y.data_ptr()
+    key: tuple
+    if sx is not None and sy is not None:
+        ps, qs = sx.data_ptr(), sy.data_ptr()
+        key = (a.format, x.shape, x.stride(), x.dtype, x.get_device(), sx.shape, sx.stride(), sx.dtype, sx.get_device(),
+               b.format, y.shape, y.stride(), y.dtype, y.get_device(), sy.shape, sy.stride(), sy.dtype, sy.get_device(),
+               rest, env.choice())
     else:
-        key.append(None)
-    if sy is not None:
-        qs, dx = sy.data_ptr(), sy.get_device()
-        key += (sy.shape, sy.stride(), sy.dtype, sy.device if dx < 0 else dx)
-    else:
-        key.append(None)
+        ps, qs = 0 if sx is None else sx.data_ptr(), 0 if sy is None else sy.data_ptr()
+        key = (a.format, b.format, _traits(x), _traits(y), _traits(sx), _traits(sy), rest, env.choice())
+    bits = p | ps | q | qs
     if out is not None:
-        po, dx = out.data_ptr(), out.get_device()
-        key += (out.shape, out.stride(), out.dtype, out.device if dx < 0 else dx)
-    else:
-        key.append(None)
+        bits |= out.data_ptr()
+        key += (out.shape, out.stride(), out.dtype, out.get_device())
+    pi = 0
     if index is not None:
-        pi, dx = index.data_ptr(), index.get_device()
-        key += (index.shape, index.dtype, index.device if dx < 0 else dx)
-    if (p | q | ps | qs | po | pi) & 15:
-        key += (p & 15, q & 15, ps & 15, qs & 15, po & 15, pi & 15)
-    return tuple(key), (p, ps, q, qs, pi)
+        pi = index.data_ptr()
+        bits |= pi
+        key += (index.shape, index.dtype, index.get_device())
+    if bits & 15:
+        key += (p & 15, ps & 15, q & 15, qs & 15, 0 if out is None else out.data_ptr() & 15, pi & 15)
+    if x.get_device() < 0:      # CPU and meta tensors both say -1
+        key += tuple([t if t is None else t.device for t in (x, sx, y, sy, out, index)])
+    return key, (p, ps, q, qs, pi)
+
+
+def _traits(t: Tensor | None) -> tuple | None:
+    return None if t is None else (t.shape, t.stride(), t.dtype, t.get_device())
 
 
 def check_config(config: Config | None) -> None:
     """In front of the cache: a config that is none can't be hashed."""
-    expect(config is None or isinstance(config, Config), "config", type(config).__name__, "a narrowgemm.Config", error=TypeError)
+    if config is not None:
+        expect(isinstance(config, Config), "config", type(config).__name__, "a narrowgemm.Config", error=TypeError)
 
 
 def check_traced(config: Config | None, out: Tensor | None, accumulate: bool) -> None:
@@ -128,6 +132,10 @@ class PlanCache:
             if len(self._known) > _LIMIT:
                 self._known.popitem(last=False)
         return known
+
+    def newest(self) -> Known:
+        """Of the signature that was seen for the first time last."""
+        return next(reversed(self._known.values()))
 
 
 def check_operand(x: ScaledTensor, name: str, shape: str, dims: int) -> None:
@@ -213,5 +221,6 @@ def plan(op: str, layout: str, a: ScaledTensor, b: ScaledTensor, out: Tensor, m:
 
 
 def out_dtype_of(out: Tensor | None, dtype: torch.dtype | None, default: torch.dtype) -> torch.dtype:
-    expect(out is None or isinstance(out, Tensor), "out", type(out).__name__, "a torch.Tensor", error=TypeError)
+    if out is not None and not isinstance(out, Tensor):
+        expect(False, "out", type(out).__name__, "a torch.Tensor", error=TypeError)
     return dtype if dtype is not None else default if out is None else out.dtype

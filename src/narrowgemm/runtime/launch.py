@@ -42,13 +42,16 @@ def run(plan: Plan, operands: Operands, workspace: Tensor | None = None) -> None
 def again(memo: dict, addresses: tuple[int, ...], out: Tensor, out_scale: int = 0) -> bool:
     """Launch what calls of this signature are known to come to, without making Operands.
 
-    `addresses`: of a, its scales, b, its scales, and the index, 0 where there is none. False where nothing was done: `run` has to.
+    `addresses`: of a, its scales, b, its scales, and the index, 0 where there is none; how they are aligned is in the signature.
+    False where nothing was done: `run` has to.
     """
     ready = memo.get(READY)
     if ready is None:
         return False
     a, a_scale, b, b_scale, index = addresses
+    work = 0
     if ready.workspace_bytes:
         workspace = torch.empty(ready.workspace_bytes, dtype=torch.uint8, device=out.device)
-        return ready((workspace.data_ptr(), a, a_scale, b, b_scale, out.data_ptr(), index, out_scale))
-    return ready((0, a, a_scale, b, b_scale, out.data_ptr(), index, out_scale))
+        work = workspace.data_ptr()
+    at = out.data_ptr()
+    return ready.aligned(work | at | out_scale) and ready.launch((work, a, a_scale, b, b_scale, at, index, out_scale))

@@ -61,6 +61,6 @@ def install(launch: Any = record) -> StubDriver:
 
     stub = StubDriver(launch)
     triton.runtime.driver.set_active(stub)
-    launching._driver.cache_clear()
-    launching._driver = lambda: (stub.get_current_device, stub.get_current_stream, triton.knobs.runtime)
+    launching._driver = lambda: (  # type: ignore[assignment]
+        stub.get_current_device, stub.get_current_stream, triton.knobs.runtime)
     return stub
