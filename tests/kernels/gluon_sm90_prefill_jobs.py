@@ -59,15 +59,15 @@ def check_late_store(ttgir: str) -> None:
     for line in ttgir.splitlines():
         if "scf.while (" in line:
             result, _, arguments = line.partition("scf.while (")
-            names = {result.strip().split(":")[0], *re.findall(r"(%\w+) = ", arguments.split(") : (")[0])}
+            names = {result.strip().split(":")[0], *re.findall(r"(%[\w.]+) = ", arguments.split(") : (")[0])}
             indent = len(line) - len(line.lstrip())
             # a loop inside the loop over tiles (looking for a tile's group) takes nothing from it
             carried = carried | names if carried and indent > outermost else names
             outermost = outermost if carried is not names and indent > outermost else indent
-        elif carried and (made := re.match(r"\s*(%\w+)(?::\d+)? = ", line)):
+        elif carried and (made := re.match(r"\s*(%[\w.]+)(?::\d+)? = ", line)):
             carried.add(made[1])
         elif carried and "async_tma_" in line and "local_to_global" in line:
-            row = re.search(r"\[(%\w+)", line)
+            row = re.search(r"\[(%[\w.]+)", line)
             assert row and row[1] in carried, f"a late store takes its row from before the loop: {line.strip()[:120]}"
             stores += 1
     assert stores, "no TMA store in a loop"

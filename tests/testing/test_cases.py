@@ -7,20 +7,21 @@ import hashlib
 import pytest
 import torch
 
-from narrowgemm.formats import FP8_1x128
+from narrowgemm.formats import FP8_1x128, ScaledTensor
 from narrowgemm.scales import mn_major_tma_aligned
 from narrowgemm.testing.case import Case, apportion, spread
 from narrowgemm.testing.cases import PEERS, SUITES, build, find, get_case, get_suite, guarded_empty
 from narrowgemm.testing.inputs import make_layout
 from narrowgemm.testing.peers import computes, names
+from narrowgemm.testing.tokens import Tokens
 
 COUNTS = {
     "portable-contiguous": 32, "portable-masked": 38, "portable-dense": 28, "portable-offsets": 20, "fp8-contiguous": 8,
     "fp8-contiguous-small": 8, "fp8-offsets": 8, "fp8-offsets-small": 8, "fp8-masked": 8, "fp8-masked-eight": 8,
-    "fp8-masked-decode": 40, "fp8-dense": 42, "fp8-skew": 72,
+    "fp8-masked-decode": 40, "fp8-dense": 42, "fp8-skew": 72, "fp8-offsets-e2e": 16,
 }
 # sha256 of the ids and group sizes of the suites above: results that are committed are compared by them
-DIGEST = "9e1e9c4419d858ee"
+DIGEST = "5f09dc338b0c5048"
 
 
 def digest() -> str:
@@ -47,6 +48,37 @@ def test_every_suite_names_its_peers() -> None:
     assert all(p in names() for peers in PEERS.values() for p in peers)
     assert all(computes("deepgemm", c) for c in SUITES["fp8-masked-decode"] + SUITES["fp8-skew"] + SUITES["fp8-dense"])
     assert not computes("deepgemm", get_case("portable-contiguous", "contiguous-g1-m128-n128-k128-uniform_0.8_1.2-fp16"))
+
+
+def test_an_end_to_end_case_reads_bf16_tokens() -> None:
+    plain, e2e = (Case("t", "offsets", 3, 40, 128, 256, e2e=e) for e in (False, True))
+    assert e2e.id == plain.id + "-e2e"
+    assert e2e.bytes - plain.bytes == plain.rows * (2 * 256 - 256 - 4 * 2)
+    with pytest.raises(ValueError, match="an end-to-end case: got dense"):
+        Case("t", "dense", 1, 40, 128, 256, e2e=True)
+    inputs = build(e2e)
+    assert torch.equal(inputs.tokens.x[inputs.tokens.rows], torch.cat([inputs.source_a(g) for g in range(3)]))
+    assert inputs.tokens.rows.tolist() != list(range(120))
+    before = build(plain)
+    inputs.verify()
+    assert torch.equal(inputs.a.data.view(torch.uint8), before.a.data.view(torch.uint8)) and torch.equal(inputs.a.scale, before.a.scale)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 37])
+def test_tokens_are_gathered_and_quantised_in_one_pass(device: str, rows: int) -> None:
+    """The kernel against the definition, bit for bit, padding rows and all."""
+    g = torch.Generator().manual_seed(rows)
+    x = torch.randn(16, 640, generator=g).bfloat16()
+    x[3, 200:300] = float("nan")
+    index = torch.randint(-1, 16, (rows,), generator=g, dtype=torch.int32)
+    index[0] = 3
+    want, got = ((torch.full((rows, 640), 7.0).to(torch.float8_e4m3fn), torch.full((5, 40), 7.0)) for _ in range(2))
+    as_operand = lambda pair, d: ScaledTensor(pair[0].to(d), pair[1].to(d)[:, :rows].mT, FP8_1x128)  # noqa: E731
+    a, b = as_operand(want, "cpu"), as_operand(got, device)
+    Tokens(x, index).quantize_into(a)
+    Tokens(x.to(device), index.to(device)).launch(b)
+    assert torch.equal(a.data.view(torch.uint8), b.data.view(torch.uint8).cpu())
+    assert torch.equal(a.scale.view(torch.int32), b.scale.cpu().view(torch.int32))
 
 
 def test_names_that_do_not_exist() -> None:

@@ -79,6 +79,27 @@ def test_deepgemm_gets_what_it_takes(monkeypatch: pytest.MonkeyPatch, case: Case
     checked(case, build(case, scale_layout=scale_layout), "deepgemm")
 
 
+def test_deepgemm_end_to_end_quantises_padded_rows_of_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("t", "offsets", 4, 100, 192, 384, sizes="empty:0.5", e2e=True)
+    module = fake_deep_gemm(True)
+    monkeypatch.setitem(sys.modules, "deep_gemm", module)
+    inputs = build(case, seed=3)
+    inputs.reset_out()
+    assert not inputs.check().ok        # nothing is there before the call
+    inputs.call()
+    inputs.check().assert_(case.id)
+    assert not inputs.faults()
+    prepared = peers.get_peer("deepgemm").prepare(case, inputs)
+    prepared.run()
+    for t in (inputs.tokens.x, inputs.a.data.view(torch.uint8)):
+        t.zero_()                       # what was prepared holds copies of neither rows nor products
+    prepared.run()
+    assert all(not prepared.rows(g).any() for g in inputs.groups), "the peer's rows were not made from the tokens in this call"
+    inputs = build(case, seed=4)
+    inputs.call()
+    checked(case, inputs, "deepgemm")
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
 def test_bf16_is_the_product_of_the_sources(case: Case) -> None:
     assert peers.computes("torch_bf16", case)

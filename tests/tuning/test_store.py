@@ -11,7 +11,9 @@ from narrowgemm.arch import get_arch
 from narrowgemm.ops.explain import describe
 from narrowgemm.problem import Config
 from narrowgemm.runtime import dispatch
+from narrowgemm.testing.cases import get_suite
 from narrowgemm.tuning import store
+from narrowgemm.tuning.space import problem_of
 
 DENSE = "gemm-dense-fp8_1x128-fp8_128x128.json"
 GOOD = Config(64, 64, num_stages=4)
@@ -138,3 +140,24 @@ def _illegal_as_fp32(config: Config) -> bool:
 
     problem = describe("gemm", m=64, n=4096, k=7168, out_dtype="fp32")
     return dispatch.illegal(kernels()["gluon_sm90.fp8_decode"], problem, config, get_arch("h200")) is not None
+
+
+def test_a_device_without_tables_takes_rows_of_its_sibling_where_arithmetic_decides(tmp_path: Path) -> None:
+    store.write_table(tmp_path, "h200", DENSE, {}, [row(8192, n=4096, k=4096), row(16, n=4096, k=4096), row(4096, n=4096, k=4096)])
+    large, small, near = (describe("gemm", m=m, n=4096, k=4096) for m in (8192, 16, 3000))
+    h100, h200, h20 = (get_arch(x) for x in ("h100", "h200", "h20"))
+    assert store.choose(large, h100, str(tmp_path)).source.startswith("h200/")      # type: ignore[union-attr]
+    assert store.choose(near, h100, str(tmp_path)) is not None
+    assert store.choose(small, h200, str(tmp_path)) is not None and store.choose(small, h100, str(tmp_path)) is None
+    assert store.choose(large, h20, str(tmp_path)) is None      # another number of SMs
+    store.write_table(tmp_path, "h100", DENSE, {}, [row(8192, "mine", n=4096, k=4096), row(4096, n=4096, k=4096) | {"adopted": False}])
+    assert store.choose(large, h100, str(tmp_path)).kernel == "mine"                # type: ignore[union-attr]
+    assert store.choose(near, h100, str(tmp_path)) is None      # its own row says that the model is right
+
+
+def test_packaged_rows_reach_the_h100() -> None:
+    for case in (*get_suite("fp8-contiguous"), *get_suite("fp8-masked-decode")[:3]):
+        p = problem_of(case)
+        taken = "tuned table h200/" in dispatch.select(p, get_arch("h100")).reason
+        adopted = store.lookup(p, "h200") is not None
+        assert taken == (adopted and case.suite == "fp8-contiguous"), case.id

@@ -40,6 +40,8 @@ def user_tables() -> Path:
               help="Make tables from sweep files, without measuring.")
 @click.option("--report", "report_path", type=click.Path(dir_okay=False, path_type=Path),
               help="Print what a sweep file says of the cost model, without measuring.")
+@click.option("--portable", type=click.IntRange(0), default=0, metavar="N",
+              help="With --sweep: only what a call gets, and the N portable candidates predicted to be the fastest.")
 @click.option("--resume", is_flag=True, help="Keep what was measured before at this commit, and measure the rest.")
 @click.option("--budget", type=float, default=0.0, help="Seconds after which no case starts. 0: no limit.")
 @click.option("--warm", type=int, default=0, help="Compile ahead in so many processes side by side.")
@@ -51,7 +53,7 @@ def user_tables() -> Path:
 @click.option("--list", "list_only", is_flag=True, help="List cases, keys and candidates; measure nothing.")
 def tune(suites: tuple[str, ...], patterns: tuple[str, ...], kernels: tuple[str, ...], device: str | None,
          out: Path | None, packaged: bool, sweep_path: Path | None, sources: tuple[Path, ...], report_path: Path | None,
-         resume: bool, budget: float, warm: int, rounds: int, finalists: int, timeout: float, seed: int,
+         portable: int, resume: bool, budget: float, warm: int, rounds: int, finalists: int, timeout: float, seed: int,
          commit: str | None, list_only: bool) -> None:
     """Measure every kernel and config on cases, and keep what beats the cost model by 3%.
 
@@ -61,6 +63,7 @@ def tune(suites: tuple[str, ...], patterns: tuple[str, ...], kernels: tuple[str,
     \b
     narrowgemm tune --suite fp8-masked-decode --warm 8              tables of your own
     narrowgemm tune --suite fp8-dense --sweep sweep.json            every figure, no table
+    narrowgemm tune --suite untuned --portable 3 --sweep check.json is any choice slower than the portable kernel?
     narrowgemm tune --report sweep.json                             how good the choices are
     narrowgemm tune --from sweep.json --packaged                    tables from a sweep
     """
@@ -75,6 +78,8 @@ def tune(suites: tuple[str, ...], patterns: tuple[str, ...], kernels: tuple[str,
         return
     if sweep_path and (out or packaged):
         raise click.UsageError("--sweep writes no tables; make them from its file with --from")
+    if portable and not sweep_path:
+        raise click.UsageError("--portable leaves candidates out, so it makes no tables: give --sweep FILE")
     if not suites and not patterns:
         raise click.UsageError("say what to tune: --suite NAME or --case PATTERN; `narrowgemm bench --list` shows the suites")
     chosen = choose(split(suites), patterns)
@@ -91,7 +96,7 @@ def tune(suites: tuple[str, ...], patterns: tuple[str, ...], kernels: tuple[str,
     except ValueError as e:
         raise click.ClickException(str(e)) from e
     job = Job([(c.suite, c.id) for c in todo], device, split(kernels), seed, rounds, finalists,
-              started + budget if budget else 0.0)
+              started + budget if budget else 0.0, portable=portable)
     measure(run, job, warm, timeout)
     finish(run, cases)
 

@@ -34,7 +34,8 @@ def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, *, out: Tensor | No
 
     Scale recipes follow DeepSeek-V3 (1x128 activations, 128x128 weights), OCP MX (1x32) and torch.scaled_mm (row, tensor).
     """
-    a, b = common.as_operand(a, "a"), common.as_operand(b, "b")
+    if type(a) is not ScaledTensor or type(b) is not ScaledTensor:
+        a, b = common.as_operand(a, "a"), common.as_operand(b, "b")
     if torch.compiler.is_compiling():
         return _traced(a, b, out, out_dtype, accumulate, backend, config, max_sms, on_unsupported)
     dtype = common.out_dtype_of(out, out_dtype, torch.bfloat16)
@@ -43,12 +44,13 @@ def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, *, out: Tensor | No
     known = _plans.find(key)
     if known is None:
         known = _plans.add(key, plan_of(a, b, out, dtype, accumulate,
-                                        Options(backend, config, max_sms, validate, on_unsupported)), validate)
-    plan, memo, sync = known
+                                        Options(backend, config, max_sms, validate, on_unsupported)),
+                           common.empty((a.shape[0], b.shape[0]), dtype, a.device), validate)
+    plan, memo, empty, sync = known
     if sync:
         validate_data.check_scales(a, b)
     if out is None:
-        out = torch.empty((a.shape[0], b.shape[0]), dtype=dtype, device=a.device)
+        out = empty.make()
     if workspace is None and again(memo, addresses, out):
         return out
     if plan is not None:

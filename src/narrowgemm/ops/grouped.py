@@ -32,7 +32,8 @@ def grouped_gemm(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, layout: Lay
 
     Layouts are DeepGEMM's (contiguous, psum, masked) and torch's / Primus-Turbo's (offsets): see `narrowgemm.layouts`.
     """
-    a, b = common.as_operand(a, "a"), common.as_operand(b, "b")
+    if type(a) is not ScaledTensor or type(b) is not ScaledTensor:
+        a, b = common.as_operand(a, "a"), common.as_operand(b, "b")
     expect(isinstance(layout, Layout), "layout", type(layout).__name__, "Contiguous, Psum, Offsets or Masked", error=TypeError)
     if torch.compiler.is_compiling():
         return _traced(a, b, layout, out, out_dtype, accumulate, zero_padding, backend, config, max_sms, on_unsupported)
@@ -45,13 +46,14 @@ def grouped_gemm(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, layout: Lay
     known = _plans.find(key)
     if known is None:
         known = _plans.add(key, plan_of(a, b, layout, out, dtype, accumulate, zero_padding,
-                                        Options(backend, config, max_sms, validate, on_unsupported)), validate)
-    plan, memo, sync = known
+                                        Options(backend, config, max_sms, validate, on_unsupported)),
+                           common.empty((*a.shape[:-1], b.shape[-2]), dtype, a.device), validate)
+    plan, memo, empty, sync = known
     if sync:
         validate_data.check_layout(layout, a.shape[-2], b.shape[0])
         validate_data.check_scales(a, b)
     if out is None:
-        out = torch.empty((*a.shape[:-1], b.shape[-2]), dtype=dtype, device=a.device)
+        out = empty.make()
     if workspace is None and again(memo, addresses, out):
         return out
     if plan is not None:

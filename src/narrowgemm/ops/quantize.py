@@ -19,7 +19,7 @@ from ..scales import tma_aligned_rows
 from . import common, library
 
 SCALE_LAYOUTS = ("row_major", "mn_major")
-SHAPES = "shapes"   # where the memo of a signature holds them
+SCALES = "scales"   # where the memo of a signature holds what scales are allocated with
 _SOURCE = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
 _plans = common.PlanCache()
 
@@ -50,12 +50,12 @@ def quantize(x: Tensor, fmt: Format | str, *, rounding: str = "rceil", amax_clam
            env.choice())
     known = _plans.find(key)
     if known is None:
-        known = _plans.add(key, _plan(x, fmt, rounding, amax_clamp, scale_layout, backend, config))
-    plan, memo, _ = known
-    shapes = memo.get(SHAPES)
-    if shapes is None:
-        shapes = memo[SHAPES] = _shapes(x, fmt, scale_layout)
-    data, scale = _allocate(x, shapes)
+        plan = _plan(x, fmt, rounding, amax_clamp, scale_layout, backend, config)
+        payload, scales = _outputs(x, fmt, scale_layout)
+        known = _plans.add(key, plan, payload)
+        known.memo[SCALES] = scales
+    plan, memo, payload, _ = known
+    data, scale = payload.make(), memo[SCALES].make()
     if not again(memo, (at, 0, data.data_ptr(), scale.data_ptr(), 0), data, scale.data_ptr()):
         _fill(plan, x.detach() if x.requires_grad else x, fmt, data, scale, rounding, amax_clamp, memo)
     return ScaledTensor(data, scale, fmt)
@@ -83,32 +83,30 @@ def _check(x: Tensor, fmt: Format | str, rounding: str, amax_clamp: float, scale
     return reference.check_input(x, fmt, rounding, amax_clamp)
 
 
-class Shapes(NamedTuple):
-    """Payload and scales: shapes and dtypes; `stored`: what is allocated for the scales, viewed with `strides` if there are any."""
+class Padded(NamedTuple):
+    """MN-major scales whose columns are longer than they look."""
 
-    data: tuple[int, ...]
-    dtype: torch.dtype
-    stored: tuple[int, ...]
-    scale_dtype: torch.dtype
-    scale: tuple[int, ...]
+    stored: common.Empty
+    shape: tuple[int, ...]
     strides: tuple[int, ...]
 
+    def make(self) -> Tensor:
+        return self.stored.make().as_strided(self.shape, self.strides)
 
-def _shapes(x: Tensor, fmt: Format, scale_layout: str) -> Shapes:
+
+def _outputs(x: Tensor, fmt: Format, scale_layout: str) -> tuple[common.Empty, common.Empty | Padded]:
+    """What payload and scales are allocated with."""
     *lead, k = x.shape
-    data = (*lead, k // fmt.elem.per_byte)
+    payload = common.empty((*lead, k // fmt.elem.per_byte), fmt.elem.dtype, x.device)
     dtype = torch.float32 if fmt.scale == "fp32" else torch.uint8
     *lead, rows, cols = shape = fmt.scale_shape(x.shape)
     if scale_layout == "row_major":
-        return Shapes(data, fmt.elem.dtype, shape, dtype, shape, ())
-    stored = (*lead, cols, tma_aligned_rows(rows, dtype.itemsize))
-    return Shapes(data, fmt.elem.dtype, stored, dtype, shape, torch.empty(stored, device="meta")[..., :rows].mT.stride())
-
-
-def _allocate(x: Tensor, s: Shapes) -> tuple[Tensor, Tensor]:
-    data = torch.empty(s.data, dtype=s.dtype, device=x.device)
-    scale = torch.empty(s.stored, dtype=s.scale_dtype, device=x.device)
-    return data, scale.as_strided(s.scale, s.strides) if s.strides else scale
+        return payload, common.empty(shape, dtype, x.device)
+    stored = common.empty((*lead, cols, tma_aligned_rows(rows, dtype.itemsize)), dtype, x.device)
+    strides = torch.empty(stored.shape, device="meta")[..., :rows].mT.stride()
+    if stored.shape[-1] == rows:
+        return payload, stored._replace(shape=tuple(shape), strides=strides)
+    return payload, Padded(stored, tuple(shape), strides)
 
 
 def _fill(plan: Plan | None, x: Tensor, fmt: Format, data: Tensor, scale: Tensor, rounding: str,
@@ -125,7 +123,8 @@ def _traced(x: Tensor, fmt: Format | str, rounding: str, amax_clamp: float, scal
             config: Config | None) -> ScaledTensor:
     expect(config is None, "config under torch.compile", "a Config", "None: a tuned table decides there")
     fmt = _check(x, fmt, rounding, amax_clamp, scale_layout)
-    data, scale = _allocate(x, _shapes(x, fmt, scale_layout))
+    payload, scales = _outputs(x, fmt, scale_layout)
+    data, scale = payload.make(), scales.make()
     torch.ops.narrowgemm.quantize(x.detach(), data, scale, fmt.name, rounding, amax_clamp, backend or "")
     return ScaledTensor(data, scale, fmt)
 

@@ -41,13 +41,14 @@ def grouped_gemm_wgrad(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, layou
     known = _plans.find(key)
     if known is None:
         known = _plans.add(key, plan_of(a, b, layout, out, dtype, accumulate,
-                                        Options(backend, config, max_sms, validate, on_unsupported)), validate)
-    plan, memo, sync = known
+                                        Options(backend, config, max_sms, validate, on_unsupported)),
+                           common.empty((groups, a.shape[0], b.shape[0]), dtype, a.device), validate)
+    plan, memo, empty, sync = known
     if sync:
         validate_data.check_layout(layout, a.shape[-1], groups)
         validate_data.check_scales(a, b)
     if out is None:
-        out = torch.empty((groups, a.shape[0], b.shape[0]), dtype=dtype, device=a.device)
+        out = empty.make()
     if workspace is None and again(memo, addresses, out):
         return out
     if plan is not None:

@@ -45,7 +45,7 @@ def _select(problem: Problem, arch: Arch, backend: str, config: Config | None, o
             able[name] = kernel
         else:
             passed[name] = reason
-    tuned = None if config else store.lookup(problem, arch.name, tables)
+    tuned = None if config else store.choose(problem, arch, tables)
     if tuned and tuned.kernel in able and illegal(able[tuned.kernel], problem, tuned.config, arch) is None:
         name, chosen, seconds, why = tuned.kernel, tuned.config, tuned.us * 1e-6, f"tuned table {tuned.source}"
         passed |= {other: f"the tuned table prefers {name}" for other in able if other != name}

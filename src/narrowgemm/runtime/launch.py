@@ -51,7 +51,8 @@ def again(memo: dict, addresses: tuple[int, ...], out: Tensor, out_scale: int = 
     a, a_scale, b, b_scale, index = addresses
     work = 0
     if ready.workspace_bytes:
-        workspace = torch.empty(ready.workspace_bytes, dtype=torch.uint8, device=out.device)
+        # held until the launch is made; from then on the stream's order keeps it
+        workspace = torch.empty_strided((ready.workspace_bytes,), (1,), dtype=torch.uint8, device=out.device)
         work = workspace.data_ptr()
     at = out.data_ptr()
     return ready.aligned(work | at | out_scale) and ready.launch((work, a, a_scale, b, b_scale, at, index, out_scale))

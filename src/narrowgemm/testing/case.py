@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from ..errors import expect
-from ..formats import ELEMENTS, Format, FP8_1x128, FP8_128x128
+from ..formats import BF16, ELEMENTS, Format, FP8_1x128, FP8_128x128
 
 OPS = ("gemm", "grouped_gemm", "grouped_gemm_wgrad")
 LAYOUTS = ("dense", "contiguous", "psum", "offsets", "masked", "k_grouped")
@@ -26,7 +26,7 @@ class Case:
     `spread`. `world`: experts over all ranks when this one holds only `groups` of them; `m` is then the mean over the
     world. `max_m`: rows a group can hold (masked). `alignment`: a group's segment starts at a multiple of it
     (contiguous, psum). `order`: of the segments of a contiguous layout; 'repeated' cuts every group in two. `slack`:
-    rows of A behind the last group.
+    rows of A behind the last group. `e2e`: timed from BF16 tokens, see `tokens.py`.
     """
 
     suite: str
@@ -46,11 +46,14 @@ class Case:
     alignment: int = 128
     order: str = "sorted"
     slack: int = 0
+    e2e: bool = False
 
     def __post_init__(self) -> None:
         expect(self.layout in LAYOUTS, "layout", self.layout, f"one of {LAYOUTS}")
         expect(self.order in ORDERS, "order", self.order, f"one of {ORDERS}")
         expect(self.layout != "masked" or self.max_m > 0, "max_m of a masked case", self.max_m, "rows a group can hold")
+        expect(not self.e2e or (self.layout, self.a, self.slack) == ("offsets", FP8_1x128, 0), "an end-to-end case",
+               f"{self.layout}, {self.a.name}, slack {self.slack}", "offsets, fp8_1x128, no slack")
 
     @property
     def op(self) -> str:
@@ -71,7 +74,7 @@ class Case:
             out += f"-{self.a.name}-{self.b.name}".replace(":", "_")
         for shown, text in ((self.out_dtype != "bf16", self.out_dtype), (not self.zero_padding, "nozero"),
                             (self.accumulate, "acc"), (self.alignment != 128, f"align{self.alignment}"),
-                            (self.order != "sorted", self.order), (self.slack > 0, f"slack{self.slack}")):
+                            (self.order != "sorted", self.order), (self.slack > 0, f"slack{self.slack}"), (self.e2e, "e2e")):
             if shown:
                 out += f"-{text}"
         return out
@@ -118,13 +121,14 @@ class Case:
 
     @property
     def bytes(self) -> float:
-        """Fewest bytes through device memory: rows in use, weights of groups with rows, and the output, each once."""
+        """Fewest bytes through device memory: rows in use (e2e: BF16 ones), weights of groups with rows, the output, each once."""
         out_bytes = ELEMENTS[self.out_dtype].bits // 8 * (1 + self.accumulate)
         if self.layout == "k_grouped":
             return (self.a.storage_bytes(self.m, self.rows) + self.b.storage_bytes(self.n, self.rows)
                     + self.groups * self.m * self.n * out_bytes)
         active = sum(s > 0 for s in self.group_sizes)
-        return (self.a.storage_bytes(self.rows, self.k) + active * self.b.storage_bytes(self.n, self.k)
+        a = BF16 if self.e2e else self.a
+        return (a.storage_bytes(self.rows, self.k) + active * self.b.storage_bytes(self.n, self.k)
                 + self.rows * self.n * out_bytes)
 
 

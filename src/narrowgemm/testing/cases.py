@@ -9,6 +9,7 @@ Shapes: FlyDSL 433 (its 30 test cases and its table), DeepGEMM's `tests/generato
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from fnmatch import fnmatch
 
 from ..errors import expect
@@ -75,6 +76,23 @@ def skewed(suite: str) -> list[Case]:
 
 def offsets_spreads(suite: str) -> list[Case]:
     return [Case(suite, "offsets", 32, 64, 4096, 7168, sizes=s) for s in ("skew:2", "skew:30", "few:4", "empty:0.5")]
+
+
+def untuned(suite: str) -> list[Case]:
+    """Shapes of models that no tuned table has, and odd ones, from decode to prefill: what the cost models choose is held
+    against the portable kernel on them."""
+    shapes = [s for name in ("qwen3-235b", "minimax-m2", "minimax-m3", "kimi-k3", "gpt-oss-120b-padded")
+              for m in (get_model(name),) for s in (m.gate_up(), m.down())]
+    shapes = [s for s in dict.fromkeys(shapes) if s[0] * s[1] <= 40e6]
+    odd = ((1536, 2560), (5120, 3328), (3200, 1152), (640, 5120))
+    out = []
+    for i, (n, k) in enumerate(shapes):
+        out += [Case(suite, "offsets", 16, (24, 160, 700)[i % 3], n, k, sizes=UNEVEN),
+                Case(suite, "masked", 8, (3, 48, 300)[i % 3], n, k, max_m=512, sizes=UNEVEN),
+                Case(suite, "contiguous", 8, (90, 384)[i % 2], n, k, sizes=UNEVEN)]
+    for n, k in odd:
+        out += [Case(suite, "dense", 1, m, n, k) for m in (3, 100, 1500)] + [Case(suite, "psum", 6, 200, n, k, sizes=UNEVEN)]
+    return out
 
 
 def edge(suite: str) -> list[Case]:
@@ -175,12 +193,14 @@ _BUILDERS = {
     "fp8-contiguous-small": lambda s: flat(s, "contiguous", SMALL),
     "fp8-offsets": lambda s: flat(s, "offsets", LARGE, UNEVEN),
     "fp8-offsets-small": lambda s: flat(s, "offsets", SMALL, UNEVEN),
+    "fp8-offsets-e2e": lambda s: [replace(c, e2e=True) for c in flat(s, "offsets", (*LARGE, *SMALL), UNEVEN)],
     "fp8-masked": lambda s: masked(s, ((32, 192, UNEVEN), (6, 1024, UNEVEN))),
     "fp8-masked-eight": masked_eight,
     "fp8-masked-decode": lambda s: masked(s, tuple((g, m, UNEVEN if m == 20 else "balanced")
                                                    for g in (32, 6) for m in (20, 1, 2, 4, 8))),
     "fp8-dense": lambda s: dense(s, (1, 16, 64, 128, 4096, 8192)),
     "fp8-skew": skewed,
+    "untuned": untuned,
     "edge": edge,
     "large": large,
     "cpu-small": cpu_small,

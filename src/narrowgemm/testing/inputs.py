@@ -25,6 +25,7 @@ from ..scales import mn_major_tma_aligned
 from .case import Case
 from .guard import Guarded, guarded_empty
 from .numerics import KERNEL_GATE, GateResult, Sums, independent, recipe_gate
+from .tokens import Tokens, tokens_of
 
 NAN_BYTE = {"e4m3": 0x7F, "e5m2": 0x7F, "e2m1": 0x77}  # E2M1 has no NaN: its scale has
 
@@ -44,6 +45,7 @@ class Inputs:
     layout: Layout | None
     out: Guarded
     weights_key: tuple[Any, ...] = ()
+    tokens: Tokens | None = None    # of an end-to-end case: `a` is written from them in every call
 
     @property
     def weights(self) -> Weights:
@@ -139,8 +141,11 @@ class Inputs:
     # ---- the call and its checks -----------------------------------------------------------------------------------
 
     def reset_out(self) -> None:
-        """Poison the output; write the base that an accumulating call adds to."""
+        """Poison the output, and what a call writes on the way to it; write the base that an accumulating call adds to."""
         self.out.reset()
+        if self.tokens is not None:
+            self.a.data.view(torch.uint8).fill_(NAN_BYTE[self.case.a.element])
+            self.a.scale.fill_(float("nan"))  # type: ignore[union-attr]
         self.write_base()
 
     def write_base(self) -> None:
@@ -166,6 +171,8 @@ class Inputs:
         from ..ops.wgrad import grouped_gemm_wgrad
 
         c, out = self.case, self.out.tensor
+        if self.tokens is not None:
+            self.tokens.quantize_into(self.a)
         if c.layout == "dense":
             return gemm(self.a, self.b, out=out, accumulate=c.accumulate, **options)
         if isinstance(self.layout, KGrouped):
@@ -275,7 +282,11 @@ def build(case: Case, device: torch.device | str = "cpu", seed: int = 0, scale_l
         known = reuse.weights if isinstance(reuse, Inputs) else reuse
         inputs.b = known[1] if known is not None and known[0] == key else _weights(inputs)
         inputs.a = _rows(inputs)
-    if scale_layout == "mn_major":
+    if case.e2e and case.rows:
+        # the order of groups is that of A's rows: there is no padding in the offsets layout
+        sources = [inputs.a.data.bfloat16()] if hollow else [inputs.source_a(g) for g in inputs.groups]
+        inputs.tokens = tokens_of(sources, seed)
+    if scale_layout == "mn_major" or case.e2e:
         inputs.a = _mn_major(inputs.a)
         inputs.b = _mn_major(inputs.b) if case.layout == "k_grouped" else inputs.b
     inputs.reset_out()

@@ -17,11 +17,12 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..formats import FP8_1x128, FP8_128x128
+from ..formats import FP8_1x128, FP8_128x128, ScaledTensor
 from ..scales import mn_major_tma_aligned
 from .case import Case
 from .guard import Guarded
 from .inputs import Inputs
+from .tokens import Tokens
 
 # A peer is not failed over the last bits of its sum, only where its product is another one.
 SAME_BITS_LIMIT = 1e-4
@@ -119,9 +120,19 @@ class DeepGemm:
             return Prepared(lambda: dg.m_grouped_fp8_gemm_nt_contiguous(pa, pb, out, ids),
                             lambda g: inputs.rows(out, g))
         data, scale, ids, rows = padded(inputs, self.ALIGNMENT)
-        pad = (data, mn_major_tma_aligned(scale) if transformed else scale)
+        pad = (data, mn_major_tma_aligned(scale) if transformed or inputs.tokens is not None else scale)
         y = torch.full((data.shape[0], case.n), float("nan"), dtype=torch.bfloat16, device=inputs.device)
+        if inputs.tokens is not None:
+            own_rows, _ = packed(inputs)
+            tokens = inputs.tokens.padded(own_rows, rows, data.shape[0])
+            return Prepared(lambda: self._end_to_end(tokens, pad, pb, y, ids), lambda g: y[rows[g]])
         return Prepared(lambda: dg.m_grouped_fp8_gemm_nt_contiguous(pad, pb, y, ids), lambda g: y[rows[g]])
+
+    @staticmethod
+    def _end_to_end(tokens: Tokens, pad: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor], y: Tensor, ids: Tensor) -> None:
+        """Gather into padded groups and quantise, in the kernel that ours goes through, then the product."""
+        tokens.quantize_into(ScaledTensor(*pad, FP8_1x128))
+        importlib.import_module("deep_gemm").m_grouped_fp8_gemm_nt_contiguous(pad, b, y, ids)
 
 
 class Torch:
@@ -168,8 +179,8 @@ class TorchBf16:
         return None if hasattr(torch.nn.functional, "grouped_mm") else "this torch has no nn.functional.grouped_mm"
 
     def supports(self, case: Case) -> str | None:
-        if case.layout == "k_grouped" or case.accumulate:
-            return "only forward products without accumulation are compared with BF16"
+        if case.layout == "k_grouped" or case.accumulate or case.e2e:
+            return "only forward products without accumulation and steps around them are compared with BF16"
         if case.rows == 0:
             return "no rows"
         return "grouped_mm needs N and K in eights" if case.layout != "dense" and (case.n % 8 or case.k % 8) else None
@@ -210,7 +221,7 @@ class Backend:
 
     def prepare(self, case: Case, inputs: Inputs) -> Prepared:
         own = Inputs(case, inputs.device, inputs.seed, inputs.a, inputs.b, inputs.layout,
-                     Guarded(torch.empty_like(inputs.out.tensor), inputs.out.buffer, inputs.out.guard))
+                     Guarded(torch.empty_like(inputs.out.tensor), inputs.out.buffer, inputs.out.guard), tokens=inputs.tokens)
         y = own.out.tensor
         own.write_base()
         return Prepared(lambda: own.call(backend=self.name), lambda g: own.rows(y, g))

@@ -27,7 +27,7 @@ from ..testing.numerics import GateResult
 from ..testing.timers import Timing
 from ..testing.worker import FAILURES, STICKY, DeviceLost, Station, emit, environment, failure
 from . import store
-from .space import PORTABLE, Candidate, candidates, pick, problem_of
+from .space import PORTABLE, Candidate, candidates, choice, pick, problem_of, versus_portable
 
 QUICK_ROUNDS = 2
 KEPT_BYTES = 8 << 30    # of results that wait for the gates
@@ -42,7 +42,8 @@ class Job:
     `cases`: (suite, id). `kernels`: patterns, none for all. `finalists`: candidates that are timed by all rounds.
     `deadline`: time.time() after which no case starts. `skip`: what killed a process, by `suite/id`: label -> reason.
     `careful`: cases that killed one nobody knows where: each candidate is timed alone first. `share`: (i, of) to compile
-    ahead the i-th part of the candidates, nothing measured.
+    ahead the i-th part of the candidates, nothing measured. `portable`: only what a call gets, and so many portable
+    candidates, the most promising by their cost model; 0 for every candidate.
     """
 
     cases: list[tuple[str, str]]
@@ -55,6 +56,12 @@ class Job:
     skip: dict[str, dict[str, str]] = field(default_factory=dict)
     careful: list[str] = field(default_factory=list)
     share: tuple[int, int] | None = None
+    portable: int = 0
+
+    def candidates(self, problem: Problem) -> list[Candidate]:
+        arch = detect(torch.device(self.device))
+        found = candidates(problem, arch, self.kernels)
+        return versus_portable(found, choice(problem, arch), self.portable) if self.portable and found else found
 
 
 class Entry:
@@ -97,7 +104,7 @@ class Trial:
         problem = problem_of_call(inputs)
         if problem is None:
             return failed(self.case, "nothing to compute: no rows")
-        found = candidates(problem, detect(self.station.device), self.job.kernels)
+        found = self.job.candidates(problem)
         if not found:
             return failed(self.case, "no kernel but the reference takes it", problem)
         self.entries = {c.label: Entry(c) for c in found}
@@ -247,7 +254,7 @@ def compile_share(job: Job, case: Case) -> None:
     """
     assert job.share is not None
     index, of = job.share
-    found = candidates(problem_of(case), detect(torch.device(job.device)), job.kernels) if case.rows else []
+    found = job.candidates(problem_of(case)) if case.rows else []
     mine = [c for c in found if zlib.crc32(f"{case.layout} {c.label}".encode()) % of == index]
     inputs = build(case, job.device, job.seed, hollow=True) if mine else None
     for c in mine:

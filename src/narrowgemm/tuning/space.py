@@ -10,6 +10,7 @@ from ..arch import Arch
 from ..kernels.registry import kernels
 from ..ops.explain import describe
 from ..problem import Config, Problem, bucket
+from ..runtime.dispatch import select
 from ..testing.case import Case
 
 PORTABLE = "triton"
@@ -60,3 +61,15 @@ def problem_of(case: Case) -> Problem:
     a = p.a if case.a.group[0] == 1 or not case.a.scaled else replace(p.a, scale_major="k")
     return replace(p, rows=min(p.rows, p.m), accumulate=case.accumulate, a=a,
                    zero_padding=case.zero_padding or case.op != "grouped_gemm")
+
+
+def versus_portable(found: Sequence[Candidate], chosen: Candidate, count: int) -> list[Candidate]:
+    """The choice, and the `count` portable candidates that are predicted to be the fastest, in the order of `found`."""
+    portable = sorted((c for c in found if c.backend == PORTABLE), key=lambda c: c.predicted_us)[:count]
+    return [c for c in found if c.label == chosen.label or c in portable]
+
+
+def choice(problem: Problem, arch: Arch) -> Candidate:
+    """What a call gets: by table or cost model."""
+    plan = select(problem, arch)
+    return Candidate(plan.kernel, plan.backend, plan.config, plan.predicted_us)

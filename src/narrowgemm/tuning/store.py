@@ -27,10 +27,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from ..arch import Arch
 from ..problem import Config, Problem, bucket
 
 PACKAGED = Path(__file__).parent / "tables"
 SCHEMA = 1
+SIBLINGS = {"h100": "h200"}     # the same SMs and clocks behind another memory; tables were measured on the second
 REACH = 2.0      # a key without a row takes the row of the nearest bucket within this factor
 Key = tuple[int, int, int]
 Row = dict[str, Any]
@@ -55,20 +57,36 @@ def key(problem: Problem) -> Key:
     return problem.n, k, bucket(problem.rows)
 
 
+def choose(problem: Problem, arch: Arch, extra: str = "") -> Tuned | None:
+    """`lookup` for the device; where it has no row, a row of its `SIBLINGS` device for a problem that is bound by arithmetic.
+
+    The two have the same SMs, so what such a problem runs fastest with is the same; where bytes decide, it need not be.
+    """
+    found = _found(problem, arch.name, extra)
+    if found is None and (other := SIBLINGS.get(arch.name)) and arch.fp8_flops * problem.bytes < arch.bandwidth * problem.flops:
+        found = _found(problem, other, extra)
+    return found if found is not None and found.adopted else None
+
+
 def lookup(problem: Problem, device: str, extra: str = "") -> Tuned | None:
     """The tuned choice for the problem, or None where the cost model decides. `extra`: a folder read before the packaged one.
 
     A row of the problem's own bucket counts, wherever it is, before one of another bucket: the nearest within a factor of
     `REACH`, the larger of two equally near. A row that is not `adopted` says that the cost model is right there.
     """
+    found = _found(problem, device, extra)
+    return found if found is not None and found.adopted else None
+
+
+def _found(problem: Problem, device: str, extra: str) -> Tuned | None:
+    """The row that counts, adopted or not."""
     name = table_name(problem)
     n, k, rows = key(problem)
     tables = [_table(root, device, name).get((n, k), {}) for root in (extra, str(PACKAGED)) if root]
     near = min((abs(math.log(b / rows)), -b) for t in tables for b in t) if rows and any(tables) else None
     if near is None or near[0] > math.log(REACH) + 1e-9:
         return None
-    found = next(t[-near[1]] for t in tables if -near[1] in t)
-    return found if found.adopted else None
+    return next(t[-near[1]] for t in tables if -near[1] in t)
 
 
 @lru_cache(maxsize=256)
