@@ -36,5 +36,5 @@ $(VENV)/.ready-dev: $(INPUTS)
 	@touch $@ $(VENV)/.ready-cli
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
+	rm -rf $(VENV) $(VENV)-triton .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

@@ -49,6 +49,23 @@ def test_cpu_takes_the_cpu_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert machine.calls[0] == ("torch==2.13.0+cpu",)
     assert machine.calls[1] == ("-c", str(ROOT / "constraints" / "ci.txt"), "-e", f"{ROOT}[dev]")
     assert "--system-site-packages" not in machine.made[0]
+    assert machine.calls[2:] == [("--no-deps", "--target", str(tmp_path / "v-triton"), setup_env.NEWEST_TRITON)]
+
+
+def test_the_newest_triton_lies_beside_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                                       capsys: pytest.CaptureFixture[str]) -> None:
+    beside = tmp_path / "v-triton"
+    (beside / "triton-3.0.0.dist-info").mkdir(parents=True)
+    machine = Machine(monkeypatch, tmp_path / "v", fails=("--target",))
+    assert setup_env.main() == 0                    # an older one goes, and what can't be had is said
+    assert not beside.exists() and "are skipped" in capsys.readouterr().err
+    (beside / f"triton-{setup_env.NEWEST_TRITON.partition('==')[2]}.dist-info").mkdir(parents=True)
+    (tmp_path / "v" / "bin" / "python").touch()
+    machine.calls.clear()
+    assert setup_env.main() == 0 and not any("--target" in c for c in machine.calls)
+    machine = Machine(monkeypatch, tmp_path / "w")
+    monkeypatch.setattr(sys, "argv", ["setup_env.py", str(tmp_path / "w"), "cli"])
+    assert setup_env.main() == 0 and not any("--target" in c for c in machine.calls)
 
 
 def test_cpu_falls_back_to_pytorch_s_index_and_then_to_any_build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

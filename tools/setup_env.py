@@ -16,6 +16,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CONSTRAINTS = ROOT / "constraints" / "ci.txt"
+NEWEST_TRITON = "triton==3.9.0"     # kernels are cross-compiled on it, too; constraints/ci.txt has the oldest
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 MODULES = {"cli": ("click", "rich"), "hf": ("safetensors",),
            "dev": ("click", "rich", "safetensors", "pytest", "xdist", "pytest_timeout", "hypothesis", "ruff", "mypy")}
@@ -31,17 +32,30 @@ def main() -> int:
     keep_torch = torch_sees_gpu(sys.executable)
     if not python.exists():
         run(sys.executable, "-m", "venv", *(["--system-site-packages"] if keep_torch else []), str(venv))
-    constraints = CONSTRAINTS
-    if keep_torch or has_gpu_driver():
+    constraints, gpu = CONSTRAINTS, keep_torch or has_gpu_driver()
+    if gpu:
         constraints = venv / "constraints.txt"
         constraints.write_text("".join(line for line in CONSTRAINTS.read_text().splitlines(keepends=True)
                                        if not line.startswith(("torch==", "triton=="))))
     elif not installed(python, "torch"):
         install_cpu_torch(python)
     target = f"{ROOT}[{extras}]"
-    if pip(python, "-c", str(constraints), "-e", target) == 0:
-        return 0
-    return link(python, extras)
+    status = 0 if pip(python, "-c", str(constraints), "-e", target) == 0 else link(python, extras)
+    if status == 0 and "dev" in extras.split(",") and not gpu:
+        install_newest_triton(python, venv)
+    return status
+
+
+def install_newest_triton(python: Path, venv: Path) -> None:
+    """Into a folder of its own beside the environment, which keeps the oldest; tests put it in front for a process."""
+    folder = venv.resolve().with_name(f"{venv.resolve().name}-triton")
+    wanted = folder / f"triton-{NEWEST_TRITON.partition('==')[2]}.dist-info"
+    if platform.system() != "Linux" or wanted.is_dir():
+        return
+    if folder.exists():
+        shutil.rmtree(folder)
+    if pip(python, "--no-deps", "--target", str(folder), NEWEST_TRITON) != 0:
+        print(f"{NEWEST_TRITON} could not be installed: tests that compile kernels on it are skipped", file=sys.stderr)
 
 
 def torch_sees_gpu(python: str | Path) -> bool:

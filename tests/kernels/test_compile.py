@@ -6,7 +6,7 @@ import pytest
 
 from narrowgemm.arch import get_arch
 
-from .._compile import compile_jobs
+from .._compile import TRITONS, compile_jobs
 
 MATRIX_OPS = {
     "sm90": ("wgmma.mma_async", "e4m3"),
@@ -17,9 +17,10 @@ MATRIX_OPS = {
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize("triton", TRITONS)
 @pytest.mark.parametrize("target", MATRIX_OPS)
-def test_portable_kernels(target: str) -> None:
-    reports = [r for r in compile_jobs(target, "tests.kernels.fp8_block_jobs:jobs") if r["kernel"] != "reduce_splits_kernel"]
+def test_portable_kernels(target: str, triton: str) -> None:
+    reports = [r for r in compile_jobs(target, "tests.kernels.fp8_block_jobs:jobs", triton=triton) if r["kernel"] != "reduce_splits_kernel"]
     assert len(reports) == 12
     for r in reports:
         missing = [op for op in MATRIX_OPS[target] if not r["ops"].get(op)]

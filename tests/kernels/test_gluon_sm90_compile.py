@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .._compile import compile_jobs
+from .._compile import TRITONS, compile_jobs
 
 JOBS = "tests.kernels.gluon_sm90_prefill_jobs:jobs"
 SHARED = 232448
@@ -22,8 +22,9 @@ def check(reports: list[dict]) -> None:
 
 
 @pytest.mark.compile
-def test_representative_configs() -> None:
-    reports = compile_jobs("sm90", JOBS)
+@pytest.mark.parametrize("triton", TRITONS)
+def test_representative_configs(triton: str) -> None:
+    reports = compile_jobs("sm90", JOBS, triton=triton)
     assert len(reports) >= 12
     check(reports)
 

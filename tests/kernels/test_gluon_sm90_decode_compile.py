@@ -16,7 +16,7 @@ from narrowgemm.kernels.operands import Operands
 from narrowgemm.ops.explain import describe
 from narrowgemm.problem import Config, Problem, Step
 
-from .._compile import compile_jobs
+from .._compile import TRITONS, compile_jobs
 
 N, K, G = 512, 1024, 4
 ARCH = get_arch("h200")
@@ -94,8 +94,9 @@ def check(reports: list[dict]) -> None:
 
 
 @pytest.mark.compile
-def test_every_layout() -> None:
-    reports = compile_jobs("sm90", "tests.kernels.test_gluon_sm90_decode_compile:jobs")
+@pytest.mark.parametrize("triton", TRITONS)
+def test_every_layout(triton: str) -> None:
+    reports = compile_jobs("sm90", "tests.kernels.test_gluon_sm90_decode_compile:jobs", triton=triton)
     assert sum(r["kernel"] == "fp8_decode_kernel" for r in reports) == 6
     assert sum(r["kernel"] == "fp8_decode_sum_kernel" for r in reports) >= 2
     check(reports)

@@ -24,6 +24,8 @@ from narrowgemm.ops.quantize import quantize
 from narrowgemm.problem import Config, Operand, Problem, Step, bucket
 from narrowgemm.reference import quantize as reference
 
+from .._compile import TRITONS, compile_jobs
+
 SCALED = [f for f in FORMATS.values() if f.scaled]
 E8M0 = [f for f in SCALED if f.scale == "e8m0"]
 KINDS = [FP8_TENSOR, FP8_ROW, FP8_1x128, FP8_128x128, MXFP8, MXFP4]
@@ -204,12 +206,11 @@ TARGETS = ("sm90", "sm100", "gfx942", "gfx950")
 
 
 @pytest.mark.compile
+@pytest.mark.parametrize("triton", TRITONS)
 @pytest.mark.parametrize("target", TARGETS)
-def test_compiles_for_every_target(target):
+def test_compiles_for_every_target(target, triton):
     """No spills, little shared memory; FP8 is converted by the chip where it has the instruction, loads are 16 bytes."""
-    from .._compile import compile_jobs
-
-    reports = compile_jobs(target, "tests.kernels.quantize_jobs:jobs")
+    reports = compile_jobs(target, "tests.kernels.quantize_jobs:jobs", triton=triton)
     assert len(reports) == 27 and {r["kernel"] for r in reports} == {
         "groups_kernel", "tiles_kernel", "rows_kernel", "tensor_amax_kernel", "tensor_cast_kernel"}
     for r in reports:
