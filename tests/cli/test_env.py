@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 import narrowgemm
@@ -44,6 +45,7 @@ def test_a_healthy_install(healthy: dict) -> None:
     assert healthy["narrowgemm"]["version"] == narrowgemm.__version__
     assert healthy["import torch"]["version"] == healthy["packages"]["torch"]
     assert "reference" in healthy["import narrowgemm"]["kernels"]
+    assert healthy["warm launches"] == ("bound to Triton's C launcher" if torch.cuda.is_available() else "no GPU here")
     assert healthy["variables"]["NARROWGEMM_BACKEND"] == "reference"
     assert set(VARIABLES) <= set(healthy["variables"])
     assert healthy["caches"]["triton"] and healthy["tuned tables"]["/no/such/folder"] == []

@@ -58,12 +58,27 @@ a = arch.detect()
 print(json.dumps(dict(file=narrowgemm.__file__, arch=a.name, target=a.target,
                       kernels=dict((n, k.BACKEND) for n, k in kernels().items()))))
 """
+LAUNCH_PROBE = f"""
+import json, sys, torch
+sys.path.append({str(PACKAGE.parent)!r})
+found = "no GPU here"
+if torch.cuda.is_available():
+    import narrowgemm as ng
+    from narrowgemm.kernels import launching
+    x = torch.zeros(16, 256, dtype=torch.bfloat16, device="cuda")
+    for _ in range(2):
+        ng.quantize(x, ng.FP8_1x128, backend="triton")
+    slow = launching.unbound()
+    found = "bound to Triton's C launcher" if not slow else dict((n, "through Triton's own launch: " + r) for n, r in slow.items())
+print(json.dumps(found))
+"""
 
 
 def collect() -> dict[str, Any]:
     """Everything the report shows, as plain data. A probe that fails gives `{"error": ...}`."""
     probes = {name: _start(code) for name, code in
               (("torch", TORCH_PROBE), ("triton", TRITON_PROBE), ("narrowgemm", NARROWGEMM_PROBE))}
+    launches = _start(LAUNCH_PROBE)
     return {
         "narrowgemm": guard(_version),
         "python": {"version": platform.python_version(), "executable": sys.executable,
@@ -72,6 +87,7 @@ def collect() -> dict[str, Any]:
         "packages": {name: found for name in PACKAGES if (found := guard(lambda: _installed(name))) is not None},  # noqa: B023
         "driver": guard(_driver),
         **{f"import {name}": guard(lambda: _finish(p)) for name, p in probes.items()},  # noqa: B023
+        "warm launches": guard(lambda: _finish(launches)),
         "variables": guard(_variables),
         "caches": guard(_caches),
         "tuned tables": guard(_tables),
