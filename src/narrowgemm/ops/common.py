@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -135,6 +136,9 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> E
     return Empty(tuple(shape), torch.empty(shape, device="meta").stride(), dtype, device)
 
 
+NOTHING = Empty((0,), (1,), torch.uint8, torch.device("cpu"))
+
+
 class PlanCache:
     """What is known of signatures, bounded, safe with several threads. Signatures hold devices, so one cache serves them all."""
 
@@ -150,6 +154,13 @@ class PlanCache:
             if len(self._known) > _LIMIT:
                 self._known.popitem(last=False)
         return known
+
+    def get(self, key: tuple, make: Callable[[], Plan | None]) -> tuple[Plan | None, dict]:
+        """(Plan, memo), for an op that makes its outputs itself."""
+        known = self._known.get(key)
+        if known is None:
+            known = self.add(key, make(), NOTHING)
+        return known.plan, known.memo
 
     def newest(self) -> Known:
         """Of the signature that was seen for the first time last."""

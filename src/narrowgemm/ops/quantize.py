@@ -45,8 +45,15 @@ def quantize(x: Tensor, fmt: Format | str, *, rounding: str = "rceil", amax_clam
         return _traced(x, fmt, rounding, amax_clamp, scale_layout, backend, config)
     fmt = get_format(fmt)
     expect(isinstance(x, Tensor), "input of quantize", type(x).__name__, "a torch.Tensor", error=TypeError)
-    at = x.data_ptr()
-    key = (fmt, x.shape, x.stride(), x.dtype, x.device, at & 15, rounding, amax_clamp, scale_layout, backend, config,
+    plan, memo, payload, _ = _known(x, fmt, rounding, amax_clamp, scale_layout, backend, config)
+    data, scale = payload.make(), memo[SCALES].make()
+    _fill(plan, x, fmt, data, scale, rounding, amax_clamp, memo)
+    return ScaledTensor(data, scale, fmt)
+
+
+def _known(x: Tensor, fmt: Format, rounding: str, amax_clamp: float, scale_layout: str, backend: str | None,
+           config: Config | None) -> common.Known:
+    key = (fmt, x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15, rounding, amax_clamp, scale_layout, backend, config,
            env.choice())
     known = _plans.find(key)
     if known is None:
@@ -54,11 +61,7 @@ def quantize(x: Tensor, fmt: Format | str, *, rounding: str = "rceil", amax_clam
         payload, scales = _outputs(x, fmt, scale_layout)
         known = _plans.add(key, plan, payload)
         known.memo[SCALES] = scales
-    plan, memo, payload, _ = known
-    data, scale = payload.make(), memo[SCALES].make()
-    if not again(memo, (at, 0, data.data_ptr(), scale.data_ptr(), 0), data, scale.data_ptr()):
-        _fill(plan, x.detach() if x.requires_grad else x, fmt, data, scale, rounding, amax_clamp, memo)
-    return ScaledTensor(data, scale, fmt)
+    return known
 
 
 def _plan(x: Tensor, fmt: Format, rounding: str, amax_clamp: float, scale_layout: str, backend: str | None,
@@ -110,11 +113,14 @@ def _outputs(x: Tensor, fmt: Format, scale_layout: str) -> tuple[common.Empty, c
 
 
 def _fill(plan: Plan | None, x: Tensor, fmt: Format, data: Tensor, scale: Tensor, rounding: str,
-          amax_clamp: float, memo: dict | None = None) -> None:
+          amax_clamp: float, memo: dict) -> None:
+    at = scale.data_ptr()
+    if again(memo, (x.data_ptr(), 0, data.data_ptr(), at, 0), data, at):
+        return
     if plan is None:  # no payload, but a matrix without elements still has a scale
         scale.copy_(reference.quantize(x, fmt, rounding, amax_clamp).scale)  # type: ignore[arg-type]
         return
-    operands = Operands(ScaledTensor(x, None, _SOURCE[x.dtype]), ScaledTensor(data, scale, fmt), data, x.shape[-2], 0,
+    operands = Operands(ScaledTensor(x.detach(), None, _SOURCE[x.dtype]), ScaledTensor(data, scale, fmt), data, x.shape[-2], 0,
                         x.shape[-1], out_scale=scale, rounding=rounding, amax_clamp=amax_clamp, memo=memo)
     run(plan, operands)
 
@@ -132,8 +138,10 @@ def _traced(x: Tensor, fmt: Format | str, rounding: str, amax_clamp: float, scal
 def _impl(x: Tensor, data: Tensor, scale: Tensor, fmt: str, rounding: str, amax_clamp: float, backend: str) -> None:
     form = get_format(fmt)
     layout = "row_major" if scale.is_contiguous() else "mn_major"
-    plan = _plan(x, form, rounding, amax_clamp, layout, backend or None, None)
-    _fill(plan, x, form, data, scale, rounding, amax_clamp)
+    plan, memo, payload, _ = _known(x, form, rounding, amax_clamp, layout, backend or None, None)
+    # what is bound is bound to the strides of outputs that we allocate; a compiled graph allocates its own
+    alike = data.stride() == payload.strides and scale.stride() == memo[SCALES].strides
+    _fill(plan, x, form, data, scale, rounding, amax_clamp, memo if alike else {})
 
 
 library.register("quantize", "Tensor x, Tensor(a!) data, Tensor(b!) scale, str fmt, str rounding, float amax_clamp, "
