@@ -76,6 +76,7 @@ def test_the_space_of_another_device_is_listed(monkeypatch: pytest.MonkeyPatch) 
     ((), "say what to tune"), (("--suite", "fp9"), "'fp9' is no suite"), (("--case", "nothing"), "no case matches"),
     (("--suite", "fp8-dense", "--packaged", "--out", "x"), "two places"),
     (("--suite", "fp8-dense", "--sweep", "s.json", "--packaged"), "--sweep writes no tables"),
+    (("--suite", "fp8-dense", "--portable", "2"), "give --sweep FILE"),
 ])
 def test_bad_input(args: tuple[str, ...], message: str) -> None:
     done = tune(*args)

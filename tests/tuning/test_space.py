@@ -46,6 +46,25 @@ def test_patterns_keep_the_pick() -> None:
     assert {c.kernel for c in portable} == {"triton.fp8_block", space.pick(every).kernel} and len(portable) < len(every)
 
 
+def test_the_choice_against_the_portable_candidates() -> None:
+    """What a call gets is there, whatever chose it, and the portable ones that are predicted to be the fastest."""
+    for case in (*SUITES["fp8-contiguous"][:2], *SUITES["untuned"][::7]):
+        problem = space.problem_of(case)
+        every, chosen = space.candidates(problem, H200), space.choice(problem, H200)
+        plan = dispatch.select(problem, H200)
+        assert (chosen.kernel, chosen.config) == (plan.kernel, plan.config)
+        found = space.versus_portable(every, chosen, 2)
+        portable = sorted(c.predicted_us for c in every if c.backend == "triton")
+        assert chosen.label in {c.label for c in found} and 2 <= len(found) <= 3
+        assert sorted(c.predicted_us for c in found if c.backend == "triton")[:2] == portable[:2]
+
+
+def test_untuned_shapes_have_no_row_in_a_packaged_table() -> None:
+    assert len(SUITES["untuned"]) == 40
+    for case in SUITES["untuned"]:
+        assert store._found(space.problem_of(case), "h200", "") is None, case.id
+
+
 def test_on_the_cpu_the_reference_is_a_candidate() -> None:
     found = space.candidates(space.problem_of(SUITES["cpu-small"][0]), get_arch("cpu"))
     assert [c.kernel for c in found] == ["reference"] and "reference" in kernels()
