@@ -29,6 +29,7 @@ MODULES: tuple[str, ...] = (
     "triton.fp8_block",
     "triton.fp8_wgrad",
     "triton.quantize",
+    "torch_bf16",
     "torch_reference",
 )
 

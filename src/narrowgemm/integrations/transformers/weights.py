@@ -1,0 +1,130 @@
+"""What an experts module of transformers holds, as operands.
+
+A module that we quantised keeps its parameters' names: `gate_up_proj` is the payload `[E, N, K]` (also where the model
+stores `[E, K, N]`), `gate_up_proj_scale` its scales, and `narrowgemm_formats` the formats of weights and activations.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import Unsupported, expect
+from ...formats import BF16, FP8_ROW, MXFP4, Format, FP8_1x128, FP8_128x128, ScaledTensor, get_format
+from ...ops.quantize import quantize
+
+FORMATS = "narrowgemm_formats"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weights:
+    """E experts, hidden H, inter I. `up` `[E, 2I, H]` (`[E, I, H]` without a gate), `down` `[E, H, I]`, their biases
+    `[E, 2I]` and `[E, H]` or None, and the format that their inputs are quantised to."""
+
+    up: ScaledTensor | Tensor
+    down: ScaledTensor | Tensor
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+    activations: Format
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What inputs are cast to: the weights' own dtype where they are wide, None where any input will do."""
+        return self.up.dtype if isinstance(self.up, Tensor) else None
+
+
+def is_experts(module: Any) -> bool:
+    """Whether transformers' decorator of replaceable experts made the module."""
+    return hasattr(module, "is_transposed") and hasattr(module, "has_gate") and hasattr(module, "down_proj")
+
+
+def projections(module: Any) -> tuple[str, str]:
+    return ("gate_up_proj" if module.has_gate else "up_proj"), "down_proj"
+
+
+def plain(module: Any) -> Weights:
+    """The weights of an experts module of a model that is not FP8: wide, or quantised by us."""
+    up, down = projections(module)
+    formats = getattr(module, FORMATS, None)
+    biases = [getattr(module, f"{p}_bias", None) if module.has_bias else None for p in (up, down)]
+    if formats is None:
+        wide = [getattr(module, p).mT if module.is_transposed else getattr(module, p) for p in (up, down)]
+        return Weights(wide[0], wide[1], biases[0], biases[1], BF16)
+    stacks = [ScaledTensor(getattr(module, p).data, getattr(module, f"{p}_scale").data, formats[0]) for p in (up, down)]
+    return Weights(stacks[0], stacks[1], biases[0], biases[1], formats[1])
+
+
+def fp8(module: Any) -> Weights:
+    """The weights of transformers' `FP8Experts`: E4M3 in 128 x 128 blocks or one scale a matrix, or packed E2M1."""
+    if module.activation_scheme != "dynamic":
+        raise Unsupported(f"activation_scheme {module.activation_scheme!r} of {type(module).__name__}",
+                          "narrowgemm quantises activations as they come: activation_scheme='dynamic'")
+    up, down = (_fp8(getattr(module, p), getattr(module, f"{p}_scale_inv"), module.block_size)
+                for p in projections(module))
+    activations = FP8_ROW if up.format == FP8_ROW else FP8_1x128
+    return Weights(up, down, None, None, activations)
+
+
+def _fp8(data: Tensor, scale: Tensor, block: tuple[int, int] | None) -> ScaledTensor:
+    data, scale = data.detach(), scale.detach()
+    if scale.dtype == torch.float8_e8m0fnu:
+        scale = scale.view(torch.uint8)
+    if data.dtype in (torch.int8, torch.uint8):
+        return ScaledTensor.make(data, scale, MXFP4)
+    if block is None:  # one scale a matrix, of gate and up each: a scale a row says the same
+        rows = data.shape[-2]
+        return ScaledTensor(data, scale.float().repeat_interleave(rows // scale.shape[-2], -2).contiguous(), FP8_ROW)
+    expect(tuple(block) == (128, 128), "block_size of FP8 experts", tuple(block), "(128, 128), or None")
+    return ScaledTensor(data, scale, FP8_128x128.with_scale("e8m0" if scale.dtype == torch.uint8 else "fp32"))
+
+
+def formats(weights: str, activations: str) -> tuple[Format, Format]:
+    """Both formats, checked: weights scaled, activations scaled along K by rows, or BF16."""
+    w, a = get_format(weights), get_format(activations)
+    expect(a == BF16 or (a.scaled and a.group[0] == 1), "activations", a.name, "'bf16', or a format with scales by row")
+    return w, a
+
+
+def quantize_(module: Any, weights: str, activations: str) -> None:
+    """Quantise a module that holds wide weights, in place."""
+    expect(getattr(module, FORMATS, None) is None, f"experts of {type(module).__name__}", "quantised already", "wide ones")
+    expect(getattr(module, "block_size", None) is None and module.down_proj.element_size() > 1,
+           f"experts of {type(module).__name__}", "an FP8 checkpoint's", "wide ones")
+    pair = formats(weights, activations)
+    for name in projections(module):
+        q = quantized(module, getattr(module, name).detach(), pair[0])
+        put(module, name, q.data, q.scale)
+    setattr(module, FORMATS, pair)
+
+
+def quantized(module: Any, weight: Tensor, fmt: Format) -> ScaledTensor:
+    """`weight` as the module stores it, in `fmt` as `[E, N, K]`."""
+    return quantize(weight.mT if module.is_transposed else weight, fmt)
+
+
+def put(module: Any, name: str, data: Tensor, scale: Tensor | None) -> None:
+    """Make payload and scales parameters of the module, in place of the wide ones."""
+    if not isinstance(data, nn.Parameter):
+        setattr(module, name, nn.Parameter(data, requires_grad=False))
+    assert scale is not None
+    setattr(module, f"{name}_scale", nn.Parameter(scale, requires_grad=False))
+
+
+def reserve(module: Any, weights: str, activations: str, *, payload: bool) -> None:
+    """Parameters for a loader to fill, on the wide ones' device (usually meta).
+
+    `payload`: as the checkpoint has it narrow already. Else the wide parameters stay until they are read and quantised,
+    because a loader reads a tensor in the dtype of the parameter that waits for it.
+    """
+    pair = formats(weights, activations)
+    for name in projections(module):
+        w = getattr(module, name)
+        e, n, k = (w.mT if module.is_transposed else w).shape
+        scale = torch.empty(pair[0].scale_shape((e, n, k)), device=w.device,
+                            dtype=torch.float32 if pair[0].scale == "fp32" else torch.uint8)
+        data = torch.empty((e, n, k // pair[0].elem.per_byte), dtype=pair[0].elem.dtype, device=w.device) if payload else w
+        put(module, name, data, scale)
+    setattr(module, FORMATS, pair)
