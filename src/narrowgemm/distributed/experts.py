@@ -1,0 +1,33 @@
+"""A `compute` for `ExpertParallel`: gate and up, SwiGLU, down, on the experts of one rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..formats import Format, ScaledTensor, get_format
+from ..layouts import Offsets
+from ..ops.grouped import grouped_gemm
+from ..ops.quantize import quantize
+
+
+def expert_mlp(gate_up: ScaledTensor | Tensor, down: ScaledTensor | Tensor, *, activations: Format | str = "fp8_1x128",
+               max_sms: int = 0) -> Callable[[Tensor | ScaledTensor, Offsets], Tensor]:
+    """`down(silu(gate) * up)` of each row by its expert. gate_up `[E, 2I, H]`, gate's rows first; down `[E, H, I]`.
+
+    activations: what inputs of both products are quantised to, 'bf16' for as they are. max_sms: see `grouped_gemm`.
+    Inference only: for training, a compute of differentiable products.
+    """
+    fmt = get_format(activations)
+
+    def operand(x: Tensor | ScaledTensor) -> Tensor | ScaledTensor:
+        return quantize(x, fmt, scale_layout="mn_major") if fmt.scaled and isinstance(x, Tensor) else x
+
+    def compute(rows: Tensor | ScaledTensor, layout: Offsets) -> Tensor:
+        h = grouped_gemm(operand(rows), gate_up, layout, max_sms=max_sms)
+        gate, up = h.chunk(2, dim=-1)
+        return grouped_gemm(operand(torch.nn.functional.silu(gate) * up), down, layout, max_sms=max_sms)
+
+    return compute

@@ -1,0 +1,72 @@
+"""Expert parallelism over 2 and 4 gloo processes: against the same layer on one rank, forward and backward."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.distributed as dist
+
+pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here")
+ROOT = Path(__file__).parents[2]
+FORWARD = ("random", "one", "some", "wire", "micro", "micro-wire", "mesh")
+
+
+def launch(folder: Path, ranks: int, names: tuple[str, ...], timeout: float = 60.0) -> list[dict[str, Any]]:
+    """What the checks found on each rank; {} for a rank that left without a word."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TRITON_INTERPRET": "0"}
+    children = [subprocess.Popen([sys.executable, "-m", "tests.distributed._worker", str(r), str(ranks), str(folder / "store"),
+                                  str(timeout), *names], cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                                 text=True) for r in range(ranks)]
+    found, failed = [], []
+    try:
+        for rank, child in enumerate(children):
+            out, err = child.communicate(timeout=180)
+            if child.returncode:
+                failed.append(f"rank {rank}: {err[-1500:]}")
+            lines = [line[6:] for line in out.splitlines() if line.startswith("FOUND ")]
+            found.append(json.loads(lines[-1]) if lines else {})
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    assert not failed, "\n".join(failed)
+    return found
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """Every check in one start of the processes: starting them is what takes time."""
+    return launch(tmp_path_factory.mktemp("ep"), request.param, (*FORWARD, "wires", "backward", "backward-one"))
+
+
+@pytest.mark.parametrize("check", FORWARD)
+def test_forward(results: list[dict[str, Any]], check: str) -> None:
+    """Uneven tokens, a rank without any, all slots on one expert, ids of no expert; FP8 products, FP32 in and out."""
+    for rank, found in enumerate(results):
+        assert found[check] < 1e-9, f"rank {rank} of {len(results)}"
+
+
+def test_quantised_on_the_wire_is_the_same_to_the_bit(results: list[dict[str, Any]]) -> None:
+    assert all(found["wires"] for found in results)
+
+
+@pytest.mark.parametrize("check", ["backward", "backward-one"])
+def test_backward(results: list[dict[str, Any]], check: str) -> None:
+    """With 'one', all ranks but one hold experts without rows, and still take part in the backward's exchanges."""
+    for rank, found in enumerate(results):
+        assert set(found[check]) >= {"gate_up", "down"}
+        for name, diff in found[check].items():
+            assert diff < 1e-9, f"gradient of {name} on rank {rank} of {len(results)}"
+
+
+@pytest.mark.parametrize("how, least, most", [("dies", 0, 7), ("hangs", 1, 7)])
+def test_a_lost_rank_ends_in_an_error(tmp_path: Path, how: str, least: float, most: float) -> None:
+    """Within the group's timeout, 3 s here; a rank that died is noticed at once."""
+    found = launch(tmp_path, 2, (how,), timeout=3.0)[0][how]
+    assert found["error"] and least <= found["seconds"] <= most
