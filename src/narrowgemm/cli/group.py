@@ -16,6 +16,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "tune": ("tune", "tune", "Measure every kernel and config on cases; keep what beats the cost model."),
     "report": ("report", "report", "Tables and plots from result files."),
     "cache": ("cache", "cache", "Triton's compile cache: where it is, clearing it, compiling a model's shapes ahead."),
+    "doctor": ("doctor", "doctor", "Check the installation; run every kernel on this device against the reference."),
     "parallel": ("parallel", "parallel", "Expert parallelism over several processes: the command for it, or run it."),
     "env": ("env", "command", "Versions, devices, drivers, variables and caches; works on a broken install."),
 }

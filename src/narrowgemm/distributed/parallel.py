@@ -143,7 +143,7 @@ class ExpertParallel:
 
     def _unsorted(self, y: Tensor, d: Dispatched) -> Tensor:
         """Results in the order in which their rows came."""
-        expect(y.shape[0] == sum(d.exchange.receive), "rows of compute's result", y.shape[0], sum(d.exchange.receive))
+        expect(y.shape[0] == sum(d.exchange.receive), "rows of compute's result", y.shape[0], f"{sum(d.exchange.receive)}")
         return y[d.local.inverse]
 
     def _sum(self, y: Tensor, d: Dispatched, topk_weights: Tensor) -> Tensor:

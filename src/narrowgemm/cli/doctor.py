@@ -1,0 +1,151 @@
+"""`narrowgemm doctor`: is this installation sound, and does every kernel compute right on this device?"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+
+import click
+
+from ..runtime import cache, env
+from ..testing.selftest import NOT_HERE
+from ..tuning import store
+
+LEAST = {"torch": (2, 10), "triton": (3, 6)}
+OPTIONAL_LEAST = {"transformers": (5, 7)}
+FREE_BYTES = 1 << 30
+SELFTEST = "narrowgemm.testing.selftest"
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """`status`: 'ok', 'failed', 'warning' or 'not here'."""
+
+    what: str
+    status: str
+    detail: str = ""
+
+
+@click.command()
+@click.option("--device", default="auto", show_default=True, help="auto, cpu or cuda[:N].")
+@click.option("--budget", type=click.FloatRange(0), default=45.0, show_default=True,
+              help="Seconds after which only kernels without a result yet are tried.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def doctor(device: str, budget: float, as_json: bool) -> None:
+    """Check versions, driver, compile cache and tuned tables, and run every kernel against the reference. Under a minute.
+
+    The exit status is 1 where something failed. `narrowgemm env` shows more of the installation, for an issue.
+    """
+    start = time.monotonic()
+    found: list[Finding] = []
+    for finding in findings(device, budget):
+        found.append(finding)
+        if not as_json:
+            click.echo(f"{finding.status:9s} {finding.what:34s} {finding.detail}".rstrip())
+    counts = {s: sum(f.status == s for f in found) for s in ("ok", "warning", NOT_HERE, "failed")}
+    if as_json:
+        click.echo(json.dumps({"findings": [asdict(f) for f in found], "counts": counts}, indent=1))
+    else:
+        click.echo(", ".join(f"{n} {s}" for s, n in counts.items() if n) + f", in {time.monotonic() - start:.0f} s")
+    if counts["failed"]:
+        raise SystemExit(1)
+
+
+def findings(device: str, budget: float) -> Iterator[Finding]:
+    yield from versions()
+    where, finding = target(device)
+    yield finding
+    yield compile_cache()
+    yield from tables()
+    if where:
+        yield from selftest(where, budget)
+
+
+def versions() -> Iterator[Finding]:
+    for name, least in (LEAST | OPTIONAL_LEAST).items():
+        wanted = ".".join(map(str, least))
+        try:
+            there = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            if name in LEAST:
+                missing = "failed" if name == "torch" else "warning"
+                yield Finding(name, missing, f"not installed; >= {wanted} is needed" + " for GPU kernels" * (name == "triton"))
+            continue
+        enough = tuple(map(int, re.findall(r"\d+", there)[:2])) >= least
+        yield Finding(name, "ok" if enough else "failed" if name in LEAST else "warning",
+                      there if enough else f"{there}; >= {wanted} is needed")
+
+
+def target(device: str) -> tuple[str, Finding]:
+    """The device to test, '' where there is none, and what is to be said of it."""
+    import torch
+
+    from ..arch import detect
+    from .demo import pick_device
+
+    try:
+        where = pick_device(device)
+    except ValueError as e:
+        return "", Finding("device", "failed", str(e))
+    arch = detect(where)
+    if where.type == "cpu":
+        hidden = shutil.which("nvidia-smi") is not None and not torch.cuda.is_available()
+        why = "; a GPU driver is here, but this torch sees no GPU" if hidden else ""
+        return "cpu", Finding("device", "warning" if hidden else "ok", f"CPU: reference kernels{why}")
+    name = torch.cuda.get_device_name(where)
+    free, total = torch.cuda.mem_get_info(where)
+    return str(where), Finding("device", "ok", f"{name} ({arch.target}), {free / 1e9:.0f} of {total / 1e9:.0f} GB free, "
+                                               f"CUDA {torch.version.cuda or torch.version.hip}")
+
+
+def compile_cache() -> Finding:
+    root = cache.folder()
+    there = next(p for p in (root, *root.parents) if p.exists())
+    if not os.access(there, os.W_OK):
+        return Finding("compile cache", "failed", f"{root} can't be written: set TRITON_CACHE_DIR")
+    free = shutil.disk_usage(there).free
+    return Finding("compile cache", "ok" if free > FREE_BYTES else "warning",
+                   f"{root}, {len(cache.entries(root))} entries, {free / 1e9:.0f} GB free")
+
+
+def tables() -> Iterator[Finding]:
+    own = env.get("NARROWGEMM_TABLES")
+    for root in (Path(own) if own else None, store.PACKAGED):
+        if root is None:
+            continue
+        try:
+            count = sum(len(store.read_rows(path)) for path in sorted(root.glob("*/*.json")))
+        except (ValueError, OSError) as e:
+            yield Finding("tuned tables", "failed", str(e))
+            continue
+        yield Finding("tuned tables", "ok" if count else "warning", f"{count} rows in {root}")
+
+
+def selftest(device: str, budget: float) -> Iterator[Finding]:
+    """In a process of its own: a kernel that takes the device with it is a line here, and no end of the report."""
+    failed = False
+    with tempfile.TemporaryFile("w+", errors="replace") as err:
+        child = subprocess.Popen([sys.executable, "-m", SELFTEST, device, str(budget)], stdout=subprocess.PIPE, stderr=err,
+                                 text=True, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
+        assert child.stdout is not None
+        for line in child.stdout:
+            if not line.startswith("{"):
+                continue
+            r = json.loads(line)
+            failed |= r["status"] == "failed"
+            detail = f"{r['case']}: {r['detail']}, {r['seconds']:.1f} s" if r["case"] else r["detail"]
+            yield Finding(r["kernel"], r["status"], detail)
+        if child.wait() and not failed:
+            err.seek(0)
+            said = err.read()[-2000:].strip().splitlines()
+            yield Finding("self-test", "failed", f"its process ended with {child.returncode}: {said[-1] if said else ''}")

@@ -1,0 +1,152 @@
+"""Every kernel of the registry on this device, against the reference: `narrowgemm doctor`.
+
+    python -m narrowgemm.testing.selftest cuda 45          # a JSON object a line, in a process of its own
+
+Products are held to both numeric gates with poisoned padding and guards; quantisers to the reference, bit for bit. A kernel
+that this device can't run is listed with the reason. After the budget of seconds only kernels without a result yet run.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+
+import torch
+
+from ..arch import ARCHS, Arch, detect
+from ..formats import BF16, FORMATS, FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, Format, FP8_1x128, FP8_128x128
+from ..kernels.registry import Kernel, kernels
+from ..ops.quantize import quantize
+from ..problem import Problem
+from ..reference import quantize as reference
+from .case import Case
+from .inputs import build
+from .worker import FAILURES, failure
+
+PAIRS = ((FP8_1x128, FP8_128x128), (FP8_ROW, FP8_ROW), (FP8_TENSOR, FP8_TENSOR), (MXFP8, MXFP8), (FP8_1x128, MXFP4),
+         (MXFP8, MXFP4), (MXFP4, MXFP4), (BF16, MXFP4), (BF16, MXFP8), (BF16, BF16))
+PER_KERNEL = 3
+NOT_HERE = "not here"
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """`status`: 'ok', 'failed', or 'not here' (this device can't run it), with `detail` saying how far off, or why."""
+
+    kernel: str
+    status: str
+    case: str = ""
+    detail: str = ""
+    seconds: float = 0.0
+
+
+def cases() -> list[Case]:
+    """Small problems of every op, layout and pair of formats; tails of M and N, an empty group."""
+    out = []
+    for a, b in PAIRS:
+        out += [Case("selftest", "offsets", 5, 24, 384, 512, a=a, b=b, sizes="empty:0.3", slack=8),
+                Case("selftest", "dense", 1, 40, 384, 512, a=a, b=b),
+                Case("selftest", "masked", 4, 12, 384, 512, max_m=32, a=a, b=b, sizes="uniform:0.3:1.7"),
+                Case("selftest", "offsets", 3, 300, 384, 512, a=a, b=b, sizes="uniform:0.7:1.3")]
+    return out + [Case("selftest", "k_grouped", 3, 128, 256, k, a=a, b=a, sizes="uniform:0.3:1.7", out_dtype="fp32")
+                  for k in (256, 1024) for a in (FP8_1x128, FP8_ROW, FP8_TENSOR)]
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One thing to try: its name, the Problem that decides who can, and `run(kernel, device)`: calc_diff, None for equal bits."""
+
+    name: str
+    problem: Problem
+    run: Callable[[str, torch.device], float | None]
+
+
+def checks() -> list[Check]:
+    """Everything there is to try. A kernel of another op needs checks of its own here."""
+    return [*product_checks(), *quantize_checks()]
+
+
+def product_checks() -> Iterator[Check]:
+    for case in cases():
+        plan = build(case, "meta", hollow=True).plan(backend="reference")  # tensors without memory
+        assert plan is not None
+        yield Check(case.id, plan.problem, partial(_product, case))
+
+
+def _product(case: Case, kernel: str, device: torch.device) -> float:
+    return build(case, device).verify(backend=kernel).get("kernel").overall
+
+
+def quantize_checks() -> Iterator[Check]:
+    from ..ops.quantize import _plan as plan_of
+
+    for shape in ((40, 512), (3, 1056)):
+        for fmt in (f for f in FORMATS.values() if f.scaled):
+            plan = plan_of(torch.empty(shape, dtype=torch.bfloat16, device="meta"), fmt, "rceil", 1e-4, "row_major",
+                           "reference", None)
+            assert plan is not None
+            yield Check(f"quantize-{fmt.name}-{shape[0]}x{shape[1]}", plan.problem, partial(_quantize, shape, fmt))
+
+
+def _quantize(shape: tuple[int, int], fmt: Format, kernel: str, device: torch.device) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    got, want = quantize(x.to(device), fmt, backend=kernel), reference.quantize(x, fmt, "rceil", 1e-4)
+    assert got.scale is not None and want.scale is not None
+    if not (torch.equal(got.data.cpu().view(torch.uint8), want.data.view(torch.uint8))
+            and torch.equal(got.scale.cpu(), want.scale)):
+        raise AssertionError("other bits than the reference")
+
+
+def checks_of(kernel: Kernel, arch: Arch) -> list[Check]:
+    """Up to `PER_KERNEL` checks that the kernel takes on this device: the first, the last and what lies between."""
+    able = [c for c in checks() if kernel.supports(c.problem, arch) is None]
+    if len(able) <= PER_KERNEL:
+        return able
+    return [able[i * (len(able) - 1) // (PER_KERNEL - 1)] for i in range(PER_KERNEL)]
+
+
+def why_not(kernel: Kernel, arch: Arch) -> str:
+    """Why the kernel can't run here what it runs elsewhere."""
+    for check in checks():
+        if any(kernel.supports(check.problem, other) is None for other in ARCHS.values()):
+            return kernel.supports(check.problem, arch) or ""
+    return "no check tries it"
+
+
+def run(device: torch.device, budget: float = 45.0) -> Iterator[Result]:
+    """A result a kernel and check, as they come: first one of every kernel, then more while the budget lasts."""
+    arch, start = detect(device), time.monotonic()
+    chosen = {name: checks_of(kernel, arch) for name, kernel in kernels().items()}
+    for turn in range(PER_KERNEL):
+        for name, able in chosen.items():
+            if turn == 0 and not able:
+                yield Result(name, NOT_HERE, detail=why_not(kernels()[name], arch))
+            elif turn < len(able) and (turn == 0 or time.monotonic() - start < budget):
+                yield attempt(name, able[turn], device)
+
+
+def attempt(name: str, check: Check, device: torch.device) -> Result:
+    start = time.monotonic()
+    try:
+        diff = check.run(name, device)
+        status, detail = "ok", "equal bits" if diff is None else f"calc_diff {diff:.1e}"
+    except FAILURES as e:
+        status, detail = "failed", failure(e)
+    return Result(name, status, check.name, detail, round(time.monotonic() - start, 2))
+
+
+def main(argv: list[str]) -> int:
+    device, budget = torch.device(argv[0]), float(argv[1])
+    failed = False
+    for result in run(device, budget):
+        failed |= result.status == "failed"
+        print(json.dumps(asdict(result)), flush=True)
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import json
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from narrowgemm.cli import doctor
+from narrowgemm.cli.group import cli
+from narrowgemm.kernels.registry import kernels
+from narrowgemm.tuning import store
+
+
+def run(*arguments: str) -> tuple[int, dict]:
+    result = CliRunner().invoke(cli, ["doctor", "--device", "cpu", "--json", *arguments])
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exception
+    return result.exit_code, json.loads(result.output)
+
+
+def test_a_sound_installation_passes_and_names_every_kernel() -> None:
+    code, doc = run()
+    status = {f["what"]: f["status"] for f in doc["findings"]}
+    assert code == 0 and doc["counts"]["failed"] == 0, doc
+    assert status["torch"] == status["reference"] == status["compile cache"] == "ok"
+    assert set(kernels()) <= set(status)
+
+
+def test_what_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "selftest", lambda *a: iter([doctor.Finding("some.kernel", "failed", "calc_diff 1")]))
+    result = CliRunner().invoke(cli, ["doctor", "--device", "cpu"])
+    assert result.exit_code == 1 and "failed    some.kernel" in result.output and "1 failed" in result.output
+
+
+def test_a_self_test_that_dies_is_a_finding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "dies.py").write_text("import os, sys; print('{\"kernel\": \"a\", \"status\": \"ok\", \"case\": \"\", \"detail\": \"\"}',"
+                                      " flush=True); print('CUDA error', file=sys.stderr, flush=True); os._exit(7)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(doctor, "SELFTEST", "dies")
+    first, last = doctor.selftest("cpu", 1.0)
+    assert first.status == "ok" and last.status == "failed" and "7" in last.detail and "CUDA error" in last.detail
+
+
+def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
+    there = {"torch": "2.9.1", "transformers": "5.6.0"}
+
+    def version(name: str) -> str:
+        if name not in there:
+            raise metadata.PackageNotFoundError(name)
+        return there[name]
+
+    monkeypatch.setattr(doctor.metadata, "version", version)
+    found = {f.what: f for f in doctor.versions()}
+    assert found["torch"].status == "failed" and "2.10" in found["torch"].detail
+    assert found["triton"].status == "warning" and found["transformers"].status == "warning"
+    there |= {"torch": "2.10.0+cu130", "triton": "3.6.0", "transformers": "6.0"}
+    assert all(f.status == "ok" for f in doctor.versions())
+
+
+def test_cache_and_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "not" / "there" / "yet"))
+    assert doctor.compile_cache().status == "ok"
+    monkeypatch.setattr(doctor.os, "access", lambda *a: False)
+    assert doctor.compile_cache().status == "failed"
+    monkeypatch.undo()
+    (tmp_path / "h200").mkdir()
+    (tmp_path / "h200" / "bad.json").write_text("{")
+    monkeypatch.setenv("NARROWGEMM_TABLES", str(tmp_path))
+    own, packaged = doctor.tables()
+    assert own.status == "failed" and "bad.json" in own.detail
+    assert packaged.status == "ok" and str(store.PACKAGED) in packaged.detail
+
+
+def test_no_such_device() -> None:
+    result = CliRunner().invoke(cli, ["doctor", "--device", "tpu"])
+    assert result.exit_code == 1 and "tpu" in result.output, sys.exc_info()

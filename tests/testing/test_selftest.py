@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from narrowgemm.arch import ARCHS, get_arch
+from narrowgemm.kernels import torch_reference
+from narrowgemm.kernels.registry import kernels
+from narrowgemm.testing import selftest
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", kernels())
+def test_every_kernel_has_a_check(name: str) -> None:
+    """On some device. A kernel of a new op needs checks of its own in `selftest.checks`."""
+    kernel = kernels()[name]
+    assert any(selftest.checks_of(kernel, arch) for arch in ARCHS.values())
+
+
+def test_checks_of_a_kernel_differ() -> None:
+    names = [c.name for c in selftest.checks_of(kernels()["triton.quantize"], get_arch("h200"))]
+    assert len(set(names)) == selftest.PER_KERNEL
+
+
+def test_kernels_that_can_not_run_say_why() -> None:
+    results = {r.kernel: r for r in selftest.run(CPU)}
+    assert results["reference"].status == "ok"
+    assert results["gluon_sm90.fp8_block"].status == "not here" and "sm90" in results["gluon_sm90.fp8_block"].detail
+
+
+@pytest.mark.parametrize("check", selftest.checks(), ids=lambda c: c.name)
+def test_the_reference_passes(check: selftest.Check) -> None:
+    result = selftest.attempt("reference", check, CPU)
+    assert result.status == "ok", result
+
+
+def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = torch_reference.launch
+
+    def wrong(step, problem, operands, workspace) -> None:
+        right(step, problem, operands, workspace)
+        if operands.out.element_size() > 1:
+            operands.out.view(-1)[0] += 1000
+        else:
+            operands.out.view(torch.uint8).view(-1)[0] ^= 1
+
+    monkeypatch.setattr(torch_reference, "launch", wrong)
+    by_op = {c.problem.op: c for c in selftest.checks()}
+    for op, check in by_op.items():
+        assert selftest.attempt("reference", check, CPU).status == "failed", op
+
+
+def test_the_budget_ends_after_one_check_each() -> None:
+    assert len([r for r in selftest.run(CPU, budget=0.0) if r.kernel == "reference"]) == 1
+    assert len([r for r in selftest.run(CPU, budget=60.0) if r.kernel == "reference"]) == selftest.PER_KERNEL
