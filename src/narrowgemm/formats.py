@@ -157,6 +157,11 @@ class ScaledTensor:
     scale: Tensor | None
     format: Format
 
+    def __reduce__(self) -> tuple:
+        # payloads go as bytes: plain pickle can't read a tensor of FP8 back (torch 2.13)
+        data = self.data.view(torch.uint8) if self.format.elem.bits == 8 else self.data
+        return _restore, (data, self.scale, self.format)
+
     @staticmethod
     def make(data: Tensor, scale: Tensor | float | None, fmt: Format | str, *, scale_layout: str = "auto") -> ScaledTensor:
         """Check payload and scales against `fmt` and bring the scales to the one logical layout, copying only to unpack.
@@ -216,6 +221,10 @@ class ScaledTensor:
         """Index the leading (group) axis of a stacked operand `[G, R, K]`."""
         expect(self.data.dim() >= 3, "indexing a ScaledTensor of dimension", self.data.dim(), "at least 3, [G, R, K]")
         return ScaledTensor(self.data[group], None if self.scale is None else self.scale[group], self.format)
+
+
+def _restore(data: Tensor, scale: Tensor | None, fmt: Format) -> ScaledTensor:
+    return ScaledTensor(data.view(fmt.elem.dtype) if fmt.elem.bits == 8 else data, scale, fmt)
 
 
 def check_payload(data: Tensor, fmt: Format) -> Tensor:

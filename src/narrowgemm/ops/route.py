@@ -86,8 +86,8 @@ def gather(x: Tensor | ScaledTensor, routing: Routing) -> Tensor | ScaledTensor:
     Rows of skipped slots are there too, past `routing.offsets[E]`. Raises ValueError where `x` has not T rows, or where
     its scales span rows.
     """
-    expect(len(x.shape) == 2 and x.shape[0] == routing.num_tokens, "x, shape", tuple(x.shape),
-           f"[{routing.num_tokens}, K], a row for each routed token")
+    if len(x.shape) != 2 or x.shape[0] != routing.num_tokens:  # a message made in advance would fix T in a traced graph
+        expect(False, "x, shape", tuple(x.shape), f"[{routing.num_tokens}, K], a row for each routed token")
     return reference.gather(x, routing)
 
 
@@ -101,9 +101,10 @@ def combine(y: Tensor, routing: Routing, topk_weights: Tensor, *, out_dtype: tor
     _float(y, "y", 2)
     _float(topk_weights, "topk_weights", 2, (torch.float32,))
     want = (routing.num_tokens, routing.top_k)
-    if tuple(topk_weights.shape) != want:  # not an argument: tracing with dynamic shapes can't make text of them
+    if tuple(topk_weights.shape) != want:  # no messages in advance, as above
         expect(False, "topk_weights, shape", tuple(topk_weights.shape), str(want))
-    expect(y.shape[0] == routing.row_map.numel(), "y, rows", y.shape[0], f"{routing.row_map.numel()}, one a slot")
+    if y.shape[0] != routing.row_map.numel():
+        expect(False, "y, rows", y.shape[0], f"{routing.row_map.numel()}, one a slot")
     known = out_dtype is None or out_dtype in FLOATS
     expect(known, "out_dtype", out_dtype, f"None or one of {FLOATS}", error=TypeError)
     _same_device("y", y, routing.row_map)

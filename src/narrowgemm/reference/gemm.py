@@ -13,11 +13,12 @@ from ..formats import ScaledTensor
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """FP32 matrix products without TF32 inside the block, whatever the process has set."""
+    """FP32 matrix products without TF32 and without autocast inside the block, whatever the process has set."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = False
     try:
-        yield
+        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
+            yield
     finally:
         torch.backends.cuda.matmul.allow_tf32 = before
 
