@@ -31,6 +31,8 @@ def name(page: Path) -> str:
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=name)
 def test_python(page: Path) -> None:
     """Blocks run in order in one namespace. Line numbers in a failure are those of the page."""
+    if page.name == "transformers.md":
+        pytest.importorskip("transformers")
     torch.manual_seed(0)
     scope: dict[str, object] = {"__name__": "docs"}
     try:
@@ -45,7 +47,7 @@ def test_python(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_commands_parse(page: Path) -> None:
     text = "\n".join(code for _, code in blocks(page, "sh"))
-    inline = re.findall(r"`(narrowgemm (?:demo|explain|bench|report|env)[^`]*)`", page.read_text())
+    inline = re.findall(r"`(narrowgemm (?:demo|explain|bench|report|doctor|env)[^`]*)`", page.read_text())
     for line in [line for line in text.splitlines() if line.startswith("narrowgemm ")] + inline:
         command, *args = shlex.split(line, comments=True)[1:]
         found = cli.get_command(cli.make_context("narrowgemm", [command]), command)
