@@ -100,12 +100,16 @@ def launches(device: str) -> list[dict]:
     """CPU time of warm eager calls: with `out=`, without, and of the C launcher alone (the driver's launch)."""
     y = torch.zeros(16, device=device)
     rows: list[dict] = [{"call": "torch: y.mul_(1)", "us": host_us(lambda: y.mul_(1))}]
+    print(f"launch {rows[0]['call']:48s} {rows[0]['us']:31.1f} us of CPU", flush=True)
 
     def add(name: str, kernel: str, bare: float | None, **times: float) -> None:
         row = {"call": name, "kernel": kernel, **times, "c_launcher_us": bare}
         if bare is not None:
             row["python_us"] = times["us"] - bare
         rows.append(row)
+        print(f"launch {name:48s} {kernel:24s} {times['us']:6.1f} us of CPU, "
+              + (f"C launcher {bare:.1f}, above it {row['python_us']:.1f}" if bare is not None else "not bound")
+              + (f"; allocating its output {times['allocating_us']:.1f}" if "allocating_us" in times else ""), flush=True)
 
     for case in CASES:
         i = build(case, device)
@@ -124,10 +128,6 @@ def launches(device: str) -> list[dict]:
         source = ng.ScaledTensor(x, None, ng.BF16)
         addresses = Operands(source, q, q.data, 0, 0, 0, out_scale=q.scale).addresses(None)
         add(f"quantize 16x256 fp8_1x128 {layout}", "triton.quantize", bare_us(quantize_op._plans, addresses), us=us)
-    for r in rows:
-        print(f"launch {r['call']:48s} {r.get('kernel', ''):24s} {r['us']:6.1f} us of CPU, "
-              + (f"C launcher {r['c_launcher_us']:.1f}, above it {r['python_us']:.1f}" if r.get("c_launcher_us") else "not bound")
-              + (f"; allocating its output {r['allocating_us']:.1f}" if "allocating_us" in r else ""), flush=True)
     return rows
 
 

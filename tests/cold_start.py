@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sys
 import time
 
@@ -20,6 +21,12 @@ CASES = ((Case("cold", "dense", 1, 16, 512, 1024), "gluon_sm90.fp8_decode"), (Ca
          (Case("cold", "offsets", 4, 40, 512, 1024), "triton.fp8_block"))
 
 
+def processor_seconds() -> float:
+    """Of this process and its children: ptxas is one."""
+    used = os.times()
+    return used.user + used.system + used.children_user + used.children_system
+
+
 def main(start: float) -> None:
     import triton
 
@@ -28,8 +35,16 @@ def main(start: float) -> None:
         stub_driver.install()
     device = "cuda" if gpu else "cpu"
     took: dict[str, list[float]] = {}
-    triton.knobs.compilation.listener = lambda *, src, times, cache_hit, **_: None if cache_hit else took.setdefault(
-        src.fn.__name__, []).append(times.total * 1e-6)
+    since = [processor_seconds()]
+
+    def compiled(*, src, times, cache_hit, **_) -> None:
+        """Wall time, or where processes share processors what this one had of them since the last kernel: both are too long."""
+        now = processor_seconds()
+        if not cache_hit:
+            took.setdefault(src.fn.__name__, []).append(round(min(times.total * 1e-6, now - since[0]), 3))
+        since[0] = now
+
+    triton.knobs.compilation.listener = compiled
     x = torch.randn(64, 1024, generator=torch.Generator().manual_seed(1)).bfloat16().to(device)
     time.sleep(max(0.0, start - time.time()))
     digest = hashlib.sha256()
