@@ -126,6 +126,20 @@ def keeps_no_memory() -> None:
     assert not any(r() is not None for r in (*held, *data))
 
 
+def compiled_kernels_stay_loaded() -> None:
+    """Newer Tritons unload a kernel when nothing holds it, and a bound launch holds a bare function."""
+    from narrowgemm.kernels.gluon.sm90.fp8_decode_device import fp8_decode_kernel
+
+    i = build(DENSE, "cpu")
+    for _ in range(2):
+        i.call(backend="gluon_sm90.fp8_decode")
+    unloaded: list[Any] = []
+    STUB.utils.unload_module = unloaded.append
+    fp8_decode_kernel.device_caches.clear()
+    gc.collect()
+    assert len(launched(lambda: i.call(backend="gluon_sm90.fp8_decode"))) == 1 and not unloaded
+
+
 def descriptors_are_bounded() -> None:
     maps = launching.Maps(lambda d: d.base.data_ptr(), type("D", (), {"base": torch.zeros(1)})())
     for address in range(16, 16 * 3 * launching.MAPS, 16):
@@ -252,7 +266,7 @@ def unknown_launchers_are_left_alone() -> None:
 
 
 CHECKS = (every_kernel_again_as_first, addresses_are_the_call_s_own, freed_and_reallocated, keeps_no_memory,
-          descriptors_are_bounded, hooks_go_triton_s_way, other_stream, other_device, odd_pointers, threads,
+          compiled_kernels_stay_loaded, descriptors_are_bounded, hooks_go_triton_s_way, other_stream, other_device, odd_pointers, threads,
           unknown_launchers_are_left_alone)
 
 

@@ -173,9 +173,9 @@ class Ready:
 
 
 class Bound:
-    """One launch with everything fixed but addresses and stream. It keeps no tensor alive."""
+    """One launch with everything fixed but addresses and stream. It keeps no tensor alive, but the compiled kernel."""
 
-    __slots__ = ("_given", "_maps", "_offsets", "_raw", "_runs", "_stream_at")
+    __slots__ = ("_given", "_maps", "_offsets", "_raw", "_runs", "_stream_at", "compiled")
 
     def __init__(self, raw: Callable[..., None], given: list[Any], stream_at: int, pointers: Sequence[tuple[int, int, int]],
                  maps: Sequence[tuple[int, int, Maps]]) -> None:
@@ -183,6 +183,7 @@ class Bound:
 
         `pointers`: (place, operand, offset in bytes); `maps`: (place, operand, descriptors); places are in `given`.
         """
+        self.compiled: Any = None       # Triton unloads a kernel that nothing holds
         self._raw, self._given, self._stream_at, self._maps = raw, given, stream_at, tuple(maps)
         self._runs = tuple(_runs(pointers))
         self._offsets = tuple((at, offset) for at, _, offset in pointers if offset)
@@ -261,6 +262,7 @@ def bind(compiled: Any, x: Launch, slots: dict[int, int]) -> Bound | None:
     if isinstance(found, str):
         _unbound[getattr(x.kernel, "__name__", str(x.kernel))] = found
         return None
+    found.compiled = compiled
     return found
 
 

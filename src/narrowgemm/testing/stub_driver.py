@@ -32,7 +32,7 @@ class StubDriver:
         self.utils = SimpleNamespace(
             launch=launch, build_signature_metadata=lambda *args: b"", fill_tma_descriptor=fill, fill_tma_descriptor_tiled=fill,
             get_device_properties=lambda device: {"max_shared_mem": 232448},
-            load_binary=lambda *args: ("module", FUNCTION, 0, 0, 1024))
+            load_binary=lambda *args: ("module", FUNCTION, 0, 0, 1024), unload_module=lambda module: None)
         # Triton 3.6 compiles a C launcher for each signature; from 3.7 on there is one, in utils
         nvidia.library_dirs = list
         nvidia.compile_module_from_src = lambda *args, **kwargs: SimpleNamespace(launch=launch)
