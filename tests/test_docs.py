@@ -1,0 +1,62 @@
+"""The documentation as a whole: every complaint has its answer, pictures are what is drawn, the site builds without a warning."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+def complaints() -> dict[int, str]:
+    """Row by number of the table of complaints."""
+    rows = re.findall(r"^\| (\d+) \| (.*) \|$", (DOCS / "complaints.md").read_text(), re.MULTILINE)
+    return {int(n): text for n, text in rows}
+
+
+def test_every_complaint_has_a_row_with_source_and_answer() -> None:
+    rows = complaints()
+    assert sorted(rows) == list(range(1, 43))
+    for n, row in rows.items():
+        complaint, answer = row.split(" | ")
+        assert "https://github.com/" in complaint, n
+        assert len(answer) > 10, n
+
+
+def test_tests_that_are_named_exist() -> None:
+    named = [m for page in DOCS.glob("*.md") for m in re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", page.read_text())]
+    assert len(named) > 40
+    for path, name in named:
+        assert re.search(rf"^def {name}\(", (ROOT / path).read_text(), re.MULTILINE), f"{path} has no {name}"
+
+
+def test_pictures_are_what_the_tool_draws() -> None:
+    spec = importlib.util.spec_from_file_location("layout_pictures", ROOT / "tools" / "layout_pictures.py")
+    assert spec and spec.loader
+    tool = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tool)
+    assert {p.stem for p in (DOCS / "pictures").glob("*.svg")} == set(tool.PICTURES)
+    for name, draw in tool.PICTURES.items():
+        assert (DOCS / "pictures" / f"{name}.svg").read_text() == draw(), f"run tools/layout_pictures.py: {name} is old"
+
+
+def test_every_page_is_in_the_menu_and_on_the_first_page() -> None:
+    menu = set(re.findall(r"- ([\w/-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    pages = {str(p.relative_to(DOCS)) for p in DOCS.glob("**/*.md")}
+    assert menu == pages
+    assert pages - {"index.md"} == set(re.findall(r"\]\(([\w/-]+\.md)\)", (DOCS / "index.md").read_text()))
+
+
+def test_the_site_builds_strictly(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("material")
+    done = subprocess.run([sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "site" / "complaints.html").exists()
