@@ -203,6 +203,17 @@ def odd_pointers() -> None:
         STUB.utils.load_binary = before
     assert len({f for p, f in functions if p}) == 1 and len({f for p, f in functions if not p}) == 1
     assert len(set(functions)) == 2, functions
+    # a workspace is in no signature
+    split = build(SPLIT, "cpu")
+    need = split.plan(backend="triton").workspace_bytes
+    work = torch.empty(need + 16, dtype=torch.uint8)
+    enter = triton.knobs.runtime.launch_enter_hook
+    for start, bound in ((0, False), (0, True), (4, False), (0, True)):
+        CALLS.clear()
+        split.call(backend="triton", workspace=work[start:start + need])
+        assert all((enter not in c) == bound for c in CALLS), f"a workspace at {start}: {'not bound' if bound else 'bound'}"
+    ready = gemm_op._plans.newest().memo[READY]
+    assert ready.aligned(64) and not ready.aligned(68) and not ready((0,) * 7 + (4,))
 
 
 def threads() -> None:
