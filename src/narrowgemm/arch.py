@@ -1,6 +1,6 @@
 """Which chip. Records carry what kernels and the cost model need; nothing here touches a driver until `detect` is called.
 
-Ceilings are measured where docs/measured.md says so (H200), else the vendor's datasheet.
+Ceilings are measured where docs/measured.md says so (H200, H100), else the vendor's datasheet.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ ARCHS: dict[str, Arch] = {
     a.name: a
     for a in (
         Arch("h200", "sm90", 132, 232448, 60 << 20, 4.66e12, 1.40e15, 0.76e15),
-        Arch("h100", "sm90", 132, 232448, 50 << 20, 3.20e12, 1.40e15, 0.76e15),
+        Arch("h100", "sm90", 132, 232448, 50 << 20, 3.13e12, 1.40e15, 0.76e15),
         Arch("h20", "sm90", 78, 232448, 60 << 20, 3.80e12, 0.29e15, 0.146e15),
         Arch("b200", "sm100", 148, 232448, 126 << 20, 7.60e12, 4.00e15, 2.00e15),
         Arch("rtx5090", "sm120", 170, 101376, 96 << 20, 1.70e12, 0.80e15, 0.40e15),
