@@ -40,6 +40,8 @@ class Layout:
 
 
 def check_index(x: Tensor, name: str, dim: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    if isinstance(x, Tensor) and x.dtype in dtypes and x.dim() == dim and x.is_contiguous():
+        return      # layouts are made in every call: no messages for what is right
     expect(isinstance(x, Tensor), name, type(x).__name__, "a torch.Tensor", error=TypeError)
     expect(x.dtype in dtypes, f"{name}, dtype", x.dtype, " or ".join(map(str, dtypes)), error=TypeError)
     expect(x.dim() == dim, f"{name}, shape", tuple(x.shape), f"{dim} dimension{'s' * (dim > 1)}")
