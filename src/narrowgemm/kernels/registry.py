@@ -8,6 +8,8 @@ A kernel module has `NAME`, `BACKEND` and five functions:
     estimate(problem, config, arch) -> float   predicted seconds
     launch(step, problem, operands, workspace) on the current stream; no validation, no decisions
 
+and, where it is no kernel of matrix products, `OPS`: the ops that it is a candidate for.
+
 The modules import without Triton and without a GPU: device code is in `*_device.py`, imported by `launch`.
 """
 
@@ -15,13 +17,12 @@ from __future__ import annotations
 
 from functools import lru_cache
 from importlib import import_module
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from ..arch import Arch
 from ..problem import Config, Problem, Step
-from .operands import Operands
 
 MODULES: tuple[str, ...] = (
     "gluon.sm90.fp8_decode",
@@ -30,6 +31,12 @@ MODULES: tuple[str, ...] = (
     "triton.fp8_wgrad",
     "triton.quantize",
     "torch_bf16",
+    "triton.route",
+    "triton.sort",
+    "triton.gather",
+    "triton.activate",
+    "triton.combine",
+    "torch_steps",
     "torch_reference",
 )
 
@@ -42,7 +49,7 @@ class Kernel(Protocol):
     def configs(self, problem: Problem, arch: Arch) -> list[Config]: ...
     def workspace(self, problem: Problem, config: Config) -> int: ...
     def estimate(self, problem: Problem, config: Config, arch: Arch) -> float: ...
-    def launch(self, step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None: ...
+    def launch(self, step: Step, problem: Problem, operands: Any, workspace: Tensor | None) -> None: ...
 
 
 @lru_cache(maxsize=1)
@@ -54,3 +61,8 @@ def kernels() -> dict[str, Kernel]:
 
 def backends() -> tuple[str, ...]:
     return tuple(dict.fromkeys(k.BACKEND for k in kernels().values()))
+
+
+def candidates(op: str) -> dict[str, Kernel]:
+    """The kernels that may compute `op`, by name, in registry order."""
+    return {name: k for name, k in kernels().items() if op in getattr(k, "OPS", (op,))}

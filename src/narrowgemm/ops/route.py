@@ -18,20 +18,27 @@ from torch import Tensor
 
 from ..errors import expect
 from ..formats import ScaledTensor
+from ..kernels.step_operands import CombineOperands, RouteOperands, SortOperands
 from ..layouts import INT, Routed, check_index
+from ..problem import Config, Plan
 from ..reference import route as reference
 from ..reference.route import Routing
 from ..rows import check_rows
+from ..runtime import env
+from ..runtime.launch import run
+from . import common, steps
+from .steps import FLOATS
 
 __all__ = ["Routing", "combine", "gather", "moe_align_block_size", "route", "sort_by_expert"]
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 SCORINGS = ("softmax", "sigmoid")
+_plans = common.PlanCache()
 
 
 def route(logits: Tensor, top_k: int, *, scoring: str = "softmax", renormalize: bool = True, bias: Tensor | None = None,
-          num_expert_group: int | None = None, topk_group: int | None = None,
-          scaling_factor: float = 1.0) -> tuple[Tensor, Tensor]:
+          num_expert_group: int | None = None, topk_group: int | None = None, scaling_factor: float = 1.0,
+          out: tuple[Tensor, Tensor] | None = None, backend: str | None = None,
+          config: Config | None = None) -> tuple[Tensor, Tensor]:
     """The `top_k` experts of each token: `(topk_weights fp32 [T, top_k], topk_ids int32 [T, top_k])`, best first.
 
     Scores are the fp32 `softmax` or `sigmoid` of `logits` `[T, E]`. Experts are chosen by score + `bias` (`[E]`: a
@@ -42,8 +49,31 @@ def route(logits: Tensor, top_k: int, *, scoring: str = "softmax", renormalize: 
 
     Definitions: Mixtral and Qwen3-MoE (softmax, renormalised), DeepSeek-V2 (groups), DeepSeek-V3 (sigmoid, bias,
     groups). GPT-OSS's softmax over the chosen logits is the renormalised softmax here.
+    out: (topk_weights, topk_ids) to write. backend, config: as in `gemm`. Differentiable in the logits where they require
+    it: then, and under torch.compile, the definition in torch runs.
     Raises ValueError for shapes and numbers that don't fit, TypeError for dtypes.
     """
+    if steps.wants_definition(logits, bias):
+        check(logits, top_k, scoring, bias, num_expert_group, topk_group)
+        made = reference.route(logits, top_k, scoring=scoring, renormalize=renormalize, bias=bias,
+                               num_expert_group=num_expert_group, topk_group=topk_group, scaling_factor=scaling_factor)
+        return made if out is None else (out[0].copy_(made[0]), out[1].copy_(made[1]))
+    key = ("route", steps.sign(logits), steps.sign(bias), top_k, scoring, num_expert_group, topk_group, backend, config,
+           env.choice(), *map(steps.sign, out or ()))
+    plan, _ = _plans.get(key, lambda: _plan_route(logits, top_k, scoring, bias, num_expert_group, topk_group, out,
+                                                  backend, config))
+    if out is None:
+        shape = (logits.shape[0], top_k)
+        out = (torch.empty(shape, dtype=torch.float32, device=logits.device),
+               torch.empty(shape, dtype=torch.int32, device=logits.device))
+    if plan is not None:
+        run(plan, RouteOperands(logits, bias, out[0], out[1], scoring, renormalize, num_expert_group or 0,
+                                topk_group or 0, scaling_factor))
+    return out
+
+
+def check(logits: Tensor, top_k: int, scoring: str, bias: Tensor | None, num_expert_group: int | None,
+                 topk_group: int | None) -> None:
     _float(logits, "logits", 2)
     experts = logits.shape[1]
     expect(1 <= top_k <= experts, "top_k", top_k, f"in [1, {experts}], the number of experts")
@@ -61,19 +91,58 @@ def route(logits: Tensor, top_k: int, *, scoring: str = "softmax", renormalize: 
         expect(1 <= topk_group <= num_expert_group, "topk_group", topk_group, f"in [1, {num_expert_group}]")
         eligible = topk_group * (experts // num_expert_group)
         expect(top_k <= eligible, "top_k", top_k, f"at most {eligible}, the experts in {topk_group} groups")
-    return reference.route(logits, top_k, scoring=scoring, renormalize=renormalize, bias=bias,
-                           num_expert_group=num_expert_group, topk_group=topk_group, scaling_factor=scaling_factor)
 
 
-def sort_by_expert(topk_ids: Tensor, num_experts: int, *, expert_map: Tensor | None = None) -> Routing:
+def _plan_route(logits: Tensor, top_k: int, scoring: str, bias: Tensor | None, num_expert_group: int | None,
+                topk_group: int | None, out: tuple[Tensor, Tensor] | None, backend: str | None,
+                config: Config | None) -> Plan | None:
+    check(logits, top_k, scoring, bias, num_expert_group, topk_group)
+    tokens = logits.shape[0]
+    if out is not None:
+        for x, name, dtype in ((out[0], "out, topk_weights", torch.float32), (out[1], "out, topk_ids", torch.int32)):
+            steps.check_like(x, name, (tokens, top_k), dtype, logits.device)
+    if tokens == 0:
+        return None
+    problem = steps.route_problem(tokens, logits.shape[1], top_k, num_expert_group or 1, steps.PLAIN[logits.dtype])
+    return steps.select(problem, logits.device, backend, config)
+
+
+def sort_by_expert(topk_ids: Tensor, num_experts: int, *, expert_map: Tensor | None = None, first_expert: int = 0,
+                   out: Routing | None = None, workspace: Tensor | None = None, backend: str | None = None,
+                   config: Config | None = None) -> Routing:
     """The slots of `topk_ids` (int32 or int64 `[T, top_k]`) sorted by expert, stably: see `Routing`.
 
     Slots with an id outside [0, num_experts) are skipped: they come last and belong to no expert. `expert_map`, int32
     or int64 `[E_all]`, first maps ids of all experts to ids on this rank; ids outside it, and those that it maps
-    outside [0, num_experts), are skipped. Raises ValueError or TypeError for shapes and dtypes that don't fit.
+    outside [0, num_experts), are skipped. `first_expert` is the id (after the map) of the first expert on this rank, for
+    ranks that hold a range: it is subtracted. out: a Routing to write. workspace, backend, config: as in `gemm`.
+    Raises ValueError or TypeError for shapes and dtypes that don't fit.
     """
+    if steps.wants_definition(topk_ids):
+        _ids(topk_ids, num_experts, expert_map)
+        return reference.sort_by_expert(topk_ids, num_experts, expert_map=expert_map, first_expert=first_expert)
+    key = ("sort", steps.sign(topk_ids), num_experts, steps.sign(expert_map), out is None, backend, config, env.choice())
+    plan, _ = _plans.get(key, lambda: plan_sort(topk_ids, num_experts, expert_map, backend, config))
+    if out is None:
+        slots, device = topk_ids.numel(), topk_ids.device
+        out = Routing(torch.empty(slots, dtype=torch.int32, device=device),
+                      torch.empty(num_experts + 1, dtype=torch.int64, device=device),
+                      torch.empty(slots, dtype=torch.int32, device=device), topk_ids.shape[1])
+    else:
+        expect(out.row_map.numel() == topk_ids.numel() and out.top_k == topk_ids.shape[1]
+               and out.num_experts == num_experts, "out, slots, top_k, experts",
+               (out.row_map.numel(), out.top_k, out.num_experts),
+               str((topk_ids.numel(), topk_ids.shape[1], num_experts)))
+    assert plan is not None
+    run(plan, SortOperands(topk_ids, expert_map, first_expert, out), workspace)
+    return out
+
+
+def plan_sort(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None, backend: str | None,
+              config: Config | None) -> Plan:
+    """Check the call and select its Plan."""
     _ids(topk_ids, num_experts, expert_map)
-    return reference.sort_by_expert(topk_ids, num_experts, expert_map=expert_map)
+    return steps.select(steps.sort_problem(topk_ids.numel(), num_experts), topk_ids.device, backend, config)
 
 
 @overload
@@ -91,13 +160,37 @@ def gather(x: Tensor | ScaledTensor, routing: Routing) -> Tensor | ScaledTensor:
     return reference.gather(x, routing)
 
 
-def combine(y: Tensor, routing: Routing, topk_weights: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
+def combine(y: Tensor, routing: Routing, topk_weights: Tensor, *, bias: Tensor | None = None, add: Tensor | None = None,
+            out: Tensor | None = None, out_dtype: torch.dtype | None = None, backend: str | None = None,
+            config: Config | None = None) -> Tensor:
     """`out[t] = sum over j of topk_weights[t, j] * y[row of slot (t, j)]` as `[T, N]`, in `out_dtype` (default: y's).
 
     `y` `[R, N]` in sorted order, bf16 / fp16 / fp32; `topk_weights` fp32 `[T, top_k]`. The sum is in fp32, in order of
     j. A skipped slot counts as 0 whatever its row holds, so rows past `routing.offsets[E]` may be uninitialised.
+    bias: `[E, N]`, added to a row of expert e before its weight. add: `[T, N]`, added to the sum (shared experts).
+    out: `[T, N]` to write. backend, config: as in `gemm`. Differentiable, by the definition in torch.
     Raises ValueError or TypeError for shapes and dtypes that don't fit.
     """
+    if steps.wants_definition(y, topk_weights, bias, add):
+        _check_combine(y, routing, topk_weights, bias, add, out, out_dtype)
+        made = reference.combine(y, routing, topk_weights, bias=bias, add=add, out_dtype=out_dtype or
+                                 (out.dtype if out is not None else None))
+        return made if out is None else out.copy_(made)
+    key = ("combine", steps.sign(y), steps.sign(routing.row_map), routing.top_k, routing.num_experts,
+           steps.sign(topk_weights), steps.sign(bias), steps.sign(add), steps.sign(out), out_dtype, backend, config,
+           env.choice())
+    plan, _ = _plans.get(key, lambda: _plan_combine(y, routing, topk_weights, bias, add, out, out_dtype, backend, config))
+    if out is None:
+        out = torch.empty((routing.num_tokens, y.shape[1]), dtype=out_dtype or y.dtype, device=y.device)
+    if plan is not None:
+        run(plan, CombineOperands(steps.rows_contiguous(y), routing, steps.rows_contiguous(topk_weights),
+                                  bias if bias is None else bias.contiguous(),
+                                  add if add is None else steps.rows_contiguous(add), out))
+    return out
+
+
+def _check_combine(y: Tensor, routing: Routing, topk_weights: Tensor, bias: Tensor | None, add: Tensor | None,
+                   out: Tensor | None, out_dtype: torch.dtype | None) -> None:
     _float(y, "y", 2)
     _float(topk_weights, "topk_weights", 2, (torch.float32,))
     want = (routing.num_tokens, routing.top_k)
@@ -109,7 +202,25 @@ def combine(y: Tensor, routing: Routing, topk_weights: Tensor, *, out_dtype: tor
     expect(known, "out_dtype", out_dtype, f"None or one of {FLOATS}", error=TypeError)
     _same_device("y", y, routing.row_map)
     _same_device("topk_weights", topk_weights, routing.row_map)
-    return reference.combine(y, routing, topk_weights, out_dtype=out_dtype)
+    for x, name, rows in ((bias, "bias", routing.num_experts), (add, "add", routing.num_tokens)):
+        if x is not None:
+            _float(x, name, 2)
+            expect(tuple(x.shape) == (rows, y.shape[1]), f"{name}, shape", tuple(x.shape), str((rows, y.shape[1])))
+            _same_device(name, x, y)
+    if out is not None:
+        steps.check_like(out, "out", (routing.num_tokens, y.shape[1]), out_dtype or out.dtype, y.device, rows_only=True)
+        _float(out, "out", 2)
+
+
+def _plan_combine(y: Tensor, routing: Routing, topk_weights: Tensor, bias: Tensor | None, add: Tensor | None,
+                  out: Tensor | None, out_dtype: torch.dtype | None, backend: str | None,
+                  config: Config | None) -> Plan | None:
+    _check_combine(y, routing, topk_weights, bias, add, out, out_dtype)
+    tokens, n = routing.num_tokens, y.shape[1]
+    if tokens == 0 or n == 0:
+        return None
+    problem = steps.combine_problem(tokens, n, routing.top_k, routing.num_experts, steps.PLAIN[y.dtype], bias is not None)
+    return steps.select(problem, y.device, backend, config)
 
 
 def moe_align_block_size(topk_ids: Tensor, block_m: int, num_experts: int, *, expert_map: Tensor | None = None,

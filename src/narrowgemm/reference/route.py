@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..formats import ScaledTensor
+from ..formats import Format, ScaledTensor
 from ..layout_convert import routed_from_offsets
 from ..layouts import Offsets, Routed
 from ..rows import sort_ids, take_rows
+from . import quantize as quantization
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,14 +71,15 @@ def _top(scores: Tensor, k: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[:, :k]
 
 
-def sort_by_expert(topk_ids: Tensor, num_experts: int, *, expert_map: Tensor | None = None) -> Routing:
+def sort_by_expert(topk_ids: Tensor, num_experts: int, *, expert_map: Tensor | None = None,
+                   first_expert: int = 0) -> Routing:
     """See `ops.route.sort_by_expert`."""
     ids = topk_ids.reshape(-1)
     if expert_map is not None:
         known = (ids >= 0) & (ids < expert_map.numel())
         local = expert_map[torch.where(known, ids, 0)] if expert_map.numel() else torch.zeros_like(ids)
         ids = torch.where(known, local, -1)
-    row_map, offsets = sort_ids(ids, num_experts)
+    row_map, offsets = sort_ids(ids - first_expert, num_experts)
     rows = torch.arange(ids.numel(), dtype=torch.int32, device=ids.device)
     inverse = torch.empty_like(row_map).scatter_(0, row_map.long(), rows)
     return Routing(row_map, offsets, inverse, topk_ids.shape[1])
@@ -88,16 +90,47 @@ def gather(x: Tensor | ScaledTensor, routing: Routing) -> Tensor | ScaledTensor:
     return take_rows(x, routing.row_map // routing.top_k)
 
 
-def combine(y: Tensor, routing: Routing, topk_weights: Tensor, *, out_dtype: torch.dtype | None = None) -> Tensor:
+def gather_quantize(x: Tensor, routing: Routing, fmt: Format, rounding: str = "rceil",
+                    amax_clamp: float = quantization.AMAX_CLAMP) -> ScaledTensor:
+    """See `ops.gather.gather_quantize`; rows of skipped slots are made like the others."""
+    if fmt.scaled:
+        return take_rows(quantization.quantize(x, fmt, rounding, amax_clamp), routing.row_map // routing.top_k)
+    return ScaledTensor(take_rows(x, routing.row_map // routing.top_k), None, fmt)
+
+
+def store_live(out: ScaledTensor, value: Tensor | ScaledTensor, offsets: Tensor | None) -> None:
+    """Write rows [0, offsets[E]) of `value` (None: all) to `out` and leave the others as they are."""
+    pairs = [(out.data, value if isinstance(value, Tensor) else value.data)]
+    if isinstance(value, ScaledTensor) and value.scale is not None:
+        assert out.scale is not None
+        pairs.append((out.scale, value.scale))
+    for target, source in pairs:
+        if offsets is None or source.shape[0] != out.data.shape[0]:  # a scale for the whole tensor belongs to all rows
+            target.copy_(source)
+            continue
+        live = torch.arange(source.shape[0], device=source.device) < offsets[-1]
+        if target.element_size() == 1:  # torch has no `where` of FP8
+            target, source = target.view(torch.uint8), source.view(torch.uint8)
+        target.copy_(torch.where(live[:, None], source, target))
+
+
+def combine(y: Tensor, routing: Routing, topk_weights: Tensor, *, bias: Tensor | None = None, add: Tensor | None = None,
+            out_dtype: torch.dtype | None = None) -> Tensor:
     """See `ops.route.combine`."""
     tokens, top_k = topk_weights.shape
     rows = routing.inverse.view(tokens, top_k)
     live = rows < routing.offsets[-1]
     weights = torch.where(live, topk_weights, 0)
-    out = torch.zeros((tokens, y.shape[1]), dtype=torch.promote_types(y.dtype, torch.float32), device=y.device)
+    wide = torch.promote_types(y.dtype, torch.float32)
+    out = torch.zeros((tokens, y.shape[1]), dtype=wide, device=y.device)
     for j in range(top_k):  # in order of choice: a fixed sum, and no [T, top_k, N] in fp32
         term = torch.where(live[:, j, None], y.index_select(0, rows[:, j]), 0)  # 0 * NaN would be NaN
+        if bias is not None:
+            expert = torch.searchsorted(routing.offsets[1:], rows[:, j].long(), right=True)
+            term = term.to(wide) + bias.to(wide)[expert.clamp(max=bias.shape[0] - 1)]
         out = torch.addcmul(out, term, weights[:, j, None])
+    if add is not None:
+        out = out + add.to(wide)
     return out.to(out_dtype or y.dtype)
 
 

@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from ..arch import Arch
 from ..errors import Unsupported, expect
-from ..kernels.registry import Kernel, backends, kernels
+from ..kernels.registry import Kernel, backends, candidates, kernels
 from ..problem import Config, Plan, Problem, Step
 from ..tuning import store
 from . import env
@@ -39,7 +39,7 @@ def _select(problem: Problem, arch: Arch, backend: str, config: Config | None, o
            f"one of {backends()}, or a kernel by name")
     passed: dict[str, str] = {}
     able: dict[str, Kernel] = {}
-    for name, kernel in kernels().items():
+    for name, kernel in candidates(problem.op).items():
         reason = _unable(kernel, problem, arch, backend, config, on_unsupported)
         if reason is None:
             able[name] = kernel

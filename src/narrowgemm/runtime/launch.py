@@ -9,10 +9,11 @@ from ..errors import expect
 from ..kernels.launching import READY, collect
 from ..kernels.operands import Operands
 from ..kernels.registry import kernels
+from ..kernels.step_operands import StepOperands
 from ..problem import Plan
 
 
-def run(plan: Plan, operands: Operands, workspace: Tensor | None = None) -> None:
+def run(plan: Plan, operands: Operands | StepOperands, workspace: Tensor | None = None) -> None:
     """Launch every step of `plan` on the current stream of `out`'s device.
 
     `workspace`: uint8, at least `plan.workspace_bytes`; allocated where None.

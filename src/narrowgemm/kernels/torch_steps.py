@@ -1,0 +1,67 @@
+"""The expert layer's steps by the reference in torch, as a kernel like any other: many launches, but no read-back."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ..arch import Arch
+from ..problem import Config, Problem, Step
+from .step_operands import (
+    ActivateOperands,
+    CombineOperands,
+    GatherOperands,
+    RouteOperands,
+    SortOperands,
+    StepOperands,
+)
+
+NAME = "reference.steps"
+BACKEND = "reference"
+OPS = ("route", "sort_by_expert", "gather_quantize", "activate", "combine")
+LAUNCHES = {"route": 15, "sort_by_expert": 10, "gather_quantize": 20, "activate": 25, "combine": 60}  # about
+
+
+def supports(problem: Problem, arch: Arch) -> str | None:
+    return None if problem.op in OPS else f"has no {problem.op}"
+
+
+def configs(problem: Problem, arch: Arch) -> list[Config]:
+    return [Config(0, 0, 0, 0, 0)]
+
+
+def workspace(problem: Problem, config: Config) -> int:
+    return 0
+
+
+def estimate(problem: Problem, config: Config, arch: Arch) -> float:
+    launches = LAUNCHES.get(problem.op, 1)
+    return launches * 3e-6 + 8.0 * launches * problem.m * max(problem.n, problem.k, 1) / arch.bandwidth
+
+
+def launch(step: Step, problem: Problem, operands: StepOperands, workspace: Tensor | None) -> None:
+    from ..reference import activate, route
+
+    o = operands
+    if isinstance(o, RouteOperands):
+        weights, ids = route.route(o.logits, o.ids.shape[1], scoring=o.scoring, renormalize=o.renormalize, bias=o.bias,
+                                   num_expert_group=o.num_expert_group or None, topk_group=o.topk_group or None,
+                                   scaling_factor=o.scaling_factor)
+        o.weights.copy_(weights)
+        o.ids.copy_(ids)
+    elif isinstance(o, SortOperands):
+        made = route.sort_by_expert(o.ids, o.routing.num_experts, expert_map=o.expert_map,
+                                    first_expert=o.first_expert)
+        for target, source in ((o.routing.row_map, made.row_map), (o.routing.offsets, made.offsets),
+                               (o.routing.inverse, made.inverse)):
+            target.copy_(source)
+    elif isinstance(o, GatherOperands):
+        route.store_live(o.rows, route.gather_quantize(o.x, o.routing, o.rows.format, o.rounding, o.amax_clamp),
+                         o.routing.offsets)
+    elif isinstance(o, ActivateOperands):
+        fmt = o.result.format if o.result.format.scaled else None
+        value = activate.activate(o.h, activation=o.activation, args=o.args, interleaved=o.interleaved, bias=o.bias,
+                                  offsets=o.offsets, fmt=fmt, rounding=o.rounding, amax_clamp=o.amax_clamp)
+        route.store_live(o.result, value, o.offsets)
+    else:
+        assert isinstance(o, CombineOperands)
+        o.out.copy_(route.combine(o.y, o.routing, o.weights, bias=o.bias, add=o.add, out_dtype=o.out.dtype))

@@ -1,0 +1,130 @@
+"""Device code of `activate`: SwiGLU of the rows that are live, rounded to the input's type, then quantised as it is.
+
+    gate, up (+ bias of the row's expert, FP32) -> silu(gate) * up -> input's type -> scale of a block -> FP8 or E2M1
+
+A program walks the tiles of the rows in [0, offsets[E]), which only the device knows.
+"""
+
+import triton
+import triton.language as tl
+
+from .quantize_device import block_scale, magnitude, narrow_e2m1, narrow_fp8, pack_e2m1
+
+
+@triton.jit
+def expert_of(offsets_ptr, row, E, STEPS: tl.constexpr):
+    """The group of each row by bisection: the last e with offsets[e] <= row."""
+    low = (row * 0).to(tl.int32)
+    high = low + E
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        right = tl.load(offsets_ptr + middle) <= row
+        low = tl.where(right, middle, low)
+        high = tl.where(right, high, middle)
+    return low
+
+
+@triton.jit
+def swiglu(gate, up, alpha, limit, CLAMPED: tl.constexpr):
+    """silu(gate) * up; CLAMPED: GPT-OSS's gate * sigmoid(alpha * gate) * (up + 1), gate <= limit, |up| <= limit."""
+    if CLAMPED:
+        gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.maximum(up, 0.0 - limit, propagate_nan=tl.PropagateNan.ALL) + 1.0
+        return gate / (1.0 + tl.exp(0.0 - alpha * gate)) * up
+    return gate / (1.0 + tl.exp(0.0 - gate)) * up
+
+
+@triton.jit
+def load_activated(h_ptr, bias_ptr, offsets_ptr, r, k, k2, mask, mask2, E, I, hr, alpha, limit,
+                   ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr, CLAMPED: tl.constexpr,
+                   INTERLEAVED: tl.constexpr, BIAS: tl.constexpr):
+    """[ROWS, COLUMNS] of the activation, in the type of h. `k`: columns of the result; `k2`: twice them, interleaved."""
+    at = (r.to(tl.int64) * hr)[:, None]
+    if BIAS:
+        e = expert_of(offsets_ptr, r, E, STEPS)
+        eb = (e.to(tl.int64) * (2 * I))[:, None]
+    if INTERLEAVED:
+        both = tl.load(h_ptr + at + k2, mask=mask2, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        if BIAS:
+            both += tl.load(bias_ptr + eb + k2, mask=mask2, other=0.0).to(tl.float32)
+        gate, up = tl.split(tl.reshape(both, (ROWS, COLUMNS, 2)))
+    else:
+        gate = tl.load(h_ptr + at + k, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        up = tl.load(h_ptr + at + I + k, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        if BIAS:
+            gate += tl.load(bias_ptr + eb + k, mask=mask, other=0.0).to(tl.float32)
+            up += tl.load(bias_ptr + eb + I + k, mask=mask, other=0.0).to(tl.float32)
+    return swiglu(gate, up, alpha, limit, CLAMPED).to(h_ptr.dtype.element_ty)
+
+
+@triton.jit(do_not_specialize=["R"])
+def activate_kernel(h_ptr, bias_ptr, offsets_ptr, out_ptr, scale_ptr, R, E, I, S, clamp, alpha, limit, hr, orow, sr, ss,
+                    N: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr, EVEN: tl.constexpr, KIND: tl.constexpr,
+                    GROUPED: tl.constexpr, STEPS: tl.constexpr, CLAMPED: tl.constexpr, INTERLEAVED: tl.constexpr,
+                    BIAS: tl.constexpr, E2M1: tl.constexpr, SATURATE: tl.constexpr, ROUNDING: tl.constexpr,
+                    E8M0: tl.constexpr, TOP: tl.constexpr, EMAX: tl.constexpr, MANTISSA: tl.constexpr,
+                    MANTISSA_BITS: tl.constexpr):
+    """Tiles of BR rows x BG blocks of N columns. KIND: 'copy' stores h's type, 'blocks' has a scale for each block."""
+    PER_BYTE: tl.constexpr = 2 if E2M1 else 1
+    i = tl.arange(0, BR * BG)
+    n = tl.arange(0, N)
+    n2 = tl.arange(0, 2 * N)
+    h = tl.arange(0, N // PER_BYTE)
+    rows = R
+    if GROUPED:
+        rows = tl.minimum(tl.load(offsets_ptr + E), R).to(tl.int32)
+    across = tl.cdiv(S, BG)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BR) * across, tl.num_programs(0)):
+        r = tile // across * BR + i // BG
+        g = tile % across * BG + i % BG
+        live = (r < rows) & (g < S)
+        k = (g * N)[:, None] + n[None, :]
+        k2 = (g * 2 * N)[:, None] + n2[None, :]
+        kh = (g * (N // PER_BYTE))[:, None] + h[None, :]
+        mask = live[:, None]
+        mask2 = live[:, None]
+        out_mask = live[:, None]
+        if not EVEN:
+            mask = mask & (k < I)
+            mask2 = mask2 & (k2 < 2 * I)
+            out_mask = out_mask & (kh < I // PER_BYTE)
+        y = load_activated(h_ptr, bias_ptr, offsets_ptr, r, k, k2, mask, mask2, E, I, hr, alpha, limit, BR * BG, N,
+                           STEPS, CLAMPED, INTERLEAVED, BIAS)
+        at = out_ptr + (r.to(tl.int64) * orow)[:, None] + kh
+        if KIND == "copy":
+            tl.store(at, y, mask=out_mask)
+        else:
+            bits = magnitude(y)
+            if not EVEN:
+                bits = tl.where(mask, bits, 0)
+            scale, inverse, sign = block_scale(tl.max(bits, 1), clamp, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS)
+            tl.store(scale_ptr + r.to(tl.int64) * sr + g * ss, scale, mask=live)
+            if E2M1:
+                tl.store(at, pack_e2m1(narrow_e2m1(y, inverse[:, None], SATURATE), BR * BG, N), mask=out_mask)
+            else:
+                tl.store(at, narrow_fp8(y, bits, inverse[:, None], sign[:, None], out_ptr.dtype.element_ty, TOP, SATURATE),
+                         mask=out_mask)
+
+
+@triton.jit(do_not_specialize=["R"])
+def activate_rows_kernel(h_ptr, bias_ptr, offsets_ptr, out_ptr, scale_ptr, R, E, I, clamp, alpha, limit, hr, orow, sr,
+                         BR: tl.constexpr, BK: tl.constexpr, GROUPED: tl.constexpr, STEPS: tl.constexpr,
+                         CLAMPED: tl.constexpr, INTERLEAVED: tl.constexpr, BIAS: tl.constexpr, TOP: tl.constexpr):
+    """One FP32 scale a row: BR rows a program, BK holds a row."""
+    k = tl.arange(0, BK)[None, :]
+    k2 = tl.arange(0, 2 * BK)[None, :]
+    rows = R
+    if GROUPED:
+        rows = tl.minimum(tl.load(offsets_ptr + E), R).to(tl.int32)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BR), tl.num_programs(0)):
+        r = tile * BR + tl.arange(0, BR)
+        live = r < rows
+        mask = live[:, None] & (k < I)
+        y = load_activated(h_ptr, bias_ptr, offsets_ptr, r, k, k2, mask, live[:, None] & (k2 < 2 * I), E, I, hr, alpha,
+                           limit, BR, BK, STEPS, CLAMPED, INTERLEAVED, BIAS)
+        bits = tl.where(mask, magnitude(y), 0)
+        scale, inverse, sign = block_scale(tl.max(bits, 1), clamp, "", False, TOP, 0, 0, 0)
+        tl.store(scale_ptr + r.to(tl.int64) * sr, scale, mask=live)
+        tl.store(out_ptr + (r.to(tl.int64) * orow)[:, None] + k,
+                 narrow_fp8(y, bits, inverse[:, None], sign[:, None], out_ptr.dtype.element_ty, TOP, False), mask=mask)

@@ -1,0 +1,69 @@
+"""Device code of `gather_quantize`: a token is read and quantised once, and written to each of its rows.
+
+Skipped slots have rows from `offsets[E]` on; those are not written. Arithmetic: `quantize_device.py`.
+"""
+
+import triton
+import triton.language as tl
+
+from .quantize_device import block_scale, magnitude, narrow_e2m1, narrow_fp8, pack_e2m1
+
+
+@triton.jit(do_not_specialize=["T"])
+def gather_kernel(x_ptr, inverse_ptr, live_ptr, out_ptr, scale_ptr, T, K, S, clamp, xr, orow, sr, ss,
+                  TOP_K: tl.constexpr, N: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, EVEN: tl.constexpr,
+                  KIND: tl.constexpr, E2M1: tl.constexpr, SATURATE: tl.constexpr, ROUNDING: tl.constexpr,
+                  E8M0: tl.constexpr, TOP: tl.constexpr, EMAX: tl.constexpr, MANTISSA: tl.constexpr,
+                  MANTISSA_BITS: tl.constexpr):
+    """BT tokens x BG blocks of N columns. KIND 'copy': no scales, the bits as they are; 'blocks': a scale a block."""
+    PER_BYTE: tl.constexpr = 2 if E2M1 else 1
+    tiles = tl.cdiv(S, BG)
+    i = tl.arange(0, BT * BG)
+    t = tl.program_id(0) // tiles * BT + i // BG
+    g = tl.program_id(0) % tiles * BG + i % BG
+    live = (t < T) & (g < S)
+    k = (g * N)[:, None] + tl.arange(0, N)[None, :]
+    kh = (g * (N // PER_BYTE))[:, None] + tl.arange(0, N // PER_BYTE)[None, :]
+    mask = live[:, None]
+    out_mask = live[:, None]
+    if not EVEN:
+        mask = mask & (k < K)
+        out_mask = out_mask & (kh < K // PER_BYTE)
+    x = tl.load(x_ptr + (t.to(tl.int64) * xr)[:, None] + k, mask=mask, other=0.0, eviction_policy="evict_first")
+    if KIND == "copy":
+        y = x
+        scale = i
+    else:
+        bits = magnitude(x)
+        scale, inverse, sign = block_scale(tl.max(bits, 1), clamp, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS)
+        if E2M1:
+            y = pack_e2m1(narrow_e2m1(x, inverse[:, None], SATURATE), BT * BG, N)
+        else:
+            y = narrow_fp8(x, bits, inverse[:, None], sign[:, None], out_ptr.dtype.element_ty, TOP, SATURATE)
+    rows = tl.load(live_ptr)
+    for j in range(TOP_K):
+        row = tl.load(inverse_ptr + t * TOP_K + j, mask=t < T, other=0).to(tl.int64)
+        there = live & (row < rows)
+        tl.store(out_ptr + (row * orow)[:, None] + kh, y, mask=there[:, None] & out_mask)
+        if KIND == "blocks":
+            tl.store(scale_ptr + row * sr + g * ss, scale, mask=there)
+
+
+@triton.jit(do_not_specialize=["T"])
+def gather_rows_kernel(x_ptr, inverse_ptr, live_ptr, out_ptr, scale_ptr, T, K, clamp, xr, orow, sr,
+                       TOP_K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, TOP: tl.constexpr):
+    """One FP32 scale a row: BT tokens a program, BK holds a row."""
+    t = tl.program_id(0) * BT + tl.arange(0, BT)
+    k = tl.arange(0, BK)
+    live = t < T
+    mask = live[:, None] & (k < K)[None, :]
+    x = tl.load(x_ptr + (t.to(tl.int64) * xr)[:, None] + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
+    bits = magnitude(x)
+    scale, inverse, sign = block_scale(tl.max(bits, 1), clamp, "", False, TOP, 0, 0, 0)
+    y = narrow_fp8(x, bits, inverse[:, None], sign[:, None], out_ptr.dtype.element_ty, TOP, False)
+    rows = tl.load(live_ptr)
+    for j in range(TOP_K):
+        row = tl.load(inverse_ptr + t * TOP_K + j, mask=live, other=0).to(tl.int64)
+        there = live & (row < rows)
+        tl.store(out_ptr + (row * orow)[:, None] + k[None, :], y, mask=there[:, None] & mask)
+        tl.store(scale_ptr + row * sr, scale, mask=there)

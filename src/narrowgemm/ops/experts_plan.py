@@ -1,0 +1,256 @@
+"""What an expert layer will launch, and where in one workspace each step's result lies: sizes and formats alone decide.
+
+T tokens of H, top_k choices, R = T * top_k rows in E groups, I intermediate. Buffers whose lives don't meet share their
+bytes: the quantised rows with the quantised activation, the first product with the second.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from ..arch import Arch
+from ..errors import expect
+from ..formats import FP8_ROW, MXFP4, MXFP8, Format, FP8_1x128, ScaledTensor
+from ..problem import Operand, Plan, Problem, bucket
+from ..runtime import dispatch
+from ..scales import tma_aligned_rows
+from . import common, steps
+
+ALIGN = 256
+# the activations that a weight format is served with, by the name of its blocks
+DEFAULTS = {"fp8_128x128": FP8_1x128, "fp8_1x128": FP8_1x128, "fp8_row": FP8_ROW, "fp8_tensor": FP8_ROW, "mxfp8": MXFP8}
+INVARIANT_ROWS = 128       # rows a group for which a batch-invariant layer is planned, whatever it gets
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """The layer, without tensors. `world`: experts over all ranks; `shared`: intermediate size of shared experts, or 0."""
+
+    tokens: int
+    hidden: int
+    inter: int
+    experts: int
+    top_k: int
+    world: int
+    shared: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.tokens * self.top_k
+
+    @property
+    def expected(self) -> int:
+        """Rows a group is expected to have, when this rank holds `experts` of `world`."""
+        return max(1, min(self.rows, -(-self.rows // max(self.world, self.experts, 1))))
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What is computed on the way. `source`: format of the tokens, of the products and of the result."""
+
+    source: Format
+    activations: Format
+    activation: str = "swiglu"
+    args: tuple[float, ...] = ()
+    interleaved: bool = False
+    routed: bool = True              # from logits; else weights and ids come with the call
+    groups: int = 1                  # of experts, in routing
+    gate_up_bias: bool = False
+    down_bias: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    backend: str | None = None
+    batch_invariant: bool = False
+    max_sms: int = 0
+    on_unsupported: str = "portable"
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """A tensor in the workspace, `at` bytes from its start."""
+
+    at: int
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+
+    def view(self, bases: dict[torch.dtype, Tensor]) -> Tensor:
+        base = bases[self.dtype]
+        return base.as_strided(self.shape, self.strides, base.storage_offset() + self.at // self.dtype.itemsize)
+
+
+@dataclass(slots=True)
+class Pool:
+    """Bytes of the workspace in the order in which they are given out."""
+
+    bytes: int = 0
+    buffers: dict[str, Buffer] = field(default_factory=dict)
+
+    def take(self, nbytes: int) -> int:
+        at, self.bytes = self.bytes, self.bytes + -(-nbytes // ALIGN) * ALIGN
+        return at
+
+    def plain(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, at: int | None = None) -> int:
+        """Place a row-major tensor (`at` a byte that is taken already); where it ends."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        at = self.take(nbytes) if at is None else at
+        strides = tuple(math.prod(shape[i + 1:]) for i in range(len(shape)))
+        self.buffers[name] = Buffer(at, shape, strides, dtype)
+        return at + -(-nbytes // ALIGN) * ALIGN
+
+    def scaled(self, name: str, rows: int, k: int, fmt: Format, at: int) -> int:
+        """Place payload and MN-major scales; where they end."""
+        end = self.plain(name, (rows, k // fmt.elem.per_byte), fmt.elem.dtype, at)
+        if not fmt.scaled:
+            return end
+        dtype = torch.float32 if fmt.scale == "fp32" else torch.uint8
+        sr, sc = fmt.scale_shape((rows, k))
+        column = tma_aligned_rows(sr, dtype.itemsize)
+        self.buffers[f"{name}.scale"] = Buffer(end, (sr, sc), (1, column), dtype)
+        return end + -(-sc * column * dtype.itemsize // ALIGN) * ALIGN
+
+
+@dataclass(frozen=True)
+class ExpertsPlan:
+    """Plans of the steps in order, and the workspace. `bytes` is what the caller provides."""
+
+    sizes: Sizes
+    recipe: Recipe
+    steps: dict[str, Plan]
+    buffers: dict[str, Buffer]
+    bytes: int
+    scratch: tuple[int, int]         # where the steps' own workspaces lie, and how long they are
+    memos: dict[str, dict]
+
+    @property
+    def launches(self) -> int:
+        return sum(len(p.steps) for p in self.steps.values())
+
+    @property
+    def predicted_us(self) -> float:
+        return sum(p.predicted_us for p in self.steps.values())
+
+
+def activations_for(weights: Format, source: Format) -> Format:
+    """The format that activations take for weights of a format, unless the caller says otherwise."""
+    if not weights.scaled or weights.element == MXFP4.element:
+        return source
+    name = weights.name.split(":")[0].removesuffix("_ue8m0")
+    expect(name in DEFAULTS, "format of the weights", weights.name, f"one of {sorted(DEFAULTS)}, mxfp4, bf16")
+    return DEFAULTS[name]
+
+
+def make(sizes: Sizes, recipe: Recipe, gate_up: ScaledTensor, down: ScaledTensor, arch: Arch, options: Options,
+         shared: tuple[ScaledTensor, ScaledTensor] | None = None) -> ExpertsPlan:
+    """Plan every step and lay the workspace out. Of the weights, shapes, formats, strides and alignment count."""
+    s, r, fmt = sizes, recipe, recipe.activations
+    dtype = r.source.elem.dtype
+    pool = Pool()
+    if r.routed:
+        pool.plain("topk_weights", (s.tokens, s.top_k), torch.float32)
+        pool.plain("topk_ids", (s.tokens, s.top_k), torch.int32)
+    for name, length, kind in (("row_map", s.rows, torch.int32), ("inverse", s.rows, torch.int32),
+                               ("offsets", s.experts + 1, torch.int64)):
+        pool.plain(name, (length,), kind)
+    _space(pool, s, fmt, dtype)
+    plans = _plans(s, r, gate_up, down, pool.buffers, arch, options)
+    if shared is not None:
+        plans = _shared_plans(s, r, *shared, pool.buffers, arch, options) | plans
+    need = max(p.workspace_bytes for p in plans.values())
+    scratch = (pool.take(need), need)
+    order = ("route", "sort", "shared quantize", "shared gate_up", "shared activate", "shared down", "gather", "gate_up",
+             "activate", "down", "combine")
+    return ExpertsPlan(s, r, {name: plans[name] for name in order if name in plans}, pool.buffers, pool.bytes, scratch,
+                       {name: {} for name in plans})
+
+
+def _space(pool: Pool, s: Sizes, fmt: Format, dtype: torch.dtype) -> None:
+    """Two regions: narrow activations, and products."""
+    lay = Pool()
+    narrow = max(lay.scaled("x", s.rows, s.hidden, fmt, 0), lay.scaled("act", s.rows, s.inter, fmt, 0))
+    wide = max(lay.plain("h", (s.rows, 2 * s.inter), dtype, 0), lay.plain("y", (s.rows, s.hidden), dtype, 0))
+    if s.shared:
+        narrow = max(narrow, lay.scaled("shared.x", s.tokens, s.hidden, fmt, 0),
+                     lay.scaled("shared.act", s.tokens, s.shared, fmt, 0))
+        wide = max(wide, lay.plain("shared.h", (s.tokens, 2 * s.shared), dtype, 0))
+        pool.plain("shared.y", (s.tokens, s.hidden), dtype)
+    first, second = pool.take(narrow), pool.take(wide)
+    for name, buffer in lay.buffers.items():
+        start = second if name.split(".")[-1] in ("h", "y") else first
+        pool.buffers.setdefault(name, replace(buffer, at=buffer.at + start))
+
+
+def _operand(buffers: dict[str, Buffer], name: str, fmt: Format) -> Operand:
+    """An activation in the workspace, all of whose buffers are aligned."""
+    data = buffers[name]
+    scale = buffers.get(f"{name}.scale")
+    major = "" if scale is None else "mn" if scale.strides[1] * scale.dtype.itemsize % 16 == 0 else "strided"
+    return Operand(fmt, "k", "", fmt.scale if fmt.scaled else "", major, data.strides[0] * data.dtype.itemsize % 16 == 0)
+
+
+def product(s_rows: int, groups: int, expected: int, a: Operand, b: ScaledTensor, out: Buffer, source: Format,
+            options: Options) -> Problem:
+    n, k = b.shape[-2:]
+    wide = 256 * max(n, k) >= 2**31
+    return Problem("grouped_gemm" if groups else "gemm", "offsets" if groups else "dense", bucket(s_rows), n, k,
+                   groups or 1, a, common.operand(b), rows=bucket(expected), out_dtype=source.name,
+                   out_aligned=out.strides[0] * out.dtype.itemsize % 16 == 0, batch_invariant=options.batch_invariant,
+                   max_sms=options.max_sms, wide=wide)
+
+
+def select_product(problem: Problem, arch: Arch, options: Options) -> Plan:
+    """The Plan of a product; batch-invariant: kernel and config of a fixed number of rows, so that they never change."""
+    if not options.batch_invariant:
+        return dispatch.select(problem, arch, options.backend, None, options.on_unsupported)
+    usual = replace(problem, m=bucket(INVARIANT_ROWS * problem.groups), rows=INVARIANT_ROWS)
+    chosen = dispatch.select(usual, arch, options.backend, None, options.on_unsupported)
+    return dispatch.select(problem, arch, chosen.kernel, chosen.config)
+
+
+def _plans(s: Sizes, r: Recipe, gate_up: ScaledTensor, down: ScaledTensor, buffers: dict[str, Buffer], arch: Arch,
+           options: Options) -> dict[str, Plan]:
+    fmt, backend = r.activations, options.backend if options.backend in ("triton", "reference") else None
+
+    def step(problem: Problem) -> Plan:
+        return dispatch.select(problem, arch, backend)
+
+    plans = {}
+    if r.routed:
+        plans["route"] = step(steps.route_problem(s.tokens, s.world, s.top_k, r.groups, r.source))
+    plans["sort"] = step(steps.sort_problem(s.rows, s.experts))
+    plans["gather"] = step(steps.gather_problem(s.tokens, s.hidden, s.top_k, s.experts, r.source, fmt, "mn_major"))
+    plans["gate_up"] = select_product(product(s.rows, s.experts, s.expected, _operand(buffers, "x", fmt), gate_up,
+                                              buffers["h"], r.source, options), arch, options)
+    plans["activate"] = step(steps.activate_problem(s.rows, s.inter, s.experts, s.expected, r.source, fmt, "mn_major",
+                                                    r.activation, r.args, r.interleaved, r.gate_up_bias))
+    plans["down"] = select_product(product(s.rows, s.experts, s.expected, _operand(buffers, "act", fmt), down,
+                                           buffers["y"], r.source, options), arch, options)
+    plans["combine"] = step(steps.combine_problem(s.tokens, s.hidden, s.top_k, s.experts, r.source, r.down_bias))
+    return plans
+
+
+def _shared_plans(s: Sizes, r: Recipe, gate_up: ScaledTensor, down: ScaledTensor, buffers: dict[str, Buffer], arch: Arch,
+                  options: Options) -> dict[str, Plan]:
+    """Shared experts are a dense gated layer over all tokens; its result is added in `combine`."""
+    fmt, backend = r.activations, options.backend if options.backend in ("triton", "reference") else None
+    plans = {}
+    if fmt.scaled:
+        problem = Problem("quantize", "dense", bucket(s.tokens), 0, s.hidden, 1, Operand(r.source),
+                          steps.target(fmt, "mn_major"), rows=bucket(s.tokens))
+        plans["shared quantize"] = dispatch.select(problem, arch, backend)
+    a = _operand(buffers, "shared.x", fmt)
+    plans["shared gate_up"] = select_product(product(s.tokens, 0, s.tokens, a, gate_up, buffers["shared.h"], r.source,
+                                                     options), arch, options)
+    plans["shared activate"] = dispatch.select(
+        steps.activate_problem(s.tokens, s.shared, 0, s.tokens, r.source, fmt, "mn_major", r.activation, r.args,
+                               r.interleaved, False), arch, backend)
+    a = _operand(buffers, "shared.act", fmt)
+    plans["shared down"] = select_product(product(s.tokens, 0, s.tokens, a, down, buffers["shared.y"], r.source, options),
+                                          arch, options)
+    return plans

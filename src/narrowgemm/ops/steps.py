@@ -1,0 +1,107 @@
+"""What the ops around an expert layer's products share: signatures, checks, the Problem's operands."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..arch import detect
+from ..errors import expect
+from ..formats import BF16, FP16, FP32, Format, ScaledTensor
+from ..problem import Config, Epilogue, Operand, Plan, Problem, bucket
+from ..runtime import dispatch
+from ..scales import tma_aligned_rows
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+PLAIN = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
+SCALE_LAYOUTS = ("row_major", "mn_major")
+
+
+def sign(x: Tensor | None) -> object:
+    """What checks and the Plan depend on."""
+    return (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) if isinstance(x, Tensor) else type(x)
+
+
+def wants_definition(*tensors: Tensor | None) -> bool:
+    """Whether the definition in torch has to run: torch.compile traces it, and autograd needs its graph."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in tensors)
+
+
+def target(fmt: Format, scale_layout: str = "") -> Operand:
+    if not fmt.scaled:
+        return Operand(fmt)
+    return Operand(fmt, scale_dtype=fmt.scale, scale_major="mn" if scale_layout == "mn_major" else "k")
+
+
+def route_problem(tokens: int, experts: int, top_k: int, groups: int, source: Format) -> Problem:
+    return Problem("route", "dense", bucket(tokens), experts, top_k, groups, Operand(source), out_dtype="fp32")
+
+
+def sort_problem(slots: int, experts: int) -> Problem:
+    return Problem("sort_by_expert", "offsets", bucket(slots), 1, 1, experts)
+
+
+def gather_problem(tokens: int, k: int, top_k: int, experts: int, source: Format, fmt: Format, scale_layout: str) -> Problem:
+    return Problem("gather_quantize", "offsets", bucket(tokens), 1, k, experts, Operand(source), target(fmt, scale_layout),
+                   gather=True, a_div=top_k)
+
+
+def activate_problem(rows: int, inter: int, groups: int, expected: int, source: Format, fmt: Format, scale_layout: str,
+                     activation: str, args: tuple[float, ...], interleaved: bool, bias: bool) -> Problem:
+    """`groups` 0: every row is live; `expected`: rows a group is expected to have."""
+    epilogue = Epilogue(bias=bias, activation=activation, activation_args=args, interleaved=interleaved)
+    return Problem("activate", "offsets" if groups else "dense", bucket(rows), 1, inter, groups, Operand(source),
+                   target(fmt, scale_layout), rows=bucket(expected), epilogue=epilogue)
+
+
+def combine_problem(tokens: int, n: int, top_k: int, experts: int, source: Format, bias: bool) -> Problem:
+    return Problem("combine", "offsets", bucket(tokens), n, top_k, experts, Operand(source),
+                   epilogue=Epilogue(bias=bias, routing_weight=True, combine=True))
+
+
+def select(problem: Problem, device: torch.device, backend: str | None, config: Config | None) -> Plan:
+    return dispatch.select(problem, detect(device), backend, config)
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """`x` with contiguous rows; a copy only where they are not."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+
+
+def check_like(x: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
+               rows_only: bool = False) -> None:
+    """An output of the caller's: shape, dtype, device, and contiguous (`rows_only`: each row)."""
+    expect(isinstance(x, Tensor), name, type(x).__name__, "a torch.Tensor", error=TypeError)
+    expect(x.dtype == dtype, f"{name}, dtype", x.dtype, str(dtype), error=TypeError)
+    expect(tuple(x.shape) == shape, f"{name}, shape", tuple(x.shape), str(shape))
+    expect(x.device == device, f"{name}, device", x.device, str(device))
+    dense = x.is_contiguous() or (rows_only and x.stride(-1) == 1 and x.stride(0) >= x.shape[-1])
+    expect(dense, f"{name}, strides", x.stride(), "contiguous rows" if rows_only else "contiguous")
+
+
+def allocate(rows: int, k: int, fmt: Format, dtype: torch.dtype, device: torch.device, scale_layout: str) -> ScaledTensor:
+    """An uninitialised `[rows, k]` in `fmt` (`dtype` where it has no scales), scales in `scale_layout`."""
+    if not fmt.scaled:
+        return ScaledTensor(torch.empty((rows, k), dtype=dtype, device=device), None, fmt)
+    data = torch.empty((rows, k // fmt.elem.per_byte), dtype=fmt.elem.dtype, device=device)
+    kind = torch.float32 if fmt.scale == "fp32" else torch.uint8
+    sr, sc = fmt.scale_shape((rows, k))
+    if scale_layout == "row_major":
+        return ScaledTensor(data, torch.empty((sr, sc), dtype=kind, device=device), fmt)
+    scale = torch.empty((sc, tma_aligned_rows(sr, kind.itemsize)), dtype=kind, device=device)[:, :sr].mT
+    return ScaledTensor(data, scale, fmt)
+
+
+def check_out(out: ScaledTensor, rows: int, k: int, fmt: Format, dtype: torch.dtype, device: torch.device) -> None:
+    """A caller's ScaledTensor to write: payload and scales of the shape, and payload rows contiguous."""
+    expect(isinstance(out, ScaledTensor), "out", type(out).__name__, "a ScaledTensor", error=TypeError)
+    expect(out.format == fmt, "out, format", out.format.name, fmt.name)
+    want = fmt.elem.dtype if fmt.scaled else dtype
+    check_like(out.data, "out, payload", (rows, k // fmt.elem.per_byte), want, device, rows_only=True)
+    if fmt.scaled:
+        assert out.scale is not None
+        expect(tuple(out.scale.shape) == fmt.scale_shape((rows, k)), "out, scale shape", tuple(out.scale.shape),
+               str(fmt.scale_shape((rows, k))))
+        expect(out.scale.device == device, "out, scale device", out.scale.device, str(device))

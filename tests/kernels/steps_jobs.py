@@ -1,0 +1,48 @@
+"""Launches of the kernels around the expert layer's products for the compile tests: every format, sizes of real models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from narrowgemm import FP8_ROW, MXFP4, MXFP8, FP8_1x128, Offsets, combine, route, sort_by_expert
+from narrowgemm.formats import BF16, Format
+from narrowgemm.ops.activate import activate
+from narrowgemm.ops.gather import gather_quantize
+from narrowgemm.reference.route import Routing
+
+FORMATS: tuple[Format, ...] = (FP8_1x128, FP8_1x128.with_scale("e8m0"), MXFP8, MXFP4, FP8_ROW, BF16)
+
+
+def routing(tokens: int, top_k: int, experts: int) -> Routing:
+    slots = torch.arange(tokens * top_k, dtype=torch.int32)
+    return Routing(slots, torch.zeros(experts + 1, dtype=torch.int64), slots, top_k)
+
+
+def jobs(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    triton = {"backend": "triton"}
+    yield "route V3", lambda: route(torch.zeros(3, 256), 8, scoring="sigmoid", bias=torch.zeros(256), num_expert_group=8,
+                                    topk_group=4, **triton)
+    yield "route K3", lambda: route(torch.zeros(3, 896), 16, **triton)
+    yield "route gpt-oss", lambda: route(torch.zeros(3, 128, dtype=torch.bfloat16), 4, **triton)
+    for slots in (8, 1 << 17):
+        ids = torch.zeros(slots // 8, 8, dtype=torch.int32)
+        yield f"sort {slots}", lambda i=ids: sort_by_expert(i, 256, **triton)
+        yield f"sort {slots} map", lambda i=ids: sort_by_expert(i, 32, expert_map=torch.zeros(256, dtype=torch.int32),
+                                                                **triton)
+    for tokens in (1, 4096):
+        r = routing(tokens, 8, 256)
+        x, h, y = (torch.zeros(n, k, dtype=torch.bfloat16) for n, k in ((tokens, 7168), (tokens * 8, 4096),
+                                                                         (tokens * 8, 7168)))
+        for fmt in FORMATS:
+            yield f"gather {fmt.name} {tokens}", lambda f=fmt, r=r, x=x: gather_quantize(x, r, f, **triton)
+            yield f"activate {fmt.name} {tokens}", lambda f=fmt, r=r, h=h: activate(h, fmt=f, layout=r.layout, **triton)
+        yield f"combine {tokens}", lambda r=r, y=y, t=tokens: combine(y, r, torch.zeros(t, 8), **triton)
+    r = routing(16, 4, 128)
+    h, bias = torch.zeros(64, 5760, dtype=torch.bfloat16), torch.zeros(128, 5760, dtype=torch.bfloat16)
+    for fmt in (BF16, MXFP8, MXFP4):
+        yield f"activate oai {fmt.name}", lambda f=fmt: activate(h, activation="swiglu_oai", interleaved=True, bias=bias,
+                                                                 layout=Offsets(r.offsets), fmt=f, **triton)
+    yield "combine bias", lambda: combine(torch.zeros(64, 2880, dtype=torch.bfloat16), r, torch.zeros(16, 4),
+                                          bias=bias[:, :2880], add=torch.zeros(16, 2880, dtype=torch.bfloat16), **triton)

@@ -1,0 +1,244 @@
+"""The kernels around the expert layer's products against their definitions: interpreted on the CPU, and on a GPU.
+
+Bit for bit where the arithmetic is the same; the exponentials of softmax, sigmoid and SiLU are the device's own.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from narrowgemm import FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, FP8_1x128, Offsets, ScaledTensor, combine, route, sort_by_expert
+from narrowgemm.arch import get_arch
+from narrowgemm.formats import BF16, Format
+from narrowgemm.kernels.registry import kernels
+from narrowgemm.ops.activate import activate
+from narrowgemm.ops.gather import gather_quantize
+from narrowgemm.problem import Operand, Problem
+from narrowgemm.reference import activate as reference_activate
+from narrowgemm.reference import route as reference
+from narrowgemm.testing.numerics import calc_diff
+
+FORMATS = [FP8_1x128, FP8_1x128.with_scale("e8m0"), MXFP8, MXFP4, FP8_ROW, BF16]
+ARCH = get_arch("h200")
+ROUTES = [  # experts, top_k, scoring, renormalize, bias, groups, topk_group, factor
+    (8, 2, "softmax", True, False, None, None, 1.0),         # Mixtral
+    (128, 8, "softmax", True, False, None, None, 1.0),       # Qwen3-MoE
+    (160, 6, "softmax", False, False, 8, 3, 16.0),           # DeepSeek-V2
+    (256, 8, "sigmoid", True, True, 8, 4, 2.5),              # DeepSeek-V3
+    (384, 8, "sigmoid", True, True, 1, 1, 2.827),            # Kimi-K2
+    (6, 6, "sigmoid", False, True, 3, 3, 1.0),
+    (6, 2, "softmax", True, True, 6, 2, 1.0),                # one expert a group
+    (40, 3, "softmax", True, True, 5, 2, 1.0),
+    (1, 1, "softmax", True, False, None, None, 1.0),
+]
+
+
+@pytest.fixture
+def on(device, monkeypatch):
+    """The device, with a GPU to plan for where there is none."""
+    if device == "cpu":
+        monkeypatch.setenv("NARROWGEMM_ARCH", "h200")
+    return device
+
+
+def raw(x: torch.Tensor) -> torch.Tensor:
+    return x.clone(memory_format=torch.contiguous_format).view(torch.uint8).cpu()
+
+
+def ids_of(tokens: int, top_k: int, experts: int, seed: int = 0, skip: float = 0.2) -> torch.Tensor:
+    """Distinct experts a token; some slots name none."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.stack([torch.randperm(max(experts, top_k), generator=g)[:top_k] for _ in range(tokens)])
+    return torch.where(torch.rand(ids.shape, generator=g) < skip, -1, ids).to(torch.int32)
+
+
+def equal_routing(got: reference.Routing, want: reference.Routing) -> None:
+    for name in ("offsets", "row_map", "inverse"):
+        assert torch.equal(getattr(got, name).cpu(), getattr(want, name).cpu()), name
+
+
+@pytest.mark.parametrize("case", ROUTES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_route(on, case, dtype):
+    experts, k, scoring, renormalize, biased, groups, kept, factor = case
+    gen = torch.Generator().manual_seed(0)
+    # distinct in bf16 and far enough apart that fp32 scores are distinct too
+    logits = torch.stack([torch.randperm(experts, generator=gen) for _ in range(9)]).to(dtype) / 64
+    bias = torch.linspace(-0.037, 0.041, experts)[torch.randperm(experts, generator=gen)] if biased else None
+    options = dict(scoring=scoring, renormalize=renormalize, num_expert_group=groups, topk_group=kept,
+                   scaling_factor=factor)
+    want = reference.route(logits, k, bias=bias, **options)
+    for layout in (logits.to(on), logits.to(on).mT.contiguous().mT):
+        weights, ids = route(layout, k, bias=None if bias is None else bias.to(on), backend="triton", **options)
+        assert torch.equal(ids.cpu(), want[1])
+        torch.testing.assert_close(weights.cpu(), want[0], rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_route_takes_extremes_as_the_definition_does(on, scoring):
+    nan, inf = float("nan"), float("inf")
+    logits = torch.randn(9, 16, generator=torch.Generator().manual_seed(1)) * 30
+    logits[0, 3], logits[1, 2:9], logits[2], logits[3] = nan, inf, -inf, nan
+    logits[4, 5], logits[5], logits[6], logits[7, ::2] = -inf, -1e4, 0.0, -0.0
+    for options in ({}, dict(num_expert_group=4, topk_group=2, bias=torch.zeros(16)),
+                    dict(num_expert_group=4, topk_group=2)):
+        want = reference.route(logits, 6, scoring=scoring, **options)
+        moved = {k: v.to(on) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        weights, ids = route(logits.to(on), 6, scoring=scoring, backend="triton", **moved)
+        assert torch.equal(ids.cpu(), want[1])
+        torch.testing.assert_close(weights.cpu(), want[0], rtol=4e-6, atol=1e-37, equal_nan=True)
+
+
+@pytest.mark.parametrize("launches", [1, 2])
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(0, 2, 8), (1, 8, 256), (7, 4, 5), (150, 8, 12), (20, 16, 70),
+                                                          (513, 4, 1)])
+def test_sort_by_expert(on, tokens, top_k, experts, launches):
+    ids = ids_of(tokens, top_k, experts) if tokens else torch.zeros((0, top_k), dtype=torch.int32)
+    kernel = kernels()["triton.sort_by_expert"]
+    for config in (c for c in kernel.configs(sort_problem(experts), ARCH) if c.split_k == launches):
+        for cast in (torch.int32, torch.int64):
+            got = sort_by_expert(ids.to(on, cast), experts, config=config)
+            equal_routing(got, reference.sort_by_expert(ids.to(cast), experts))
+
+
+def sort_problem(experts: int) -> Problem:
+    return Problem("sort_by_expert", "offsets", 1, 1, 1, experts)
+
+
+@pytest.mark.parametrize("launches", [1, 2])
+def test_sort_by_expert_with_a_map(on, launches):
+    ids = torch.randint(-3, 40, (90, 3), generator=torch.Generator().manual_seed(2), dtype=torch.int32)
+    table = torch.randint(-2, 9, (33,), generator=torch.Generator().manual_seed(3))
+    config = next(c for c in kernels()["triton.sort_by_expert"].configs(sort_problem(7), ARCH) if c.split_k == launches)
+    for cast in (torch.int32, torch.int64):
+        got = sort_by_expert(ids.to(on), 7, expert_map=table.to(on, cast), config=config)
+        equal_routing(got, reference.sort_by_expert(ids, 7, expert_map=table))
+        got = sort_by_expert(ids.to(on, cast), 7, first_expert=16, config=config)
+        equal_routing(got, reference.sort_by_expert(torch.where((ids >= 16) & (ids < 23), ids - 16, -1), 7))
+
+
+def live_equal(got: ScaledTensor, want: ScaledTensor, rows: int, poison: int = 0xA5) -> None:
+    """The rows that are live agree in every bit, and no other was written."""
+    assert got.format == want.format and got.data.shape == want.data.shape
+    assert torch.equal(raw(got.data)[:rows], raw(want.data)[:rows]), "payloads differ"
+    assert bool((raw(got.data)[rows:] == poison).all()), "a row of a skipped slot was written"
+    if want.scale is not None:
+        assert torch.equal(raw(got.scale)[:rows], raw(want.scale)[:rows]), "scales differ"
+        if want.scale.shape[0] > 1:
+            assert bool((raw(got.scale)[rows:] == poison).all()), "a scale of a skipped slot was written"
+
+
+def poisoned(rows: int, k: int, fmt: Format, dtype: torch.dtype, device: str, layout: str = "mn_major") -> ScaledTensor:
+    from narrowgemm.ops.steps import allocate
+
+    out = allocate(rows, k, fmt, dtype, torch.device(device), layout)
+    for x in (out.data, out.scale):
+        if x is not None:
+            base = x if x.is_contiguous() else x.mT
+            torch.as_strided(base, (base.shape[0] * base.stride(0),), (1,)).view(torch.uint8).fill_(0xA5)
+    return out
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+@pytest.mark.parametrize(("tokens", "top_k", "k"), [(1, 8, 512), (13, 3, 200), (9, 2, 1024)])
+def test_gather_quantize(on, fmt, tokens, top_k, k):
+    experts = 6
+    ids = ids_of(tokens, top_k, experts)
+    x = torch.randn(tokens, k, generator=torch.Generator().manual_seed(4)).bfloat16()
+    x[0, :3] = torch.tensor([0.0, -0.0, float("nan")])
+    routing = reference.sort_by_expert(ids, experts)
+    there = reference.Routing(*(v.to(on) for v in (routing.row_map, routing.offsets, routing.inverse)), top_k)
+    want = reference.gather_quantize(x, routing, fmt)
+    for layout in ("mn_major", "row_major"):
+        out = poisoned(tokens * top_k, k, fmt, x.dtype, on, layout)
+        for config in kernels()["triton.gather_quantize"].configs(problem_of(fmt, k), ARCH):
+            gather_quantize(x.to(on), there, fmt, scale_layout=layout, out=out, config=config)
+            live_equal(out, want, int(routing.offsets[-1]))
+
+
+def problem_of(fmt: Format, k: int, n: int = 1) -> Problem:
+    return Problem("gather_quantize", "offsets", 1, n, k, 6, Operand(BF16), Operand(fmt))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_gather_quantize_input_types_and_strides(on, dtype):
+    ids = ids_of(9, 2, 4)
+    x = torch.randn(9, 300, generator=torch.Generator().manual_seed(5)).to(dtype)[:, 20:276]
+    routing = reference.sort_by_expert(ids, 4)
+    there = reference.Routing(*(v.to(on) for v in (routing.row_map, routing.offsets, routing.inverse)), 2)
+    rows = int(routing.offsets[-1])
+    for fmt in (FP8_1x128, MXFP4, FP8_ROW, FP8_TENSOR):
+        got = gather_quantize(x.to(on), there, fmt, backend="triton")
+        want = reference.gather_quantize(x, routing, fmt)
+        assert torch.equal(raw(got.data)[:rows], raw(want.data)[:rows]) and got.scale.shape == want.scale.shape
+        assert torch.equal(raw(got.scale)[:rows], raw(want.scale)[:rows])
+
+
+ACTIVATIONS = [("swiglu", (), False, False), ("swiglu_oai", (), True, True), ("swiglu_oai", (1.5, 3.0), False, True),
+               ("swiglu", (), True, False)]
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+@pytest.mark.parametrize("kind", ACTIVATIONS, ids=str)
+def test_activate(on, fmt, kind):
+    """Against the definition with its own exponentials: at most a rounding apart, and the poisoned rows untouched."""
+    name, args, interleaved, biased = kind
+    gen = torch.Generator().manual_seed(6)
+    rows, inter, offsets = 37, 320, torch.tensor([0, 5, 5, 19, 31])
+    h = torch.randn(rows, 2 * inter, generator=gen).mul(3).bfloat16()
+    bias = torch.randn(4, 2 * inter, generator=gen) if biased else None
+    h[31:] = float("nan")
+    want = reference_activate.activate(h, activation=name, args=args, interleaved=interleaved, bias=bias,
+                                       offsets=offsets, fmt=fmt if fmt.scaled else None)
+    want = want if isinstance(want, ScaledTensor) else ScaledTensor(want, None, fmt)
+    for config in kernels()["triton.activate"].configs(problem_of(fmt, inter), ARCH):
+        out = poisoned(rows, inter, fmt, h.dtype, on)
+        activate(h.to(on), activation=name, args=args, interleaved=interleaved, bias=None if bias is None else bias.to(on),
+                 layout=Offsets(offsets.to(on)), fmt=fmt, out=out, config=config)
+        got = ScaledTensor(out.data.cpu()[:31], None if out.scale is None else out.scale.cpu()[:31], fmt).dequantize()
+        exact = ScaledTensor(want.data[:31], None if want.scale is None else want.scale[:31], fmt).dequantize()
+        assert calc_diff(got, exact) <= (2e-4 if fmt is MXFP4 else 2e-6)
+        assert bool((raw(out.data)[31:] == 0xA5).all())
+        assert out.scale is None or bool((raw(out.scale)[31:] == 0xA5).all())
+
+
+@pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)
+def test_activate_is_the_composition_bit_for_bit(on, fmt):
+    """Fused or step by step on the same device: the same bits."""
+    from narrowgemm.ops.quantize import quantize
+
+    h = torch.randn(23, 512, generator=torch.Generator().manual_seed(7)).mul(2).bfloat16().to(on)
+    step = activate(h, backend="triton")
+    if fmt.scaled:
+        fused, apart = activate(h, fmt=fmt, backend="triton"), quantize(step, fmt, backend="triton")
+        assert torch.equal(raw(fused.data), raw(apart.data)) and torch.equal(raw(fused.scale), raw(apart.scale))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("tokens", "top_k", "n"), [(1, 8, 512), (5, 3, 200), (2, 16, 64)])
+def test_combine(on, dtype, tokens, top_k, n):
+    experts = 20
+    gen = torch.Generator().manual_seed(8)
+    ids = ids_of(tokens, top_k, experts)
+    routing = reference.sort_by_expert(ids, experts)
+    there = reference.Routing(*(v.to(on) for v in (routing.row_map, routing.offsets, routing.inverse)), top_k)
+    y = torch.randn(tokens * top_k, n, generator=gen).to(dtype)
+    y[int(routing.offsets[-1]):] = float("nan")
+    weights = torch.rand(tokens, top_k, generator=gen)
+    weights[ids < 0] = float("nan")
+    bias, add = torch.randn(experts, n, generator=gen), torch.randn(tokens, n, generator=gen).to(dtype)
+    for extra in ({}, {"bias": bias}, {"add": add}, {"bias": bias, "add": add}):
+        moved = {k: v.to(on) for k, v in extra.items()}
+        want = reference.combine(y, routing, weights, out_dtype=torch.float32, **extra)
+        for config in kernels()["triton.combine"].configs(problem_of(BF16, 1, n), ARCH)[:2]:
+            got = combine(y.to(on), there, weights.to(on), out_dtype=torch.float32, config=config, **moved)
+            torch.testing.assert_close(got.cpu(), want, rtol=1e-6, atol=2e-6)
+            assert torch.equal(combine(y.to(on), there, weights.to(on), config=config, **moved), got.to(dtype))
+
+
+def test_combine_sums_in_order_of_choice_in_fp32(on):
+    y = torch.tensor([[1.0], [1e8], [-1e8]], device=on)  # rows of experts 0, 1, 2
+    for order, want in (([2, 1, 0], 1.0), ([0, 1, 2], 0.0)):
+        routing = sort_by_expert(torch.tensor([order], dtype=torch.int32, device=on), 3)
+        assert combine(y, routing, torch.ones(1, 3, device=on), backend="triton").tolist() == [[want]]
