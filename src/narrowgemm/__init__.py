@@ -20,7 +20,11 @@ else:
     from .errors import Unsupported
     from .formats import BF16, FORMATS, FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, Format, FP8_1x128, FP8_128x128, ScaledTensor
     from .layouts import Contiguous, KGrouped, Layout, Masked, Offsets, Psum, Routed
+    from .ops.activate import activate
+    from .ops.experts import experts, experts_workspace
     from .ops.explain import Explanation, explain
+    from .ops.explain_experts import explain_experts
+    from .ops.gather import gather_quantize
     from .ops.gemm import gemm
     from .ops.grouped import grouped_gemm
     from .ops.prepare import prepare
@@ -32,6 +36,7 @@ else:
 __all__ = [
     "BF16", "FORMATS", "FP8_ROW", "FP8_TENSOR", "MXFP4", "MXFP8", "Config", "Contiguous", "Explanation",
     "FP8_1x128", "FP8_128x128", "Format", "KGrouped", "Layout", "Masked", "Offsets", "Plan", "Problem",
-    "Psum", "Routed", "Routing", "ScaledTensor", "Unsupported", "__version__", "combine", "explain", "gather", "gemm",
-    "grouped_gemm", "grouped_gemm_wgrad", "moe_align_block_size", "prepare", "quantize", "route", "sort_by_expert",
+    "Psum", "Routed", "Routing", "ScaledTensor", "Unsupported", "__version__", "activate", "combine", "experts",
+    "experts_workspace", "explain", "explain_experts", "gather", "gather_quantize", "gemm", "grouped_gemm",
+    "grouped_gemm_wgrad", "moe_align_block_size", "prepare", "quantize", "route", "sort_by_expert",
 ]

@@ -8,7 +8,7 @@ A kernel module has `NAME`, `BACKEND` and five functions:
     estimate(problem, config, arch) -> float   predicted seconds
     launch(step, problem, operands, workspace) on the current stream; no validation, no decisions
 
-and, where it is no kernel of matrix products, `OPS`: the ops that it is a candidate for.
+and, where it is no kernel of `PRODUCTS`, `OPS`: the ops that it is a candidate for.
 
 The modules import without Triton and without a GPU: device code is in `*_device.py`, imported by `launch`.
 """
@@ -40,6 +40,8 @@ MODULES: tuple[str, ...] = (
     "torch_reference",
 )
 
+PRODUCTS = ("gemm", "grouped_gemm", "grouped_gemm_wgrad", "quantize")
+
 
 class Kernel(Protocol):
     NAME: str
@@ -65,4 +67,4 @@ def backends() -> tuple[str, ...]:
 
 def candidates(op: str) -> dict[str, Kernel]:
     """The kernels that may compute `op`, by name, in registry order."""
-    return {name: k for name, k in kernels().items() if op in getattr(k, "OPS", (op,))}
+    return {name: k for name, k in kernels().items() if op in getattr(k, "OPS", PRODUCTS)}

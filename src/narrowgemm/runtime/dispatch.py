@@ -10,7 +10,7 @@ from functools import lru_cache
 
 from ..arch import Arch
 from ..errors import Unsupported, expect
-from ..kernels.registry import Kernel, backends, candidates, kernels
+from ..kernels.registry import PRODUCTS, Kernel, backends, candidates, kernels
 from ..problem import Config, Plan, Problem, Step
 from ..tuning import store
 from . import env
@@ -56,7 +56,8 @@ def _select(problem: Problem, arch: Arch, backend: str, config: Config | None, o
         why = "config= was given" if config else "cost model"
         passed |= {other: f"predicted {cost * 1e6:.1f} us, {name} {seconds * 1e6:.1f} us"
                    for other, (cost, _) in offers.items() if other != name}
-        if arch.vendor != "cpu" and all(k.BACKEND in PORTABLE for k in able.values()) and not (backend or config):
+        portable = arch.vendor != "cpu" and all(k.BACKEND in PORTABLE for k in able.values())
+        if problem.op in PRODUCTS and portable and not (backend or config):
             why += "; no fast kernel takes this problem"
     else:
         raise _refusal(problem, arch, config, passed)

@@ -1,0 +1,78 @@
+"""`explain_experts`: which kernel each step of an expert layer takes, and what workspace the layer needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..arch import Arch, detect, get_arch
+from ..errors import expect
+from ..formats import ELEMENTS, Format, ScaledTensor, get_format
+from .experts import plan_for
+from .experts_plan import ExpertsPlan, Options
+from .explain import Explanation
+
+
+@dataclass(frozen=True)
+class ExpertsExplanation:
+    """The steps in order, each with its Plan; `str()` shows them, `to_dict()` is for programs."""
+
+    plan: ExpertsPlan
+    arch: Arch
+
+    @property
+    def steps(self) -> dict[str, Explanation]:
+        return {name: Explanation(p, self.arch) for name, p in self.plan.steps.items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        s, r = self.plan.sizes, self.plan.recipe
+        return {"op": "experts", "device": self.arch.name, "target": self.arch.target,
+                "sizes": {f: getattr(s, f) for f in s.__dataclass_fields__}, "activations": r.activations.name,
+                "activation": r.activation, "workspace_bytes": self.plan.bytes, "predicted_us": self.plan.predicted_us,
+                "steps": {name: e.to_dict() for name, e in self.steps.items()}}
+
+    def __str__(self) -> str:
+        s, r = self.plan.sizes, self.plan.recipe
+        shared = f", shared {s.shared}" if s.shared else ""
+        lines = [f"experts: {s.tokens} tokens, top-{s.top_k} of {s.world}, {s.experts} here, hidden {s.hidden}, inter "
+                 f"{s.inter}{shared}, activations {r.activations.name}, {r.activation}, on {self.arch.name} "
+                 f"({self.arch.target})",
+                 f"  {len(self.plan.steps)} steps, predicted {self.plan.predicted_us:.1f} us, workspace "
+                 f"{self.plan.bytes} bytes"]
+        for name, p in self.plan.steps.items():
+            lines.append(f"  {name:16s} {p.kernel} [{p.backend}]  {p.config}  {p.predicted_us:.1f} us; {p.reason}")
+            lines += [f"  {'':16s} not {other}: {why}" for other, why in p.passed_over]
+        return "\n".join(lines)
+
+
+def explain_experts(*, tokens: int, hidden: int, inter: int, experts: int, top_k: int, num_experts: int = 0,
+                    weights: Format | str = "fp8_128x128", activation_format: Format | str | None = None,
+                    activation: str = "swiglu", interleaved: bool = False, bias: bool = False, shared: int = 0,
+                    num_expert_group: int | None = None, dtype: torch.dtype = torch.bfloat16,
+                    batch_invariant: bool = False, max_sms: int = 0, device: str | torch.device | None = None,
+                    backend: str | None = None) -> ExpertsExplanation:
+    """The plan of `experts` for a layer given by its sizes, on `device` (as in `explain`). Needs no GPU.
+
+    experts: on this rank, of `num_experts` over all (default: the same). shared: intermediate size of shared experts.
+    Raises as the op itself would: ValueError, Unsupported.
+    """
+    fmt = get_format(weights)
+    for name, v in (("hidden", hidden), ("inter", inter), ("experts", experts)):
+        expect(isinstance(v, int) and v >= 1, name, v, "a size of at least 1")
+    arch = get_arch(device) if isinstance(device, str) else detect(device)
+    up, down = operand((experts, 2 * inter, hidden), fmt, dtype), operand((experts, hidden, inter), fmt, dtype)
+    both = (operand((2 * shared, hidden), fmt, dtype), operand((hidden, shared), fmt, dtype)) if shared else None
+    plan = plan_for(tokens, up, down, top_k, num_experts, num_expert_group, dtype, (activation, (), interleaved),
+                    activation_format, bias, both, Options(backend, batch_invariant, max_sms), arch.name)
+    return ExpertsExplanation(plan, arch)
+
+
+def operand(shape: tuple[int, ...], fmt: Format, dtype: torch.dtype) -> ScaledTensor:
+    """Weights without memory."""
+    if not fmt.scaled:
+        return ScaledTensor(torch.empty(shape, dtype=dtype, device="meta"), None, fmt)
+    data = torch.empty((*shape[:-1], shape[-1] // fmt.elem.per_byte), dtype=ELEMENTS[fmt.element].dtype, device="meta")
+    scale = torch.empty(fmt.scale_shape(shape), dtype=torch.float32 if fmt.scale == "fp32" else torch.uint8, device="meta")
+    return ScaledTensor(data, scale, fmt)

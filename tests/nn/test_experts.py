@@ -1,0 +1,70 @@
+"""`nn.Experts`: the op's numbers, a state_dict that goes round, and weights that keep their types."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from narrowgemm import FP8_128x128, quantize, route
+from narrowgemm.nn import Experts
+from narrowgemm.ops.experts import experts
+
+
+def weights(seed: int, e: int = 4, hidden: int = 128, inter: int = 128):
+    gen = torch.Generator().manual_seed(seed)
+    return (quantize(torch.randn(e, 2 * inter, hidden, generator=gen) / 11, FP8_128x128),
+            quantize(torch.randn(e, hidden, inter, generator=gen) / 11, FP8_128x128))
+
+
+def module(seed: int, **options) -> Experts:
+    up, down = weights(seed)
+    s_up, s_down = weights(seed + 100, 1)
+    return Experts(up, down, top_k=2, shared=(s_up[0], s_down[0]), router_bias=torch.linspace(0, 1, 4), scoring="sigmoid",
+                   gate_up_bias=torch.randn(4, 256, generator=torch.Generator().manual_seed(seed)), **options)
+
+
+X = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(9)).bfloat16()
+LOGITS = torch.randn(10, 4, generator=torch.Generator().manual_seed(10))
+
+
+def test_forward_is_the_op():
+    m = module(0)
+    want = experts(X.view(10, 128), m.weight("gate_up"), m.weight("down"), router_logits=LOGITS, top_k=2,
+                   scoring="sigmoid", router_bias=m.router_bias, shared=m.shared, gate_up_bias=m.gate_up_bias)
+    assert torch.equal(m(X, LOGITS), want.view(X.shape))
+    w, ids = route(LOGITS, 2, scoring="sigmoid", bias=m.router_bias)
+    space = torch.empty(m.workspace_bytes(10), dtype=torch.uint8)
+    assert torch.equal(m(X, topk_weights=w, topk_ids=ids, workspace=space), want.view(X.shape))
+    assert m.num_experts == 4 and "top_k 2" in repr(m)
+
+
+def test_state_dict_goes_round(tmp_path):
+    one, two = module(0), module(1)
+    assert not torch.equal(one(X, LOGITS), two(X, LOGITS))
+    torch.save(one.state_dict(), tmp_path / "state.pt")
+    two.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert torch.equal(one(X, LOGITS), two(X, LOGITS))
+    state = one.state_dict()
+    state["_extra_state"] = {"gate_up": "mxfp8", "down": "mxfp8"}
+    with pytest.raises(ValueError, match="formats"):
+        two.load_state_dict(state)
+
+
+def test_a_change_of_dtype_leaves_the_weights_alone():
+    m, before = module(0), module(0).state_dict()
+    m.to(torch.bfloat16).half().double()
+    for name, t in m.state_dict().items():
+        if isinstance(t, torch.Tensor):
+            assert t.dtype == before[name].dtype and torch.equal(t.view(torch.uint8), before[name].view(torch.uint8)), name
+    assert m.to("meta").gate_up.device.type == "meta"
+
+
+def test_no_parameters_and_bad_options():
+    assert not list(module(0).parameters())
+    up, down = weights(0)
+    with pytest.raises(TypeError, match="routing options"):
+        Experts(up, down, top_k=2, score="softmax")
+    with pytest.raises(ValueError, match="down, shape"):
+        Experts(up, up, top_k=2)
+    with pytest.raises(ValueError, match="top_k"):
+        Experts(up, down, top_k=0)
