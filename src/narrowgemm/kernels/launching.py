@@ -32,6 +32,7 @@ from torch import Tensor
 from ..formats import ScaledTensor
 from ..problem import Plan, Problem, Step
 from .operands import Operands
+from .step_operands import StepOperands
 
 MAPS = 256          # encoded descriptors kept for one argument of one signature
 READY = "ready"     # where `Operands.memo` holds a Plan's bound launches
@@ -88,10 +89,10 @@ class Launch(NamedTuple):
         return list(bound.arguments.values())
 
 
-Describe = Callable[[Step, Problem, Operands, Tensor | None], Sequence[Launch]]
+Describe = Callable[[Step, Problem, Any, Tensor | None], Sequence[Launch]]
 
 
-def launch(describe: Describe, step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
+def launch(describe: Describe, step: Step, problem: Problem, operands: Operands | StepOperands, workspace: Tensor | None) -> None:
     """Make a step's launches on the current stream, and bind them if the signature's have not been.
 
     What `describe` returns may depend on all that is in the signature, and on no address.
@@ -105,7 +106,7 @@ def launch(describe: Describe, step: Step, problem: Problem, operands: Operands,
     operands.memo[step] = tuple(bound) if all(b is not None for b in bound) else ()
 
 
-def collect(plan: Plan, operands: Operands, workspace: Tensor | None) -> Ready | None:
+def collect(plan: Plan, operands: Operands | StepOperands, workspace: Tensor | None) -> Ready | None:
     """All launches of a Plan that has just run, if every step is bound."""
     memo = operands.memo or {}
     steps = [memo.get(step, ()) for step in plan.steps]
@@ -120,7 +121,7 @@ def unbound() -> dict[str, str]:
     return dict(_unbound)
 
 
-def _aliased(x: Operands, workspace: Tensor | None) -> tuple[Operands, Tensor | None]:
+def _aliased(x: Any, workspace: Tensor | None) -> tuple[Any, Tensor | None]:
     """The same operands, each tensor an object of its own: what is one tensor in this call may be two in the next."""
     def own(t: Any) -> Any:
         if isinstance(t, ScaledTensor):

@@ -1,6 +1,7 @@
 """The tensors of the expert layer's steps, as kernels take them: validated, real sizes beside the Problem's buckets.
 
-T tokens, k choices a token, R = T * k slots (as many rows), E experts of this rank. `out` is where a workspace belongs.
+T tokens, k choices a token, R = T * k slots (as many rows), E experts of this rank. `row_map`, `offsets`, `inverse` are a
+Routing's. `out` is where a workspace belongs; `memo` as in `Operands`.
 """
 
 from __future__ import annotations
@@ -10,53 +11,76 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..formats import ScaledTensor
-from ..reference.route import Routing
+
+
+class Tensors:
+    """What `kernels.launching` asks of a call's tensors."""
+
+    __slots__ = ()
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Every tensor of the call, in one order."""
+        raise NotImplementedError
+
+    def addresses(self, workspace: Tensor | None) -> tuple[int, ...]:
+        """The workspace's, then those of `tensors`; 0 where there is none."""
+        return tuple([0 if t is None else t.data_ptr() for t in (workspace, *self.tensors())])
 
 
 @dataclass(slots=True, eq=False)
-class RouteOperands:
+class RouteOperands(Tensors):
     logits: Tensor                  # [T, E]
     bias: Tensor | None             # [E]
     weights: Tensor                 # fp32 [T, k], written
-    ids: Tensor                     # int32 [T, k], written
+    out: Tensor                     # ids, int32 [T, k], written
     scoring: str
     renormalize: bool
     num_expert_group: int           # 0: no groups
     topk_group: int
     scaling_factor: float
+    memo: dict | None = None
 
-    @property
-    def out(self) -> Tensor:
-        return self.ids
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.logits, self.bias, self.weights, self.out
 
 
 @dataclass(slots=True, eq=False)
-class SortOperands:
-    ids: Tensor                     # int32 / int64 [T, k]
+class SortOperands(Tensors):
+    ids: Tensor                     # int32 / int64 [T, k], contiguous
     expert_map: Tensor | None       # [E_all]
     first_expert: int               # the id, after the map, of this rank's first
-    routing: Routing                # written
+    experts: int
+    out: Tensor                     # row_map int32 [R], written
+    offsets: Tensor                 # int64 [E + 1], written
+    inverse: Tensor                 # int32 [R], written
+    memo: dict | None = None
 
-    @property
-    def out(self) -> Tensor:
-        return self.routing.row_map
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.ids, self.expert_map, self.out, self.offsets, self.inverse
 
 
 @dataclass(slots=True, eq=False)
-class GatherOperands:
+class GatherOperands(Tensors):
     x: Tensor                       # [T, K]
-    routing: Routing
+    row_map: Tensor
+    offsets: Tensor
+    inverse: Tensor
+    top_k: int
     rows: ScaledTensor              # [R, K], written
     rounding: str
     amax_clamp: float
+    memo: dict | None = None
 
     @property
     def out(self) -> Tensor:
         return self.rows.data
 
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.x, self.row_map, self.offsets, self.inverse, self.rows.data, self.rows.scale
+
 
 @dataclass(slots=True, eq=False)
-class ActivateOperands:
+class ActivateOperands(Tensors):
     h: Tensor                       # [R, 2I]
     bias: Tensor | None             # [E, 2I]
     offsets: Tensor | None          # [E + 1]; None: every row
@@ -66,20 +90,30 @@ class ActivateOperands:
     interleaved: bool
     rounding: str
     amax_clamp: float
+    memo: dict | None = None
 
     @property
     def out(self) -> Tensor:
         return self.result.data
 
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.h, self.bias, self.offsets, self.result.data, self.result.scale
+
 
 @dataclass(slots=True, eq=False)
-class CombineOperands:
+class CombineOperands(Tensors):
     y: Tensor                       # [R, N]
-    routing: Routing
+    row_map: Tensor
+    offsets: Tensor
+    inverse: Tensor
     weights: Tensor                 # fp32 [T, k]
     bias: Tensor | None             # [E, N]
     add: Tensor | None              # [T, N]
     out: Tensor                     # [T, N], written
+    memo: dict | None = None
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.y, self.row_map, self.offsets, self.inverse, self.weights, self.bias, self.add, self.out
 
 
 StepOperands = RouteOperands | SortOperands | GatherOperands | ActivateOperands | CombineOperands

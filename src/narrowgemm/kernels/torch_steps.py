@@ -8,7 +8,6 @@ from ..arch import Arch
 from ..problem import Config, Problem, Step
 from .step_operands import (
     ActivateOperands,
-    CombineOperands,
     GatherOperands,
     RouteOperands,
     SortOperands,
@@ -43,25 +42,23 @@ def launch(step: Step, problem: Problem, operands: StepOperands, workspace: Tens
 
     o = operands
     if isinstance(o, RouteOperands):
-        weights, ids = route.route(o.logits, o.ids.shape[1], scoring=o.scoring, renormalize=o.renormalize, bias=o.bias,
+        weights, ids = route.route(o.logits, o.out.shape[1], scoring=o.scoring, renormalize=o.renormalize, bias=o.bias,
                                    num_expert_group=o.num_expert_group or None, topk_group=o.topk_group or None,
                                    scaling_factor=o.scaling_factor)
         o.weights.copy_(weights)
-        o.ids.copy_(ids)
+        o.out.copy_(ids)
     elif isinstance(o, SortOperands):
-        made = route.sort_by_expert(o.ids, o.routing.num_experts, expert_map=o.expert_map,
-                                    first_expert=o.first_expert)
-        for target, source in ((o.routing.row_map, made.row_map), (o.routing.offsets, made.offsets),
-                               (o.routing.inverse, made.inverse)):
+        made = route.sort_by_expert(o.ids, o.experts, expert_map=o.expert_map, first_expert=o.first_expert)
+        for target, source in ((o.out, made.row_map), (o.offsets, made.offsets), (o.inverse, made.inverse)):
             target.copy_(source)
     elif isinstance(o, GatherOperands):
-        route.store_live(o.rows, route.gather_quantize(o.x, o.routing, o.rows.format, o.rounding, o.amax_clamp),
-                         o.routing.offsets)
+        routing = route.Routing(o.row_map, o.offsets, o.inverse, o.top_k)
+        route.store_live(o.rows, route.gather_quantize(o.x, routing, o.rows.format, o.rounding, o.amax_clamp), o.offsets)
     elif isinstance(o, ActivateOperands):
         fmt = o.result.format if o.result.format.scaled else None
         value = activate.activate(o.h, activation=o.activation, args=o.args, interleaved=o.interleaved, bias=o.bias,
                                   offsets=o.offsets, fmt=fmt, rounding=o.rounding, amax_clamp=o.amax_clamp)
         route.store_live(o.result, value, o.offsets)
     else:
-        assert isinstance(o, CombineOperands)
-        o.out.copy_(route.combine(o.y, o.routing, o.weights, bias=o.bias, add=o.add, out_dtype=o.out.dtype))
+        routing = route.Routing(o.row_map, o.offsets, o.inverse, o.weights.shape[1])
+        o.out.copy_(route.combine(o.y, routing, o.weights, bias=o.bias, add=o.add, out_dtype=o.out.dtype))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import expect
-from ..formats import Format, ScaledTensor, get_format
+from ..formats import BF16, Format, ScaledTensor, get_format
 from ..kernels.step_operands import ActivateOperands
 from ..layouts import Offsets
 from ..problem import Config, Plan
@@ -34,7 +34,7 @@ def activate(h: Tensor, *, activation: str = ..., args: tuple[float, ...] = ...,
              backend: str | None = ..., config: Config | None = ...) -> ScaledTensor: ...
 def activate(h: Tensor, *, activation: str = "swiglu", args: tuple[float, ...] = (), interleaved: bool = False,
              bias: Tensor | None = None, layout: Offsets | None = None, fmt: Format | str | None = None,
-             rounding: str = "rceil", amax_clamp: float = 1e-4, scale_layout: str = "mn_major",
+             rounding: str = "rceil", amax_clamp: float = 1e-4, scale_layout: str = "",
              out: ScaledTensor | None = None, backend: str | None = None,
              config: Config | None = None) -> Tensor | ScaledTensor:
     """The gated activation of `h` `[R, 2I]` as `[R, I]`: in h's type, or in the format `fmt`, in one launch.
@@ -46,13 +46,14 @@ def activate(h: Tensor, *, activation: str = "swiglu", args: tuple[float, ...] =
     layout: rows in no group are neither computed nor written. None: every row is.
     fmt: scales of blocks in a row (1x128, 1x32) or of a row, or h's own (a ScaledTensor without scales). The
         activation is rounded to h's type first: the result is `quantize(activate(h), fmt)`.
-    rounding, amax_clamp, scale_layout: as in `quantize`.
+    rounding, amax_clamp, scale_layout: as in `quantize` (default: as in `gather_quantize`).
     out: a ScaledTensor `[R, I]` to write. backend, config: as in `gemm`. Differentiable without `fmt`.
 
     Raises ValueError / TypeError before anything is launched.
     """
     form = None if fmt is None else get_format(fmt)
     offsets = None if layout is None else layout.offsets
+    scale_layout = scale_layout or steps.scale_layout_of(form or BF16)
     if steps.wants_definition(h, bias):
         _check(h, activation, args, bias, layout, form, rounding, amax_clamp, scale_layout, out)
         y = reference.activate(h, activation=activation, args=args, interleaved=interleaved, bias=bias, offsets=offsets)
@@ -64,13 +65,13 @@ def activate(h: Tensor, *, activation: str = "swiglu", args: tuple[float, ...] =
     key = (form, steps.sign(h), steps.sign(bias), steps.sign(offsets), activation, args, interleaved, rounding, amax_clamp,
            scale_layout, backend, config, env.choice(),
            *(() if out is None else (out.format, steps.sign(out.data), steps.sign(out.scale))))
-    plan, _ = _plans.get(key, lambda: _plan(h, activation, args, interleaved, bias, layout, form, rounding, amax_clamp,
+    plan, memo = steps.known(_plans, key, lambda: _plan(h, activation, args, interleaved, bias, layout, form, rounding, amax_clamp,
                                             scale_layout, out, backend, config))
     if out is None:
         out = steps.allocate(h.shape[0], h.shape[1] // 2, form or steps.PLAIN[h.dtype], h.dtype, h.device, scale_layout)
     if plan is not None:
         run(plan, ActivateOperands(steps.rows_contiguous(h), None if bias is None else bias.contiguous(), offsets, out,
-                                   activation, args or reference.OAI_ARGS, interleaved, rounding, amax_clamp))
+                                   activation, args or reference.OAI_ARGS, interleaved, rounding, amax_clamp, memo))
     return out.data if form is None else out
 
 

@@ -18,7 +18,6 @@ from ..formats import Format, ScaledTensor, get_format
 from ..kernels.operands import Operands
 from ..kernels.step_operands import ActivateOperands, CombineOperands, GatherOperands, RouteOperands, SortOperands
 from ..reference.activate import OAI_ARGS
-from ..reference.route import Routing
 from ..runtime import env
 from ..runtime.launch import run
 from . import activate as activate_op
@@ -42,7 +41,7 @@ def experts(x: Tensor, gate_up: Weights, down: Weights, *, router_logits: Tensor
             activation_args: tuple[float, ...] = (), interleaved: bool = False,
             activation_format: Format | str | None = None, gate_up_bias: Tensor | None = None,
             down_bias: Tensor | None = None, shared: Shared | None = None, shared_output: Tensor | None = None,
-            expert_map: Tensor | None = None, first_expert: int = 0, out: Tensor | None = None,
+            expert_map: Tensor | None = None, first_expert: int = 0, num_experts: int = 0, out: Tensor | None = None,
             workspace: Tensor | None = None, batch_invariant: bool = False, backend: str | None = None, max_sms: int = 0,
             on_unsupported: str = "portable") -> Tensor:
     """`out[t] = sum over j of weight[t, j] * down_e(act(gate_up_e(x[t])))`, e the expert of choice j, as `[T, H]`.
@@ -53,6 +52,7 @@ def experts(x: Tensor, gate_up: Weights, down: Weights, *, router_logits: Tensor
     Routing: `router_logits` `[T, E_all]` with `top_k`, `scoring`, `renormalize`, `router_bias`, `num_expert_group`,
         `topk_group`, `scaling_factor` as in `route`; or `topk_weights` fp32 and `topk_ids` int32 / int64 `[T, top_k]`.
     expert_map, first_expert: as in `sort_by_expert`: experts of other ranks are skipped, their choices count 0.
+        num_experts: over all ranks, a hint for how many rows to expect; known from logits or an expert_map.
     activation, activation_args, interleaved: as `activate`'s activation, args, interleaved.
     activation_format: what x and the activation are quantised to. Default: 1x128 for block-scaled FP8 weights, row-wise for
         row- and tensor-wise ones, MXFP8 for MXFP8, x's own type for MXFP4 and unscaled weights.
@@ -81,13 +81,14 @@ def experts(x: Tensor, gate_up: Weights, down: Weights, *, router_logits: Tensor
                        routing=routing, router_bias=router_bias, kind=kind, fmt=fmt, gate_up_bias=gate_up_bias,
                        down_bias=down_bias, shared=both, shared_output=shared_output, expert_map=expert_map,
                        first_expert=first_expert, out=out, backend=backend)
-    key = (*map(steps.sign, tensors), *weight_signs(up, dn, *(both or ())), top_k, tuple(routing.values()), kind, fmt,
-           options, env.choice())
-    _, memo = _plans.get(key, lambda: None)
+    key = (*map(steps.sign, tensors), *weight_signs(up, dn, *(both or ())), top_k, first_expert, num_experts,
+           tuple(routing.values()), kind, fmt, options, env.choice())
+    _, memo = steps.known(_plans, key, lambda: None)
     made: ExpertsPlan | None = memo.get("plan")
     if made is None:
         made = memo["plan"] = plan_of(x, up, dn, router_logits, top_k, topk_weights, topk_ids, router_bias, routing, kind,
-                                      fmt, gate_up_bias, down_bias, both, shared_output, expert_map, out, options)
+                                      fmt, gate_up_bias, down_bias, both, shared_output, expert_map, num_experts, out,
+                                      options)
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if x.shape[0]:
@@ -107,16 +108,17 @@ def plan_of(x: Tensor, gate_up: ScaledTensor, down: ScaledTensor, router_logits:
             topk_weights: Tensor | None, topk_ids: Tensor | None, router_bias: Tensor | None, routing: dict[str, Any],
             kind: tuple[str, tuple[float, ...], bool], fmt: Format | None, gate_up_bias: Tensor | None,
             down_bias: Tensor | None, shared: tuple[ScaledTensor, ScaledTensor] | None, shared_output: Tensor | None,
-            expert_map: Tensor | None, out: Tensor | None, options: Options) -> ExpertsPlan:
+            expert_map: Tensor | None, num_experts: int, out: Tensor | None, options: Options) -> ExpertsPlan:
     """Check the call and plan it."""
     experts_check.layer(x, gate_up, down, kind, gate_up_bias, down_bias, shared, shared_output, out)
     world, top_k = experts_check.routing(x, gate_up.shape[0], router_logits, top_k, topk_weights, topk_ids, router_bias,
                                          routing, expert_map)
+    expect(num_experts >= 0, "num_experts", num_experts, "0 for unknown, or a number of experts")
     source = steps.PLAIN[x.dtype]
     recipe = Recipe(source, experts_check.activations(fmt or activations_for(gate_up.format, source), source, gate_up),
                     kind[0], kind[1], kind[2], router_logits is not None, routing["num_expert_group"] or 1,
                     gate_up_bias is not None, down_bias is not None)
-    sizes = Sizes(x.shape[0], x.shape[1], down.shape[2], gate_up.shape[0], top_k, world,
+    sizes = Sizes(x.shape[0], x.shape[1], down.shape[2], gate_up.shape[0], top_k, max(world, num_experts),
                   0 if shared is None else shared[1].shape[1])
     return make(sizes, recipe, gate_up, down, detect(x.device), options, shared)
 
@@ -190,7 +192,7 @@ class Call:
         weights, ids = self.at["topk_weights"], self.at["topk_ids"]
         self.run("route", RouteOperands(logits, bias, weights, ids, routing["scoring"], routing["renormalize"],
                                         routing["num_expert_group"] or 0, routing["topk_group"] or 0,
-                                        routing["scaling_factor"]))
+                                        routing["scaling_factor"], self.plan.memos["route"]))
         return weights, ids
 
     def product(self, name: str, a: ScaledTensor, b: ScaledTensor, out: Tensor, offsets: Tensor | None = None) -> None:
@@ -201,27 +203,30 @@ class Call:
     def act(self, name: str, h: Tensor, result: ScaledTensor, bias: Tensor | None, offsets: Tensor | None) -> None:
         r = self.plan.recipe
         self.run(name, ActivateOperands(h, bias, offsets, result, r.activation, r.args or OAI_ARGS, r.interleaved, "rceil",
-                                        1e-4))
+                                        1e-4, self.plan.memos[name]))
 
     def layer(self, weights: Tensor, ids: Tensor, expert_map: Tensor | None, first_expert: int) -> None:
-        at = self.at
-        routing = Routing(at["row_map"], at["offsets"], at["inverse"], self.plan.sizes.top_k)
-        self.run("sort", SortOperands(ids, expert_map, first_expert, routing))
+        at, memos = self.at, self.plan.memos
+        row_map, offsets, inverse = at["row_map"], at["offsets"], at["inverse"]
+        self.run("sort", SortOperands(ids.contiguous(), expert_map, first_expert, self.gate_up.shape[0], row_map, offsets,
+                                      inverse, memos["sort"]))
         if self.shared is not None:
             self.dense(*self.shared)
         x, act = self.scaled("x"), self.scaled("act")
-        self.run("gather", GatherOperands(self.x, routing, x, "rceil", 1e-4))
-        self.product("gate_up", x, self.gate_up, at["h"], routing.offsets)
-        self.act("activate", at["h"], act, self.gate_up_bias, routing.offsets)
-        self.product("down", act, self.down, at["y"], routing.offsets)
-        self.run("combine", CombineOperands(at["y"], routing, steps.rows_contiguous(weights), self.down_bias, self.add,
-                                            self.out))
+        self.run("gather", GatherOperands(self.x, row_map, offsets, inverse, self.plan.sizes.top_k, x, "rceil", 1e-4,
+                                          memos["gather"]))
+        self.product("gate_up", x, self.gate_up, at["h"], offsets)
+        self.act("activate", at["h"], act, self.gate_up_bias, offsets)
+        self.product("down", act, self.down, at["y"], offsets)
+        self.run("combine", CombineOperands(at["y"], row_map, offsets, inverse, steps.rows_contiguous(weights),
+                                            self.down_bias, self.add, self.out, memos["combine"]))
 
     def dense(self, gate_up: ScaledTensor, down: ScaledTensor) -> None:
         at, x = self.at, ScaledTensor(self.x, None, self.plan.recipe.source)
         if "shared quantize" in self.plan.steps:
             narrow = self.scaled("shared.x")
-            self.run("shared quantize", Operands(x, narrow, narrow.data, x.shape[0], 0, x.shape[1], out_scale=narrow.scale))
+            self.run("shared quantize", Operands(x, narrow, narrow.data, x.shape[0], 0, x.shape[1], out_scale=narrow.scale,
+                                                memo=self.plan.memos["shared quantize"]))
             x = narrow
         self.product("shared gate_up", x, gate_up, at["shared.h"])
         self.act("shared activate", at["shared.h"], self.scaled("shared.act"), None, None)
@@ -245,7 +250,9 @@ def compose(x: Tensor, gate_up: ScaledTensor, down: ScaledTensor, *, router_logi
     assert topk_weights is not None and topk_ids is not None
     where = sort_by_expert(topk_ids, gate_up.shape[0], expert_map=expert_map, first_expert=first_expert, backend=portable)
     if shared is not None:
-        narrow: ScaledTensor | Tensor = quantize(x, fmt, scale_layout="mn_major", backend=portable) if fmt.scaled else x
+        narrow: ScaledTensor | Tensor = x
+        if fmt.scaled:
+            narrow = quantize(x, fmt, scale_layout=steps.scale_layout_of(fmt), backend=portable)
         h = gemm(narrow, shared[0], out_dtype=x.dtype, backend=backend)
         shared_output = gemm(activate_op.activate(h, fmt=fmt, **gate), shared[1], out_dtype=x.dtype, backend=backend)
     rows = gather_op.gather_quantize(x, where, fmt, backend=portable)

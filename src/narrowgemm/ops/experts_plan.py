@@ -105,12 +105,14 @@ class Pool:
         return at + -(-nbytes // ALIGN) * ALIGN
 
     def scaled(self, name: str, rows: int, k: int, fmt: Format, at: int) -> int:
-        """Place payload and MN-major scales; where they end."""
+        """Place payload and scales; where they end."""
         end = self.plain(name, (rows, k // fmt.elem.per_byte), fmt.elem.dtype, at)
         if not fmt.scaled:
             return end
         dtype = torch.float32 if fmt.scale == "fp32" else torch.uint8
         sr, sc = fmt.scale_shape((rows, k))
+        if steps.scale_layout_of(fmt) == "row_major":
+            return self.plain(f"{name}.scale", (sr, sc), dtype, end)
         column = tma_aligned_rows(sr, dtype.itemsize)
         self.buffers[f"{name}.scale"] = Buffer(end, (sr, sc), (1, column), dtype)
         return end + -(-sc * column * dtype.itemsize // ALIGN) * ALIGN
@@ -190,13 +192,17 @@ def _operand(buffers: dict[str, Buffer], name: str, fmt: Format) -> Operand:
     """An activation in the workspace, all of whose buffers are aligned."""
     data = buffers[name]
     scale = buffers.get(f"{name}.scale")
-    major = "" if scale is None else "mn" if scale.strides[1] * scale.dtype.itemsize % 16 == 0 else "strided"
+    major = "" if scale is None else "mn" if scale.strides[0] == 1 and scale.strides[1] * scale.dtype.itemsize % 16 == 0 \
+        else "k"
     return Operand(fmt, "k", "", fmt.scale if fmt.scaled else "", major, data.strides[0] * data.dtype.itemsize % 16 == 0)
 
 
 def product(s_rows: int, groups: int, expected: int, a: Operand, b: ScaledTensor, out: Buffer, source: Format,
             options: Options) -> Problem:
+    """A product of the layer; under expert parallelism `m` is what this rank expects of the `s_rows` that it has room for."""
     n, k = b.shape[-2:]
+    if groups:
+        s_rows = min(s_rows, groups * expected)
     wide = 256 * max(n, k) >= 2**31
     return Problem("grouped_gemm" if groups else "gemm", "offsets" if groups else "dense", bucket(s_rows), n, k,
                    groups or 1, a, common.operand(b), rows=bucket(expected), out_dtype=source.name,
@@ -224,11 +230,12 @@ def _plans(s: Sizes, r: Recipe, gate_up: ScaledTensor, down: ScaledTensor, buffe
     if r.routed:
         plans["route"] = step(steps.route_problem(s.tokens, s.world, s.top_k, r.groups, r.source))
     plans["sort"] = step(steps.sort_problem(s.rows, s.experts))
-    plans["gather"] = step(steps.gather_problem(s.tokens, s.hidden, s.top_k, s.experts, r.source, fmt, "mn_major"))
+    plans["gather"] = step(steps.gather_problem(s.tokens, s.hidden, s.top_k, s.experts, r.source, fmt, steps.scale_layout_of(fmt)))
     plans["gate_up"] = select_product(product(s.rows, s.experts, s.expected, _operand(buffers, "x", fmt), gate_up,
                                               buffers["h"], r.source, options), arch, options)
-    plans["activate"] = step(steps.activate_problem(s.rows, s.inter, s.experts, s.expected, r.source, fmt, "mn_major",
-                                                    r.activation, r.args, r.interleaved, r.gate_up_bias))
+    plans["activate"] = step(steps.activate_problem(s.rows, s.inter, s.experts, s.expected, r.source, fmt,
+                                                    steps.scale_layout_of(fmt), r.activation, r.args, r.interleaved,
+                                                    r.gate_up_bias))
     plans["down"] = select_product(product(s.rows, s.experts, s.expected, _operand(buffers, "act", fmt), down,
                                            buffers["y"], r.source, options), arch, options)
     plans["combine"] = step(steps.combine_problem(s.tokens, s.hidden, s.top_k, s.experts, r.source, r.down_bias))
@@ -242,13 +249,13 @@ def _shared_plans(s: Sizes, r: Recipe, gate_up: ScaledTensor, down: ScaledTensor
     plans = {}
     if fmt.scaled:
         problem = Problem("quantize", "dense", bucket(s.tokens), 0, s.hidden, 1, Operand(r.source),
-                          steps.target(fmt, "mn_major"), rows=bucket(s.tokens))
+                          steps.target(fmt, steps.scale_layout_of(fmt)), rows=bucket(s.tokens))
         plans["shared quantize"] = dispatch.select(problem, arch, backend)
     a = _operand(buffers, "shared.x", fmt)
     plans["shared gate_up"] = select_product(product(s.tokens, 0, s.tokens, a, gate_up, buffers["shared.h"], r.source,
                                                      options), arch, options)
     plans["shared activate"] = dispatch.select(
-        steps.activate_problem(s.tokens, s.shared, 0, s.tokens, r.source, fmt, "mn_major", r.activation, r.args,
+        steps.activate_problem(s.tokens, s.shared, 0, s.tokens, r.source, fmt, steps.scale_layout_of(fmt), r.activation, r.args,
                                r.interleaved, False), arch, backend)
     a = _operand(buffers, "shared.act", fmt)
     plans["shared down"] = select_product(product(s.tokens, 0, s.tokens, a, down, buffers["shared.y"], r.source, options),

@@ -20,18 +20,20 @@ _plans = common.PlanCache()
 
 
 def gather_quantize(x: Tensor, routing: Routing, fmt: Format | str, *, rounding: str = "rceil", amax_clamp: float = 1e-4,
-                    scale_layout: str = "mn_major", out: ScaledTensor | None = None, backend: str | None = None,
+                    scale_layout: str = "", out: ScaledTensor | None = None, backend: str | None = None,
                     config: Config | None = None) -> ScaledTensor:
     """`gather(quantize(x, fmt), routing)` in one launch: token rows `x` `[T, K]` as sorted rows `[R, K]`.
 
     x: BF16, FP16 or FP32. fmt: a format with scales of a row or of blocks in a row (1x128, 1x32, row-wise), tensor-wise
     (the amax is that of all T tokens; two launches more), or x's own (the rows as they are). Rows of skipped slots, from
-    `routing.offsets[E]` on, are not written. rounding, amax_clamp, scale_layout: as in `quantize`. out: a ScaledTensor
-    `[R, K]` to write. backend, config: as in `gemm`. Not differentiable. Bit for bit the composition.
+    `routing.offsets[E]` on, are not written. rounding, amax_clamp, scale_layout: as in `quantize` (default: 'row_major' for
+    scales of 32 columns, else 'mn_major'). out: a ScaledTensor `[R, K]` to write. backend, config: as in `gemm`. Not
+    differentiable. Bit for bit the composition.
 
     Raises ValueError / TypeError before anything is launched.
     """
     fmt = get_format(fmt)
+    scale_layout = scale_layout or steps.scale_layout_of(fmt)
     if torch.compiler.is_compiling():
         from .route import gather
 
@@ -39,14 +41,15 @@ def gather_quantize(x: Tensor, routing: Routing, fmt: Format | str, *, rounding:
             else ScaledTensor(gather(x, routing), None, fmt)
     key = (fmt, steps.sign(x), steps.sign(routing.row_map), routing.top_k, rounding, amax_clamp, scale_layout, backend,
            config, env.choice(), *(() if out is None else (out.format, steps.sign(out.data), steps.sign(out.scale))))
-    plan, _ = _plans.get(key, lambda: _plan(x, routing, fmt, rounding, amax_clamp, scale_layout, out, backend, config))
+    plan, memo = steps.known(_plans, key, lambda: _plan(x, routing, fmt, rounding, amax_clamp, scale_layout, out, backend, config))
     x = steps.rows_contiguous(x.detach() if x.requires_grad else x)
     if fmt.group == (0, 0) and fmt.scaled:
         return _tensor_wise(x, routing, fmt, amax_clamp, out, backend)
     if out is None:
         out = steps.allocate(routing.row_map.numel(), x.shape[1], fmt, x.dtype, x.device, scale_layout)
     if plan is not None:
-        run(plan, GatherOperands(x, routing, out, rounding, amax_clamp))
+        run(plan, GatherOperands(x, routing.row_map, routing.offsets, routing.inverse, routing.top_k, out, rounding,
+                                 amax_clamp, memo))
     return out
 
 

@@ -58,9 +58,9 @@ def route(logits: Tensor, top_k: int, *, scoring: str = "softmax", renormalize: 
         made = reference.route(logits, top_k, scoring=scoring, renormalize=renormalize, bias=bias,
                                num_expert_group=num_expert_group, topk_group=topk_group, scaling_factor=scaling_factor)
         return made if out is None else (out[0].copy_(made[0]), out[1].copy_(made[1]))
-    key = ("route", steps.sign(logits), steps.sign(bias), top_k, scoring, num_expert_group, topk_group, backend, config,
-           env.choice(), *map(steps.sign, out or ()))
-    plan, _ = _plans.get(key, lambda: _plan_route(logits, top_k, scoring, bias, num_expert_group, topk_group, out,
+    key = ("route", steps.sign(logits), steps.sign(bias), top_k, scoring, renormalize, num_expert_group, topk_group,
+           scaling_factor, backend, config, env.choice(), *map(steps.sign, out or ()))
+    plan, memo = steps.known(_plans, key, lambda: _plan_route(logits, top_k, scoring, bias, num_expert_group, topk_group, out,
                                                   backend, config))
     if out is None:
         shape = (logits.shape[0], top_k)
@@ -68,7 +68,7 @@ def route(logits: Tensor, top_k: int, *, scoring: str = "softmax", renormalize: 
                torch.empty(shape, dtype=torch.int32, device=logits.device))
     if plan is not None:
         run(plan, RouteOperands(logits, bias, out[0], out[1], scoring, renormalize, num_expert_group or 0,
-                                topk_group or 0, scaling_factor))
+                                topk_group or 0, scaling_factor, memo))
     return out
 
 
@@ -121,8 +121,9 @@ def sort_by_expert(topk_ids: Tensor, num_experts: int, *, expert_map: Tensor | N
     if steps.wants_definition(topk_ids):
         _ids(topk_ids, num_experts, expert_map)
         return reference.sort_by_expert(topk_ids, num_experts, expert_map=expert_map, first_expert=first_expert)
-    key = ("sort", steps.sign(topk_ids), num_experts, steps.sign(expert_map), out is None, backend, config, env.choice())
-    plan, _ = _plans.get(key, lambda: plan_sort(topk_ids, num_experts, expert_map, backend, config))
+    key = ("sort", steps.sign(topk_ids), num_experts, steps.sign(expert_map), first_expert, out is None, backend, config,
+           env.choice())
+    plan, memo = steps.known(_plans, key, lambda: plan_sort(topk_ids, num_experts, expert_map, backend, config))
     if out is None:
         slots, device = topk_ids.numel(), topk_ids.device
         out = Routing(torch.empty(slots, dtype=torch.int32, device=device),
@@ -134,7 +135,8 @@ def sort_by_expert(topk_ids: Tensor, num_experts: int, *, expert_map: Tensor | N
                (out.row_map.numel(), out.top_k, out.num_experts),
                str((topk_ids.numel(), topk_ids.shape[1], num_experts)))
     assert plan is not None
-    run(plan, SortOperands(topk_ids, expert_map, first_expert, out), workspace)
+    run(plan, SortOperands(topk_ids.contiguous(), expert_map, first_expert, num_experts, out.row_map, out.offsets,
+                           out.inverse, memo), workspace)
     return out
 
 
@@ -179,13 +181,14 @@ def combine(y: Tensor, routing: Routing, topk_weights: Tensor, *, bias: Tensor |
     key = ("combine", steps.sign(y), steps.sign(routing.row_map), routing.top_k, routing.num_experts,
            steps.sign(topk_weights), steps.sign(bias), steps.sign(add), steps.sign(out), out_dtype, backend, config,
            env.choice())
-    plan, _ = _plans.get(key, lambda: _plan_combine(y, routing, topk_weights, bias, add, out, out_dtype, backend, config))
+    plan, memo = steps.known(_plans, key, lambda: _plan_combine(y, routing, topk_weights, bias, add, out, out_dtype, backend,
+                                                                config))
     if out is None:
         out = torch.empty((routing.num_tokens, y.shape[1]), dtype=out_dtype or y.dtype, device=y.device)
     if plan is not None:
-        run(plan, CombineOperands(steps.rows_contiguous(y), routing, steps.rows_contiguous(topk_weights),
-                                  bias if bias is None else bias.contiguous(),
-                                  add if add is None else steps.rows_contiguous(add), out))
+        run(plan, CombineOperands(steps.rows_contiguous(y), routing.row_map, routing.offsets, routing.inverse,
+                                  steps.rows_contiguous(topk_weights), bias if bias is None else bias.contiguous(),
+                                  add if add is None else steps.rows_contiguous(add), out, memo))
     return out
 
 

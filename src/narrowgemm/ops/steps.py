@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -11,15 +13,34 @@ from ..formats import BF16, FP16, FP32, Format, ScaledTensor
 from ..problem import Config, Epilogue, Operand, Plan, Problem, bucket
 from ..runtime import dispatch
 from ..scales import tma_aligned_rows
+from . import common
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 PLAIN = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
 SCALE_LAYOUTS = ("row_major", "mn_major")
+NOTHING = common.Empty((), (), torch.uint8, torch.device("cpu"))
 
 
 def sign(x: Tensor | None) -> object:
     """What checks and the Plan depend on."""
-    return (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) if isinstance(x, Tensor) else type(x)
+    if not isinstance(x, Tensor):
+        return type(x)
+    at = x.get_device()
+    return x.shape, x.stride(), x.dtype, at if at >= 0 else x.device, x.data_ptr() & 15
+
+
+def known(cache: common.PlanCache, key: tuple, make: Callable[[], Plan | None]) -> tuple[Plan | None, dict]:
+    """Plan and bound launches of a signature; `make` checks a call that is the first of its kind and plans it."""
+    found = cache.find(key)
+    if found is None:
+        found = cache.add(key, make(), NOTHING)
+    return found.plan, found.memo
+
+
+def scale_layout_of(fmt: Format) -> str:
+    """How a kernel behind likes the scales of rows: TMA takes a column of 1x128's; 1x32's are one byte each, and written a
+    row at a time."""
+    return "row_major" if fmt.group[1] == 32 else "mn_major"
 
 
 def wants_definition(*tensors: Tensor | None) -> bool:

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from ...arch import Arch
 from ...problem import Config, Problem, Step
+from .. import launching
+from ..launching import Launch
 from ..step_operands import ActivateOperands
 from . import steps
 from .steps import legal, tile_configs
@@ -41,6 +43,10 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
 
 
 def launch(step: Step, problem: Problem, operands: ActivateOperands, workspace: Tensor | None) -> None:
+    launching.launch(launches, step, problem, operands, workspace)
+
+
+def launches(step: Step, problem: Problem, operands: ActivateOperands, workspace: Tensor | None) -> list[Launch]:
     from ...arch import detect
     from . import activate_device as device
 
@@ -55,15 +61,15 @@ def launch(step: Step, problem: Problem, operands: ActivateOperands, workspace: 
               "INTERLEAVED": o.interleaved, "BIAS": o.bias is not None, "num_warps": c.num_warps, "num_stages": 1}
     if steps.by_rows(fmt):
         assert scale is not None
-        device.activate_rows_kernel[(min(-(-r // c.block_m), resident),)](
+        return [Launch(device.activate_rows_kernel, (min(-(-r // c.block_m), resident),), (
             h, o.bias, o.offsets, out, scale, r, experts, inter, o.amax_clamp, alpha, limit, h.stride(0), out.stride(0),
-            scale.stride(0), BR=c.block_m, BK=c.block_k, TOP=fmt.elem.max, **common)
-        return
+            scale.stride(0)), {"BR": c.block_m, "BK": c.block_k, "TOP": fmt.elem.max, **common})]
     blocks = -(-inter // c.block_k)
     size = 1 if scale is None else scale.element_size()
     br, bg = steps.split_blocks(c.block_m, blocks, scale is not None and scale.stride(0) == 1, size)
     sr, ss = (0, 0) if scale is None else scale.stride()
-    device.activate_kernel[(min(-(-r // br) * -(-blocks // bg), resident),)](
+    return [Launch(device.activate_kernel, (min(-(-r // br) * -(-blocks // bg), resident),), (
         h, o.bias, o.offsets, out, scale, r, experts, inter, blocks, o.amax_clamp, alpha, limit, h.stride(0),
-        out.stride(0), sr, ss, N=c.block_k, BR=br, BG=bg, EVEN=inter % c.block_k == 0,
-        KIND="blocks" if fmt.scaled else "copy", **steps.scale_constants(fmt, o.rounding), **common)
+        out.stride(0), sr, ss), {"N": c.block_k, "BR": br, "BG": bg, "EVEN": inter % c.block_k == 0,
+                                 "KIND": "blocks" if fmt.scaled else "copy", **steps.scale_constants(fmt, o.rounding),
+                                 **common})]

@@ -6,6 +6,8 @@ from torch import Tensor
 
 from ...arch import Arch
 from ...problem import Config, Problem, Step
+from .. import launching
+from ..launching import Launch
 from ..step_operands import CombineOperands
 from . import steps
 from .quantize import next_pow2
@@ -35,13 +37,17 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
 
 
 def launch(step: Step, problem: Problem, operands: CombineOperands, workspace: Tensor | None) -> None:
+    launching.launch(launches, step, problem, operands, workspace)
+
+
+def launches(step: Step, problem: Problem, operands: CombineOperands, workspace: Tensor | None) -> list[Launch]:
     from . import combine_device as device
 
-    o, c, r = operands, step.config, operands.routing
+    o, c = operands, step.config
     tokens, n = o.out.shape
-    experts = r.num_experts
-    device.combine_kernel[(tokens * -(-n // c.block_n),)](
-        o.y, r.inverse, r.offsets, o.weights, o.bias, o.add, o.out, tokens, n, experts, o.y.stride(0),
-        o.weights.stride(0), 0 if o.add is None else o.add.stride(0), o.out.stride(0), TOP_K=r.top_k, BN=c.block_n,
-        EVEN=n % c.block_n == 0, STEPS=experts.bit_length(), BIAS=o.bias is not None, ADD=o.add is not None,
-        num_warps=c.num_warps, num_stages=1)
+    experts = o.offsets.numel() - 1
+    return [Launch(device.combine_kernel, (tokens * -(-n // c.block_n),), (
+        o.y, o.inverse, o.offsets, o.weights, o.bias, o.add, o.out, tokens, n, experts, o.y.stride(0), o.weights.stride(0),
+        0 if o.add is None else o.add.stride(0), o.out.stride(0)),
+        {"TOP_K": o.weights.shape[1], "BN": c.block_n, "EVEN": n % c.block_n == 0, "STEPS": experts.bit_length(),
+         "BIAS": o.bias is not None, "ADD": o.add is not None, "num_warps": c.num_warps, "num_stages": 1})]

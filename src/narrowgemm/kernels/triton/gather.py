@@ -6,6 +6,8 @@ from torch import Tensor
 
 from ...arch import Arch
 from ...problem import Config, Problem, Step
+from .. import launching
+from ..launching import Launch
 from ..step_operands import GatherOperands
 from . import steps
 from .steps import legal, tile_configs
@@ -37,24 +39,25 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
 
 
 def launch(step: Step, problem: Problem, operands: GatherOperands, workspace: Tensor | None) -> None:
+    launching.launch(launches, step, problem, operands, workspace)
+
+
+def launches(step: Step, problem: Problem, operands: GatherOperands, workspace: Tensor | None) -> list[Launch]:
     from . import gather_device as device
 
     o, c, fmt = operands, step.config, problem.b.format
-    x, out, scale, routing = o.x, o.rows.data, o.rows.scale, o.routing
-    (t, k), top_k = x.shape, routing.top_k
-    live = routing.offsets[-1:]
-    common = {"TOP_K": top_k, "num_warps": c.num_warps, "num_stages": 1}
+    x, out, scale = o.x, o.rows.data, o.rows.scale
+    (t, k), experts = x.shape, o.offsets.numel() - 1
+    common = {"TOP_K": o.top_k, "num_warps": c.num_warps, "num_stages": 1}
     if steps.by_rows(fmt):
         assert scale is not None
-        device.gather_rows_kernel[(-(-t // c.block_m),)](
-            x, routing.inverse, live, out, scale, t, k, o.amax_clamp, x.stride(0), out.stride(0), scale.stride(0),
-            BT=c.block_m, BK=c.block_k, TOP=fmt.elem.max, **common)
-        return
+        return [Launch(device.gather_rows_kernel, (-(-t // c.block_m),), (
+            x, o.inverse, o.offsets, out, scale, t, k, experts, o.amax_clamp, x.stride(0), out.stride(0), scale.stride(0)),
+            {"BT": c.block_m, "BK": c.block_k, "TOP": fmt.elem.max, **common})]
     blocks = -(-k // c.block_k)
-    # neighbouring tokens of an expert have neighbouring rows, so a token's scales share sectors with those of others
     bt, bg = steps.split_blocks(c.block_m, blocks, False, 4)
     sr, ss = (0, 0) if scale is None else scale.stride()
-    device.gather_kernel[(-(-t // bt) * -(-blocks // bg),)](
-        x, routing.inverse, live, out, scale, t, k, blocks, o.amax_clamp, x.stride(0), out.stride(0), sr, ss,
-        N=c.block_k, BT=bt, BG=bg, EVEN=k % c.block_k == 0, KIND="blocks" if fmt.scaled else "copy",
-        **steps.scale_constants(fmt, o.rounding), **common)
+    return [Launch(device.gather_kernel, (-(-t // bt) * -(-blocks // bg),), (
+        x, o.inverse, o.offsets, out, scale, t, k, blocks, experts, o.amax_clamp, x.stride(0), out.stride(0), sr, ss),
+        {"N": c.block_k, "BT": bt, "BG": bg, "EVEN": k % c.block_k == 0, "KIND": "blocks" if fmt.scaled else "copy",
+         **steps.scale_constants(fmt, o.rounding), **common})]

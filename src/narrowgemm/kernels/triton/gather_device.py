@@ -10,7 +10,7 @@ from .quantize_device import block_scale, magnitude, narrow_e2m1, narrow_fp8, pa
 
 
 @triton.jit(do_not_specialize=["T"])
-def gather_kernel(x_ptr, inverse_ptr, live_ptr, out_ptr, scale_ptr, T, K, S, clamp, xr, orow, sr, ss,
+def gather_kernel(x_ptr, inverse_ptr, offsets_ptr, out_ptr, scale_ptr, T, K, S, E, clamp, xr, orow, sr, ss,
                   TOP_K: tl.constexpr, N: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, EVEN: tl.constexpr,
                   KIND: tl.constexpr, E2M1: tl.constexpr, SATURATE: tl.constexpr, ROUNDING: tl.constexpr,
                   E8M0: tl.constexpr, TOP: tl.constexpr, EMAX: tl.constexpr, MANTISSA: tl.constexpr,
@@ -40,7 +40,7 @@ def gather_kernel(x_ptr, inverse_ptr, live_ptr, out_ptr, scale_ptr, T, K, S, cla
             y = pack_e2m1(narrow_e2m1(x, inverse[:, None], SATURATE), BT * BG, N)
         else:
             y = narrow_fp8(x, bits, inverse[:, None], sign[:, None], out_ptr.dtype.element_ty, TOP, SATURATE)
-    rows = tl.load(live_ptr)
+    rows = tl.load(offsets_ptr + E)
     for j in range(TOP_K):
         row = tl.load(inverse_ptr + t * TOP_K + j, mask=t < T, other=0).to(tl.int64)
         there = live & (row < rows)
@@ -50,7 +50,7 @@ def gather_kernel(x_ptr, inverse_ptr, live_ptr, out_ptr, scale_ptr, T, K, S, cla
 
 
 @triton.jit(do_not_specialize=["T"])
-def gather_rows_kernel(x_ptr, inverse_ptr, live_ptr, out_ptr, scale_ptr, T, K, clamp, xr, orow, sr,
+def gather_rows_kernel(x_ptr, inverse_ptr, offsets_ptr, out_ptr, scale_ptr, T, K, E, clamp, xr, orow, sr,
                        TOP_K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, TOP: tl.constexpr):
     """One FP32 scale a row: BT tokens a program, BK holds a row."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
@@ -61,7 +61,7 @@ def gather_rows_kernel(x_ptr, inverse_ptr, live_ptr, out_ptr, scale_ptr, T, K, c
     bits = magnitude(x)
     scale, inverse, sign = block_scale(tl.max(bits, 1), clamp, "", False, TOP, 0, 0, 0)
     y = narrow_fp8(x, bits, inverse[:, None], sign[:, None], out_ptr.dtype.element_ty, TOP, False)
-    rows = tl.load(live_ptr)
+    rows = tl.load(offsets_ptr + E)
     for j in range(TOP_K):
         row = tl.load(inverse_ptr + t * TOP_K + j, mask=live, other=0).to(tl.int64)
         there = live & (row < rows)

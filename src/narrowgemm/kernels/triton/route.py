@@ -6,6 +6,8 @@ from torch import Tensor
 
 from ...arch import Arch
 from ...problem import Config, Problem, Step
+from .. import launching
+from ..launching import Launch
 from ..step_operands import RouteOperands
 from . import steps
 from .quantize import next_pow2
@@ -44,14 +46,19 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
 
 
 def launch(step: Step, problem: Problem, operands: RouteOperands, workspace: Tensor | None) -> None:
+    launching.launch(launches, step, problem, operands, workspace)
+
+
+def launches(step: Step, problem: Problem, operands: RouteOperands, workspace: Tensor | None) -> list[Launch]:
     from . import route_device as device
 
     o = operands
-    (tokens, experts), top_k = o.logits.shape, o.ids.shape[1]
+    (tokens, experts), top_k = o.logits.shape, o.out.shape[1]
     groups = max(1, o.num_expert_group)
     best = 0 if groups == 1 else 1 if o.bias is None else min(2, experts // groups)
     size = experts // groups
-    device.route_kernel[(tokens,)](
-        o.logits, o.bias, o.weights, o.ids, *o.logits.stride(), o.scaling_factor, groups, size, o.topk_group,
-        K=top_k, KP=next_pow2(top_k), GP=next_pow2(groups), SP=next_pow2(size), SOFTMAX=o.scoring == "softmax",
-        BIAS=o.bias is not None, BEST=best, RENORMALIZE=o.renormalize, num_warps=step.config.num_warps, num_stages=1)
+    return [Launch(device.route_kernel, (tokens,), (
+        o.logits, o.bias, o.weights, o.out, *o.logits.stride(), o.scaling_factor, groups, size, o.topk_group),
+        {"K": top_k, "KP": next_pow2(top_k), "GP": next_pow2(groups), "SP": next_pow2(size), "BEST": best,
+         "SOFTMAX": o.scoring == "softmax", "BIAS": o.bias is not None, "RENORMALIZE": o.renormalize,
+         "num_warps": step.config.num_warps, "num_stages": 1})]

@@ -1,4 +1,4 @@
-"""Slots sorted by expert: a stable counting sort in one launch (few slots) or two. Device code: `sort_device.py`."""
+"""Slots sorted by expert: a stable counting sort in one launch (few slots) or three. Device code: `sort_device.py`."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ...arch import Arch
 from ...problem import Config, Problem, Step
+from .. import launching
+from ..launching import Launch, Pointer
 from ..step_operands import SortOperands
 from . import steps
 from .quantize import next_pow2
@@ -14,9 +16,9 @@ from .quantize import next_pow2
 NAME = "triton.sort_by_expert"
 BACKEND = "triton"
 OPS = ("sort_by_expert",)
-MAX_EXPERTS = 4095         # a program of the two-launch form holds a counter for each
-CHUNK = 1024               # slots of a program there
-RANKED = 128               # of them ranked against each other at a time
+MAX_EXPERTS = 4095         # a program of the three-launch form holds a counter for each
+CHUNK = 128                # slots of a program there, ranked against each other
+COLUMNS = 16               # keys of a program of its prefix
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:
@@ -28,7 +30,7 @@ def supports(problem: Problem, arch: Arch) -> str | None:
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     """`block_m` slots at a time; `split_k` is the number of launches."""
     few = [Config(b, 1, 1, b // (8 * arch.warp), 1) for b in (1024, 512)]
-    return few if problem.groups > MAX_EXPERTS else [*few, Config(CHUNK, 1, 1, 8, 1, split_k=2)]
+    return few if problem.groups > MAX_EXPERTS else [*few, Config(CHUNK, 1, 1, 4, 1, split_k=3)]
 
 
 def bins(groups: int) -> int:
@@ -39,36 +41,40 @@ def bins(groups: int) -> int:
 def workspace(problem: Problem, config: Config) -> int:
     if config.split_k == 1:
         return 0
-    return 4 * bins(problem.groups) * -(-problem.m // CHUNK)
+    return 4 * bins(problem.groups) * (1 + -(-problem.m // CHUNK))
 
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     passes = -(-problem.m // config.block_m)
     if config.split_k == 1:
-        waves = max(1.0, (problem.groups + 1) / (arch.sms * 8))
-        return steps.LAUNCH_SECONDS + waves * (0.6e-6 + passes * 0.9e-6 * config.block_m / 1024)
-    counters = passes * bins(problem.groups)
-    return 2 * steps.LAUNCH_SECONDS + 6e-6 + max(1.0, passes / arch.sms) * (6e-6 + counters * 1e-10)
+        waves = max(1.0, (problem.groups + 1) / (arch.sms * 2048 / (config.num_warps * arch.warp)))
+        return steps.LAUNCH_SECONDS + waves * (0.4e-6 + passes * 2.1e-6)
+    return 3 * steps.LAUNCH_SECONDS + 3e-6 + max(1.0, passes / (4 * arch.sms)) * 2e-6
 
 
 def launch(step: Step, problem: Problem, operands: SortOperands, workspace: Tensor | None) -> None:
+    launching.launch(launches, step, problem, operands, workspace)
+
+
+def launches(step: Step, problem: Problem, operands: SortOperands, workspace: Tensor | None) -> list[Launch]:
     from . import sort_device as device
 
     o, c = operands, step.config
-    r = o.routing
-    slots, experts = o.ids.numel(), r.num_experts
-    ids = o.ids.reshape(-1)
+    slots, experts = o.ids.numel(), o.experts
     known = 0 if o.expert_map is None else o.expert_map.numel()
-    common = (slots, o.first_expert, experts, known)
-    mapped = {"MAP": o.expert_map is not None, "num_stages": 1}
+    sizes, options = (slots, o.first_expert, experts, known), {"MAP": o.expert_map is not None, "num_stages": 1}
     if c.split_k == 1 or slots == 0:
-        device.place_kernel[(experts + 1,)](ids, o.expert_map, r.row_map, r.inverse, r.offsets, *common, BLOCK=c.block_m,
-                                            num_warps=c.num_warps, **mapped)
-        return
+        return [Launch(device.place_kernel, (experts + 1,), (o.ids, o.expert_map, o.out, o.inverse, o.offsets, *sizes),
+                       {"BLOCK": c.block_m, "num_warps": c.num_warps, **options})]
     assert workspace is not None
-    chunks, bp = -(-slots // CHUNK), bins(experts)
-    counts = workspace.view(torch.int32)
-    device.histogram_kernel[(chunks,)](ids, o.expert_map, counts, *common, CHUNK=CHUNK, EP=bp, num_warps=4, **mapped)
-    device.scatter_kernel[(chunks,)](ids, o.expert_map, counts, r.row_map, r.inverse, r.offsets, *common, chunks,
-                                     CHUNK=CHUNK, BLOCK=RANKED, EP=bp, AHEAD=max(1, 8192 // bp), num_warps=c.num_warps,
-                                     **mapped)
+    chunks, width = -(-slots // CHUNK), bins(experts)
+    totals, counts = Pointer(workspace, torch.int32), Pointer(workspace, torch.int32, 4 * width)
+    options |= {"num_warps": c.num_warps}
+    shape = {"CHUNK": CHUNK, "BINS": width}
+    rows = min(256, next_pow2(chunks))
+    return [
+        Launch(device.histogram_kernel, (chunks,), (o.ids, o.expert_map, counts, *sizes), shape | options),
+        Launch(device.prefix_kernel, (width // COLUMNS,), (counts, totals, chunks),
+               {"BINS": width, "ROWS": rows, "COLUMNS": COLUMNS, "num_warps": c.num_warps, "num_stages": 1}),
+        Launch(device.scatter_kernel, (chunks,), (o.ids, o.expert_map, counts, totals, o.out, o.inverse, o.offsets, *sizes),
+               shape | options)]

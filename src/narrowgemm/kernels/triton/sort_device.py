@@ -1,7 +1,7 @@
 """Device code of `sort_by_expert`: a counting sort, stable, without atomics, the same bits in every run.
 
     few slots    one launch: program e counts the slots below expert e, then places its own in order
-    many slots   histogram of each chunk of slots -> (prefix over chunks and experts, placement) of each chunk
+    many slots   histogram of each chunk of slots -> prefix over the chunks, key by key -> placement of each chunk
 
 Every slot has a key: its expert on this rank, or E where it is skipped; E is a group like any other, the last.
 """
@@ -42,36 +42,43 @@ def place_kernel(ids_ptr, map_ptr, row_map_ptr, inverse_ptr, offsets_ptr, n, FIR
 
 
 @triton.jit(do_not_specialize=["n"])
-def histogram_kernel(ids_ptr, map_ptr, counts_ptr, n, FIRST, E, ALL, MAP: tl.constexpr, CHUNK: tl.constexpr, EP: tl.constexpr):
+def histogram_kernel(ids_ptr, map_ptr, counts_ptr, n, FIRST, E, ALL, MAP: tl.constexpr, CHUNK: tl.constexpr,
+                     BINS: tl.constexpr):
     """`counts[chunk, key]`, a chunk a program."""
     p = tl.program_id(0)
     slot = p * CHUNK + tl.arange(0, CHUNK)
     keys = load_keys(ids_ptr, map_ptr, slot, n, FIRST, E, ALL, MAP)
-    tl.store(counts_ptr + p * EP + tl.arange(0, EP), tl.histogram(keys, EP, mask=slot < n))
+    tl.store(counts_ptr + p * BINS + tl.arange(0, BINS), tl.histogram(keys, BINS, mask=slot < n))
 
 
-@triton.jit(do_not_specialize=["n", "P"])
-def scatter_kernel(ids_ptr, map_ptr, counts_ptr, row_map_ptr, inverse_ptr, offsets_ptr, n, FIRST, E, ALL, P,
-                   MAP: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr, EP: tl.constexpr, AHEAD: tl.constexpr):
-    """Places the slots of a chunk, BLOCK at a time: first row of the key + those in earlier chunks + rank in this one."""
+@triton.jit(do_not_specialize=["P"])
+def prefix_kernel(counts_ptr, totals_ptr, P, BINS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """`counts` of COLUMNS keys as sums over the chunks before, in place, and of all chunks in `totals`."""
+    bins = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    before = tl.zeros((COLUMNS, ), tl.int32)
+    for first in range(0, P, ROWS):
+        q = first + tl.arange(0, ROWS)
+        at = counts_ptr + q[:, None] * BINS + bins[None, :]
+        counts = tl.load(at, mask=(q < P)[:, None], other=0)
+        tl.store(at, tl.cumsum(counts, 0) - counts + before[None, :], mask=(q < P)[:, None])
+        before += tl.sum(counts, 0)
+    tl.store(totals_ptr + bins, before)
+
+
+@triton.jit(do_not_specialize=["n"])
+def scatter_kernel(ids_ptr, map_ptr, counts_ptr, totals_ptr, row_map_ptr, inverse_ptr, offsets_ptr, n, FIRST, E, ALL,
+                   MAP: tl.constexpr, CHUNK: tl.constexpr, BINS: tl.constexpr):
+    """Places a chunk's slots: first row of the key + its slots in earlier chunks + those before it in this one."""
     p = tl.program_id(0)
-    bins = tl.arange(0, EP)
-    total = tl.zeros((EP, ), tl.int32)
-    before = tl.zeros((EP, ), tl.int32)
-    for first in range(0, P, AHEAD):
-        q = first + tl.arange(0, AHEAD)
-        counts = tl.load(counts_ptr + q[:, None] * EP + bins[None, :], mask=(q < P)[:, None], other=0)
-        total += tl.sum(counts, 0)
-        before += tl.sum(tl.where((q < p)[:, None], counts, 0), 0)
-    starts = tl.cumsum(total, 0) - total
+    bins = tl.arange(0, BINS)
+    totals = tl.load(totals_ptr + bins)
+    starts = tl.cumsum(totals, 0) - totals
     tl.store(offsets_ptr + bins, starts.to(tl.int64), mask=(bins <= E) & (p == 0))
-    base = starts + before
-    i = tl.arange(0, BLOCK)
-    for start in range(p * CHUNK, min((p + 1) * CHUNK, n), BLOCK):
-        slot = start + i
-        keys = load_keys(ids_ptr, map_ptr, slot, n, FIRST, E, ALL, MAP)
-        earlier = (keys[:, None] == keys[None, :]) & (i[None, :] < i[:, None])
-        row = tl.gather(base, tl.minimum(keys, EP - 1), 0) + tl.sum(earlier.to(tl.int32), 1)
-        tl.store(row_map_ptr + row, slot, mask=slot < n)
-        tl.store(inverse_ptr + slot, row, mask=slot < n)
-        base += tl.histogram(keys, EP, mask=slot < n)
+    i = tl.arange(0, CHUNK)
+    slot = p * CHUNK + i
+    keys = load_keys(ids_ptr, map_ptr, slot, n, FIRST, E, ALL, MAP)
+    earlier = (keys[:, None] == keys[None, :]) & (i[None, :] < i[:, None])
+    before = tl.load(counts_ptr + p * BINS + keys, mask=slot < n, other=0)
+    row = tl.gather(starts, tl.minimum(keys, BINS - 1), 0) + before + tl.sum(earlier.to(tl.int32), 1)
+    tl.store(row_map_ptr + row, slot, mask=slot < n)
+    tl.store(inverse_ptr + slot, row, mask=slot < n)
