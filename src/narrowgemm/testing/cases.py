@@ -8,15 +8,17 @@ Shapes: FlyDSL 433 (its 30 test cases and its table), DeepGEMM's `tests/generato
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from fnmatch import fnmatch
+from typing import Any
 
 from ..errors import expect
 from ..formats import BF16, FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, FP8_1x128, FP8_128x128
 from .case import Case
 from .guard import Guarded, guarded_empty
 from .inputs import Inputs, build
+from .layer import LayerCase
 from .models import get_model
 
 __all__ = ["PEERS", "SUITES", "Case", "Guarded", "Inputs", "build", "find", "get_case", "get_suite", "guarded_empty"]
@@ -181,8 +183,14 @@ def cpu_formats(suite: str) -> list[Case]:
                                        ("masked", 2, 30, 64, UNEVEN))]
 
 
+def layers(suite: str, models: Iterable[str], ep: Iterable[int], tokens: Iterable[int],
+           weights: str = "fp8_128x128") -> list[LayerCase]:
+    """Whole layers; cases of the same weights are neighbours."""
+    return [LayerCase(suite, m, e, t, weights) for m in models for e in ep for t in tokens]
+
+
 BOTH = ("bf16", "fp16")
-_BUILDERS = {
+_BUILDERS: dict[str, Callable[[str], list[Any]]] = {
     "portable-contiguous": lambda s: [*flydsl_contiguous(s, BOTH), *flat(s, "contiguous", (*SMALL, *LARGE))],
     "portable-masked": lambda s: [
         *flydsl_masked(s, BOTH), *masked_eight(s),
@@ -205,12 +213,17 @@ _BUILDERS = {
     "large": large,
     "cpu-small": cpu_small,
     "cpu-formats": cpu_formats,
+    "experts-fp8": lambda s: layers(s, ("deepseek-v3", "qwen3-235b", "minimax-m3"), (1, 8),
+                                    (1, 4, 16, 64, 256, 1024, 4096, 16384)),
+    "experts-cpu": lambda s: layers(s, ("tiny",), (1, 2), (0, 1, 24)),
 }
-SUITES: dict[str, tuple[Case, ...]] = {name: tuple(make(name)) for name, make in _BUILDERS.items()}
+# Any: a Case, or a LayerCase with what the reports read of one
+SUITES: dict[str, tuple[Any, ...]] = {name: tuple(make(name)) for name, make in _BUILDERS.items()}
 
 # Whom a suite is measured against; adapters of these names are in `peers.py`.
 PEERS: dict[str, tuple[str, ...]] = {name: ("deepgemm", "floor") for name in SUITES} | {
-    "edge": (), "large": (), "cpu-small": ("torch_bf16", "floor"), "cpu-formats": ("torch_bf16", "floor")}
+    "experts-fp8": ("deepgemm_layer", "triton_moe", "floor"), "experts-cpu": ("floor",), "edge": (),
+    "large": (), "cpu-small": ("torch_bf16", "floor"), "cpu-formats": ("torch_bf16", "floor")}
 
 
 def get_suite(name: str) -> tuple[Case, ...]:

@@ -55,6 +55,7 @@ MODELS: dict[str, MoEModel] = {
         MoEModel("gpt-oss-120b", 2880, 2880, 128, 4, activation="swiglu_oai", weights="mxfp4"),
         MoEModel("gpt-oss-20b", 2880, 2880, 32, 4, activation="swiglu_oai", weights="mxfp4"),
         MoEModel("gpt-oss-120b-padded", 3072, 3072, 128, 4, activation="swiglu_oai", weights="mxfp4"),
+        MoEModel("tiny", 256, 128, 8, 2),
         MoEModel("gpt-oss-20b-padded", 3072, 3072, 32, 4, activation="swiglu_oai", weights="mxfp4"),
     )
 }

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ..scales import mn_major_tma_aligned
 from .case import Case
 from .guard import Guarded
 from .inputs import Inputs
+from .layer import LayerCase
 from .tokens import Tokens
 
 # A peer is not failed over the last bits of its sum, only where its product is another one.
@@ -208,6 +209,30 @@ class TorchBf16:
 
 
 @dataclass(frozen=True)
+class LayerPeer:
+    """A whole expert layer, see `layer_peers.py`."""
+
+    name: str
+
+    def available(self, device: torch.device) -> str | None:
+        if device.type != "cuda":
+            return f"{self.name} needs a GPU"
+        return DeepGemm().available(device) if self.name == "deepgemm_layer" else None
+
+    def supports(self, case: Any) -> str | None:
+        from . import layer_peers
+
+        return layer_peers.supports(case) if isinstance(case, LayerCase) else "computes whole expert layers"
+
+    def prepare(self, case: Any, inputs: Any) -> Prepared:
+        from . import layer_peers
+
+        run = layer_peers.MAKERS[self.name](inputs)
+        out = run()
+        return Prepared(run, lambda g: out, limit=layer_peers.LIMIT)
+
+
+@dataclass(frozen=True)
 class Backend:
     """A backend of ours as a peer of another."""
 
@@ -227,7 +252,8 @@ class Backend:
         return Prepared(lambda: own.call(backend=self.name), lambda g: own.rows(y, g))
 
 
-ADAPTERS: dict[str, Peer] = {p.name: p for p in (DeepGemm(), Torch(), TorchBf16())}
+ADAPTERS: dict[str, Peer] = {p.name: p for p in (DeepGemm(), Torch(), TorchBf16(), LayerPeer("deepgemm_layer"),
+                                                  LayerPeer("triton_moe"))}
 FLOOR = "floor"
 
 
@@ -249,7 +275,12 @@ def get_peer(name: str) -> Peer:
 
 def computes(peer: str, case: Case) -> bool:
     """Whether a result of the case must have a row with this peer. A floor exists for all work there is."""
-    return case.flops > 0 if peer == FLOOR else get_peer(peer).supports(case) is None
+    if peer == FLOOR:
+        return case.flops > 0
+    found = get_peer(peer)
+    if isinstance(case, LayerCase) and not isinstance(found, LayerPeer):
+        return False
+    return found.supports(case) is None
 
 
 @lru_cache(maxsize=16)
@@ -263,5 +294,5 @@ def _import_error(module: str) -> str | None:
 
 def version(peer: str) -> str:
     """Version of the library behind a peer, '' where it has none or is not imported."""
-    found = sys.modules.get({"deepgemm": "deep_gemm"}.get(peer, ""))
+    found = sys.modules.get({"deepgemm": "deep_gemm", "deepgemm_layer": "deep_gemm"}.get(peer, ""))
     return str(getattr(found, "__version__", ""))

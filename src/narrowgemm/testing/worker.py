@@ -20,10 +20,12 @@ import torch
 
 from ..arch import detect
 from ..version import __version__
+from . import inputs as products
+from . import layer
 from . import peers as peers_
 from .case import Case
 from .cases import get_case
-from .inputs import Inputs, Weights, build, check_outputs, gate_limits
+from .inputs import Inputs, Weights
 from .numerics import GateResult
 from .results import make_row
 from .timers import GraphTimer, StreamRead, Timing, WallTimer, ceilings, make_timer
@@ -68,6 +70,22 @@ class Job:
     def peers_of(self, case: Case) -> list[str]:
         """Peers that owe a row on the case."""
         return [p for p in self.peers[case.suite] if peers_.computes(p, case)]
+
+
+def build(case: Any, device: torch.device, seed: int, scale_layout: str, reuse: Any = None, hollow: bool = False) -> Any:
+    """Inputs of a product or of a whole layer."""
+    if isinstance(case, layer.LayerCase):
+        return layer.build(case, device, seed, reuse, hollow)
+    return products.build(case, device, seed, scale_layout, reuse, hollow)
+
+
+def check_outputs(inputs: Any, outputs: Any) -> dict[str, GateResult]:
+    made = layer if isinstance(inputs, layer.LayerInputs) else products
+    return made.check_outputs(inputs, outputs)  # type: ignore[attr-defined]
+
+
+def gate_limits(case: Any) -> dict[str, float]:
+    return {"kernel": layer.GATE[case.a.element]} if isinstance(case, layer.LayerCase) else products.gate_limits(case)
 
 
 def emit(event: str, **values: Any) -> None:
