@@ -29,20 +29,18 @@ def jobs(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
     for slots in (8, 1 << 17):
         ids = torch.zeros(slots // 8, 8, dtype=torch.int32)
         yield f"sort {slots}", lambda i=ids: sort_by_expert(i, 256, **triton)
-        yield f"sort {slots} map", lambda i=ids: sort_by_expert(i, 32, expert_map=torch.zeros(256, dtype=torch.int32),
-                                                                **triton)
-    for tokens in (1, 4096):
-        r = routing(tokens, 8, 256)
-        x, h, y = (torch.zeros(n, k, dtype=torch.bfloat16) for n, k in ((tokens, 7168), (tokens * 8, 4096),
-                                                                         (tokens * 8, 7168)))
-        for fmt in FORMATS:
-            yield f"gather {fmt.name} {tokens}", lambda f=fmt, r=r, x=x: gather_quantize(x, r, f, **triton)
-            yield f"activate {fmt.name} {tokens}", lambda f=fmt, r=r, h=h: activate(h, fmt=f, layout=r.layout, **triton)
-        yield f"combine {tokens}", lambda r=r, y=y, t=tokens: combine(y, r, torch.zeros(t, 8), **triton)
-    r = routing(16, 4, 128)
-    h, bias = torch.zeros(64, 5760, dtype=torch.bfloat16), torch.zeros(128, 5760, dtype=torch.bfloat16)
+    yield "sort with a map", lambda: sort_by_expert(torch.zeros(9, 8, dtype=torch.int64), 32,
+                                                    expert_map=torch.zeros(256, dtype=torch.int32), **triton)
+    r = routing(4096, 8, 256)
+    x, h, y = (torch.zeros(n, k, dtype=torch.bfloat16) for n, k in ((4096, 7168), (32768, 4096), (32768, 7168)))
+    for fmt in FORMATS:
+        yield f"gather {fmt.name}", lambda f=fmt: gather_quantize(x, r, f, **triton)
+        yield f"activate {fmt.name}", lambda f=fmt: activate(h, fmt=f, layout=r.layout, **triton)
+    yield "combine", lambda: combine(y, r, torch.zeros(4096, 8), **triton)
+    small = routing(16, 4, 128)
+    rows, bias = torch.zeros(64, 5760, dtype=torch.bfloat16), torch.zeros(128, 5760, dtype=torch.bfloat16)
     for fmt in (BF16, MXFP8, MXFP4):
-        yield f"activate oai {fmt.name}", lambda f=fmt: activate(h, activation="swiglu_oai", interleaved=True, bias=bias,
-                                                                 layout=Offsets(r.offsets), fmt=f, **triton)
-    yield "combine bias", lambda: combine(torch.zeros(64, 2880, dtype=torch.bfloat16), r, torch.zeros(16, 4),
+        yield f"activate oai {fmt.name}", lambda f=fmt: activate(rows, activation="swiglu_oai", interleaved=True, bias=bias,
+                                                                 layout=Offsets(small.offsets), fmt=f, **triton)
+    yield "combine bias", lambda: combine(torch.zeros(64, 2880, dtype=torch.bfloat16), small, torch.zeros(16, 4),
                                           bias=bias[:, :2880], add=torch.zeros(16, 2880, dtype=torch.bfloat16), **triton)
