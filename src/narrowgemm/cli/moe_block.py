@@ -16,8 +16,11 @@ from torch import Tensor
 from ..formats import FP8_1x128, ScaledTensor
 from ..integrations.checkpoints import MoELayer
 from ..ops import grouped
-from ..ops import quantize as quantize_op
-from ..ops.common import Options
+from ..ops.activate import activate as activate_op
+from ..ops.experts import experts as experts_op
+from ..ops.experts import plan_for
+from ..ops.experts_plan import Options
+from ..ops.gather import gather_quantize
 from ..ops.route import Routing, combine, gather, route, sort_by_expert
 from ..problem import Plan
 from ..reference.gemm import full_float32
@@ -81,6 +84,7 @@ class Block:
     bf16: list[Step]
     gates: dict[str, GateResult]
     active_experts: int
+    same_bits: bool      # the op in one call, and its steps one by one
 
 
 class Steps:
@@ -108,44 +112,54 @@ def run_block(layer: MoELayer, x: Tensor, *, top_k: int, activation: str, timer:
         options |= {"num_expert_group": None, "topk_group": None}
     bias = None if layer.router_bias is None else layer.router_bias[layer.experts.start:layer.experts.stop]
 
+    plan = plan_for(t, layer.gate_up, layer.down, top_k, experts, options.get("num_expert_group"), x.dtype,
+                    (activation, (), False), FP8_1x128, False, None, Options(), x.device)
+    space = torch.empty(plan.bytes, dtype=torch.uint8, device=x.device)
     fp8 = Steps(roof, True, on_step)
-    weights, ids = fp8("route", lambda: route(x.float() @ router.T, top_k, bias=bias, **options),
-                       x.nbytes + router.nbytes + 8 * r, 2.0 * t * hidden * experts)
-    routing = fp8("sort", lambda: sort_by_expert(ids, experts), 4 * r * 3 + 8 * experts)
-    bounds = routing.offsets.tolist()
-    slices = [slice(a, b) for a, b in pairwise(bounds)]
+
+    def logits() -> Tensor:
+        return x.float() @ router.T
+
+    def step(name: str, fn: Callable[[], T], nbytes: float, flops: float = 0.0) -> T:
+        return fp8(name, fn, nbytes, flops, **_choice(plan.steps["activate" if name == "swiglu" else name]))
+
+    weights, ids = step("route", lambda: route(logits(), top_k, bias=bias, **options), x.nbytes + router.nbytes + 8 * r,
+                        2.0 * t * hidden * experts)
+    routing = step("sort", lambda: sort_by_expert(ids, experts), 4 * r * 3 + 8 * experts)
+    slices = [slice(a, b) for a, b in pairwise(routing.offsets.tolist())]
     active = sum(s.stop > s.start for s in slices)
 
-    def narrow(name: str, values: Tensor) -> ScaledTensor:
-        plan = quantize_op._plan(values, FP8_1x128, "rceil", 1e-4, "mn_major", None, None)
-        return fp8(name, lambda: quantize_op.quantize(values, FP8_1x128, scale_layout="mn_major"),
-                   values.nbytes + FP8_1x128.storage_bytes(*values.shape), **_choice(plan))
+    def traffic(w: ScaledTensor) -> float:
+        return active * w.format.storage_bytes(*w.shape[1:])
 
     def product(name: str, a: ScaledTensor, w: ScaledTensor) -> Tensor:
         _, n, k = w.shape
-        plan = grouped.plan_of(a, w, routing.layout, None, torch.bfloat16, False, True, Options())
-        nbytes = FP8_1x128.storage_bytes(r, k) + active * w.format.storage_bytes(n, k) + 2 * r * n
-        return fp8(name, lambda: grouped.grouped_gemm(a, w, routing.layout), nbytes, 2.0 * r * n * k, **_choice(plan))
+        return step(name, lambda: grouped.grouped_gemm(a, w, routing.layout),
+                    FP8_1x128.storage_bytes(r, k) + traffic(w) + 2 * r * n, 2.0 * r * n * k)
 
-    rows = fp8("gather", lambda: gather(x, routing), 2 * (t + r) * hidden)
-    xq = narrow("quant x", rows)
+    xq = step("gather", lambda: gather_quantize(x, routing, FP8_1x128), x.nbytes + FP8_1x128.storage_bytes(r, hidden))
     h = product("gate_up", xq, layer.gate_up)
-    act = fp8("swiglu", lambda: activate(h, activation), 2 * r * 3 * inter)
-    aq = narrow("quant act", act)
+    aq = step("swiglu", lambda: activate_op(h, activation=activation, layout=routing.layout, fmt=FP8_1x128),
+              h.nbytes + FP8_1x128.storage_bytes(r, inter))
     y = product("down", aq, layer.down)
-    out = fp8("combine", lambda: combine(y, routing, weights), 2 * r * hidden + 2 * t * hidden)
+    out = step("combine", lambda: combine(y, routing, weights), 2 * r * hidden + 2 * t * hidden)
+    whole = fp8("experts", lambda: experts_op(x, layer.gate_up, layer.down, router_logits=logits(), top_k=top_k,
+                                              router_bias=bias, activation=activation, workspace=space, **options),
+                traffic(layer.gate_up) + traffic(layer.down) + 2 * x.nbytes, 2.0 * r * 3 * hidden * inter,
+                kernel="all of the above", predicted_us=plan.predicted_us)
 
     on_step("FP32 reference")
+    rows, act = gather(x, routing), activate_op(h, activation=activation, layout=routing.layout)
     ref = _reference(layer, rows, routing, weights, slices, activation, {"gate_up": (xq, rows), "down": (aq, act)})
-    made: dict[str, Tensor | ScaledTensor] = {"gather": rows, "quant x": xq, "gate_up": h, "swiglu": act,
-                                              "quant act": aq, "down": y, "combine": out}
+    made: dict[str, Tensor | ScaledTensor] = {"gather": xq, "gate_up": h, "swiglu": aq, "down": y, "combine": out,
+                                              "experts": whole}
     _errors(fp8.done, made, ref.layer)
     gates = {name: check_gates(result, ref.same_bits[name], ref.unquantised[name], FP8_1x128, w.format, rows=slices,
                                k=w.shape[-1])
              for name, result, w in (("gate_up", h, layer.gate_up), ("down", y, layer.down))}
     bf16 = _bf16(layer, x, routing, weights, activation, ref.layer, Steps(roof, False, on_step), active)
     _measure(fp8.done, bf16, timer, on_step)
-    return Block(fp8.done, bf16, gates, active)
+    return Block(fp8.done, bf16, gates, active, torch.equal(whole.view(torch.int16), out.view(torch.int16)))
 
 
 def _measure(fp8: list[Step], bf16: list[Step], timer: Timer, on_step: Callable[[str], None]) -> None:
@@ -178,7 +192,7 @@ class _Reference:
 def _reference(layer: MoELayer, x: Tensor, routing: Routing, weights: Tensor, slices: list[slice], activation: str,
                same: dict[str, tuple[ScaledTensor, Tensor]]) -> _Reference:
     """Expert by expert, so that one expert's weights at a time are held in FP32. `x`: gathered rows `[R, H]`."""
-    values: dict[str, Tensor] = {"gather": x.float(), "quant x": x.float()}
+    values: dict[str, Tensor] = {"gather": x.float()}
     bits: dict[str, Tensor] = {}
     plain: dict[str, Tensor] = {}
     for name, w, source in (("gate_up", layer.gate_up, "gather"), ("down", layer.down, "swiglu")):
@@ -193,8 +207,8 @@ def _reference(layer: MoELayer, x: Tensor, routing: Routing, weights: Tensor, sl
                         torch.mm(side[rows], weight, out=result[rows])
         values[name], bits[name], plain[name] = outs
         if name == "gate_up":
-            values["swiglu"] = values["quant act"] = activate(values[name], activation)
-    values["combine"] = combine(values["down"], routing, weights)
+            values["swiglu"] = activate(values[name], activation)
+    values["combine"] = values["experts"] = combine(values["down"], routing, weights)
     return _Reference(values, bits, plain)
 
 
