@@ -7,7 +7,9 @@ import torch
 
 from narrowgemm import FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, FP8_1x128, FP8_128x128, ScaledTensor, quantize, route
 from narrowgemm.formats import BF16, Format
+from narrowgemm.kernels.launching import READY
 from narrowgemm.ops import common
+from narrowgemm.ops import experts as experts_module
 from narrowgemm.ops.experts import compose, experts, experts_workspace
 from narrowgemm.ops.experts_plan import activations_for
 from narrowgemm.reference import experts as reference
@@ -192,6 +194,62 @@ def test_batch_invariant(where, fmt):
     for n in (1, 5, 64):
         part = experts(x[:n], up, down, topk_weights=weights[:n], topk_ids=ids[:n], batch_invariant=True)
         assert torch.equal(bits(part), bits(whole[:n]))
+
+
+class Ready:
+    """In place of a step's bound launches: notes what it is called with."""
+
+    def __init__(self, answer: bool) -> None:
+        self.answer, self.seen = answer, []
+
+    def __call__(self, addresses) -> bool:
+        self.seen.append(addresses)
+        return self.answer
+
+
+@pytest.mark.parametrize("shared", [False, True])
+def test_warm_calls_hand_bound_launches_the_right_addresses(shared):
+    """The addresses of a warm call, for which no tensor is made, are those that the steps had as tensors."""
+    up, down = made(FP8_128x128, 3, 128, 128, "cpu")
+    x, logits = tokens(6, 128, "cpu"), torch.randn(6, 3)
+    extra = {"shared": (up[0], down[0])} if shared else {}
+    spaces = [torch.empty(experts_workspace(6, up, down, top_k=2, **extra) + 16, dtype=torch.uint8) for _ in range(2)]
+    spaces = [s[-s.data_ptr() % 16:] for s in spaces]
+
+    def call(space, out) -> torch.Tensor:
+        return experts(x, up, down, router_logits=logits, top_k=2, workspace=space, out=out, **extra)
+
+    outs = [torch.empty_like(x) for _ in range(2)]
+    want = call(spaces[0], outs[0]).clone()
+    plan = experts_module._plans.newest().memo["plan"]
+    assert plan.notes is None                          # nothing is bound on a CPU
+    for memo in plan.memos.values():
+        memo[READY] = Ready(False)
+    slow = []
+    for space, out in zip(spaces, outs):
+        plan.notes = None
+        assert torch.equal(bits(call(space, out)), bits(want))
+        slow.append({name: memo[READY].seen[-1] for name, memo in plan.memos.items()})
+    for memo in plan.memos.values():
+        memo[READY].answer = True
+    for space, out, seen in zip(spaces, outs, slow):
+        out.fill_(7.0)
+        assert bool((call(space, out) == 7.0).all())   # the steps are left to the bound launches
+        assert {name: memo[READY].seen[-1] for name, memo in plan.memos.items()} == seen
+    for memo in plan.memos.values():
+        memo[READY].answer = False                     # they can't: the steps run
+    assert torch.equal(bits(call(spaces[0], outs[0])), bits(want))
+
+
+def test_a_tensor_that_is_two_arguments_is_not_noted():
+    up, down = made(FP8_128x128, 3, 128, 128, "cpu")
+    x, (weights, ids) = tokens(6, 128, "cpu"), choices(6, 2, 3, "cpu")
+    experts(x, up, down, topk_weights=weights, topk_ids=ids, shared_output=x)
+    plan = experts_module._plans.newest().memo["plan"]
+    for memo in plan.memos.values():
+        memo[READY] = Ready(False)
+    experts(x, up, down, topk_weights=weights, topk_ids=ids, shared_output=x)
+    assert plan.notes is None
 
 
 @pytest.mark.gpu

@@ -21,7 +21,7 @@ from ..reference.activate import OAI_ARGS
 from ..runtime import env
 from ..runtime.launch import run
 from . import activate as activate_op
-from . import common, experts_check, steps
+from . import common, experts_check, experts_warm, steps
 from . import gather as gather_op
 from .experts_plan import ExpertsPlan, Options, Recipe, Sizes, activations_for, make
 from .gemm import gemm
@@ -91,8 +91,15 @@ def experts(x: Tensor, gate_up: Weights, down: Weights, *, router_logits: Tensor
                                       options)
     if out is None:
         out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if x.shape[0]:
-        call = Call(made, x, up, dn, out, both, shared_output, gate_up_bias, down_bias, workspace)
+    if x.shape[0] == 0:
+        return out
+    if workspace is None:
+        workspace = experts_warm.space(made, x.device)
+    else:
+        experts_check.workspace(workspace, made.bytes, x.device)
+    outside = (*tensors[:-1], out, *[t for w in (up, dn, *(both or ())) for t in (w.data, w.scale)])
+    if not experts_warm.launch(made, outside, workspace):
+        call = Call(made, x, up, dn, out, both, shared_output, gate_up_bias, down_bias, workspace, outside)
         if router_logits is not None:
             topk_weights, topk_ids = call.route(router_logits, router_bias, routing)
         assert topk_weights is not None and topk_ids is not None
@@ -167,23 +174,23 @@ class Call:
 
     def __init__(self, plan: ExpertsPlan, x: Tensor, gate_up: ScaledTensor, down: ScaledTensor, out: Tensor,
                  shared: tuple[ScaledTensor, ScaledTensor] | None, shared_output: Tensor | None,
-                 gate_up_bias: Tensor | None, down_bias: Tensor | None, workspace: Tensor | None) -> None:
+                 gate_up_bias: Tensor | None, down_bias: Tensor | None, workspace: Tensor,
+                 outside: tuple[Tensor | None, ...]) -> None:
         self.plan, self.gate_up, self.down, self.out = plan, gate_up, down, out
         self.x = steps.rows_contiguous(x.detach() if x.requires_grad else x)
         self.shared, self.add = shared, shared_output
         self.gate_up_bias, self.down_bias = gate_up_bias, down_bias
-        if workspace is None:
-            workspace = torch.empty(plan.bytes, dtype=torch.uint8, device=x.device)
-        else:
-            experts_check.workspace(workspace, plan.bytes, x.device)
         space = workspace[:plan.bytes]
         bases = {d: space.view(d) for d in {b.dtype for b in plan.buffers.values()}}
         self.at = {name: b.view(bases) for name, b in plan.buffers.items()}
         start, length = plan.scratch
         self.scratch = space[start:start + length] if length else None
+        self.notes = experts_warm.Notes(plan, outside, self.at, self.scratch)
 
     def run(self, name: str, operands: Any) -> None:
-        run(self.plan.steps[name], operands, self.scratch if self.plan.steps[name].workspace_bytes else None)
+        scratch = self.scratch if self.plan.steps[name].workspace_bytes else None
+        run(self.plan.steps[name], operands, scratch)
+        self.notes.add(name, (scratch, *operands.tensors()))
 
     def scaled(self, name: str) -> ScaledTensor:
         return ScaledTensor(self.at[name], self.at.get(f"{name}.scale"), self.plan.recipe.activations)
@@ -220,6 +227,7 @@ class Call:
         self.product("down", act, self.down, at["y"], offsets)
         self.run("combine", CombineOperands(at["y"], row_map, offsets, inverse, steps.rows_contiguous(weights),
                                             self.down_bias, self.add, self.out, memos["combine"]))
+        self.plan.notes = self.notes.result()
 
     def dense(self, gate_up: ScaledTensor, down: ScaledTensor) -> None:
         at, x = self.at, ScaledTensor(self.x, None, self.plan.recipe.source)

@@ -118,7 +118,7 @@ class Pool:
         return end + -(-sc * column * dtype.itemsize // ALIGN) * ALIGN
 
 
-@dataclass(frozen=True)
+@dataclass
 class ExpertsPlan:
     """Plans of the steps in order, and the workspace. `bytes` is what the caller provides."""
 
@@ -129,6 +129,7 @@ class ExpertsPlan:
     bytes: int
     scratch: tuple[int, int]         # where the steps' own workspaces lie, and how long they are
     memos: dict[str, dict]
+    notes: list | None = None        # see `experts_warm`; None: warm calls make tensors
 
     @property
     def launches(self) -> int:

@@ -25,14 +25,17 @@ MASKED_TOKENS = 256
 
 
 class Padding:
-    """Slots sorted by expert, each expert's rows from a multiple of `align` on, for the most rows that there can be."""
+    """Slots sorted by expert, each expert's rows from a multiple of `align` on.
+
+    The buffers hold the rows that the case has, not the most that there can be: serving stacks know that number from what they
+    exchanged, and it is the best that a padded layout can do.
+    """
 
     def __init__(self, inputs: LayerInputs, align: int, by_block: bool) -> None:
         ids = inputs.topk_ids
         self.ids, self.experts, self.align, self.by_block = ids, inputs.case.groups, align, by_block
         slots = ids.numel()
-        most = slots + min(self.experts, slots) * (align - 1)
-        self.rows = -(-most // align) * align
+        self.rows = max(align, sum(-(-n // align) * align for n in inputs.case.group_sizes))
         device = inputs.device
         self.slot = torch.empty(self.rows, dtype=torch.int32, device=device)
         self.group = torch.empty(self.rows // align if by_block else self.rows, dtype=torch.int32, device=device)
