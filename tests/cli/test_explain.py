@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from narrowgemm.arch import ARCHS
 from narrowgemm.cli.group import cli
-from narrowgemm.kernels.registry import kernels
+from narrowgemm.kernels.registry import candidates
 
 MASKED = ["--op", "grouped_gemm", "--layout", "masked", "-G", "32", "-M", "20", "-N", "6144", "-K", "7168"]
 
@@ -23,7 +23,7 @@ def test_masked_decode_on_h200() -> None:
     assert result.exit_code == 0, result.output
     for part in ("grouped_gemm (masked)", "fp8_1x128 x fp8_128x128", "on h200 (sm90)", "predicted", "floor", "why"):
         assert part in result.output
-    for name in kernels():
+    for name in candidates("grouped_gemm"):
         assert name in result.output  # taken or passed over, each is named
 
 
@@ -31,7 +31,7 @@ def test_json_names_every_kernel_with_a_reason() -> None:
     doc = json.loads(explain(*MASKED, "--device", "h200", "--json").output)
     assert doc["device"] == "h200" and doc["problem"]["groups"] == 32 and doc["problem"]["k"] == 7168
     passed = dict(doc["passed_over"])
-    assert set(passed) | {doc["kernel"]} == set(kernels()) and all(passed.values())
+    assert set(passed) | {doc["kernel"]} == set(candidates("grouped_gemm")) and all(passed.values())
     assert doc["predicted_us"] >= doc["floor_us"] > 0
 
 
@@ -76,3 +76,17 @@ def test_bad_input(args: list[str], message: str) -> None:
 def test_what_no_kernel_runs_is_an_error_that_says_why() -> None:
     result = explain(*MASKED, "--device", "h200", "--backend", "triton", "--a", "mxfp4", "--b", "mxfp4")
     assert result.exit_code == 1 and "no kernel runs grouped_gemm (masked, mxfp4 x mxfp4)" in result.output
+
+
+def test_an_expert_layer_step_by_step() -> None:
+    args = ("--op", "experts", "-G", "32", "-M", "64", "-N", "2048", "-K", "7168", "--top-k", "8", "--device", "h200")
+    result = explain(*args)
+    assert result.exit_code == 0, result.output
+    steps = ("route", "sort", "gather", "gate_up", "activate", "down", "combine")
+    for name in steps:
+        assert f"\n  {name} " in result.output
+    assert "top-8 of 32" in result.output and "not reference.steps: predicted" in result.output
+    doc = json.loads(explain(*args, "--json").output)
+    assert tuple(doc["steps"]) == steps and doc["workspace_bytes"] > 64 * 8 * 7168
+    assert doc["steps"]["gate_up"]["kernel"].startswith("gluon_sm90") and doc["steps"]["route"]["kernel"] == "triton.route"
+    assert explain(*args[:-1], "nothing").exit_code == 2
