@@ -19,10 +19,11 @@ import torch
 
 from ..arch import ARCHS, Arch, detect
 from ..formats import BF16, FORMATS, FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, Format, FP8_1x128, FP8_128x128
-from ..kernels.registry import Kernel, kernels
+from ..kernels.registry import PRODUCTS, Kernel, kernels
 from ..ops.quantize import quantize
 from ..problem import Problem
 from ..reference import quantize as reference
+from . import selftest_steps
 from .case import Case
 from .inputs import build
 from .worker import FAILURES, failure
@@ -67,7 +68,7 @@ class Check:
 
 def checks() -> list[Check]:
     """Everything there is to try. A kernel of another op needs checks of its own here."""
-    return [*product_checks(), *quantize_checks()]
+    return [*product_checks(), *quantize_checks(), *(Check(*c) for c in selftest_steps.checks())]
 
 
 def product_checks() -> Iterator[Check]:
@@ -103,7 +104,7 @@ def _quantize(shape: tuple[int, int], fmt: Format, kernel: str, device: torch.de
 
 def checks_of(kernel: Kernel, arch: Arch) -> list[Check]:
     """Up to `PER_KERNEL` checks that the kernel takes on this device: the first, the last and what lies between."""
-    able = [c for c in checks() if kernel.supports(c.problem, arch) is None]
+    able = [c for c in checks() if c.problem.op in getattr(kernel, "OPS", PRODUCTS) and kernel.supports(c.problem, arch) is None]
     if len(able) <= PER_KERNEL:
         return able
     return [able[i * (len(able) - 1) // (PER_KERNEL - 1)] for i in range(PER_KERNEL)]

@@ -1,0 +1,118 @@
+"""Checks of the kernels around an expert layer's products, for `selftest`: (name, Problem, run(kernel, device))."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..formats import BF16, FP8_ROW, MXFP4, MXFP8, Format, FP8_1x128, ScaledTensor
+from ..ops import steps
+from ..ops.activate import activate
+from ..ops.gather import gather_quantize
+from ..ops.route import combine, route, sort_by_expert
+from ..problem import Problem
+from ..reference import activate as reference_activate
+from ..reference import route as reference
+from .numerics import calc_diff
+
+TOKENS, EXPERTS, TOP_K, K = 37, 24, 3, 512
+FORMATS = (FP8_1x128, MXFP8, MXFP4, FP8_ROW, BF16)
+Run = Callable[[str, torch.device], float | None]
+
+
+def checks() -> Iterator[tuple[str, Problem, Run]]:
+    rows = TOKENS * TOP_K
+    yield "route-sigmoid-groups", steps.route_problem(TOKENS, EXPERTS, TOP_K, 4, BF16), _route
+    yield "sort", steps.sort_problem(rows, EXPERTS), _sort
+    for fmt in FORMATS:
+        layout = steps.scale_layout_of(fmt)
+        yield f"gather-{fmt.name}", steps.gather_problem(TOKENS, K, TOP_K, EXPERTS, BF16, fmt, layout), partial(_gather, fmt)
+        yield f"activate-{fmt.name}", steps.activate_problem(rows, K, EXPERTS, TOP_K, BF16, fmt, layout, "swiglu_oai", (),
+                                                             True, True), partial(_activate, fmt)
+    yield "combine", steps.combine_problem(TOKENS, K, TOP_K, EXPERTS, BF16, True), _combine
+
+
+def tensors() -> tuple[Tensor, Tensor, reference.Routing]:
+    """Logits `[T, E]`, tokens `[T, K]`, and a routing with skipped slots, on the CPU."""
+    gen = torch.Generator().manual_seed(0)
+    logits = torch.stack([torch.randperm(EXPERTS, generator=gen) for _ in range(TOKENS)]) / 16
+    ids = torch.where(torch.rand(TOKENS, TOP_K, generator=gen) < 0.2, -1, logits.argsort(1)[:, :TOP_K]).to(torch.int32)
+    return logits.bfloat16(), torch.randn(TOKENS, K, generator=gen).bfloat16(), reference.sort_by_expert(ids, EXPERTS)
+
+
+def there(routing: reference.Routing, device: torch.device) -> reference.Routing:
+    return reference.Routing(routing.row_map.to(device), routing.offsets.to(device), routing.inverse.to(device), routing.top_k)
+
+
+def equal(got: Tensor, want: Tensor) -> None:
+    a, b = (t.cpu().clone(memory_format=torch.contiguous_format).view(torch.uint8) for t in (got, want))
+    if not torch.equal(a, b):
+        raise AssertionError("other bits than the reference")
+
+
+def _route(kernel: str, device: torch.device) -> float:
+    logits, _, _ = tensors()
+    options = dict(scoring="sigmoid", num_expert_group=4, topk_group=2, bias=torch.linspace(0, 0.01, EXPERTS))
+    want = reference.route(logits, TOP_K, **options)  # type: ignore[arg-type]
+    bias = options.pop("bias")
+    got = route(logits.to(device), TOP_K, bias=bias.to(device), backend=kernel, **options)  # type: ignore
+    equal(got[1], want[1])
+    return calc_diff(got[0].cpu(), want[0])
+
+
+def _sort(kernel: str, device: torch.device) -> None:
+    _, _, want = tensors()
+    ids = torch.empty(TOKENS * TOP_K, dtype=torch.int32)
+    for e in range(EXPERTS):
+        ids[want.row_map[int(want.offsets[e]):int(want.offsets[e + 1])].long()] = e
+    ids[want.row_map[int(want.offsets[-1]):].long()] = -1
+    got = sort_by_expert(ids.view(TOKENS, TOP_K).to(device), EXPERTS, backend=kernel)
+    for a, b in ((got.row_map, want.row_map), (got.offsets, want.offsets), (got.inverse, want.inverse)):
+        equal(a, b)
+
+
+def _gather(fmt: Format, kernel: str, device: torch.device) -> None:
+    _, x, routing = tensors()
+    rows = int(routing.offsets[-1])
+    got = gather_quantize(x.to(device), there(routing, device), fmt, backend=kernel)
+    want = reference.gather_quantize(x, routing, fmt)
+    equal(got.data[:rows], want.data[:rows])
+    if got.scale is not None and want.scale is not None:
+        equal(got.scale[:rows], want.scale[:rows])
+
+
+def _activate(fmt: Format, kernel: str, device: torch.device) -> float:
+    _, _, routing = tensors()
+    rows, gen = int(routing.offsets[-1]), torch.Generator().manual_seed(1)
+    h = torch.randn(TOKENS * TOP_K, 2 * K, generator=gen).mul(2).bfloat16()
+    bias = torch.randn(EXPERTS, 2 * K, generator=gen)
+    got = activate(h.to(device), activation="swiglu_oai", interleaved=True, bias=bias.to(device),
+                   layout=there(routing, device).layout, fmt=fmt, backend=kernel)
+    want = reference_activate.activate(h, activation="swiglu_oai", interleaved=True, bias=bias, offsets=routing.offsets)
+    assert isinstance(want, Tensor)
+    exact = reference_activate.activate(h, activation="swiglu_oai", interleaved=True, bias=bias, offsets=routing.offsets,
+                                        fmt=fmt) if fmt.scaled else ScaledTensor(want, None, fmt)
+    assert isinstance(exact, ScaledTensor)
+    diff = calc_diff(_live(got, rows), _live(exact, rows))
+    if not diff <= (1e-3 if fmt is MXFP4 else 1e-4):
+        raise AssertionError(f"calc_diff {diff:.1e}")
+    return diff
+
+
+def _live(x: ScaledTensor, rows: int) -> Tensor:
+    return ScaledTensor(x.data[:rows].cpu(), None if x.scale is None else x.scale[:rows].cpu(), x.format).dequantize()
+
+
+def _combine(kernel: str, device: torch.device) -> float:
+    _, _, routing = tensors()
+    gen = torch.Generator().manual_seed(2)
+    y, bias = torch.randn(TOKENS * TOP_K, K, generator=gen).bfloat16(), torch.randn(EXPERTS, K, generator=gen)
+    weights = torch.rand(TOKENS, TOP_K, generator=gen)
+    got = combine(y.to(device), there(routing, device), weights.to(device), bias=bias.to(device), backend=kernel)
+    diff = calc_diff(got.float().cpu(), reference.combine(y, routing, weights, bias=bias, out_dtype=torch.float32))
+    if not diff <= 5e-6:
+        raise AssertionError(f"calc_diff {diff:.1e}")
+    return diff
