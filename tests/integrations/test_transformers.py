@@ -200,6 +200,23 @@ def test_gpt_oss_mxfp4_checkpoint_keeps_its_bits(tmp_path: Path) -> None:
         narrow.from_pretrained(folder, quantize="fp8")
 
 
+@pytest.mark.parametrize("name", models.NAMES)
+def test_the_fused_layer_is_the_steps_around_the_modules_own_gate(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is taken for SwiGLU, or GPT-OSS's, is that; a gate that nobody knows is called."""
+    from narrowgemm.integrations.transformers import experts
+
+    model = models.build(name, **SIZES)
+    narrow.quantize(model, "fp8")
+    layer = next(m for m in model.modules() if weights.is_experts(m))
+    assert experts.fused(layer) == (("swiglu_oai", (1.702, 7.0), True) if name == "gpt_oss" else ("swiglu", (), False))
+    got = logits(model, "narrowgemm")
+    monkeypatch.setattr(experts, "fused", lambda module: None)
+    assert calc_diff(got, logits(model)) < 1e-5
+    monkeypatch.undo()
+    monkeypatch.setattr(type(layer), "_apply_gate", lambda self, x: x[..., :x.shape[-1] // 2] * 0)
+    assert experts.fused(layer) is None and not torch.equal(got, logits(model))
+
+
 def test_slots_of_other_ranks_count_as_zero() -> None:
     """Expert parallelism marks them with ids from num_experts on, weight 0; NaN in their rows must not spread."""
     model = models.build("gpt_oss", torch.bfloat16)

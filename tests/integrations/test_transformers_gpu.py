@@ -57,7 +57,7 @@ def test_bf16_generates_the_tokens_of_eager(name: str) -> None:
 def test_quantised_experts(name: str, quantize: str) -> None:
     model = models.build(name, torch.bfloat16, **SIZES).cuda()
     experts = model.model.layers[0].mlp.experts
-    calls = [layer_call(t, 256, 8, 4) for t in (1, 7, 300)]
+    calls = [layer_call(t, 256, 8, 4) for t in (3, 300)]
     with torch.no_grad():
         wants, want = [experts(*c) for c in calls], logits(model, "eager")
         narrow.quantize(model, quantize)

@@ -54,3 +54,12 @@ def test_a_wrong_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_budget_ends_after_one_check_each() -> None:
     assert len([r for r in selftest.run(CPU, budget=0.0) if r.kernel == "reference"]) == 1
     assert len([r for r in selftest.run(CPU, budget=60.0) if r.kernel == "reference"]) == selftest.PER_KERNEL
+
+
+@pytest.mark.gpu
+def test_every_kernel_of_this_gpu() -> None:
+    """What `narrowgemm doctor` runs; with a budget of nothing, one check a kernel."""
+    results = list(selftest.run(torch.device("cuda"), budget=0.0))
+    assert {r.kernel for r in results} == set(kernels())
+    failed = [r for r in results if r.status == "failed"]
+    assert not failed, failed

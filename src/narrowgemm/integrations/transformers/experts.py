@@ -1,4 +1,4 @@
-"""The forward of an expert layer, as transformers calls it: sort, gather, up, activation, down, combine.
+"""The forward of an expert layer, as transformers calls it, on `narrowgemm.experts`; step by step for other activations.
 
     forward(module, hidden_states [T, H], top_k_index int64 [T, K], top_k_weights [T, K]) -> [T, H]
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from ...errors import Unsupported
 from ...formats import Format, ScaledTensor
 from ...layouts import Offsets
+from ...ops.experts import experts
 from ...ops.grouped import grouped_gemm
 from ...ops.quantize import quantize
 from ...ops.route import Routing, combine, gather, sort_by_expert
@@ -50,23 +51,59 @@ def _needs_grad(module: Any, *inputs: Tensor) -> bool:
 
 def _layer(module: Any, w: Weights, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     x = hidden_states.detach()
-    x = x if w.dtype is None else x.to(w.dtype)
-    routing = sort_by_expert(top_k_index, module.num_experts)
-    expert = None if w.up_bias is None else _expert_of_rows(top_k_index, routing, module.num_experts)
-    up = _product(gather(x, routing), w.up, w.up_bias, expert, routing.layout, w.activations)
-    act = module._apply_gate(up) if module.has_gate else module.act_fn(up)
-    down = _product(act, w.down, w.down_bias, expert, routing.layout, w.activations)
-    out = combine(down, routing, top_k_weights.detach().float(), out_dtype=hidden_states.dtype)
+    if w.dtype is not None:
+        x = x.to(w.dtype)
+    elif not w.activations.scaled and x.dtype == torch.float32:
+        x = x.bfloat16()  # what narrow weights are multiplied with as they come
+    topk_weights = top_k_weights.detach().float()
+    kind = fused(module)
+    if kind is None:
+        out = _steps(module, w, x, top_k_index, topk_weights)
+    else:
+        activation, args, interleaved = kind
+        biases = [None if b is None else b.detach() for b in (w.up_bias, w.down_bias)]
+        out = experts(x, w.up, w.down, topk_weights=topk_weights, topk_ids=top_k_index, activation=activation,
+                      activation_args=args, interleaved=interleaved, gate_up_bias=biases[0], down_bias=biases[1],
+                      activation_format=w.activations if w.activations.scaled else None)
+    out = out.to(hidden_states.dtype)
     if torch.is_grad_enabled() and hidden_states.requires_grad and not torch.compiler.is_compiling():
         return _NoBackward.apply(out, hidden_states, type(module).__name__)
     return out
 
 
+def fused(module: Any) -> tuple[str, tuple[float, ...], bool] | None:
+    """(activation, args, interleaved) of `narrowgemm.activate` where the module's own gate is known to be that; else None."""
+    from transformers.integrations.finegrained_fp8 import FP8Experts
+    from transformers.integrations.moe import _default_apply_gate
+
+    if not module.has_gate:
+        return None
+    gate = type(module)._apply_gate
+    silu = type(getattr(module, "act_fn", None)).__name__ in ("SiLUActivation", "SiLU")
+    if gate is _default_apply_gate:
+        return ("swiglu", (), False) if silu else None
+    if gate is FP8Experts._apply_gate:
+        if module.swiglu_alpha is not None:
+            return "swiglu_oai", (float(module.swiglu_alpha), float(module.swiglu_limit)), False
+        return ("swiglu", (), False) if silu and module.limit is None else None
+    if gate.__qualname__ == "GptOssExperts._apply_gate" and gate.__module__.startswith("transformers."):
+        return "swiglu_oai", (float(module.alpha), float(module.limit)), True
+    return None
+
+
+def _steps(module: Any, w: Weights, x: Tensor, top_k_index: Tensor, topk_weights: Tensor) -> Tensor:
+    """The layer step by step, around the module's own activation."""
+    routing = sort_by_expert(top_k_index, module.num_experts)
+    expert = None if w.up_bias is None else _expert_of_rows(top_k_index, routing, module.num_experts)
+    up = _product(gather(x, routing), w.up, w.up_bias, expert, routing.layout, w.activations)
+    act = module._apply_gate(up) if module.has_gate else module.act_fn(up)
+    down = _product(act, w.down, w.down_bias, expert, routing.layout, w.activations)
+    return combine(down, routing, topk_weights)
+
+
 def _product(rows: Tensor, weight: ScaledTensor | Tensor, bias: Tensor | None, expert: Tensor | None, layout: Offsets,
              activations: Format) -> Tensor:
     operand = quantize(rows, activations, scale_layout="mn_major") if activations.scaled else rows
-    if isinstance(operand, Tensor) and isinstance(weight, ScaledTensor) and operand.dtype == torch.float32:
-        operand = operand.bfloat16()
     y = grouped_gemm(operand, weight, layout, out_dtype=rows.dtype)
     return y if bias is None or expert is None else y + bias.detach()[expert].to(y.dtype)
 
