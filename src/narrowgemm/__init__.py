@@ -22,7 +22,7 @@ else:
     from .layouts import Contiguous, KGrouped, Layout, Masked, Offsets, Psum, Routed
     from .ops.activate import activate
     from .ops.experts import experts, experts_workspace
-    from .ops.explain import Explanation, explain
+    from .ops.explain import Explanation, can_run, explain
     from .ops.explain_experts import explain_experts
     from .ops.gather import gather_quantize
     from .ops.gemm import gemm
@@ -30,13 +30,16 @@ else:
     from .ops.prepare import prepare
     from .ops.quantize import quantize
     from .ops.route import Routing, combine, gather, moe_align_block_size, route, sort_by_expert
+    from .ops.routed import routed_gemm
     from .ops.wgrad import grouped_gemm_wgrad
+    from .prepack import PackedWeight, prepack, unpack
     from .problem import Config, Plan, Problem
 
 __all__ = [
     "BF16", "FORMATS", "FP8_ROW", "FP8_TENSOR", "MXFP4", "MXFP8", "Config", "Contiguous", "Explanation",
-    "FP8_1x128", "FP8_128x128", "Format", "KGrouped", "Layout", "Masked", "Offsets", "Plan", "Problem",
-    "Psum", "Routed", "Routing", "ScaledTensor", "Unsupported", "__version__", "activate", "combine", "experts",
+    "FP8_1x128", "FP8_128x128", "Format", "KGrouped", "Layout", "Masked", "Offsets", "PackedWeight", "Plan", "Problem",
+    "Psum", "Routed", "Routing", "ScaledTensor", "Unsupported", "__version__", "activate", "can_run", "combine", "experts",
     "experts_workspace", "explain", "explain_experts", "gather", "gather_quantize", "gemm", "grouped_gemm",
-    "grouped_gemm_wgrad", "moe_align_block_size", "prepare", "quantize", "route", "sort_by_expert",
+    "grouped_gemm_wgrad", "moe_align_block_size", "prepack", "prepare", "quantize", "route", "routed_gemm", "sort_by_expert",
+    "unpack",
 ]

@@ -78,7 +78,7 @@ def test_backend_is_honoured_or_refused(monkeypatch) -> None:
 
 
 def test_on_unsupported_raise_names_every_reason() -> None:
-    problem = describe("gemm", m=64, n=512, k=512, a="mxfp8", b="mxfp8")
+    problem = describe("gemm", m=64, n=512, k=512, a="mxfp8", b="fp8_128x128")
     assert dispatch.select(problem, get_arch("h200")).backend == "reference"
     with pytest.raises(ng.Unsupported, match=r"portable, and on_unsupported='raise'"):
         dispatch.select(problem, get_arch("h200"), on_unsupported="raise")

@@ -7,11 +7,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..formats import ScaledTensor
+from ..prepack import PackedWeight
 
 
 @dataclass(slots=True, eq=False)
 class Operands:
-    """`out` is written in place. `index` is the layout's device tensor; `alignment` is psum's; `m` is real, not a bucket."""
+    """`out` is written in place. `index` is the layout's device tensor; `alignment` is psum's; `m` is real, not a bucket.
+
+    routed_gemm: row of A = slot // a_div, row of the output = slot; see `layouts.Routed`. `slots` int32: the slot of each of
+    `positions` positions, None where they are the same. `bias` `[G, N]`, in the rows' logical order; `weight` FP32 `[num_slots]`.
+    """
 
     a: ScaledTensor
     b: ScaledTensor
@@ -25,11 +30,23 @@ class Operands:
     out_scale: Tensor | None = None       # quantise: scales of `out`
     rounding: str = "rceil"               # quantise: how an E8M0 scale is rounded
     amax_clamp: float = 1e-4              # quantise: least amax of a block
+    packed: PackedWeight | None = None    # what `b` is data and scale of, where weights are prepacked
+    factor: Tensor | None = None          # its factors
+    slots: Tensor | None = None
+    experts: Tensor | None = None         # routed layout: expert_ids
+    posted: Tensor | None = None          # routed layout: num_tokens_post_padded
+    bias: Tensor | None = None
+    weight: Tensor | None = None          # routing weights
+    num_slots: int = 0
+    positions: int = 0
+    top_k: int = 1
+    block_m: int = 1                      # routed layout: positions of a block
     memo: dict | None = None              # launches bound to calls of the same signature (`kernels.launching`); None: bind none
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Every tensor of the call, in one order."""
-        return self.a.data, self.a.scale, self.b.data, self.b.scale, self.out, self.index, self.out_scale
+        return (self.a.data, self.a.scale, self.b.data, self.b.scale, self.out, self.index, self.out_scale, self.factor, self.slots,
+                self.experts, self.posted, self.bias, self.weight)
 
     def addresses(self, workspace: Tensor | None) -> tuple[int, ...]:
         """The workspace's, then those of `tensors`; 0 where there is none."""

@@ -27,7 +27,9 @@ from ..problem import Config, Problem, Step
 MODULES: tuple[str, ...] = (
     "gluon.sm90.fp8_decode",
     "gluon.sm90.fp8_block",
+    "gluon.sm90.narrow",
     "triton.fp8_block",
+    "triton.mx",
     "triton.fp8_wgrad",
     "triton.quantize",
     "torch_bf16",
@@ -40,7 +42,7 @@ MODULES: tuple[str, ...] = (
     "torch_reference",
 )
 
-PRODUCTS = ("gemm", "grouped_gemm", "grouped_gemm_wgrad", "quantize")
+PRODUCTS = ("gemm", "grouped_gemm", "grouped_gemm_wgrad", "quantize", "routed_gemm")
 
 
 class Kernel(Protocol):

@@ -5,21 +5,24 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..arch import Arch
+from ..prepack import PREPACK, unpack
 from ..problem import Config, Problem, Step
 from .operands import Operands
 
 NAME = "reference"
 BACKEND = "reference"
-OPS = ("gemm", "grouped_gemm", "grouped_gemm_wgrad", "quantize")
+OPS = ("gemm", "grouped_gemm", "grouped_gemm_wgrad", "quantize", "routed_gemm")
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:
-    if problem.op not in OPS or problem.layout == "routed":
+    if problem.op not in OPS or (problem.layout == "routed" and problem.op != "routed_gemm"):
         return f"has no {problem.op} for the {problem.layout} layout"
-    if not problem.epilogue.plain or problem.gather:
+    if problem.op != "routed_gemm" and (not problem.epilogue.plain or problem.gather):
         return "has no fused gather and no epilogue beyond the sum"
-    if problem.a.prepack or problem.b.prepack:
-        return "takes plain operands, not prepacked ones"
+    if problem.epilogue.quantize is not None:
+        return "has no quantised output"
+    if problem.a.prepack or problem.b.prepack.partition(":")[0] not in ("", PREPACK):
+        return f"takes plain operands, and weights in the order {PREPACK}, which it unpacks in every call"
     return None
 
 
@@ -40,9 +43,10 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
 
 
 def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
-    from ..reference import gemm, grouped
+    from ..reference import gemm, grouped, routed
 
     x = operands
+    b = x.b if x.packed is None else unpack(x.packed)
     if problem.op == "quantize":
         from ..reference import quantize
 
@@ -51,11 +55,13 @@ def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor |
         if x.out_scale is not None and y.scale is not None:
             x.out_scale.copy_(y.scale)
     elif problem.op == "gemm":
-        gemm.gemm(x.a, x.b, x.out, accumulate=problem.accumulate)
+        gemm.gemm(x.a, b, x.out, accumulate=problem.accumulate)
     elif problem.op == "grouped_gemm":
         assert x.index is not None
-        grouped.grouped_gemm(x.a, x.b, x.out, problem.layout, x.index, alignment=x.alignment,
+        grouped.grouped_gemm(x.a, b, x.out, problem.layout, x.index, alignment=x.alignment,
                              accumulate=problem.accumulate, zero_padding=problem.zero_padding)
+    elif problem.op == "routed_gemm":
+        routed.routed_gemm(x, b, problem)
     else:
         assert x.index is not None
-        grouped.grouped_gemm_wgrad(x.a, x.b, x.out, x.index, accumulate=problem.accumulate)
+        grouped.grouped_gemm_wgrad(x.a, b, x.out, x.index, accumulate=problem.accumulate)

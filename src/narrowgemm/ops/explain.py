@@ -8,12 +8,13 @@ from typing import Any
 import torch
 
 from ..arch import Arch, detect, get_arch
-from ..errors import expect
+from ..errors import Unsupported, expect
 from ..formats import Format, get_format
+from ..prepack import PREPACK
 from ..problem import LAYOUTS, Operand, Plan, Problem, bucket
 from ..runtime import dispatch
 
-OPS = ("gemm", "grouped_gemm", "grouped_gemm_wgrad")
+OPS = ("gemm", "grouped_gemm", "grouped_gemm_wgrad", "routed_gemm")
 
 
 @dataclass(frozen=True)
@@ -53,34 +54,52 @@ class Explanation:
 
 
 def describe(op: str, *, layout: str = "dense", groups: int = 1, m: int, n: int, k: int, a: Format | str = "fp8_1x128",
-             b: Format | str = "fp8_128x128", out_dtype: str = "bf16", expected_m: int = 0, max_sms: int = 0) -> Problem:
-    """The Problem of a call with contiguous, aligned operands. For masked, `m` is the expected rows a group."""
+             b: Format | str = "fp8_128x128", out_dtype: str = "bf16", expected_m: int = 0, max_sms: int = 0,
+             packed: bool = False) -> Problem:
+    """The Problem of a call with contiguous, aligned operands. For masked, `m` is the expected rows a group; for routed_gemm the
+    slots. `packed`: B is a `PackedWeight`."""
     expect(op in OPS, "op", repr(op), f"one of {OPS}")
     expect(layout in LAYOUTS, "layout", repr(layout), f"one of {LAYOUTS}")
     for name, v in (("m", m), ("n", n), ("k", k), ("groups", groups), ("expected_m", expected_m)):
         expect(isinstance(v, int) and v >= 0, name, v, "a size of at least 0")
     expect(out_dtype in ("bf16", "fp16", "fp32"), "out_dtype", repr(out_dtype), "'bf16', 'fp16' or 'fp32'")
     expect((op == "gemm") == (layout == "dense"), f"layout of {op}", repr(layout), "'dense' for gemm, and for gemm only")
+    expect(layout != "routed" or op == "routed_gemm", f"layout of {op}", "'routed'", "one of its own: routed is routed_gemm's")
     expect((op == "grouped_gemm_wgrad") == (layout == "k_grouped"), f"layout of {op}", repr(layout),
            "'k_grouped' for grouped_gemm_wgrad, and for it only")
     fa, fb = get_format(a), get_format(b)
     rows = {"dense": m, "masked": expected_m or m}.get(layout, -(-m // max(groups, 1)))
     sa, sb = [Operand(f, "k", "", f.scale if f.scaled else "", "mn" if f.scaled and i == 0 else "k" if f.scaled else "",
                     k * f.elem.bits // 8 % 16 == 0) for i, f in enumerate((fa, fb))]
+    if packed:
+        sb = Operand(fb, "k", PREPACK, fb.scale, "")
     return Problem(op, layout, bucket(m), n, k, groups, sa, sb, rows=bucket(max(rows, 1)), out_dtype=out_dtype,
                    out_aligned=n * (4 if out_dtype == "fp32" else 2) % 16 == 0, max_sms=max_sms)
 
 
 def explain(op: str, *, layout: str = "dense", groups: int = 1, m: int, n: int, k: int, a: Format | str = "fp8_1x128",
             b: Format | str = "fp8_128x128", out_dtype: str = "bf16", expected_m: int = 0, max_sms: int = 0,
-            device: str | torch.device | None = None, backend: str | None = None,
+            packed: bool = False, device: str | torch.device | None = None, backend: str | None = None,
             on_unsupported: str = "portable") -> Explanation:
     """The Plan for a problem given by its sizes, on `device`: a name ('h200', 'sm90', 'cpu'), a torch device, or the one here.
 
-    m: rows of A (masked: rows expected a group). Needs no GPU. Raises as the op itself would: ValueError, Unsupported.
+    m: rows of A (masked: rows expected a group; routed_gemm: slots). packed: B went through `prepack`. Needs no GPU. Raises as the
+    op itself would: ValueError, Unsupported.
     """
     arch = detect(device if isinstance(device, torch.device) else None) if device is None or isinstance(device, torch.device) \
         else get_arch(device)
     problem = describe(op, layout=layout, groups=groups, m=m, n=n, k=k, a=a, b=b, out_dtype=out_dtype, expected_m=expected_m,
-                       max_sms=max_sms)
+                       max_sms=max_sms, packed=packed)
     return Explanation(dispatch.select(problem, arch, backend, None, on_unsupported), arch)
+
+
+def can_run(op: str, **problem: Any) -> tuple[bool, str]:
+    """(whether a kernel made for it computes the problem, which one and why, or why none does). Arguments as in `explain`.
+
+    A portable kernel does not count: `explain` tells what would run. ValueError for arguments that name no problem.
+    """
+    try:
+        plan = explain(op, **problem, on_unsupported="raise").plan
+    except Unsupported as error:
+        return False, error.reason
+    return True, f"{plan.kernel}: {plan.reason}"

@@ -7,22 +7,24 @@ from torch import Tensor
 
 from ..formats import ScaledTensor, get_format
 from ..kernels.operands import Operands
+from ..prepack import PackedWeight
 from ..problem import Config, Plan
 from ..runtime.launch import again, run
 from . import common, library, validate_data
 from .common import Options
+from .routed import packed_gemm
 
 _plans = common.PlanCache()
 
 
-def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, *, out: Tensor | None = None,
+def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tensor, *, out: Tensor | None = None,
          out_dtype: torch.dtype | None = None, accumulate: bool = False, backend: str | None = None,
          config: Config | None = None, max_sms: int = 0, validate: str | None = None,
          on_unsupported: str = "portable", workspace: Tensor | None = None) -> Tensor:
     """`out [M, N] = A [M, K] . B [N, K]^T`, summed in FP32 and rounded once.
 
     a: `[M, K]`, b: `[N, K]`: `ScaledTensor`s (any FORMATS entry), or BF16 / FP16 / FP32 tensors. Shapes are logical: an operand
-        stored `[K, N]` comes as its transpose, a view.
+        stored `[K, N]` comes as its transpose, a view. b may be packed (`prepack`).
     out: `[M, N]` BF16 / FP16 / FP32 with contiguous rows, written in place; allocated with `out_dtype` (BF16) if None.
     accumulate: add to `out` instead.
     backend: run on this one only ('triton', 'gluon_sm90', 'reference'). config: with this Config. max_sms: on so many SMs, 0 = all.
@@ -34,6 +36,9 @@ def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, *, out: Tensor | No
 
     Scale recipes follow DeepSeek-V3 (1x128 activations, 128x128 weights), OCP MX (1x32) and torch.scaled_mm (row, tensor).
     """
+    if isinstance(b, PackedWeight):
+        return packed_gemm(a, b, None, out, out_dtype, accumulate,
+                           Options(backend, config, max_sms, validate, on_unsupported), workspace)
     if type(a) is not ScaledTensor or type(b) is not ScaledTensor:
         a, b = common.as_operand(a, "a"), common.as_operand(b, "b")
     if torch.compiler.is_compiling():

@@ -9,22 +9,25 @@ from ..errors import Unsupported, expect
 from ..formats import ScaledTensor, get_format
 from ..kernels.operands import Operands
 from ..layouts import Contiguous, Layout, Masked, Offsets, Psum
+from ..prepack import PackedWeight
 from ..problem import Config, Plan
 from ..runtime.launch import again, run
 from . import common, library, validate_data
 from .common import Options
+from .routed import packed_gemm
 
 _plans = common.PlanCache()
 KINDS: dict[str, type[Layout]] = {c.kind: c for c in (Contiguous, Psum, Offsets, Masked)}
 
 
-def grouped_gemm(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, layout: Layout, *, out: Tensor | None = None,
+def grouped_gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tensor, layout: Layout, *, out: Tensor | None = None,
                  out_dtype: torch.dtype | None = None, accumulate: bool = False, zero_padding: bool = True,
                  backend: str | None = None, config: Config | None = None, max_sms: int = 0, validate: str | None = None,
                  on_unsupported: str = "portable", workspace: Tensor | None = None) -> Tensor:
     """`out[rows of g] = A[rows of g] . B[g]^T` for every group g, in one launch, group sizes on the device.
 
     a: `[M, K]` (Contiguous, Psum, Offsets) or `[G, max_m, K]` (Masked). b: `[G, N, K]`. out: like a, with N for K.
+        b may be packed (`prepack`), with Offsets and Masked.
     zero_padding: padding rows of Contiguous and Psum are written as zero; False leaves them. Rows outside every group of
         Offsets and Masked are never written.
     validate: 'sync' reads the layout and the scales back and raises ValueError naming the first bad row or group (slow).
@@ -32,9 +35,12 @@ def grouped_gemm(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, layout: Lay
 
     Layouts are DeepGEMM's (contiguous, psum, masked) and torch's / Primus-Turbo's (offsets): see `narrowgemm.layouts`.
     """
+    expect(isinstance(layout, Layout), "layout", type(layout).__name__, "Contiguous, Psum, Offsets or Masked", error=TypeError)
+    if isinstance(b, PackedWeight):
+        return packed_gemm(a, b, layout, out, out_dtype, accumulate,
+                           Options(backend, config, max_sms, validate, on_unsupported), workspace)
     if type(a) is not ScaledTensor or type(b) is not ScaledTensor:
         a, b = common.as_operand(a, "a"), common.as_operand(b, "b")
-    expect(isinstance(layout, Layout), "layout", type(layout).__name__, "Contiguous, Psum, Offsets or Masked", error=TypeError)
     if torch.compiler.is_compiling():
         return _traced(a, b, layout, out, out_dtype, accumulate, zero_padding, backend, config, max_sms, on_unsupported)
     dtype = common.out_dtype_of(out, out_dtype, torch.bfloat16)

@@ -26,7 +26,8 @@ class Case:
     `spread`. `world`: experts over all ranks when this one holds only `groups` of them; `m` is then the mean over the
     world. `max_m`: rows a group can hold (masked). `alignment`: a group's segment starts at a multiple of it
     (contiguous, psum). `order`: of the segments of a contiguous layout; 'repeated' cuts every group in two. `slack`:
-    rows of A behind the last group. `e2e`: timed from BF16 tokens, see `tokens.py`.
+    rows of A behind the last group. `e2e`: timed from BF16 tokens, see `tokens.py`. `packed`: B goes through
+    `narrowgemm.prepack` first.
     """
 
     suite: str
@@ -47,6 +48,7 @@ class Case:
     order: str = "sorted"
     slack: int = 0
     e2e: bool = False
+    packed: bool = False
 
     def __post_init__(self) -> None:
         expect(self.layout in LAYOUTS, "layout", self.layout, f"one of {LAYOUTS}")
@@ -74,7 +76,8 @@ class Case:
             out += f"-{self.a.name}-{self.b.name}".replace(":", "_")
         for shown, text in ((self.out_dtype != "bf16", self.out_dtype), (not self.zero_padding, "nozero"),
                             (self.accumulate, "acc"), (self.alignment != 128, f"align{self.alignment}"),
-                            (self.order != "sorted", self.order), (self.slack > 0, f"slack{self.slack}"), (self.e2e, "e2e")):
+                            (self.order != "sorted", self.order), (self.slack > 0, f"slack{self.slack}"), (self.e2e, "e2e"),
+                            (self.packed, "packed")):
             if shown:
                 out += f"-{text}"
         return out
@@ -143,6 +146,7 @@ def spread(sizes: str, groups: int, mean: int, world: int = 0, limit: int = 0) -
     | `skew:30` | the same total, the fullest group 30 times the emptiest, evenly in between, in random order |
     | `few:8` | the same total, all of it on 8 groups, which are among the first `groups` |
     | `empty:0.5` | like `uniform:0.7:1.3`, and half of the groups have none |
+    | `topk:16:8` | 16 tokens choose 8 different ones of the world's experts each, evenly at random |
     | `zero` | none at all |
     """
     kind, *args = sizes.split(":")
@@ -150,6 +154,12 @@ def spread(sizes: str, groups: int, mean: int, world: int = 0, limit: int = 0) -
     rng = random.Random(f"{sizes}/{groups}/{mean}/{world}")
     if kind == "balanced":
         out = [mean] * total
+    elif kind == "topk":
+        tokens, top_k = map(int, args)
+        out = [0] * total
+        for _ in range(tokens):
+            for g in rng.sample(range(total), top_k):
+                out[g] += 1
     elif kind == "zero":
         out = [0] * total
     elif kind in ("uniform", "empty"):
@@ -167,7 +177,7 @@ def spread(sizes: str, groups: int, mean: int, world: int = 0, limit: int = 0) -
         hot = set(rng.sample(range(groups), min(int(args[0]), groups)))
         out = apportion(mean * total, [float(i in hot) for i in range(total)])
     else:
-        raise ValueError(f"sizes: got {sizes!r}, expected balanced, uniform:LOW:HIGH, skew:R, few:N, empty:F or zero")
+        raise ValueError(f"sizes: got {sizes!r}, expected balanced, uniform:LOW:HIGH, skew:R, few:N, empty:F, topk:T:K or zero")
     return tuple(min(x, limit) if limit else x for x in out[:groups])
 
 

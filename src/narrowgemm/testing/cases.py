@@ -14,7 +14,7 @@ from fnmatch import fnmatch
 from typing import Any
 
 from ..errors import expect
-from ..formats import BF16, FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, FP8_1x128, FP8_128x128
+from ..formats import BF16, FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, Format, FP8_1x128, FP8_128x128
 from .case import Case
 from .guard import Guarded, guarded_empty
 from .inputs import Inputs, build
@@ -30,6 +30,9 @@ EIGHT = ((2048, 7168), (7168, 2048))
 # (groups, m, N, K)
 LARGE = tuple((g, m, n, k) for g, m in ((4, 8192), (8, 4096)) for n, k in GROUPED)
 SMALL = tuple((8, m, n, k) for n, k in EIGHT for m in (64, 128, 256, 512))
+# (K, N) of aiter 3783
+M3_DENSE = ((6144, 2304), (2048, 6144), (6144, 1536), (1536, 6144), (6144, 1152), (6144, 768), (1024, 6144), (768, 6144),
+            (6144, 9216), (6144, 6144), (8192, 6144), (6144, 4608), (6144, 3072), (4096, 6144), (3072, 6144))
 FLYDSL_CONTIGUOUS = ((1, 128, 128, 128), (2, 128, 128, 128), (4, 128, 256, 256), (2, 100, 128, 128), (4, 200, 256, 256),
                      (8, 256, 512, 512), (8, 256, 2048, 7168), (8, 256, 7168, 2304))
 # (groups, max_m, m, N, K)
@@ -133,6 +136,34 @@ def edge(suite: str) -> list[Case]:
                                    ("masked", 4, 60, 128, UNEVEN)) for a, b in pairs]
 
 
+def routed(suite: str, a: Format, b: Format, tokens: Iterable[int], shapes: Iterable[tuple[int, int, int, int]]) -> list[Case]:
+    """Slots of `tokens` tokens with top-k experts each, sorted by expert; prepacked weights. shapes: (experts, top_k, N, K)."""
+    times = tuple(tokens)
+    return [Case(suite, "offsets", e, max(1, t * k // e), n, depth, sizes=f"topk:{t}:{k}", a=a, b=b, packed=True)
+            for e, k, n, depth in shapes for t in times]
+
+
+def a16w4(suite: str, tokens: Iterable[int]) -> list[Case]:
+    """Both stages of gpt-oss-120b, Kimi-K2 at TP 2 and DeepSeek-V3."""
+    models = ((get_model("gpt-oss-120b"), 1), (get_model("kimi-k2"), 2), (get_model("deepseek-v3"), 1))
+    shapes = [(m.experts, m.top_k, *nk) for m, tp in models for nk in (m.gate_up(tp), m.down(tp))]
+    return routed(suite, BF16, MXFP4, tokens, shapes)
+
+
+def mxfp8_routed(suite: str) -> list[Case]:
+    """aiter 3783's list of MoE products, then MiniMax-M3 and DeepSeek-V3, both stages."""
+    source = ((128, 4, 1536, 6144, 4), (128, 1, 6144, 768, 8), (32, 4, 1536, 6144, 4), (64, 1, 6144, 768, 8),
+              (128, 4, 1536, 6144, 16), (32, 4, 768, 6144, 4))
+    models = [(m.experts, m.top_k, *nk) for m in map(get_model, ("minimax-m3", "deepseek-v3")) for nk in (m.gate_up(), m.down())]
+    return [*(c for e, k, n, depth, t in source for c in routed(suite, MXFP8, MXFP8, (t,), ((e, k, n, depth),))),
+            *routed(suite, MXFP8, MXFP8, (1, 4, 16, 64, 256), models)]
+
+
+def mxfp8_dense(suite: str, rows: Iterable[int], least: int = 0) -> list[Case]:
+    """Prepacked dense weights of MiniMax-M3 (qkv, o_proj, shared experts) at TP 1 to 8, of at least so many bytes."""
+    return [Case(suite, "dense", 1, m, n, k, a=MXFP8, b=MXFP8, packed=True) for k, n in M3_DENSE if n * k >= least for m in rows]
+
+
 def large(suite: str) -> list[Case]:
     """One tensor of each over 2^31 elements: A, B, the output; the arithmetic stays small."""
     return [
@@ -209,6 +240,11 @@ _BUILDERS: dict[str, Callable[[str], list[Any]]] = {
     "fp8-dense": lambda s: dense(s, (1, 16, 64, 128, 4096, 8192)),
     "fp8-skew": skewed,
     "untuned": untuned,
+    "a16w4-decode": lambda s: a16w4(s, (1, 4, 8, 16)),
+    "a16w4-mid": lambda s: a16w4(s, (64, 256)),
+    "mxfp8-routed": mxfp8_routed,
+    "mxfp8-dense-decode": lambda s: mxfp8_dense(s, (1, 2, 4, 8, 16, 32, 64)),
+    "mxfp8-bandwidth": lambda s: mxfp8_dense(s, (1, 2, 4, 8, 16), 30_000_000),
     "edge": edge,
     "large": large,
     "cpu-small": cpu_small,
@@ -222,8 +258,10 @@ SUITES: dict[str, tuple[Any, ...]] = {name: tuple(make(name)) for name, make in 
 
 # Whom a suite is measured against; adapters of these names are in `peers.py`.
 PEERS: dict[str, tuple[str, ...]] = {name: ("deepgemm", "floor") for name in SUITES} | {
-    "experts-fp8": ("deepgemm_layer", "triton_moe", "floor"), "experts-cpu": ("floor",), "edge": (),
-    "large": (), "cpu-small": ("torch_bf16", "floor"), "cpu-formats": ("torch_bf16", "floor")}
+    "experts-fp8": ("deepgemm_layer", "triton_moe", "floor"), "experts-cpu": ("floor",),
+    "a16w4-decode": ("triton_kernels", "humming", "floor"), "a16w4-mid": ("triton_kernels", "humming", "floor"),
+    "mxfp8-routed": ("humming", "floor"), "mxfp8-dense-decode": ("humming", "torch_bf16", "floor"), "mxfp8-bandwidth": ("floor",),
+    "edge": (), "large": (), "cpu-small": ("torch_bf16", "floor"), "cpu-formats": ("torch_bf16", "floor")}
 
 
 def get_suite(name: str) -> tuple[Case, ...]:

@@ -7,7 +7,6 @@ hold NaN payload and NaN scales: a kernel that lets one leak into a result fails
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import E8M0_NAN, ELEMENTS, Format, ScaledTensor
+from ..formats import ELEMENTS, Format, ScaledTensor
 from ..layouts import Contiguous, KGrouped, Layout, Masked, Offsets, Psum
+from ..prepack import PackedWeight, prepack
 from ..problem import Plan
 from ..reference.gemm import full_float32
 from ..scales import mn_major_tma_aligned
@@ -26,11 +26,9 @@ from .case import Case
 from .guard import Guarded, guarded_empty
 from .numerics import KERNEL_GATE, GateResult, Sums, independent, recipe_gate
 from .tokens import Tokens, tokens_of
+from .values import NAN_BYTE, draw, poisoned
 
-NAN_BYTE = {"e4m3": 0x7F, "e5m2": 0x7F, "e2m1": 0x77}  # E2M1 has no NaN: its scale has
-
-
-Weights = tuple[tuple[Any, ...], ScaledTensor]
+Weights = tuple[tuple[Any, ...], ScaledTensor, PackedWeight | None]
 
 
 @dataclass(eq=False)
@@ -46,16 +44,24 @@ class Inputs:
     out: Guarded
     weights_key: tuple[Any, ...] = ()
     tokens: Tokens | None = None    # of an end-to-end case: `a` is written from them in every call
+    _packed: PackedWeight | None = None
 
     @property
     def weights(self) -> Weights:
         """B, and what it depends on, for the `reuse` of a later case."""
-        return self.weights_key, self.b
+        return self.weights_key, self.b, self._packed
 
     @property
     def groups(self) -> Iterator[int]:
         """Groups with rows."""
         return (g for g, s in enumerate(self.case.group_sizes) if s)
+
+    @property
+    def packed(self) -> PackedWeight:
+        """B, prepacked."""
+        if self._packed is None:
+            self._packed = prepack(self.b)
+        return self._packed
 
     # ---- sources and references ------------------------------------------------------------------------------------
 
@@ -173,6 +179,11 @@ class Inputs:
         c, out = self.case, self.out.tensor
         if self.tokens is not None:
             self.tokens.quantize_into(self.a)
+        if c.packed:
+            if c.layout == "dense":
+                return gemm(self.a, self.packed, out=out, **options)
+            assert self.layout is not None
+            return grouped_gemm(self.a, self.packed, self.layout, out=out, **options)
         if c.layout == "dense":
             return gemm(self.a, self.b, out=out, accumulate=c.accumulate, **options)
         if isinstance(self.layout, KGrouped):
@@ -183,10 +194,12 @@ class Inputs:
 
     def plan(self, **options: Any) -> Plan | None:
         """The Plan that `call` with these options follows; None where there is nothing to compute."""
-        from ..ops import common, gemm, grouped, wgrad
+        from ..ops import common, gemm, grouped, routed, wgrad
 
         c, out = self.case, self.out.tensor
         chosen = common.Options(**options)
+        if c.packed:
+            return routed.packed_plan(self.a, self.packed, self.layout, out, out.dtype, c.accumulate, chosen)
         if c.layout == "dense":
             return gemm.plan_of(self.a, self.b, out, out.dtype, c.accumulate, chosen)
         if isinstance(self.layout, KGrouped):
@@ -249,12 +262,6 @@ def check_outputs(inputs: Inputs, outputs: Mapping[str, tuple[Callable[[int], Te
                                    for gate, limit in limits.items())) for name, (_, limits) in outputs.items()}
 
 
-def draw(side: str, group: int, shape: tuple[int, ...], device: torch.device, seed: int) -> Tensor:
-    """Normal BF16 values that depend on (side, group, shape, seed) and the kind of device alone."""
-    generator = torch.Generator(device).manual_seed(zlib.crc32(f"{seed}/{side}/{group}/{shape}".encode()))
-    return torch.randn(shape, device=device, generator=generator).bfloat16()
-
-
 def build(case: Case, device: torch.device | str = "cpu", seed: int = 0, scale_layout: str = "mn_major",
           reuse: Inputs | Weights | None = None, hollow: bool = False) -> Inputs:
     """Random inputs of `case`. `scale_layout` of A: 'mn_major' (TMA-aligned, what kernels like) or 'row_major'.
@@ -275,12 +282,19 @@ def build(case: Case, device: torch.device | str = "cpu", seed: int = 0, scale_l
         k = case.rows if case.layout == "k_grouped" else case.k
         weights = (case.groups, case.n, k) if case.op == "grouped_gemm" else (case.n, k)
         inputs.a, inputs.b = poisoned((*dims, k), case.a, device), poisoned(weights, case.b, device)
+        if case.packed:     # poison packs with factors, and compiles to another kernel
+            inputs.b.data.view(torch.uint8).zero_()
+            assert inputs.b.scale is not None
+            inputs.b.scale.fill_(127)
     elif case.layout == "k_grouped":
         inputs.a, inputs.b = (_columns(inputs, f, s, r) for f, s, r in
                               ((case.a, inputs.source_a, case.m), (case.b, inputs.source_b, case.n)))
     else:
         known = reuse.weights if isinstance(reuse, Inputs) else reuse
-        inputs.b = known[1] if known is not None and known[0] == key else _weights(inputs)
+        if known is not None and known[0] == key:
+            _, inputs.b, inputs._packed = known
+        else:
+            inputs.b = _weights(inputs)
         inputs.a = _rows(inputs)
     if case.e2e and case.rows:
         # the order of groups is that of A's rows: there is no padding in the offsets layout
@@ -313,20 +327,6 @@ def make_layout(case: Case, device: torch.device) -> Layout | None:
             ids[start : start + n] = g
         return Contiguous(ids.to(device))
     return None
-
-
-def poisoned(shape: tuple[int, ...], fmt: Format, device: torch.device) -> ScaledTensor:
-    """An operand of logical `shape` `[..., R, K]` whose payload and scales are NaN."""
-    packed = (*shape[:-1], shape[-1] // fmt.elem.per_byte)
-    data = torch.empty(packed, dtype=fmt.elem.dtype, device=device)
-    if fmt.element in NAN_BYTE:
-        data.view(torch.uint8).fill_(NAN_BYTE[fmt.element])
-    else:
-        data.fill_(float("nan"))
-    if not fmt.scaled:
-        return ScaledTensor(data, None, fmt)
-    dtype, nan = (torch.float32, float("nan")) if fmt.scale == "fp32" else (torch.uint8, E8M0_NAN)
-    return ScaledTensor(data, torch.full(fmt.scale_shape(shape), nan, dtype=dtype, device=device), fmt)
 
 
 def _quantize(x: Tensor, fmt: Format) -> ScaledTensor:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol
@@ -23,23 +22,9 @@ from .case import Case
 from .guard import Guarded
 from .inputs import Inputs
 from .layer import LayerCase
+from .mx_peers import Humming, TritonKernels
+from .peer import Prepared
 from .tokens import Tokens
-
-# A peer is not failed over the last bits of its sum, only where its product is another one.
-SAME_BITS_LIMIT = 1e-4
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A peer's call on one case. `rows(g)`: group g of its output after a `run`, to be held against a reference.
-
-    `gate`: 'kernel' against the product of the same bits, 'recipe' against that of the sources; `limit` on calc_diff.
-    """
-
-    run: Callable[[], object]
-    rows: Callable[[int], Tensor] | None = None
-    gate: str = "kernel"
-    limit: float = SAME_BITS_LIMIT
 
 
 class Peer(Protocol):
@@ -252,8 +237,8 @@ class Backend:
         return Prepared(lambda: own.call(backend=self.name), lambda g: own.rows(y, g))
 
 
-ADAPTERS: dict[str, Peer] = {p.name: p for p in (DeepGemm(), Torch(), TorchBf16(), LayerPeer("deepgemm_layer"),
-                                                  LayerPeer("triton_moe"))}
+ADAPTERS: dict[str, Peer] = {p.name: p for p in (DeepGemm(), Torch(), TorchBf16(), TritonKernels(), Humming(),
+                                                 LayerPeer("deepgemm_layer"), LayerPeer("triton_moe"))}
 FLOOR = "floor"
 
 

@@ -1,0 +1,233 @@
+"""Hopper products of few tokens with prepacked MXFP4 / MXFP8 weights: dense, offsets, masked, routed; bias, activation, combine.
+
+Activations are BF16, or MXFP8, MXFP4, FP8 1x128 with E8M0 scales, which a launch in front brings to BF16 without loss; it also
+lists the experts that have rows. How it works: `narrow_device.py`; the order of the weights: `narrowgemm.prepack`.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ....arch import Arch
+from ....prepack import PREPACK
+from ....problem import Config, Problem, Step
+from ... import launching
+from ...launching import Launch, Pointer
+from ...operands import Operands
+from .narrow_model import estimate, rows_expected
+from .narrow_tile import (
+    ACT_IDS,
+    CHUNK,
+    ITEMSIZE,
+    KINDS,
+    MAX_CTAS,
+    PAIR_IDS,
+    ROWS,
+    TABLE_HEAD,
+    TOKENS,
+    PrepStatic,
+    Static,
+    chunks_of,
+    entries_at_most,
+    extra,
+    legal,
+    registers,
+    smem_bytes,
+)
+
+__all__ = ["BACKEND", "NAME", "configs", "estimate", "launch", "launches", "legal", "make_config", "smem_bytes", "supports",
+           "workspace"]
+
+NAME = "gluon_sm90.narrow"
+BACKEND = "gluon_sm90"
+MAX_GROUPS = 1024
+MASKED_ELEMENTS = 1 << 26
+PREP_K = 2048                # of K that one program of the launch in front converts
+COMBINE_N = 1024
+# A's formats: element, scale -> how `narrow_prep_kernel` reads them
+XKINDS = {("bf16", "none"): 0, ("e4m3", "e8m0"): 1, ("e2m1", "e8m0"): 2}
+# (weight rows, block_k, stages, CTAs on an SM) by token columns
+SHAPES = {
+    "e2m1": {8: ((64, 512, 2, 4), (64, 256, 3, 5), (64, 256, 4, 4), (128, 512, 2, 2)),
+             16: ((64, 512, 2, 3), (64, 256, 3, 4), (128, 256, 4, 2), (128, 512, 2, 2)),
+             32: ((128, 256, 3, 2), (64, 256, 3, 3), (128, 256, 2, 2)), 64: ((64, 256, 3, 2), (64, 256, 2, 2))},
+    "e4m3": {8: ((64, 256, 2, 4), (64, 256, 3, 3), (128, 256, 2, 2)), 16: ((64, 256, 2, 4), (64, 256, 3, 3), (128, 256, 2, 2)),
+             32: ((64, 256, 3, 2), (64, 256, 2, 3), (128, 256, 2, 2)), 64: ((64, 256, 2, 2),)}}
+KEEP_BYTES = 16e6            # an output of so many bytes and fewer is asked to stay in L2, where its reader finds it
+
+
+def supports(problem: Problem, arch: Arch) -> str | None:
+    a, b, e = problem.a, problem.b, problem.epilogue
+    if arch.target != "sm90":
+        return f"runs on sm90, not {arch.target}"
+    if problem.op not in ("gemm", "grouped_gemm", "routed_gemm") or problem.layout not in KINDS:
+        return f"computes gemm, grouped_gemm and routed_gemm, not {problem.op} with layout {problem.layout}"
+    order, _, pair = b.prepack.partition(":")
+    if order != PREPACK:
+        return f"takes weights that narrowgemm.prepack() brought to the order {PREPACK}, not {b.format.name} as they are"
+    if (a.format.element, a.format.scale) not in XKINDS or a.format.group not in ((0, 0), (1, 32), (1, 128)):
+        return f"brings BF16, MXFP8, MXFP4 and FP8 1x128 with E8M0 scales to BF16 without loss, not {a.format.name}"
+    if a.format.scaled and a.scale_dtype != "e8m0":
+        return f"takes E8M0 scales of A, not {a.scale_dtype}"
+    if a.major != "k" or a.prepack:
+        return "needs A K-major, as it is"
+    if problem.accumulate or e.quantize is not None:
+        return "writes its output, with no accumulation and no quantised output"
+    if e.activation not in ACT_IDS or (e.activation and not pair):
+        return f"activation {e.activation!r} needs weights packed with pair=, one of {sorted(ACT_IDS)}"
+    if problem.groups > MAX_GROUPS:
+        return f"lists {MAX_GROUPS} experts, not {problem.groups}"
+    slots = problem.m * (problem.groups if problem.layout == "masked" else 1)
+    if slots * (problem.k + CHUNK) >= 2**31:
+        return "needs A within 2^31 elements"
+    if problem.layout == "masked" and slots * problem.k > MASKED_ELEMENTS:
+        return f"brings all {slots} rows of a masked A to BF16, which pays up to {MASKED_ELEMENTS} elements"
+    return None
+
+
+def columns(problem: Problem) -> list[int]:
+    """Token columns: about twice the expected rows, so that an expert of more rows costs few passes, and one size down."""
+    rows = rows_expected(problem)
+    if problem.layout == "dense":
+        rows = rows / 1.5
+    at = next((i for i, t in enumerate(TOKENS) if t >= 1.5 * rows), len(TOKENS) - 1)
+    return [TOKENS[i] for i in (at, at - 1, at + 1) if 0 <= i < len(TOKENS)]
+
+
+def configs(problem: Problem, arch: Arch) -> list[Config]:
+    out = []
+    slots = problem.m * (problem.groups if problem.layout == "masked" else 1)
+    keep = slots * problem.n * ITEMSIZE[problem.out_dtype] <= KEEP_BYTES
+    for bt in columns(problem):
+        for rows, bk, stages, ctas in SHAPES[problem.b.format.element][bt]:
+            c = make_config(bt, rows, bk, stages, ctas, keep)
+            if legal(problem, c, arch) is None:
+                out.append(c)
+    return out
+
+
+def make_config(bt: int, rows: int, bk: int, stages: int, ctas: int, keep: bool = True, wide: bool = True) -> Config:
+    more = (("ctas", ctas), *((("keep", 1),) if keep else ()), *((("wide", 1),) if wide else ()))
+    return Config(bt, rows, bk, rows // 16, stages, swap_ab=True, persistent=True, extra=more)
+
+
+# ---------------------------------------------------------------- workspace
+class Regions(NamedTuple):
+    """Byte offsets of the parts of the workspace, and its size."""
+
+    table: int
+    counts: int
+    live: int
+    x: int
+    xfactor: int
+    parts: int
+    y: int
+    size: int
+
+
+def regions(problem: Problem, config: Config, slots: int, rows: int) -> Regions:
+    """`slots`: rows of the output before combine; `rows`: rows of A."""
+    e = problem.epilogue
+    n = problem.n // 2 if e.activation else problem.n
+    positions = slots // problem.groups if problem.layout == "masked" else slots
+    entries = entries_at_most(problem.layout, positions, problem.groups, config.block_m)
+    sizes = (4 * (TABLE_HEAD + 3 * entries), 4 * MAX_CTAS, slots if e.combine else 0, 2 * rows * row_stride(problem.k),
+             4 * rows if problem.a.format.scaled else 0, 4 * 2 * MAX_CTAS * config.block_n * config.block_m,
+             4 * slots * n if e.combine else 0)
+    ends = list(accumulate(-(-s // 256) * 256 for s in sizes))
+    return Regions(0, *ends)
+
+
+def row_stride(k: int) -> int:
+    """Of A in BF16: K up to a multiple of 512, the longest ring step."""
+    return -(-k // 512) * 512
+
+
+def workspace(problem: Problem, config: Config) -> int:
+    slots = problem.m * (problem.groups if problem.layout == "masked" else 1)
+    return regions(problem, config, slots, -(-slots // problem.a_div)).size
+
+
+# ---------------------------------------------------------------- launch
+def power_of_two(n: int) -> int:
+    return 1 << max(0, n - 1).bit_length()
+
+
+def statics(problem: Problem, config: Config, x: Operands) -> tuple[Static, PrepStatic]:
+    """What both kernels are compiled for."""
+    e = problem.epilogue
+    assert x.packed is not None
+    alpha, limit, *_ = (*e.activation_args, 0.0, 0.0)
+    kind = XKINDS[problem.a.format.element, problem.a.format.scale]
+    ch = config.block_k // CHUNK
+    even = chunks_of(problem) % ch == 0 and -(-problem.n // ROWS) % (config.block_n // ROWS) == 0
+    cfg = Static(
+        problem.b.format.element == "e4m3", config.block_m, config.block_n, ch, config.num_stages, even,
+        x.slots is not None, x.factor is not None, kind > 0, PAIR_IDS[x.packed.pair], ACT_IDS[e.activation], alpha, limit,
+        x.bias is not None, x.weight is not None, True,
+        bool(extra(config, "keep")), bool(extra(config, "wide")))
+    prep = PrepStatic(KINDS[problem.layout], config.block_m, power_of_two(problem.groups), kind, problem.a.format.group[1] or 32,
+                      power_of_two(x.block_m), e.combine, PREP_K, True)
+    return cfg, prep
+
+
+def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
+    """The launch in front, the product, and the combine, if there is one."""
+    from . import narrow_device, narrow_prep_device
+
+    fields = x.b.scale
+    assert workspace is not None and fields is not None
+    config, e = step.config, problem.epilogue
+    cfg, prep = statics(problem, config, x)
+    masked = problem.layout == "masked"
+    slots = x.num_slots or x.m * (x.groups if masked else 1)
+    rows = -(-slots // problem.a_div)
+    i32, f32 = torch.int32, torch.float32
+    at = regions(problem, config, slots, rows)
+    table, counts = Pointer(workspace, i32, at.table), Pointer(workspace, i32, at.counts)
+    live, xfactor = Pointer(workspace, torch.int8, at.live), Pointer(workspace, f32, at.xfactor)
+    xp, parts, y = Pointer(workspace, torch.bfloat16, at.x), Pointer(workspace, f32, at.parts), Pointer(workspace, f32, at.y)
+    a, scale, n = x.a.data, x.a.scale, x.n // 2 if e.activation else x.n
+    if masked:      # no copy where groups lie one behind the other
+        a = a if a.stride(0) == x.m * a.stride(1) else a.reshape(-1, a.shape[-1])
+        scale = scale if scale is None or scale.stride(0) == x.m * scale.stride(1) else scale.reshape(-1, scale.shape[-1])
+    chunks, tiles = chunks_of(problem), -(-x.n // ROWS)
+    steps = -(-chunks // cfg.CH)
+    cap = entries_at_most(problem.layout, x.m if masked else slots, problem.groups, config.block_m)
+    sms = _sms(x.out.device)
+    most = cap * -(-x.n // config.block_n) * steps
+    grid = max(1, min(min(sms, problem.max_sms or sms) * extra(config, "ctas", 1), MAX_CTAS, most))
+    kx = row_stride(x.k)
+    index = table if x.index is None else x.index
+    order = table if x.slots is None else x.slots
+    out, som = (y, n) if e.combine else (x.out, x.out.stride(-2))
+    made = [
+        Launch(narrow_prep_device.narrow_prep_kernel, (1 + rows * -(-kx // PREP_K),),
+               (a, xp if scale is None else scale, xp, xfactor, index, order, x.experts if x.experts is not None else table,
+                x.posted if x.posted is not None else table, table, counts, live, rows, x.k, kx, a.stride(-2),
+                0 if scale is None else scale.stride(-2), 0 if scale is None else scale.stride(-1), x.groups, slots,
+                x.positions or x.m, x.block_m, cap, grid, prep), {"num_warps": 4}),
+        Launch(narrow_device.narrow_kernel, (grid,),
+               (x.b.data, Pointer(fields, i32), xp, out, order, xfactor if x.factor is None else x.factor, xfactor,
+                xfactor if x.bias is None else x.bias, xfactor if x.weight is None else x.weight, table, counts, parts,
+                tiles, steps, chunks, slots, problem.a_div, cap, steps if extra(config, "whole") else 1, x.n, kx, som, cfg),
+               {"num_warps": config.num_warps, "maxnreg": registers(config), "launch_pdl": True})]
+    if e.combine:
+        made.append(Launch(narrow_prep_device.narrow_combine_kernel, (slots // x.top_k * -(-n // COMBINE_N),),
+                           (y, live, x.out, n, x.top_k, x.out.stride(-2)),
+                           {"BN": COMBINE_N, "PDL": True, "num_warps": 4, "launch_pdl": True}))
+    return made
+
+
+@lru_cache(maxsize=64)
+def _sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
+    launching.launch(launches, step, problem, operands, workspace)

@@ -1,0 +1,299 @@
+"""Device code of the Hopper kernel for narrow weights and few tokens: time is the weights' bytes over the bandwidth.
+
+    sum[slot, n] = factor[e, n] * xfactor[row] * sum over k of A[row, k] * W[e, n, k]         row = slot // a_div
+    out[slot, n] = routing_weight[slot] * activation(sum[slot, n] + bias[e, n])
+
+Operands are swapped: W^T is wgmma's A operand, expanded to BF16 in registers from the prepacked bytes (`narrow_expand_device`),
+tokens are its 8 to 64 columns, gathered row by row. One warpgroup a CTA, or two over 128
+weight rows that share the tokens; 2 to 5 CTAs on an SM; a ring of asynchronous copies.
+
+Work is a list of (expert, tile of ROWS weight rows, step of CH * 128 of K), experts from the table that `narrow_prep_kernel` made:
+an expert without rows is not in it. Every CTA takes an equal stretch of the list, to one step, so it starts and ends inside a tile. Such a
+tile's pieces leave FP32 sums in the workspace; who is last to do so adds them, in the order of K.
+
+    ring   | w, s, x of step u+S-1 (cp.async) ...
+    math   |   expand chunk c  ->  wgmma, while chunk c+1 is expanded
+    end    |     whole tile: store.   piece: leave the sum; the last one adds the pieces up and stores
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy as cp
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
+from triton.language.extra.cuda import gdc_wait
+
+from .narrow_epilogue_device import finish
+from .narrow_expand_device import byte_layout, expand, field_layout
+from .shim import block_barrier
+
+HEAD = gl.constexpr(16)      # of the table: see narrow_tile.TABLE_HEAD
+WAYS = gl.constexpr(4)       # pieces that are loaded at a time
+
+
+@gluon.jit
+def lookup(table_ptr, b, blocks, cap):
+    """(expert, first position, rows) of entry b; zeros past the end."""
+    live = b < blocks
+    p = table_ptr + HEAD + b
+    return gl.load(p, mask=live, other=0), gl.load(p + cap, mask=live, other=0), gl.load(p + 2 * cap, mask=live, other=0)
+
+
+@gluon.jit
+def load_slots(slots_ptr, first, rows, cfg: gl.constexpr, layout: gl.constexpr):
+    """Slots of the positions [first, first + rows), -1 beyond."""
+    i = gl.arange(0, cfg.BT, layout)
+    if cfg.SLOTS:
+        return gl.load(slots_ptr + first + i, mask=i < rows, other=-1)
+    else:
+        return gl.where(i < rows, first + i, -1)
+
+
+@gluon.jit
+def x_offsets(slots, R, a_div, KX):
+    """(offsets of the slots' rows of A, which of them there are)."""
+    live = (slots >= 0) & (slots < R)
+    return gl.where(live, slots, 0) // a_div * KX, live
+
+
+@gluon.jit
+def issue_weights(w_ptr, s_ptr, e, nt, k, slot, rings, NT, KC, cfg: gl.constexpr):
+    """Copy one step of a tile's bytes and scale fields into a ring slot; zeros past the last chunk, and past the last 64 rows."""
+    w_s, s_s, x_s = rings
+    ROWS: gl.constexpr = cfg.ROWS
+    wl: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [ROWS // 16, 1], [1, 0])
+    sl: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [ROWS // 16, 1], [1, 0])
+    CW: gl.constexpr = cfg.CW
+    PER: gl.constexpr = CW // cfg.CH
+    KS = (KC + 1) // 2
+    wr = gl.arange(0, CW * ROWS, gl.SliceLayout(1, wl))
+    sr = gl.arange(0, cfg.CH * (ROWS // 4), gl.SliceLayout(1, sl))
+    if ROWS == 64:
+        wb = wr * 64
+        sb = sr * 4
+    else:       # two tiles of 64 rows, one behind the other in memory
+        wb = wr % 64 * 64 + wr // ROWS * 4096 + wr % ROWS // 64 * (KC * (PER * 4096))
+        sb = sr % 32 * 4 + sr // (ROWS // 2) * 128 + sr % (ROWS // 2) // 32 * (KS * 128)
+    wo = gl.expand_dims(wb, 1) + gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, wl)), 0)
+    so = gl.expand_dims(sb, 1) + gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, sl)), 0)
+    tile = (e * NT + nt * (ROWS // 64)).to(gl.int64)
+    wp = w_ptr + (tile * KC + k * cfg.CH) * (PER * 4096)
+    sp = s_ptr + (tile * KS + k * (cfg.CH // 2)) * 128
+    if cfg.EVEN:
+        cp.async_copy_global_to_shared(w_s.index(slot), wp + wo)
+        cp.async_copy_global_to_shared(s_s.index(slot), sp + so)
+    else:
+        left = KC - k * cfg.CH
+        wm = wr // (ROWS * PER) < left
+        sm = sr // (ROWS // 2) * 2 < left
+        if ROWS > 64:
+            tiles = NT - nt * (ROWS // 64)
+            wm = wm & (wr % ROWS // 64 < tiles)
+            sm = sm & (sr % (ROWS // 2) // 32 < tiles)
+        cp.async_copy_global_to_shared(w_s.index(slot), wp + wo, mask=gl.expand_dims(wm, 1) & (wo >= 0))
+        cp.async_copy_global_to_shared(s_s.index(slot), sp + so, mask=gl.expand_dims(sm, 1) & (so >= 0))
+
+
+@gluon.jit
+def issue_tokens(x_ptr, xo, live, k, slot, rings, cfg: gl.constexpr, layout: gl.constexpr):
+    w_s, s_s, x_s = rings
+    KS: gl.constexpr = cfg.CH * 128
+    kk = gl.arange(0, KS, gl.SliceLayout(0, layout))
+    xp = x_ptr + (gl.expand_dims(xo, 1) + gl.expand_dims(k * KS + kk, 0))
+    cp.async_copy_global_to_shared(x_s.index(slot), xp, mask=gl.expand_dims(live, 1) & gl.expand_dims(kk >= 0, 0))
+
+
+@gluon.jit
+def multiply(acc, rings, slot, cfg: gl.constexpr):
+    """Add one ring step's product."""
+    w_s, s_s, x_s = rings
+    mma: gl.constexpr = acc.type.layout
+    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    ROWS: gl.constexpr = cfg.ROWS
+    CW: gl.constexpr = cfg.CW
+    KT: gl.constexpr = cfg.KT
+    PER: gl.constexpr = CW // cfg.CH
+    for c in gl.static_range(CW):
+        if c % (2 * PER) == 0:
+            v = s_s.index(slot).slice(c // (2 * PER) * (ROWS // 2), ROWS // 2, 0).load(field_layout(ROWS))
+        w = w_s.index(slot).slice(c * ROWS, ROWS, 0).load(byte_layout(ROWS))
+        a = expand(w, v, c // PER % 2, ROWS, cfg.E4M3, operand)
+        if c > 0:
+            acc = warpgroup_mma_wait(0, deps=(acc, ))
+        acc = warpgroup_mma(a, x_s.index(slot).slice(c * KT, KT, 1).permute((1, 0)), acc, is_async=True)
+    return acc
+
+
+@gluon.jit
+def advance(k, nt, b, KB, NT):
+    """The step behind step k of tile nt of table entry b."""
+    k = gl.where(k == KB - 1, 0, k + 1)
+    nt = gl.where(k == 0, nt + 1, nt)
+    b = gl.where(nt == NT, b + 1, b)
+    return k, gl.where(nt == NT, 0, nt), b
+
+
+@gluon.jit
+def begin_of(cta, each, more):
+    """First quantum of a CTA: `each` of them a CTA, one more for the first `more`."""
+    return cta * each + gl.minimum(cta, more)
+
+
+@gluon.jit
+def cta_of(x, each, more):
+    """The CTA that quantum x belongs to."""
+    first = more * (each + 1)
+    return gl.where(x < first, x // (each + 1), more + (x - first) // gl.maximum(each, 1))
+
+
+@gluon.jit
+def leave(acc, part_ptr, count_ptr, piece, first_cta, ROWS: gl.constexpr, BT: gl.constexpr):
+    """Store a piece's sum; how many of its tile's pieces were there before."""
+    mma: gl.constexpr = acc.type.layout
+    n = gl.arange(0, ROWS, gl.SliceLayout(1, mma))
+    t = gl.arange(0, BT, gl.SliceLayout(0, mma))
+    gl.store(part_ptr + piece.to(gl.int64) * (ROWS * BT) + gl.expand_dims(n * BT, 1) + gl.expand_dims(t, 0), acc)
+    block_barrier()
+    return gl.atomic_add(count_ptr + first_cta, 1, sem="acq_rel", scope="gpu")
+
+
+@gluon.jit
+def gather_pieces(acc, part_ptr, first_cta, pieces, ROWS: gl.constexpr, BT: gl.constexpr):
+    """The sum over a tile's pieces, in the order of K: the first lies in its CTA's second place, the others in the first."""
+    mma: gl.constexpr = acc.type.layout
+    n = gl.arange(0, ROWS, gl.SliceLayout(1, mma))
+    t = gl.arange(0, BT, gl.SliceLayout(0, mma))
+    off = gl.expand_dims(n * BT, 1) + gl.expand_dims(t, 0)
+    acc = gl.zeros([ROWS, BT], gl.float32, mma)
+    for i in range(0, pieces, WAYS):
+        parts = ()
+        for j in gl.static_range(WAYS):
+            p = i + j
+            at = 2 * (first_cta + p) + gl.where(p == 0, 1, 0)
+            parts = parts + (gl.load(part_ptr + at.to(gl.int64) * (ROWS * BT) + off, mask=(off >= 0) & (p < pieces), other=0.0,
+                                     cache_modifier=".cg"), )
+        for j in gl.static_range(WAYS):
+            acc += parts[j]
+    return acc
+
+
+@gluon.jit(do_not_specialize=["NT", "KB", "KC", "R", "a_div", "cap", "quantum"])
+def narrow_kernel(w_ptr, s_ptr, x_ptr, out_ptr, slots_ptr, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr, table_ptr, count_ptr,
+                  part_ptr, NT, KB, KC, R, a_div, cap, quantum, N, KX, som, cfg: gl.constexpr):
+    """A persistent grid. NT tiles of 64 rows of a weight, KB ring steps and KC chunks of K, R slots, `cap` entries a column of the
+    table, `quantum`: a CTA's stretch is a multiple of so many steps (KB: whole tiles), KX: row stride of A, som: of out."""
+    BT: gl.constexpr = cfg.BT
+    S: gl.constexpr = cfg.STAGES
+    ROWS: gl.constexpr = cfg.ROWS
+    NW: gl.constexpr = ROWS // 16
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NW, 1], [16, BT, 16])
+    cols: gl.constexpr = gl.SliceLayout(0, mma)
+    xl: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [NW, 1], [1, 0])
+    xr: gl.constexpr = gl.SliceLayout(1, xl)
+    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    w_s = gl.allocate_shared_memory(gl.uint8, [S, cfg.CW * ROWS, 64], flat)
+    s_s = gl.allocate_shared_memory(gl.int32, [S, cfg.CH * (ROWS // 4), 4], flat)
+    x_s = gl.allocate_shared_memory(gl.bfloat16, [S, BT, cfg.CH * 128],
+                                    gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+    rings = (w_s, s_s, x_s)
+    if cfg.PDL:
+        gdc_wait()
+    blocks = gl.load(table_ptr)
+    NU = (NT + (ROWS // 64 - 1)) // (ROWS // 64)
+    total = blocks * NU * KB // quantum
+    each = total // gl.num_programs(0)
+    more = total - each * gl.num_programs(0)
+    u = begin_of(gl.program_id(0), each, more) * quantum
+    end = begin_of(gl.program_id(0) + 1, each, more) * quantum
+    if u < end:
+        tile = u // KB
+        k = u - tile * KB
+        b = tile // NU
+        nt = tile - b * NU
+        # table entries are looked up two experts ahead, slots one: nothing waits for a dependent load later on
+        e0, r0, c0 = lookup(table_ptr, b, blocks, cap)
+        e1, r1, c1 = lookup(table_ptr, b + 1, blocks, cap)
+        e2, r2, c2 = lookup(table_ptr, b + 2, blocks, cap)
+        # the ring's first steps; they may reach into the next tile, and the next expert
+        ik = k
+        it = nt
+        ib = b
+        for i in gl.static_range(S - 1):
+            if u + i < end:
+                issue_weights(w_ptr, s_ptr, gl.where(ib == b, e0, e1), it, ik, i, rings, NT, KC, cfg)
+            ik, it, ib = advance(ik, it, ib, KB, NU)
+        xo0, live0 = x_offsets(load_slots(slots_ptr, r0, c0, cfg, xr), R, a_div, KX)
+        xo1, live1 = x_offsets(load_slots(slots_ptr, r1, c1, cfg, xr), R, a_div, KX)
+        ik = k
+        it = nt
+        ib = b
+        for i in gl.static_range(S - 1):
+            if u + i < end:
+                same = ib == b
+                issue_tokens(x_ptr, gl.where(same, xo0, xo1), (live0 & same) | (live1 & (same == 0)), ik, i, rings, cfg, xl)
+            cp.commit_group()
+            ik, it, ib = advance(ik, it, ib, KB, NU)
+        # what is copied next: step `ik` of tile `it` of the expert `ei`, table entry `ib`
+        iu = u + (S - 1)
+        same = ib == b
+        ei = gl.where(same, e0, e1)
+        xo = gl.where(same, xo0, xo1)
+        live = (live0 & same) | (live1 & (same == 0))
+        en = gl.where(same, e1, e2)
+        xn = load_slots(slots_ptr, gl.where(same, r1, r2), gl.where(same, c1, c2), cfg, xr)
+        ea, ra, ca = lookup(table_ptr, ib + 2, blocks, cap)
+        # what is computed: tile `nt` of the expert `ec`, table entry `b`. Looked up anew: Triton 3.6 drops what starts as another
+        # variable's alias and is assigned in a branch
+        ec, rd, cd = lookup(table_ptr, b, blocks, cap)
+        slots = load_slots(slots_ptr, rd, cd, cfg, cols)
+        ed, rd, cd = lookup(table_ptr, b + 1, blocks, cap)
+        slot = gl.to_tensor(0)
+        islot = gl.to_tensor(S - 1)
+        while u < end:
+            steps = gl.minimum(KB - k, end - u)
+            acc = gl.zeros([ROWS, BT], gl.float32, mma)
+            for _ in range(steps):
+                cp.wait_group(S - 2)
+                fence_async_shared()
+                if iu < end:
+                    issue_weights(w_ptr, s_ptr, ei, it, ik, islot, rings, NT, KC, cfg)
+                    issue_tokens(x_ptr, xo, live, ik, islot, rings, cfg, xl)
+                cp.commit_group()
+                iu += 1
+                ik += 1
+                if ik == KB:
+                    ik = gl.to_tensor(0)
+                    it += 1
+                    if it == NU:
+                        it = gl.to_tensor(0)
+                        ib += 1
+                        ei = en
+                        xo, live = x_offsets(xn, R, a_div, KX)
+                        en = ea
+                        xn = load_slots(slots_ptr, ra, ca, cfg, xr)
+                        ea, ra, ca = lookup(table_ptr, ib + 2, blocks, cap)
+                acc = multiply(acc, rings, slot, cfg)
+                slot = gl.where(slot == S - 1, 0, slot + 1)
+                islot = gl.where(islot == S - 1, 0, islot + 1)
+                acc = warpgroup_mma_wait(0, deps=(acc, ))
+            last = gl.to_tensor(1)
+            if steps < KB:
+                at = (b * NU + nt) * KB
+                first_cta = cta_of(at // quantum, each, more)
+                pieces = cta_of((at + KB - 1) // quantum, each, more) - first_cta + 1
+                before = leave(acc, part_ptr, count_ptr, 2 * gl.program_id(0) + gl.where(k == 0, 1, 0), first_cta,
+                               ROWS, BT)
+                last = gl.where(before == pieces - 1, 1, 0)
+                if last == 1:
+                    acc = gather_pieces(acc, part_ptr, first_cta, pieces, ROWS, BT)
+            if last == 1:
+                finish(acc, ec, nt * (ROWS // 64), slots, out_ptr, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr, NT, N, R, a_div, som, cfg)
+            u += steps
+            k = gl.to_tensor(0)
+            nt += 1
+            if nt == NU:
+                nt = gl.to_tensor(0)
+                b += 1
+                ec = ed
+                slots = load_slots(slots_ptr, rd, cd, cfg, cols)
+                ed, rd, cd = lookup(table_ptr, b + 1, blocks, cap)
+        cp.wait_group(0)

@@ -1,0 +1,59 @@
+"""Predicted time of the Hopper kernel for narrow weights: the bytes of the experts that have rows, and what comes beside them."""
+
+from __future__ import annotations
+
+from ....arch import Arch
+from ....problem import Config, Problem
+from .narrow_tile import CHUNK, ITEMSIZE, ROWS, extra
+
+START = 8.0e-6               # two launches, the table, the first bytes, the pieces' sums
+COMBINE = 2.5e-6
+EFFICIENCY = 0.93            # of the peak bandwidth
+STEP = {"e2m1": 0.105e-6, "e4m3": 0.115e-6}       # of a chunk of 64 rows x 128 of K in one of an SM's CTAs, expansion and product
+INTAKE = 105e9               # bytes/s that one SM takes in
+LATENCY = 0.8e-6
+
+
+def active_experts(problem: Problem) -> float:
+    """Experts that get rows when slots fall evenly at random."""
+    if problem.layout == "dense":
+        return 1.0
+    if problem.layout == "masked":
+        return float(problem.groups)
+    g = max(1, problem.groups)
+    return max(1.0, g * (1.0 - (1.0 - 1.0 / g) ** problem.m))
+
+
+def rows_expected(problem: Problem) -> float:
+    """Mean rows of an expert that has rows."""
+    total = problem.groups * problem.rows if problem.layout == "masked" else problem.m
+    return max(1.0, total / active_experts(problem))
+
+
+def entries_expected(problem: Problem, tokens: int) -> float:
+    """Passes over an expert's weights, over all experts that have rows. Sizes spread as a Poisson's do."""
+    rows = rows_expected(problem)
+    if problem.layout in ("dense", "masked"):
+        return active_experts(problem) * -(-int(rows) // tokens)
+    spread = rows ** 0.5
+    sizes = [max(1.0, rows + spread * z) for z in (-1.3, -0.7, -0.3, 0.0, 0.3, 0.7, 1.3)]
+    return active_experts(problem) * sum(-(-int(s + 0.5) // tokens) for s in sizes) / len(sizes)
+
+
+def estimate(problem: Problem, config: Config, arch: Arch) -> float:
+    """Seconds."""
+    sms = min(arch.sms, problem.max_sms or arch.sms)
+    ctas = extra(config, "ctas", 1)
+    chunks = -(-problem.k // CHUNK)
+    tiles = entries_expected(problem, config.block_m) * -(-problem.n // ROWS)
+    per_chunk = ROWS * (CHUNK * problem.b.format.elem.bits / 8 + 4)
+    weights = active_experts(problem) * -(-problem.n // ROWS) * chunks * per_chunk
+    total = problem.groups * problem.rows if problem.layout == "masked" else problem.m
+    written = total * problem.n * ITEMSIZE[problem.out_dtype]
+    memory = (weights + 2 * written) / (arch.bandwidth * EFFICIENCY * min(sms, arch.sms) / arch.sms)
+    taken = tiles * chunks * (per_chunk + min(config.block_m, rows_expected(problem)) * CHUNK * 2)
+    flight = config.num_stages * ctas * (config.block_k // CHUNK) * per_chunk
+    intake = taken / sms / min(INTAKE, flight / LATENCY)
+    math = tiles * chunks / (sms * 4) * STEP[problem.b.format.element] * max(1.0, config.block_m / 16) * max(1.0, 4 / (ctas * 2))
+    seconds = START + (memory**4 + intake**4 + math**4) ** 0.25
+    return seconds + (COMBINE + 3 * written / arch.bandwidth if problem.epilogue.combine else 0.0)

@@ -1,0 +1,187 @@
+"""The launch in front of the Hopper kernels for narrow weights, and the one behind: expert table and activations; combine.
+
+`narrow_prep_kernel`: program 0 lists the experts that have rows, in entries of at most BT rows, zeroes the counters, and marks the
+slots that an expert computes; the others bring A to BF16, K in the order that the expanded weights have.
+`narrow_combine_kernel`: sums the slots of a token in order.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+DENSE = tl.constexpr(0)
+OFFSETS = tl.constexpr(1)
+MASKED = tl.constexpr(2)
+ROUTED = tl.constexpr(3)
+E4M3 = tl.constexpr(1)
+E2M1 = tl.constexpr(2)
+HEAD = tl.constexpr(16)
+LOW = tl.constexpr(3)        # scale codes of A between which E4M3 values are exact in BF16
+HIGH = tl.constexpr(240)
+
+
+@triton.jit
+def list_entries(table_ptr, cap, at, expert, first, rows, BT: tl.constexpr):
+    """Write the entries of each expert with rows from position `at` on; how many there were."""
+    count = (rows + BT - 1) // BT
+    pos = at + tl.cumsum(count, 0) - count
+    for j in range(tl.max(count, 0)):
+        live = (j < count) & (pos + j < cap)
+        p = table_ptr + HEAD + pos + j
+        tl.store(p, expert, mask=live)
+        tl.store(p + cap, first + j * BT, mask=live)
+        tl.store(p + 2 * cap, tl.minimum(rows - j * BT, BT), mask=live)
+    return tl.sum(count, 0)
+
+
+@triton.jit
+def mark(live_ptr, slots_ptr, p, inside, R):
+    s = tl.load(slots_ptr + p, mask=inside, other=-1)
+    tl.store(live_ptr + s, tl.full(s.shape, 1, tl.int8), mask=(s >= 0) & (s < R))
+
+
+@triton.jit
+def clear(ptr, n, value):
+    for i in range(0, n, 1024):
+        o = i + tl.arange(0, 1024)
+        tl.store(ptr + o, tl.zeros([1024], tl.int32).to(ptr.dtype.element_ty) + value, mask=o < n)
+
+
+@triton.jit
+def routed_entries(slots_ptr, experts_ptr, posted_ptr, table_ptr, live_ptr, positions, G, R, cap, block_m, cfg: tl.constexpr):
+    posted = tl.minimum(tl.load(posted_ptr), positions)
+    at = 0
+    for base in range(0, (posted + block_m - 1) // block_m, 16):
+        i = base + tl.arange(0, 16)
+        inside = i * block_m < posted
+        e = tl.load(experts_ptr + i, mask=inside, other=-1)
+        inside = inside & (e >= 0) & (e < G)
+        r = tl.arange(0, cfg.BLOCK)
+        p = i[:, None] * block_m + r[None, :]
+        held = inside[:, None] & (r < block_m)[None, :] & (p < posted)
+        s = tl.load(slots_ptr + p, mask=held, other=-1)
+        held = held & (s >= 0) & (s < R)
+        rows = tl.max(tl.where(held, r[None, :] + 1, 0), 1)
+        at += list_entries(table_ptr, cap, at, e, i * block_m, rows, cfg.BT)
+        if cfg.LIVE:
+            tl.store(live_ptr + s, tl.full(s.shape, 1, tl.int8), mask=held)
+    return at
+
+
+@triton.jit
+def group_entries(index_ptr, slots_ptr, table_ptr, live_ptr, positions, G, R, cap, cfg: tl.constexpr):
+    g = tl.arange(0, cfg.GROUPS)
+    there = g < G
+    if cfg.KIND == DENSE:
+        first = g * 0
+        rows = tl.where(there, positions, 0)
+    elif cfg.KIND == MASKED:
+        first = g * positions
+        rows = tl.minimum(tl.maximum(tl.load(index_ptr + g, mask=there, other=0).to(tl.int32), 0), positions)
+    else:
+        start = tl.load(index_ptr + g, mask=there, other=0)
+        stop = tl.load(index_ptr + g + 1, mask=there, other=0)
+        first = tl.minimum(tl.maximum(start, 0), positions).to(tl.int32)
+        rows = tl.maximum(tl.minimum(tl.maximum(stop, 0), positions).to(tl.int32) - first, 0)
+        if cfg.LIVE:
+            lo = tl.minimum(tl.maximum(tl.load(index_ptr), 0), positions).to(tl.int32)
+            hi = tl.minimum(tl.maximum(tl.load(index_ptr + G), 0), positions).to(tl.int32)
+            for i in range(lo, hi, 1024):
+                p = i + tl.arange(0, 1024)
+                mark(live_ptr, slots_ptr, p, p < hi, R)
+    return list_entries(table_ptr, cap, 0, g, first, rows, cfg.BT)
+
+
+@triton.jit
+def row_shift(xs_ptr, row, K, ssm, ssk, cfg: tl.constexpr):
+    """(shift of the row's scale codes, whether one is NaN)."""
+    top = tl.full([], 0, tl.int32)
+    bottom = tl.full([], 255, tl.int32)
+    nan = tl.full([], 0, tl.int32)
+    count = (K + cfg.GROUP - 1) // cfg.GROUP
+    for i in range(0, count, 256):
+        o = i + tl.arange(0, 256)
+        code = tl.load(xs_ptr + row * ssm + o * ssk, mask=o < count, other=127).to(tl.int32)
+        nan = tl.maximum(nan, tl.max((code == 255).to(tl.int32), 0))
+        top = tl.maximum(top, tl.max(tl.where((code == 255) | (o >= count), 0, code), 0))
+        bottom = tl.minimum(bottom, tl.min(tl.where(o < count, code, 255), 0))
+    return tl.where((top > HIGH) | (bottom < LOW), top - HIGH, 0), nan
+
+
+@triton.jit
+def power_of_two(e):
+    """FP32 2^e for e in [-149, 127]."""
+    e = tl.minimum(tl.maximum(e, -149), 127)
+    bits = tl.where(e >= -126, (e + 127) << 23, 1 << tl.minimum(tl.maximum(e + 149, 0), 22))
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def element(x_ptr, base, k, K, cfg: tl.constexpr):
+    """FP32 payload of columns k of a row at `base`."""
+    if cfg.XKIND == E2M1:
+        byte = tl.load(x_ptr + base + k // 2, mask=k < K, other=0).to(tl.int32)
+        code = (byte >> (k % 2 * 4)) & 15
+        m = code & 7
+        # E2M1 magnitudes: 0, 0.5, 1, 1.5, 2, 3, 4, 6
+        low = m.to(tl.float32) * 0.5
+        high = ((m & 1) + 2).to(tl.float32) * tl.where(m >= 6, 2.0, 1.0)
+        v = tl.where(m < 4, low, high)
+        return tl.where(code >= 8, -v, v)
+    else:
+        return tl.load(x_ptr + base + k, mask=k < K, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["rows", "K", "ssm", "ssk", "G", "R", "positions", "block_m", "cap", "counters"])
+def narrow_prep_kernel(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, index_ptr, slots_ptr, experts_ptr, posted_ptr, table_ptr, count_ptr,
+                       live_ptr, rows, K, KX, sxm, ssm, ssk, G, R, positions, block_m, cap, counters, cfg: tl.constexpr):
+    """positions: of the layout (masked: rows a group can hold); R: slots; rows: of A; counters: int32 to be zeroed."""
+    if cfg.PDL:
+        gdc_launch_dependents()
+    pid = tl.program_id(0)
+    if pid == 0:
+        clear(count_ptr, counters, 0)
+        if cfg.LIVE:
+            clear(live_ptr, R, 0)
+            tl.debug_barrier()
+        if cfg.KIND == ROUTED:
+            found = routed_entries(slots_ptr, experts_ptr, posted_ptr, table_ptr, live_ptr, positions, G, R, cap, block_m, cfg)
+        else:
+            found = group_entries(index_ptr, slots_ptr, table_ptr, live_ptr, positions, G, R, cap, cfg)
+        tl.store(table_ptr, tl.minimum(found, cap))
+    else:
+        pieces = (KX + cfg.BK - 1) // cfg.BK
+        row = ((pid - 1) // pieces).to(tl.int64)
+        part = (pid - 1) % pieces
+        base = row * sxm
+        pair = part * (cfg.BK // 2) + tl.arange(0, cfg.BK // 2)
+        # out[m * 8 + q * 2 + r] = in[q * 32 + m * 2 + r] of every 128
+        k = pair // 64 * 128 + pair % 4 * 32 + pair % 64 // 4 * 2
+        lo = element(x_ptr, base, k, K, cfg)
+        hi = element(x_ptr, base, k + 1, K, cfg)
+        if cfg.XKIND > 0:
+            shift, nan = row_shift(xs_ptr, row, K, ssm, ssk, cfg)
+            code = tl.load(xs_ptr + row * ssm + k // cfg.GROUP * ssk, mask=k < K, other=127).to(tl.int32)
+            scale = power_of_two(code - shift - 127)
+            lo *= scale
+            hi *= scale
+            if part == 0:
+                tl.store(xfactor_ptr + row, tl.where(nan > 0, float("nan"), power_of_two(shift)))
+        both = tl.join(lo.to(tl.bfloat16), hi.to(tl.bfloat16))
+        at = 2 * pair[:, None] + tl.arange(0, 2)[None, :]
+        tl.store(xp_ptr + row * KX + at, both, mask=at < KX)
+
+
+@triton.jit(do_not_specialize=["TOP_K"])
+def narrow_combine_kernel(y_ptr, live_ptr, out_ptr, N, TOP_K, som, BN: tl.constexpr, PDL: tl.constexpr):
+    """out[t] = sum over j in order of y[t * TOP_K + j], slots that no expert computed left out. y FP32 [slots, N]."""
+    pieces = (N + BN - 1) // BN
+    t = (tl.program_id(0) // pieces).to(tl.int64)
+    n = tl.program_id(0) % pieces * BN + tl.arange(0, BN)
+    if PDL:
+        gdc_wait()
+    acc = tl.zeros([BN], tl.float32)
+    for j in range(TOP_K):
+        live = tl.load(live_ptr + t * TOP_K + j) > 0
+        acc += tl.load(y_ptr + (t * TOP_K + j) * N + n, mask=(n < N) & live, other=0.0)
+    tl.store(out_ptr + t * som + n, acc.to(out_ptr.dtype.element_ty), mask=n < N)

@@ -1,0 +1,134 @@
+"""What is fixed when the Hopper kernel for narrow weights is compiled, and the shared memory and workspace that follow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ....arch import Arch
+from ....problem import Config, Problem
+
+KINDS = {"dense": 0, "offsets": 1, "masked": 2, "routed": 3}
+PAIR_IDS = {"": 0, "halves": 1, "interleaved": 2}
+ACT_IDS = {"": 0, "swiglu": 1, "swiglu_oai": 2}
+TOKENS = (8, 16, 32, 64)
+ROWS = 64                    # weight rows of a packed tile
+CHUNK = 128                  # of K
+TABLE_HEAD = 16              # int32 in front of the expert table: [0] is the number of its entries
+MAX_CTAS = 1024
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Static:
+    """What the device code is compiled for; its fields are read by `narrow_device.py`."""
+
+    E4M3: bool               # weights E4M3, else E2M1
+    BT: int                  # token columns
+    ROWS: int                # weight rows of a tile, 64 or 128
+    CH: int                  # chunks of 128 of K a ring stage
+    STAGES: int
+    EVEN: bool               # chunks are a multiple of CH, and tiles of 64 rows fill those of ROWS
+    SLOTS: bool              # positions are mapped to slots, else they are slots
+    FACTOR: bool             # weight rows have factors
+    XFACTOR: bool            # rows of A have factors
+    PAIR: int
+    ACT: int
+    ALPHA: float
+    LIMIT: float
+    BIAS: bool
+    WEIGHT: bool             # routing weights
+    PDL: bool
+    KEEP: bool               # output stays in L2
+    WIDE: bool               # 16 bytes a store, through shared memory
+
+    @property
+    def CW(self) -> int:
+        """Tiles of 64 x 64 bytes a stage."""
+        return self.CH * (2 if self.E4M3 else 1)
+
+    @property
+    def KT(self) -> int:
+        """K that such a tile holds."""
+        return self.CH * CHUNK // self.CW
+
+
+@dataclass(frozen=True)
+class PrepStatic:
+    """What `narrow_prep_kernel` is compiled for."""
+
+    KIND: int
+    BT: int
+    GROUPS: int              # a power of two, no less than the groups
+    XKIND: int               # 0: floats, 1: E4M3, 2: E2M1
+    GROUP: int               # of K, that share a scale of A
+    BLOCK: int               # entries of a block (routed), a power of two no less
+    LIVE: bool               # marks slots that an expert computes
+    BK: int
+    PDL: bool
+
+
+def extra(config: Config, name: str, default: int = 0) -> int:
+    return next((v for k, v in config.extra if k == name), default)
+
+
+def chunks_of(problem: Problem) -> int:
+    return -(-problem.k // CHUNK)
+
+
+def stage_bytes(problem: Problem, config: Config) -> int:
+    """A ring stage: weights, their scales, tokens."""
+    ch = config.block_k // CHUNK
+    row = (CHUNK if problem.b.format.element == "e4m3" else CHUNK // 2) + 4
+    return ch * (config.block_n * row + config.block_m * CHUNK * 2)
+
+
+def smem_bytes(problem: Problem, config: Config) -> int:
+    """Shared memory of a CTA; never less than the compiler's figure."""
+    itemsize = 4 if problem.epilogue.combine else ITEMSIZE[problem.out_dtype]
+    turn = config.block_n * config.block_m * itemsize if extra(config, "wide") else 0
+    return config.num_stages * stage_bytes(problem, config) + turn + 512
+
+
+def smem_budget(config: Config, arch: Arch) -> int:
+    """What one of the CTAs on an SM may use; each costs 1 KB on top."""
+    ctas = extra(config, "ctas", 1)
+    return min(arch.smem, (arch.smem + 1024) // ctas - 1024)
+
+
+def registers(config: Config) -> int:
+    """Registers a thread that let the CTAs of one SM be resident together."""
+    return min(255, 65536 // (extra(config, "ctas", 1) * config.num_warps * 32) // 8 * 8)
+
+
+def rows_expected(problem: Problem) -> int:
+    """Rows of an expert that has rows."""
+    return max(1, problem.m if problem.layout == "dense" else problem.rows)
+
+
+def entries_at_most(problem_layout: str, slots: int, groups: int, tokens: int) -> int:
+    """Entries of the expert table: (expert, at most `tokens` rows)."""
+    if problem_layout == "dense":
+        return -(-slots // tokens)
+    if problem_layout == "masked":
+        return groups * -(-slots // tokens)
+    return slots // tokens + (min(groups, slots) if problem_layout == "offsets" else slots)
+
+
+def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
+    """Why `config` can't run the problem, or None."""
+    if config.block_m not in TOKENS or config.block_n not in (ROWS, 2 * ROWS):
+        return f"tile {config.block_m} x {config.block_n}, expected {TOKENS} token columns x {ROWS} or {2 * ROWS} weight rows"
+    if config.block_k not in (256, 512) or config.num_warps != config.block_n // 16 or not config.swap_ab or not config.persistent:
+        return "expected block_k 256 or 512, a warp for 16 rows, swap_ab and persistent"
+    ctas = extra(config, "ctas", 1)
+    if not 1 <= ctas <= 6:
+        return f"ctas={ctas}, expected 1 to 6 on an SM"
+    if config.num_stages < 2 or smem_bytes(problem, config) > smem_budget(config, arch):
+        return f"{config.num_stages} stages take {smem_bytes(problem, config)} bytes of shared memory; expected 2 or more that fit"
+    units = -(-problem.k // config.block_k) * -(-problem.n // config.block_n)
+    if units < config.num_stages - 1:
+        return f"{config.num_stages} stages for {units} steps of one expert"
+    need = config.block_m // 2 * (2 if config.block_m > 16 else 1) + 72
+    if need > registers(config):
+        return f"{config.block_m} token columns take about {need} registers, {registers(config)} there"
+    return None

@@ -1,0 +1,114 @@
+"""Portable GEMM with MXFP8 and MXFP4 weights, dense and grouped, by `tl.dot_scaled`: one Triton source for every GPU.
+
+BF16, MXFP8 or MXFP4 activations. The scaled matrix instruction on CDNA4 and Blackwell; elsewhere the compiler converts to BF16
+in front of the product, which on Hopper runs at an eighth of the read bandwidth for few rows: prepack there.
+Device code: `mx_device.py`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ...arch import Arch
+from ...problem import Config, Problem, Step
+from .. import launching
+from ..launching import Launch
+from ..operands import Operands
+from . import common
+
+NAME = "triton.mx"
+BACKEND = "triton"
+LAYOUT_IDS = {"dense": 0, "contiguous": 1, "offsets": 2, "psum": 3, "masked": 4}
+A_KINDS = ("bf16", "e4m3", "e2m1")
+B_KINDS = ("e4m3", "e2m1")
+# of the BF16 rate on 128x128 tiles; of the read bandwidth where weights are the traffic
+EFFICIENCY, STREAMING = 0.3, 0.15
+TILES = ((16, 128, 4, 3), (32, 128, 8, 3), (64, 128, 8, 3), (128, 128, 8, 3), (64, 64, 4, 2), (16, 64, 4, 2))
+
+
+def supports(problem: Problem, arch: Arch) -> str | None:
+    a, b = problem.a, problem.b
+    if problem.op not in ("gemm", "grouped_gemm") or problem.layout not in LAYOUT_IDS:
+        return f"computes gemm and grouped_gemm, not {problem.op} with layout {problem.layout}"
+    if arch.vendor == "cpu" or (arch.vendor == "nvidia" and arch.capability < 89):
+        return f"runs on GPUs with FP8 conversions, not {arch.target}"
+    if b.format.element not in B_KINDS or b.format.group != (1, 32) or b.scale_dtype != "e8m0":
+        return f"takes MXFP8 and MXFP4 weights, not {b.format.name}"
+    if a.format.element not in A_KINDS or (a.format.scaled and (a.format.group != (1, 32) or a.scale_dtype != "e8m0")):
+        return f"takes BF16, MXFP8 and MXFP4 activations, not {a.format.name}"
+    if arch.target == "gfx942" and a.format.element != "bf16":
+        return "gfx942 has no scaled product of two narrow operands"
+    if a.prepack or b.prepack:
+        return "takes plain operands, not prepacked ones"
+    if a.major != "k" or b.major != "k":
+        return "needs both operands K-major"
+    if not problem.epilogue.plain or problem.gather:
+        return "has no fused gather and no epilogue beyond the sum"
+    return None
+
+
+def smem_bytes(problem: Problem, config: Config) -> int:
+    """Upper bound: the pipelined loads, and the BF16 copies where the compiler converts."""
+    narrow = config.block_m * problem.a.format.elem.bits + config.block_n * problem.b.format.elem.bits
+    ring = config.num_stages * (narrow * config.block_k // 8 + (config.block_m + config.block_n) * config.block_k // 32)
+    return ring + 2 * (config.block_m + config.block_n) * config.block_k + 4096
+
+
+def configs(problem: Problem, arch: Arch) -> list[Config]:
+    rows = max(1, problem.rows)
+    near = [t for t in TILES if t[0] <= max(16, 4 * rows)]
+    out = [Config(bm, bn, 128, w, s if arch.vendor == "nvidia" else 2, persistent=True) for bm, bn, w, s in near]
+    return [c for c in out if smem_bytes(problem, c) <= arch.smem]
+
+
+def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
+    if config.block_k != 128 or config.split_k != 1 or config.swap_ab or not config.persistent:
+        return "expected block_k=128 and persistent, without split_k and swap_ab"
+    if config.block_m not in (16, 32, 64, 128) or config.block_n not in (32, 64, 128):
+        return f"block_m={config.block_m}, block_n={config.block_n}, expected powers of two up to 128"
+    if smem_bytes(problem, config) > arch.smem:
+        return f"needs {smem_bytes(problem, config)} bytes of shared memory, the device has {arch.smem}"
+    return None
+
+
+def workspace(problem: Problem, config: Config) -> int:
+    return 0
+
+
+def estimate(problem: Problem, config: Config, arch: Arch) -> float:
+    """Seconds: the slower of padded tiles at a share of the BF16 rate and the bytes at a share of the bandwidth."""
+    tiles = common.tiles(problem, config)
+    math = tiles * 2.0 * config.block_m * config.block_n * problem.k / (arch.bf16_flops * EFFICIENCY)
+    return common.LAUNCH_SECONDS + max(math, problem.bytes / (arch.bandwidth * STREAMING))
+
+
+def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
+    launching.launch(launches, step, problem, operands, workspace)
+
+
+def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
+    from . import mx_device as device
+    from .fp8_block import device_programs
+
+    c = step.config
+    a, b, out, sa, sb = x.a.data, x.b.data, x.out, x.a.scale, x.b.scale
+    assert sb is not None
+    masked = problem.layout == "masked"
+    if masked:
+        slots = x.groups * -(-x.m // c.block_m)
+    elif problem.layout in ("offsets", "psum"):
+        slots = x.m // c.block_m + x.groups
+    else:
+        slots = -(-x.m // c.block_m)
+    programs = min(slots * -(-x.n // c.block_n), problem.max_sms or device_programs(out, c))
+    sag, sam, sak = (0, 0, 0) if sa is None else (sa.stride(0) if masked else 0, sa.stride(-2), sa.stride(-1))
+    return [Launch(
+        device.mx_kernel, (programs,),
+        (a, b, out, sb if sa is None else sa, sb, x.index if x.index is not None else sb, x.m, x.n, x.k, x.groups, slots,
+         x.alignment, a.stride(0) if masked else 0, a.stride(-2), b.stride(0) if b.dim() == 3 else 0, b.stride(-2),
+         out.stride(0) if masked else 0, out.stride(-2), sag, sam, sak, sb.stride(0) if sb.dim() == 3 else 0, sb.stride(-2),
+         sb.stride(-1)),
+        dict(LAYOUT=LAYOUT_IDS[problem.layout], A_KIND=problem.a.format.element, B_KIND=problem.b.format.element, BM=c.block_m,
+             BN=c.block_n, BK=128, GROUP_M=c.group_m, EVEN_K=x.k % 128 == 0, EVEN_N=x.n % c.block_n == 0,
+             ACCUMULATE=problem.accumulate, ZERO=problem.zero_padding, WIDE=problem.wide, num_warps=c.num_warps,
+             num_stages=c.num_stages))]

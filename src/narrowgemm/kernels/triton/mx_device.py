@@ -1,0 +1,174 @@
+"""Device code of the portable GEMM with MX weights: dense, contiguous, psum, offsets, masked.
+
+    out[m, n] (+)= sum over K blocks of dot_scaled(A[m, kb], W[g, n, kb])        scales E8M0, one for 32 of K
+
+`tl.dot_scaled` is the scaled matrix instruction where there is one (CDNA4, Blackwell), and a conversion in front of a BF16
+product elsewhere. Tiles and their groups are found as in `fp8_block_device`.
+"""
+
+import triton
+import triton.language as tl
+
+from .fp8_block_device import (
+    CONTIGUOUS,
+    DENSE,
+    MASKED,
+    OFFSETS,
+    PSUM,
+    find_masked,
+    find_segment,
+    masked_slots,
+    segment_start,
+    store_tile,
+    swizzle,
+)
+
+
+@triton.jit
+def load_payload(ptrs, k, K, E2M1: tl.constexpr, EVEN_K: tl.constexpr, AXIS: tl.constexpr):
+    """A tile's payload, its K axis (`AXIS`) masked; E2M1 two a byte."""
+    if EVEN_K:
+        return tl.load(ptrs)
+    else:
+        left = (K + 1) // 2 - k if E2M1 else K - k
+        zero: tl.constexpr = 0 if E2M1 else 0.0
+        if AXIS == 1:
+            return tl.load(ptrs, mask=(tl.arange(0, ptrs.shape[1]) < left)[None, :], other=zero)
+        else:
+            return tl.load(ptrs, mask=(tl.arange(0, ptrs.shape[0]) < left)[:, None], other=zero)
+
+
+@triton.jit
+def load_fields(ptrs, kb, K, EVEN_K: tl.constexpr, SF: tl.constexpr):
+    """Scale codes [rows, SF]; 127 (one) past the end of K."""
+    if EVEN_K:
+        return tl.load(ptrs)
+    else:
+        return tl.load(ptrs, mask=(kb * SF + tl.arange(0, SF) < (K + 31) // 32)[None, :], other=127)
+
+
+@triton.jit
+def mx_tile_sum(a_ptr, b_ptr, sa_ptr, sb_ptr, m_off, n_off, K, stride_am, stride_bn, stride_sam, stride_sak, stride_sbn, stride_sbk,
+                A_KIND: tl.constexpr, B_KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                EVEN_K: tl.constexpr, WIDE: tl.constexpr):
+    """FP32 [BM, BN]. Row offsets are inside the tile's bases and never out of bounds; K is contiguous on both sides."""
+    A4: tl.constexpr = A_KIND == "e2m1"
+    B4: tl.constexpr = B_KIND == "e2m1"
+    AK: tl.constexpr = BK // 2 if A4 else BK
+    BKB: tl.constexpr = BK // 2 if B4 else BK
+    SF: tl.constexpr = BK // 32
+    if WIDE:
+        m_off = m_off.to(tl.int64)
+        n_off = n_off.to(tl.int64)
+    ka = tl.arange(0, AK)
+    kw = tl.arange(0, BKB)
+    ks = tl.arange(0, SF)
+    a_ptrs = a_ptr + (m_off[:, None] * stride_am + ka[None, :])
+    b_ptrs = b_ptr + (kw[:, None] + n_off[None, :] * stride_bn)
+    sa_ptrs = sa_ptr + (m_off[:, None] * stride_sam + ks[None, :] * stride_sak)
+    sb_ptrs = sb_ptr + (n_off[:, None] * stride_sbn + ks[None, :] * stride_sbk)
+    acc = tl.zeros([BM, BN], tl.float32)
+    for kb in range(0, tl.cdiv(K, BK)):
+        a = load_payload(a_ptrs, kb * AK, K, A4, EVEN_K, 1)
+        b = load_payload(b_ptrs, kb * BKB, K, B4, EVEN_K, 0)
+        sb = load_fields(sb_ptrs, kb, K, EVEN_K, SF)
+        if A_KIND == "bf16":
+            acc = tl.dot_scaled(a, None, "bf16", b, sb, B_KIND, acc)
+        else:
+            sa = load_fields(sa_ptrs, kb, K, EVEN_K, SF)
+            acc = tl.dot_scaled(a, sa, A_KIND, b, sb, B_KIND, acc)
+        a_ptrs += AK
+        b_ptrs += BKB
+        sa_ptrs += SF * stride_sak
+        sb_ptrs += SF * stride_sbk
+    return acc
+
+
+@triton.jit
+def mx_tile(tile, slots, a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N, K, G, alignment, stride_ag, stride_am, stride_bg,
+            stride_bn, stride_og, stride_om, stride_sag, stride_sam, stride_sak, stride_sbg, stride_sbn, stride_sbk,
+            LAYOUT: tl.constexpr, A_KIND: tl.constexpr, B_KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+            GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, ACCUMULATE: tl.constexpr, ZERO: tl.constexpr,
+            WIDE: tl.constexpr):
+    """One tile, all layouts."""
+    slot, nb = swizzle(tile, slots, tl.cdiv(N, BN), GROUP_M)
+    m_arange = tl.arange(0, BM)
+    n0 = nb * BN
+    n_off = tl.arange(0, BN)
+    col_live = n_off < N - n0
+    n_load = n_off if EVEN_N else tl.minimum(n_off, N - 1 - n0)
+    # ---- which rows, which group
+    g = 0
+    if LAYOUT == MASKED:
+        g, row = find_masked(slot, index_ptr, G, M, BM)
+        row0 = row.to(tl.int64)
+        extent = tl.minimum(tl.load(index_ptr + g).to(tl.int32), M) - row
+        valid = extent
+        a_ptr += g.to(tl.int64) * stride_ag
+        sa_ptr += g.to(tl.int64) * stride_sag
+        out_ptr += g.to(tl.int64) * stride_og
+    elif LAYOUT == OFFSETS or LAYOUT == PSUM:
+        g, row0 = find_segment(slot, index_ptr, G, M, alignment, BM, LAYOUT)
+        if LAYOUT == OFFSETS:
+            extent = (segment_start(index_ptr, g + 1, G, M, alignment, LAYOUT) - row0).to(tl.int32)
+            valid = extent
+        else:
+            last = tl.where(g == G - 1, M, segment_start(index_ptr, g + 1, G, M, alignment, LAYOUT))
+            stop = tl.load(index_ptr + tl.maximum(g, 0)).to(tl.int64)
+            extent = (last - row0).to(tl.int32)
+            valid = tl.minimum((tl.minimum(stop, M) - row0).to(tl.int32), extent)
+        extent = tl.where(g < 0, 0, extent)
+        valid = tl.where(g < 0, 0, valid)
+        g = tl.maximum(g, 0)
+    else:
+        row0 = slot.to(tl.int64) * BM
+        extent = (M - row0).to(tl.int32)
+        valid = extent
+    if extent > 0:
+        m_load = tl.minimum(m_arange, tl.minimum(extent, (M - row0).to(tl.int32)) - 1)
+        a_ptr += row0 * stride_am
+        sa_ptr += row0 * stride_sam
+        out_ptr += row0 * stride_om + n0
+        b_ptr += n0.to(tl.int64) * stride_bn
+        sb_ptr += n0.to(tl.int64) * stride_sbn
+        if LAYOUT == CONTIGUOUS:
+            ids = tl.load(index_ptr + row0 + m_arange, mask=m_arange < extent, other=-1)
+            real = (ids >= 0) & (ids < G)
+            if ZERO:
+                zeros = tl.zeros([BM, BN], tl.float32)
+                store_tile(out_ptr, zeros, m_arange, n_off, (m_arange < extent) & ~real, col_live, stride_om, False, False, WIDE)
+            gid = tl.min(tl.where(real, ids, G))
+            while gid < G:
+                acc = mx_tile_sum(a_ptr, b_ptr + gid.to(tl.int64) * stride_bg, sa_ptr, sb_ptr + gid.to(tl.int64) * stride_sbg, m_load,
+                                  n_load, K, stride_am, stride_bn, stride_sam, stride_sak, stride_sbn, stride_sbk, A_KIND, B_KIND,
+                                  BM, BN, BK, EVEN_K, WIDE)
+                store_tile(out_ptr, acc, m_arange, n_off, ids == gid, col_live, stride_om, ACCUMULATE, False, WIDE)
+                gid = tl.min(tl.where(real & (ids > gid), ids, G))
+        else:
+            if valid > 0:
+                if LAYOUT != DENSE:
+                    b_ptr += g.to(tl.int64) * stride_bg
+                    sb_ptr += g.to(tl.int64) * stride_sbg
+                acc = mx_tile_sum(a_ptr, b_ptr, sa_ptr, sb_ptr, m_load, n_load, K, stride_am, stride_bn, stride_sam, stride_sak,
+                                  stride_sbn, stride_sbk, A_KIND, B_KIND, BM, BN, BK, EVEN_K, WIDE)
+                store_tile(out_ptr, acc, m_arange, n_off, m_arange < valid, col_live, stride_om, ACCUMULATE, False, WIDE)
+            if LAYOUT == PSUM and ZERO:
+                if extent > valid and valid < BM:
+                    zeros = tl.zeros([BM, BN], tl.float32)
+                    store_tile(out_ptr, zeros, m_arange, n_off, (m_arange >= valid) & (m_arange < extent), col_live, stride_om, False,
+                               False, WIDE)
+
+
+@triton.jit(do_not_specialize=["M", "G", "slots", "alignment"])
+def mx_kernel(a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N, K, G, slots, alignment, stride_ag, stride_am, stride_bg,
+              stride_bn, stride_og, stride_om, stride_sag, stride_sam, stride_sak, stride_sbg, stride_sbn, stride_sbk,
+              LAYOUT: tl.constexpr, A_KIND: tl.constexpr, B_KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+              GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, ACCUMULATE: tl.constexpr, ZERO: tl.constexpr,
+              WIDE: tl.constexpr):
+    """A grid of programs that take tiles in turn. `slots`: tiles of M where the host knows them (not masked)."""
+    if LAYOUT == MASKED:
+        slots = masked_slots(index_ptr, G, M, BM)
+    for tile in range(tl.program_id(0), slots * tl.cdiv(N, BN), tl.num_programs(0)):
+        mx_tile(tile, slots, a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N, K, G, alignment, stride_ag, stride_am, stride_bg,
+                stride_bn, stride_og, stride_om, stride_sag, stride_sam, stride_sak, stride_sbg, stride_sbn, stride_sbk, LAYOUT,
+                A_KIND, B_KIND, BM, BN, BK, GROUP_M, EVEN_K, EVEN_N, ACCUMULATE, ZERO, WIDE)

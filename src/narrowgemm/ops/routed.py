@@ -1,0 +1,273 @@
+"""`routed_gemm`: each slot's token times its expert, with what an expert layer does around it; products with packed weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..arch import detect
+from ..errors import Unsupported, expect
+from ..formats import ScaledTensor, dtype_name
+from ..kernels.operands import Operands
+from ..layouts import Layout, Masked, Offsets, Routed, check_index
+from ..prepack import PackedWeight
+from ..problem import Config, Epilogue, Operand, Plan, Problem, bucket
+from ..reference.routed import ALPHA, LIMIT
+from ..runtime import dispatch
+from ..runtime.launch import run
+from . import common, validate_data
+from .common import Options
+
+_plans = common.PlanCache()
+
+
+@dataclass(slots=True, eq=False)
+class Slots:
+    """What `routed_gemm` has beside A, B and out, as `kernels.operands.Operands` names it. -1: as many as A has rows."""
+
+    slots: Tensor | None
+    num_slots: int
+    top_k: int
+    positions: int
+    experts: Tensor | None = None
+    posted: Tensor | None = None
+    block_m: int = 1
+    bias: Tensor | None = None
+    weight: Tensor | None = None
+
+
+ACTIVATIONS = ("swiglu", "swiglu_oai")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def routed_gemm(a: ScaledTensor | Tensor, b: PackedWeight | ScaledTensor | Tensor, layout: Routed | Offsets, *,
+                row_map: Tensor | None = None, top_k: int | None = None, a_div: int | None = None, bias: Tensor | None = None,
+                activation: str | None = None, alpha: float = ALPHA, limit: float = LIMIT, interleaved: bool = False,
+                routing_weight: Tensor | None = None, combine: bool = False, out: Tensor | None = None,
+                out_dtype: torch.dtype | None = None, zero_padding: bool = False, backend: str | None = None,
+                config: Config | None = None, max_sms: int = 0, validate: str | None = None,
+                on_unsupported: str = "portable", workspace: Tensor | None = None) -> Tensor:
+    """`out[slot] = routing_weight[slot] * activation(A[slot // a_div] . B[expert of slot]^T + bias[expert])`, in one call.
+
+    a: `[rows, K]`, BF16 / FP16 / FP32 or a ScaledTensor with scales of its rows. b: `[E, N, K]`, packed (`prepack`), or as it is.
+    layout: `Routed` (which brings its `top_k` and `a_div`), or `Offsets` over positions, with
+    row_map: int32 `[R]`, the slot of each position (`Routing.row_map`); None: position r is slot r. The slots are then [0, R).
+    top_k, a_div: of the slots, for Offsets (default 1): a token's slots are `token * top_k + j`, row of A = slot // a_div.
+    bias: `[E, N]` FP32 / BF16 / FP16, in the order of the rows that `prepack` was given, added to the sum once.
+    activation: 'swiglu' (silu(gate) * up) or 'swiglu_oai' (GPT-OSS: gate at most `limit`, up within +-`limit`,
+        gate * sigmoid(alpha * gate) * (up + 1)); the output has N/2 columns. Gate and up lie as the packed weight's `pair` says,
+        else interleaved=True: alternating; False: [gate; up].
+    routing_weight: FP32, one a slot (`[T, top_k]` too). combine: sum a token's `top_k` slots in FP32, in order of j.
+    out: `[slots, N or N/2]`, combine: `[slots / top_k, ...]`, BF16 / FP16 / FP32; allocated with `out_dtype` (BF16) if None.
+    zero_padding: rows of slots that no expert computes are written as zero; else they are not written. combine counts them as 0.
+    Other arguments, and errors, as in `gemm`. Experts out of range skip their block, slots out of range are left out.
+
+    Contract: aiter's grouped_gemm_mxfp8 and vLLM's fused-MoE kernels (routed), FlyDSL's A16W4 stage 2 (bias, weight, combine).
+    """
+    a = common.as_operand(a, "a")
+    b = b if isinstance(b, PackedWeight) else common.as_operand(b, "b")
+    expect(isinstance(layout, Routed | Offsets), "layout", type(layout).__name__, "Routed or Offsets", error=TypeError)
+    expect(not torch.compiler.is_compiling(), "routed_gemm", "a trace", "an eager call: torch.compile is not supported yet")
+    dtype = common.out_dtype_of(out, out_dtype, torch.bfloat16)
+    common.check_config(config)
+    s = slots_of(layout, row_map, top_k, bias, routing_weight)
+    a_div = layout.a_div if isinstance(layout, Routed) else 1 if a_div is None else a_div
+    epilogue = epilogue_of(b, bias, activation, alpha, limit, interleaved, routing_weight, combine)
+    index = layout.index
+    key = (*signature(a, b, out), dtype, backend, config, max_sms, validate, on_unsupported, layout.kind, a_div, epilogue,
+           zero_padding, s.num_slots, s.top_k, s.positions, s.block_m,
+           *(_like(x) for x in (index, s.slots, s.experts, s.posted, s.bias, s.weight)))
+    known = _plans.find(key)
+    if known is None:
+        plan = _routed_plan(a, b, layout, s, out, dtype, a_div, epilogue,
+                            Options(backend, config, max_sms, validate, on_unsupported))
+        known = _plans.add(key, plan, common.empty(out_shape(b, s, epilogue), dtype, a.device), validate)
+    plan, memo, empty, sync = known
+    if s.num_slots < 0:     # positions are slots, and rows of A
+        s.num_slots = s.positions = a.shape[0]
+    if sync and isinstance(layout, Offsets):
+        validate_data.check_layout(layout, s.positions, groups_of(b))
+    if out is None:
+        out = empty.make()
+    if plan is not None:
+        if zero_padding and not combine:
+            out.zero_()
+        packed, factor = (b, b.factor) if isinstance(b, PackedWeight) else (None, None)
+        run(plan, Operands(a, _plain(b), out, s.num_slots, b.shape[-2], a.shape[-1], groups_of(b), index, packed=packed,
+                           factor=factor, slots=s.slots, experts=s.experts, posted=s.posted, bias=s.bias, weight=s.weight,
+                           num_slots=s.num_slots, positions=s.positions, top_k=s.top_k, block_m=s.block_m, memo=memo), workspace)
+    return out
+
+
+def packed_gemm(a: ScaledTensor | Tensor, b: PackedWeight, layout: Layout | None, out: Tensor | None, out_dtype: torch.dtype | None,
+                accumulate: bool, options: Options, workspace: Tensor | None) -> Tensor:
+    """`gemm` (layout None) and `grouped_gemm` (Offsets, Masked) with a packed weight; see there."""
+    a = common.as_operand(a, "a")
+    expect(not torch.compiler.is_compiling(), "a packed weight", "a trace", "an eager call: torch.compile is not supported yet")
+    dtype = common.out_dtype_of(out, out_dtype, torch.bfloat16)
+    common.check_config(options.config)
+    index = None if layout is None else layout.index
+    kind = "dense" if layout is None else layout.kind
+    hint = layout.expected_m if isinstance(layout, Masked) else 0
+    key = (*signature(a, b, out), dtype, accumulate, options, kind, _like(index), hint)
+    known = _plans.find(key)
+    if known is None:
+        known = _plans.add(key, packed_plan(a, b, layout, out, dtype, accumulate, options),
+                           common.empty((*a.shape[:-1], b.n), dtype, a.device), options.validate)
+    plan, memo, empty, sync = known
+    if sync and layout is not None:
+        validate_data.check_layout(layout, a.shape[-2], b.groups)
+    if out is None:
+        out = empty.make()
+    if plan is not None:
+        run(plan, Operands(a, _plain(b), out, a.shape[-2], b.n, b.k, b.groups, index, packed=b, factor=b.factor, memo=memo),
+            workspace)
+    return out
+
+
+# ---------------------------------------------------------------- what a call is
+def slots_of(layout: Routed | Offsets, row_map: Tensor | None, top_k: int | None, bias: Tensor | None,
+             weight: Tensor | None) -> Slots:
+    """The call's slots. Checks what its own arithmetic needs; the rest is checked once a signature."""
+    if weight is not None:
+        expect(isinstance(weight, Tensor), "routing_weight", type(weight).__name__, "a torch.Tensor", error=TypeError)
+        weight = weight.reshape(-1)
+    if isinstance(layout, Routed):
+        expect(row_map is None, "row_map of a Routed layout", "a tensor", "None: the layout has its slots")
+        expect(top_k in (None, layout.top_k), "top_k", top_k, f"the layout's, {layout.top_k}")
+        return Slots(layout.sorted_token_ids, layout.num_slots, layout.top_k, layout.sorted_token_ids.numel(), layout.expert_ids,
+                     layout.num_tokens_post_padded, layout.block_m, bias, weight)
+    top_k = 1 if top_k is None else top_k
+    expect(isinstance(top_k, int) and top_k >= 1, "top_k", top_k, "at least 1")
+    if row_map is None:
+        rows = -1 if weight is None else weight.numel()
+        return Slots(None, rows, top_k, rows, bias=bias, weight=weight)
+    check_index(row_map, "row_map", 1, (torch.int32,))
+    return Slots(row_map, row_map.numel(), top_k, row_map.numel(), bias=bias, weight=weight)
+
+
+def epilogue_of(b: PackedWeight | ScaledTensor, bias: Tensor | None, activation: str | None, alpha: float, limit: float,
+                interleaved: bool, weight: Tensor | None, combine: bool) -> Epilogue:
+    expect(activation in (None, *ACTIVATIONS), "activation", repr(activation), f"None or one of {ACTIVATIONS}")
+    pair = b.pair if isinstance(b, PackedWeight) else ""
+    args = (float(alpha), float(limit)) if activation == "swiglu_oai" else ()
+    return Epilogue(bias is not None, activation or "", args, bool(activation) and (pair == "interleaved" if pair else interleaved),
+                    weight is not None, combine)
+
+
+def out_shape(b: PackedWeight | ScaledTensor, s: Slots, epilogue: Epilogue) -> tuple[int, int]:
+    return (s.num_slots // s.top_k if epilogue.combine else s.num_slots, b.shape[-2] // (2 if epilogue.activation else 1))
+
+
+def groups_of(b: PackedWeight | ScaledTensor) -> int:
+    return b.groups if isinstance(b, PackedWeight) else b.shape[0]
+
+
+def _plain(b: PackedWeight | ScaledTensor) -> ScaledTensor:
+    return ScaledTensor(b.data, b.scale, b.format) if isinstance(b, PackedWeight) else b
+
+
+def _like(x: Tensor | None) -> tuple | None:
+    return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
+
+
+def signature(a: ScaledTensor, b: PackedWeight | ScaledTensor, out: Tensor | None) -> tuple:
+    if isinstance(b, ScaledTensor):
+        return common.signature(a, b, out)
+    return (a.format, _like(a.data), _like(a.scale), _like(out), b.format, b.shape, b.pair, b.prepack, _like(b.factor),
+            _like(b.data), _like(b.scale), common.env.choice())
+
+
+def _check_weights(b: PackedWeight | ScaledTensor, dims: int) -> None:
+    if isinstance(b, PackedWeight):
+        b.check()
+        expect(len(b.shape) == dims, "b, shape", b.shape, "[E, N, K]" if dims == 3 else "[N, K]")
+        expect(b.data.data_ptr() % 16 == 0 and b.scale.data_ptr() % 16 == 0, "b, alignment", "off 16 bytes", "on 16 bytes")
+    else:
+        common.check_operand(b, "b", "[E, N, K]", dims)
+
+
+def _operand(b: PackedWeight | ScaledTensor) -> Operand:
+    if isinstance(b, ScaledTensor):
+        return common.operand(b)
+    return Operand(b.format, "k", f"{b.prepack}:{b.pair}" if b.pair else b.prepack, "e8m0", "")
+
+
+def _routed_plan(a: ScaledTensor, b: PackedWeight | ScaledTensor, layout: Routed | Offsets, s: Slots, out: Tensor | None,
+                 dtype: torch.dtype, a_div: int, epilogue: Epilogue, options: Options) -> Plan | None:
+    options.check()
+    common.check_operand(a, "a", "[rows, K]", 2)
+    _check_weights(b, 3)
+    groups, n, k = groups_of(b), b.shape[-2], b.shape[-1]
+    expect(a.device == b.device, "b, device", b.device, f"a's, {a.device}")
+    expect(a.shape[-1] == k, "K of a", a.shape[-1], f"b's, {k}")
+    expect(a.format.group[0] in (0, 1), f"a's scale block {a.format.group}, rows", a.format.group[0], "1 or whole tensor")
+    layout.groups(groups)
+    expect(isinstance(a_div, int) and a_div >= 1, "a_div", a_div, "at least 1")
+    if s.slots is None and isinstance(layout, Offsets):     # positions are slots, and rows of A
+        expect(a_div == 1, "a_div without a row_map", a_div, "1: position r is row r of a")
+        expect(s.num_slots in (-1, a.shape[0]), "routing_weight, length", s.num_slots, f"one a row of a, {a.shape[0]}")
+        s.num_slots = s.positions = a.shape[0]
+    need = -(-s.num_slots // a_div)
+    expect(a.shape[0] >= need, "a, rows", a.shape[0], f"at least {need}, for {s.num_slots} slots with a_div = {a_div}")
+    expect(not epilogue.combine or s.num_slots % s.top_k == 0, "slots to combine", s.num_slots, f"a multiple of top_k = {s.top_k}")
+    expect(not epilogue.activation or n % 2 == 0, "N of gate and up", n, "an even number")
+    if s.bias is not None:
+        expect(isinstance(s.bias, Tensor), "bias", type(s.bias).__name__, "a torch.Tensor", error=TypeError)
+        expect(s.bias.dtype in FLOATS, "bias, dtype", s.bias.dtype, f"one of {FLOATS}", error=TypeError)
+        expect(tuple(s.bias.shape) == (groups, n) and s.bias.is_contiguous(), "bias, shape", tuple(s.bias.shape),
+               f"contiguous {(groups, n)}")
+    if s.weight is not None:
+        expect(s.weight.dtype == torch.float32, "routing_weight, dtype", s.weight.dtype, "float32", error=TypeError)
+        expect(s.weight.numel() == s.num_slots, "routing_weight, length", s.weight.numel(), f"one a slot, {s.num_slots}")
+    for name, x in (("layout", layout.index), ("row_map", s.slots), ("expert_ids", s.experts), ("num_tokens_post_padded", s.posted),
+                    ("bias", s.bias), ("routing_weight", s.weight)):
+        expect(x is None or x.device == a.device, f"{name}, device", None if x is None else x.device, f"the operands', {a.device}")
+    if isinstance(layout, Routed):
+        blocks = -(-s.positions // s.block_m)
+        expect(layout.expert_ids.numel() >= blocks, "expert_ids, length", layout.expert_ids.numel(), f"at least {blocks}")
+        expect(layout.num_tokens_post_padded.numel() >= 1, "num_tokens_post_padded, length", 0, "1")
+    shape = out_shape(b, s, epilogue)
+    common.check_out(out, shape, dtype, a.device, False)
+    if 0 in shape:
+        return None
+    expect(groups > 0, "groups of b", 0, "at least one")
+    problem = Problem("routed_gemm", layout.kind, bucket(s.num_slots), n, k, groups, common.operand(a), _operand(b),
+                      rows=bucket(max(1, -(-s.num_slots // groups))), out_dtype=dtype_name(dtype), epilogue=epilogue,
+                      gather=s.slots is not None, a_div=a_div, zero_padding=False, max_sms=options.max_sms)
+    return _select(problem, a, b, options)
+
+
+def packed_plan(a: ScaledTensor, b: PackedWeight, layout: Layout | None, out: Tensor | None, dtype: torch.dtype, accumulate: bool,
+                 options: Options) -> Plan | None:
+    options.check()
+    if layout is not None and not isinstance(layout, Offsets | Masked):
+        raise Unsupported(f"packed weights have no {layout.kind} layout", "use Offsets or Masked, or unpack(b)")
+    masked = isinstance(layout, Masked)
+    common.check_operand(a, "a", "[G, max_m, K]" if masked else "[M, K]", 3 if masked else 2)
+    _check_weights(b, 2 if layout is None else 3)
+    expect(a.device == b.device, "b, device", b.device, f"a's, {a.device}")
+    expect(a.shape[-1] == b.k, "K of b", f"{b.k} (b is {b.shape})", f"a's, {a.shape[-1]} (a is {tuple(a.shape)})")
+    expect(a.format.group[0] in (0, 1), f"a's scale block {a.format.group}, rows", a.format.group[0], "1 or whole tensor")
+    m = a.shape[-2]
+    if layout is not None:
+        layout.groups(b.groups)
+        expect(layout.index.device == a.device, f"{layout.kind} index, device", layout.index.device, f"the operands', {a.device}")
+    expect(not masked or a.shape[0] == b.groups, "groups of a", a.shape[0], f"b's, {b.groups}")
+    shape = (*a.shape[:-1], b.n)
+    common.check_out(out, shape, dtype, a.device, accumulate)
+    if 0 in shape:
+        return None
+    even = out is None or not masked or out.shape[0] == 1 or out.stride(0) == m * out.stride(1)
+    expect(even, "out, strides", None if out is None else out.stride(), "groups one behind the other, for a packed weight")
+    rows = m if layout is None else (layout.expected_m or m) if isinstance(layout, Masked) else -(-m // b.groups)
+    problem = Problem("gemm" if layout is None else "grouped_gemm", "dense" if layout is None else layout.kind, bucket(m), b.n, b.k,
+                      b.groups, common.operand(a), _operand(b), rows=bucket(max(1, min(rows, m))), out_dtype=dtype_name(dtype),
+                      accumulate=accumulate, max_sms=options.max_sms)
+    return _select(problem, a, b, options)
+
+
+def _select(problem: Problem, a: ScaledTensor, b: PackedWeight | ScaledTensor, options: Options) -> Plan:
+    return dispatch.select(problem, detect(a.device), options.backend, options.config, options.on_unsupported)

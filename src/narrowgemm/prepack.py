@@ -1,0 +1,335 @@
+"""`prepack`: narrow weights in the order in which the Hopper kernels' threads read them. A permutation, and reversible.
+
+A `PackedWeight` is opaque: `narrowgemm.gemm`, `grouped_gemm` and `routed_gemm` take it in place of a ScaledTensor, `unpack`
+gives back the ScaledTensor that it was made from, bit for bit. `PREPACK` is the order's id and version; a stored weight of
+another order is refused, never reinterpreted.
+
+The order `narrow_sm90/1`: rows in tiles of 64 (`NT`), K in chunks of 128 (`KC`), both padded with zeros. One thread of a
+warpgroup reads 16 bytes: one row, one block of 32 of K (E4M3: half a block).
+
+    data   uint8 [E, NT, KC, 64, 64]      E2M1, the bits of every 4 bytes permuted
+           uint8 [E, NT, KC, 2, 64, 64]   E4M3, likewise
+    scale  uint8 [E, NT, ceil(KC/2), 4 (warp), 8 (row), 4 (block of 32), 2 (chunk), 2 (row + 8)]: the exponent field of a BF16
+
+The element's bits are placed into BF16's exponent and mantissa, and one multiplication by a power of two gives the value:
+exact while a row's scales lie in a window of 134 (E2M1) or 132 (E4M3) powers of two that ends at 2^1 or 2^7. A row outside
+is shifted into it, and `factor` takes the shift back in FP32; a row with a NaN has NaN there. See `shifts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import Unsupported, expect
+from .formats import E8M0_NAN, MXFP4, MXFP8, Format, ScaledTensor, get_format
+from .scales import float_to_e8m0
+
+PREPACK = "narrow_sm90/1"
+PAIRS = ("", "halves", "interleaved")
+TILE, CHUNK, SLAB = 64, 128, 16
+CHUNK_BYTES = 1 << 26            # source bytes that are permuted at a time
+# exponent field of the factor for scale code 0, and the codes for which the product is exact in BF16
+BIAS = {"e2m1": 126, "e4m3": 120}
+WINDOW = {"e2m1": (-5, 128), "e4m3": (3, 134)}
+
+
+@dataclass(frozen=True, eq=False)
+class PackedWeight:
+    """Weights in the order `prepack`. `shape` is logical: `(E, N, K)` or `(N, K)`, as the weights came.
+
+    data, scale: see the module. factor: None, or FP32 `[E, NT * 64]`, what a packed row's sum is multiplied by.
+    codes: None, or the scales as they came, where `scale` can't give them back. pair: how gate and up rows lay in the weights
+    that came ('halves' or 'interleaved'; here they lie eight rows apart), or '' where rows are in their order.
+    """
+
+    data: Tensor
+    scale: Tensor
+    format: Format
+    shape: tuple[int, ...]
+    pair: str = ""
+    factor: Tensor | None = None
+    codes: Tensor | None = None
+    prepack: str = PREPACK
+
+    @property
+    def device(self) -> torch.device:
+        return self.data.device
+
+    @property
+    def groups(self) -> int:
+        return self.data.shape[0]
+
+    @property
+    def n(self) -> int:
+        return self.shape[-2]
+
+    @property
+    def k(self) -> int:
+        return self.shape[-1]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The tensors that there are, by name."""
+        found = {"data": self.data, "scale": self.scale, "factor": self.factor, "codes": self.codes}
+        return {k: v for k, v in found.items() if v is not None}
+
+    def to(self, device: torch.device | str) -> PackedWeight:
+        moved = {k: v.to(device) for k, v in self.tensors().items()}
+        return PackedWeight(format=self.format, shape=self.shape, pair=self.pair, prepack=self.prepack, **moved)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain tensors, strings and numbers: what `from_state_dict` takes, and `torch.save` with `weights_only` keeps."""
+        return {**self.tensors(), "format": self.format.name, "shape": list(self.shape), "pair": self.pair,
+                "prepack": self.prepack}
+
+    @staticmethod
+    def from_state_dict(state: Mapping[str, Any]) -> PackedWeight:
+        """The weight that `state_dict` described. ValueError for another order than this version's, or shapes that don't fit."""
+        missing = [k for k in ("data", "scale", "format", "shape", "pair", "prepack") if k not in state]
+        expect(not missing, "state of a packed weight, missing", missing, "data, scale, format, shape, pair, prepack")
+        expect(state["prepack"] == PREPACK, "prepack order", repr(state["prepack"]),
+               f"{PREPACK!r}: unpack with the version that packed it, and pack again")
+        out = PackedWeight(state["data"], state["scale"], get_format(state["format"]), tuple(state["shape"]), state["pair"],
+                           state.get("factor"), state.get("codes"))
+        out.check()
+        return out
+
+    def check(self) -> None:
+        """Shapes and dtypes agree with each other. ValueError or TypeError elsewhere."""
+        expect(self.prepack == PREPACK, "prepack order", repr(self.prepack), repr(PREPACK))
+        expect(self.pair in PAIRS, "pair", repr(self.pair), f"one of {PAIRS}")
+        expect(self.format.name in (MXFP4.name, MXFP8.name), "format of a packed weight", self.format.name, "mxfp4 or mxfp8")
+        groups = self.shape[0] if len(self.shape) == 3 else 1
+        tiles, chunks = tiles_of(self.n, self.pair), -(-self.k // CHUNK)
+        want = (groups, tiles, chunks, *((2,) if self.format.element == "e4m3" else ()), TILE, TILE)
+        expect(tuple(self.data.shape) == want, f"packed data of {self.shape}, shape", tuple(self.data.shape), str(want))
+        want = (groups, tiles, -(-chunks // 2), 4, 8, 4, 2, 2)
+        expect(tuple(self.scale.shape) == want, f"packed scale of {self.shape}, shape", tuple(self.scale.shape), str(want))
+        for name, x in self.tensors().items():
+            dtype = torch.float32 if name == "factor" else torch.uint8
+            expect(x.dtype == dtype, f"packed {name}, dtype", x.dtype, str(dtype), error=TypeError)
+            expect(x.device == self.device, f"packed {name}, device", x.device, f"the data's, {self.device}")
+            expect(x.is_contiguous(), f"packed {name}, strides", x.stride(), "contiguous")
+
+
+def prepack(weights: ScaledTensor, *, pair: str = "") -> PackedWeight:
+    """`weights` MXFP4 or MXFP8 (E4M3), `[E, N, K]` or `[N, K]`, for the Hopper kernels that expand them in registers.
+
+    pair: for gate_up weights whose activation is to be fused, how gate and up rows lie in `weights`: 'halves' ([gate; up]) or
+        'interleaved' (gate, up, gate, up, ... as GPT-OSS). N must then be even.
+
+    Works on any device, some experts at a time; reads the scales back once, so it is for load time. Raises TypeError or
+    ValueError for what is no such weight; Unsupported where one row's scales are further apart than BF16 can hold exactly (more
+    than 2^131): such weights stay as they are, and run on the reference.
+    """
+    expect(isinstance(weights, ScaledTensor), "weights", type(weights).__name__, "a ScaledTensor", error=TypeError)
+    fmt = weights.format
+    if fmt.name not in (MXFP4.name, MXFP8.name):
+        raise Unsupported(f"prepack takes mxfp4 and mxfp8 (E4M3), not {fmt.name}", "other formats are taken as they are")
+    expect(weights.data.dim() in (2, 3), "weights, shape", tuple(weights.shape), "[E, N, K] or [N, K]")
+    expect(pair in PAIRS, "pair", repr(pair), f"one of {PAIRS}")
+    *_, n, k = shape = tuple(weights.shape)
+    expect(n > 0 and k > 0, "weights, shape", shape, "no empty axis")
+    expect(pair == "" or n % 2 == 0, f"N of {pair} gate and up rows", n, "an even number")
+    assert weights.scale is not None
+    scale = weights.scale if weights.scale.dtype == torch.uint8 else float_to_e8m0(weights.scale)
+    data = weights.data.view(torch.uint8)
+    if len(shape) == 2:
+        data, scale = data.unsqueeze(0), scale.unsqueeze(0)
+    groups, tiles, chunks = data.shape[0], tiles_of(n, pair), -(-k // CHUNK)
+    order = row_order(n, pair).to(data.device)
+    halves = (2,) if fmt.element == "e4m3" else ()
+    packed = torch.empty((groups, tiles, chunks, *halves, TILE, TILE), dtype=torch.uint8, device=data.device)
+    fields = torch.empty((groups, tiles, -(-chunks // 2), 4, 8, 4, 2, 2), dtype=torch.uint8, device=data.device)
+    factor = torch.ones((groups, tiles * TILE), device=data.device)
+    step = max(1, CHUNK_BYTES // max(1, data[:1].numel()))
+    regular = torch.ones((), dtype=torch.bool, device=data.device)
+    exact = torch.ones((), dtype=torch.bool, device=data.device)
+    for e in range(0, groups, step):
+        d = _rows(data[e:e + step], order, -(-k // CHUNK) * CHUNK // fmt.elem.per_byte)
+        s = scale[e:e + step]
+        shift, fits = shifts(data[e:e + step], s, fmt)
+        exact &= fits.all()
+        plain = shift.nan_to_num(1.0).eq(0).all() & _in_window(s, fmt)
+        regular &= plain
+        factor[e:e + step] = torch.where(order >= 0, power_of_two(_take(shift, order)), 1.0)
+        packed[e:e + step] = _pack_data(d, fmt)
+        field = (s.to(torch.int16) - shift.nan_to_num(0.0).to(torch.int16).unsqueeze(-1) + BIAS[fmt.element]).clamp(0, 254)
+        fields[e:e + step] = _pack_scale(_rows(field.to(torch.uint8), order, 8 * fields.shape[2]))
+    if not bool(exact):
+        raise Unsupported(f"a row of these {fmt.name} weights has scales further apart than BF16 holds exactly",
+                          "use the weights as they are: they run on the reference")
+    if bool(regular):
+        return PackedWeight(packed, fields, fmt, shape, pair)
+    return PackedWeight(packed, fields, fmt, shape, pair, factor, scale.contiguous())
+
+
+def unpack(packed: PackedWeight) -> ScaledTensor:
+    """The weights that `packed` was made from, bit for bit (a scale that came as FP32 comes back as its E8M0 code)."""
+    expect(isinstance(packed, PackedWeight), "packed", type(packed).__name__, "a PackedWeight", error=TypeError)
+    packed.check()
+    fmt, n, k = packed.format, packed.n, packed.k
+    where = inverse_order(n, packed.pair).to(packed.device)
+    groups = packed.groups
+    data = torch.empty((groups, n, k // fmt.elem.per_byte), dtype=torch.uint8, device=packed.device)
+    step = max(1, CHUNK_BYTES // max(1, data[:1].numel()))
+    for e in range(0, groups, step):
+        data[e:e + step] = _unpack_data(packed.data[e:e + step], fmt)[:, where, :data.shape[-1]]
+    if packed.codes is not None:
+        scale = packed.codes
+    else:
+        fields = _unpack_scale(packed.scale)[:, where, :-(-k // 32)]
+        scale = (fields.to(torch.int16) - BIAS[fmt.element]).to(torch.uint8)
+    if len(packed.shape) == 2:
+        data, scale = data[0], scale[0] if scale.dim() == 3 else scale
+    return ScaledTensor(data.view(fmt.elem.dtype), scale, fmt)
+
+
+# ---------------------------------------------------------------- rows
+def tiles_of(n: int, pair: str = "") -> int:
+    """Tiles of 64 packed rows for N logical ones; paired: 32 features, gate and up."""
+    return -(-n // TILE)
+
+
+def row_order(n: int, pair: str = "") -> Tensor:
+    """int64 `[NT * 64]`: the logical row that each packed row holds, -1 for padding."""
+    packed = torch.arange(tiles_of(n, pair) * TILE)
+    if not pair:
+        return torch.where(packed < n, packed, -1)
+    feature = packed // SLAB * (SLAB // 2) + packed % (SLAB // 2)
+    up = packed % SLAB // (SLAB // 2)
+    row = up * (n // 2) + feature if pair == "halves" else 2 * feature + up
+    return torch.where(feature < n // 2, row, -1)
+
+
+def inverse_order(n: int, pair: str = "") -> Tensor:
+    """int64 `[N]`: the packed row that holds each logical row."""
+    order = row_order(n, pair)
+    out = torch.empty(n, dtype=torch.int64)
+    out[order[order >= 0]] = torch.arange(order.numel())[order >= 0]
+    return out
+
+
+def _take(x: Tensor, order: Tensor) -> Tensor:
+    """`x` `[E, N]` in packed rows; padding rows hold whatever row 0 holds."""
+    return x[:, order.clamp(min=0)]
+
+
+def _rows(x: Tensor, order: Tensor, columns: int) -> Tensor:
+    """`x` `[E, N, C]` bytes in packed rows and `columns` columns, zeros where there is nothing."""
+    out = torch.zeros((x.shape[0], order.numel(), columns), dtype=torch.uint8, device=x.device)
+    taken = x[:, order.clamp(min=0)]
+    out[..., :x.shape[-1]] = taken.masked_fill_((order < 0).view(1, -1, 1), 0)
+    return out
+
+
+# ---------------------------------------------------------------- scales
+def _in_window(scale: Tensor, fmt: Format) -> Tensor:
+    """Whether every code, of blocks of zeros too, has a field of its own that a BF16 power of two can be."""
+    return (scale.to(torch.int16) <= WINDOW[fmt.element][1]).all()
+
+
+def power_of_two(exponent: Tensor) -> Tensor:
+    """FP32 2^exponent for whole exponents in [-149, 127], NaN for NaN: from bits, since a device's pow may flush the small ones."""
+    e = exponent.nan_to_num(0.0).to(torch.int32)
+    bits = torch.where(e >= -126, (e + 127) << 23, 1 << (e + 149).clamp(0, 22))
+    return torch.where(exponent.isnan(), torch.nan, bits.view(torch.float32))
+
+
+def shifts(data: Tensor, scale: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """(shift FP32 `[E, N]`, fits bool `[E, N]`): what a row's codes are lowered by so that they lie in the window; NaN where the
+    row holds a NaN. `data` bytes `[E, N, C]`, `scale` codes `[E, N, S]`. Blocks of zeros count for nothing."""
+    low, high = WINDOW[fmt.element]
+    per_block = 32 // fmt.elem.per_byte
+    columns = scale.shape[-1] * per_block
+    padded = torch.nn.functional.pad(data, (0, columns - data.shape[-1]))
+    bits = padded & (0x77 if fmt.element == "e2m1" else 0x7F)
+    blocks = bits.view(*data.shape[:-1], scale.shape[-1], per_block).amax(-1)
+    codes = scale.to(torch.int16)
+    nan = (codes == E8M0_NAN).any(-1)
+    if fmt.element == "e4m3":
+        nan |= (blocks == 0x7F).any(-1)
+    live = (blocks > 0) & (codes != E8M0_NAN)
+    top = torch.where(live, codes, -1).amax(-1)
+    bottom = torch.where(live, codes, 255).amin(-1)
+    inside = (bottom >= low) & (top <= high) | (top < 0)
+    shift = torch.where(inside, 0, top - high)
+    fits = inside | (bottom - shift >= low)
+    return torch.where(nan, torch.nan, shift.float()), fits
+
+
+def _pack_scale(fields: Tensor) -> Tensor:
+    """`[E, NT * 64, 8 * KS]` fields to `[E, NT, KS, 4, 8, 4, 2, 2]`."""
+    x = fields.view(fields.shape[0], -1, 4, 2, 8, fields.shape[-1] // 8, 2, 4)       # E tile warp h g kb chunk block
+    return x.permute(0, 1, 5, 2, 4, 7, 6, 3)
+
+
+def _unpack_scale(scale: Tensor) -> Tensor:
+    x = scale.permute(0, 1, 3, 7, 4, 2, 6, 5)                                       # E tile warp h g kb chunk block
+    return x.reshape(scale.shape[0], -1, scale.shape[2] * 8)
+
+
+# ---------------------------------------------------------------- payload
+def _pack_data(rows: Tensor, fmt: Format) -> Tensor:
+    """Bytes `[E, NT * 64, C]` in the packed order. E2M1: `[E, NT, KC, 64, 64]`; E4M3: `[E, NT, KC, 2, 64, 64]`."""
+    groups, _, columns = rows.shape
+    words = rows.view(torch.int32)
+    if fmt.element == "e2m1":
+        x = _spread_e2m1(words).view(torch.uint8).view(groups, -1, TILE, columns // 64, 64)
+        return x.permute(0, 1, 3, 2, 4)
+    x = _spread_e4m3(words).view(torch.uint8).view(groups, -1, TILE, columns // 128, 4, 2, 16)
+    return x.permute(0, 1, 3, 5, 2, 4, 6).reshape(groups, -1, columns // 128, 2, TILE, TILE)
+
+
+def _unpack_data(packed: Tensor, fmt: Format) -> Tensor:
+    """Bytes `[E, NT * 64, C]` in the plain order."""
+    groups, tiles, chunks = packed.shape[:3]
+    if fmt.element == "e2m1":
+        x = packed.permute(0, 1, 3, 2, 4).reshape(groups, tiles * TILE, chunks * 64)
+        return _gather_e2m1(x.view(torch.int32)).view(torch.uint8)
+    x = packed.view(groups, tiles, chunks, 2, TILE, 4, 16).permute(0, 1, 4, 2, 5, 3, 6)
+    return _gather_e4m3(x.reshape(groups, tiles * TILE, chunks * 128).view(torch.int32)).view(torch.uint8)
+
+
+# E2M1: four codes share 16 bits; three of them are taken by a shift and one mask, with sign and magnitude where BF16 has its
+# sign, its two lowest exponent bits and its highest mantissa bit. The fourth gets the bits that are left.
+# (code, mask of its bits, left shift to its place)
+_E2M1 = ((0, 8, 12), (0, 7, 6), (1, 8, 9), (1, 7, 3), (2, 8, 6), (2, 7, 0), (3, 8, 11), (3, 6, 9), (3, 1, 13))
+# E4M3: two codes share 16 bits
+_E4M3 = ((0, 0x80, 8), (0, 0x7F, 4), (1, 0xF0, 7), (1, 0x0F, 0))
+
+
+def _spread_e2m1(words: Tensor) -> Tensor:
+    out = torch.zeros_like(words)
+    for half in (0, 1):
+        for code, mask, left in _E2M1:
+            out |= ((words >> (8 * code + 4 * half)) & mask) << (left + 16 * half)
+    return out
+
+
+def _gather_e2m1(words: Tensor) -> Tensor:
+    out = torch.zeros_like(words)
+    for half in (0, 1):
+        for code, mask, left in _E2M1:
+            out |= ((words >> (left + 16 * half)) & mask) << (8 * code + 4 * half)
+    return out
+
+
+def _spread_e4m3(words: Tensor) -> Tensor:
+    out = torch.zeros_like(words)
+    for half in (0, 1):
+        for code, mask, left in _E4M3:
+            out |= ((words >> (8 * half + 16 * code)) & mask) << (left + 16 * half)
+    return out
+
+
+def _gather_e4m3(words: Tensor) -> Tensor:
+    out = torch.zeros_like(words)
+    for half in (0, 1):
+        for code, mask, left in _E4M3:
+            out |= ((words >> (left + 16 * half)) & mask) << (8 * half + 16 * code)
+    return out

@@ -1,0 +1,50 @@
+"""The portable MX kernel: both gates, poison and guards, interpreted on the CPU and compiled on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+
+from narrowgemm.formats import BF16, MXFP4, MXFP8
+from narrowgemm.kernels.triton import mx
+from narrowgemm.problem import Config
+from narrowgemm.testing.cases import Case, build, get_suite
+
+PAIRS = ((BF16, MXFP4), (BF16, MXFP8), (MXFP8, MXFP8), (MXFP8, MXFP4), (MXFP4, MXFP4))
+FORMATS = [c for c in get_suite("cpu-formats") if (c.a, c.b) in PAIRS and c.layout == "dense"]
+UNEVEN = "uniform:0.7:1.3"
+MORE = [Case("mx", "dense", 1, 33, 200, 720, a=BF16, b=MXFP4), Case("mx", "dense", 1, 1, 128, 96, a=MXFP8, b=MXFP4),
+        Case("mx", "contiguous", 5, 33, 96, 160, sizes=UNEVEN, alignment=1, a=BF16, b=MXFP4),
+        Case("mx", "psum", 4, 40, 128, 128, sizes="empty:0.5", a=MXFP8, b=MXFP8),
+        Case("mx", "offsets", 8, 8, 128, 256, sizes="few:1", a=BF16, b=MXFP8),
+        Case("mx", "offsets", 4, 16, 128, 128, sizes="zero", a=BF16, b=MXFP4),
+        Case("mx", "masked", 3, 20, 136, 192, max_m=32, sizes=UNEVEN, a=MXFP4, b=MXFP4, out_dtype="fp32", accumulate=True)]
+
+
+@pytest.fixture(autouse=True)
+def _as_h200(device, monkeypatch):
+    """Interpreted kernels are chosen as on an H200."""
+    if device == "cpu":
+        monkeypatch.setenv("NARROWGEMM_ARCH", "h200")
+
+
+@pytest.mark.parametrize("case", [*FORMATS, *MORE], ids=lambda c: f"{c.suite}/{c.id}")
+def test_gates(case: Case, device: str) -> None:
+    inputs = build(case, device, seed=7)
+    plan = inputs.plan(backend="triton")
+    assert plan is None or plan.kernel == mx.NAME
+    inputs.verify(backend="triton")
+
+
+@pytest.mark.slow
+def test_every_tile_is_right(device: str) -> None:
+    inputs = build(Case("mx", "offsets", 3, 45, 144, 320, sizes=UNEVEN, a=BF16, b=MXFP4), device, seed=3)
+    for bm, bn, warps, stages in mx.TILES:
+        inputs.verify(backend="triton", config=Config(bm, bn, 128, warps, stages, persistent=True))
+
+
+def test_nan_scale_reaches_only_its_column(device: str) -> None:
+    inputs = build(Case("mx", "dense", 1, 20, 128, 256, a=BF16, b=MXFP4), device)
+    assert inputs.b.scale is not None
+    inputs.b.scale[7, 1] = 255
+    out = inputs.call(backend="triton")
+    assert bool(out[:, 7].isnan().all()) and int(out.isnan().sum()) == 20

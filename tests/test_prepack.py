@@ -1,0 +1,198 @@
+"""Prepacked weights: bits that come back, values that the kernels' bit tricks give, what is refused, what is stored."""
+
+from __future__ import annotations
+
+import io
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+
+from narrowgemm import MXFP4, MXFP8, FP8_128x128, PackedWeight, ScaledTensor, Unsupported, prepack, quantize, unpack
+from narrowgemm.formats import Format
+from narrowgemm.prepack import BIAS, PAIRS, PREPACK, _unpack_scale, row_order
+from narrowgemm.scales import e8m0_to_float
+
+SHAPES = ((3, 128, 256), (2, 100, 360), (64, 32), (1, 2, 32))
+
+
+def weights(shape: tuple[int, ...], fmt: Format, low: int = 100, high: int = 128, seed: int = 0) -> ScaledTensor:
+    """Random bits, no NaN among them; scale codes in [low, high)."""
+    g = torch.Generator().manual_seed(seed)
+    data = torch.randint(0, 256, (*shape[:-1], shape[-1] // fmt.elem.per_byte), dtype=torch.uint8, generator=g)
+    if fmt.element == "e4m3":
+        data[(data & 127) == 127] = 3
+    scale = torch.randint(low, high, fmt.scale_shape(shape), dtype=torch.uint8, generator=g)
+    return ScaledTensor(data.view(fmt.elem.dtype), scale, fmt)
+
+
+def same(x: ScaledTensor, y: ScaledTensor) -> bool:
+    assert x.scale is not None and y.scale is not None
+    return (x.format == y.format and x.shape == y.shape and torch.equal(x.data.view(torch.uint8), y.data.view(torch.uint8))
+            and torch.equal(x.scale, y.scale))
+
+
+def bf16(bits: Tensor) -> Tensor:
+    return (bits.to(torch.int32) << 16).view(torch.float32)
+
+
+def device_values(p: PackedWeight) -> Tensor:
+    """What the kernels expand `p` to, FP32 `[E, NT * 64, K]`, by the shifts, masks and product of `narrow_expand_device`, times the
+    row's factor: an independent reading of the order, element by element of a thread's 16 bytes."""
+    e4m3 = p.format.element == "e4m3"
+    groups, tiles, chunks = p.data.shape[:3]
+    words = p.data.reshape(groups, tiles, chunks, -1, 64, 4, 16).view(torch.int32).to(torch.int64) & 0xFFFFFFFF
+    if e4m3:
+        regs = [words & 0x87F087F0,
+                (words << 1) & 0x80008000 | (words >> 3) & 0x07000700 | (words << 4) & 0x00F000F0]
+    else:
+        regs = [words & 0x81C081C0, (words << 3) & 0x81C081C0, (words << 6) & 0x81C081C0,
+                (words << 1) & 0x80008000 | (words >> 3) & 0x01800180 | (words >> 7) & 0x00400040]
+    r = torch.stack(regs, -1)                                                    # E tile chunk sub row block word reg
+    both = torch.stack((r & 0xFFFF, (r >> 16) & 0xFFFF), -1)                     # ... reg half
+    fields = _unpack_scale(p.scale).reshape(groups, tiles, 64, -1, 4)[:, :, :, :chunks].permute(0, 1, 3, 2, 4)
+    scale = bf16(fields.to(torch.int32) << 7)[:, :, :, None, :, :, None, None, None]
+    placed = bf16(both) * scale                                                  # FP32 is exact where BF16 is
+    assert torch.equal(placed, placed.bfloat16().float()), "the product is not exact in BF16"
+    # half h of register r of a word holds which K of the block: inverse of prepack's spread
+    out = torch.empty(groups, tiles, chunks, 64, 4, 32)
+    for sub in range(2 if e4m3 else 1):
+        for word in range(4):
+            for reg in range(len(regs)):
+                for half in (0, 1):
+                    k = sub * 16 + word * 4 + reg * 2 + half if e4m3 else word * 8 + reg * 2 + half
+                    out[..., k] = placed[:, :, :, sub, :, :, word, reg, half]
+    values = out.permute(0, 1, 3, 2, 4, 5).reshape(groups, tiles * 64, chunks * 128)
+    return values if p.factor is None else values * p.factor.unsqueeze(-1)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("fmt", (MXFP4, MXFP8), ids=lambda f: f.name)
+def test_round_trip(fmt: Format, shape: tuple[int, ...], pair: str) -> None:
+    w = weights(shape, fmt)
+    p = prepack(w, pair=pair)
+    assert p.factor is None and p.shape == shape and p.prepack == PREPACK
+    assert same(unpack(p), w)
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("fmt", (MXFP4, MXFP8), ids=lambda f: f.name)
+def test_values_on_the_device(fmt: Format, pair: str) -> None:
+    w = weights((1, 100, 320), fmt)
+    p = prepack(w, pair=pair)
+    got, want = device_values(p), w.dequantize()
+    order = row_order(100, pair)
+    assert torch.equal(got[:, order >= 0][..., :320], want[:, order[order >= 0]])
+    assert not got[:, order < 0].any() and not got[..., 320:].any()
+
+
+@pytest.mark.parametrize("fmt", (MXFP4, MXFP8), ids=lambda f: f.name)
+def test_every_code_with_every_scale(fmt: Format) -> None:
+    """All codes of the element in one block each, a row for each of the 255 scale codes."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    if fmt.element == "e4m3":
+        codes[(codes & 127) == 127] = 0
+    data = codes.view(1, 1, 256).expand(1, 255, 256).contiguous()
+    k = 256 * fmt.elem.per_byte
+    scale = torch.arange(255, dtype=torch.uint8).view(1, 255, 1).expand(1, 255, k // 32).contiguous()
+    w = ScaledTensor(data.view(fmt.elem.dtype), scale, fmt)
+    p = prepack(w)
+    assert p.factor is not None
+    assert torch.equal(device_values(p)[:, :255].double(), w.dequantize(torch.float64).float().double())
+    assert same(unpack(p), w)
+
+
+@pytest.mark.parametrize("fmt", (MXFP4, MXFP8), ids=lambda f: f.name)
+def test_blocks_far_apart_in_a_row(fmt: Format) -> None:
+    w = weights((1, 64, 256), fmt, 127, 128)
+    assert w.scale is not None
+    w.scale[0, 0] = torch.tensor([254, 224, 194, 164, 134, 130, 127, 124], dtype=torch.uint8)
+    w.scale[0, 1] = torch.tensor([0, 2, 4, 30, 60, 90, 120, 127], dtype=torch.uint8)
+    p = prepack(w)
+    assert p.factor is not None and (p.factor != 1).any()
+    values = device_values(p)[:, :64].double()
+    exact = w.dequantize(torch.float64)
+    finite = exact.abs() < 3e38
+    assert torch.equal(values[finite], exact[finite])
+
+
+def test_nan_scales_and_payloads_make_the_row_nan() -> None:
+    w = weights((1, 64, 128), MXFP4)
+    assert w.scale is not None
+    w.scale[0, 5, 2] = 255
+    p = prepack(w)
+    assert p.factor is not None and p.factor.isnan().nonzero().tolist() == [[0, 5]]
+    assert same(unpack(p), w)
+    w8 = weights((1, 64, 128), MXFP8)
+    w8.data.view(torch.uint8)[0, 7, 100] = 0xFF
+    p8 = prepack(w8)
+    assert p8.factor is not None and p8.factor.isnan().nonzero().tolist() == [[0, 7]]
+    assert same(unpack(p8), w8)
+
+
+def test_blocks_of_zeros_need_no_window() -> None:
+    w = weights((1, 64, 128), MXFP4)
+    assert w.scale is not None
+    w.data[0, 3, :16] = 0x80
+    w.scale[0, 3, 0] = 250
+    p = prepack(w)
+    assert p.factor is not None and (p.factor == 1).all()
+    assert same(unpack(p), w)
+
+
+def test_scales_too_far_apart_are_refused() -> None:
+    w = weights((1, 64, 128), MXFP4)
+    assert w.scale is not None
+    w.scale[0, 3, :2] = torch.tensor([0, 254], dtype=torch.uint8)
+    w.data[0, 3] = 0x22
+    with pytest.raises(Unsupported, match="further apart"):
+        prepack(w)
+
+
+def test_float32_scales_come_back_as_codes() -> None:
+    w = quantize(torch.randn(64, 128), MXFP8)
+    assert w.scale is not None
+    f = ScaledTensor.make(w.data, e8m0_to_float(w.scale), MXFP8)
+    assert same(unpack(prepack(f)), w)
+
+
+def test_what_is_refused() -> None:
+    with pytest.raises(TypeError, match="ScaledTensor"):
+        prepack(torch.randn(64, 128))  # type: ignore[arg-type]
+    with pytest.raises(Unsupported, match="mxfp4 and mxfp8"):
+        prepack(quantize(torch.randn(128, 128), FP8_128x128))
+    with pytest.raises(ValueError, match="pair"):
+        prepack(weights((64, 128), MXFP4), pair="both")
+    with pytest.raises(ValueError, match="even"):
+        prepack(weights((63, 128), MXFP4), pair="halves")
+
+
+def test_state_survives_saving() -> None:
+    p = prepack(weights((2, 100, 320), MXFP4, 100, 150), pair="halves")
+    assert p.factor is not None and p.codes is not None
+    buffer = io.BytesIO()
+    torch.save(p.state_dict(), buffer)
+    buffer.seek(0)
+    back = PackedWeight.from_state_dict(torch.load(buffer, weights_only=True))
+    assert same(unpack(back), unpack(p)) and back.pair == p.pair
+    assert same(unpack(pickle.loads(pickle.dumps(p))), unpack(p))
+
+
+def test_another_order_is_never_reinterpreted() -> None:
+    state = prepack(weights((64, 128), MXFP4)).state_dict()
+    with pytest.raises(ValueError, match="prepack order"):
+        PackedWeight.from_state_dict({**state, "prepack": "narrow_sm90/0"})
+    with pytest.raises(ValueError, match="missing"):
+        PackedWeight.from_state_dict({k: v for k, v in state.items() if k != "pair"})
+    with pytest.raises(ValueError, match="shape"):
+        PackedWeight.from_state_dict({**state, "shape": [128, 128]})
+    with pytest.raises(TypeError, match="dtype"):
+        PackedWeight.from_state_dict({**state, "scale": state["scale"].to(torch.int32)})
+
+
+def test_bias_of_the_exponent_field() -> None:
+    """The smallest and largest code of the usual case are the fields that the multiplication is built on."""
+    w = weights((64, 128), MXFP4, 128, 129)
+    assert (_unpack_scale(prepack(w).scale)[..., :4] == BIAS["e2m1"] + 128).all()
