@@ -16,7 +16,7 @@ from narrowgemm.kernels.operands import Operands
 from .._compile import ROOT, TRITONS, with_triton
 
 CHECKS = [name.id for node in ast.parse((Path(__file__).parent / "launch_checks.py").read_text()).body
-          if isinstance(node, ast.Assign) and node.targets[0].id == "CHECKS" for name in node.value.elts]
+          if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "CHECKS" for name in node.value.elts]
 
 
 @pytest.fixture(scope="module", params=TRITONS)
