@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from ..formats import Format, ScaledTensor, get_format
 from ..layouts import Offsets
+from ..ops.activate import activate
 from ..ops.grouped import grouped_gemm
 from ..ops.quantize import quantize
 
@@ -22,12 +22,11 @@ def expert_mlp(gate_up: ScaledTensor | Tensor, down: ScaledTensor | Tensor, *, a
     """
     fmt = get_format(activations)
 
-    def operand(x: Tensor | ScaledTensor) -> Tensor | ScaledTensor:
-        return quantize(x, fmt, scale_layout="mn_major") if fmt.scaled and isinstance(x, Tensor) else x
-
     def compute(rows: Tensor | ScaledTensor, layout: Offsets) -> Tensor:
-        h = grouped_gemm(operand(rows), gate_up, layout, max_sms=max_sms)
-        gate, up = h.chunk(2, dim=-1)
-        return grouped_gemm(operand(torch.nn.functional.silu(gate) * up), down, layout, max_sms=max_sms)
+        if fmt.scaled and isinstance(rows, Tensor):
+            rows = quantize(rows, fmt, scale_layout="mn_major")
+        h = grouped_gemm(rows, gate_up, layout, max_sms=max_sms)
+        act = activate(h, layout=layout, fmt=fmt) if fmt.scaled else activate(h, layout=layout)
+        return grouped_gemm(act, down, layout, max_sms=max_sms)
 
     return compute
