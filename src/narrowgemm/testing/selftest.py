@@ -53,6 +53,9 @@ def cases() -> list[Case]:
                 Case("selftest", "dense", 1, 40, 384, 512, a=a, b=b),
                 Case("selftest", "masked", 4, 12, 384, 512, max_m=32, a=a, b=b, sizes="uniform:0.3:1.7"),
                 Case("selftest", "offsets", 3, 300, 384, 512, a=a, b=b, sizes="uniform:0.7:1.3")]
+    for a, b in ((BF16, MXFP4), (MXFP8, MXFP8), (BF16, MXFP8)):
+        out += [Case("selftest", "offsets", 5, 24, 384, 512, a=a, b=b, sizes="empty:0.3", packed=True),
+                Case("selftest", "dense", 1, 5, 384, 512, a=a, b=b, packed=True)]
     return out + [Case("selftest", "k_grouped", 3, 128, 256, k, a=a, b=a, sizes="uniform:0.3:1.7", out_dtype="fp32")
                   for k in (256, 1024) for a in (FP8_1x128, FP8_ROW, FP8_TENSOR)]
 
@@ -73,7 +76,8 @@ def checks() -> list[Check]:
 
 def product_checks() -> Iterator[Check]:
     for case in cases():
-        plan = build(case, "meta", hollow=True).plan(backend="reference")  # tensors without memory
+        # tensors without memory, but where values decide how weights are packed
+        plan = build(case, "cpu" if case.packed else "meta", hollow=True).plan(backend="reference")
         assert plan is not None
         yield Check(case.id, plan.problem, partial(_product, case))
 
