@@ -60,7 +60,7 @@ class Launch(NamedTuple):
     """`kernel[grid](*arguments, **keywords)`; keywords are constexpr parameters and Triton's options (num_warps, ...).
 
     Tensors among the arguments are the operands' own, the workspace, a `Pointer` into one of these, or a TensorDescriptor on
-    one. A launch with any other tensor works, but goes Triton's way each time.
+    either. A launch with any other tensor works, but goes Triton's way each time.
     """
 
     kernel: Any
@@ -238,16 +238,16 @@ class BoundNested(Bound):
 
 
 class Maps(dict[int, Any]):
-    """Base address to encoded TMA descriptor, all else being fixed. A race encodes one twice."""
+    """An operand's address to the encoded TMA descriptor on it, all else being fixed. A race encodes one twice."""
 
     def __init__(self, encode: Callable[[Any], Any], descriptor: Any) -> None:
         self._encode, self._descriptor = encode, copy.copy(descriptor)
-        self._dtype = descriptor.base.dtype
+        self._dtype, self._offset = descriptor.base.dtype, descriptor.base.offset if isinstance(descriptor.base, Pointer) else 0
         self._descriptor.base = None
 
     def __missing__(self, address: int) -> Any:
         descriptor = copy.copy(self._descriptor)
-        descriptor.base = types.SimpleNamespace(data_ptr=lambda: address, dtype=self._dtype)
+        descriptor.base = types.SimpleNamespace(data_ptr=lambda: address + self._offset, dtype=self._dtype)
         if len(self) >= MAPS:
             self.clear()
         made = self[address] = self._encode(descriptor)
@@ -281,11 +281,12 @@ def _bind(compiled: Any, x: Launch, slots: dict[int, int]) -> Bound | str:
     pointers, descriptors = [], []
     for p in parameters:
         base = getattr(p, "base", None) if hasattr(p, "block_shape") else None
-        tensor = base if base is not None else p.tensor if isinstance(p, Pointer) else p
+        pointer = p if base is None else base
+        tensor = pointer.tensor if isinstance(pointer, Pointer) else pointer
         if isinstance(tensor, Tensor) and id(tensor) not in slots:
             return "an argument is made from operands in every call"
         if base is not None:
-            descriptors.append((len(expected), slots[id(base)], p))
+            descriptors.append((len(expected), slots[id(tensor)], p))
             expected += [p, *p.shape, *p.strides]
             continue
         if isinstance(tensor, Tensor):

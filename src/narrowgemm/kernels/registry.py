@@ -28,6 +28,7 @@ MODULES: tuple[str, ...] = (
     "gluon.sm90.fp8_decode",
     "gluon.sm90.fp8_block",
     "gluon.sm90.narrow",
+    "gluon.sm90.narrow_prefill",
     "triton.fp8_block",
     "triton.mx",
     "triton.fp8_wgrad",

@@ -242,6 +242,7 @@ _BUILDERS: dict[str, Callable[[str], list[Any]]] = {
     "untuned": untuned,
     "a16w4-decode": lambda s: a16w4(s, (1, 4, 8, 16)),
     "a16w4-mid": lambda s: a16w4(s, (64, 256)),
+    "a16w4-prefill": lambda s: a16w4(s, (1024, 4096)),
     "mxfp8-routed": mxfp8_routed,
     "mxfp8-dense-decode": lambda s: mxfp8_dense(s, (1, 2, 4, 8, 16, 32, 64)),
     "mxfp8-bandwidth": lambda s: mxfp8_dense(s, (1, 2, 4, 8, 16), 30_000_000),
@@ -260,6 +261,7 @@ SUITES: dict[str, tuple[Any, ...]] = {name: tuple(make(name)) for name, make in 
 PEERS: dict[str, tuple[str, ...]] = {name: ("deepgemm", "floor") for name in SUITES} | {
     "experts-fp8": ("deepgemm_layer", "triton_moe", "floor"), "experts-cpu": ("floor",),
     "a16w4-decode": ("triton_kernels", "humming", "floor"), "a16w4-mid": ("triton_kernels", "humming", "floor"),
+    "a16w4-prefill": ("triton_kernels", "floor"),
     "mxfp8-routed": ("humming", "floor"), "mxfp8-dense-decode": ("humming", "torch_bf16", "floor"), "mxfp8-bandwidth": ("floor",),
     "edge": (), "large": (), "cpu-small": ("torch_bf16", "floor"), "cpu-formats": ("torch_bf16", "floor")}
 

@@ -1,0 +1,234 @@
+"""Hopper products of many tokens with prepacked MXFP4 / MXFP8 weights: dense, offsets, masked, routed; bias, activation, combine.
+
+Tokens are brought to BF16 and gathered by a launch in front; the product runs at wgmma's BF16 rate, weights staying narrow in
+memory. How it works: `narrow_prefill_device.py`. It takes what the kernel for few tokens takes: `narrow.py`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ....arch import Arch
+from ....problem import Config, Problem, Step
+from ... import launching
+from ...launching import Launch, Pointer
+from ...operands import Operands
+from . import narrow
+from .narrow import COMBINE_N, XKINDS, power_of_two
+from .narrow_model import active_experts, rows_expected
+from .narrow_prefill_tile import BOXES, SCALE_BYTES, WIDTHS, Tile
+from .narrow_tile import ACT_IDS, CHUNK, ITEMSIZE, KINDS, PAIR_IDS, ROWS, TABLE_HEAD, chunks_of, entries_at_most, extra
+
+NAME = "gluon_sm90.narrow_prefill"
+BACKEND = "gluon_sm90"
+PREP_K = 2048           # of K that one program of the launch in front converts
+
+
+def supports(problem: Problem, arch: Arch) -> str | None:
+    reason = narrow.supports(problem, arch)
+    if reason is None and problem.layout == "routed":
+        return "gathers tokens in the order of positions, of which it can't tell how many a routed layout has: use offsets"
+    if reason is None and ":" in problem.b.prepack and not problem.epilogue.activation:
+        return "stores gate and up rows together: weights packed with pair= need their activation"
+    return reason
+
+
+# ---------------------------------------------------------------- configs
+# most tokens of a tile, 64-row units of a consumer -> ring slots of E2M1 and of E4M3 weights
+SHAPES = {(64, 1): (7, 5), (64, 2): (5, 3), (128, 1): (4, 3), (128, 2): (3, 2), (192, 1): (3, 3)}
+
+
+def _config(tokens: int, units: int, e4m3: bool) -> Config:
+    return Config(tokens, 2 * units * ROWS, CHUNK, 9, SHAPES[tokens, units][e4m3], swap_ab=True, persistent=True)
+
+
+def configs(problem: Problem, arch: Arch) -> list[Config]:
+    every = (_config(t, u, problem.b.format.element == "e4m3") for t, u in SHAPES)
+    return [c for c in every if legal(problem, c, arch) is None]
+
+
+def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
+    """Why `config` can't run the problem, or None."""
+    units = config.block_n // (2 * ROWS)
+    if (config.block_m, units) not in SHAPES or config.block_n % (2 * ROWS) or config.block_k != CHUNK:
+        return f"tile {config.block_m}x{config.block_n}x{config.block_k}, expected tokens and units of {list(SHAPES)}, and {CHUNK}"
+    if config.num_warps != 9 or not config.swap_ab or not config.persistent or config.split_k != 1:
+        return "expected 9 warps, swap_ab and persistent, without split_k"
+    if extra(config, "unroll", 2) not in (2, 4):
+        return f"unroll={extra(config, 'unroll')}, expected 2 or 4"
+    tile = tile_of(problem, config)
+    if config.num_stages < 2 or tile.shared_bytes > arch.smem:
+        return f"{config.num_stages} stages take {tile.shared_bytes} bytes of shared memory; expected 2 or more, in {arch.smem}"
+    return None
+
+
+@lru_cache(maxsize=4096)
+def tile_of(problem: Problem, config: Config, slots: bool = True, factor: bool = False) -> Tile:
+    """The compile-time constants of a config. `slots`: positions are mapped to slots; `factor`: weight rows have factors."""
+    e, unroll = problem.epilogue, extra(config, "unroll", 2)
+    args = (*e.activation_args, 0.0, 0.0)
+    pair = problem.b.prepack.partition(":")[2]
+    fp32 = e.combine or problem.out_dtype == "fp32"
+    return Tile(config.block_m, config.block_n // (2 * ROWS), config.num_stages, unroll, chunks_of(problem) % unroll,
+                problem.b.format.element == "e4m3", slots, factor, problem.a.format.scaled, PAIR_IDS[pair], ACT_IDS[e.activation],
+                args[0], args[1], e.bias, e.routing_weight, ITEMSIZE["fp32" if fp32 else problem.out_dtype])
+
+
+# ---------------------------------------------------------------- workspace
+class Regions(NamedTuple):
+    """Byte offsets of the parts of the workspace, and its size."""
+
+    table: int
+    live: int
+    x: int
+    xfactor: int
+    weight: int
+    y: int
+    size: int
+
+
+def regions(problem: Problem, config: Config, rows: int) -> Regions:
+    """`rows`: positions of all groups, which are the rows of the output before combine."""
+    e = problem.epilogue
+    n = problem.n // 2 if e.activation else problem.n
+    sizes = (4 * (TABLE_HEAD + 3 * capacity(problem, config, rows)), rows if e.combine else 0,
+             2 * rows * chunks_of(problem) * CHUNK, 4 * rows if problem.a.format.scaled else 0,
+             4 * rows if e.routing_weight else 0, 4 * rows * n if e.combine else 0)
+    return Regions(*accumulate((-(-s // 256) * 256 for s in sizes), initial=0))
+
+
+def capacity(problem: Problem, config: Config, rows: int) -> int:
+    """Entries that the table may come to hold."""
+    each = -(-rows // problem.groups) if problem.layout == "masked" else rows
+    return entries_at_most(problem.layout, each, problem.groups, config.block_m)
+
+
+def workspace(problem: Problem, config: Config) -> int:
+    return regions(problem, config, problem.m * (problem.groups if problem.layout == "masked" else 1)).size
+
+
+# ---------------------------------------------------------------- cost
+# fitted to 13 products on an H100: docs/measured.md
+START = 8.0e-6              # launches, the table, the first bytes
+TILE_CLOCKS = 900.0         # of a tile, beyond its K blocks
+EXPAND_CLOCKS = 520.0       # of one K block of two units: no less, however few the tokens
+# of the tensor cores' rate at CLOCK, by most tokens and units of a tile
+RATE = {(64, 1): 0.60, (64, 2): 0.605, (128, 1): 0.72, (128, 2): 0.72, (192, 1): 0.70}
+EFFICIENCY = {64: 0.90, 128: 0.83, 192: 0.80}    # of the streaming rate, by most tokens: they take the place of weights in flight
+COPY = 0.95                 # of the streaming rate, in the launch in front and the one behind
+CLOCK = 1.7e9
+_POWER = 6                  # of the norm that arithmetic and bytes are put together with
+
+
+def width(rows: float, tokens: int) -> int:
+    """Columns that a tile of `rows` tokens runs at."""
+    return next((p + q for p, q in WIDTHS[tokens] if p + q >= rows), tokens)
+
+
+def estimate(problem: Problem, config: Config, arch: Arch) -> float:
+    """Seconds: tiles by their widths, experts' sizes spread as a Poisson's do; or the bytes at the streaming rate."""
+    sms = min(arch.sms, problem.max_sms or arch.sms)
+    units = config.block_n // ROWS
+    experts, rows = active_experts(problem), rows_expected(problem)
+    spread = rows**0.5 if problem.layout == "offsets" else 0.0
+    sizes = [max(1.0, rows + spread * z) for z in (-1.3, -0.7, -0.3, 0.0, 0.3, 0.7, 1.3)]
+    chunks = chunks_of(problem)
+    clocks = 0.0
+    for size in sizes:
+        whole, rest = divmod(round(size), config.block_m)
+        for columns, count in ((config.block_m, whole), (width(rest, config.block_m), rest > 0)):
+            block = max(units / 2 * 8 * columns / RATE[config.block_m, units // 2], units / 2 * EXPAND_CLOCKS)
+            clocks += count * (chunks * block + TILE_CLOCKS * units / 2) / len(sizes)
+    work = experts * -(-problem.n // config.block_n)
+    compute = clocks / CLOCK * max(work / sms, 1.0)
+    total = problem.groups * problem.rows if problem.layout == "masked" else problem.m
+    written = total * problem.n * ITEMSIZE[problem.out_dtype]
+    weights = experts * -(-problem.n // ROWS) * chunks * ROWS * (CHUNK * problem.b.format.elem.bits / 8 + 4)
+    rate = arch.bandwidth * sms / arch.sms
+    memory = (weights + 2 * written + 2.0 * total * problem.k) / (rate * EFFICIENCY[config.block_m])
+    gather = 2 * 2.0 * total * problem.k / (rate * COPY)
+    combine = 3 * 4.0 * total * problem.n / (rate * COPY) if problem.epilogue.combine else 0.0
+    return START + (compute**_POWER + memory**_POWER) ** (1 / _POWER) + gather + combine
+
+
+# ---------------------------------------------------------------- launch
+@dataclass(frozen=True)
+class PrepStatic:
+    """What `narrow_prefill_prep_kernel` is compiled for: fields of narrow_tile's PrepStatic, and what else it brings."""
+
+    KIND: int
+    BT: int
+    GROUPS: int
+    XKIND: int
+    GROUP: int
+    LIVE: bool
+    BK: int
+    SLOTS: bool              # positions are mapped to slots
+    WEIGHT: bool             # slots have routing weights
+    BLOCK: int = 1
+
+
+def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
+    """The launch in front, the product, and the combine, if there is one."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from . import narrow_prefill_device, narrow_prefill_parts_device, narrow_prefill_prep_device, narrow_prep_device
+
+    fields = x.b.scale
+    assert workspace is not None and fields is not None
+    config, e, masked = step.config, problem.epilogue, problem.layout == "masked"
+    each = x.positions or x.m
+    rows = each * (x.groups if masked else 1)
+    tile = tile_of(problem, config, x.slots is not None, x.factor is not None)
+    at, cap = regions(problem, config, rows), capacity(problem, config, rows)
+    i32, f32, bf16 = torch.int32, torch.float32, torch.bfloat16
+    table, live = Pointer(workspace, i32, at.table), Pointer(workspace, torch.int8, at.live)
+    xfactor, weight = Pointer(workspace, f32, at.xfactor), Pointer(workspace, f32, at.weight)
+    tokens, y = Pointer(workspace, bf16, at.x), Pointer(workspace, f32, at.y)
+    a, scale, n = x.a.data, x.a.scale, x.n // 2 if e.activation else x.n
+    if masked:      # no copy where groups lie one behind the other
+        a = a if a.stride(0) == x.m * a.stride(1) else a.reshape(-1, a.shape[-1])
+        scale = scale if scale is None or scale.stride(0) == x.m * scale.stride(1) else scale.reshape(-1, scale.shape[-1])
+    chunks, tiles = chunks_of(problem), -(-x.n // ROWS)
+    kx = chunks * CHUNK
+    index = table if x.index is None else x.index
+    order = table if x.slots is None else x.slots
+    prep = PrepStatic(KINDS[problem.layout], config.block_m, power_of_two(x.groups),
+                      XKINDS[problem.a.format.element, problem.a.format.scale], problem.a.format.group[1] or 32, e.combine, PREP_K,
+                      x.slots is not None, x.weight is not None)
+    x_tile, planes = narrow_prefill_parts_device.X_TILE.value, narrow_prefill_parts_device.PLANES.value
+    boxes = [TensorDescriptor(tokens, [rows, kx], [kx, 1], [p, CHUNK], x_tile) for p in BOXES]
+    for base, deep, box in ((Pointer(x.b.data, i32), chunks * tile.WEIGHT_ROWS, [tile.UNITS, tile.WEIGHT_ROWS, 256]),
+                            (Pointer(fields, i32), -(-chunks // 2), [tile.UNITS, 1, SCALE_BYTES // 4])):
+        boxes.append(TensorDescriptor(base, [x.groups * tiles, deep, box[2]], [deep * box[2], box[2], 1], box, planes))
+    out, om = (y, n) if e.combine else (x.out, x.out.stride(-2))
+    sms = _sms(x.out.device)
+    grid = max(1, min(sms, problem.max_sms or sms, cap * -(-tiles // tile.UNITS)))
+    made = [
+        Launch(narrow_prefill_prep_device.narrow_prefill_prep_kernel, (1 + rows * -(-kx // PREP_K),),
+               (a, tokens if scale is None else scale, tokens, xfactor, weight if x.weight is None else x.weight, weight, index,
+                order, order, order, table, live, x.k, kx, a.stride(-2), 0 if scale is None else scale.stride(-2),
+                0 if scale is None else scale.stride(-1), x.groups, rows, each, 1, cap, problem.a_div, prep), {"num_warps": 4}),
+        Launch(narrow_prefill_device.narrow_prefill_kernel, (grid,),
+               (*boxes, out, order, xfactor if x.factor is None else x.factor, xfactor, xfactor if x.bias is None else x.bias,
+                weight, table, chunks, tiles, rows, cap, x.n, om, tile), {"num_warps": 4, "maxnreg": tile.max_registers})]
+    if e.combine:
+        made.append(Launch(narrow_prep_device.narrow_combine_kernel, (rows // x.top_k * -(-n // COMBINE_N),),
+                           (y, live, x.out, n, x.top_k, x.out.stride(-2)),
+                           {"BN": COMBINE_N, "PDL": False, "num_warps": 4}))
+    return made
+
+
+@lru_cache(maxsize=64)
+def _sms(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+
+
+def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
+    launching.launch(launches, step, problem, operands, workspace)

@@ -1,0 +1,169 @@
+"""Device code of the Hopper prefill kernel for narrow weights: many tokens by MXFP4 or MXFP8 weights that were prepacked.
+
+    sum[slot, n] = factor[e, n] * xfactor[row] * sum over k of A[row, k] * W[e, n, k]         row = slot // a_div
+    out[slot, n] = routing_weight[slot] * activation(sum[slot, n] + bias[e, n])
+
+Operands are swapped: weights are wgmma's register operand, expanded to BF16 on the way, tokens its columns in shared memory. The
+launch in front (`narrow_prefill_prep_device`) brought A to BF16, gathered, in the order of positions, and listed the entries:
+(expert, first position, at most BT tokens).
+
+    warps            does, for every tile of its block
+    producer (1)     TMA of tokens, weights and scales into a ring of shared memory, 128 of K a slot
+    consumers (2x4)  expands 64 rows of weights while the wgmma of the K block before runs, multiplies; stores
+
+A tile's width follows its tokens: each width of `cfg.WIDTHS` is a loop of its own. Tiles of an entry lie side by side in the
+grid, so that blocks that run at the same time share their tokens through L2.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from .fp8_block_parts_device import ROW_OF_FLOATS, advance
+from .fp8_block_schedule_device import ROW_OF_INTS
+from .narrow_prefill_parts_device import PLANES, X_RING, finish, load_block, products, rows_vectors
+
+HEAD = gl.constexpr(16)      # of the table: see narrow_tile.TABLE_HEAD
+
+
+@gluon.jit
+def tile_at(t, total, num_n, table_ptr, cap):
+    """(expert, n tile, first position, tokens) of tile t; no tokens past the end."""
+    live = t < total
+    b = t // num_n
+    p = table_ptr + HEAD + b
+    rows = gl.load(p + 2 * cap, mask=live, other=0)
+    return gl.load(p, mask=live, other=0), t - b * num_n, gl.load(p + cap, mask=live, other=0), rows
+
+
+@gluon.jit
+def takes(rows, cfg: gl.constexpr, I: gl.constexpr):
+    """Whether a tile of `rows` tokens runs at width I."""
+    above = rows > 0
+    if I > 0:
+        above = rows > cfg.WIDTHS[I - 1][0] + cfg.WIDTHS[I - 1][1]
+    return above & (rows <= cfg.WIDTHS[I][0] + cfg.WIDTHS[I][1])
+
+
+@gluon.jit
+def producer(descs, rings, bars, table_ptr, sizes, cfg: gl.constexpr):
+    full, empty = bars
+    KC, NT, N, R, cap = sizes
+    num_n = gl.cdiv(NT, cfg.UNITS)
+    total = gl.load(table_ptr) * num_n
+    slot = gl.to_tensor(0)
+    phase = gl.to_tensor(1)
+    t = gl.program_id(0)
+    e, n, first, rows = tile_at(t, total, num_n, table_ptr, cap)
+    while rows > 0:
+        t += gl.num_programs(0)
+        # the next tile is looked up first, so that its loads are off the path between two tiles
+        ahead = tile_at(t, total, num_n, table_ptr, cap)
+        unit = e * NT + n * cfg.UNITS
+        for kb in range(KC):
+            mbarrier.wait(empty.index(slot), phase)
+            for i in gl.static_range(len(cfg.WIDTHS)):
+                if takes(rows, cfg, i):
+                    load_block(descs, rings, full, slot, unit, first, kb, cfg, cfg.WIDTHS[i][0], cfg.WIDTHS[i][1])
+            slot, phase = advance(slot, phase, cfg.STAGES)
+        e, n, first, rows = ahead
+
+
+@gluon.jit
+def run_tile(slot, phase, rings, bars, buf, vectors, pointers, tile, sizes, cfg: gl.constexpr, WG: gl.constexpr, P0: gl.constexpr,
+             P1: gl.constexpr):
+    """Sum and store one tile of up to P0 + P1 tokens."""
+    KC, NT, N, R, cap = sizes
+    out_ptr, om, slots_ptr, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr = pointers
+    slot_s, xfactor_s, weight_s = vectors
+    e, n, first, rows = tile
+    MP: gl.constexpr = cfg.MP
+    # what the epilogue needs is loaded ahead of the sums
+    lane: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    i = gl.arange(0, cfg.TP, lane)
+    slots = i
+    xfactors = i.to(gl.float32)
+    weights = xfactors
+    if cfg.SLOTS:
+        slots = gl.load(slots_ptr + first + i, mask=i < rows, other=-1)
+    if cfg.XFACTOR:
+        xfactors = gl.load(xfactor_ptr + first + i, mask=i < rows, other=0.0)
+    if cfg.WEIGHT:
+        weights = gl.load(weight_ptr + first + i, mask=i < rows, other=0.0)
+    unit = n * cfg.UNITS + WG * MP
+    of_rows = ()
+    for j in gl.static_range(MP):
+        of_rows = of_rows + (rows_vectors(factor_ptr, bias_ptr, e, unit + j, NT, N, cfg), )
+    sums, slot, phase = products(slot, phase, KC, rings, bars, cfg, WG, P0, P1)
+    if cfg.SLOTS:
+        slot_s.store(slots)
+    if cfg.XFACTOR:
+        xfactor_s.store(xfactors)
+    if cfg.WEIGHT:
+        weight_s.store(weights)
+    for j in gl.static_range(MP):
+        finish(sums[j], buf, vectors, of_rows[j], (out_ptr, om), tile, unit + j, (N, R), cfg, P0, 0)
+        if P1 > 0:
+            finish(sums[MP + j], buf, vectors, of_rows[j], (out_ptr, om), tile, unit + j, (N, R), cfg, P1, P0)
+    return slot, phase
+
+
+@gluon.jit
+def consumer(rings, bars, buf, vectors, pointers, table_ptr, sizes, cfg: gl.constexpr, WG: gl.constexpr):
+    """Units [WG * MP, +MP) of every tile."""
+    KC, NT, N, R, cap = sizes
+    num_n = gl.cdiv(NT, cfg.UNITS)
+    total = gl.load(table_ptr) * num_n
+    slot = gl.to_tensor(0)
+    phase = gl.to_tensor(0)
+    t = gl.program_id(0)
+    e, n, first, rows = tile_at(t, total, num_n, table_ptr, cap)
+    while rows > 0:
+        t += gl.num_programs(0)
+        ahead = tile_at(t, total, num_n, table_ptr, cap)
+        for i in gl.static_range(len(cfg.WIDTHS)):
+            if takes(rows, cfg, i):
+                slot, phase = run_tile(slot, phase, rings, bars, buf, vectors, pointers, (e, n, first, rows), sizes, cfg, WG,
+                                       cfg.WIDTHS[i][0], cfg.WIDTHS[i][1])
+        e, n, first, rows = ahead
+
+
+@gluon.jit(do_not_specialize=["KC", "NT", "R", "cap"])
+def narrow_prefill_kernel(x16_desc, x32_desc, x64_desc, x128_desc, w_desc, s_desc, out_ptr, slots_ptr, factor_ptr, xfactor_ptr,
+                          bias_ptr, weight_ptr, table_ptr, KC, NT, R, cap, N, om, cfg: gl.constexpr):
+    """A persistent grid. x.._desc: tokens [positions, K] in boxes of so many tokens x 128; w_desc int32 [G * NT, KC * rows, 256];
+    s_desc int32 [G * NT, ceil(KC / 2), 128]. NT tiles of 64 weight rows, KC chunks of 128 of K, R rows of the output, om: their
+    stride, N: logical weight rows, cap: entries a column of the table holds."""
+    STAGES: gl.constexpr = cfg.STAGES
+    x0_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, cfg.T0, 128], X_RING)
+    x1_s = x0_s
+    if cfg.T1 > 0:
+        x1_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, cfg.T1, 128], X_RING)
+    w_s = gl.allocate_shared_memory(gl.int32, [STAGES, cfg.UNITS, cfg.WEIGHT_ROWS, 256], PLANES)
+    s_s = gl.allocate_shared_memory(gl.int32, [STAGES, cfg.UNITS, 1, 128], PLANES)
+    staging: gl.constexpr = gl.NVMMASharedLayout.get_default_for([cfg.OUT_TOKENS, cfg.FEATURES], out_ptr.dtype.element_ty)
+    d_s = gl.allocate_shared_memory(out_ptr.dtype.element_ty, [2, cfg.OUT_TOKENS, cfg.FEATURES], staging)
+    slot_s = gl.allocate_shared_memory(gl.int32, [2, cfg.TP if cfg.SLOTS else 1], ROW_OF_INTS)
+    xfactor_s = gl.allocate_shared_memory(gl.float32, [2, cfg.TP if cfg.XFACTOR else 1], ROW_OF_FLOATS)
+    weight_s = gl.allocate_shared_memory(gl.float32, [2, cfg.TP if cfg.WEIGHT else 1], ROW_OF_FLOATS)
+    w_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    x_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(w_full.index(i), count=1)
+        mbarrier.init(x_full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+
+    descs = ((x16_desc, x32_desc, x64_desc, x128_desc), w_desc, s_desc)
+    rings = (x0_s, x1_s, w_s, s_s)
+    bars = ((w_full, x_full), empty)
+    sizes = (KC, NT, N, R, cap)
+    pointers = (out_ptr, om, slots_ptr, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr)
+    v0 = (slot_s.index(0), xfactor_s.index(0), weight_s.index(0))
+    v1 = (slot_s.index(1), xfactor_s.index(1), weight_s.index(1))
+    gl.warp_specialize([
+        (consumer, (rings, bars, d_s.index(0), v0, pointers, table_ptr, sizes, cfg, 0)),
+        (consumer, (rings, bars, d_s.index(1), v1, pointers, table_ptr, sizes, cfg, 1)),
+        (producer, (descs, rings, bars, table_ptr, sizes, cfg)),
+    ], [4, 1], [cfg.CONSUMER_REGISTERS, cfg.PRODUCER_REGISTERS])

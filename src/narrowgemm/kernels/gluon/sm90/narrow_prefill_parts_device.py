@@ -1,0 +1,236 @@
+"""Parts of the Hopper prefill kernel for narrow weights: the ring of K blocks, products of expanded weights, the store."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import constexpr_function
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from .fp8_block_parts_device import advance, vector_layout
+from .fp8_block_schedule_device import fresh
+from .narrow_epilogue_device import activate
+from .narrow_epilogue_device import columns as logical_columns
+from .narrow_expand_device import E2M1_ASM, E4M3_ASM, block_factors, byte_layout, field_layout
+from .shim import tma_load, view_as
+
+X_TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+X_RING = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3))
+PLANES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3))
+ROWS_OF_BYTES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+BYTES3 = gl.constexpr(gl.DistributedLinearLayout(
+    [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8], [8, 0, 0]], [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
+    [[16, 0, 0], [32, 0, 0]], [], [64, 4, 16]))
+
+
+@constexpr_function
+def sums_layout(tokens):
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tokens, 16])
+
+
+# ---------------------------------------------------------------- ring
+@gluon.jit
+def load_tokens(descs, ring, bar, slot, row, k, cfg: gl.constexpr, T: gl.constexpr, P: gl.constexpr):
+    """One box of P tokens x 128 of K to the start of a slot that holds up to T."""
+    desc = descs[0]
+    if P == 32:
+        desc = descs[1]
+    if P == 64:
+        desc = descs[2]
+    if P == 128:
+        desc = descs[3]
+    tma_load(desc, [row, k], bar, view_as(ring, gl.bfloat16, cfg.STAGES * (T // P), P, 128, X_TILE).index(slot * (T // P)))
+
+
+@gluon.jit
+def load_block(descs, rings, full, slot, unit, first, kb, cfg: gl.constexpr, P0: gl.constexpr, P1: gl.constexpr):
+    """Fill a slot with K block kb: weights and scales of the tile's units, and P0 + P1 tokens from position `first`."""
+    x_descs, w_desc, s_desc = descs
+    x0_s, x1_s, w_s, s_s = rings
+    w_full, x_full = full
+    bar = w_full.index(slot)
+    mbarrier.expect(bar, cfg.WEIGHT_BYTES)
+    tma_load(w_desc, [unit, kb * cfg.WEIGHT_ROWS, 0], bar, w_s.index(slot))
+    tma_load(s_desc, [unit, kb // 2, 0], bar, s_s.index(slot))
+    bar = x_full.index(slot)
+    mbarrier.expect(bar, (P0 + P1) * 256)
+    load_tokens(x_descs, x0_s, bar, slot, first, kb * 128, cfg, cfg.T0, P0)
+    if P1 > 0:
+        load_tokens(x_descs, x1_s, bar, slot, first + P0, kb * 128, cfg, cfg.T1, P1)
+
+
+# ---------------------------------------------------------------- products
+@gluon.jit
+def expand(w, fields, E4M3: gl.constexpr, operand: gl.constexpr):
+    """Bytes [64, 64] and the scale fields of their chunk to BF16 [64, 128] (E4M3: [64, 64]) in `operand`'s layout.
+
+    As narrow_expand_device's, but the assembly counts as impure, so it stays in front of a wait for products in flight."""
+    s = gl.expand_dims(block_factors(fields, 0, 64, gl.SliceLayout(2, BYTES3)), 2)
+    w = gl.convert_layout(gl.reshape(w, [64, 4, 16]), BYTES3, assert_trivial=True)
+    if E4M3:
+        a = gl.inline_asm_elementwise(E4M3_ASM, "=r,=r,r,r,r,r,r", [w, s], dtype=gl.bfloat16, is_pure=False, pack=4)
+        a = gl.permute(gl.reshape(a, [64, 4, 4, 2, 2]), (0, 2, 3, 1, 4))         # row, word, b1, block, b0
+        return gl.convert_layout(gl.reshape(a, [64, 64]), operand, assert_trivial=True)
+    else:
+        lo, hi = gl.inline_asm_elementwise(E2M1_ASM, "=r,=r,=r,=r,r,r,r,r,r", [w, s], dtype=(gl.bfloat16, gl.bfloat16),
+                                           is_pure=False, pack=4)
+        a = gl.reshape(gl.join(lo, hi), [64, 4, 4, 2, 2, 2])                     # row, block, word, b1, b0, pair
+        a = gl.permute(a, (0, 2, 5, 3, 1, 4))                                    # row, word, pair, b1, block, b0
+        return gl.convert_layout(gl.reshape(a, [64, 128]), operand, assert_trivial=True)
+
+
+@gluon.jit
+def multiply(a, ring, slot, acc, cfg: gl.constexpr, T: gl.constexpr, P: gl.constexpr, FROM: gl.constexpr, K: gl.constexpr):
+    """Start acc += a . tokens^T over K columns from FROM of a slot."""
+    x = view_as(ring, gl.bfloat16, cfg.STAGES * (T // P), P, 128, X_TILE).index(slot * (T // P))
+    if K < 128:
+        x = x.slice(FROM, K, 1)
+    a = gl.convert_layout(a, gl.DotOperandLayout(0, sums_layout(P), 2), assert_trivial=True)
+    return warpgroup_mma(a, x.permute((1, 0)), acc, is_async=True)
+
+
+@gluon.jit
+def settle(sums, COUNT: gl.constexpr):
+    """Wait for the products in flight."""
+    if COUNT == 1:
+        return (warpgroup_mma_wait(0, deps=sums), )
+    else:
+        return warpgroup_mma_wait(0, deps=sums)
+
+
+@gluon.jit
+def blocks(sums, slot, phase, kb, rings, bars, cfg: gl.constexpr, WG: gl.constexpr, P0: gl.constexpr, P1: gl.constexpr,
+           COUNT: gl.constexpr):
+    """COUNT K blocks from kb. Leaves with nothing in flight: ptxas serialises wgmma that are, across a loop's back edge.
+
+    Weights are expanded while the products before run. The wait for tokens stands between the two for ptxas's sake: it doesn't
+    move instructions over a branch, and would otherwise expand after it waited for the products."""
+    x0_s, x1_s, w_s, s_s = rings
+    full, empty = bars
+    w_full, x_full = full
+    MP: gl.constexpr = cfg.MP
+    PIECES: gl.constexpr = 2 if P1 > 0 else 1
+    SUB: gl.constexpr = 2 if cfg.E4M3 else 1
+    KS: gl.constexpr = 128 // SUB
+    A: gl.constexpr = gl.DotOperandLayout(0, sums_layout(P0), 2)
+    w_v = view_as(w_s, gl.uint8, cfg.STAGES * cfg.UNITS * SUB, 64, 64, ROWS_OF_BYTES)
+    s_v = view_as(s_s, gl.int32, cfg.STAGES * cfg.UNITS, 32, 4, ROWS_OF_BYTES)
+    old = slot
+    for c in gl.static_range(COUNT):
+        mbarrier.wait(w_full.index(slot), phase)
+        for i in gl.static_range(MP):
+            unit = slot * cfg.UNITS + (WG * MP + i)
+            fields = s_v.index(unit).load(field_layout(64)) >> (16 * ((kb + c) % 2))
+            for sub in gl.static_range(SUB):
+                a = expand(w_v.index(unit * SUB + sub).load(byte_layout(64)), fields, cfg.E4M3, A)
+                mbarrier.wait(x_full.index(slot), phase)
+                if c + i + sub > 0:
+                    sums = settle(sums, MP * PIECES)
+                new = ()
+                for j in gl.static_range(MP):
+                    if j == i:
+                        new = new + (multiply(a, x0_s, slot, sums[j], cfg, cfg.T0, P0, sub * KS, KS), )
+                    else:
+                        new = new + (sums[j], )
+                if P1 > 0:
+                    for j in gl.static_range(MP):
+                        if j == i:
+                            new = new + (multiply(a, x1_s, slot, sums[MP + j], cfg, cfg.T1, P1, sub * KS, KS), )
+                        else:
+                            new = new + (sums[MP + j], )
+                sums = new
+                if c > 0 and i + sub == 0:
+                    mbarrier.arrive(empty.index(old), count=1)
+        old = slot
+        slot, phase = advance(slot, phase, cfg.STAGES)
+    sums = settle(sums, MP * PIECES)
+    mbarrier.arrive(empty.index(old), count=1)
+    return sums, slot, phase
+
+
+@gluon.jit
+def products(slot, phase, KC, rings, bars, cfg: gl.constexpr, WG: gl.constexpr, P0: gl.constexpr, P1: gl.constexpr):
+    """All of K of one tile. Returns (sums, slot, phase): MP sums [64, P0], then, where P1, MP of [64, P1]."""
+    MP: gl.constexpr = cfg.MP
+    L0: gl.constexpr = sums_layout(P0)
+    L1: gl.constexpr = sums_layout(P1 if P1 > 0 else 32)
+    sums = ()
+    for i in gl.static_range(MP):
+        sums = sums + (gl.zeros([64, P0], gl.float32, L0), )
+    if P1 > 0:
+        for i in gl.static_range(MP):
+            sums = sums + (gl.zeros([64, P1], gl.float32, L1), )
+    for kb in range(0, KC - cfg.REST, cfg.UNROLL):
+        slot = fresh(slot)      # where it comes round once a trip, every slot's addresses would be kept in registers
+        sums, slot, phase = blocks(sums, slot, phase, kb, rings, bars, cfg, WG, P0, P1, cfg.UNROLL)
+    if cfg.REST > 0:
+        sums, slot, phase = blocks(sums, slot, phase, KC - cfg.REST, rings, bars, cfg, WG, P0, P1, cfg.REST)
+    return sums, slot, phase
+
+
+# ---------------------------------------------------------------- epilogue
+@gluon.jit
+def split_tokens(y, R: gl.constexpr, P: gl.constexpr, TO: gl.constexpr):
+    """[R, P] as a tuple of [R, TO]: they are different registers of each thread, nothing moves."""
+    if P == TO:
+        return (y, )
+    else:
+        HALF: gl.constexpr = P // 2
+        left, right = gl.split(gl.permute(gl.reshape(y, [R, 2, HALF]), (0, 2, 1)))
+        return split_tokens(left, R, HALF, TO) + split_tokens(right, R, HALF, TO)
+
+
+@gluon.jit
+def finish(acc, buf, vectors, rows_of, pointers, tile, unit, sizes, cfg: gl.constexpr, P: gl.constexpr, FROM: gl.constexpr):
+    """Factors, bias, activation, routing weight and the store of a unit's sums [64 weight rows, P tokens from FROM of the tile].
+
+    vectors: (slots, factors, weights) of the tile's tokens in shared memory; rows_of: (factor, bias) of the weight rows."""
+    slot_s, xfactor_s, weight_s = vectors
+    out_ptr, om = pointers
+    e, n, first, rows = tile
+    N, R = sizes
+    factor, bias = rows_of
+    ST: gl.constexpr = P if P < cfg.OUT_TOKENS else cfg.OUT_TOKENS
+    F: gl.constexpr = cfg.FEATURES
+    mma: gl.constexpr = acc.type.layout
+    if cfg.FACTOR:
+        acc = acc * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, mma)), 1)
+    if cfg.XFACTOR:
+        acc = acc * gl.expand_dims(xfactor_s.slice(FROM, P, 0).load(gl.SliceLayout(0, mma)), 0)
+    if cfg.BIAS:
+        acc = acc + gl.expand_dims(gl.convert_layout(bias, gl.SliceLayout(1, mma)), 1)
+    if cfg.ACT > 0:
+        # rows g and g + 8 of a slab of 16 are gate and up of one feature, in the same thread
+        gate, up = gl.split(gl.permute(gl.reshape(acc, [4, 2, 8, P]), (0, 2, 3, 1)))
+        acc = gl.reshape(activate(gate, up, cfg), [32, P])
+    if cfg.WEIGHT:
+        acc = acc * gl.expand_dims(weight_s.slice(FROM, P, 0).load(gl.SliceLayout(0, acc.type.layout)), 0)
+    part = split_tokens(acc, F, P, ST)
+    if ST < cfg.OUT_TOKENS:
+        buf = buf.slice(0, ST, 0)
+    lay: gl.constexpr = vector_layout(F, cfg.OUT_BYTES)
+    for j in gl.static_range(P // ST):
+        buf.store(gl.permute(part[j].to(out_ptr.dtype.element_ty), (1, 0)))
+        v = buf.load(lay)
+        if cfg.SLOTS:
+            row = slot_s.slice(FROM + j * ST, ST, 0).load(gl.SliceLayout(1, lay))
+            live = (row >= 0) & (row < R)
+        else:
+            i = FROM + j * ST + fresh(gl.arange(0, ST, gl.SliceLayout(1, lay)))
+            row = first + i
+            live = i < rows
+        col = unit * F + gl.arange(0, F, gl.SliceLayout(0, lay))
+        mask = gl.expand_dims(live, 1) & gl.expand_dims(col < N // (64 // F), 0)
+        gl.store(out_ptr + (gl.expand_dims(row.to(gl.int64) * om, 1) + gl.expand_dims(col, 0)), v, mask=mask)
+
+
+@gluon.jit
+def rows_vectors(factor_ptr, bias_ptr, e, unit, NT, N, cfg: gl.constexpr):
+    """(factor, bias) of a unit's 64 rows."""
+    row = gl.arange(0, 64, gl.SliceLayout(1, sums_layout(32)))
+    factor = gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, sums_layout(32)))
+    bias = factor
+    if cfg.FACTOR:
+        factor = gl.load(factor_ptr + (e * NT + unit) * 64 + row, mask=row < (NT - unit) * 64, other=0.0)
+    if cfg.BIAS:
+        n, there = logical_columns(row, unit, N, cfg.PAIR)
+        bias = gl.load(bias_ptr + e * N + n, mask=there, other=0.0).to(gl.float32)
+    return factor, bias

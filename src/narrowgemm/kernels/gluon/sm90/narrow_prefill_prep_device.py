@@ -1,0 +1,67 @@
+"""The launch in front of the Hopper prefill kernel for narrow weights: the entry table, and A in BF16 in the order of positions.
+
+Program 0 lists the entries (see `narrow_prep_device`). The others take a row of A each, by the slot of its position, bring it to
+BF16 with K in the order that the expanded weights have, zeros up to the next 128, and leave what the epilogue wants of it.
+"""
+
+import triton
+import triton.language as tl
+
+from .narrow_prep_device import ROUTED, clear, element, group_entries, power_of_two, routed_entries, row_shift
+
+
+@triton.jit
+def narrow_weight_order(x_ptr, base, k0, K, BK: tl.constexpr):
+    """BK floats of a row from k0, permuted: out[m * 8 + q * 2 + r] = in[q * 32 + m * 2 + r] of every 128."""
+    k = k0 + tl.arange(0, BK)
+    x = tl.load(x_ptr + base + k, mask=k < K, other=0.0).to(tl.bfloat16)
+    x = tl.permute(tl.reshape(x, [BK // 128, 4, 16, 2]), (0, 2, 1, 3))
+    return tl.reshape(x, [BK])
+
+
+@triton.jit(do_not_specialize=["G", "R", "positions", "block_m", "cap", "a_div", "ssm", "ssk"])
+def narrow_prefill_prep_kernel(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, weight_ptr, of_position_ptr, index_ptr, slots_ptr, experts_ptr,
+                               posted_ptr, table_ptr, live_ptr, K, KX, sxm, ssm, ssk, G, R, positions, block_m, cap, a_div,
+                               cfg: tl.constexpr):
+    """positions: of the layout (masked: rows a group can hold); R: slots; weight_ptr: a slot's, of_position_ptr: where a position's
+    goes. The rest as narrow_prep_kernel's."""
+    pid = tl.program_id(0)
+    if pid == 0:
+        if cfg.LIVE:
+            clear(live_ptr, R, 0)
+            tl.debug_barrier()
+        if cfg.KIND == ROUTED:
+            found = routed_entries(slots_ptr, experts_ptr, posted_ptr, table_ptr, live_ptr, positions, G, R, cap, block_m, cfg)
+        else:
+            found = group_entries(index_ptr, slots_ptr, table_ptr, live_ptr, positions, G, R, cap, cfg)
+        tl.store(table_ptr, tl.minimum(found, cap))
+    else:
+        pieces = (KX + cfg.BK - 1) // cfg.BK
+        at = (pid - 1) // pieces
+        part = (pid - 1) % pieces
+        slot = at
+        if cfg.SLOTS:
+            slot = tl.load(slots_ptr + at)
+        if (slot >= 0) & (slot < R):
+            row = (slot // a_div).to(tl.int64)
+            base = row * sxm
+            to = xp_ptr + at.to(tl.int64) * KX
+            if cfg.WEIGHT:
+                if part == 0:
+                    tl.store(of_position_ptr + at, tl.load(weight_ptr + slot))
+            if cfg.XKIND == 0:
+                o = part * cfg.BK + tl.arange(0, cfg.BK)
+                tl.store(to + o, narrow_weight_order(x_ptr, base, part * cfg.BK, K, cfg.BK), mask=o < KX)
+            else:
+                pair = part * (cfg.BK // 2) + tl.arange(0, cfg.BK // 2)
+                k = pair // 64 * 128 + pair % 4 * 32 + pair % 64 // 4 * 2
+                shift, nan = row_shift(xs_ptr, row, K, ssm, ssk, cfg)
+                code = tl.load(xs_ptr + row * ssm + k // cfg.GROUP * ssk, mask=k < K, other=127).to(tl.int32)
+                scale = power_of_two(code - shift - 127)
+                lo = element(x_ptr, base, k, K, cfg) * scale
+                hi = element(x_ptr, base, k + 1, K, cfg) * scale
+                if part == 0:
+                    tl.store(xfactor_ptr + at, tl.where(nan > 0, float("nan"), power_of_two(shift)))
+                both = tl.join(lo.to(tl.bfloat16), hi.to(tl.bfloat16))
+                o = 2 * pair[:, None] + tl.arange(0, 2)[None, :]
+                tl.store(to + o, both, mask=o < KX)

@@ -1,0 +1,80 @@
+"""What is fixed when the Hopper prefill kernel for narrow weights is compiled, and the shared memory that follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+UNIT_ROWS = 64          # weight rows of one wgmma, and of a tile of the prepack
+SCALE_BYTES = 512       # of 64 rows x 256 of K
+CONSUMERS = 2
+# token columns of a tile, by the most that there are: the narrowest pair that holds its tokens, a wgmma for each of the two
+WIDTHS = {
+    64: ((32, 0), (32, 16), (64, 0)),
+    128: ((32, 0), (64, 0), (64, 32), (128, 0)),
+    192: ((32, 0), (64, 0), (64, 32), (128, 0), (128, 16), (128, 32), (128, 64)),
+}
+BOXES = (16, 32, 64, 128)       # tokens of a TMA box
+_BARRIER_BYTES = 8
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Passed to the kernel as one compile-time constant.
+
+    A tile is BN weight rows by up to BT tokens: two consumer warpgroups, each with MP units of 64 rows. Triton caches a compiled
+    kernel under this object's repr, so whatever device code reads is a field, not a property.
+    """
+
+    BT: int = 128            # most tokens of a tile: a key of WIDTHS
+    MP: int = 1              # 64-row units of one consumer
+    STAGES: int = 4          # slots of the ring, each 128 of K
+    UNROLL: int = 2          # K blocks in a trip of the loop
+    REST: int = 0            # K blocks left over: their number mod UNROLL
+    E4M3: bool = False       # weights E4M3, else E2M1
+    SLOTS: bool = False      # positions are mapped to rows of the output, else they are the rows
+    FACTOR: bool = False     # weight rows have factors
+    XFACTOR: bool = False    # tokens have factors
+    PAIR: int = 0            # how gate and up lie in the logical rows: see narrow_epilogue_device
+    ACT: int = 0
+    ALPHA: float = 0.0
+    LIMIT: float = 0.0
+    BIAS: bool = False
+    WEIGHT: bool = False     # routing weights
+    OUT_BYTES: int = 2
+    OUT_TOKENS: int = 32     # tokens that a consumer stages at once for the store
+    CONSUMER_REGISTERS: int = 232
+    PRODUCER_REGISTERS: int = 40
+    BN: int = field(init=False)
+    UNITS: int = field(init=False)
+    WIDTHS: tuple[tuple[int, int], ...] = field(init=False)
+    T0: int = field(init=False)              # most tokens of a pair's first and second piece
+    T1: int = field(init=False)
+    TP: int = field(init=False)              # BT up to a power of two
+    FEATURES: int = field(init=False)        # of the output that a unit gives
+    WEIGHT_ROWS: int = field(init=False)     # 1024-byte rows of a unit in one slot
+    WEIGHT_BYTES: int = field(init=False)    # of weights and scales in one slot
+
+    def __post_init__(self) -> None:
+        set_ = object.__setattr__
+        set_(self, "UNITS", CONSUMERS * self.MP)
+        set_(self, "BN", self.UNITS * UNIT_ROWS)
+        set_(self, "WIDTHS", WIDTHS[self.BT])
+        set_(self, "T0", max(w[0] for w in self.WIDTHS))
+        set_(self, "T1", max(w[1] for w in self.WIDTHS))
+        set_(self, "TP", 1 << (self.BT - 1).bit_length())
+        set_(self, "FEATURES", 32 if self.ACT else 64)
+        set_(self, "WEIGHT_ROWS", 8 if self.E4M3 else 4)
+        set_(self, "WEIGHT_BYTES", self.UNITS * (self.WEIGHT_ROWS * 1024 + SCALE_BYTES))
+
+    @property
+    def max_registers(self) -> int:
+        """Registers a thread starts with. Warps come in fours: the producer's one counts as four in the register file."""
+        return 168
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block: an upper bound."""
+        ring = self.STAGES * (self.WEIGHT_BYTES + (self.T0 + self.T1) * 256 + 3 * _BARRIER_BYTES)
+        staging = CONSUMERS * self.OUT_TOKENS * self.FEATURES * self.OUT_BYTES
+        vectors = CONSUMERS * self.TP * 4 * (self.SLOTS + self.XFACTOR + self.WEIGHT)
+        return ring + staging + vectors + 1024

@@ -1,0 +1,72 @@
+"""The Hopper prefill kernel for narrow weights compiles: BF16 wgmma with A from registers, no spills, wgmma not serialised, TMA, and
+the shared memory that the host states is no less than the compiler's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import pytest
+import torch
+
+from narrowgemm.arch import get_arch
+from narrowgemm.formats import BF16, MXFP4, MXFP8
+from narrowgemm.kernels.gluon.sm90 import narrow_prefill
+from narrowgemm.kernels.operands import Operands
+from narrowgemm.problem import Config, Problem, Step
+
+from .._compile import compile_jobs
+from .test_gluon_sm90_narrow_compile import operands, problem
+
+ARCH = get_arch("h200")
+# layout, A, B, groups, slots, N, K, pair, activation, combine, factors, most tokens and 64-row units of a tile
+FEW = (("offsets", BF16, MXFP4, 128, 16384, 5760, 2880, "interleaved", "swiglu_oai", False, False, 192, 1),
+       ("offsets", MXFP8, MXFP8, 128, 4096, 1536, 6144, "halves", "swiglu", False, True, 64, 2),
+       ("offsets", BF16, MXFP4, 256, 32768, 7168, 2048, "", "", True, True, 128, 1),
+       ("dense", MXFP4, MXFP4, 1, 8192, 2304, 6144, "", "", False, False, 128, 2),
+       ("masked", BF16, MXFP8, 8, 1600, 7168, 2048, "", "", False, False, 64, 1))
+
+
+def compile_step(p: Problem, config: Config, x: Operands) -> None:
+    size = narrow_prefill.workspace(p, config)
+    work = torch.empty(size, dtype=torch.uint8, device="meta")
+    for made in narrow_prefill.launches(Step(narrow_prefill.NAME, config, size), p, x, work):
+        made.warm()
+
+
+def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], object]]]:
+    """'few': one config of each problem; 'all': every config of each."""
+    for layout, a, b, groups, slots, n, k, pair, activation, combine, factors, tokens, units in FEW:
+        p = problem(layout, a, b, groups, slots, n, k, pair, activation, combine)
+        assert narrow_prefill.supports(p, ARCH) is None
+        for c in narrow_prefill.configs(p, ARCH):
+            if which == "all" or (c.block_m, c.block_n) == (tokens, 128 * units):
+                stated = narrow_prefill.tile_of(p, c, p.op == "routed_gemm", factors).shared_bytes
+                yield (f"{layout} {a.name} x {b.name} {activation} | {c} | {stated}",
+                       partial(compile_step, p, c, operands(p, pair, factors)))
+
+
+def check(reports: list[dict]) -> None:
+    for r in reports:
+        assert r["spills"] == 0, f"{r['job']}: {r['spills']} bytes spilled in {r['kernel']}"
+        assert not r["serialized"], f"{r['job']}: ptxas serialises wgmma"
+        if r["kernel"] != "narrow_prefill_kernel":
+            continue
+        stated = int(r["job"].rsplit("|", 1)[1])
+        assert r["shared"] <= stated <= ARCH.smem, f"{r['job']}: {r['shared']} bytes of shared memory, stated {stated}"
+        for op in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg"):
+            assert r["ops"][op], f"{r['job']}: no {op}"
+
+
+@pytest.mark.compile
+def test_every_layout() -> None:
+    reports = compile_jobs("sm90", f"{__name__}:jobs")
+    kernels = [r["kernel"] for r in reports]
+    assert kernels.count("narrow_prefill_kernel") == len(FEW) and kernels.count("narrow_prefill_prep_kernel") == len(FEW)
+    check(reports)
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+def test_whole_search_space() -> None:
+    check(compile_jobs("sm90", f"{__name__}:jobs", "all"))

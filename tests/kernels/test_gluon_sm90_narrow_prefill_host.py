@@ -1,0 +1,92 @@
+"""The Hopper prefill kernel for narrow weights, its host part: what it takes, its configs, workspace, widths and the choice."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from narrowgemm.arch import get_arch
+from narrowgemm.formats import BF16, MXFP4, MXFP8, Format, FP8_1x128
+from narrowgemm.kernels.gluon.sm90 import narrow_prefill
+from narrowgemm.kernels.gluon.sm90.narrow_prefill_tile import BOXES, WIDTHS
+from narrowgemm.prepack import PREPACK
+from narrowgemm.problem import Config, Epilogue, Operand, Problem
+from narrowgemm.runtime import dispatch
+
+ARCH = get_arch("h200")
+PLAIN = Epilogue()
+
+
+def problem(m: int = 16384, n: int = 2880, k: int = 2880, groups: int = 128, layout: str = "offsets", b: Format = MXFP4, pair: str = "",
+            epilogue: Epilogue = PLAIN) -> Problem:
+    return Problem("gemm" if layout == "dense" else "routed_gemm" if epilogue != PLAIN else "grouped_gemm", layout, m, n, k, groups,
+                   Operand(BF16), Operand(b, prepack=f"{PREPACK}:{pair}" if pair else PREPACK, scale_dtype="e8m0"),
+                   rows=-(-m // groups), epilogue=epilogue)
+
+
+@pytest.mark.parametrize("change, reason", [
+    (dict(layout="routed", op="routed_gemm"), "routed layout"),
+    (dict(b=Operand(MXFP4, scale_dtype="e8m0")), "prepack"),
+    (dict(b=Operand(MXFP4, prepack=f"{PREPACK}:halves", scale_dtype="e8m0")), "activation"),
+    (dict(a=Operand(FP8_1x128, scale_dtype="fp32")), "E8M0|BF16"),
+    (dict(accumulate=True), "accumulation"),
+    (dict(epilogue=Epilogue(activation="swiglu")), "pair"),
+])
+def test_says_what_it_does_not_take(change: dict, reason: str) -> None:
+    import re
+
+    assert narrow_prefill.supports(problem(), ARCH) is None
+    said = narrow_prefill.supports(replace(problem(), **change), ARCH)
+    assert said is not None and re.search(reason, said)
+    assert "sm90" in (narrow_prefill.supports(problem(), get_arch("gfx950")) or "")
+
+
+@pytest.mark.parametrize("b", [MXFP4, MXFP8], ids=lambda f: f.name)
+@pytest.mark.parametrize("epilogue", [Epilogue(), Epilogue(True, "swiglu_oai", (1.702, 7.0), True, True), Epilogue(combine=True)],
+                         ids=["plain", "activation", "combine"])
+def test_every_shape_fits(b: Format, epilogue: Epilogue) -> None:
+    p = problem(b=b, pair="interleaved" if epilogue.activation else "", epilogue=epilogue)
+    found = narrow_prefill.configs(p, ARCH)
+    assert {(c.block_m, c.block_n) for c in found} == {(t, 128 * u) for t, u in narrow_prefill.SHAPES}
+    assert all(narrow_prefill.tile_of(p, c, True, True).shared_bytes <= ARCH.smem for c in found)
+
+
+@pytest.mark.parametrize("change, reason", [
+    (dict(block_m=48), "tile"), (dict(block_n=192), "tile"), (dict(block_k=64), "tile"), (dict(num_warps=8), "9 warps"),
+    (dict(split_k=2), "split_k"), (dict(num_stages=9), "shared memory"), (dict(num_stages=1), "stages"), (dict(extra=(("unroll", 3),)), "unroll"),
+])
+def test_illegal_configs(change: dict, reason: str) -> None:
+    good = narrow_prefill.configs(problem(), ARCH)[0]
+    assert narrow_prefill.legal(problem(), good, ARCH) is None
+    assert reason in (narrow_prefill.legal(problem(), replace(good, **change), ARCH) or "")
+
+
+def test_widths_are_pieces_that_tma_brings() -> None:
+    for most, pairs in WIDTHS.items():
+        sums = [p + q for p, q in pairs]
+        assert sums == sorted(set(sums)) and sums[-1] == most
+        assert all(p in BOXES and q in (0, *BOXES) for p, q in pairs)
+        # an entry of any size up to the most has a width, and it holds its tokens
+        assert [narrow_prefill.width(r, most) for r in range(1, most + 1)] == [min(s for s in sums if s >= r) for r in range(1, most + 1)]
+
+
+def test_workspace_holds_everything() -> None:
+    combine = problem(epilogue=Epilogue(bias=True, routing_weight=True, combine=True), n=2880, k=300)
+    config = Config(128, 128, 128, 9, 4, swap_ab=True, persistent=True)
+    at = narrow_prefill.regions(combine, config, 16384)
+    assert list(at) == sorted(at) and all(x % 256 == 0 for x in at)
+    assert at.live - at.table >= 4 * (16 + 3 * (16384 // 128 + 128)) and at.x - at.live >= 16384
+    assert at.xfactor - at.x >= 2 * 16384 * 384 and at.y - at.weight >= 4 * 16384 and at.size - at.y >= 4 * 16384 * 2880
+    assert narrow_prefill.workspace(combine, config) == at.size
+    masked = replace(problem(layout="masked", groups=8), m=100, rows=60)
+    assert narrow_prefill.regions(masked, config, 800).live >= 4 * (16 + 3 * 8)
+
+
+def test_many_tokens_choose_it_and_few_do_not() -> None:
+    for m, kernel in ((4 * 4096, narrow_prefill.NAME), (4 * 16, "gluon_sm90.narrow")):
+        assert dispatch.select(problem(m), ARCH).kernel == kernel
+    # sixteen rows an expert: narrow tiles; hundreds: wide ones
+    few = min(narrow_prefill.configs(problem(2048), ARCH), key=lambda c: narrow_prefill.estimate(problem(2048), c, ARCH))
+    many = min(narrow_prefill.configs(problem(65536), ARCH), key=lambda c: narrow_prefill.estimate(problem(65536), c, ARCH))
+    assert few.block_m == 64 and many.block_m == 192

@@ -1,0 +1,117 @@
+"""On a GPU: the Hopper prefill kernel for narrow weights, every tile, through both gates with poison and guards; its epilogue."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import narrowgemm as ng
+from narrowgemm import BF16, MXFP4, MXFP8, Offsets
+from narrowgemm.arch import detect
+from narrowgemm.kernels.gluon.sm90 import narrow_prefill
+from narrowgemm.problem import Config, Problem
+from narrowgemm.testing.cases import Case, build
+from narrowgemm.testing.numerics import calc_diff
+
+pytestmark = pytest.mark.gpu
+NAME = narrow_prefill.NAME
+SMALL = (64, 1)     # tile that compiles fastest: most tokens, 64-row units of a consumer
+# tokens of every width of a tile and around it; an odd number of K blocks, N no multiple of a tile's rows, K none of 128
+MAIN = Case("narrow-prefill", "offsets", 24, 100, 328, 672, sizes="uniform:0.0:2.2", a=BF16, b=MXFP4, packed=True, slack=40)
+RUNS = [*((MAIN, shape) for shape in narrow_prefill.SHAPES),
+        (Case("narrow-prefill", "offsets", 12, 40, 328, 640, sizes="uniform:0.1:1.9", a=BF16, b=MXFP8, packed=True), (64, 2)),
+        (Case("narrow-prefill", "offsets", 12, 150, 328, 640, sizes="uniform:0.3:1.7", a=MXFP8, b=MXFP8, packed=True), (128, 1)),
+        (Case("narrow-prefill", "offsets", 40, 7, 192, 256, sizes="empty:0.4", a=MXFP4, b=MXFP4, packed=True, out_dtype="fp32"), (128, 2)),
+        (Case("narrow-prefill", "dense", 1, 333, 320, 1152, a=BF16, b=MXFP4, packed=True), (128, 1)),
+        (Case("narrow-prefill", "masked", 6, 50, 320, 640, max_m=100, sizes="uniform:0.3:1.7", a=BF16, b=MXFP4, packed=True), SMALL)]
+
+
+@pytest.fixture(autouse=True)
+def hopper() -> None:
+    if detect(torch.device("cuda")).target != "sm90":
+        pytest.skip("runs on Hopper")
+
+
+def config_of(problem: Problem, shape: tuple[int, int]) -> Config:
+    return next(c for c in narrow_prefill.configs(problem, detect(torch.device("cuda"))) if (c.block_m, c.block_n) == (shape[0], 128 * shape[1]))
+
+
+SMALL_CONFIG = Config(64, 128, 128, 9, narrow_prefill.SHAPES[SMALL][0], swap_ab=True, persistent=True)
+
+
+@pytest.mark.parametrize("case, shape", RUNS, ids=lambda x: x.id if isinstance(x, Case) else f"{x[0]}x{x[1]}")
+def test_gates(case: Case, shape: tuple[int, int]) -> None:
+    inputs = build(case, "cuda", seed=5)
+    config = config_of(inputs.plan(backend=NAME).problem, shape)
+    inputs.verify(backend=NAME, config=config)
+    first = inputs.out.tensor.clone()
+    inputs.reset_out()
+    inputs.call(backend=NAME, config=config)
+    assert torch.equal(first.view(torch.uint8), inputs.out.tensor.view(torch.uint8))
+
+
+def routed(seed: int, tokens: int = 300, top_k: int = 4, experts: int = 8, n: int = 320, k: int = 672) -> dict:
+    g = torch.Generator(device="cuda").manual_seed(seed)
+    ids = torch.stack([torch.randperm(experts, generator=g, device="cuda")[:top_k] for _ in range(tokens)]).int()
+    ids[3, 0], ids[7, 1], ids[9:200, 0] = -1, experts, 1       # nobody's; repeated experts
+    w = ng.quantize(torch.randn(experts, n, k, generator=g, device="cuda") / 8, MXFP4, backend="reference")
+    x = torch.randn(tokens, k, generator=g, device="cuda").bfloat16()
+    return {"x": x, "w": w, "order": ng.sort_by_expert(ids, experts), "top_k": top_k, "weight": torch.rand(tokens, top_k, generator=g, device="cuda"),
+            "bias": torch.randn(experts, n, generator=g, device="cuda").bfloat16()}
+
+
+@pytest.mark.parametrize("pair, activation, combine", [("interleaved", "swiglu_oai", False), ("halves", "swiglu", True), ("", None, True),
+                                                       ("", None, False)])
+def test_epilogue(pair: str, activation: str | None, combine: bool) -> None:
+    r = routed(1)
+    packed = ng.prepack(r["w"], pair=pair)
+    common = {"row_map": r["order"].row_map, "top_k": r["top_k"], "a_div": r["top_k"], "bias": r["bias"], "activation": activation,
+              "routing_weight": r["weight"], "combine": combine, "interleaved": pair == "interleaved"}
+    shape = (len(r["x"]) if combine else r["weight"].numel(), r["w"].shape[1] // (2 if activation else 1))
+    want = ng.routed_gemm(r["x"], r["w"], r["order"].layout, out=torch.full(shape, 7.0, device="cuda"), backend="reference", **common)
+    got = torch.full(shape, 7.0, dtype=torch.bfloat16, device="cuda")
+    ng.routed_gemm(r["x"], packed, r["order"].layout, out=got, config=SMALL_CONFIG, **common)
+    assert calc_diff(got, want) <= 5e-6
+    assert torch.equal((got == 7).all(1), (want == 7).all(1)), "rows that nobody computes are left alone"
+    again = torch.full_like(got, 7.0)
+    ng.routed_gemm(r["x"], packed, r["order"].layout, out=again, config=SMALL_CONFIG, **common)
+    assert torch.equal(got, again)
+
+
+def test_scales_at_the_ends_and_nan() -> None:
+    """Rows whose scales lie outside of BF16's window have factors; a NaN scale gives a NaN row of weights and no other."""
+    g = torch.Generator(device="cuda").manual_seed(2)
+    w = ng.quantize(torch.randn(2, 192, 384, generator=g, device="cuda"), MXFP4, backend="reference")
+    w.scale[0, 5], w.scale[1, 7], w.scale[1, 64] = 8, 240, 20
+    w.scale[0, 100, 3] = 255
+    x = torch.randn(200, 384, generator=g, device="cuda").bfloat16()
+    layout = Offsets(torch.tensor([0, 90, 200], device="cuda"))
+    want = ng.grouped_gemm(x, w, layout, out_dtype=torch.float32, backend="reference")
+    got = ng.grouped_gemm(x, ng.prepack(w), layout, out_dtype=torch.float32, config=SMALL_CONFIG)
+    assert torch.equal(got.isnan(), want.isnan()) and bool(want[:90, 100].isnan().all())
+    for columns in (5, 7, 64, slice(8, 60)):
+        assert calc_diff(got[:, columns].double(), want[:, columns].double()) <= 1e-6, columns
+
+
+def test_graph_replay_with_changed_routing() -> None:
+    a, b = routed(3), routed(4)
+    packed = ng.prepack(a["w"])
+    row_map, index = a["order"].row_map.clone(), a["order"].layout.index.clone()
+    rows = a["weight"].numel()
+
+    def call(out: torch.Tensor) -> None:
+        ng.routed_gemm(a["x"], packed, Offsets(index), row_map=row_map, top_k=4, a_div=4, out=out, config=SMALL_CONFIG)
+
+    out = torch.zeros(rows, 320, dtype=torch.bfloat16, device="cuda")
+    call(out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call(out)
+    for r in (b, a):
+        row_map.copy_(r["order"].row_map)
+        index.copy_(r["order"].layout.index)
+        out.zero_()
+        graph.replay()
+        eager = torch.zeros_like(out)
+        call(eager)
+        assert torch.equal(out, eager) and bool(out.any())

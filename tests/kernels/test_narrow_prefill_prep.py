@@ -1,0 +1,94 @@
+"""The launch in front of the Hopper prefill kernel for narrow weights: entries, gathered rows in the weights' order, what goes with them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from narrowgemm.formats import MXFP4, MXFP8
+from narrowgemm.kernels.gluon.sm90.narrow_prefill import PREP_K, PrepStatic
+from narrowgemm.kernels.gluon.sm90.narrow_tile import KINDS, TABLE_HEAD
+from narrowgemm.reference.quantize import dequantize, quantize
+
+BT, K, A_DIV = 64, 200, 2
+
+
+def weight_order(x: torch.Tensor) -> torch.Tensor:
+    """[R, K] as the expanded weights have it, zeros up to the next 128: out[m * 8 + q * 2 + r] = in[q * 32 + m * 2 + r]."""
+    rows, k = x.shape
+    out = torch.zeros(rows, -(-k // 128) * 128, dtype=x.dtype, device=x.device)
+    out[:, :k] = x
+    return out.view(rows, -1, 4, 16, 2).permute(0, 1, 3, 2, 4).reshape(rows, -1)
+
+
+def run(device: str, kind: str, xkind: int, x: torch.Tensor, xs: torch.Tensor | None, index: torch.Tensor, slots: torch.Tensor | None,
+        weight: torch.Tensor | None, groups: int, positions: int, num_slots: int, group: int = 32) -> dict[str, torch.Tensor]:
+    from narrowgemm.kernels.gluon.sm90.narrow_prefill_prep_device import narrow_prefill_prep_kernel as kernel
+
+    total = positions * (groups if kind == "masked" else 1)
+    kx = -(-K // 128) * 128
+    cap = total // BT + groups
+    out = {"x": torch.full((total, kx), 7.0, dtype=torch.bfloat16, device=device), "factor": torch.full((total,), 7.0, device=device),
+           "weight": torch.full((total,), 7.0, device=device), "live": torch.full((num_slots,), 9, dtype=torch.int8, device=device),
+           "table": torch.full((TABLE_HEAD + 3 * cap,), -9, dtype=torch.int32, device=device)}
+    cfg = PrepStatic(KINDS[kind], BT, 8, xkind, group, slots is not None, PREP_K, slots is not None, weight is not None)
+    order = index if slots is None else slots
+    scale, ssm, ssk = (x, 0, 0) if xs is None else (xs, xs.stride(0), xs.stride(1))
+    kernel[(1 + total,)](x, scale, out["x"], out["factor"], out["weight"] if weight is None else weight, out["weight"], index, order, order,
+                         order, out["table"], out["live"], K, kx, x.stride(0), ssm, ssk, groups, num_slots, positions, 1, cap,
+                         A_DIV if slots is not None else 1, cfg)
+    out["entries"] = out["table"][TABLE_HEAD:].view(3, cap)[:, :int(out["table"][0])].t()
+    return out
+
+
+def expected_entries(bounds: list[tuple[int, int]]) -> list[list[int]]:
+    return [[e, a + i, min(BT, b - a - i)] for e, (a, b) in enumerate(bounds) for i in range(0, b - a, BT)]
+
+
+def test_gathers_by_slot(device: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    sizes = [3, 0, 70, 5]
+    r = sum(sizes)
+    index = torch.tensor([0, 3, 3, 73, 78], dtype=torch.int64, device=device)
+    slots = torch.randperm(r, generator=g).int()
+    slots[4], slots[9] = -1, r      # nobody's
+    slots = slots.to(device)
+    x = torch.randn(-(-r // A_DIV), K, generator=g).bfloat16().to(device)
+    weight = torch.randn(r, generator=g).to(device)
+    got = run(device, "offsets", 0, x, None, index, slots, weight, 4, r, r)
+    assert got["entries"].tolist() == expected_entries([(0, 3), (3, 3), (3, 73), (73, 78)])
+    ok = (slots >= 0) & (slots < r)
+    where = slots[ok].long()
+    assert torch.equal(got["x"][ok], weight_order(x[where // A_DIV]))
+    assert torch.equal(got["weight"][ok], weight[where])
+    assert bool((got["x"][~ok] == 7).all())
+    live = torch.zeros(r, dtype=torch.int8, device=device)
+    live[where] = 1
+    assert torch.equal(got["live"], live)
+
+
+@pytest.mark.parametrize("kind", ["dense", "masked"])
+def test_positions_are_rows(device: str, kind: str) -> None:
+    x = torch.randn(6, K, generator=torch.Generator().manual_seed(1)).bfloat16().to(device)
+    index = torch.tensor([2, 0, 3], dtype=torch.int32, device=device) if kind == "masked" else torch.zeros(1, dtype=torch.int32, device=device)
+    groups, positions = (3, 2) if kind == "masked" else (1, 6)
+    got = run(device, kind, 0, x, None, index, None, None, groups, positions, 6)
+    # a masked size past what a group can hold is cut
+    assert got["entries"].tolist() == ([[0, 0, 2], [2, 4, 2]] if kind == "masked" else [[0, 0, 6]])
+    assert torch.equal(got["x"], weight_order(x))
+
+
+@pytest.mark.parametrize("fmt, xkind", [(MXFP8, 1), (MXFP4, 2)], ids=["mxfp8", "mxfp4"])
+def test_narrow_rows_are_exact(device: str, fmt, xkind: int) -> None:
+    g = torch.Generator().manual_seed(2)
+    x = torch.randn(4, K, generator=g) * torch.tensor([1.0, 2.0**-100, 2.0**100, 3.0]).unsqueeze(1)
+    q = quantize(torch.nn.functional.pad(x, (0, 24)), fmt)      # whole blocks of 32
+    data, scale = q.data.view(torch.uint8)[:, :K // fmt.elem.per_byte], q.scale[:, :-(-K // 32)].clone()
+    scale[3, 2] = 255
+    want = dequantize(q)[:, :K]
+    data = data.contiguous()
+    data = (data if xkind == 2 else data.view(torch.float8_e4m3fn)).to(device)
+    got = run(device, "dense", xkind, data, scale.to(device), torch.zeros(1, dtype=torch.int32, device=device), None, None, 1, 4, 4)
+    back = got["x"].float().cpu() * got["factor"].cpu()[:, None]
+    assert torch.equal(back[:3], weight_order(want)[:3])
+    assert bool(got["factor"][3].isnan())
