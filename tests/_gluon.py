@@ -240,7 +240,7 @@ def _init(bar: Barrier, count: int) -> None:
 mbarrier = types.SimpleNamespace(
     MBarrierLayout=MBarrierLayout, init=_init,
     wait=lambda bar, phase, **_: bar.wait(int(raw(phase))),
-    arrive=lambda bar, count=1, **_: bar.update(arrivals=int(count)),
+    arrive=lambda bar, count=1, pred=True, **_: bar.update(arrivals=int(count)) if raw(pred) else None,
     expect=lambda bar, n, **_: bar.update(arrivals=1, tx=int(n)))
 
 
@@ -345,17 +345,26 @@ tma = types.SimpleNamespace(store_wait=store_wait)
 class Pending:
     """A sum in flight: nothing but a wait may take it."""
 
-    def __init__(self, a: Shared, b: Shared, dtype: DType) -> None:
-        self.a, self.b, self.dtype, self.value = a, b, dtype, None
+    def __init__(self, a: Shared, b: Shared, base: Any, dtype: DType) -> None:
+        self.operands, self.base, self.dtype, self.value = (a, b), base, dtype, None
 
     def compute(self) -> None:
-        self.value = Tensor((self.a.a.astype(np.float32) @ self.b.a.astype(np.float32)).astype(np.float32))
+        a, b = (x.a.astype(np.float32) for x in self.operands)
+        value = (a @ b).astype(np.float32)
+        if self.base is not None:
+            value = value + (self.base.value if isinstance(self.base, Pending) else self.base).a
+        self.value = Tensor(value)
+
+    @property
+    def a(self) -> np.ndarray:
+        raise EmulationError("a sum is taken while it is in flight")
 
 
 def warpgroup_mma(a: Shared, b: Shared, acc: Any, use_acc: bool = True, is_async: bool = False) -> Pending:
-    assert not use_acc and is_async
-    assert not isinstance(acc, Pending) or acc not in _local.flight, "registers of a sum in flight are given to another"
-    p = Pending(a, b, float32)
+    assert is_async
+    use = bool(raw(use_acc))
+    assert use or not isinstance(acc, Pending) or acc not in _local.flight, "registers of a sum in flight are given to another"
+    p = Pending(a, b, acc if use else None, float32)
     _local.flight.append(p)
     return p
 
@@ -366,14 +375,22 @@ def warpgroup_mma_wait(pending: int = 0, deps: tuple[Any, ...] = ()) -> Any:
     out = []
     for d in deps:
         if isinstance(d, Pending):
-            if d.value is None:
-                raise EmulationError("a sum is taken while it is in flight")
-            d = d.value
+            d = d if d.value is None else d.value       # in flight still: whoever takes it as a tensor finds out
         out.append(d)
     return out[0] if len(out) == 1 else tuple(out)
 
 
 # ---------------------------------------------------------------- language
+_atomic = threading.Lock()
+
+
+def atomic_add(p: Pointer, value: int, **_: Any) -> Tensor:
+    with _atomic:
+        old = load(p)
+        store(p, wrap(np.asarray(old.a + value, old.a.dtype)))
+    return old
+
+
 def _shape(shape: Any) -> list[int]:
     return [int(raw(s)) for s in shape]
 
@@ -468,7 +485,7 @@ gl.__dict__.update(
     int64=int64, uint8=uint8, int1=int1, NVMMASharedLayout=Layout, SwizzledSharedLayout=Layout, BlockedLayout=Layout,
     SliceLayout=Layout, NVMMADistributedLayout=Layout, load=load, store=store, allocate_shared_memory=allocate_shared_memory,
     warp_specialize=warp_specialize, static_range=range, static_assert=_static_assert, associative_scan=_scan, split=_split,
-    program_id=lambda axis: wrap(_local.block[0]), num_programs=lambda axis=0: wrap(_local.block[1]),
+    atomic_add=atomic_add, program_id=lambda axis: wrap(_local.block[0]), num_programs=lambda axis=0: wrap(_local.block[1]),
     to_tensor=wrap, where=_where, minimum=_keep(np.minimum), maximum=_keep(np.maximum),
     cdiv=lambda x, y: wrap((raw(x) + y - 1) // y), broadcast=_broadcast, expand_dims=_expand,
     arange=lambda start, end, layout=None: Tensor(np.arange(start, end, dtype=np.int32)),
@@ -496,7 +513,7 @@ def load_device_module(name: str) -> types.ModuleType:
     gluon.jit, gluon.constexpr_function, gluon.language = _jit, _jit, gl  # type: ignore[attr-defined]
     hopper = types.ModuleType("triton.experimental.gluon.language.nvidia.hopper")
     hopper.__dict__.update(fence_async_shared=lambda: None, mbarrier=mbarrier, tma=tma, warpgroup_mma=warpgroup_mma,
-                           warpgroup_mma_wait=warpgroup_mma_wait)
+                           warpgroup_mma_wait=warpgroup_mma_wait, warpgroup_mma_init=lambda x: x)
     package = types.ModuleType("_emulated_sm90")
     package.__path__ = [str(Path(sm90.__file__).parent)]
     shim = types.ModuleType("_emulated_sm90.shim")

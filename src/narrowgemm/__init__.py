@@ -27,8 +27,10 @@ else:
     from .ops.gather import gather_quantize
     from .ops.gemm import gemm
     from .ops.grouped import grouped_gemm
+    from .ops.grouped_linear import grouped_linear, quantize_weight
     from .ops.prepare import prepare
     from .ops.quantize import quantize
+    from .ops.quantize_both import Both, quantize_both
     from .ops.route import Routing, combine, gather, moe_align_block_size, route, sort_by_expert
     from .ops.routed import routed_gemm
     from .ops.wgrad import grouped_gemm_wgrad
@@ -36,10 +38,10 @@ else:
     from .problem import Config, Plan, Problem
 
 __all__ = [
-    "BF16", "FORMATS", "FP8_ROW", "FP8_TENSOR", "MXFP4", "MXFP8", "Config", "Contiguous", "Explanation",
+    "BF16", "FORMATS", "FP8_ROW", "FP8_TENSOR", "MXFP4", "MXFP8", "Both", "Config", "Contiguous", "Explanation",
     "FP8_1x128", "FP8_128x128", "Format", "KGrouped", "Layout", "Masked", "Offsets", "PackedWeight", "Plan", "Problem",
     "Psum", "Routed", "Routing", "ScaledTensor", "Unsupported", "__version__", "activate", "can_run", "combine", "experts",
     "experts_workspace", "explain", "explain_experts", "gather", "gather_quantize", "gemm", "grouped_gemm",
-    "grouped_gemm_wgrad", "moe_align_block_size", "prepack", "prepare", "quantize", "route", "routed_gemm", "sort_by_expert",
-    "unpack",
+    "grouped_gemm_wgrad", "grouped_linear", "moe_align_block_size", "prepack", "prepare", "quantize", "quantize_both",
+    "quantize_weight", "route", "routed_gemm", "sort_by_expert", "unpack",
 ]

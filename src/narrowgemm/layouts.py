@@ -168,14 +168,20 @@ class Routed(Layout):
 
 @dataclass(frozen=True, eq=False)
 class KGrouped(Layout):
-    """`offsets` int32 or int64 `[G+1]` along the contracted axis: group g contracts columns `[offsets[g], offsets[g+1])`."""
+    """`offsets` int32 or int64 `[G+1]` along the contracted axis: group g contracts columns `[offsets[g], offsets[g+1])`.
+
+    `alignment`: what the host knows of the offsets: each is a multiple of it. A group that has fewer columns holds zeros in
+    the rest, as `quantize_both` writes it; 1 asks for nothing.
+    """
 
     kind: ClassVar[str] = "k_grouped"
     offsets: Tensor
+    alignment: int = 1
 
     def __post_init__(self) -> None:
         check_index(self.offsets, "k_grouped offsets", 1, INT)
         expect(self.offsets.numel() >= 1, "k_grouped offsets, length", self.offsets.numel(), "G + 1")
+        expect(self.alignment >= 1, "k_grouped alignment", self.alignment, "at least 1 column")
 
     @property
     def index(self) -> Tensor:

@@ -73,6 +73,7 @@ class Problem:
     batch_invariant: bool = False
     max_sms: int = 0                           # 0: all
     wide: bool = False                         # an offset inside one tile passes 2^31 elements
+    alignment: int = 1                         # k_grouped: groups start at multiples of it, gaps hold zeros
 
     @property
     def flops(self) -> float:
@@ -104,6 +105,17 @@ def bucket(m: int) -> int:
         return max(m, 0)
     p = 1 << (m - 1).bit_length()
     return p * 3 // 4 if m > 8 and m <= p * 3 // 4 else p
+
+
+SCALED_BLOCK = 128          # K block of every scale finer than a row's: promoting follows from scaling
+PROMOTE = 512               # of K, where scales don't ask for more: Hopper's FP8 tensor core keeps about 14 bits
+
+
+def promotion(a: Format, b: Format, fast_accum: bool = False) -> int:
+    """`Problem.promote` of a product of these formats. `fast_accum`: never promote, where the scales allow it."""
+    if a.group[1] or b.group[1] or not (a.scaled and b.scaled):
+        return SCALED_BLOCK
+    return 0 if fast_accum else PROMOTE
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,3 +130,10 @@ def test_sums_synchronise_once_and_name_the_group() -> None:
     sums.add(6, x[:0], x[:0])
     gate = sums.gate("kernel", 1e-6)
     assert not gate.ok and gate.group == 5
+
+
+def test_float64_operands_are_left_alone() -> None:
+    x, y = torch.randn(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    before = x.clone(), y.clone()
+    calc_diff(x, y)
+    assert torch.equal(x, before[0]) and torch.equal(y, before[1])

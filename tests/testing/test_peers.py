@@ -143,7 +143,7 @@ def test_a_wrong_peer_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
     (Case("t", "dense", 1, 8, 128, 128, a=FP8_1x128, b=FP8_1x128), "take fp8_1x128 x fp8_128x128"),
     (Case("t", "dense", 1, 8, 128, 128, out_dtype="fp16"), "output is BF16"),
     (Case("t", "dense", 1, 8, 128, 192), "K in blocks of 128"), (Case("t", "dense", 1, 0, 128, 128), "no rows"),
-    (Case("t", "k_grouped", 2, 8, 128, 128), "per-group transposed copies")])
+    (Case("t", "k_grouped", 2, 8, 128, 128), "1x128 scales on both sides")])
 def test_what_deepgemm_does_not_compute(case: Case, reason: str) -> None:
     assert reason in peers.get_peer("deepgemm").supports(case)
 

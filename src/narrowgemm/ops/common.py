@@ -18,7 +18,7 @@ from torch import Tensor
 from ..arch import detect
 from ..errors import expect
 from ..formats import BF16, FP16, FP32, Format, ScaledTensor, dtype_name
-from ..problem import Config, Operand, Plan, Problem, bucket
+from ..problem import Config, Operand, Plan, Problem, bucket, promotion
 from ..runtime import dispatch, env
 
 OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -35,6 +35,7 @@ class Options:
     max_sms: int = 0
     validate: str | None = None
     on_unsupported: str = "portable"
+    fast_accum: bool = False
 
     def check(self) -> None:
         expect(isinstance(self.max_sms, int) and self.max_sms >= 0, "max_sms", self.max_sms, "0 (all) or a positive count")
@@ -239,13 +240,16 @@ def is_wide(*tensors: Tensor | None) -> bool:
 
 
 def plan(op: str, layout: str, a: ScaledTensor, b: ScaledTensor, out: Tensor, m: int, groups: int, rows: int,
-         accumulate: bool, zero_padding: bool, options: Options) -> Plan:
+         accumulate: bool, zero_padding: bool, options: Options, alignment: int = 1) -> Plan:
     """Name the Problem and select its Plan."""
     n, k = b.shape[-2], a.shape[-1]
+    expect(not options.fast_accum or promotion(a.format, b.format, True) == 0, f"fast_accum of {a.format.name} x {b.format.name}",
+           True, "False: sums are scaled, and so promoted, every block of K")
     problem = Problem(
         op, layout, bucket(m), n, k, groups, operand(a), operand(b), rows=bucket(max(rows, 1)),
         out_dtype=dtype_name(out.dtype), out_aligned=_aligned(out), accumulate=accumulate, zero_padding=zero_padding,
-        max_sms=options.max_sms, wide=is_wide(a.data, b.data, out))
+        promote=promotion(a.format, b.format, options.fast_accum), max_sms=options.max_sms, wide=is_wide(a.data, b.data, out),
+        alignment=alignment)
     return dispatch.select(problem, detect(a.device), options.backend, options.config, options.on_unsupported)
 
 

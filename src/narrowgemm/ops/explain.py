@@ -11,7 +11,7 @@ from ..arch import Arch, detect, get_arch
 from ..errors import Unsupported, expect
 from ..formats import Format, get_format
 from ..prepack import PREPACK
-from ..problem import LAYOUTS, Operand, Plan, Problem, bucket
+from ..problem import LAYOUTS, Operand, Plan, Problem, bucket, promotion
 from ..runtime import dispatch
 
 OPS = ("gemm", "grouped_gemm", "grouped_gemm_wgrad", "routed_gemm")
@@ -74,7 +74,7 @@ def describe(op: str, *, layout: str = "dense", groups: int = 1, m: int, n: int,
     if packed:
         sb = Operand(fb, "k", PREPACK, fb.scale, "")
     return Problem(op, layout, bucket(m), n, k, groups, sa, sb, rows=bucket(max(rows, 1)), out_dtype=out_dtype,
-                   out_aligned=n * (4 if out_dtype == "fp32" else 2) % 16 == 0, max_sms=max_sms)
+                   out_aligned=n * (4 if out_dtype == "fp32" else 2) % 16 == 0, promote=promotion(fa, fb), max_sms=max_sms)
 
 
 def explain(op: str, *, layout: str = "dense", groups: int = 1, m: int, n: int, k: int, a: Format | str = "fp8_1x128",

@@ -18,7 +18,7 @@ _plans = common.PlanCache()
 
 
 def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tensor, *, out: Tensor | None = None,
-         out_dtype: torch.dtype | None = None, accumulate: bool = False, backend: str | None = None,
+         out_dtype: torch.dtype | None = None, accumulate: bool = False, fast_accum: bool = False, backend: str | None = None,
          config: Config | None = None, max_sms: int = 0, validate: str | None = None,
          on_unsupported: str = "portable", workspace: Tensor | None = None) -> Tensor:
     """`out [M, N] = A [M, K] . B [N, K]^T`, summed in FP32 and rounded once.
@@ -27,6 +27,8 @@ def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tensor, *, o
         stored `[K, N]` comes as its transpose, a view. b may be packed (`prepack`).
     out: `[M, N]` BF16 / FP16 / FP32 with contiguous rows, written in place; allocated with `out_dtype` (BF16) if None.
     accumulate: add to `out` instead.
+    fast_accum: row-wise and tensor-wise FP8 only: leave the whole sum to the tensor core, which keeps about 14 bits of it on
+        Hopper, instead of promoting it to FP32 every 512 of K.
     backend: run on this one only ('triton', 'gluon_sm90', 'reference'). config: with this Config. max_sms: on so many SMs, 0 = all.
     validate: 'sync' reads scales back and raises on NaN (slow). on_unsupported: 'raise' refuses the portable kernels.
     workspace: uint8 scratch of at least `explain(...).plan.workspace_bytes` bytes; allocated if None.
@@ -42,14 +44,15 @@ def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tensor, *, o
     if type(a) is not ScaledTensor or type(b) is not ScaledTensor:
         a, b = common.as_operand(a, "a"), common.as_operand(b, "b")
     if torch.compiler.is_compiling():
-        return _traced(a, b, out, out_dtype, accumulate, backend, config, max_sms, on_unsupported)
+        return _traced(a, b, out, out_dtype, accumulate, backend, config, max_sms, on_unsupported, fast_accum)
     dtype = common.out_dtype_of(out, out_dtype, torch.bfloat16)
     common.check_config(config)
-    key, addresses = common.identify(a, b, out, None, dtype, accumulate, backend, config, max_sms, validate, on_unsupported)
+    key, addresses = common.identify(a, b, out, None, dtype, accumulate, fast_accum, backend, config, max_sms, validate,
+                                     on_unsupported)
     known = _plans.find(key)
     if known is None:
         known = _plans.add(key, plan_of(a, b, out, dtype, accumulate,
-                                        Options(backend, config, max_sms, validate, on_unsupported)),
+                                        Options(backend, config, max_sms, validate, on_unsupported, fast_accum)),
                            common.empty((a.shape[0], b.shape[0]), dtype, a.device), validate)
     plan, memo, empty, sync = known
     if sync:
@@ -77,19 +80,19 @@ def plan_of(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, dtype: torch.d
 
 
 def _traced(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, dtype: torch.dtype | None, accumulate: bool,
-            backend: str | None, config: Config | None, max_sms: int, on_unsupported: str) -> Tensor:
+            backend: str | None, config: Config | None, max_sms: int, on_unsupported: str, fast_accum: bool) -> Tensor:
     common.check_traced(config, out, accumulate)
     if out is None:
         out = torch.empty((a.shape[0], b.shape[0]), dtype=dtype or torch.bfloat16, device=a.device)
     torch.ops.narrowgemm.gemm(a.data, a.scale, b.data, b.scale, a.format.name, b.format.name, out, accumulate,
-                              backend or "", max_sms, on_unsupported)
+                              backend or "", max_sms, on_unsupported, fast_accum)
     return out
 
 
 def _impl(a: Tensor, a_scale: Tensor | None, b: Tensor, b_scale: Tensor | None, a_format: str, b_format: str, out: Tensor,
-          accumulate: bool, backend: str, max_sms: int, on_unsupported: str) -> None:
+          accumulate: bool, backend: str, max_sms: int, on_unsupported: str, fast_accum: bool = False) -> None:
     gemm(ScaledTensor(a, a_scale, get_format(a_format)), ScaledTensor(b, b_scale, get_format(b_format)), out=out,
-         accumulate=accumulate, backend=backend or None, max_sms=max_sms, on_unsupported=on_unsupported)
+         accumulate=accumulate, fast_accum=fast_accum, backend=backend or None, max_sms=max_sms, on_unsupported=on_unsupported)
 
 
 library.register("gemm", f"{library.OPERANDS}, Tensor(a!) out, {library.OPTIONS}", _impl)

@@ -21,13 +21,15 @@ KINDS: dict[str, type[Layout]] = {c.kind: c for c in (Contiguous, Psum, Offsets,
 
 
 def grouped_gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tensor, layout: Layout, *, out: Tensor | None = None,
-                 out_dtype: torch.dtype | None = None, accumulate: bool = False, zero_padding: bool = True,
-                 backend: str | None = None, config: Config | None = None, max_sms: int = 0, validate: str | None = None,
-                 on_unsupported: str = "portable", workspace: Tensor | None = None) -> Tensor:
+                 out_dtype: torch.dtype | None = None, accumulate: bool = False, fast_accum: bool = False,
+                 zero_padding: bool = True, backend: str | None = None, config: Config | None = None, max_sms: int = 0,
+                 validate: str | None = None, on_unsupported: str = "portable",
+                 workspace: Tensor | None = None) -> Tensor:
     """`out[rows of g] = A[rows of g] . B[g]^T` for every group g, in one launch, group sizes on the device.
 
     a: `[M, K]` (Contiguous, Psum, Offsets) or `[G, max_m, K]` (Masked). b: `[G, N, K]`. out: like a, with N for K.
         b may be packed (`prepack`), with Offsets and Masked.
+    fast_accum: as in `gemm`.
     zero_padding: padding rows of Contiguous and Psum are written as zero; False leaves them. Rows outside every group of
         Offsets and Masked are never written.
     validate: 'sync' reads the layout and the scales back and raises ValueError naming the first bad row or group (slow).
@@ -42,17 +44,17 @@ def grouped_gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tens
     if type(a) is not ScaledTensor or type(b) is not ScaledTensor:
         a, b = common.as_operand(a, "a"), common.as_operand(b, "b")
     if torch.compiler.is_compiling():
-        return _traced(a, b, layout, out, out_dtype, accumulate, zero_padding, backend, config, max_sms, on_unsupported)
+        return _traced(a, b, layout, out, out_dtype, accumulate, zero_padding, backend, config, max_sms, on_unsupported, fast_accum)
     dtype = common.out_dtype_of(out, out_dtype, torch.bfloat16)
     common.check_config(config)
     index = layout.index
     alignment, expected_m = _hints(layout)
     key, addresses = common.identify(a, b, out, index, layout.kind, alignment, expected_m, zero_padding, dtype, accumulate,
-                                     backend, config, max_sms, validate, on_unsupported)
+                                     fast_accum, backend, config, max_sms, validate, on_unsupported)
     known = _plans.find(key)
     if known is None:
         known = _plans.add(key, plan_of(a, b, layout, out, dtype, accumulate, zero_padding,
-                                        Options(backend, config, max_sms, validate, on_unsupported)),
+                                        Options(backend, config, max_sms, validate, on_unsupported, fast_accum)),
                            common.empty((*a.shape[:-1], b.shape[-2]), dtype, a.device), validate)
     plan, memo, empty, sync = known
     if sync:
@@ -101,25 +103,25 @@ def plan_of(a: ScaledTensor, b: ScaledTensor, layout: Layout, out: Tensor | None
 
 def _traced(a: ScaledTensor, b: ScaledTensor, layout: Layout, out: Tensor | None, dtype: torch.dtype | None,
             accumulate: bool, zero_padding: bool, backend: str | None, config: Config | None, max_sms: int,
-            on_unsupported: str) -> Tensor:
+            on_unsupported: str, fast_accum: bool) -> Tensor:
     common.check_traced(config, out, accumulate)
     if out is None:
         out = torch.empty((*a.shape[:-1], b.shape[-2]), dtype=dtype or torch.bfloat16, device=a.device)
     alignment, expected_m = _hints(layout)
     torch.ops.narrowgemm.grouped_gemm(a.data, a.scale, b.data, b.scale, a.format.name, b.format.name, out, layout.index,
-                                      layout.kind, alignment, expected_m, zero_padding, accumulate, backend or "", max_sms,
-                                      on_unsupported)
+                                      layout.kind, alignment, expected_m, zero_padding, accumulate, backend or "",
+                                      max_sms, on_unsupported, fast_accum)
     return out
 
 
 def _impl(a: Tensor, a_scale: Tensor | None, b: Tensor, b_scale: Tensor | None, a_format: str, b_format: str, out: Tensor,
-          index: Tensor, kind: str, alignment: int, expected_m: int, zero_padding: bool, accumulate: bool, backend: str,
-          max_sms: int, on_unsupported: str) -> None:
+          index: Tensor, kind: str, alignment: int, expected_m: int, zero_padding: bool, accumulate: bool,
+          backend: str, max_sms: int, on_unsupported: str, fast_accum: bool = False) -> None:
     layout = Psum(index, alignment, expected_m) if kind == "psum" else Masked(index, expected_m) if kind == "masked" \
         else KINDS[kind](index)  # type: ignore[call-arg]
     grouped_gemm(ScaledTensor(a, a_scale, get_format(a_format)), ScaledTensor(b, b_scale, get_format(b_format)), layout,
-                 out=out, accumulate=accumulate, zero_padding=zero_padding, backend=backend or None, max_sms=max_sms,
-                 on_unsupported=on_unsupported)
+                 out=out, accumulate=accumulate, fast_accum=fast_accum, zero_padding=zero_padding, backend=backend or None,
+                 max_sms=max_sms, on_unsupported=on_unsupported)
 
 
 library.register("grouped_gemm", f"{library.OPERANDS}, Tensor(a!) out, Tensor index, str kind, int alignment, "

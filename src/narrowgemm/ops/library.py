@@ -11,7 +11,7 @@ import torch
 
 LIBRARY = torch.library.Library("narrowgemm", "FRAGMENT")
 OPERANDS = "Tensor a, Tensor? a_scale, Tensor b, Tensor? b_scale, str a_format, str b_format"
-OPTIONS = "bool accumulate, str backend, int max_sms, str on_unsupported"
+OPTIONS = "bool accumulate, str backend, int max_sms, str on_unsupported, bool fast_accum=False"
 
 
 def register(name: str, schema: str, impl: Callable[..., None]) -> None:

@@ -94,6 +94,11 @@ class Case:
         return sum(self.group_sizes)
 
     @property
+    def column_alignment(self) -> int:
+        """What a k_grouped layout may say of its groups: 128 where all of them are multiples of it."""
+        return 1 if any(s % 128 for s in self.group_sizes) else 128
+
+    @property
     def expected_m(self) -> int:
         """The host-side hint of a masked call: the mean rows of a group, rounded up."""
         return max(1, -(-self.rows // max(self.groups, 1)))
@@ -144,6 +149,7 @@ def spread(sizes: str, groups: int, mean: int, world: int = 0, limit: int = 0) -
     | `balanced` | `mean` each |
     | `uniform:0.7:1.3` | `mean` times a number drawn evenly from that range, at least 1 |
     | `skew:30` | the same total, the fullest group 30 times the emptiest, evenly in between, in random order |
+    | `skew128:30` | as `skew`, in whole blocks of 128 |
     | `few:8` | the same total, all of it on 8 groups, which are among the first `groups` |
     | `empty:0.5` | like `uniform:0.7:1.3`, and half of the groups have none |
     | `topk:16:8` | 16 tokens choose 8 different ones of the world's experts each, evenly at random |
@@ -168,11 +174,12 @@ def spread(sizes: str, groups: int, mean: int, world: int = 0, limit: int = 0) -
         if kind == "empty":
             for i in rng.sample(range(total), int(total * float(args[0]))):
                 out[i] = 0
-    elif kind == "skew":
+    elif kind in ("skew", "skew128"):
         r = float(args[0])
         weights = [1 + (r - 1) * i / max(total - 1, 1) for i in range(total)]
         rng.shuffle(weights)
-        out = apportion(mean * total, weights)
+        unit = 128 if kind == "skew128" else 1
+        out = [unit * x for x in apportion(mean * total // unit, weights)]
     elif kind == "few":
         hot = set(rng.sample(range(groups), min(int(args[0]), groups)))
         out = apportion(mean * total, [float(i in hot) for i in range(total)])

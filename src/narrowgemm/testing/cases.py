@@ -220,6 +220,28 @@ def layers(suite: str, models: Iterable[str], ep: Iterable[int], tokens: Iterabl
     return [LayerCase(suite, m, e, t, weights) for m in models for e in ep for t in tokens]
 
 
+TRAINED = ("deepseek-v3", "qwen3-235b", "gpt-oss-20b")
+ROW, TENSOR, BLOCK = (FP8_ROW, FP8_ROW), (FP8_TENSOR, FP8_TENSOR), (FP8_1x128, FP8_128x128)
+
+
+def train_rows(suite: str, tokens: Iterable[tuple[int, tuple[Format, Format]]], backward: bool, models: Iterable[str] = TRAINED
+               ) -> list[Case]:
+    """Eight experts of the models: gate_up and down, forward; or what dgrad makes of them, whose weights are transposed."""
+    return [Case(suite, "offsets", 8, t // 8, *((k, n) if backward else (n, k)), a=a, b=b)
+            for model in models for n, k in (get_model(model).gate_up(), get_model(model).down()) for t, (a, b) in tokens]
+
+
+def train_wgrad(suite: str) -> list[Case]:
+    """Weight gradients of the same layers, however tokens spread; DeepGEMM's k-grouped list; many experts with few tokens each."""
+    spreads = ((8192, "balanced"), (32768, "balanced"), (8192, "skew128:2"), (8192, "skew128:30"))
+    return [
+        *(Case(suite, "k_grouped", 8, n, k, tokens // 8, a=FP8_ROW, b=FP8_ROW, sizes=s)
+          for n, k in (get_model(m).gate_up() for m in TRAINED) for tokens, s in spreads),
+        *(Case(suite, "k_grouped", g, m, n, k, a=f, b=f, out_dtype="fp32", accumulate=True)
+          for g, k in ((4, 8192), (16, 2048)) for m, n in ((4096, 7168), (7168, 2048)) for f in (FP8_ROW, FP8_1x128)),
+        *(Case(suite, "k_grouped", g, 2048, 2048, k, a=FP8_ROW, b=FP8_ROW) for g, k in ((64, 256), (256, 128), (1, 16384)))]
+
+
 BOTH = ("bf16", "fp16")
 _BUILDERS: dict[str, Callable[[str], list[Any]]] = {
     "portable-contiguous": lambda s: [*flydsl_contiguous(s, BOTH), *flat(s, "contiguous", (*SMALL, *LARGE))],
@@ -246,6 +268,10 @@ _BUILDERS: dict[str, Callable[[str], list[Any]]] = {
     "mxfp8-routed": mxfp8_routed,
     "mxfp8-dense-decode": lambda s: mxfp8_dense(s, (1, 2, 4, 8, 16, 32, 64)),
     "mxfp8-bandwidth": lambda s: mxfp8_dense(s, (1, 2, 4, 8, 16), 30_000_000),
+    "train-fwd": lambda s: train_rows(s, ((8192, ROW), (16384, TENSOR), (32768, ROW)), False),
+    "train-dgrad": lambda s: train_rows(s, ((8192, ROW), (16384, TENSOR), (32768, ROW)), True),
+    "train-block": lambda s: [c for b in (False, True) for c in train_rows(s, ((16384, BLOCK), ), b, TRAINED[:2])],
+    "train-wgrad": train_wgrad,
     "edge": edge,
     "large": large,
     "cpu-small": cpu_small,
@@ -259,6 +285,7 @@ SUITES: dict[str, tuple[Any, ...]] = {name: tuple(make(name)) for name, make in 
 
 # Whom a suite is measured against; adapters of these names are in `peers.py`.
 PEERS: dict[str, tuple[str, ...]] = {name: ("deepgemm", "floor") for name in SUITES} | {
+    **{f"train-{x}": ("torch_row", "floor") for x in ("fwd", "dgrad")}, "train-wgrad": ("torch_row", "deepgemm", "floor"),
     "experts-fp8": ("deepgemm_layer", "triton_moe", "floor"), "experts-cpu": ("floor",),
     "a16w4-decode": ("triton_kernels", "humming", "floor"), "a16w4-mid": ("triton_kernels", "humming", "floor"),
     "a16w4-prefill": ("triton_kernels", "floor"),

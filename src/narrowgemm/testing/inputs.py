@@ -314,7 +314,7 @@ def make_layout(case: Case, device: torch.device) -> Layout | None:
         return Masked(torch.tensor(sizes, dtype=torch.int32, device=device), case.expected_m)
     if kind in ("offsets", "k_grouped"):
         offsets = torch.tensor((0, *sizes), dtype=torch.int64).cumsum(0).to(torch.int32).to(device)
-        return Offsets(offsets) if kind == "offsets" else KGrouped(offsets)
+        return Offsets(offsets) if kind == "offsets" else KGrouped(offsets, case.column_alignment)
     if kind == "psum":
         ends, row = [], 0
         for s in sizes:

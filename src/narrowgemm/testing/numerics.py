@@ -50,7 +50,8 @@ def diff_terms(x: Tensor, y: Tensor) -> Tensor:
     total = torch.zeros(2, dtype=torch.float64, device=x.device)
     for i in range(0, x.shape[0] if x.dim() else 1, rows):
         p, q = (x[i : i + rows].double(), y[i : i + rows].double()) if x.dim() else (x.double(), y.double())
-        total += torch.stack(((p - q).square_().sum(), p.square_().sum() + q.square_().sum()))
+        # not in place: float64 operands are the caller's own
+        total += torch.stack(((p - q).square_().sum(), p.square().sum() + q.square().sum()))
     return total
 
 

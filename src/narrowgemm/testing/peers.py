@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..formats import FP8_1x128, FP8_128x128, ScaledTensor
 from ..scales import mn_major_tma_aligned
+from . import training_peers
 from .case import Case
 from .guard import Guarded
 from .inputs import Inputs
@@ -77,10 +78,10 @@ class DeepGemm:
         return _import_error("deep_gemm")
 
     def supports(self, case: Case) -> str | None:
+        if case.layout == "k_grouped":
+            return training_peers.deepgemm_k_grouped_refuses(case)
         if (case.a, case.b) != (FP8_1x128, FP8_128x128):
             return f"DeepGEMM's SM90 kernels take fp8_1x128 x fp8_128x128, not {case.a.name} x {case.b.name}"
-        if case.layout == "k_grouped":
-            return "its k-grouped product takes per-group transposed copies and host sizes"
         if case.out_dtype != "bf16" or case.accumulate:
             return "DeepGEMM's output is BF16, without accumulation"
         if case.k % 128 or case.n % 64:
@@ -88,6 +89,8 @@ class DeepGemm:
         return "no rows" if case.rows == 0 else None
 
     def prepare(self, case: Case, inputs: Inputs) -> Prepared:
+        if case.layout == "k_grouped":
+            return Prepared(*training_peers.deepgemm_k_grouped(case, inputs))
         dg = importlib.import_module("deep_gemm")
         a, b = inputs.a, inputs.b
         assert a.scale is not None and b.scale is not None
@@ -154,6 +157,23 @@ class Torch:
             result[:] = [scaled_mm(a.data, b.data.mT, sa, recipes[0], sb.mT, recipes[1], output_dtype=dtype)]
 
         return Prepared(run, lambda g: result[0])
+
+
+class TorchRow:
+    """torch's grouped FP8 product with row-wise scales (CUTLASS), forward and k-grouped."""
+
+    name = "torch_row"
+
+    def available(self, device: torch.device) -> str | None:
+        if device.type != "cuda" or torch.version.hip or torch.cuda.get_device_capability(device) != (9, 0):
+            return "torch's row-wise grouped product is for NVIDIA compute capability 9.0"
+        return None if hasattr(torch, "_scaled_grouped_mm") else "this torch has no torch._scaled_grouped_mm"
+
+    def supports(self, case: Case) -> str | None:
+        return training_peers.torch_row_refuses(case)
+
+    def prepare(self, case: Case, inputs: Inputs) -> Prepared:
+        return Prepared(*training_peers.torch_row(case, inputs))
 
 
 class TorchBf16:
@@ -237,7 +257,7 @@ class Backend:
         return Prepared(lambda: own.call(backend=self.name), lambda g: own.rows(y, g))
 
 
-ADAPTERS: dict[str, Peer] = {p.name: p for p in (DeepGemm(), Torch(), TorchBf16(), TritonKernels(), Humming(),
+ADAPTERS: dict[str, Peer] = {p.name: p for p in (DeepGemm(), Torch(), TorchRow(), TorchBf16(), TritonKernels(), Humming(),
                                                  LayerPeer("deepgemm_layer"), LayerPeer("triton_moe"))}
 FLOOR = "floor"
 

@@ -57,7 +57,8 @@ def problem_of(case: Case) -> Problem:
                  k=case.rows if case.layout == "k_grouped" else case.k, a=case.a, b=case.b, out_dtype=case.out_dtype,
                  expected_m=case.expected_m if case.layout == "masked" else 0)
     if case.layout == "k_grouped":
-        return replace(p, rows=bucket(case.m), accumulate=case.accumulate, b=replace(p.b, scale_major="mn"))
+        return replace(p, rows=bucket(case.m), accumulate=case.accumulate, b=replace(p.b, scale_major="mn"),
+                       alignment=case.column_alignment)
     a = p.a if case.a.group[0] == 1 or not case.a.scaled else replace(p.a, scale_major="k")
     return replace(p, rows=min(p.rows, p.m), accumulate=case.accumulate, a=a,
                    zero_padding=case.zero_padding or case.op != "grouped_gemm")

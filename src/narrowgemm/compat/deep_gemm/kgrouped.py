@@ -15,6 +15,7 @@ from ...formats import ScaledTensor
 from ...layouts import KGrouped
 from ...ops.wgrad import grouped_gemm_wgrad
 from ...runtime import env
+from ...scales import mn_major_tma_aligned
 from . import state
 from .operands import Pair, check_options, check_out, operand, split, take_c, transposed
 
@@ -83,7 +84,9 @@ def run(x: ScaledTensor, y: ScaledTensor, d: Tensor, c: Tensor | None, offsets: 
     expect(k == k_b, "K of a and b", f"{k} and {k_b}", "the same")
     check_out(d, (d.shape[0], m, n), x.data.device)
     expect(d.is_contiguous(), "d, strides", d.stride(), "contiguous")
-    layout = KGrouped(offsets)
+    layout = KGrouped(offsets, GRANULARITY)
+    if x.major == "k":      # what Hopper's kernel takes, with scales as TMA loads them: a copy of the scales, where they aren't
+        x, y = (ScaledTensor(t.data, None if t.scale is None else mn_major_tma_aligned(t.scale), t.format) for t in (x, y))
     accumulate = c is not None and take_c(c, d)
     if state.settings.compile_mode and state.skips("k_grouped", x, y, d):
         return

@@ -1,0 +1,230 @@
+"""FP8 GEMM on Hopper with row-wise or tensor-wise scales, dense and grouped: TMA, wgmma, warp specialisation, in Gluon.
+
+E4M3, E5M2 or one of each; scales in the epilogue; partial sums are promoted to FP32 every `Problem.promote` of K (512 by
+default, 0: never). Persistent: one block an SM takes tile after tile. Device code: `fp8_scaled_device.py`; what is fixed
+at compile time: `fp8_scaled_tile.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import lru_cache
+
+from torch import Tensor
+
+from ....arch import Arch
+from ....problem import Config, Operand, Problem, Step
+from ... import launching
+from ...launching import Launch
+from ...operands import Operands
+from .fp8_scaled_tile import LAYOUTS, MAX_GROUPS, OUT_COLS, Tile
+
+NAME = "gluon_sm90.fp8_scaled"
+BACKEND = "gluon_sm90"
+OUT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+FP8 = ("e4m3", "e5m2")
+GROUPS = ((1, 0), (0, 0))
+
+
+# ---------------------------------------------------------------- what it takes
+def refuse_operands(a: Operand, b: Operand) -> str | None:
+    """Why TMA and wgmma can't take the operands, or None."""
+    if a.format.element not in FP8 or b.format.element not in FP8:
+        return f"takes FP8 on both sides, not {a.format.element} x {b.format.element}"
+    if a.prepack or b.prepack:
+        return "takes plain operands, not prepacked ones"
+    if a.major != "k" or b.major != "k":
+        return f"wgmma takes FP8 with K contiguous, not {a.major} x {b.major}"
+    if not a.aligned or not b.aligned:
+        return "TMA needs operands whose base and outer strides are multiples of 16 bytes"
+    return None
+
+
+def supports(problem: Problem, arch: Arch) -> str | None:
+    p, a, b = problem, problem.a, problem.b
+    if arch.target != "sm90":
+        return f"runs on NVIDIA Hopper (sm90), not {arch.target}"
+    if p.op not in ("gemm", "grouped_gemm") or p.layout not in LAYOUTS:
+        return f"computes dense, contiguous, offsets, psum and masked products, not {p.op} ({p.layout})"
+    if a.format.group not in GROUPS or b.format.group not in GROUPS:
+        return f"takes row-wise and tensor-wise scales, not {a.format.group} x {b.format.group}"
+    if (reason := refuse_operands(a, b)) is not None:
+        return reason
+    if p.k % 16 or not p.k:
+        return f"takes K in multiples of 16, not {p.k}"
+    if p.n < 8:
+        return f"takes at least 8 columns, not {p.n}"
+    if not p.epilogue.plain or p.gather:
+        return "has no fused gather and no epilogue beyond the sum"
+    if p.out_dtype not in OUT_BYTES:
+        return f"writes {', '.join(OUT_BYTES)}, not {p.out_dtype}"
+    if 0 < p.promote < 128:
+        return f"promotes every 128 of K, not every {p.promote}"
+    if p.groups > MAX_GROUPS and p.layout not in ("dense", "contiguous"):
+        return f"counts tiles of up to {MAX_GROUPS} groups, not {p.groups}"
+    if p.wide:
+        return "offsets inside a tile pass 2^31 elements"
+    return None
+
+
+# ---------------------------------------------------------------- configs
+# block_m x block_n -> warpgroups along M and N, columns of a warpgroup's one or two wgmma
+SHAPES = {(128, 128): (2, 1, 128, 0), (128, 192): (2, 1, 128, 64), (128, 256): (2, 1, 256, 0),
+          (64, 256): (1, 2, 128, 0), (64, 128): (1, 2, 64, 0)}
+_LARGEST_PROMOTED = 192     # columns of a warpgroup whose sums and partial sums fit into registers
+
+
+def _config(bm: int, bn: int, stages: int, strip: int = 16) -> Config:
+    return Config(bm, bn, 128, 9, stages, strip, persistent=True)
+
+
+CANDIDATES = (
+    _config(128, 256, 4, 8), _config(128, 256, 4), _config(128, 192, 5, 8), _config(128, 192, 5), _config(128, 192, 4, 8),
+    _config(128, 128, 6, 8), _config(128, 128, 6), _config(128, 128, 5, 8), _config(64, 256, 5), _config(64, 256, 4),
+    _config(64, 128, 8), _config(64, 128, 6),
+)
+
+
+def configs(problem: Problem, arch: Arch) -> list[Config]:
+    return [c for c in CANDIDATES if legal(problem, c, arch) is None]
+
+
+def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
+    """Why `config` can't run the problem, or None."""
+    if (reason := legal_tile(problem, config)) is not None:
+        return reason
+    if tile_of(problem, config, arch) is None:
+        return f"needs more shared memory than the {arch.smem} bytes of the device"
+    return None
+
+
+def legal_tile(problem: Problem, config: Config) -> str | None:
+    """Why there is no such tile, or None."""
+    shape = (config.block_m, config.block_n)
+    if shape not in SHAPES or config.block_k != 128:
+        return f"tile {config.block_m}x{config.block_n}x{config.block_k}, expected one of {list(SHAPES)} x 128"
+    if not config.persistent or config.split_k != 1 or config.swap_ab or config.extra:
+        return "the kernel is persistent, without split_k, swap_ab and extra options"
+    if config.num_stages < 2 or config.group_m < 1:
+        return f"num_stages={config.num_stages}, group_m={config.group_m}, expected at least 2 and 1"
+    if problem.promote and sum(SHAPES[shape][2:]) > _LARGEST_PROMOTED:
+        return f"{config.block_n} columns leave no registers for partial sums that are promoted"
+    return None
+
+
+@lru_cache(maxsize=4096)
+def tile_of(problem: Problem, config: Config, arch: Arch) -> Tile | None:
+    """The compile-time constants of a legal config; None where it needs more shared memory than there is."""
+    wgm, wgn, cols0, cols1 = SHAPES[config.block_m, config.block_n]
+    counted = problem.layout not in ("dense", "contiguous")
+    groups = next(n for n in (32, 128, 512, MAX_GROUPS) if not counted or n >= problem.groups)
+    for buffers in (4, 2, 1):       # staging of the store: as much as fits
+        if buffers * OUT_COLS > cols0 + cols1:
+            continue
+        tile = Tile(
+            LAYOUTS[problem.layout], wgm, wgn, cols0, cols1, config.num_stages, problem.promote // 128, config.group_m, buffers,
+            OUT_BYTES[problem.out_dtype], groups, problem.a.format.group[0] == 1, problem.b.format.group[0] == 1,
+            ZERO=problem.zero_padding and problem.layout in ("contiguous", "psum"), ACCUMULATE=problem.accumulate,
+            STORE_TMA=problem.out_aligned)
+        if tile.shared_bytes <= arch.smem:
+            return tile
+    return None
+
+
+def workspace(problem: Problem, config: Config) -> int:
+    return 0
+
+
+# ---------------------------------------------------------------- cost
+LAUNCH_SECONDS = 3.0e-6
+MEMORY_SECONDS = 5.0e-6     # to fill the pipes and drain them, where bytes decide
+MEMORY_EFFICIENCY = 0.85    # of the streaming rate
+TILE_SECONDS = 0.8e-6       # of a tile, beyond its K blocks
+NOT_HIDDEN = 0.15          # of the shorter of arithmetic and bytes
+# microseconds of one K block of 128 on one SM of an H200, where every SM is busy
+BLOCK_TIMES = {(128, 128): 0.400, (128, 192): 0.590, (128, 256): 0.770, (64, 256): 0.430, (64, 128): 0.270}
+H200_RATE = 1.40e15        # FP8 rate of the device that the figures are from
+
+
+def tiles(problem: Problem, config: Config) -> float:
+    """Tiles expected to have work."""
+    num_n = -(-problem.n // config.block_n)
+    if problem.layout in ("dense", "contiguous"):
+        return -(-problem.m // config.block_m) * num_n
+    groups = problem.groups if problem.layout == "masked" else problem.active_groups
+    rows = max(problem.rows, 1)
+    # sizes spread about their mean: half a tile a group goes to waste, where they don't all fit into one
+    per_group = rows / config.block_m + 0.5 if rows > config.block_m else 1
+    return groups * max(1.0, per_group) * num_n
+
+
+def estimate(problem: Problem, config: Config, arch: Arch) -> float:
+    """Seconds: waves of tiles, or the bytes at the streaming rate, whichever is longer, and some of the other."""
+    sms = min(arch.sms, problem.max_sms or arch.sms)
+    work = tiles(problem, config)
+    unit = -(-problem.k // 128) * 1e-6 * (H200_RATE / 132) / (arch.fp8_flops / arch.sms)
+    waves = work / sms
+    waves = math.ceil(waves) if waves < 8 else waves + 0.5
+    seconds = waves * (unit * BLOCK_TIMES[config.block_m, config.block_n] + TILE_SECONDS)
+    memory = MEMORY_SECONDS + problem.bytes / (arch.bandwidth * MEMORY_EFFICIENCY * min(1.0, max(work, 1) / (0.6 * sms)))
+    return LAUNCH_SECONDS + max(seconds, memory) + NOT_HIDDEN * min(seconds, memory)
+
+
+# ---------------------------------------------------------------- launch
+def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
+    launching.launch(launches, step, problem, operands, workspace)
+
+
+def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from ....arch import detect
+    from . import fp8_scaled_device as device
+
+    arch = detect(x.out.device)
+    a, b, sa, sb, out = x.a.data, x.b.data, x.a.scale, x.b.scale, x.out
+    assert sa is not None and sb is not None
+    masked = problem.layout == "masked"
+    tile = tile_of(problem, step.config, arch)
+    assert tile is not None, f"{step.config} is not legal for {problem}"
+    om = stride(out, -2, x.n)
+    og = stride(out, 0, om * x.m) if masked else 0
+    if tile.STORE_TMA and og % om:
+        tile = replace(tile, STORE_TMA=False)
+    out_desc = None
+    if tile.STORE_TMA:
+        rows = (x.groups - 1) * (og // om) + x.m if masked else x.m
+        box = [64, tile.OUT_COLS]
+        dtype = {2: gl.bfloat16, 4: gl.float32}[tile.OUT_BYTES]     # only its width matters to the layout
+        out_desc = TensorDescriptor(out, [rows, x.n], [om, 1], box, gl.NVMMASharedLayout.get_default_for(box, dtype))
+    num_m = -(-x.m // tile.BM)
+    if problem.layout in ("offsets", "psum"):
+        num_m = x.m // tile.BM + x.groups
+    elif masked:
+        num_m *= x.groups
+    sms = arch.sms if not problem.max_sms else min(problem.max_sms, arch.sms)
+    grid = max(1, min(sms, num_m * -(-x.n // tile.BN)))
+    arguments = (
+        planes(a, x.k, tile.BM), planes(b, x.k, tile.WGN * tile.COLS0), planes(b, x.k, tile.COLS1) if tile.COLS1 else None,
+        out_desc, out, sa, sb, x.index, x.m, x.n, -(-x.k // 128), x.groups, x.alignment, sa.stride(0) if masked else 0,
+        sa.stride(-2), sb.stride(0) if sb.dim() == 3 else 0, sb.stride(-2), og, om, og // om, tile)
+    return [Launch(device.fp8_scaled_kernel, (grid,), arguments, {"num_warps": 4, "maxnreg": tile.max_registers})]
+
+
+def planes(t: Tensor, k: int, box: int):
+    """The TMA descriptor of an operand as [1 or G, rows, K], moved in boxes of `box` rows by 128."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from .fp8_block_parts_device import FP8_PLANE
+
+    rows, outer = t.shape[-2], stride(t, -2, k)
+    count = t.shape[0] if t.dim() == 3 else 1
+    plane = stride(t, 0, outer * rows) if t.dim() == 3 else outer * rows
+    return TensorDescriptor(t, [count, rows, k], [plane, outer, 1], [1, box, 128], FP8_PLANE.value)
+
+
+def stride(t: Tensor, dim: int, packed: int) -> int:
+    """The stride, or what it would be in a packed tensor where there is only one element to stride over."""
+    return t.stride(dim) if t.shape[dim] > 1 else packed

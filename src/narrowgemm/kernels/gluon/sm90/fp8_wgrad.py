@@ -1,0 +1,166 @@
+"""FP8 weight gradient on Hopper: K-grouped, group lengths on the device, in Gluon.
+
+Row-wise and tensor-wise scales with promotion as in `fp8_scaled`, or 1x128 scales on both sides; E4M3, E5M2 or one of each.
+Tiles of which a few would set the time are cut along K and added up in a fixed order. Takes groups whose columns start at
+multiples of 128, with zeros up to the next one, as `quantize_both` writes them. Device code: `fp8_wgrad_device.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ....arch import Arch
+from ....problem import Config, Problem, Step
+from ... import launching
+from ...launching import Launch, Pointer
+from ...operands import Operands
+from . import fp8_scaled
+from .fp8_scaled_tile import LAYOUTS, MAX_GROUPS, OUT_COLS, Tile
+
+NAME = "gluon_sm90.fp8_wgrad"
+BACKEND = "gluon_sm90"
+SHARE = 4 * 132         # a tile longer than two of this many parts of the work is cut into chunks no longer than one
+
+
+def supports(problem: Problem, arch: Arch) -> str | None:
+    p, a, b = problem, problem.a, problem.b
+    if arch.target != "sm90":
+        return f"runs on NVIDIA Hopper (sm90), not {arch.target}"
+    if p.op != "grouped_gemm_wgrad":
+        return f"computes grouped_gemm_wgrad, not {p.op}"
+    blocks = a.format.group == b.format.group == (1, 128)
+    if not blocks and (a.format.group not in fp8_scaled.GROUPS or b.format.group not in fp8_scaled.GROUPS):
+        return f"takes row-wise and tensor-wise scales, or 1x128 on both sides, not {a.format.group} x {b.format.group}"
+    if blocks and any(x.scale_major != "mn" or x.scale_dtype != "fp32" for x in (a, b)):
+        return "TMA loads 1x128 scales in FP32, MN-major with columns on 16 bytes"
+    if (reason := fp8_scaled.refuse_operands(a, b)) is not None:
+        return reason
+    if p.alignment % 128:
+        return f"takes groups that start at multiples of 128, with zeros in between (KGrouped.alignment), not of {p.alignment}"
+    if p.n < 8 or not p.k:
+        return f"takes at least 8 columns and something to contract, not {p.n} and {p.k}"
+    if p.out_dtype not in fp8_scaled.OUT_BYTES:
+        return f"writes {', '.join(fp8_scaled.OUT_BYTES)}, not {p.out_dtype}"
+    if 0 < p.promote < 128:
+        return f"promotes every 128 of K, not every {p.promote}"
+    if p.groups > MAX_GROUPS:
+        return f"counts tiles of up to {MAX_GROUPS} groups, not {p.groups}"
+    if p.wide:
+        return "offsets inside a tile pass 2^31 elements"
+    return None
+
+
+def configs(problem: Problem, arch: Arch) -> list[Config]:
+    return [c for c in fp8_scaled.CANDIDATES if legal(problem, c, arch) is None]
+
+
+def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
+    """Why `config` can't run the problem, or None."""
+    blocks = problem.a.format.group[1] == 128
+    if blocks and sum(fp8_scaled.SHAPES.get((config.block_m, config.block_n), (0, 0, 256, 0))[2:]) > 128:
+        return f"{config.block_n} columns leave no registers for two partial sums with scales"
+    return fp8_scaled.legal_tile(problem, config) or (
+        f"needs more shared memory than the {arch.smem} bytes of the device" if tile_of(problem, config, arch) is None else None)
+
+
+@lru_cache(maxsize=4096)
+def tile_of(problem: Problem, config: Config, arch: Arch) -> Tile | None:
+    """The compile-time constants of a legal config; None where it needs more shared memory than there is."""
+    wgm, wgn, cols0, cols1 = fp8_scaled.SHAPES[config.block_m, config.block_n]
+    groups = next(n for n in (32, 128, 512, MAX_GROUPS) if n >= problem.groups)
+    for buffers in (4, 2, 1):       # staging of the store: as much as fits
+        if buffers * OUT_COLS > cols0 + cols1:
+            continue
+        tile = Tile(
+            LAYOUTS["masked"], wgm, wgn, cols0, cols1, config.num_stages,
+            0 if problem.a.format.group[1] else problem.promote // 128, config.group_m, buffers,
+            fp8_scaled.OUT_BYTES[problem.out_dtype], groups, problem.a.format.group[0] == 1, problem.b.format.group[0] == 1,
+            problem.a.format.group[1] == 128, ZERO=False, ACCUMULATE=problem.accumulate, STORE_TMA=problem.out_aligned,
+            SPLIT=_cut(problem, config), TABLES=2)
+        if tile.shared_bytes <= arch.smem:
+            return tile
+    return None
+
+
+def _cut(problem: Problem, config: Config) -> bool:
+    """Whether a tile can be longer than 2 / SHARE of the work: one of many can't."""
+    return -(-problem.m // config.block_m) * -(-problem.n // config.block_n) < SHARE // 2
+
+
+def _counts(problem: Problem, config: Config) -> tuple[int, int, int]:
+    """int32 of the plan, arrivals at cut tiles, elements of their sums. Cut tiles make fewer than 2 * SHARE items: each is
+    more than half as long as a chunk may be."""
+    groups = 4 * next(n for n in (32, 128, 512, MAX_GROUPS) if n >= problem.groups)
+    if not _cut(problem, config):
+        return groups, 0, 0
+    return groups, 4 * SHARE, 2 * SHARE * config.block_m * config.block_n
+
+
+def workspace(problem: Problem, config: Config) -> int:
+    return 4 * sum(_counts(problem, config))
+
+
+def estimate(problem: Problem, config: Config, arch: Arch) -> float:
+    """Seconds: tiles dealt out to the SMs, or the bytes at the streaming rate, whichever is longer, and some of the other."""
+    sms = min(arch.sms, problem.max_sms or arch.sms)
+    groups = max(problem.groups, 1)
+    work = groups * -(-problem.m // config.block_m) * -(-problem.n // config.block_n)
+    unit = -(-problem.k // groups // 128) * 1e-6 * (fp8_scaled.H200_RATE / 132) / (arch.fp8_flops / arch.sms)
+    waves = math.ceil(work / sms) if work < 8 * sms else work / sms + 0.5
+    seconds = waves * (unit * fp8_scaled.BLOCK_TIMES[config.block_m, config.block_n] + fp8_scaled.TILE_SECONDS)
+    memory = fp8_scaled.MEMORY_SECONDS + problem.bytes / (arch.bandwidth * fp8_scaled.MEMORY_EFFICIENCY)
+    return 2 * fp8_scaled.LAUNCH_SECONDS + max(seconds, memory) + fp8_scaled.NOT_HIDDEN * min(seconds, memory)
+
+
+def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
+    launching.launch(launches, step, problem, operands, workspace)
+
+
+def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
+    """The plan of who does what, and the product."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from ....arch import detect
+    from . import fp8_wgrad_device as device
+    from . import fp8_wgrad_plan_device as planner
+
+    arch = detect(x.out.device)
+    a, b, sa, sb, out = x.a.data, x.b.data, x.a.scale, x.b.scale, x.out
+    assert sa is not None and sb is not None and workspace is not None
+    tile = tile_of(problem, step.config, arch)
+    assert tile is not None, f"{step.config} is not legal for {problem}"
+    om = fp8_scaled.stride(out, -2, x.n)
+    og = fp8_scaled.stride(out, 0, om * x.m)
+    if tile.STORE_TMA and og % om:
+        tile = replace(tile, STORE_TMA=False)
+    out_desc = None
+    if tile.STORE_TMA:
+        box = [64, tile.OUT_COLS]
+        dtype = {2: gl.bfloat16, 4: gl.float32}[tile.OUT_BYTES]     # only its width matters to the layout
+        out_desc = TensorDescriptor(out, [(x.groups - 1) * (og // om) + x.m, x.n], [om, 1], box,
+                                    gl.NVMMASharedLayout.get_default_for(box, dtype))
+    tiles = -(-x.m // tile.BM) * -(-x.n // tile.BN)
+    sms = arch.sms if not problem.max_sms else min(problem.max_sms, arch.sms)
+    planned, arrivals, _ = _counts(problem, step.config)
+    plan, counts = Pointer(workspace, torch.int32), Pointer(workspace, torch.int32, 4 * planned)
+    sums = Pointer(workspace, torch.float32, 4 * (planned + arrivals))
+    first = Launch(planner.plan_kernel, (1,), (x.index, plan, counts, x.k, x.groups, tiles, SHARE),
+                   {"GROUPS": tile.GROUPS, "COUNTS": arrivals, "SPLIT": tile.SPLIT, "num_warps": 4})
+    sa_desc = sb_desc = None
+    if tile.BLOCKS:
+        flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+        sa_desc, sb_desc = (TensorDescriptor(s, [s.shape[1], s.shape[0]], [s.stride(1), 1], [1, box], flat)
+                            for s, box in ((sa, tile.BM), (sb, tile.BN)))
+    arguments = (
+        fp8_scaled.planes(a, x.k, tile.BM), fp8_scaled.planes(b, x.k, tile.WGN * tile.COLS0),
+        fp8_scaled.planes(b, x.k, tile.COLS1) if tile.COLS1 else None, sa_desc, sb_desc, out_desc, out, sa, sb, x.index, plan,
+        counts, sums, x.m, x.n, x.k,
+        0, sa.stride(-2), 0, sb.stride(-2), og, om, og // om, tile)
+    grid = max(1, min(sms, tiles * x.groups))
+    return [first, Launch(device.fp8_wgrad_kernel, (grid,), arguments, {"num_warps": 4, "maxnreg": tile.max_registers})]

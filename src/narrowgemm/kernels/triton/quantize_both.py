@@ -1,0 +1,103 @@
+"""`quantize_both` on any GPU: one read, two writes; row- and tensor-wise scales take a read before, for the maxima.
+
+Device code: `quantize_both_device.py`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...arch import Arch
+from ...problem import Config, Problem, Step
+from ...reference.quantize import MANTISSA_BITS, mantissa
+from .. import launching
+from ..launching import Launch, Pointer
+from ..operands import Operands
+
+NAME = "triton.quantize_both"
+BACKEND = "triton"
+KINDS = {(1, 128): "blocks", (128, 128): "tiles", (1, 0): "rows", (0, 0): "tensor"}
+OPS = ("quantize_both", "cast_both")
+EFFICIENCY = 0.85
+LAUNCH_SECONDS = 3e-6
+
+
+def supports(problem: Problem, arch: Arch) -> str | None:
+    if problem.op not in OPS:
+        return f"quantises along rows and columns at once, it has no {problem.op}"
+    if arch.vendor == "cpu":
+        return "runs on a GPU"
+    if arch.vendor == "nvidia" and arch.capability < 89:
+        return f"{arch.target} converts no FP8"
+    fmt = problem.b.format
+    if fmt.element not in ("e4m3", "e5m2") or fmt.group not in KINDS:
+        return f"has no {fmt.element} with {fmt.scale} scales of {fmt.group}"
+    return None
+
+
+def configs(problem: Problem, arch: Arch) -> list[Config]:
+    return [Config(128, 1, 64 if KINDS[problem.b.format.group] in ("rows", "tensor") else 128, 8, 1)]
+
+
+def workspace(problem: Problem, config: Config) -> int:
+    """Maxima of rows and of columns, or of matrices. `groups` counts the matrices of a batch."""
+    if problem.op == "cast_both":
+        return 0
+    batch = 1 if problem.layout == "offsets" else problem.groups
+    return {"rows": 4 * batch * (problem.m + problem.k), "tensor": 4 * batch}.get(KINDS[problem.b.format.group], 0)
+
+
+def estimate(problem: Problem, config: Config, arch: Arch) -> float:
+    batch = 1 if problem.layout == "offsets" else problem.groups
+    size = batch * problem.m * problem.k
+    reads = 2 if workspace(problem, config) else 1
+    moved = size * (2 * reads + 2)
+    return LAUNCH_SECONDS * (reads + 1) + moved / (arch.bandwidth * EFFICIENCY)
+
+
+def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
+    launching.launch(launches, step, problem, operands, workspace)
+
+
+def launches(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> list[Launch]:
+    from . import quantize_both_device as device
+
+    o, c, fmt = operands, step.config, problem.b.format
+    x, rows, columns, cs = o.a.data, o.b, o.out, o.out_scale
+    rs, elem, how = rows.scale, fmt.elem, KINDS[fmt.group]
+    assert rs is not None and cs is not None
+    grouped, given = problem.layout == "offsets", problem.op == "cast_both"
+    batch, t, k = (1, *x.shape) if x.dim() == 2 else x.shape
+    tiles_t = columns.shape[-1] // 128 if grouped else -(-t // 128)
+    tiles_c = -(-k // c.block_k)
+    index: Tensor | Pointer = o.index if o.index is not None else rs        # any address will do where there are no groups
+    segments: Tensor | Pointer = o.segments if o.segments is not None else rs
+    out: list[Launch] = []
+    if grouped:
+        out.append(Launch(device.segments_kernel, (1,), (index, segments, t, o.groups, columns.shape[-1]),
+                          {"CHUNK": 256, "num_warps": 4}))
+    lead = [s.stride(0) if s.dim() == 3 else 0 for s in (x, rows.data, columns, rs, cs)]
+    row_amax: Tensor | Pointer = rs
+    col_amax: Tensor | Pointer = rs
+    if workspace is not None and not given and how in ("rows", "tensor"):
+        row_amax = Pointer(workspace, torch.int32)
+        col_amax = Pointer(workspace, torch.int32, 4 * batch * t if how == "rows" else 0)
+        count = batch * (t + k) if how == "rows" else batch
+        out.append(Launch(device.zero_kernel, (-(-count // 1024),), (row_amax, count), {"BLOCK": 1024, "num_warps": 4}))
+        out.append(Launch(
+            device.amax_kernel, (batch * -(-t // 128) * -(-k // 128),),
+            (x, index, row_amax, col_amax, t, k, o.groups, -(-t // 128), lead[0], x.stride(-2)),
+            {"BT": 128, "BC": 128, "GROUPED": grouped, "ROWS": how == "rows", "num_warps": c.num_warps}))
+    is_e8m0 = fmt.scale == "e8m0"
+    wide = 128 * max(x.stride(-2), rows.data.stride(-2), columns.stride(-2)) >= 2**31
+    out.append(Launch(
+        device.both_kernel, (batch * tiles_t * tiles_c,),
+        (x, rows.data, columns, rs, cs, row_amax, col_amax, index, segments, t, k, o.groups, tiles_t, o.amax_clamp, lead[0],
+         x.stride(-2), lead[1], rows.data.stride(-2), lead[2] // 16, columns.stride(-2) // 16, lead[3], rs.stride(-2),
+         rs.stride(-1), lead[4], cs.stride(-2), cs.stride(-1)),
+        dict(KIND=how, GROUPED=grouped, GIVEN=given, EVEN=t % 128 == 0, WIDE=wide, CHUNK=256,
+             ROUNDING=o.rounding if is_e8m0 else "", E8M0=is_e8m0, TOP=elem.max, EMAX=elem.emax, MANTISSA=mantissa(elem.max),
+             MANTISSA_BITS=MANTISSA_BITS[fmt.element], SATURATE=is_e8m0 and o.rounding != "rceil", num_warps=c.num_warps,
+             num_stages=1)))
+    return out

@@ -1,0 +1,214 @@
+"""`grouped_linear`: `y[rows of g] = x[rows of g] . w[g]^T` with FP8 products forward and backward, differentiable.
+
+    forward   y  [T, N]    = x  . w^T      both quantised along K
+    dgrad     dx [T, K]    = dy . w        both quantised along N: w's columns
+    wgrad     dw [G, N, K] = dy^T . x      both quantised along a group's tokens: the columns of dy and x
+
+Each of x, w and dy is read once and quantised along both axes (`quantize_both`); what the backward needs of x is kept in FP8.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import expect
+from ..formats import FP8_ROW, FP8_TENSOR, Format, FP8_1x128, FP8_128x128, ScaledTensor, dtype_name, get_format
+from ..layouts import INT, KGrouped, Offsets, check_index
+from .grouped import grouped_gemm
+from .library import LIBRARY
+from .quantize_both import Both, quantize_both
+from .wgrad import grouped_gemm_wgrad
+
+# recipe -> formats of activations and gradients, of weights
+RECIPES: dict[str, tuple[Format, Format]] = {
+    "tensorwise": (FP8_TENSOR, FP8_TENSOR), "rowwise": (FP8_ROW, FP8_ROW), "block": (FP8_1x128, FP8_128x128)}
+ELEMENTS = ("e4m3", "e5m2")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class How:
+    """What forward and backward share beside tensors."""
+
+    x: str
+    dy: str
+    fast_accum: bool
+    max_sms: int
+
+    def products(self) -> dict[str, Any]:
+        return {"fast_accum": self.fast_accum, "max_sms": self.max_sms}
+
+
+def quantize_weight(w: Tensor, recipe: str = "block", element: str = "e4m3") -> Both:
+    """A weight `[G, N, K]` in FP8 along K and, transposed, along N: once an optimiser step, for all of its micro-batches."""
+    return quantize_both(w, _recipe(recipe, element)[1])
+
+
+def grouped_linear(x: Tensor, w: Tensor, group_lens: Tensor | None = None, *, group_offs: Tensor | None = None,
+                   recipe: str = "block", element: str = "e4m3", grads: str = "", quantized: Both | None = None,
+                   scales: tuple[Tensor, Tensor] | None = None, main_grad: Tensor | None = None,
+                   fast_accum: bool = False, max_sms: int = 0) -> Tensor:
+    """`y [T, N]` with `y[rows of g] = x[rows of g] . w[g]^T`, in x's dtype. Differentiable in x and w.
+
+    x: `[T, K]` BF16, FP16 or FP32. w: `[G, N, K]`, the master weight, of any of these dtypes.
+    group_lens: int32 / int64 `[G]`, rows of each group, or group_offs `[G + 1]`, their exclusive prefix sum; on the device, any
+        sizes, empty groups too; every row belongs to a group. An empty group's gradient is zero.
+    recipe: 'tensorwise' (one scale), 'rowwise' (one a row, of each copy along its own axis) or 'block' (1x128 activations and
+        gradients, 128x128 weights, as DeepSeek-V3 trains). element: 'e4m3' or 'e5m2'; grads: that of gradients, where another.
+    quantized: `quantize_weight(w, recipe)`, made once for several micro-batches; made here if None.
+    scales: tensor-wise delayed scaling: float32 scales of x and of y's gradient; without them each is found in a pass of its own.
+    main_grad: FP32 `[G, N, K]`, to which w's gradient is added in place, instead of being returned. Not under torch.compile.
+    fast_accum, max_sms: as in `gemm`, for all three products.
+
+    Raises TypeError / ValueError before anything is launched.
+    """
+    fx, fw = _recipe(recipe, element)
+    grads = grads or element
+    expect(grads in ELEMENTS, "grads", repr(grads), f"one of {ELEMENTS}")
+    expect(isinstance(x, Tensor) and isinstance(w, Tensor), "x and w", f"{type(x).__name__} and {type(w).__name__}", "tensors",
+           error=TypeError)
+    expect(x.dim() == 2, "x, shape", tuple(x.shape), "[T, K]")
+    expect(w.dim() == 3 and w.shape[2] == x.shape[1], "w, shape", tuple(w.shape), f"[G, N, {x.shape[1]}]")
+    expect((group_lens is None) != (group_offs is None), "group_lens and group_offs", "both or none", "one of them")
+    offsets = group_offs if group_offs is not None else _offsets(group_lens)
+    check_index(offsets, "group_offs", 1, INT)
+    expect(offsets.numel() == w.shape[0] + 1, "groups", offsets.numel() - 1, f"those of w, {w.shape[0]}")
+    expect(scales is None or recipe == "tensorwise", "scales with recipe", recipe, "'tensorwise'")
+    how = How(fx.name, fx.with_element(grads).name, fast_accum, max_sms)
+    if quantized is None:
+        quantized = quantize_both(w, fw)
+    expect(quantized.rows.format == fw and quantized.rows.shape == w.shape, "quantized", f"{quantized.rows.format.name} "
+           f"{tuple(quantized.rows.shape)}", f"quantize_weight(w, {recipe!r}, {element!r})")
+    sx, sdy = scales or (None, None)
+    r, c = quantized.rows, quantized.columns
+    if torch.compiler.is_compiling():
+        expect(main_grad is None, "main_grad under torch.compile", "a tensor", "None")
+        return torch.ops.narrowgemm.grouped_linear(x, w, r.data, r.scale, c.data, c.scale, offsets, sx, sdy, how.x, how.dy, fw.name,
+                                                   fast_accum, max_sms, w.requires_grad)[0]
+    if main_grad is not None:
+        expect(main_grad.dtype == torch.float32 and main_grad.shape == w.shape, "main_grad",
+               f"{main_grad.dtype} {tuple(main_grad.shape)}", f"torch.float32 {tuple(w.shape)}")
+    return _GroupedLinear.apply(x, w, r, c, offsets, sx, sdy, how, main_grad)
+
+
+def _recipe(recipe: str, element: str) -> tuple[Format, Format]:
+    expect(recipe in RECIPES, "recipe", repr(recipe), f"one of {tuple(RECIPES)}")
+    expect(element in ELEMENTS, "element", repr(element), f"one of {ELEMENTS}")
+    fx, fw = RECIPES[recipe]
+    return fx.with_element(element), fw.with_element(element)
+
+
+def _offsets(group_lens: Tensor | None) -> Tensor:
+    assert group_lens is not None
+    check_index(group_lens, "group_lens", 1, INT)
+    return torch.nn.functional.pad(group_lens.cumsum(0, dtype=torch.int64), (1, 0))
+
+
+# ---------------------------------------------------------------- the three products
+def forward(x: Tensor, rows: ScaledTensor, offsets: Tensor, scale: Tensor | None, how: How) -> tuple[Tensor, Both]:
+    """(y, x in FP8 along both axes)."""
+    q = quantize_both(x, how.x, offsets, scale=scale)
+    return grouped_gemm(q.rows, rows, Offsets(offsets), out_dtype=x.dtype, **how.products()), q
+
+
+def input_gradient(dy: Both, columns: ScaledTensor, offsets: Tensor, dtype: torch.dtype, how: How) -> Tensor:
+    return grouped_gemm(dy.rows, columns, Offsets(offsets), out_dtype=dtype, **how.products())
+
+
+def weight_gradient(dy: Both, x: ScaledTensor, layout: KGrouped, out: Tensor | None, dtype: torch.dtype, how: How) -> Tensor:
+    return grouped_gemm_wgrad(dy.columns, x, layout, out=out, out_dtype=None if out is not None else dtype,
+                              accumulate=out is not None, **how.products())
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, rows: ScaledTensor, columns: ScaledTensor, offsets: Tensor, sx: Tensor | None,
+                sdy: Tensor | None, how: How, main_grad: Tensor | None) -> Tensor:
+        y, q = forward(x, rows, offsets, sx, how)
+        assert q.layout is not None
+        keep = q.columns if ctx.needs_input_grad[1] else None
+        ctx.save_for_backward(offsets, q.layout.offsets, columns.data, columns.scale, sdy, keep and keep.data, keep and keep.scale)
+        ctx.formats, ctx.how, ctx.main_grad = (q.columns.format, columns.format), how, main_grad
+        ctx.dtypes = x.dtype, w.dtype
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        offsets, seg, wt, wts, sdy, xt, xts = ctx.saved_tensors
+        how = ctx.how
+        q = quantize_both(dy.contiguous(), how.dy, offsets, scale=sdy)
+        dx = dw = None
+        if ctx.needs_input_grad[0]:
+            dx = input_gradient(q, ScaledTensor(wt, wts, ctx.formats[1]), offsets, ctx.dtypes[0], how)
+        if ctx.needs_input_grad[1]:
+            dw = weight_gradient(q, ScaledTensor(xt, xts, ctx.formats[0]), KGrouped(seg, 128), ctx.main_grad, ctx.dtypes[1], how)
+            dw = None if ctx.main_grad is not None else dw
+        return dx, dw, None, None, None, None, None, None, None
+
+
+# ---------------------------------------------------------------- the same as ops of torch, for torch.compile
+def _forward_op(x: Tensor, w: Tensor, wq: Tensor, wqs: Tensor, wt: Tensor, wts: Tensor, offsets: Tensor, sx: Tensor | None,
+                sdy: Tensor | None, fx: str, fdy: str, fw: str, fast_accum: bool, max_sms: int, keep: bool) -> tuple[Tensor, ...]:
+    y, q = forward(x, ScaledTensor(wq, wqs, get_format(fw)), offsets, sx, How(fx, fdy, fast_accum, max_sms))
+    assert q.layout is not None and q.columns.scale is not None
+    return y, q.columns.data, q.columns.scale, q.layout.offsets
+
+
+def _forward_fake(x: Tensor, w: Tensor, wq: Tensor, wqs: Tensor, wt: Tensor, wts: Tensor, offsets: Tensor, sx: Tensor | None,
+                  sdy: Tensor | None, fx: str, fdy: str, fw: str, fast_accum: bool, max_sms: int, keep: bool) -> tuple[Tensor, ...]:
+    from .quantize_both import _allocate
+
+    _, columns, seg = _allocate(x, get_format(fx), offsets, sx)
+    assert columns.scale is not None and seg is not None
+    return x.new_empty((x.shape[0], w.shape[1])), columns.data, columns.scale, seg
+
+
+def _backward_op(dy: Tensor, wt: Tensor, wts: Tensor, offsets: Tensor, sdy: Tensor | None, xt: Tensor, xts: Tensor, seg: Tensor,
+                 fx: str, fdy: str, fw: str, fast_accum: bool, max_sms: int, x_dtype: str, w_dtype: str, need_w: bool
+                 ) -> tuple[Tensor, Tensor]:
+    how = How(fx, fdy, fast_accum, max_sms)
+    q = quantize_both(dy.contiguous(), fdy, offsets, scale=sdy)
+    dx = input_gradient(q, ScaledTensor(wt, wts, get_format(fw)), offsets, DTYPES[x_dtype], how)
+    if not need_w:
+        return dx, dy.new_empty(0)
+    return dx, weight_gradient(q, ScaledTensor(xt, xts, get_format(fx)), KGrouped(seg, 128), None, DTYPES[w_dtype], how)
+
+
+def _backward_fake(dy: Tensor, wt: Tensor, wts: Tensor, offsets: Tensor, sdy: Tensor | None, xt: Tensor, xts: Tensor, seg: Tensor,
+                   fx: str, fdy: str, fw: str, fast_accum: bool, max_sms: int, x_dtype: str, w_dtype: str, need_w: bool
+                   ) -> tuple[Tensor, Tensor]:
+    g, k, n = wt.shape
+    dx = dy.new_empty((dy.shape[0], k), dtype=DTYPES[x_dtype])
+    return dx, dy.new_empty((g, n, k), dtype=DTYPES[w_dtype]) if need_w else dy.new_empty(0)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, w, _, _, wt, wts, offsets, _, sdy, fx, fdy, fw, fast_accum, max_sms, keep = inputs
+    _, xt, xts, seg = output
+    ctx.save_for_backward(wt, wts, offsets, sdy, xt, xts, seg)
+    ctx.arguments = fx, fdy, fw, fast_accum, max_sms, dtype_name(x.dtype), dtype_name(w.dtype), keep
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    wt, wts, offsets, sdy, xt, xts, seg = ctx.saved_tensors
+    if dy is None:
+        return (None, ) * 15
+    dx, dw = torch.ops.narrowgemm.grouped_linear_backward(dy, wt, wts, offsets, sdy, xt, xts, seg, *ctx.arguments)
+    return dx, dw if ctx.arguments[-1] else None, *(None, ) * 13
+
+
+LIBRARY.define("grouped_linear(Tensor x, Tensor w, Tensor wq, Tensor wqs, Tensor wt, Tensor wts, Tensor offsets, Tensor? sx, "
+               "Tensor? sdy, str fx, str fdy, str fw, bool fast_accum, int max_sms, bool keep) -> (Tensor, Tensor, Tensor, Tensor)")
+LIBRARY.impl("grouped_linear", _forward_op, "CompositeExplicitAutograd")
+LIBRARY.define("grouped_linear_backward(Tensor dy, Tensor wt, Tensor wts, Tensor offsets, Tensor? sdy, Tensor xt, Tensor xts, "
+               "Tensor seg, str fx, str fdy, str fw, bool fast_accum, int max_sms, str x_dtype, str w_dtype, bool need_w) "
+               "-> (Tensor, Tensor)")
+LIBRARY.impl("grouped_linear_backward", _backward_op, "CompositeExplicitAutograd")
+torch.library.register_fake("narrowgemm::grouped_linear", _forward_fake, lib=LIBRARY)
+torch.library.register_fake("narrowgemm::grouped_linear_backward", _backward_fake, lib=LIBRARY)
+torch.library.register_autograd("narrowgemm::grouped_linear", _backward, setup_context=_setup, lib=LIBRARY)

@@ -1,0 +1,78 @@
+"""Peers of the training products: torch's row-wise grouped product, and DeepGEMM's k-grouped one."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..formats import FP8_ROW, FP8_TENSOR, FP8_1x128
+from .case import Case
+from .guard import Guarded
+from .inputs import Inputs
+
+SCALED = (FP8_ROW, FP8_TENSOR)
+Call = tuple[Callable[[], object], Callable[[int], Tensor]]     # a run, and rows of a group after it
+
+
+def torch_row_refuses(case: Case) -> str | None:
+    if case.a not in SCALED or case.b not in SCALED:
+        return f"torch's grouped product takes row-wise scales, not {case.a.name} x {case.b.name}"
+    if case.layout not in ("offsets", "k_grouped"):
+        return f"has no {case.layout} layout"
+    if case.out_dtype != "bf16" or case.accumulate:
+        return "its output is BF16, without accumulation"
+    if case.k % 16 or case.n % 16 or (case.layout == "k_grouped" and any(s % 16 for s in case.group_sizes)):
+        return "its operands' rows are multiples of 16 bytes"
+    return "no rows" if case.rows == 0 or case.slack else None
+
+
+def torch_row(case: Case, inputs: Inputs) -> Call:
+    """torch._scaled_grouped_mm, partial sums promoted as ours are by default (use_fast_accum=False). Tensor-wise scales are spread
+    over rows: it has no others."""
+    a, b = inputs.a, inputs.b
+    index = inputs.layout.index  # type: ignore[union-attr]
+    offs = index[1:].to(torch.int32).contiguous()
+    groups = case.groups
+    assert a.scale is not None and b.scale is not None
+    out: list[Tensor] = []
+    if case.layout == "k_grouped":
+        sa = a.scale.expand(a.shape[0], 1).reshape(-1).repeat(groups)
+        sb = b.scale.expand(b.shape[0], 1).reshape(-1).repeat(groups)
+        other = b.data.T
+    else:
+        sa = a.scale.expand(a.shape[0], 1).reshape(-1).contiguous()
+        sb = b.scale.expand(groups, b.shape[1], 1).reshape(groups, -1).contiguous()
+        other = b.data.transpose(1, 2)
+
+    def run() -> None:
+        out[:] = [torch._scaled_grouped_mm(a.data, other, sa, sb, offs=offs, out_dtype=torch.bfloat16, use_fast_accum=False)]
+
+    return run, lambda g: inputs.rows(out[0], g)
+
+
+def deepgemm_k_grouped_refuses(case: Case) -> str | None:
+    if (case.a, case.b) != (FP8_1x128, FP8_1x128):
+        return f"its k-grouped product takes 1x128 scales on both sides, not {case.a.name} x {case.b.name}"
+    if case.out_dtype != "fp32" or not case.accumulate:
+        return "its k-grouped product adds to an FP32 output"
+    return "its groups are multiples of 128 columns" if any(s % 128 for s in case.group_sizes) else None
+
+
+def deepgemm_k_grouped(case: Case, inputs: Inputs) -> Call:
+    """Every group's columns copied together, K-major, which is what its user's quantiser would write."""
+    dg = importlib.import_module("deep_gemm")
+    own = Inputs(case, inputs.device, inputs.seed, inputs.a, inputs.b, inputs.layout,
+                 Guarded(torch.empty_like(inputs.out.tensor), inputs.out.buffer, inputs.out.guard))
+    own.write_base()
+    y, sizes = own.out.tensor, list(case.group_sizes)
+    device_sizes = torch.tensor(sizes, dtype=torch.int32, device=inputs.device)
+
+    def flat(x: Tensor) -> Tensor:
+        parts = x.view(torch.uint8).split(sizes, 1)
+        return torch.cat([p.contiguous().view(-1) for p in parts]).view(x.dtype)
+
+    a, b = ((flat(x.data), x.scale) for x in (inputs.a, inputs.b))
+    return (lambda: dg.k_grouped_fp8_gemm_nt_contiguous(a, b, y, sizes, device_sizes, c=y)), lambda g: own.rows(y, g)

@@ -1,0 +1,113 @@
+"""Primus-Turbo's names and torch's scaled_grouped_mm: values and gradients against FP32 per group."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from narrowgemm import Unsupported
+from narrowgemm.compat.primus_turbo import (
+    Float8QuantConfig,
+    Format,
+    ScalingGranularity,
+    grouped_gemm_fp8,
+    grouped_gemm_fp8_tensorwise_flydsl_kernel,
+    grouped_gemm_fp8_variable_k_tensorwise_flydsl_kernel,
+)
+from narrowgemm.compat.torch_scaled import scaled_grouped_mm
+from narrowgemm.testing.numerics import calc_diff, snr_db
+
+LENS = [40, 0, 90, 14]
+N, K = 96, 160
+
+
+def unbalanced(groups: int, total: int) -> list[int]:
+    """Primus-Turbo's `balance=False`: weights of 0.2 to 1, the rounding error on the last group."""
+    w = 0.2 + 0.8 * torch.rand(groups, generator=torch.Generator().manual_seed(groups))
+    lens = (w / w.sum() * total).int().tolist()
+    return [*lens[:-1], total - sum(lens[:-1])]
+
+
+def snr_of(a, b, lens, trans_b, config) -> list[float]:
+    a, b = a.clone().requires_grad_(), b.clone().requires_grad_()
+    out = grouped_gemm_fp8(a, b, torch.tensor(lens), trans_b=trans_b, config=config)
+    dy = torch.randn_like(out)
+    out.backward(dy)
+    x, w = a.detach().float().requires_grad_(), b.detach().float().requires_grad_()
+    want = torch.cat([p @ (q.T if trans_b else q) for p, q in zip(x.split(lens), w)])
+    want.backward(dy.float())
+    return [snr_db(p.float(), q) for p, q in ((out.detach(), want.detach()), (a.grad, x.grad), (b.grad, w.grad))]
+
+
+@pytest.mark.parametrize("format", Format)
+@pytest.mark.parametrize("granularity", ScalingGranularity)
+@pytest.mark.parametrize("trans_b", [True, False])
+def test_every_config(format, granularity, trans_b) -> None:
+    a = torch.randn(sum(LENS), K).bfloat16()
+    b = torch.randn(len(LENS), *((N, K) if trans_b else (K, N))).bfloat16()
+    limit = 25 if format is Format.E4M3 else 20
+    assert min(snr_of(a, b, LENS, trans_b, Float8QuantConfig(format, granularity))) > limit
+
+
+@pytest.mark.parametrize(("groups", "rows", "dtype"), list(itertools.product((1, 3, 8), (16, 48), (torch.bfloat16, torch.float16))))
+def test_primus_list(groups, rows, dtype) -> None:
+    """A covering part of its test list: groups, rows a group, dtypes, balanced and not."""
+    for lens in ([rows] * groups, unbalanced(groups, rows * groups)):
+        a, b = torch.randn(rows * groups, K).to(dtype), torch.randn(groups, N, K).to(dtype)
+        assert min(snr_of(a, b, lens, True, None)) > 25
+
+
+def test_repeats_are_bit_equal() -> None:
+    a, b = torch.randn(sum(LENS), K).bfloat16(), torch.randn(len(LENS), N, K).bfloat16()
+    first = grouped_gemm_fp8(a, b, torch.tensor(LENS))
+    assert all(torch.equal(first, grouped_gemm_fp8(a, b, torch.tensor(LENS))) for _ in range(3))
+
+
+@pytest.mark.parametrize("trans_b", [True, False])
+def test_kernels(trans_b) -> None:
+    offs = torch.tensor([0, *LENS]).cumsum(0)
+    a, dy = torch.randn(sum(LENS), K).to(torch.float8_e4m3fn), torch.randn(sum(LENS), N).to(torch.float8_e5m2)
+    b = torch.randn(len(LENS), *((N, K) if trans_b else (K, N))).to(torch.float8_e4m3fn)
+    s, t = torch.tensor(0.5), torch.tensor([2.0])
+    out = grouped_gemm_fp8_tensorwise_flydsl_kernel(a, b, s, t, offs, trans_b=trans_b, num_cu=4)
+    want = torch.cat([p @ (q.T if trans_b else q) for p, q in zip(a.float().split(LENS), b.float())])
+    assert calc_diff(out.float(), want) < 5e-6
+    dw = grouped_gemm_fp8_variable_k_tensorwise_flydsl_kernel(dy, a, s, t, offs, out_dtype=torch.float32)
+    want = torch.stack([p.T @ q for p, q in zip(dy.float().split(LENS), a.float().split(LENS))])
+    assert calc_diff(dw, want) < 1e-6 and not dw[1].any()
+
+
+def test_scaled_grouped_mm() -> None:
+    ends = torch.tensor(LENS).cumsum(0).to(torch.int32)
+    a, b = torch.randn(sum(LENS), K).to(torch.float8_e4m3fn), torch.randn(len(LENS), N, K).to(torch.float8_e4m3fn)
+    sa, sb = torch.rand(sum(LENS)) + 0.5, torch.rand(len(LENS), N) + 0.5
+    recipe = getattr(getattr(torch.nn.functional, "ScalingType", None), "RowWise", "RowWise")
+    out = scaled_grouped_mm(a, b.transpose(1, 2), sa, recipe, [sb], [recipe], offs=ends, output_dtype=torch.float32)
+    want = torch.cat([p @ q.T for p, q in zip((a.float() * sa[:, None]).split(LENS), b.float() * sb[:, :, None])])
+    assert calc_diff(out, want) < 1e-6
+    x, y = torch.randn(N, sum(LENS)).to(torch.float8_e4m3fn), torch.randn(sum(LENS), K).to(torch.float8_e4m3fn)
+    dw = scaled_grouped_mm(x, y, torch.ones(N), "RowWise", torch.ones(K), "RowWise", offs=ends, output_dtype=torch.float32)
+    assert calc_diff(dw, torch.stack([p @ q for p, q in zip(x.float().split(LENS, 1), y.float().split(LENS))])) < 1e-6
+
+
+def test_refusals() -> None:
+    a, b, lens = torch.randn(8, 32).bfloat16(), torch.randn(1, 16, 32).bfloat16(), torch.tensor([8])
+    for config in (Float8QuantConfig(block_size=64), Float8QuantConfig(scale_dtype=torch.float16)):
+        with pytest.raises(Unsupported):
+            grouped_gemm_fp8(a, b, lens, config=config)
+    with pytest.raises(TypeError, match="Float8QuantConfig"):
+        grouped_gemm_fp8(a, b, lens, config="e4m3")
+    f8, one = a.to(torch.float8_e4m3fn), torch.ones(1)
+    with pytest.raises(TypeError, match="float8"):
+        grouped_gemm_fp8_tensorwise_flydsl_kernel(a, b, one, one, torch.tensor([0, 8]))
+    with pytest.raises(ValueError, match="tensor-wise"):
+        grouped_gemm_fp8_tensorwise_flydsl_kernel(f8, b.to(f8.dtype), torch.ones(2), one, torch.tensor([0, 8]))
+    for change in (dict(bias=one), dict(swizzle_a="SWIZZLE_32_4_4")):
+        with pytest.raises(Unsupported):
+            scaled_grouped_mm(f8, f8.T, one, "RowWise", one, "RowWise", offs=lens.int(), **change)
+    with pytest.raises(Unsupported, match="BlockWise1x16"):
+        scaled_grouped_mm(f8, f8.T, one, "BlockWise1x16", one, "RowWise", offs=lens.int())
+    with pytest.raises(ValueError, match="offs"):
+        scaled_grouped_mm(f8, f8.T, one, "RowWise", one, "RowWise")

@@ -1,0 +1,157 @@
+"""Both FP8 copies of a tensor against the definition, bit for bit: interpreted on the CPU, and on a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import narrowgemm as ng
+from narrowgemm.formats import FP8_ROW, FP8_TENSOR, Format, FP8_1x128, FP8_128x128, ScaledTensor
+from narrowgemm.ops.quantize_both import Both, quantize_both
+
+KINDS = [FP8_TENSOR, FP8_ROW, FP8_1x128, FP8_1x128.with_element("e5m2"), FP8_1x128.with_scale("e8m0")]
+SIZES = [3, 0, 128, 0, 130, 39]
+
+
+@pytest.fixture
+def on(device, monkeypatch):
+    """The device, with a GPU to plan for where there is none."""
+    if device == "cpu":
+        monkeypatch.setenv("NARROWGEMM_ARCH", "h200")
+    return device
+
+
+def sample(*shape: int, device: str, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    g = torch.Generator().manual_seed(len(shape))
+    x = torch.randn(shape, generator=g) * torch.exp(2 * torch.randn(shape, generator=g))
+    x[..., 1, :] = 0
+    x[..., 2, 0] = -0.0
+    return x.to(device, dtype)
+
+
+def raw(x: torch.Tensor) -> torch.Tensor:
+    return x.clone(memory_format=torch.contiguous_format).view(torch.uint8).cpu()
+
+
+def equal(x: ScaledTensor, y: ScaledTensor, columns: slice = slice(None)) -> None:
+    assert x.format == y.format
+    per = x.format.group[1]
+    scales = slice(columns.start // per, columns.stop // per) if per and columns.stop else slice(None)
+    assert torch.equal(raw(x.scale[..., scales]), raw(y.scale[..., scales])), "scales differ"
+    assert torch.equal(raw(x.data[..., columns]), raw(y.data[..., columns])), "payloads differ"
+
+
+def offsets_of(sizes: list[int], device: str, first: int = 0, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    return torch.tensor([first, *sizes], device=device).cumsum(0).to(dtype)
+
+
+def check(x: torch.Tensor, fmt: Format, offsets: torch.Tensor | None = None, **options) -> Both:
+    got, want = (quantize_both(x, fmt, offsets, backend=b, **options) for b in ("triton", "reference"))
+    if offsets is None:
+        equal(got.rows, want.rows)
+        equal(got.columns, want.columns)
+        return got
+    lo, hi = int(offsets[0]), int(offsets[-1])
+    cut = lambda t: ScaledTensor(t.data[lo:hi], t.scale[lo:hi] if fmt.group[0] else t.scale, fmt)  # noqa: E731
+    equal(cut(got.rows), cut(want.rows))
+    assert torch.equal(got.layout.offsets, want.layout.offsets) and got.layout.alignment == 128
+    equal(got.columns, want.columns, slice(0, int(want.layout.offsets[-1])))
+    return got
+
+
+@pytest.mark.parametrize("fmt", KINDS, ids=lambda f: f.name)
+def test_groups_of_any_size(on, fmt):
+    both = check(sample(sum(SIZES), 200, device=on), fmt, offsets_of(SIZES, on))
+    starts = both.layout.offsets.tolist()
+    assert starts == [0, 128, 128, 256, 256, 512, 640]
+    assert not both.columns.data[:, 3:128].float().any(), "the rest of a segment is not zero"
+
+
+@pytest.mark.parametrize("fmt", KINDS, ids=lambda f: f.name)
+def test_copies_hold_what_quantize_gives(on, fmt):
+    """Rows are `quantize` of the tensor; a group's columns are its rows again, to within the format's rounding."""
+    x = sample(sum(SIZES), 256, device=on)
+    both = quantize_both(x, fmt, offsets_of(SIZES, on))
+    equal(both.rows, ng.quantize(x, fmt))
+    start = 0
+    dense = both.columns.dequantize()
+    for size, at in zip(SIZES, both.layout.offsets.tolist()):
+        part = x[start : start + size].float().T
+        if size:
+            error = (dense[:, at : at + size] - part).norm() / part.norm()
+            assert error < (0.04 if fmt.element == "e4m3" else 0.08)
+        start += size
+
+
+def test_rows_outside_the_groups(on):
+    x = sample(300, 128, device=on)
+    x[:5] = 1e30
+    x[290:] = float("nan")
+    for fmt in (FP8_ROW, FP8_TENSOR, FP8_1x128):
+        both = check(x, fmt, offsets_of([100, 185], on, first=5, dtype=torch.int32))
+        assert both.columns.scale.isfinite()[..., : 3 if fmt.group[1] else 1].all()
+
+
+@pytest.mark.parametrize("fmt", [FP8_TENSOR, FP8_ROW, FP8_1x128, FP8_128x128], ids=lambda f: f.name)
+@pytest.mark.parametrize("shape", [(130, 72), (2, 64, 200), (3, 128, 128)])
+def test_weights(on, fmt, shape):
+    """Without groups the columns are the transpose, matrix by matrix, rows of it on 16 bytes."""
+    both = check(sample(*shape, device=on), fmt)
+    assert both.layout is None and both.columns.shape == (*shape[:-2], shape[-1], shape[-2])
+    assert both.columns.data.stride(-2) % 16 == 0
+    if fmt.group[0] == fmt.group[1]:
+        assert torch.equal(raw(both.columns.data), raw(both.rows.data.mT))
+
+
+def test_given_scale(on):
+    """Delayed scaling: the scale is taken as it is, and what is beyond the range saturates."""
+    x = sample(200, 128, device=on)
+    scale = (x.abs().max().float() / 448 / 4).reshape(1)
+    both = check(x, FP8_TENSOR, offsets_of([150, 50], on), scale=scale)
+    assert both.rows.data.float().abs().max() == 448 and both.rows.scale.item() == scale.item()
+    check(sample(2, 130, 64, device=on), FP8_TENSOR, scale=torch.tensor([0.01, 3.0], device=on))
+    bad = check(x, FP8_TENSOR, offsets_of([150, 50], on), scale=torch.tensor([float("nan")], device=on))
+    assert bad.rows.data.float().isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_other_inputs(on, dtype):
+    wide = sample(140, 160, device=on, dtype=dtype)[:, :150]
+    check(wide, FP8_1x128, offsets_of([140], on))
+
+
+def test_bad_sizes_stay_inside(on):
+    """Sizes that lie are clamped: nothing outside the tensors is touched, and what fits is right."""
+    x = sample(100, 128, device=on)
+    for bad in ([-5, 50, 300], [0, 90, 20, 100], [200, 300, 400]):
+        both = quantize_both(x, FP8_1x128, torch.tensor(bad, device=on), backend="triton")
+        assert 0 <= int(both.layout.offsets[-1]) <= both.columns.shape[1]
+
+
+@pytest.mark.parametrize("sizes", [[0, 0], []])
+def test_nothing_to_do(on, sizes):
+    both = quantize_both(torch.empty(0, 128, dtype=torch.bfloat16, device=on), FP8_1x128, offsets_of(sizes, on))
+    assert both.layout.offsets.tolist() == [0] * (len(sizes) + 1)
+
+
+def test_many_groups(on):
+    sizes = [(i * 7) % 5 for i in range(300)]
+    check(sample(sum(sizes), 128, device=on), FP8_ROW, offsets_of(sizes, on))
+
+
+def test_refusals():
+    x = torch.zeros(8, 128, dtype=torch.bfloat16)
+    offsets = torch.tensor([0, 8])
+    for error, call in [
+        (ValueError, lambda: quantize_both(x, "mxfp8")),
+        (ValueError, lambda: quantize_both(x, FP8_128x128, offsets)),
+        (ValueError, lambda: quantize_both(x[None], FP8_ROW, offsets)),
+        (ValueError, lambda: quantize_both(x.T, FP8_ROW)),
+        (TypeError, lambda: quantize_both(x, FP8_ROW, offsets.float())),
+        (ValueError, lambda: quantize_both(x, FP8_ROW, scale=torch.ones(1))),
+        (ValueError, lambda: quantize_both(x, FP8_TENSOR, scale=torch.ones(3))),
+        (TypeError, lambda: quantize_both(x, FP8_TENSOR, scale=torch.ones(1).double())),
+        (TypeError, lambda: quantize_both(x.int(), FP8_TENSOR)),
+    ]:
+        with pytest.raises(error, match="expected"):
+            call()
