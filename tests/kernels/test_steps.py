@@ -14,12 +14,20 @@ from narrowgemm.formats import BF16, Format
 from narrowgemm.kernels.registry import kernels
 from narrowgemm.ops.activate import activate
 from narrowgemm.ops.gather import gather_quantize
-from narrowgemm.problem import Operand, Problem
+from narrowgemm.problem import Config, Operand, Problem
 from narrowgemm.reference import activate as reference_activate
 from narrowgemm.reference import route as reference
 from narrowgemm.testing.numerics import calc_diff
 
 FORMATS = [FP8_1x128, FP8_1x128.with_scale("e8m0"), MXFP8, MXFP4, FP8_ROW, BF16]
+
+
+def tried(kernel: str, problem: Problem, device: str) -> list[Config]:
+    """Configs to try: all of them on a GPU, one in the interpreter, which takes seconds for what a GPU does in none."""
+    configs = kernels()[kernel].configs(problem, ARCH)
+    return configs if device == "cuda" else configs[:1]
+
+
 ARCH = get_arch("h200")
 ROUTES = [  # experts, top_k, scoring, renormalize, bias, groups, topk_group, factor
     (8, 2, "softmax", True, False, None, None, 1.0),         # Mixtral
@@ -64,7 +72,7 @@ def test_route(on, case, dtype):
     experts, k, scoring, renormalize, biased, groups, kept, factor = case
     gen = torch.Generator().manual_seed(0)
     # distinct in bf16 and far enough apart that fp32 scores are distinct too
-    logits = torch.stack([torch.randperm(experts, generator=gen) for _ in range(9)]).to(dtype) / 64
+    logits = torch.stack([torch.randperm(experts, generator=gen) for _ in range(3)]).to(dtype) / 64
     bias = torch.linspace(-0.037, 0.041, experts)[torch.randperm(experts, generator=gen)] if biased else None
     options = dict(scoring=scoring, renormalize=renormalize, num_expert_group=groups, topk_group=kept,
                    scaling_factor=factor)
@@ -91,13 +99,13 @@ def test_route_takes_extremes_as_the_definition_does(on, scoring):
 
 
 @pytest.mark.parametrize("launches", [1, 3])
-@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(0, 2, 8), (1, 8, 256), (7, 4, 5), (150, 8, 12), (20, 16, 70),
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(0, 2, 8), (1, 8, 40), (7, 4, 5), (40, 8, 6), (4, 16, 20),
                                                           (513, 4, 1)])
 def test_sort_by_expert(on, tokens, top_k, experts, launches):
     ids = ids_of(tokens, top_k, experts) if tokens else torch.zeros((0, top_k), dtype=torch.int32)
     kernel = kernels()["triton.sort_by_expert"]
     for config in (c for c in kernel.configs(sort_problem(experts), ARCH) if c.split_k == launches):
-        for cast in (torch.int32, torch.int64):
+        for cast in (torch.int32, torch.int64) if on == "cuda" else (torch.int32,):
             got = sort_by_expert(ids.to(on, cast), experts, config=config)
             equal_routing(got, reference.sort_by_expert(ids.to(cast), experts))
 
@@ -152,7 +160,7 @@ def test_gather_quantize(on, fmt, tokens, top_k, k):
     want = reference.gather_quantize(x, routing, fmt)
     for layout in ("mn_major", "row_major"):
         out = poisoned(tokens * top_k, k, fmt, x.dtype, on, layout)
-        for config in kernels()["triton.gather_quantize"].configs(problem_of(fmt, k), ARCH):
+        for config in tried("triton.gather_quantize", problem_of(fmt, k), on):
             gather_quantize(x.to(on), there, fmt, scale_layout=layout, out=out, config=config)
             live_equal(out, want, int(routing.offsets[-1]))
 
@@ -192,7 +200,7 @@ def test_activate(on, fmt, kind):
     want = reference_activate.activate(h, activation=name, args=args, interleaved=interleaved, bias=bias,
                                        offsets=offsets, fmt=fmt if fmt.scaled else None)
     want = want if isinstance(want, ScaledTensor) else ScaledTensor(want, None, fmt)
-    for config in kernels()["triton.activate"].configs(problem_of(fmt, inter), ARCH):
+    for config in tried("triton.activate", problem_of(fmt, inter), on):
         out = poisoned(rows, inter, fmt, h.dtype, on)
         activate(h.to(on), activation=name, args=args, interleaved=interleaved, bias=None if bias is None else bias.to(on),
                  layout=Offsets(offsets.to(on)), fmt=fmt, out=out, config=config)
@@ -231,7 +239,7 @@ def test_combine(on, dtype, tokens, top_k, n):
     for extra in ({}, {"bias": bias}, {"add": add}, {"bias": bias, "add": add}):
         moved = {k: v.to(on) for k, v in extra.items()}
         want = reference.combine(y, routing, weights, out_dtype=torch.float32, **extra)
-        for config in kernels()["triton.combine"].configs(problem_of(BF16, 1, n), ARCH)[:2]:
+        for config in tried("triton.combine", problem_of(BF16, 1, n), on):
             got = combine(y.to(on), there, weights.to(on), out_dtype=torch.float32, config=config, **moved)
             torch.testing.assert_close(got.cpu(), want, rtol=1e-6, atol=2e-6)
             assert torch.equal(combine(y.to(on), there, weights.to(on), config=config, **moved), got.to(dtype))

