@@ -17,11 +17,12 @@ from ..errors import expect
 from ..formats import Format, ScaledTensor, get_format
 from ..kernels.operands import Operands
 from ..kernels.step_operands import ActivateOperands, CombineOperands, GatherOperands, RouteOperands, SortOperands
+from ..prepack import PackedWeight
 from ..reference.activate import OAI_ARGS
 from ..runtime import env
 from ..runtime.launch import run
 from . import activate as activate_op
-from . import common, experts_check, experts_warm, steps
+from . import common, experts_check, experts_packed, experts_warm, steps
 from . import gather as gather_op
 from .experts_plan import ExpertsPlan, Options, Recipe, Sizes, activations_for, make
 from .gemm import gemm
@@ -30,7 +31,7 @@ from .quantize import quantize
 from .route import combine, route, sort_by_expert
 
 _plans = common.PlanCache()
-Weights = ScaledTensor | Tensor
+Weights = ScaledTensor | Tensor | PackedWeight
 Shared = tuple[Weights, Weights]
 
 
@@ -47,8 +48,8 @@ def experts(x: Tensor, gate_up: Weights, down: Weights, *, router_logits: Tensor
     """`out[t] = sum over j of weight[t, j] * down_e(act(gate_up_e(x[t])))`, e the expert of choice j, as `[T, H]`.
 
     x: `[T, H]` BF16, FP16 or FP32; T = 0 is legal. The products, the activation and the result have its type.
-    gate_up: `[E, 2I, H]`, down: `[E, H, I]`: ScaledTensors (FP8 in blocks, rows or whole; MXFP8; MXFP4) or tensors of x's
-        type. E are the experts of this rank.
+    gate_up: `[E, 2I, H]`, down: `[E, H, I]`: ScaledTensors (FP8 in blocks, rows or whole; MXFP8; MXFP4), tensors of x's
+        type, or `prepack`ed MXFP4 / MXFP8 weights, gate_up with its `pair`. E are the experts of this rank.
     Routing: `router_logits` `[T, E_all]` with `top_k`, `scoring`, `renormalize`, `router_bias`, `num_expert_group`,
         `topk_group`, `scaling_factor` as in `route`; or `topk_weights` fp32 and `topk_ids` int32 / int64 `[T, top_k]`.
     expert_map, first_expert: as in `sort_by_expert`: experts of other ranks are skipped, their choices count 0.
@@ -68,13 +69,21 @@ def experts(x: Tensor, gate_up: Weights, down: Weights, *, router_logits: Tensor
 
     Layer: Mixtral, Qwen3-MoE, DeepSeek-V3; GPT-OSS with 'swiglu_oai', interleaved and biases.
     """
-    up, dn = common.as_operand(gate_up, "gate_up"), common.as_operand(down, "down")
-    both = None if shared is None else (common.as_operand(shared[0], "shared[0]"), common.as_operand(shared[1], "shared[1]"))
     fmt = None if activation_format is None else get_format(activation_format)
     options = Options(backend, batch_invariant, max_sms, on_unsupported)
     routing = dict(scoring=scoring, renormalize=renormalize, num_expert_group=num_expert_group, topk_group=topk_group,
                    scaling_factor=scaling_factor)
     kind = (activation, activation_args, interleaved)
+    if isinstance(gate_up, PackedWeight) or isinstance(down, PackedWeight):
+        expect(not batch_invariant, "batch_invariant, with packed weights", True, "False")
+        return experts_packed.layer(
+            x, gate_up, down, router_logits=router_logits, top_k=top_k,  # type: ignore[arg-type]
+            topk_weights=topk_weights, topk_ids=topk_ids, routing=routing, router_bias=router_bias, kind=kind, fmt=fmt,
+            gate_up_bias=gate_up_bias, down_bias=down_bias, shared=shared, shared_output=shared_output,
+            expert_map=expert_map, first_expert=first_expert, out=out, workspace=workspace, backend=backend,
+            max_sms=max_sms, on_unsupported=on_unsupported)
+    up, dn = plain(gate_up, "gate_up"), plain(down, "down")
+    both = None if shared is None else (plain(shared[0], "shared[0]"), plain(shared[1], "shared[1]"))
     tensors = (x, router_logits, topk_weights, topk_ids, router_bias, gate_up_bias, down_bias, shared_output, expert_map, out)
     if torch.compiler.is_compiling():
         return compose(x, up, dn, router_logits=router_logits, top_k=top_k, topk_weights=topk_weights, topk_ids=topk_ids,
@@ -105,6 +114,12 @@ def experts(x: Tensor, gate_up: Weights, down: Weights, *, router_logits: Tensor
         assert topk_weights is not None and topk_ids is not None
         call.layer(topk_weights, topk_ids, expert_map, first_expert)
     return out
+
+
+def plain(w: Weights, name: str) -> ScaledTensor:
+    """Weights that are not packed, as an operand. TypeError elsewhere."""
+    expect(not isinstance(w, PackedWeight), name, "a PackedWeight", "a ScaledTensor or a tensor here", error=TypeError)
+    return common.as_operand(w, name)  # type: ignore[arg-type]
 
 
 def weight_signs(*weights: ScaledTensor) -> tuple:
@@ -141,6 +156,8 @@ def experts_workspace(tokens: int, gate_up: Weights, down: Weights, *, top_k: in
     num_experts: experts over all ranks (default: those of the weights). bias: whether the layer has any. `device`, if not
     the weights': where it will run. Other arguments as in `experts`. A call with router logits and one with topk_ids fit.
     """
+    if isinstance(gate_up, PackedWeight):
+        return experts_packed.pool_of(tokens, top_k, gate_up.shape[0], gate_up.shape[1] // 2, dtype).bytes
     return plan_for(tokens, gate_up, down, top_k, num_experts, num_expert_group, dtype,
                     (activation, activation_args, interleaved), activation_format, bias, shared,
                     Options(backend, batch_invariant, max_sms), device).bytes
@@ -152,8 +169,8 @@ def plan_for(tokens: int, gate_up: Weights, down: Weights, top_k: int, num_exper
     """The plan of a layer given by its weights (on any device) and its sizes."""
     from ..arch import get_arch
 
-    up, dn = common.as_operand(gate_up, "gate_up"), common.as_operand(down, "down")
-    both = None if shared is None else (common.as_operand(shared[0], "shared[0]"), common.as_operand(shared[1], "shared[1]"))
+    up, dn = plain(gate_up, "gate_up"), plain(down, "down")
+    both = None if shared is None else (plain(shared[0], "shared[0]"), plain(shared[1], "shared[1]"))
     expect(tokens >= 0, "tokens", tokens, "at least 0")
     expect(dtype in steps.PLAIN, "dtype", dtype, f"one of {steps.FLOATS}", error=TypeError)
     x = torch.empty((tokens, up.shape[-1]), dtype=dtype, device=up.device)
