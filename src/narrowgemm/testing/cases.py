@@ -289,7 +289,8 @@ PEERS: dict[str, tuple[str, ...]] = {name: ("deepgemm", "floor") for name in SUI
     "experts-fp8": ("deepgemm_layer", "triton_moe", "floor"), "experts-cpu": ("floor",),
     "a16w4-decode": ("triton_kernels", "humming", "floor"), "a16w4-mid": ("triton_kernels", "humming", "floor"),
     "a16w4-prefill": ("triton_kernels", "floor"),
-    "mxfp8-routed": ("humming", "floor"), "mxfp8-dense-decode": ("humming", "torch_bf16", "floor"), "mxfp8-bandwidth": ("floor",),
+    "mxfp8-routed": ("triton", "humming", "floor"), "mxfp8-dense-decode": ("triton", "humming", "torch_bf16", "floor"),
+    "mxfp8-bandwidth": ("floor",),
     "edge": (), "large": (), "cpu-small": ("torch_bf16", "floor"), "cpu-formats": ("torch_bf16", "floor")}
 
 

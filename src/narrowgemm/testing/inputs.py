@@ -179,7 +179,7 @@ class Inputs:
         c, out = self.case, self.out.tensor
         if self.tokens is not None:
             self.tokens.quantize_into(self.a)
-        if c.packed:
+        if c.packed and options.get("backend") != "triton":     # the portable kernel takes weights as they are
             if c.layout == "dense":
                 return gemm(self.a, self.packed, out=out, **options)
             assert self.layout is not None
@@ -198,7 +198,7 @@ class Inputs:
 
         c, out = self.case, self.out.tensor
         chosen = common.Options(**options)
-        if c.packed:
+        if c.packed and chosen.backend != "triton":
             return routed.packed_plan(self.a, self.packed, self.layout, out, out.dtype, c.accumulate, chosen)
         if c.layout == "dense":
             return gemm.plan_of(self.a, self.b, out, out.dtype, c.accumulate, chosen)
