@@ -21,6 +21,7 @@ from ..arch import ARCHS, Arch, detect
 from ..formats import BF16, FORMATS, FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, Format, FP8_1x128, FP8_128x128
 from ..kernels.registry import PRODUCTS, Kernel, kernels
 from ..ops.quantize import quantize
+from ..ops.quantize_both import quantize_both
 from ..problem import Problem
 from ..reference import quantize as reference
 from . import selftest_steps
@@ -56,6 +57,9 @@ def cases() -> list[Case]:
     for a, b in ((BF16, MXFP4), (MXFP8, MXFP8), (BF16, MXFP8)):
         out += [Case("selftest", "offsets", 5, 24, 384, 512, a=a, b=b, sizes="empty:0.3", packed=True),
                 Case("selftest", "dense", 1, 5, 384, 512, a=a, b=b, packed=True)]
+    # columns of each group at multiples of 128, as `quantize_both` writes them
+    out += [Case("selftest", "k_grouped", 3, 320, 256, 512, a=a, b=a, sizes="skew128:3", out_dtype="fp32")
+            for a in (FP8_ROW, FP8_1x128, FP8_TENSOR)]
     return out + [Case("selftest", "k_grouped", 3, 128, 256, k, a=a, b=a, sizes="uniform:0.3:1.7", out_dtype="fp32")
                   for k in (256, 1024) for a in (FP8_1x128, FP8_ROW, FP8_TENSOR)]
 
@@ -71,7 +75,7 @@ class Check:
 
 def checks() -> list[Check]:
     """Everything there is to try. A kernel of another op needs checks of its own here."""
-    return [*product_checks(), *quantize_checks(), *(Check(*c) for c in selftest_steps.checks())]
+    return [*product_checks(), *quantize_checks(), *both_checks(), *(Check(*c) for c in selftest_steps.checks())]
 
 
 def product_checks() -> Iterator[Check]:
@@ -104,6 +108,26 @@ def _quantize(shape: tuple[int, int], fmt: Format, kernel: str, device: torch.de
     if not (torch.equal(got.data.cpu().view(torch.uint8), want.data.view(torch.uint8))
             and torch.equal(got.scale.cpu(), want.scale)):
         raise AssertionError("other bits than the reference")
+
+
+def both_checks() -> Iterator[Check]:
+    from ..ops.quantize_both import _plan as plan_of
+
+    for fmt in (FP8_1x128, FP8_ROW, FP8_TENSOR, FP8_128x128):
+        plan = plan_of(torch.empty((200, 384), dtype=torch.bfloat16, device="meta"), fmt, None, None, "rceil", 1e-4, "reference")
+        assert plan is not None
+        yield Check(f"quantize-both-{fmt.name}-200x384", plan.problem, partial(_both, fmt))
+
+
+def _both(fmt: Format, kernel: str, device: torch.device) -> None:
+    x = torch.randn((200, 384), generator=torch.Generator().manual_seed(0)).bfloat16()
+    got = quantize_both(x.to(device), fmt, backend=kernel)
+    for q, source in ((got.rows, x), (got.columns, x.mT)):
+        want = reference.quantize(source, fmt, "rceil", 1e-4)
+        assert q.scale is not None and want.scale is not None
+        if not (torch.equal(q.data.cpu().view(torch.uint8), want.data.view(torch.uint8))
+                and torch.equal(q.scale.cpu(), want.scale)):
+            raise AssertionError("other bits than the reference")
 
 
 def checks_of(kernel: Kernel, arch: Arch) -> list[Check]:
