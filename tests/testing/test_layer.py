@@ -47,6 +47,19 @@ def test_routing_is_the_cases_own():
     assert computes("triton_moe", case) and computes("floor", case) and not computes("deepgemm", case)
     assert not computes("triton_moe", get_suite("cpu-small")[0])
     assert not computes("triton_moe", LayerCase("t", "tiny", 1, 8, "mxfp4"))
+    assert all(computes("triton_kernels_layer", c) for c in get_suite("experts-mxfp4"))
+    assert not computes("triton_kernels_layer", get_suite("experts-fp8")[0])
+
+
+def test_mxfp4_layers_run_on_prepacked_weights():
+    inputs = layer.build(LayerCase("t", "tiny", 1, 9, "mxfp4"), "cpu", seed=5)
+    assert inputs.packed is not None and inputs.given("triton") == (inputs.gate_up, inputs.down)
+    inputs.call()
+    result = layer.check_outputs(inputs, {"ours": (lambda g: inputs.out.tensor, {"kernel": GATE["bf16"]})})
+    assert result["ours"].ok and not inputs.faults() and inputs.plan().backend == "routed_gemm"
+    logits = layer.scores(9, 8).log()
+    chosen, ids = logits.topk(2)
+    assert torch.equal(ids.int(), inputs.topk_ids) and torch.allclose(chosen.softmax(1), inputs.topk_weights)
 
 
 def test_weights_are_taken_over():

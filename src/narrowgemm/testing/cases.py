@@ -278,6 +278,7 @@ _BUILDERS: dict[str, Callable[[str], list[Any]]] = {
     "cpu-formats": cpu_formats,
     "experts-fp8": lambda s: layers(s, ("deepseek-v3", "qwen3-235b", "minimax-m3"), (1, 8),
                                     (1, 16, 256, 4096, 16384)),
+    "experts-mxfp4": lambda s: layers(s, ("gpt-oss-120b",), (1,), (1, 4, 16, 64, 256, 1024, 4096), "mxfp4"),
     "experts-cpu": lambda s: layers(s, ("tiny",), (1, 2), (0, 1, 24)),
 }
 # Any: a Case, or a LayerCase with what the reports read of one
@@ -287,6 +288,7 @@ SUITES: dict[str, tuple[Any, ...]] = {name: tuple(make(name)) for name, make in 
 PEERS: dict[str, tuple[str, ...]] = {name: ("deepgemm", "floor") for name in SUITES} | {
     **{f"train-{x}": ("torch_row", "floor") for x in ("fwd", "dgrad")}, "train-wgrad": ("torch_row", "deepgemm", "floor"),
     "experts-fp8": ("deepgemm_layer", "triton_moe", "floor"), "experts-cpu": ("floor",),
+    "experts-mxfp4": ("triton_kernels_layer", "floor"),
     "a16w4-decode": ("triton_kernels", "humming", "floor"), "a16w4-mid": ("triton_kernels", "humming", "floor"),
     "a16w4-prefill": ("triton_kernels", "floor"),
     "mxfp8-routed": ("triton", "humming", "floor"), "mxfp8-dense-decode": ("triton", "humming", "torch_bf16", "floor"),

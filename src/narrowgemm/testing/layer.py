@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ..errors import expect
-from ..formats import BF16, Format, ScaledTensor, get_format
+from ..formats import BF16, MXFP4, Format, ScaledTensor, get_format
+from ..prepack import PackedWeight, prepack
 from .guard import Guarded, guarded_empty
 from .inputs import draw, poisoned
 from .models import get_model
@@ -100,11 +101,15 @@ class LayerCase:
         return active * weights + 4.0 * self.tokens * self.k
 
 
+def scores(tokens: int, experts: int) -> Tensor:
+    """fp32 `[T, E]` on the CPU, the same on every machine. Their logarithms are logits of the same choices and weights."""
+    return torch.rand(tokens, experts, generator=torch.Generator().manual_seed(tokens * 31 + experts))
+
+
 @lru_cache(maxsize=16)
 def choices(tokens: int, experts: int, top_k: int) -> tuple[Tensor, Tensor]:
-    """(weights fp32, ids int32) `[T, top_k]` on the CPU, the same on every machine."""
-    scores = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(tokens * 31 + experts))
-    values, ids = scores.topk(top_k, dim=1)
+    """(weights fp32, ids int32) `[T, top_k]` on the CPU."""
+    values, ids = scores(tokens, experts).topk(top_k, dim=1)
     return values / values.sum(1, keepdim=True), ids.to(torch.int32)
 
 
@@ -122,10 +127,15 @@ class LayerInputs:
     topk_ids: Tensor
     out: Guarded
     weights_key: tuple[Any, ...] = ()
+    packed: tuple[PackedWeight, PackedWeight] | None = None    # MXFP4 weights as the op is given them
 
     @property
     def weights(self) -> tuple[tuple[Any, ...], Any]:
-        return self.weights_key, (self.gate_up, self.down)
+        return self.weights_key, (self.gate_up, self.down, self.packed)
+
+    def given(self, backend: str | None) -> tuple[Any, Any]:
+        """(gate_up, down) of a call: packed ones, unless a backend is asked for."""
+        return (self.gate_up, self.down) if self.packed is None or backend else self.packed
 
     @property
     def groups(self) -> Iterator[int]:
@@ -141,7 +151,7 @@ class LayerInputs:
         from ..ops.experts import experts_workspace
 
         model = get_model(self.case.model)
-        need = experts_workspace(self.case.tokens, self.gate_up, self.down, top_k=model.top_k, num_experts=model.experts,
+        need = experts_workspace(self.case.tokens, *self.given(None), top_k=model.top_k, num_experts=model.experts,
                                  **self.options)
         return torch.empty(need, dtype=torch.uint8, device=self.device)
 
@@ -149,7 +159,8 @@ class LayerInputs:
         """The op into `self.out.tensor`, in one workspace of its own."""
         from ..ops.experts import experts
 
-        return experts(self.x, self.gate_up, self.down, topk_weights=self.topk_weights, topk_ids=self.topk_ids,
+        gate_up, down = self.given(options.get("backend"))
+        return experts(self.x, gate_up, down, topk_weights=self.topk_weights, topk_ids=self.topk_ids,
                        num_experts=get_model(self.case.model).experts, out=self.out.tensor,
                        workspace=None if options.get("backend") else self.space, **self.options, **options)
 
@@ -158,6 +169,8 @@ class LayerInputs:
         from ..ops.experts import plan_for
         from ..ops.experts_plan import Options
 
+        if self.given(options.get("backend")) is self.packed:
+            return SimpleNamespace(backend="routed_gemm", config="prepacked weights: see explain of routed_gemm")
         model = get_model(self.case.model)
         kind = (model.activation, (), bool(self.options["interleaved"]))
         p = plan_for(self.case.tokens, self.gate_up, self.down, model.top_k, model.experts, None, torch.bfloat16, kind, None,
@@ -202,14 +215,16 @@ def build(case: LayerCase, device: torch.device | str, seed: int = 0, reuse: Any
     model = get_model(case.model)
     key = (case.model, case.weights, case.groups, str(device), seed, hollow)
     if reuse is not None and reuse[0] == key:
-        gate_up, down = reuse[1]
+        gate_up, down, packed = reuse[1]
     else:
         gate_up, down = (stack(name, case, shape, device, seed, hollow)
                          for name, shape in (("gate_up", model.gate_up()), ("down", model.down())))
+        pair = "interleaved" if model.name.startswith("gpt-oss") else "halves"
+        packed = (prepack(gate_up, pair=pair), prepack(down)) if case.b == MXFP4 else None
     x = draw("x", 0, (case.tokens, model.hidden), device, seed)
     weights, ids = (t.to(device) for t in choices(case.tokens, model.experts, model.top_k))
     out = guarded_empty((case.tokens, model.hidden), torch.bfloat16, device)
-    inputs = LayerInputs(case, device, seed, x, gate_up, down, weights, ids, out, key)
+    inputs = LayerInputs(case, device, seed, x, gate_up, down, weights, ids, out, key, packed)
     inputs.reset_out()
     return inputs
 

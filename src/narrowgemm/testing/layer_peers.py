@@ -1,6 +1,6 @@
-"""Peers of a whole expert layer: DeepGEMM with Triton steps around it, and a Triton fused MoE as vLLM's is built.
+"""Peers of a whole expert layer: DeepGEMM with Triton steps around it, a Triton fused MoE as vLLM's is built, triton_kernels.
 
-Both start where ours does, at tokens, weights and ids, and run everything that a call needs: sorting, padding, quantising.
+The first two start where ours does, at tokens, weights and ids, and run everything that a call needs: sorting, padding, quantising.
 Sorting is ours, in one launch for few slots, where they would run a CUDA kernel of their own.
 """
 
@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..formats import FP8_1x128, FP8_128x128, ScaledTensor
+from ..formats import MXFP4, FP8_1x128, FP8_128x128, ScaledTensor
 from ..kernels.triton.quantize import next_pow2
 from ..ops.activate import activate
 from ..ops.quantize import quantize
 from ..ops.route import sort_by_expert
 from ..reference.activate import OAI_ARGS
-from .layer import LayerCase, LayerInputs
+from .layer import LayerCase, LayerInputs, scores
+from .models import get_model
 
 LIMIT = 1e-3   # calc_diff of a peer: only another layer fails
 MASKED_TOKENS = 256
@@ -159,12 +161,46 @@ def padded(groups: int, room: int, k: int, device: torch.device) -> tuple[Tensor
             torch.zeros((groups, k // 128, room), device=device).mT)
 
 
+def triton_kernels_layer(inputs: LayerInputs) -> Callable[[], Tensor]:
+    """routing -> matmul_ogs with gather and SwiGLU -> matmul_ogs with weights and scatter, as vLLM serves gpt-oss."""
+    ogs = importlib.import_module("triton_kernels.matmul_ogs")
+    swiglu = importlib.import_module("triton_kernels.swiglu")
+    routing = importlib.import_module("triton_kernels.routing")
+    model = get_model(inputs.case.model)
+    logits = scores(inputs.case.tokens, model.experts).log().to(inputs.device)
+    (up, up_config), (down, down_config) = (ogs_weights(ogs, w) for w in (inputs.gate_up, inputs.down))
+    act = ogs.FusedActivation(ogs.FnSpecs("swiglu", swiglu.swiglu_fn, ("alpha", "limit")), OAI_ARGS, 2)
+
+    def run() -> Tensor:
+        data, gather, scatter = routing.routing(logits, model.top_k)
+        h = ogs.matmul_ogs(inputs.x, up, None, data, gather_indx=gather, precision_config=up_config, fused_activation=act)
+        return ogs.matmul_ogs(h, down, None, data, scatter_indx=scatter, precision_config=down_config, gammas=data.gate_scal)
+
+    return run
+
+
+def ogs_weights(ogs: Any, b: ScaledTensor) -> tuple[Any, Any]:
+    """MXFP4 `[E, N, K]` in the layout that triton_kernels likes on this device, and the config that brings the scales."""
+    tensor = importlib.import_module("triton_kernels.tensor")
+    layout = importlib.import_module("triton_kernels.tensor_details.layout")
+    assert b.scale is not None
+    value_layout, value_args = layout.make_default_matmul_mxfp4_w_layout(mx_axis=1)
+    scale_layout, scale_args = layout.make_default_matmul_mxfp4_w_scale_layout(mx_axis=1, num_warps=8)
+    w = tensor.convert_layout(tensor.wrap_torch_tensor(b.data.mT, dtype=tensor.FP4), value_layout, **value_args)
+    scale = tensor.convert_layout(tensor.wrap_torch_tensor(b.scale.mT), scale_layout, **scale_args)
+    return w, ogs.PrecisionConfig(weight_scale=scale)
+
+
 MAKERS: dict[str, Callable[[LayerInputs], Callable[[], Tensor]]] = {
-    "deepgemm_layer": deepgemm_layer, "triton_moe": triton_moe}
+    "deepgemm_layer": deepgemm_layer, "triton_moe": triton_moe, "triton_kernels_layer": triton_kernels_layer}
+MODULES = {"deepgemm_layer": "deep_gemm", "triton_kernels_layer": "triton_kernels.matmul_ogs"}
 
 
-def supports(case: LayerCase) -> str | None:
-    """Why these peers do not compute a layer, or None."""
-    if case.b != FP8_128x128:
-        return f"block-scaled FP8 weights, not {case.b.name}"
-    return "no tokens" if case.tokens == 0 else None
+def supports(name: str, case: LayerCase) -> str | None:
+    """Why a peer does not compute a layer, or None."""
+    if case.tokens == 0:
+        return "no tokens"
+    if name == "triton_kernels_layer":
+        oss = case.b == MXFP4 and case.ep == 1 and case.model.startswith("gpt-oss")
+        return None if oss else "is compared on gpt-oss with MXFP4 weights, all experts on one rank"
+    return None if case.b == FP8_128x128 else f"block-scaled FP8 weights, not {case.b.name}"

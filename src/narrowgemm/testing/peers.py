@@ -220,14 +220,17 @@ class LayerPeer:
     name: str
 
     def available(self, device: torch.device) -> str | None:
+        from . import layer_peers
+
         if device.type != "cuda":
             return f"{self.name} needs a GPU"
-        return DeepGemm().available(device) if self.name == "deepgemm_layer" else None
+        module = layer_peers.MODULES.get(self.name)
+        return _import_error(module) if module else None
 
     def supports(self, case: Any) -> str | None:
         from . import layer_peers
 
-        return layer_peers.supports(case) if isinstance(case, LayerCase) else "computes whole expert layers"
+        return layer_peers.supports(self.name, case) if isinstance(case, LayerCase) else "computes whole expert layers"
 
     def prepare(self, case: Any, inputs: Any) -> Prepared:
         from . import layer_peers
@@ -258,7 +261,8 @@ class Backend:
 
 
 ADAPTERS: dict[str, Peer] = {p.name: p for p in (DeepGemm(), Torch(), TorchRow(), TorchBf16(), TritonKernels(), Humming(),
-                                                 LayerPeer("deepgemm_layer"), LayerPeer("triton_moe"))}
+                                                 LayerPeer("deepgemm_layer"), LayerPeer("triton_moe"),
+                                                 LayerPeer("triton_kernels_layer"))}
 FLOOR = "floor"
 
 
