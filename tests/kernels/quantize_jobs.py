@@ -8,7 +8,6 @@ import torch
 
 from narrowgemm.formats import FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, Format, FP8_1x128, FP8_128x128
 from narrowgemm.ops.quantize import quantize
-from narrowgemm.ops.quantize_both import quantize_both
 
 CASES: tuple[tuple[Format, torch.dtype], ...] = (
     (FP8_1x128, torch.bfloat16), (FP8_1x128.with_element("e5m2"), torch.float16), (FP8_1x128, torch.float32),
@@ -30,12 +29,3 @@ def jobs(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "floor", lambda: call(MXFP8, torch.bfloat16, 512, 2048, rounding="floor")
     yield "transposed", lambda: quantize(torch.zeros(2048, 512, dtype=torch.bfloat16).mT, FP8_1x128, backend="triton")
     yield "long rows", lambda: call(FP8_ROW, torch.bfloat16, 64, 32768)
-    for fmt in (FP8_TENSOR, FP8_ROW, FP8_1x128, FP8_1x128.with_scale("e8m0")):
-        yield f"both {fmt.name}", lambda f=fmt: both(f, 4096)
-    yield "both, weights", lambda: quantize_both(torch.zeros(2, 512, 2048, dtype=torch.bfloat16), FP8_128x128, backend="triton")
-    yield "both, scale given", lambda: both(FP8_TENSOR, 4096, scale=torch.ones(1))
-
-
-def both(fmt: Format, rows: int, **options) -> None:
-    offsets = torch.zeros(9, dtype=torch.int64)
-    quantize_both(torch.zeros(rows, 2048, dtype=torch.bfloat16), fmt, offsets, backend="triton", **options)

@@ -9,6 +9,8 @@ import narrowgemm as ng
 from narrowgemm.formats import FP8_ROW, FP8_TENSOR, Format, FP8_1x128, FP8_128x128, ScaledTensor
 from narrowgemm.ops.quantize_both import Both, quantize_both
 
+from .._compile import compile_jobs
+
 KINDS = [FP8_TENSOR, FP8_ROW, FP8_1x128, FP8_1x128.with_element("e5m2"), FP8_1x128.with_scale("e8m0")]
 SIZES = [3, 0, 128, 0, 130, 39]
 
@@ -155,3 +157,13 @@ def test_refusals():
     ]:
         with pytest.raises(error, match="expected"):
             call()
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("target", ["sm90", "sm100", "gfx942", "gfx950"])
+def test_compiles_for_every_target(target):
+    """No spills, little shared memory."""
+    reports = compile_jobs(target, "tests.kernels.quantize_both_jobs:jobs")
+    assert {"segments_kernel", "zero_kernel", "amax_kernel", "both_kernel"} == {r["kernel"] for r in reports}
+    for r in reports:
+        assert r["spills"] == 0 and r["shared"] <= 32768, r

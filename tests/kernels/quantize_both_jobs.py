@@ -1,0 +1,21 @@
+"""Launches of the kernels behind `quantize_both` for the compile tests: every kind of scale, with and without groups."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from narrowgemm.formats import FP8_ROW, FP8_TENSOR, Format, FP8_1x128, FP8_128x128
+from narrowgemm.ops.quantize_both import quantize_both
+
+
+def both(fmt: Format, **options) -> None:
+    quantize_both(torch.zeros(4096, 2048, dtype=torch.bfloat16), fmt, torch.zeros(9, dtype=torch.int64), backend="triton", **options)
+
+
+def jobs(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    for fmt in (FP8_TENSOR, FP8_ROW, FP8_1x128, FP8_1x128.with_scale("e8m0")):
+        yield fmt.name, lambda f=fmt: both(f)
+    yield "weights", lambda: quantize_both(torch.zeros(2, 512, 2048, dtype=torch.bfloat16), FP8_128x128, backend="triton")
+    yield "scale given", lambda: both(FP8_TENSOR, scale=torch.ones(1))
