@@ -239,7 +239,7 @@ def _init(bar: Barrier, count: int) -> None:
 
 mbarrier = types.SimpleNamespace(
     MBarrierLayout=MBarrierLayout, init=_init,
-    wait=lambda bar, phase, **_: bar.wait(int(raw(phase))),
+    wait=lambda bar, phase, pred=True, **_: bar.wait(int(raw(phase))) if raw(pred) else None,
     arrive=lambda bar, count=1, pred=True, **_: bar.update(arrivals=int(count)) if raw(pred) else None,
     expect=lambda bar, n, **_: bar.update(arrivals=1, tx=int(n)))
 

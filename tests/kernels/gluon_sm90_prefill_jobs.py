@@ -81,7 +81,7 @@ def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], ob
         for c in fp8_block.configs(p, arch)[: None if which == "all" else 1]:
             yield f"{layout} {c}", lambda p=p, c=c: call(p, c)
     odd = describe("masked", k=7 * 128)
-    few = {(128, 128, "slot"), (128, 256, ""), (64, 128, "ctas")}
+    few = {(128, 128, "slot"), (128, 256, ""), (128, 192, ""), (64, 128, "ctas")}
     for c in fp8_block.configs(odd, arch):
         if which == "all" or (c.block_m, c.block_n, "".join(k for k, _ in c.extra)) in few:
             yield f"masked, odd K, {c}", lambda c=c: call(odd, c)
@@ -93,5 +93,5 @@ def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], ob
         late = replace(fp8_block.configs(p, arch)[0], extra=(("late_store", 1),))
         yield f"{layout} {late}", lambda p=p, c=late: call(p, c)
     for name, p in options.items():
-        for c in fp8_block.configs(p, arch)[: 6 if which == "all" else 1]:
+        for c in fp8_block.configs(p, arch)[: 9 if which == "all" else 1]:
             yield f"{name} {c}", lambda p=p, c=c: call(p, c)

@@ -40,6 +40,9 @@ TILES = {
     "64x128-two": dict(WGM=1, WGN=2, WN=64, STAGES=3),
     "unroll8": dict(STAGES=5, UNROLL=8),
     "early-store": dict(LATE_STORE=False),
+    "128x256-late": dict(WGM=1, WGN=2, MP=2, STAGES=2, UNROLL=2, OUT_SPLIT=2, OUT_BUFFERS=2),
+    "128x192": dict(NP=3, WN=64, STAGES=3, UNROLL=2, DOUBLE=True),
+    "128x192-single": dict(NP=3, WN=64, STAGES=2, UNROLL=1, LATE_STORE=False),
 }
 
 
@@ -73,7 +76,7 @@ class Case:
         self.memory, self.guard = memory, guard
         options = {"STAGES": 4, "KS": 1, "UNROLL": 4, **tile}
         options.update(HEAD=1 + (blocks - 1) % options["UNROLL"], SKIP=-blocks % options["KS"])
-        anywhere = layout == "offsets" or (layout == "psum" and alignment % 4 != 0)
+        anywhere = layout == "psum" and alignment % 4 != 0
         self.tile = Tile(LAYOUTS[layout], A_SCALE_TMA=a_scale == "mn" and not anywhere, ZERO=zero and layout in ("contiguous", "psum"),
                          ACCUMULATE=accumulate, STORE_TMA=store_tma, OUT_BYTES=out.size,
                          GROUPS=32 if groups <= 32 else 128, **options)
@@ -90,7 +93,7 @@ class Case:
         sa_box[:, :self.m] = self.sa.transpose(0, 2, 1).reshape(-1, self.m)
         index = np.asarray(self.index, np.int64 if self.layout == "offsets" else np.int32)
         a_desc = emu.Descriptor(self.a, [1, t.BM, 128], emu.float8e4nv)
-        b_desc = emu.Descriptor(self.b, [1, t.BN, 128], emu.float8e4nv)
+        b_desc = emu.Descriptor(self.b, [1, t.B_BOX, 128], emu.float8e4nv)
         sa_desc = emu.Descriptor(sa_box[:, :self.m], [1, t.BM], emu.float32)
         d_desc = emu.Descriptor(body.reshape(-1, self.n), [64, t.OUT_COLS], self.out)
         out_ptr = emu.Pointer(self.memory, self.guard, self.out)
@@ -157,6 +160,17 @@ def test_contiguous(device, name: str) -> None:
 def test_offsets(device, name: str) -> None:
     sizes = [0, 70, 1, 130, 0, 64, 3]
     Case("offsets", 300, 136, 3, 7, offsets(sizes, 5), **TILES[name]).check(device)
+
+
+@pytest.mark.parametrize("start", [1, 2, 3])
+@pytest.mark.parametrize("name", ["128x128", "128x256-late"])
+def test_offsets_start_anywhere(device, name: str, start: int) -> None:
+    """A's scales come in boxes from a multiple of 4 rows on, so a tile may begin in the group before: nothing of that is written.
+    Accumulating shows a row that two groups write."""
+    sizes = [1, 2, 0, 3, 65, 0, 0, 130, 1, 0]
+    case = Case("offsets", 210, 72, 2, len(sizes), offsets(sizes, start), accumulate=True, **{**TILES[name], "LATE_STORE": False})
+    assert case.tile.A_SCALE_TMA
+    case.check(device)
 
 
 @pytest.mark.parametrize("name", TILES)
@@ -232,6 +246,14 @@ def test_supports() -> None:
     assert "sm90" in fp8_block.supports(problem(), get_arch("b200"))
 
 
+def test_a_scales_come_by_tma_wherever_they_can() -> None:
+    for layout in LAYOUTS:
+        p = problem(layout, groups=4)
+        assert all(fp8_block.tile_of(p, c, H200).A_SCALE_TMA for c in fp8_block.configs(p, H200)), layout
+    e8m0 = problem("offsets", groups=4, a=Operand(FP8_1x128, scale_dtype="e8m0", scale_major="mn"))
+    assert not any(fp8_block.tile_of(e8m0, c, H200).A_SCALE_TMA for c in fp8_block.configs(e8m0, H200))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("out_dtype", ["bf16", "fp32"])
 def test_configs_are_legal(layout: str, out_dtype: str) -> None:
@@ -254,6 +276,7 @@ def test_illegal_configs_say_why() -> None:
     assert fp8_block.legal(p, good, H200) is None
     for bad in (Config(96, 128, persistent=True), Config(128, 128, num_stages=9, persistent=True), Config(128, 128),
                 Config(128, 128, persistent=True, extra=(("slot", 2), ("unroll", 1))),
+                Config(128, 256, num_stages=2, persistent=True, extra=(("slot", 2),)),
                 Config(128, 128, persistent=True, extra=(("colour", 1),))):
         assert fp8_block.legal(p, bad, H200)
 
@@ -261,5 +284,8 @@ def test_illegal_configs_say_why() -> None:
 def test_waves_decide_between_tiles() -> None:
     by = lambda p: min(fp8_block.configs(p, H200), key=lambda c: fp8_block.estimate(p, c, H200))  # noqa: E731
     assert by(problem("masked", 4096, 6144, 7168, 32, )).block_m >= 128
+    # 32 x 4.5 tiles of 128 columns are two waves on 132 SMs, 32 x 3 of 192 are one
+    assert by(problem("dense", 4096, 576, 7168)).block_n == 192
+    assert by(problem("offsets", 32768, 6144, 7168, 4)).block_n == 256
     small = problem("offsets", 8 * 64, 2048, 7168, 8)
     assert by(small).block_m == 64

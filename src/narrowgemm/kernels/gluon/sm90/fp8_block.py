@@ -61,10 +61,12 @@ def supports(problem: Problem, arch: Arch) -> str | None:
 
 
 # ---------------------------------------------------------------- configs
-# block_m x block_n -> warpgroups along M and N, 64-row pieces and columns of each. Blocks with 2 an SM have one warpgroup.
+# block_m x block_n, blocks an SM -> warpgroups along M and N, pieces along M and N and columns of a piece of each. Blocks with
+# 2 an SM have one warpgroup.
 _SHAPES = {
-    (128, 128, 1): (2, 1, 1, 128), (256, 128, 1): (2, 1, 2, 128), (128, 256, 1): (1, 2, 2, 128), (64, 256, 1): (1, 2, 1, 128),
-    (128, 64, 1): (2, 1, 1, 64), (64, 128, 1): (1, 2, 1, 64), (64, 128, 2): (1, 1, 1, 128), (128, 128, 2): (1, 1, 2, 128),
+    (128, 128, 1): (2, 1, 1, 1, 128), (256, 128, 1): (2, 1, 2, 1, 128), (128, 256, 1): (1, 2, 2, 1, 128),
+    (64, 256, 1): (1, 2, 1, 1, 128), (128, 64, 1): (2, 1, 1, 1, 64), (64, 128, 1): (1, 2, 1, 1, 64),
+    (64, 128, 2): (1, 1, 1, 1, 128), (128, 128, 2): (1, 1, 2, 1, 128), (128, 192, 1): (2, 1, 1, 3, 64),
 }
 _EXTRA = {"ctas": (1, 2), "slot": (1, 2), "unroll": (1, 2, 4, 8), "late_store": (0, 1)}
 
@@ -76,9 +78,9 @@ def _config(bm: int, bn: int, stages: int, strip: int = 16, **extra: int) -> Con
 
 _CANDIDATES = (
     _config(128, 128, 5, 8), _config(128, 128, 5), _config(128, 128, 5, 8, late_store=1), _config(128, 128, 5, late_store=1),
-    _config(128, 128, 5, unroll=8), _config(128, 128, 5, 8, unroll=8, late_store=1), _config(128, 128, 3, slot=2),
-    _config(128, 256, 3), _config(128, 128, 3, ctas=2), _config(64, 256, 4),
-    _config(64, 256, 4, late_store=1), _config(64, 128, 3, ctas=2), _config(64, 128, 8), _config(128, 64, 7),
+    _config(128, 128, 5, 8, unroll=8, late_store=1), _config(128, 128, 3, slot=2), _config(128, 256, 4), _config(128, 256, 4, 8),
+    _config(128, 192, 5), _config(128, 128, 3, ctas=2), _config(64, 256, 4), _config(64, 256, 4, late_store=1),
+    _config(64, 128, 3, ctas=2), _config(64, 128, 8), _config(128, 64, 7),
 )
 
 
@@ -104,6 +106,9 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
         return "the kernel is persistent, without split_k and swap_ab"
     if config.num_stages < 2 or config.group_m < 1:
         return f"num_stages={config.num_stages}, group_m={config.group_m}, expected at least 2 and 1"
+    _, _, mp, np, _ = _SHAPES[shape]
+    if mp * np > 1 and extra.get("slot", 1) > 1:
+        return "slot=2 is for tiles of one piece a warpgroup"
     if extra.get("unroll", 4) % extra.get("slot", 1):
         return f"unroll={extra.get('unroll', 4)} is no multiple of slot={extra['slot']}"
     tile = tile_of(problem, config, arch)
@@ -117,22 +122,23 @@ def tile_of(problem: Problem, config: Config, arch: Arch) -> Tile | None:
     """The compile-time constants of a legal config; None where it needs more shared memory than there is."""
     extra = dict(config.extra)
     ctas, slot = extra.get("ctas", 1), extra.get("slot", 1)
-    wgm, wgn, pieces, columns = _SHAPES[config.block_m, config.block_n, ctas]
-    unroll = extra.get("unroll", 4 if pieces == 1 else slot)
+    wgm, wgn, mp, np, columns = _SHAPES[config.block_m, config.block_n, ctas]
+    pieces = mp * np
+    unroll = extra.get("unroll", 4 if pieces == 1 else 2 if np > 1 else 1)
     blocks = problem.k // 128
     counted = problem.layout not in ("dense", "contiguous")
     groups = next(n for n in (32, 128, 512, MAX_GROUPS) if not counted or n >= problem.groups)
     budget = arch.smem if ctas == 1 else (arch.smem + RESERVED_SMEM) // ctas - RESERVED_SMEM
     consumers = wgm * wgn
     # staging of the store: as much as fits; whole pieces, or halves of their columns
-    for split, buffers in ((1, pieces), (2, 2), (2, 1)):
+    for split, buffers in ((1, pieces), (2, 2), (2, 1)) if columns == 128 else ((1, pieces), (1, 2), (1, 1)):
         tile = Tile(
-            LAYOUTS[problem.layout], wgm, wgn, pieces, columns, config.num_stages, slot, unroll, 1 + (blocks - 1) % unroll,
+            LAYOUTS[problem.layout], wgm, wgn, mp, np, columns, config.num_stages, slot, unroll, 1 + (blocks - 1) % unroll,
             -blocks % slot, config.group_m, ctas, buffers, split, OUT_BYTES[problem.out_dtype], groups,
-            # a box of scales starts on 16 bytes or is an illegal instruction: groups of any size start anywhere
-            A_SCALE_TMA=problem.a.scale_major == "mn" and problem.a.scale_dtype == "fp32" and problem.layout != "offsets",
+            A_SCALE_TMA=problem.a.scale_major == "mn" and problem.a.scale_dtype == "fp32",
             ZERO=problem.zero_padding and problem.layout in ("contiguous", "psum"), ACCUMULATE=problem.accumulate,
             STORE_TMA=problem.out_aligned, LATE_STORE=bool(extra.get("late_store", 0)) and not problem.accumulate,
+            DOUBLE=np > 1,
             CONSUMER_REGISTERS=232, PRODUCER_REGISTERS=40 if consumers == 2 else 24)
         if tile.shared_bytes <= budget:
             return tile
@@ -152,16 +158,17 @@ _NOT_HIDDEN = 0.15          # of the shorter of arithmetic and bytes
 # microseconds of one K block of 128 on one SM of an H200: where every SM is busy (with two blocks an SM: both of them), where
 # only a few are, and what plain loads of A's scales cost beside (1 = nothing). Fitted to a sweep: docs/measured.md
 _BLOCK_TIMES = {
-    (128, 128, 1): (0.430, 0.36, 1.02), (256, 128, 1): (1.060, 0.76, 1.13), (128, 256, 1): (1.000, 0.75, 1.20),
-    (64, 256, 1): (0.470, 0.42, 1.00), (128, 64, 1): (0.325, 0.31, 1.02), (64, 128, 1): (0.285, 0.26, 1.15),
+    (128, 128, 1): (0.430, 0.36, 1.02), (256, 128, 1): (1.060, 0.76, 1.13), (128, 256, 1): (0.785, 0.72, 1.20),
+    (64, 256, 1): (0.480, 0.42, 1.00), (128, 64, 1): (0.325, 0.31, 1.02), (64, 128, 1): (0.285, 0.26, 1.15),
     (64, 128, 2): (0.546, 0.45, 1.00), (128, 128, 2): (0.985, 0.55, 1.15),
+    (128, 192, 1): (0.670, 0.56, 1.15),
 }
 _OUTSIDE = 0.8              # TMA is slow where a box reaches outside its tensor
 _H200_RATE = 1.40e15        # FP8 rate of the device that the figures are from
 
 
-def tiles(problem: Problem, config: Config) -> float:
-    """Tiles expected to have work."""
+def tiles(problem: Problem, config: Config, spread: bool) -> float:
+    """Tiles expected to have work, of groups whose sizes are equal or spread about their mean."""
     num_n = -(-problem.n // config.block_n)
     if problem.layout == "dense":
         return -(-problem.m // config.block_m) * num_n
@@ -171,18 +178,26 @@ def tiles(problem: Problem, config: Config) -> float:
         return -(-problem.m // config.block_m) * num_n * (1 + shared)
     groups = problem.groups if problem.layout == "masked" else problem.active_groups
     rows = max(problem.rows, 1)
-    # sizes spread about their mean: half a tile a group goes to waste, where they don't all fit into one
-    per_group = rows / config.block_m + 0.5 if rows > config.block_m else 1
+    # half a tile a group goes to waste where sizes are spread and don't all fit into one
+    per_group = rows / config.block_m + 0.5 if spread and rows > config.block_m else -(-rows // config.block_m)
     return groups * max(1.0, per_group) * num_n
 
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
-    """Seconds: waves of tiles, or the bytes at the streaming rate, whichever is longer, and some of the other."""
+    """Seconds: waves of tiles, or the bytes at the streaming rate, whichever is longer, and some of the other.
+
+    Where only the device knows the sizes of groups, the mean of equal and of spread ones: a wave more or less hangs on it.
+    """
+    counted = problem.layout not in ("dense", "contiguous")
+    works = {tiles(problem, config, spread) for spread in ((False, True) if counted else (False, ))}
+    return sum(_seconds(problem, config, arch, work) for work in works) / len(works)
+
+
+def _seconds(problem: Problem, config: Config, arch: Arch, work: float) -> float:
     ctas = dict(config.extra).get("ctas", 1)
     sms = min(arch.sms, problem.max_sms or arch.sms)
-    work = tiles(problem, config)
     busy, alone, plain = _BLOCK_TIMES[config.block_m, config.block_n, ctas]
-    if problem.layout == "offsets" or problem.a.scale_major != "mn" or problem.a.scale_dtype != "fp32":
+    if problem.a.scale_major != "mn" or problem.a.scale_dtype != "fp32":
         busy, alone = busy * plain, alone * plain
     if problem.layout == "dense" and problem.m < config.block_m:
         outside = 1 + _OUTSIDE * (1 - problem.m / config.block_m)
@@ -264,7 +279,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     # blocks spread over the SMs before two share one, so a limit on SMs takes one block each
     grid = max(1, min(sms * (tile.CTAS if sms == arch.sms else 1), num_m * -(-x.n // tile.BN)))
     arguments = (
-        planes(a, x.m, tile.BM), sa_desc, planes(b, x.n, tile.BN), out_desc, out, plain[0], sb, x.index, x.m, x.n,
+        planes(a, x.m, tile.BM), sa_desc, planes(b, x.n, tile.B_BOX), out_desc, out, plain[0], sb, x.index, x.m, x.n,
         blocks, x.groups, x.alignment, pitch, *plain[1:], sb.stride(0) if sb.dim() == 3 else 0, sb.stride(-2),
         sb.stride(-1), og, om, og // om, tile)
     return [Launch(device.fp8_block_kernel, (grid,), arguments, {"num_warps": 4, "maxnreg": tile.max_registers})]

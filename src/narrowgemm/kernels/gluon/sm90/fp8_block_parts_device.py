@@ -6,7 +6,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait)
 
-from .fp8_block_schedule_device import CONTIGUOUS, DENSE, MASKED, NO_GROUP, PSUM, fresh
+from .fp8_block_schedule_device import CONTIGUOUS, DENSE, MASKED, NO_GROUP, OFFSETS, PSUM, fresh
 from .scales_device import as_float
 from .shim import tma_load, tma_store
 
@@ -30,27 +30,43 @@ def load_blocks(descs, rings, bar, slot, at, kb, cfg: gl.constexpr, FROM: gl.con
     a_s, sa_s, b_s = rings
     a_plane, a_row, b_plane, b_row, sa_row, sa_col = at
     KS: gl.constexpr = cfg.KS
+    BOXES: gl.constexpr = cfg.BN // cfg.B_BOX
     mbarrier.expect(bar, (KS - FROM) * cfg.BLOCK_BYTES)
     for i in gl.static_range(FROM, KS):
         k = kb + (i - FROM)
         place = slot * cfg.KS + i
         tma_load(a_desc, [a_plane, a_row, k * 128], bar, a_s.index(place))
-        tma_load(b_desc, [b_plane, b_row, k * 128], bar, b_s.index(place))
+        for j in gl.static_range(BOXES):
+            tma_load(b_desc, [b_plane, b_row + j * cfg.B_BOX, k * 128], bar, b_s.index(place * BOXES + j))
         if cfg.A_SCALE_TMA:
             tma_load(sa_desc, [sa_row + k, sa_col], bar, sa_s.index(place))
 
 
 # ---------------------------------------------------------------- scales
 @gluon.jit
+def of_lane(x):
+    """x, as a value that could differ between lanes. What is loaded from an address that can't is wanted in a uniform register,
+    and getting it there is to wait for it on the spot, in front of the sums."""
+    return gl.inline_asm_elementwise("{ .reg .b32 m; mov.u32 m, %lanemask_lt; shr.u32 m, m, 31; add.u32 $0, $1, m; }", "=r,r",
+                                     [x], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
 def scale_bases(scales, tile, N, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr):
-    """Where this warpgroup's scales of a tile start: (A's, per row of piece 0, B's). A tile may lie past N: clamped."""
+    """Where this warpgroup's scales of a tile start: (A's, per row of piece 0, B's, one a piece along N). A tile may lie past N:
+    clamped."""
     sa_ptr, sag, sam, sak, sb_ptr, sbg, sbn, sbk = scales
     n, g, first, end, stop = tile
     if cfg.LAYOUT == CONTIGUOUS:
         g = gl.where(g == NO_GROUP, 0, g)
-    block = gl.minimum((gl.maximum(n, 0) * cfg.BN + WN * cfg.WN) // 128, (N - 1) // 128)
-    sb = sb_ptr + (g.to(gl.int64) * sbg + block.to(gl.int64) * sbn)
-    sa = sb                 # stands in, where TMA brings A's
+    sb = ()
+    NP: gl.constexpr = cfg.NP
+    for i in gl.static_range(NP):
+        block = gl.minimum((gl.maximum(n, 0) * cfg.BN + (WN * NP + i) * cfg.WN) // 128, (N - 1) // 128)
+        if cfg.MP * NP > 1:
+            block = of_lane(block)
+        sb = sb + (sb_ptr + (g.to(gl.int64) * sbg + block.to(gl.int64) * sbn), )
+    sa = sb_ptr             # stands in, where TMA brings A's
     if not cfg.A_SCALE_TMA:
         sa = sa_ptr + (first + WM * (cfg.MP * 64)).to(gl.int64) * sam
         if cfg.LAYOUT == MASKED:
@@ -59,13 +75,17 @@ def scale_bases(scales, tile, N, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.con
 
 
 @gluon.jit
-def load_b_scale(base, scales, kb, KB, INSIDE: gl.constexpr):
-    """B's scale of K block kb; past the last one (unless it is known to be INSIDE) there is nothing to read."""
+def load_b_scales(bases, scales, kb, KB, cfg: gl.constexpr, INSIDE: gl.constexpr):
+    """B's scales of K block kb, one a piece along N. Past the last block, unless it is known to be INSIDE: its scales again."""
     sa_ptr, sag, sam, sak, sb_ptr, sbg, sbn, sbk = scales
-    if INSIDE:
-        return as_float(gl.load(base + kb * sbk))
-    else:
-        return as_float(gl.load(base + kb * sbk, mask=kb < KB, other=0))
+    out = ()
+    NP: gl.constexpr = cfg.NP
+    for i in gl.static_range(NP):
+        k = kb
+        if not INSIDE:
+            k = gl.minimum(kb, KB - 1)
+        out = out + (as_float(gl.load(bases[i] + k * sbk)), )
+    return out
 
 
 @gluon.jit
@@ -106,9 +126,9 @@ def fence(pending: gl.constexpr, acc, p):
 
 @gluon.jit
 def multiply(a_v, b_v, place, p, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr, PIECE: gl.constexpr):
-    """Start p = A . B^T over one K block; p comes in only to keep its registers."""
-    a = a_v.index(place * (cfg.WGM * cfg.MP) + WM * cfg.MP + PIECE)
-    b = b_v.index(place * cfg.WGN + WN).permute((1, 0))
+    """Start p = A . B^T over one K block; p comes in only to keep its registers. Pieces: along N first."""
+    a = a_v.index(place * (cfg.WGM * cfg.MP) + WM * cfg.MP + PIECE // cfg.NP)
+    b = b_v.index(place * (cfg.WGN * cfg.NP) + WN * cfg.NP + PIECE % cfg.NP).permute((1, 0))
     return warpgroup_mma(a, b, p, use_acc=False, is_async=True)
 
 
@@ -123,6 +143,8 @@ def row_masks(index_ptr, row, M, G, tile, cfg: gl.constexpr):
     """(rows whose product is stored, rows that are written at all) of the vector `row`."""
     n, g, first, end, stop = tile
     mine = row < end
+    if cfg.LAYOUT == OFFSETS:
+        mine = mine & (row >= stop)
     written = mine
     if cfg.LAYOUT == CONTIGUOUS:
         ids = gl.load(index_ptr + row, mask=mine, other=0)
@@ -211,6 +233,8 @@ def store_part(x, buf, d_desc, out, index_ptr, tile, row0, col0, M, N, G, cfg: g
         shift = row0
         if cfg.LAYOUT != CONTIGUOUS:
             whole = row0 + 64 <= end
+        if cfg.LAYOUT == OFFSETS:
+            whole = whole & (row0 >= stop)
         if cfg.LAYOUT == MASKED:
             shift += g * pitch
         if whole:
@@ -227,9 +251,10 @@ def store_zeros(out, index_ptr, tile, row0, col0, M, N, G, cfg: gl.constexpr):
     n, g, first, end, stop = tile
     lay: gl.constexpr = vector_layout(cfg.WN, cfg.OUT_BYTES)
     COLS: gl.constexpr = cfg.WN
-    MP: gl.constexpr = cfg.MP
-    for i in gl.static_range(MP):
-        row = row0 + i * 64 + fresh(gl.arange(0, 64, gl.SliceLayout(1, lay)))
-        col = col0 + gl.arange(0, COLS, gl.SliceLayout(0, lay))
+    NP: gl.constexpr = cfg.NP
+    PIECES: gl.constexpr = cfg.MP * NP
+    for i in gl.static_range(PIECES):
+        row = row0 + i // NP * 64 + fresh(gl.arange(0, 64, gl.SliceLayout(1, lay)))
+        col = col0 + i % NP * COLS + gl.arange(0, COLS, gl.SliceLayout(0, lay))
         mask = gl.expand_dims(row < (end if cfg.LAYOUT == CONTIGUOUS else stop), 1) & gl.expand_dims(col < N, 0)
         gl.store(output_pointers(out, tile, row, col, cfg), gl.zeros([64, COLS], out_ptr.dtype.element_ty, lay), mask=mask)

@@ -44,14 +44,21 @@ def align_up(x, alignment):
 
 @gluon.jit
 def rows_of_group(index_ptr, g, live, M, G, alignment, cfg: gl.constexpr):
-    """(first row, end, end of what is written) of group(s) g where `live`; rows from `end` on are padding, written as zero."""
+    """(first row, end, end of what is written) of group(s) g where `live`; rows from `end` on are padding, written as zero.
+
+    Offsets: the last is the first row once more, and the first is rounded down to where a box of A's scales may start: on 16
+    bytes. The rows between belong to the group before and are not written.
+    """
     if cfg.LAYOUT == MASKED:
         end = clip(gl.load(index_ptr + g, mask=live, other=0), M)
         return end * 0, end, end
     elif cfg.LAYOUT == OFFSETS:
         start = clip(gl.load(index_ptr + g, mask=live, other=0), M)
         end = gl.maximum(clip(gl.load(index_ptr + g + 1, mask=live, other=0), M), start)
-        return start, end, end
+        if cfg.A_SCALE_TMA:
+            return gl.where(end > start, start & -4, start), end, start
+        else:
+            return start, end, start
     else:
         before = gl.load(index_ptr + g - 1, mask=live & (g > 0), other=0)
         last = gl.load(index_ptr + g, mask=live, other=0)
@@ -72,6 +79,8 @@ def fill_table(table, index_ptr, M, G, alignment, cfg: gl.constexpr, WARPS: gl.c
     lay: gl.constexpr = gl.BlockedLayout([GP // (32 * WARPS) if GP > 32 * WARPS else 1], [32], [WARPS], [0])
     g = gl.arange(0, GP, lay)
     start, end, stop = rows_of_group(index_ptr, g, g < G, M, G, alignment, cfg)
+    if cfg.LAYOUT == OFFSETS:
+        stop = end
     tiles = gl.where(g < G, (stop - start + (cfg.BM - 1)) // cfg.BM, 0)
     table.store(gl.associative_scan(tiles, 0, add))
 
@@ -96,7 +105,7 @@ def strip_order(t, num_m, num_n, STRIP: gl.constexpr):
 
 
 # A tile is (n block or -1 where there is none, group, first row, end, stop). Rows are of A, for masked inside the group. Rows
-# [first, end) are the group's, [end, stop) are written as zero. Contiguous: group NO_GROUP is a tile of padding, and stop is
+# [first, end) are the group's, [end, stop) are written as zero. Offsets: rows before `stop` are not the group's. Contiguous: group NO_GROUP is a tile of padding, and stop is
 # 1 where no row of the tile belongs to another group, else 0. It is five numbers because it is kept in registers through
 # the sums of the tile before. A cursor is (t, id, chunk, before): tile index; contiguous: the last id of tile t that was
 # done, or -1; others: where to go on in the table, and the tiles before there.

@@ -14,15 +14,16 @@ _BARRIER_BYTES = 8
 class Tile:
     """Passed to the kernel as one compile-time constant.
 
-    A tile is WGM * MP * 64 rows by WGN * WN columns: WGM x WGN consumer warpgroups, each with MP pieces of 64 x WN.
+    A tile is WGM * MP * 64 rows by WGN * NP * WN columns: WGM x WGN consumer warpgroups, each with MP x NP pieces of 64 x WN.
     Triton caches a compiled kernel under this object's repr, so whatever device code reads is a field, not a property.
     """
 
     LAYOUT: int
     WGM: int = 2             # consumer warpgroups along M
     WGN: int = 1             # and along N
-    MP: int = 1              # 64-row pieces of one warpgroup; 1: two partial sums, wgmma k + 1 runs while k is promoted
-    WN: int = 128            # columns of one warpgroup; at most one block of B's scales
+    MP: int = 1              # pieces of one warpgroup; one piece: two partial sums, wgmma k + 1 runs while k is promoted
+    NP: int = 1              # and side by side
+    WN: int = 128            # columns of a piece; at most one block of B's scales
     STAGES: int = 4          # slots of the ring
     KS: int = 1              # K blocks of 128 that a slot holds: fewer barriers with 2
     UNROLL: int = 4          # K blocks in a trip of the loop; a multiple of KS
@@ -39,18 +40,21 @@ class Tile:
     ACCUMULATE: bool = False
     STORE_TMA: bool = True   # whole tiles leave by TMA
     LATE_STORE: bool = True  # a tile is stored while the first wgmma of the next one runs
+    DOUBLE: bool = False     # of several pieces: two partial sums, the next piece runs while one is promoted
     CONSUMER_REGISTERS: int = 232
     PRODUCER_REGISTERS: int = 40
     BM: int = field(init=False)
     BN: int = field(init=False)
     CONSUMERS: int = field(init=False)
     BLOCK_BYTES: int = field(init=False)    # that TMA brings for one K block
+    B_BOX: int = field(init=False)          # rows of B that one TMA brings: a power of two
     OUT_COLS: int = field(init=False)       # columns of one store
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
         set_(self, "BM", self.WGM * self.MP * WARPGROUP_ROWS)
-        set_(self, "BN", self.WGN * self.WN)
+        set_(self, "BN", self.WGN * self.NP * self.WN)
+        set_(self, "B_BOX", self.BN if self.BN & (self.BN - 1) == 0 else self.WN)
         set_(self, "OUT_COLS", self.WN // self.OUT_SPLIT)
         set_(self, "CONSUMERS", self.WGM * self.WGN)
         set_(self, "BLOCK_BYTES", (self.BM + self.BN) * 128 + (self.BM * 4 if self.A_SCALE_TMA else 0))

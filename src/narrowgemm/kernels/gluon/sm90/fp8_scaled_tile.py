@@ -39,6 +39,7 @@ class Tile:
     STORE_TMA: bool = True   # whole tiles leave by TMA
     SPLIT: bool = False      # weight gradient: long tiles are cut into chunks along K
     TABLES: int = 1          # tables of GROUPS integers
+    A_SCALE_TMA: bool = False  # for the schedule: tiles start where their group does
     CONSUMER_REGISTERS: int = 232
     PRODUCER_REGISTERS: int = 40
     BM: int = field(init=False)
