@@ -72,6 +72,9 @@ class Tensor:
         a = self.a.astype(dtype.np)
         return Tensor(round_bf16(a) if dtype is bfloat16 else a, dtype)
 
+    def permute(self, order: tuple[int, ...]) -> Tensor:
+        return Tensor(self.a.transpose(order), self.dtype)
+
     def __bool__(self) -> bool:
         assert self.a.ndim == 0, "a condition must be a scalar"
         return bool(self.a)
@@ -150,7 +153,7 @@ def load(p: Pointer, mask: Any = None, other: Any = 0, **_: Any) -> Tensor:
     return Tensor(out, p.element)
 
 
-def store(p: Pointer, value: Tensor, mask: Any = None) -> None:
+def store(p: Pointer, value: Tensor, mask: Any = None, **_: Any) -> None:
     assert value.dtype is p.element, (value.dtype, p.element)
     m = np.broadcast_to(True if mask is None else raw(mask), p.offset.shape)
     p.memory[p.checked(m, "store")] = np.broadcast_to(value.a, p.offset.shape)[m]
@@ -169,6 +172,10 @@ class Shared:
 
     def permute(self, order: tuple[int, ...]) -> Shared:
         return Shared(self.a.transpose(order), self.dtype)
+
+    def slice(self, start: Any, length: Any, dim: int = 0) -> Shared:
+        assert dim == 0
+        return Shared(self.a[int(raw(start)):int(raw(start)) + int(raw(length))], self.dtype)
 
     def view(self, dtype: DType, shape: list[int]) -> Shared:
         assert dtype is self.dtype
@@ -520,10 +527,14 @@ def load_device_module(name: str) -> types.ModuleType:
     shim.__dict__.update(
         tma_load=tma_load, tma_store=tma_store, block_barrier=lambda: None,
         view_as=lambda buf, dtype, n, rows, cols, layout: buf.view(dtype, [n, rows, cols]),
-        view_rows=lambda buf, dtype, n, cols, layout: buf.view(dtype, [n, cols]))
-    empty = ("triton", "triton.experimental", "triton.experimental.gluon.language.nvidia")
+        view_rows=lambda buf, dtype, n, cols, layout: buf.view(dtype, [n, cols]),
+        view_boxes=lambda buf, dtype, n, rows, cols, layout: buf.view(dtype, [n, 1, rows, cols]))
+    cuda = types.ModuleType("triton.language.extra.cuda")
+    cuda.__dict__.update(gdc_wait=lambda: None, gdc_launch_dependents=lambda: None)
+    empty = ("triton", "triton.experimental", "triton.experimental.gluon.language.nvidia", "triton.language",
+             "triton.language.extra")
     stand_ins = {**{n: types.ModuleType(n) for n in empty}, gluon.__name__: gluon, gl.__name__: gl, hopper.__name__: hopper,
-                 package.__name__: package, shim.__name__: shim}
+                 cuda.__name__: cuda, package.__name__: package, shim.__name__: shim}
     before = {n: sys.modules.get(n) for n in stand_ins}
     sys.modules.update(stand_ins)
     try:

@@ -12,6 +12,7 @@ import torch
 from narrowgemm.arch import get_arch
 from narrowgemm.formats import FP8_1x128, FP8_128x128, ScaledTensor
 from narrowgemm.kernels.gluon.sm90 import fp8_decode
+from narrowgemm.kernels.gluon.sm90.fp8_decode_tile import extra
 from narrowgemm.kernels.operands import Operands
 from narrowgemm.ops.explain import describe
 from narrowgemm.problem import Config, Problem, Step
@@ -21,9 +22,10 @@ from .._compile import TRITONS, compile_jobs
 N, K, G = 512, 1024, 4
 ARCH = get_arch("h200")
 INDEX = {"contiguous": torch.int32, "offsets": torch.int64, "psum": torch.int32, "masked": torch.int32}
-# layout, rows a group, token columns, of few rows, weight rows, warps, most units a tile
-FEW = (("dense", 64, 64, 0, 64, 4, 2), ("masked", 20, 64, 32, 128, 8, 1), ("offsets", 8, 8, 0, 64, 4, 2),
-       ("psum", 16, 64, 16, 128, 4, 1), ("contiguous", 64, 128, 64, 128, 8, 1))
+# layout, rows a group, token columns, in between, of few rows, weight rows, warps, most units a tile, K blocks of a trip
+FEW = (("dense", 64, 64, 0, 0, 64, 4, 2, 1), ("dense", 16, 16, 0, 0, 64, 4, 2, 4), ("masked", 20, 64, 0, 32, 64, 4, 1, 1),
+       ("offsets", 8, 64, 0, 8, 64, 4, 1, 1), ("psum", 16, 64, 0, 16, 128, 4, 1, 1), ("contiguous", 64, 64, 0, 0, 128, 4, 1, 4),
+       ("offsets", 20, 128, 32, 8, 128, 8, 1, 1))
 
 
 def problem(layout: str, rows: int, out_dtype: str = "bf16") -> Problem:
@@ -68,7 +70,8 @@ def chosen(which: str) -> Iterator[tuple[str, Problem, Config, Operands]]:
     for layout, rows, *want in FEW:
         p = problem(layout, rows)
         c = next(c for c in fp8_decode.configs(p, ARCH)
-                 if [c.block_m, fp8_decode.extra(c, "narrow"), c.block_n, c.num_warps, min(c.split_k, 2)] == want)
+                 if [c.block_m, extra(c, "middle"), extra(c, "narrow"), c.block_n, c.num_warps, min(c.split_k, 2),
+                     extra(c, "trip", 1)] == want)
         yield f"{layout} {rows}", p, replace(c, extra=(*c.extra, ("keep", 1))) if layout == "masked" else c, operands(p)
     p = replace(problem("dense", 8, "fp32"), accumulate=True)
     yield "dense 8 fp32 accumulate e8m0", p, fp8_decode.configs(p, ARCH)[0], operands(p, torch.float32, torch.uint8)
@@ -97,8 +100,8 @@ def check(reports: list[dict]) -> None:
 @pytest.mark.parametrize("triton", TRITONS)
 def test_every_layout(triton: str) -> None:
     reports = compile_jobs("sm90", "tests.kernels.test_gluon_sm90_decode_compile:jobs", triton=triton)
-    assert sum(r["kernel"] == "fp8_decode_kernel" for r in reports) == 6
-    assert sum(r["kernel"] == "fp8_decode_sum_kernel" for r in reports) >= 2
+    assert sum(r["kernel"] == "fp8_decode_kernel" for r in reports) == len(FEW) + 1
+    assert sum(r["kernel"] == "fp8_decode_sum_kernel" for r in reports) >= 1
     check(reports)
 
 

@@ -49,7 +49,7 @@ def test_batch_invariant_is_never_split() -> None:
 
 
 # microseconds on an H200, of the config that the model has to rank first or nearly so
-@pytest.mark.parametrize("p, us", [(grouped("masked", 32, 4096, 6144, 7168, 20), 339.9), (grouped("masked", 6, 4096, 4096, 2048, 20), 16.1),
+@pytest.mark.parametrize("p, us", [(grouped("masked", 32, 4096, 6144, 7168, 20), 339.9), (grouped("masked", 6, 4096, 4096, 2048, 20), 19.7),
                                    (grouped("masked", 32, 128, 4096, 2048, 1), 64.9), (describe("gemm", m=64, n=7168, k=2048), 7.9),
                                    (describe("gemm", m=16, n=4096, k=7168), 11.5)])
 def test_model_is_near_the_measured(p: Problem, us: float) -> None:

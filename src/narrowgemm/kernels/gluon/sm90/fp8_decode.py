@@ -22,6 +22,7 @@ from .fp8_decode_tile import (
     LAYOUT_IDS,
     MAX_SPLIT,
     TOKENS,
+    TRIPS,
     extra,
     legal,
     max_registers,
@@ -37,11 +38,13 @@ __all__ = ["BACKEND", "LAYOUT_IDS", "NAME", "configs", "estimate", "extra", "lau
 
 NAME = "gluon_sm90.fp8_decode"
 BACKEND = "gluon_sm90"
-MAX_ROWS = 128               # rows a group above which weights are no longer all of the traffic
+MAX_ROWS = 192               # rows a group above which weights are no longer most of the traffic
 MAX_GROUPS = 1024            # the group table is held in the registers of one warp
 MAX_INDICES = 1 << 15        # rows of m_indices that every CTA goes through at its start
 MAX_STAGES = 16
-SHAPES = ((64, 4, 3), (64, 4, 2), (128, 4, 2), (128, 8, 1))      # weight rows, warps of consumers, CTAs on an SM
+Shape = tuple[int, int, int]
+SHAPES: tuple[Shape, ...] = ((64, 4, 3), (64, 4, 2), (128, 4, 2), (128, 8, 1))  # weight rows, warps of consumers, CTAs on an SM
+GUESS = 2                    # K blocks of weights fetched on a guess
 KEEP_BYTES = 16e6            # an output of so many bytes and fewer is asked to stay in L2, where its reader finds it
 
 
@@ -69,43 +72,60 @@ def supports(problem: Problem, arch: Arch) -> str | None:
     return None
 
 
-def columns(problem: Problem) -> list[tuple[int, int]]:
-    """(token columns, columns of a tile with few rows). How groups differ in size is not known: where there are groups, a
-    width for the expected size and one for several times that share a kernel."""
+def widths(problem: Problem) -> list[tuple[int, int, int, tuple[Shape, ...]]]:
+    """(token columns, columns of a tile with few rows, of one in between, shapes). How groups differ in size is not known:
+    where there are groups, one candidate has widths for few rows and for many in one kernel. Shapes are those that measured
+    best somewhere."""
     rows = expected_rows(problem)
     token = next((t for t in TOKENS if t >= rows), TOKENS[-1])
-    half = [(token // 2, 0)] if token >= 32 else []
     if problem.layout == "dense":
-        return [(token, 0), *half]
-    if token == TOKENS[-1]:
-        return [(token, token // 2), *half]
-    wide = [(128, token)] if token < 64 < problem.m and problem.layout != "masked" else []
-    return [(max(64, 2 * token), token), *wide, (token, 0)]
+        return [(t, 0, 0, SHAPES) for t in ((token, token // 2) if token >= 32 else (token,))]
+    if token <= 32:
+        return [(64, token, 0, SHAPES[:3]), (128, 8, 32, SHAPES[3:])]
+    return [(64, 0, 0, SHAPES[:3]), (128, 16, 64, SHAPES[3:])]
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
-    sms = min(arch.sms, problem.max_sms or arch.sms)
     rows = problem.groups * problem.rows if problem.layout == "masked" else problem.m
-    keep = (("keep", 1),) * (rows * problem.n * ITEMSIZE[problem.out_dtype] <= KEEP_BYTES)
-    out = []
-    for bt, narrow in columns(problem):
-        for bn, warps, ctas in SHAPES:
-            if bt == 128 and bn == 64 and 0 < narrow < 64:
-                continue            # takes in as much for a large group as 64 columns on 128 weight rows do
-            more = (("ctas", ctas),) * (ctas > 1) + (("narrow", narrow),) * (narrow > 0) + keep
-            c = Config(bt, bn, 128, warps, 0, swap_ab=True, persistent=True, extra=more)
-            stages = min(MAX_STAGES, (smem_budget(c, arch) - smem_bytes(problem, c)) // slot_bytes(c))
-            c = replace(c, num_stages=stages)
-            # cut tiles along K where they are fewer than half the CTAs, to at least 4 K blocks. Two widths and partial sums
-            # are too much for the registers
-            room = sms * ctas // tiles_expected(problem, c) if ctas < 3 and not narrow else 1
-            most = min(MAX_SPLIT, room, problem.k // 512)
-            for split in sorted({1, max(1, most), max(1, most // 2)}):
-                # a dependent launch pays for the kernel behind it, the sum, and costs where there is none
-                s = replace(c, split_k=split, extra=(*more, ("pdl", 1), ("sms", arch.sms)) if split > 1 else more)
-                if legal(problem, s, arch) is None:
-                    out.append(s)
-    return out
+    kept = rows * problem.n * ITEMSIZE[problem.out_dtype] <= KEEP_BYTES
+    found = []
+    for bt, narrow, middle, shapes in widths(problem):
+        for bn, warps, ctas in shapes:
+            c = Config(bt, bn, 128, warps, 0, swap_ab=True, persistent=True)
+            found += offers(problem, arch, c, ctas=ctas, narrow=narrow, middle=middle, keep=kept)
+    return found
+
+
+def offers(problem: Problem, arch: Arch, config: Config, *, ctas: int, narrow: int, middle: int, keep: bool) -> list[Config]:
+    """A tile with as many stages as fit, whole and cut along K."""
+    # overlapping wgmma and promotions of several K blocks pays where steps are what a CTA waits for
+    two, dense = config.block_n > 16 * config.num_warps, problem.layout == "dense"
+    ahead = ctas < 3 and not narrow and (two or config.block_m <= 16 or (not dense and config.num_warps == 4))
+    wanted = {"ctas": ctas if ctas > 1 else 0, "narrow": narrow, "middle": middle, "keep": int(keep),
+              "trip": TRIPS[-1] if ahead else 0}
+    sms = min(arch.sms, problem.max_sms or arch.sms)
+    tiles = tiles_expected(problem, replace(config, extra=tuple(sorted((k, v) for k, v in wanted.items() if v))))
+    # a wrong guess at a CTA's first tile, where groups are of several, costs what it fetched; in a single wave another CTA finds
+    # that in L2. With one CTA of two consumers on an SM it gains nothing
+    if not dense and config.num_warps == 4 and (expected_rows(problem) <= config.block_m or tiles <= sms * ctas):
+        wanted["guess"] = GUESS
+
+    def made(split: int, **more: int) -> Config:
+        options = {k: v for k, v in (wanted | more).items() if v and not (split > 1 and k == "guess")}
+        if split > 1:
+            options |= {"sms": arch.sms}
+        c = replace(config, split_k=split, extra=tuple(sorted(options.items())))
+        return replace(c, num_stages=min(MAX_STAGES, (smem_budget(c, arch) - smem_bytes(problem, c)) // slot_bytes(c)))
+
+    # cut tiles along K where they are fewer than half the CTAs, to at least 4 K blocks. Two widths and partial sums are too
+    # much for the registers
+    room = sms * ctas // tiles if ctas < 3 and not narrow else 1
+    most = min(MAX_SPLIT, room, problem.k // 512)
+    out = [made(1)]
+    for split in sorted({most, most // 2} - {0, 1}):
+        # a dependent launch pays for the kernel behind it, the sum, and costs where there is none
+        out.append(made(split, pdl=1))
+    return [c for c in out if legal(problem, c, arch) is None]
 
 
 def programs(config: Config, sms: int, max_sms: int) -> int:
@@ -151,7 +171,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     som, sog = out.stride(-2), out.stride(0) if masked else 0
     pdl = {"launch_pdl": True} if cfg.PDL else {}
     descriptors = [TensorDescriptor(t, *_box(t, rows), layout) for (t, rows), layout in
-                   zip(((b, cfg.BN), (a, cfg.BT), (a, cfg.NARROW or cfg.BT)), device.layouts(cfg))]
+                   zip(((b, cfg.BN), (a, cfg.BT), (a, cfg.MIDDLE or cfg.BT), (a, cfg.NARROW or cfg.BT)), device.layouts(cfg))]
     sizes = (x.m, x.n, x.k // 128, x.groups, x.alignment, x.m)
     found = [Launch(
         device.fp8_decode_kernel, (ctas,),

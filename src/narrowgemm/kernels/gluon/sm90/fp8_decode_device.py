@@ -19,59 +19,37 @@ With SPLIT, tiles that are too few for the grid are cut along K; every unit leav
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.language.extra.cuda import gdc_wait
 
-from .fp8_decode_parts_device import scale_loader, store_tile, weight_loader, zero_filler
-from .fp8_decode_schedule_device import CONTIGUOUS, advance, k_range, list_pieces, locate, share, tile_table
-from .shim import block_barrier, view_as
-
-
-@gluon.jit
-def multiply(rings, bars, slot, phase, k0, k1, cfg: gl.constexpr, CID: gl.constexpr, NT: gl.constexpr):
-    """Sums of K blocks [k0, k1) for the consumer's WR weight rows and the first NT tokens of the slots."""
-    w_s, x_s, s_s = rings
-    full, empty = bars
-    WR: gl.constexpr = cfg.WR
-    NC: gl.constexpr = cfg.CONSUMERS
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, NT, 32])
-    cols: gl.constexpr = gl.SliceLayout(0, mma)
-    w_v = view_as(w_s, gl.float8e4nv, cfg.STAGES * NC, WR, 128,
-                  gl.NVMMASharedLayout.get_default_for([WR, 128], gl.float8e4nv))
-    x_v = view_as(x_s, gl.float8e4nv, cfg.STAGES * (cfg.BT // NT), NT, 128,
-                  gl.NVMMASharedLayout.get_default_for([NT, 128], gl.float8e4nv))
-    acc = gl.zeros([WR, NT], gl.float32, mma)
-    p = gl.zeros([WR, NT], gl.float32, mma)
-    for kb in range(k0, k1):
-        mbarrier.wait(full.index(slot), phase)
-        s = s_s.index(slot).slice(0, NT).load(cols)
-        p = warpgroup_mma(w_v.index(slot * NC + CID), x_v.index(slot * (cfg.BT // NT)).permute((1, 0)), p, use_acc=False,
-                          is_async=True)
-        p = warpgroup_mma_wait(0, deps=(p, ))
-        mbarrier.arrive(empty.index(slot), count=1)
-        sb, _ = gl.broadcast(gl.expand_dims(s, 0), p)
-        acc = gl.fma(p, sb, acc)
-        slot, phase = advance(slot, phase, cfg.STAGES)
-    return acc, slot, phase
+from .fp8_decode_parts_device import fetch_weights, scale_loader, store_part, store_tile, weight_loader, zero_filler
+from .fp8_decode_schedule_device import (
+    CONTIGUOUS, begin, fetched, k_range, left_over, list_pieces, locate, share, tile_table)
+from .fp8_decode_sums_device import multiply
+from .shim import block_barrier
 
 
 @gluon.jit
 def finish(acc, t, split, outs, out_strides, where, N, cfg: gl.constexpr, CID: gl.constexpr, NT: gl.constexpr):
     """Store a tile, or its partial sums: [token][weight row] in the unit's part of the workspace."""
     out_ptr, part_ptr = outs
-    g, row, rows, nb = where
+    P: gl.constexpr = cfg.PIECES
     if cfg.SPLIT > 1:
         if split > 1:
-            mma: gl.constexpr = acc.type.layout
-            n = gl.arange(0, cfg.WR, gl.SliceLayout(1, mma))
-            tok = gl.arange(0, NT, gl.SliceLayout(0, mma))
-            base = part_ptr + t * (cfg.BT * cfg.BN) + CID * cfg.WR
-            gl.store(base + gl.expand_dims(tok * cfg.BN, 0) + gl.expand_dims(n, 1), acc)
+            for i in gl.static_range(P):
+                store_part(acc[i], part_ptr + (t * (cfg.BT * cfg.BN) + (CID * P + i) * 64), cfg, NT)
         else:
-            store_tile(acc, out_ptr, out_strides, g, row, rows, nb * cfg.BN + CID * cfg.WR, N, cfg.WR, NT, cfg)
+            store_pieces(acc, out_ptr, out_strides, where, N, cfg, CID, NT)
     else:
-        store_tile(acc, out_ptr, out_strides, g, row, rows, nb * cfg.BN + CID * cfg.WR, N, cfg.WR, NT, cfg)
+        store_pieces(acc, out_ptr, out_strides, where, N, cfg, CID, NT)
+
+
+@gluon.jit
+def store_pieces(acc, out_ptr, out_strides, where, N, cfg: gl.constexpr, CID: gl.constexpr, NT: gl.constexpr):
+    g, row, rows, nb = where
+    P: gl.constexpr = cfg.PIECES
+    for i in gl.static_range(P):
+        store_tile(acc[i], out_ptr, out_strides, g, row, rows, nb * cfg.BN + (CID * P + i) * 64, N, 64, NT, cfg)
 
 
 @gluon.jit
@@ -83,30 +61,54 @@ def unit(rings, bars, slot, phase, k0, k1, t, split, outs, out_strides, where, N
 
 
 @gluon.jit
+def sized(rings, bars, slot, phase, k0, k1, t, split, outs, out_strides, where, N, cfg: gl.constexpr, CID: gl.constexpr):
+    """A unit with as many token columns as its tile's rows need, of the widths compiled for."""
+    if cfg.NARROW == 0:
+        return unit(rings, bars, slot, phase, k0, k1, t, split, outs, out_strides, where, N, cfg, CID, cfg.BT)
+    else:
+        if where[2] <= cfg.NARROW:
+            slot, phase = unit(rings, bars, slot, phase, k0, k1, t, split, outs, out_strides, where, N, cfg, CID, cfg.NARROW)
+        else:
+            if cfg.MIDDLE > 0:
+                if where[2] <= cfg.MIDDLE:
+                    slot, phase = unit(rings, bars, slot, phase, k0, k1, t, split, outs, out_strides, where, N, cfg, CID, cfg.MIDDLE)
+                else:
+                    slot, phase = unit(rings, bars, slot, phase, k0, k1, t, split, outs, out_strides, where, N, cfg, CID, cfg.BT)
+            else:
+                slot, phase = unit(rings, bars, slot, phase, k0, k1, t, split, outs, out_strides, where, N, cfg, CID, cfg.BT)
+        return slot, phase
+
+
+@gluon.jit
 def consumer(rings, bars, outs, out_strides, shape_args, index_ptr, table_ptr, cap, KB, cfg: gl.constexpr,
              CID: gl.constexpr):
-    """Weight rows [CID * WR, +WR) of every tile."""
+    """Weight rows [CID * BN / CONSUMERS, + BN / CONSUMERS) of every tile."""
     M, N, G, alignment = shape_args
-    if cfg.PDL:
-        gdc_wait()
-    upto, tiles = tile_table(shape_args, index_ptr, table_ptr, cfg, 4)
-    units, split, chunk = share(tiles, KB, gl.num_programs(0), cfg)
-    slot = gl.to_tensor(0)
+    upto, units, split, chunk, slot = begin(shape_args, index_ptr, table_ptr, KB, cfg, 4)
     phase = gl.to_tensor(0)
     for t in range(gl.program_id(0), units, gl.num_programs(0)):
         tile, k0, k1 = k_range(t, split, chunk, KB, cfg)
         where = locate(tile, upto, shape_args, index_ptr, table_ptr, cap, cfg, True)
-        if cfg.NARROW > 0:
-            if where[2] <= cfg.NARROW:
-                slot, phase = unit(rings, bars, slot, phase, k0, k1, t, split, outs, out_strides, where, N, cfg, CID, cfg.NARROW)
-            else:
-                slot, phase = unit(rings, bars, slot, phase, k0, k1, t, split, outs, out_strides, where, N, cfg, CID, cfg.BT)
-        else:
-            slot, phase = unit(rings, bars, slot, phase, k0, k1, t, split, outs, out_strides, where, N, cfg, CID, cfg.BT)
+        if cfg.GUESS > 0:
+            there, vain = fetched(t, where, shape_args, index_ptr, KB, cfg)
+            slot += pass_over(vain, bars)
+        slot, phase = sized(rings, bars, slot, phase, k0, k1, t, split, outs, out_strides, where, N, cfg, CID)
+    if cfg.GUESS > 0:
+        pass_over(left_over(units, shape_args, index_ptr, KB, cfg), bars)
+
+
+@gluon.jit
+def pass_over(count, bars):
+    """Release slots [0, count) as they come; how many they are."""
+    full, empty = bars
+    for i in range(0, count):
+        mbarrier.wait(full.index(i), 0)
+        mbarrier.arrive(empty.index(i), count=1)
+    return count
 
 
 @gluon.jit(do_not_specialize=["M", "KB", "G", "alignment", "cap", "sag", "sam", "sak", "sbg", "sbn", "sbk"])
-def fp8_decode_kernel(w_desc, x_desc, narrow_desc, out_ptr, sa_ptr, sb_ptr, index_ptr, part_ptr, table_ptr,
+def fp8_decode_kernel(w_desc, x_desc, middle_desc, narrow_desc, out_ptr, sa_ptr, sb_ptr, index_ptr, part_ptr, table_ptr,
                       M, N, KB, G, alignment, cap, sag, sam, sak, sbg, sbn, sbk, sog, som, cfg: gl.constexpr):
     """A persistent grid. M: rows of A, or rows a group can hold (masked). `cap`: entries of each column of the table."""
     S: gl.constexpr = cfg.STAGES
@@ -116,11 +118,11 @@ def fp8_decode_kernel(w_desc, x_desc, narrow_desc, out_ptr, sa_ptr, sb_ptr, inde
     full = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(S):
-        mbarrier.init(full.index(i), count=2)       # both loaders
+        mbarrier.init(full.index(i), count=3 if cfg.GUESS > 0 else 2)     # weights and tokens, together or apart; scales
         mbarrier.init(empty.index(i), count=cfg.CONSUMERS)
     fence_async_shared()
 
-    descs = (w_desc, x_desc, narrow_desc)
+    descs = (w_desc, x_desc, middle_desc, narrow_desc)
     rings = (w_s, x_s, s_s)
     bars = (full, empty)
     sa_sb = (sa_ptr, sb_ptr)
@@ -128,6 +130,8 @@ def fp8_decode_kernel(w_desc, x_desc, narrow_desc, out_ptr, sa_ptr, sb_ptr, inde
     outs = (out_ptr, part_ptr)
     out_strides = (sog, som)
     sh = (M, N, G, alignment)
+    if cfg.GUESS > 0:
+        fetch_weights(w_desc, w_s, full, sh, index_ptr, KB, cfg)
     if cfg.LAYOUT == CONTIGUOUS:
         if cfg.PDL:
             gdc_wait()
@@ -199,6 +203,6 @@ def fp8_decode_sum_kernel(out_ptr, index_ptr, part_ptr, table_ptr, M, N, KB, G, 
 
 
 def layouts(cfg):
-    """Shared-memory layouts of the boxes: weights, tokens, few tokens."""
+    """Shared-memory layouts of the boxes: weights, tokens, fewer tokens, few."""
     return [gl.NVMMASharedLayout.get_default_for([1, rows, 128], gl.float8e4nv)
-            for rows in (cfg.BN, cfg.BT, cfg.NARROW or cfg.BT)]
+            for rows in (cfg.BN, cfg.BT, cfg.MIDDLE or cfg.BT, cfg.NARROW or cfg.BT)]

@@ -1,92 +1,155 @@
-"""Predicted time of the Hopper FP8 decode kernel. Constants are fitted to an H200's times of 26 cases in 12 configs each.
+"""Predicted time of the Hopper FP8 decode kernel. Constants are fitted to times of an H200 and an H100.
 
-Tiles go over the CTAs in waves. A wave ends when memory has delivered its bytes and the SM with the most work has taken its
-share in: an SM takes tokens in again with every tile of weights, and no faster than what it has in flight per latency.
+Tiles go over the CTAs in waves. A wave ends when memory has delivered its bytes and the SM with the most work is done: an
+SM takes weights and tokens in no faster than so many bytes a second, multiplies at the tensor cores' rate, and a CTA alone
+can't go faster than what it has in flight per latency, nor than the steps of one K block that follow each other.
+
+How rows spread over groups, only the device knows. A choice is made for the expected spread, and pays a little for every
+percent that it would lose if few groups had all the rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import NamedTuple
+
 from ....arch import Arch
 from ....problem import Config, Problem
-from .fp8_decode_tile import ITEMSIZE, extra
+from .fp8_decode_tile import extra
+from .fp8_decode_tile import pieces as pieces_of
 
-START = 3.7e-6               # launch, schedule, first bytes, drain
-DEPENDENT = -0.5e-6          # less of it where the sum of the partial sums is launched ahead
-STEP = 0.12e-6               # of one K block of 64 weight rows, in one warpgroup, however narrow
-EPILOGUE = 0.2e-9            # of a tile's sum, from registers to memory at the end of all
-SUM_SECONDS = 2.0e-6         # the kernel that adds partial sums
-SEGMENTS_SECONDS = 1.0e-6    # listing 1024 rows of m_indices
-EFFICIENCY = 0.93            # of the peak bandwidth
-INTAKE = 105e9               # bytes/s that one SM takes in
-LATENCY = 0.75e-6
-WIDE = 1.18                  # 128 token columns: their sums leave no registers to run ahead in
-WRITE = 2                    # a byte written among reads costs so many read,
-WRITE_KEPT = 1               # and so many where it is kept in L2
-INSURANCE = 0.01             # what it is worth that a group of many times the expected size costs few passes over its weights
+START = 3.5e-6               # launch, schedule, first bytes, drain
+TABLE = 1.0e-6               # group sizes are read and added up before the first byte
+FETCHED = 0.6e-6             # less of it where the first weights are fetched on a guess
+DEPENDENT = -0.5e-6          # less of START where the sum of the partial sums is launched ahead
+EPILOGUE = 0.24e-9           # of an element of the last tile, from registers to memory
+SUM_SECONDS = 3.1e-6         # the kernel that adds partial sums
+SEGMENTS_SECONDS = 0.8e-6    # listing 1024 rows of m_indices
+EFFICIENCY = 0.926           # of the peak bandwidth
+COLD = 0.36                  # of the time for the first COLD_BYTES, that reading them takes longer
+COLD_BYTES = 60e6
+INTAKE = 114e9               # bytes/s that one SM takes in
+LATENCY = 0.84e-6
+STEP = 0.108e-6              # of one K block in a consumer: barriers, first wgmma to last
+PROMOTE = 0.33e-9            # of one column of one piece: wgmma and its promotion, one after the other
+AHEAD = 0.8                  # of both, where they overlap within a trip
+SHARP = 7                    # how sharply the longest of several limits takes over
+INSURANCE = 0.05             # what a loss under FEW groups with all the rows weighs
+FEW = 8
 SPREAD = (0.7, 0.85, 1.0, 1.15, 1.3)          # groups' sizes over the expected one
+
+
+class Tiles(NamedTuple):
+    """Tiles of rows of one width: how many, and their token columns."""
+
+    number: float
+    columns: int
 
 
 def expected_rows(problem: Problem) -> int:
     return max(1, problem.m if problem.layout == "dense" else problem.rows)
 
 
-def pieces(problem: Problem, config: Config) -> tuple[float, float]:
-    """Expected (tiles of rows, token columns that they take in) of a group that has rows."""
-    rows, bt, narrow = expected_rows(problem), config.block_m, extra(config, "narrow")
+def width(config: Config, rows: int) -> int:
+    """Token columns of a tile with so many rows."""
+    return next((w for w in (extra(config, "narrow"), extra(config, "middle")) if rows <= w), config.block_m)
+
+
+def tiles_of(config: Config, sizes: Iterable[int], each: float) -> list[Tiles]:
+    """Tiles of rows of groups of these sizes, `each` of every size."""
+    found: dict[int, float] = {}
+    for rows in sizes:
+        whole, rest = divmod(rows, config.block_m)
+        if whole:
+            found[config.block_m] = found.get(config.block_m, 0.0) + whole * each
+        if rest:
+            columns = width(config, rest)
+            found[columns] = found.get(columns, 0.0) + each
+    return [Tiles(count, columns) for columns, count in sorted(found.items(), reverse=True)]
+
+
+@lru_cache(maxsize=4096)
+def expected_tiles(problem: Problem, config: Config) -> tuple[Tiles, ...]:
+    rows = expected_rows(problem)
     if problem.layout == "contiguous":
         rows = max(1, rows * 3 // 4)        # the rest is padding
-    count = columns = 0
-    sizes = [rows] if problem.layout == "dense" or rows == 1 else [max(1, round(rows * x)) for x in SPREAD]
-    for size in sizes:
-        whole, rest = divmod(size, bt)
-        count += whole + (rest > 0)
-        columns += whole * bt + (0 if not rest else narrow if rest <= narrow else bt)
-    return count / len(sizes), columns / len(sizes)
-
-
-def passes(problem: Problem, config: Config) -> float:
-    """How often a group that is far larger than expected is gone through, over the best that can be, 0 to 1. A masked
-    layout's expected size is its caller's word, so twice that is enough there."""
-    most = min(128, problem.m)
-    if problem.layout == "dense" or config.block_m >= (min(64, most) if problem.layout == "masked" else most):
-        return 0.0
-    return 1 - config.block_m / most
+    elif problem.layout != "dense" and problem.layout != "masked" and rows > 8:
+        rows = rows * 5 // 6                # the middle of its bucket
+    even = problem.layout == "dense" or rows == 1
+    most = problem.m if problem.layout == "masked" else rows * 2      # a masked group holds no more
+    sizes = [rows] if even else [min(most, max(1, round(rows * x))) for x in SPREAD]
+    return tuple(tiles_of(config, sizes, problem.active_groups / len(sizes)))
 
 
 def tiles_expected(problem: Problem, config: Config) -> int:
-    count, _ = pieces(problem, config)
-    return max(1, round(problem.active_groups * count)) * -(-problem.n // config.block_n)
+    return max(1, round(sum(t.number for t in expected_tiles(problem, config)))) * -(-problem.n // config.block_n)
+
+
+def block_seconds(config: Config, columns: int, ctas: int, arch: Arch) -> float:
+    """One K block of a tile in each of `ctas` CTAs on an SM."""
+    pieces = pieces_of(config)
+    consumers = config.num_warps // 4
+    taken = ctas * (config.block_n + columns) * 128 / INTAKE
+    # wgmma of 64 x columns x 128: bound by its product, or by reading both operands from shared memory, 128 bytes a clock
+    clock = arch.fp8_flops / arch.sms / 8192
+    wgmma = ctas * consumers * pieces * max(2 * columns, 64 + columns) / clock
+    chain = (STEP + pieces * columns * PROMOTE) * (AHEAD if extra(config, "trip", 1) > 1 else 1)
+    return longest(taken, LATENCY / config.num_stages, wgmma, chain)
+
+
+def longest(*seconds: float) -> float:
+    return sum(s**SHARP for s in seconds) ** (1 / SHARP)
+
+
+def tiles_seconds(problem: Problem, config: Config, arch: Arch, tiles: Iterable[Tiles], read: float) -> float:
+    """Every tile of these over the grid. `read`: bytes through memory in all."""
+    sms = min(arch.sms, problem.max_sms or arch.sms)
+    per_sm = extra(config, "ctas", 1)
+    ctas = sms * per_sm
+    blocks_n = -(-problem.n // config.block_n)
+    tiles = list(tiles)
+    total = max(1, round(sum(t.number for t in tiles) * blocks_n))
+    split = max(1, min(config.split_k, ctas // total))
+    k_blocks = -(-problem.k // 128 // split)
+    units = total * split
+
+    def wave(n: int, columns: float) -> float:
+        on_one = min(per_sm, -(-n // sms))
+        memory = n / units * read / (arch.bandwidth * EFFICIENCY)
+        return longest(memory, k_blocks * block_seconds(config, round(columns), on_one, arch))
+
+    columns = sum(t.number * t.columns for t in tiles) / sum(t.number for t in tiles)
+    seconds = units // ctas * wave(ctas, columns) + (wave(units % ctas, columns) if units % ctas else 0.0)
+    if split > 1:
+        # partial sums are written and read, mostly in L2
+        seconds += SUM_SECONDS + units * config.block_n * columns * 8 / (arch.bandwidth * 1.2)
+    seconds += COLD * min(read, COLD_BYTES) / arch.bandwidth
+    return seconds + EPILOGUE * config.block_n * columns
 
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds."""
-    sms = min(arch.sms, problem.max_sms or arch.sms)
-    ctas = sms * extra(config, "ctas", 1)
-    count, columns = pieces(problem, config)
-    tiles = tiles_expected(problem, config)
-    k_blocks = problem.k // 128
-    split = max(1, min(config.split_k, ctas // tiles))
-    units, k_blocks = tiles * split, -(-k_blocks // split)
-    size = config.block_n * columns / count
-    written = problem.active_groups * expected_rows(problem) * problem.n * ITEMSIZE[problem.out_dtype]
-    read = (problem.bytes + ((WRITE_KEPT if extra(config, "keep") else WRITE) - 1) * written) / units
-    slot = (config.block_n + columns / count) * 128
-    alone = min(INTAKE, config.num_stages * slot / LATENCY)
+    seconds = fixed(problem, config) + tiles_seconds(problem, config, arch, expected_tiles(problem, config), problem.bytes)
+    return seconds * (1 + INSURANCE * loss_when_few(problem, config, arch))
 
-    def wave(n: int) -> float:
-        memory = n * read / (arch.bandwidth * EFFICIENCY)
-        intake = k_blocks * slot * max(-(-n // sms) / INTAKE, 1 / alone)
-        step = k_blocks * STEP * config.block_n / (16 * config.num_warps)
-        return max((memory**3 + intake**3) ** (1 / 3), step)
 
-    seconds = START + EPILOGUE * size + units // ctas * wave(ctas) + (wave(units % ctas) if units % ctas else 0.0)
-    if extra(config, "pdl"):
-        seconds += DEPENDENT
-    if split > 1:
-        # partial sums are written and read, mostly in L2
-        seconds += SUM_SECONDS + units * size * 8 / (arch.bandwidth * 1.2)
+def fixed(problem: Problem, config: Config) -> float:
+    seconds = START + (DEPENDENT if extra(config, "pdl") else 0.0)
     if problem.layout == "contiguous":
         seconds += SEGMENTS_SECONDS * -(-problem.m // 1024)
-    if config.block_m == 128 and not extra(config, "narrow"):
-        seconds *= WIDE
-    return seconds * (1 + INSURANCE * passes(problem, config))
+    if problem.layout != "dense":
+        seconds += TABLE - (FETCHED if extra(config, "guess") else 0.0)
+    return seconds
+
+
+def loss_when_few(problem: Problem, config: Config, arch: Arch) -> float:
+    """By how much a FEW groups with all the rows would take longer than their bytes and products must. A masked layout's
+    expected size is its caller's word: nothing there."""
+    if problem.layout in ("dense", "masked") or problem.active_groups <= FEW:
+        return 0.0
+    rows = -(-problem.m // FEW)
+    read = FEW * problem.b.format.storage_bytes(problem.n, problem.k)
+    least = START + max(read / arch.bandwidth, problem.flops / arch.fp8_flops)
+    seconds = fixed(problem, config) + tiles_seconds(problem, config, arch, tiles_of(config, [rows], FEW), read)
+    return max(0.0, seconds - least) / least

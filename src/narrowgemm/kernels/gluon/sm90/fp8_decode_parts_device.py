@@ -6,49 +6,100 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .fp8_decode_schedule_device import (
-    CONTIGUOUS, MASKED, PSUM, advance, all_groups, k_range, locate, share, tile_table)
+    CONTIGUOUS, MASKED, PSUM, advance, all_groups, begin, fetched, guess, k_range, left_over, locate)
+from .fp8_decode_sums_device import tile_layout
 from .scales_device import as_float
 from .shim import tma_load, view_boxes
 
 
 @gluon.jit
+def tokens_of(x_s, cfg: gl.constexpr, NT: gl.constexpr):
+    """The ring of tokens as boxes of NT rows; as it is for NT = 0, which no tile takes."""
+    if NT > 0:
+        return view_boxes(x_s, gl.float8e4nv, cfg.STAGES * (cfg.BT // NT), NT, 128,
+                          gl.NVMMASharedLayout.get_default_for([1, NT, 128], gl.float8e4nv))
+    else:
+        return x_s
+
+
+@gluon.jit
+def load_weights(w_desc, w_s, bar, slot, g, w_row, kb, cfg: gl.constexpr):
+    mbarrier.expect(bar, cfg.BN * 128)
+    tma_load(w_desc, [g, w_row, kb * 128], bar, w_s.index(slot))
+
+
+@gluon.jit
+def fetch_weights(w_desc, w_s, full, shape_args, index_ptr, KB, cfg: gl.constexpr):
+    """Start a CTA's first loads on a guess, before its warps part and before any group's size is read."""
+    g, nb, count = guess(gl.program_id(0), shape_args, index_ptr, KB, cfg)
+    for i in range(0, count):
+        load_weights(w_desc, w_s, full.index(i), i, g, nb * cfg.BN, i, cfg)
+
+
+@gluon.jit
+def load_block(descs, rings, bar, slot, at, there, cfg: gl.constexpr, NT: gl.constexpr):
+    """One K block into a slot: BN weight rows, unless it is one of those that are there, and NT token rows."""
+    w_desc, x_desc = descs
+    w_s, x_s = rings
+    g, w_row, plane, x_row, kb = at
+    if cfg.GUESS > 0:
+        if kb >= there:
+            load_weights(w_desc, w_s, bar, slot, g, w_row, kb, cfg)
+        mbarrier.expect(bar, NT * 128)
+    else:
+        mbarrier.expect(bar, (cfg.BN + NT) * 128)
+        tma_load(w_desc, [g, w_row, kb * 128], bar, w_s.index(slot))
+    tma_load(x_desc, [plane, x_row, kb * 128], bar, x_s.index(slot * (cfg.BT // NT)))
+
+
+@gluon.jit
 def weight_loader(descs, rings, bars, shape_args, index_ptr, table_ptr, cap, KB, cfg: gl.constexpr):
-    w_desc, x_desc, narrow_desc = descs
+    w_desc, x_desc, middle_desc, narrow_desc = descs
     w_s, x_s, s_s = rings
     full, empty = bars
-    WEIGHTS: gl.constexpr = cfg.BN * 128
-    NT: gl.constexpr = cfg.NARROW
-    if cfg.PDL:
-        gdc_wait()
-        if cfg.SPLIT > 1:
-            gdc_launch_dependents()
-    if NT > 0:
-        narrow_s = view_boxes(x_s, gl.float8e4nv, cfg.STAGES * (cfg.BT // NT), NT, 128,
-                              gl.NVMMASharedLayout.get_default_for([1, NT, 128], gl.float8e4nv))
-    upto, tiles = tile_table(shape_args, index_ptr, table_ptr, cfg, 1)
-    units, split, chunk = share(tiles, KB, gl.num_programs(0), cfg)
-    slot = gl.to_tensor(0)
+    wide = ((w_desc, x_desc), (w_s, x_s))
+    middle = ((w_desc, middle_desc), (w_s, tokens_of(x_s, cfg, cfg.MIDDLE)))
+    narrow = ((w_desc, narrow_desc), (w_s, tokens_of(x_s, cfg, cfg.NARROW)))
+    upto, units, split, chunk, slot = begin(shape_args, index_ptr, table_ptr, KB, cfg, 1)
+    if cfg.PDL and cfg.SPLIT > 1:
+        gdc_launch_dependents()
     phase = gl.to_tensor(1)
     for t in range(gl.program_id(0), units, gl.num_programs(0)):
         tile, k0, k1 = k_range(t, split, chunk, KB, cfg)
-        g, row, rows, nb = locate(tile, upto, shape_args, index_ptr, table_ptr, cap, cfg, NT > 0)
+        g, row, rows, nb = locate(tile, upto, shape_args, index_ptr, table_ptr, cap, cfg, cfg.NARROW > 0)
         plane = g if cfg.LAYOUT == MASKED else g * 0
+        there = k0
+        if cfg.GUESS > 0:
+            there, vain = fetched(t, (g, row, rows, nb), shape_args, index_ptr, KB, cfg)
+            slot += give_up(vain, full)
         for kb in range(k0, k1):
             mbarrier.wait(empty.index(slot), phase)
-            if NT > 0:
-                if rows <= NT:
-                    mbarrier.expect(full.index(slot), WEIGHTS + NT * 128)
-                    tma_load(w_desc, [g, nb * cfg.BN, kb * 128], full.index(slot), w_s.index(slot))
-                    tma_load(narrow_desc, [plane, row, kb * 128], full.index(slot), narrow_s.index(slot * (cfg.BT // NT)))
-                else:
-                    mbarrier.expect(full.index(slot), WEIGHTS + cfg.BT * 128)
-                    tma_load(w_desc, [g, nb * cfg.BN, kb * 128], full.index(slot), w_s.index(slot))
-                    tma_load(x_desc, [plane, row, kb * 128], full.index(slot), x_s.index(slot))
+            at = (g, nb * cfg.BN, plane, row, kb)
+            bar = full.index(slot)
+            if cfg.NARROW == 0:
+                load_block(wide[0], wide[1], bar, slot, at, there, cfg, cfg.BT)
             else:
-                mbarrier.expect(full.index(slot), WEIGHTS + cfg.BT * 128)
-                tma_load(w_desc, [g, nb * cfg.BN, kb * 128], full.index(slot), w_s.index(slot))
-                tma_load(x_desc, [plane, row, kb * 128], full.index(slot), x_s.index(slot))
+                if rows <= cfg.NARROW:
+                    load_block(narrow[0], narrow[1], bar, slot, at, there, cfg, cfg.NARROW)
+                else:
+                    if cfg.MIDDLE > 0:
+                        if rows <= cfg.MIDDLE:
+                            load_block(middle[0], middle[1], bar, slot, at, there, cfg, cfg.MIDDLE)
+                        else:
+                            load_block(wide[0], wide[1], bar, slot, at, there, cfg, cfg.BT)
+                    else:
+                        load_block(wide[0], wide[1], bar, slot, at, there, cfg, cfg.BT)
             slot, phase = advance(slot, phase, cfg.STAGES)
+    if cfg.GUESS > 0:
+        give_up(left_over(units, shape_args, index_ptr, KB, cfg), full)
+
+
+@gluon.jit
+def give_up(count, full):
+    """Complete slots [0, count), whose weights nobody wants, with nothing; how many they are."""
+    for i in range(0, count):
+        mbarrier.arrive(full.index(i), count=1)
+    return count
 
 
 # ---------------------------------------------------------------- scales
@@ -79,15 +130,15 @@ def scale_loader(ptrs, strides, rings, bars, shape_args, index_ptr, table_ptr, c
     sag, sam, sak, sbg, sbn, sbk = strides
     lay: gl.constexpr = gl.BlockedLayout([(cfg.BT + 31) // 32], [32], [1], [0])
     tok = gl.arange(0, cfg.BT, lay)
-    if cfg.PDL:
-        gdc_wait()
-    upto, tiles = tile_table(shape_args, index_ptr, table_ptr, cfg, 1)
-    units, split, chunk = share(tiles, KB, gl.num_programs(0), cfg)
-    slot = gl.to_tensor(0)
+    full, empty = bars
+    upto, units, split, chunk, slot = begin(shape_args, index_ptr, table_ptr, KB, cfg, 1)
     phase = gl.to_tensor(1)
     for t in range(gl.program_id(0), units, gl.num_programs(0)):
         tile, k0, k1 = k_range(t, split, chunk, KB, cfg)
         g, row, rows, nb = locate(tile, upto, shape_args, index_ptr, table_ptr, cap, cfg, True)
+        if cfg.GUESS > 0:
+            there, vain = fetched(t, (g, row, rows, nb), shape_args, index_ptr, KB, cfg)
+            slot += give_up(vain, full)
         a_ptr = sa_ptr + row.to(gl.int64) * sam
         if cfg.LAYOUT == MASKED:
             a_ptr += g.to(gl.int64) * sag
@@ -114,6 +165,8 @@ def scale_loader(ptrs, strides, rings, bars, shape_args, index_ptr, table_ptr, c
             c1 = n1
             c2 = n2
             c3 = n3
+    if cfg.GUESS > 0:
+        give_up(left_over(units, shape_args, index_ptr, KB, cfg), full)
 
 
 # ---------------------------------------------------------------- output
@@ -146,6 +199,14 @@ def store_tile(acc, out_ptr, out_strides, g, row, rows, col, N, WR: gl.constexpr
         put(ptrs, y.to(out_ptr.dtype.element_ty), live, cfg)
     else:
         put(ptrs, gl.convert_layout(acc.to(out_ptr.dtype.element_ty), lay), live, cfg)
+
+
+@gluon.jit
+def store_part(acc, base, cfg: gl.constexpr, NT: gl.constexpr):
+    """One piece of partial sums as [token][weight row] of a tile."""
+    n = gl.arange(0, 64, gl.SliceLayout(1, tile_layout(NT)))
+    tok = gl.arange(0, NT, gl.SliceLayout(0, tile_layout(NT)))
+    gl.store(base + gl.expand_dims(tok * cfg.BN, 0) + gl.expand_dims(n, 1), acc)
 
 
 @gluon.jit

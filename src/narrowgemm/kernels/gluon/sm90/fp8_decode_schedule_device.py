@@ -6,12 +6,14 @@ nothing: a tile number is looked up in the running count of tiles, which each wa
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_wait
 
 DENSE = gl.constexpr(0)
 CONTIGUOUS = gl.constexpr(1)
 OFFSETS = gl.constexpr(2)
 PSUM = gl.constexpr(3)
 MASKED = gl.constexpr(4)
+STRIP = gl.constexpr(2)          # pieces of a strip
 
 
 @gluon.jit
@@ -71,6 +73,16 @@ def tile_table(shape_args, index_ptr, table_ptr, cfg: gl.constexpr, NW: gl.const
 
 
 @gluon.jit
+def strip_of(tile, num_n, pieces):
+    """(piece, n block) in strips of STRIP pieces: the pieces of a long segment read the same weights at the same time."""
+    first = tile // (STRIP * num_n) * STRIP
+    rest = tile - first * num_n
+    height = gl.maximum(gl.minimum(pieces - first, STRIP), 1)
+    nb = rest // height
+    return first + rest - nb * height, nb
+
+
+@gluon.jit
 def locate(tile, upto, shape_args, index_ptr, table_ptr, cap, cfg: gl.constexpr, ROWS: gl.constexpr):
     """Tile -> (group, first row, rows, n block). ROWS=False where the number of rows is not used: it costs a load."""
     M, N, G, alignment = shape_args
@@ -81,14 +93,8 @@ def locate(tile, upto, shape_args, index_ptr, table_ptr, cap, cfg: gl.constexpr,
         row = (tile - nb * num_m) * cfg.BT
         return tile * 0, row, gl.minimum(M - row, cfg.BT), nb
     elif cfg.LAYOUT == CONTIGUOUS:
-        # strips of STRIP pieces: the pieces of a long segment read the same weights at the same time
-        STRIP: gl.constexpr = 2
         pieces = gl.load(table_ptr)
-        first = tile // (STRIP * num_n) * STRIP
-        rest = tile - first * num_n
-        height = gl.maximum(gl.minimum(pieces - first, STRIP), 1)
-        nb = rest // height
-        piece = first + rest - nb * height
+        piece, nb = strip_of(tile, num_n, pieces)
         g = gl.load(table_ptr + 4 + piece)
         row = gl.load(table_ptr + 4 + cap + piece)
         end = gl.load(table_ptr + 4 + 2 * cap + piece)
@@ -150,6 +156,48 @@ def share(tiles, KB, ctas, cfg: gl.constexpr):
         chunk = gl.cdiv(KB, split)
         split = gl.cdiv(KB, chunk)
         return tiles * split, split, chunk
+
+
+@gluon.jit
+def begin(shape_args, index_ptr, table_ptr, KB, cfg: gl.constexpr, NW: gl.constexpr):
+    """How every partition starts: (table of tiles, units of work, units a tile, K blocks a unit, the ring's first slot)."""
+    if cfg.PDL:
+        gdc_wait()
+    upto, tiles = tile_table(shape_args, index_ptr, table_ptr, cfg, NW)
+    units, split, chunk = share(tiles, KB, gl.num_programs(0), cfg)
+    return upto, units, split, chunk, gl.to_tensor(0)
+
+
+@gluon.jit
+def guess(t, shape_args, index_ptr, KB, cfg: gl.constexpr):
+    """(group, n block, K blocks) whose weights are fetched before group sizes are known: of unit t, if every group has as
+    many rows as fit one tile, or (contiguous) every 128 rows are of one group. No K blocks where there is no such group."""
+    M, N, G, alignment = shape_args
+    num_n = gl.cdiv(N, cfg.BN)
+    if cfg.LAYOUT == CONTIGUOUS:
+        piece, nb = strip_of(t, num_n, STRIP)
+        g = gl.load(index_ptr + piece * 128, mask=piece * 128 < M, other=-1).to(gl.int32)
+    else:
+        g = t // num_n
+        nb = t - g * num_n
+    return g, nb, gl.where((g >= 0) & (g < G), gl.minimum(KB, cfg.GUESS), 0)
+
+
+@gluon.jit
+def fetched(t, where, shape_args, index_ptr, KB, cfg: gl.constexpr):
+    """K blocks of unit t's weights that were fetched on a guess: (rightly, in vain). Only a CTA's first unit has any."""
+    first = t == gl.program_id(0)
+    g, nb, count = guess(gl.where(first, t, 0), shape_args, index_ptr, KB, cfg)
+    count = gl.where(first, count, 0)
+    right = gl.where((where[0] == g) & (where[3] == nb), count, 0)
+    return right, count - right
+
+
+@gluon.jit
+def left_over(units, shape_args, index_ptr, KB, cfg: gl.constexpr):
+    """K blocks that were fetched for a first unit that there isn't."""
+    g, nb, count = guess(gl.program_id(0), shape_args, index_ptr, KB, cfg)
+    return gl.where(units <= gl.program_id(0), count, 0)
 
 
 @gluon.jit

@@ -11,6 +11,7 @@ LAYOUT_IDS = {"dense": 0, "contiguous": 1, "offsets": 2, "psum": 3, "masked": 4}
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 TOKENS = (8, 16, 32, 64, 128)
 MAX_SPLIT = 16
+TRIPS = (1, 2, 4)
 
 
 @dataclass(frozen=True)
@@ -19,10 +20,16 @@ class Static:
 
     LAYOUT: int
     BT: int                  # token columns
-    NARROW: int              # token columns of a tile with so few rows; 0: always BT
+    MIDDLE: int              # token columns of a tile with so few rows; 0: none but NARROW
+    NARROW: int              # and of one with fewer; 0: always BT
     BN: int                  # weight rows, 128 at most: one row of weight scales
     CONSUMERS: int           # warpgroups that share the weight rows
+    PIECES: int              # wgmma that a warpgroup's weight rows take
+    TRIP: int                # K blocks whose wgmma overlap with promotions; of BT columns,
+    TRIP_MIDDLE: int         # of MIDDLE,
+    TRIP_NARROW: int         # of NARROW
     STAGES: int
+    GUESS: int               # K blocks of weights fetched before group sizes are known
     SPLIT: int               # most units a tile is cut into along K
     GROUPS: int              # size of the group table, a power of two from 32
     STORE_VEC: int           # elements of 16 bytes of output
@@ -32,11 +39,6 @@ class Static:
     PDL: bool
     LOADER_REGS: int
     CONSUMER_REGS: int
-
-    @property
-    def WR(self) -> int:
-        """Weight rows of one consumer."""
-        return self.BN // self.CONSUMERS
 
 
 def extra(config: Config, name: str, default: int = 0) -> int:
@@ -74,6 +76,17 @@ def register_split(config: Config, table: int) -> tuple[int, int]:
     return loader, min(232, (regs * (config.num_warps + 4) - 4 * loader) // config.num_warps // 8 * 8)
 
 
+def pieces(config: Config) -> int:
+    """wgmma that a consumer's weight rows take."""
+    return config.block_n // (16 * config.num_warps)
+
+
+def trip_of(config: Config, columns: int, registers: int) -> int:
+    """K blocks of a trip of such a tile: one where there are no registers for two partial sums."""
+    need = columns * (pieces(config) + 2) // 2 + columns // 4 + 44
+    return extra(config, "trip", 1) if need <= registers else 1
+
+
 def pads(problem: Problem) -> bool:
     return problem.zero_padding and problem.layout in ("contiguous", "psum")
 
@@ -83,33 +96,52 @@ def static(problem: Problem, config: Config, groups: int) -> Static:
     while table < groups and problem.layout in ("offsets", "psum", "masked"):
         table *= 2
     loader, consumer = register_split(config, table)
-    return Static(LAYOUT_IDS[problem.layout], config.block_m, extra(config, "narrow"), config.block_n,
-                  config.num_warps // 4, config.num_stages, config.split_k, table, 16 // ITEMSIZE[problem.out_dtype],
+    middle, narrow = extra(config, "middle"), extra(config, "narrow")
+    wide_trip, middle_trip, narrow_trip = (trip_of(config, w, consumer) for w in (config.block_m, middle, narrow))
+    return Static(LAYOUT_IDS[problem.layout], config.block_m, middle, narrow, config.block_n,
+                  config.num_warps // 4, pieces(config), wide_trip, middle_trip, narrow_trip, config.num_stages,
+                  extra(config, "guess"), config.split_k, table, 16 // ITEMSIZE[problem.out_dtype],
                   problem.accumulate, pads(problem), bool(extra(config, "keep")), bool(extra(config, "pdl")), loader, consumer)
 
 
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     """Why `config` can't run the problem, or None."""
-    consumers = config.num_warps // 4
-    bt, narrow = config.block_m, extra(config, "narrow")
-    if bt not in TOKENS or narrow not in (0, *TOKENS) or narrow >= bt:
-        return f"block_m={bt} and narrow={narrow}, expected two of {TOKENS} token columns, or narrow=0"
-    if config.num_warps not in (4, 8) or config.block_n > 128 or config.block_n // consumers not in (64, 128):
-        return f"block_n={config.block_n} with {config.num_warps} warps, expected 64 or 128 weight rows for 4 warps, 128 for 8"
+    if (reason := _illegal_tile(config)) is not None:
+        return reason
     if config.block_k != 128 or not config.swap_ab or not config.persistent:
         return "expected block_k=128, swap_ab and persistent"
     if not 1 <= extra(config, "ctas", 1) <= 4:
         return f"ctas={extra(config, 'ctas', 1)}, expected 1 to 4 on an SM"
-    need = 2 * bt * (config.block_n // consumers) // 128 + 40
-    if need > register_split(config, 32)[1]:
-        return f"{bt} x {config.block_n // consumers} sums take about {need} registers, {register_split(config, 32)[1]} there"
+    if extra(config, "trip", 1) not in TRIPS:
+        return f"trip={extra(config, 'trip')}, expected one of {TRIPS} K blocks"
+    columns = config.block_m
+    need = columns * (pieces(config) + 1 + (pieces(config) > 1)) // 2 + 40
+    there = register_split(config, 32)[1]
+    if need > there:
+        return f"{columns} columns of sums take about {need} registers, {there} there"
+    if extra(config, "guess") and (problem.layout == "dense" or not 0 < extra(config, "guess") < config.num_stages):
+        return f"guess={extra(config, 'guess')}, expected fewer than the stages, of a grouped product"
+    if extra(config, "guess") and config.split_k > 1:
+        return "guess has no split_k"
     if not 1 <= config.split_k <= MAX_SPLIT:
         return f"split_k={config.split_k}, expected 1 to {MAX_SPLIT}"
-    if config.split_k > 1 and (narrow or extra(config, "ctas", 1) > 2):
+    if config.split_k > 1 and (extra(config, "narrow") or extra(config, "ctas", 1) > 2):
         return "split_k takes registers that two widths (narrow) or three CTAs on an SM don't leave"
     if config.split_k > 1 and (problem.batch_invariant or extra(config, "sms") < 1):
         return "split_k cuts K by the work at hand: not batch-invariant, and needs sms=... for its workspace"
     if config.num_stages < 3 or smem_bytes(problem, config) > smem_budget(config, arch):
         need = smem_bytes(problem, config)
         return f"{config.num_stages} stages take {need} bytes of shared memory; expected 3 or more that fit"
+    return None
+
+
+def _illegal_tile(config: Config) -> str | None:
+    consumers = config.num_warps // 4
+    bt, middle, narrow = config.block_m, extra(config, "middle"), extra(config, "narrow")
+    if bt not in TOKENS or narrow not in (0, *TOKENS) or narrow >= bt:
+        return f"block_m={bt} and narrow={narrow}, expected two of {TOKENS} token columns, or narrow=0"
+    if middle and not (0 < narrow < middle < bt and middle in TOKENS):
+        return f"middle={middle}, expected one of {TOKENS} between narrow={narrow} and block_m={bt}, or 0"
+    if config.num_warps not in (4, 8) or config.block_n > 128 or config.block_n // consumers not in (64, 128):
+        return f"block_n={config.block_n} with {config.num_warps} warps, expected 64 or 128 weight rows for 4 warps, 128 for 8"
     return None
