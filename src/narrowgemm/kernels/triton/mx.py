@@ -39,8 +39,8 @@ def supports(problem: Problem, arch: Arch) -> str | None:
     if arch.target == "gfx942" and a.format.element != "bf16":
         return "gfx942 has no scaled product of two narrow operands"
     if arch.vendor == "nvidia" and problem.k % 128:
-        # seen on an H100 with Triton 3.6: BF16 x MXFP4 with masked loads of the last K block comes out wrong (calc_diff 0.9) for
-        # 720 and 192 of K, and right for 160; the interpreter has it right. Not understood, so not trusted
+        # seen on an H100 with Triton 3.6: BF16 x MXFP4 with masked loads of the last K block comes out wrong (calc_diff 0.9), while
+        # MXFP4 x MXFP4 of 192 and the interpreter have it right. Not understood, so not trusted
         return f"takes K in multiples of 128 on NVIDIA, not {problem.k}"
     if a.prepack or b.prepack:
         return "takes plain operands, not prepacked ones"
