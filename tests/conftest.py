@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 
 import pytest
 from hypothesis import settings
@@ -41,6 +41,25 @@ def wants_device(expression: str) -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("TRITON_INTERPRET", "0" if wants_device(config.getoption("markexpr") or "") else "1")
+
+
+# Cases that emulate or interpret device code take seconds each on a CPU. Of each function of these modules one case in so many
+# runs by default, the others are marked slow: `pytest -m ''` runs all of them. Nothing changes on a GPU.
+ONE_IN = {"kernels/test_gluon_sm90_prefill.py": 4, "kernels/test_gluon_sm90_decode.py": 6, "kernels/test_gluon_sm90_scaled.py": 6,
+          "kernels/test_steps.py": 4, "kernels/test_quantize_both.py": 4, "testing/test_selftest.py": 4, "ops/test_experts.py": 3,
+          "ops/test_grouped_linear.py": 2, "distributed/test_expert_parallel.py": 3}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    seen: Counter[str] = Counter()
+    for item in items:
+        share = next((n for name, n in ONE_IN.items() if item.path.as_posix().endswith(f"tests/{name}")), 1)
+        if share > 1 and item.get_closest_marker("gpu") is None:
+            function = item.nodeid.split("[")[0]
+            if seen[function] % share:
+                item.add_marker(pytest.mark.slow)
+            seen[function] += 1
 
 
 def interpreting() -> bool:
