@@ -19,6 +19,7 @@ from ... import launching
 from ...launching import Launch
 from ...operands import Operands
 from .fp8_block_tile import LAYOUTS, MAX_GROUPS, Tile
+from .tensor_maps import output, planes, row_tiles, stride
 
 NAME = "gluon_sm90.fp8_block"
 BACKEND = "gluon_sm90"
@@ -236,25 +237,18 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     tile = tile_of(problem, step.config, arch)
     assert tile is not None, f"{step.config} is not legal for {problem}"
     blocks = x.k // 128
-    om = _stride(out, -2, x.n)
-    og = _stride(out, 0, om * x.m) if masked else 0
+    om = stride(out, -2, x.n)
+    og = stride(out, 0, om * x.m) if masked else 0
     if tile.STORE_TMA and og % om:
         tile = replace(tile, STORE_TMA=False)
     pitch = 0
     if tile.A_SCALE_TMA:
-        column = _stride(sa, -1, -(-x.m // 4) * 4)
-        group = _stride(sa, 0, column * blocks) if masked else 0
+        column = stride(sa, -1, -(-x.m // 4) * 4)
+        group = stride(sa, 0, column * blocks) if masked else 0
         if column and not group % column and not column % 4 and not (problem.layout == "psum" and x.alignment % 4):
             pitch = group // column
         else:
             tile = replace(tile, A_SCALE_TMA=False)
-
-    def planes(t: Tensor, rows: int, box: int) -> TensorDescriptor:
-        """[1 or G, rows, K] of an operand, moved in boxes of `box` rows by 128."""
-        outer = _stride(t, -2, x.k)
-        count = t.shape[0] if t.dim() == 3 else 1
-        plane = _stride(t, 0, outer * rows) if t.dim() == 3 else outer * rows
-        return TensorDescriptor(t, [count, rows, x.k], [plane, outer, 1], [1, box, 128], device.FP8_PLANE.value)
 
     sa_desc = None
     if tile.A_SCALE_TMA:
@@ -263,29 +257,15 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
                                    gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2))
     out_desc = None
     if tile.STORE_TMA:
-        rows = (x.groups - 1) * (og // om) + x.m if masked else x.m
-        box = [64, tile.OUT_COLS]
-        dtype = {2: gl.bfloat16, 4: gl.float32}[tile.OUT_BYTES]     # only its width matters to the layout
-        out_desc = TensorDescriptor(out, [rows, x.n], [om, 1], box, gl.NVMMASharedLayout.get_default_for(box, dtype))
+        out_desc = output(x, og, om, tile.OUT_COLS, tile.OUT_BYTES)
     plain: tuple[Tensor | int | None, ...] = (None, None, None, None)     # where A's scales come by plain loads
     if not tile.A_SCALE_TMA:
         plain = (sa, sa.stride(0) if masked else 0, sa.stride(-2), sa.stride(-1))
-    num_m = -(-x.m // tile.BM)
-    if problem.layout in ("offsets", "psum"):
-        num_m = x.m // tile.BM + x.groups
-    elif masked:
-        num_m *= x.groups
     sms = arch.sms if not problem.max_sms else min(problem.max_sms, arch.sms)
     # blocks spread over the SMs before two share one, so a limit on SMs takes one block each
-    grid = max(1, min(sms * (tile.CTAS if sms == arch.sms else 1), num_m * -(-x.n // tile.BN)))
+    grid = max(1, min(sms * (tile.CTAS if sms == arch.sms else 1), row_tiles(problem, x, tile.BM) * -(-x.n // tile.BN)))
     arguments = (
-        planes(a, x.m, tile.BM), sa_desc, planes(b, x.n, tile.B_BOX), out_desc, out, plain[0], sb, x.index, x.m, x.n,
+        planes(a, x.k, tile.BM), sa_desc, planes(b, x.k, tile.B_BOX), out_desc, out, plain[0], sb, x.index, x.m, x.n,
         blocks, x.groups, x.alignment, pitch, *plain[1:], sb.stride(0) if sb.dim() == 3 else 0, sb.stride(-2),
         sb.stride(-1), og, om, og // om, tile)
     return [Launch(device.fp8_block_kernel, (grid,), arguments, {"num_warps": 4, "maxnreg": tile.max_registers})]
-
-
-def _stride(t: Tensor, dim: int, packed: int) -> int:
-    """The stride, or what it would be in a packed tensor where there is only one element to stride over."""
-    return t.stride(dim) if t.shape[dim] > 1 else packed
-

@@ -19,6 +19,7 @@ from ... import launching
 from ...launching import Launch
 from ...operands import Operands
 from .fp8_scaled_tile import LAYOUTS, MAX_GROUPS, OUT_COLS, Tile
+from .tensor_maps import output, planes, row_tiles, stride
 
 NAME = "gluon_sm90.fp8_scaled"
 BACKEND = "gluon_sm90"
@@ -177,9 +178,6 @@ def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor |
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     from ....arch import detect
     from . import fp8_scaled_device as device
 
@@ -195,36 +193,11 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
         tile = replace(tile, STORE_TMA=False)
     out_desc = None
     if tile.STORE_TMA:
-        rows = (x.groups - 1) * (og // om) + x.m if masked else x.m
-        box = [64, tile.OUT_COLS]
-        dtype = {2: gl.bfloat16, 4: gl.float32}[tile.OUT_BYTES]     # only its width matters to the layout
-        out_desc = TensorDescriptor(out, [rows, x.n], [om, 1], box, gl.NVMMASharedLayout.get_default_for(box, dtype))
-    num_m = -(-x.m // tile.BM)
-    if problem.layout in ("offsets", "psum"):
-        num_m = x.m // tile.BM + x.groups
-    elif masked:
-        num_m *= x.groups
+        out_desc = output(x, og, om, tile.OUT_COLS, tile.OUT_BYTES)
     sms = arch.sms if not problem.max_sms else min(problem.max_sms, arch.sms)
-    grid = max(1, min(sms, num_m * -(-x.n // tile.BN)))
+    grid = max(1, min(sms, row_tiles(problem, x, tile.BM) * -(-x.n // tile.BN)))
     arguments = (
         planes(a, x.k, tile.BM), planes(b, x.k, tile.WGN * tile.COLS0), planes(b, x.k, tile.COLS1) if tile.COLS1 else None,
         out_desc, out, sa, sb, x.index, x.m, x.n, -(-x.k // 128), x.groups, x.alignment, sa.stride(0) if masked else 0,
         sa.stride(-2), sb.stride(0) if sb.dim() == 3 else 0, sb.stride(-2), og, om, og // om, tile)
     return [Launch(device.fp8_scaled_kernel, (grid,), arguments, {"num_warps": 4, "maxnreg": tile.max_registers})]
-
-
-def planes(t: Tensor, k: int, box: int):
-    """The TMA descriptor of an operand as [1 or G, rows, K], moved in boxes of `box` rows by 128."""
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    from .fp8_block_parts_device import FP8_PLANE
-
-    rows, outer = t.shape[-2], stride(t, -2, k)
-    count = t.shape[0] if t.dim() == 3 else 1
-    plane = stride(t, 0, outer * rows) if t.dim() == 3 else outer * rows
-    return TensorDescriptor(t, [count, rows, k], [plane, outer, 1], [1, box, 128], FP8_PLANE.value)
-
-
-def stride(t: Tensor, dim: int, packed: int) -> int:
-    """The stride, or what it would be in a packed tensor where there is only one element to stride over."""
-    return t.stride(dim) if t.shape[dim] > 1 else packed

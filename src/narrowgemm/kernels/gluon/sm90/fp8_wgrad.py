@@ -21,6 +21,7 @@ from ...launching import Launch, Pointer
 from ...operands import Operands
 from . import fp8_scaled
 from .fp8_scaled_tile import LAYOUTS, MAX_GROUPS, OUT_COLS, Tile
+from .tensor_maps import planes, stride
 
 NAME = "gluon_sm90.fp8_wgrad"
 BACKEND = "gluon_sm90"
@@ -135,8 +136,8 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     assert sa is not None and sb is not None and workspace is not None
     tile = tile_of(problem, step.config, arch)
     assert tile is not None, f"{step.config} is not legal for {problem}"
-    om = fp8_scaled.stride(out, -2, x.n)
-    og = fp8_scaled.stride(out, 0, om * x.m)
+    om = stride(out, -2, x.n)
+    og = stride(out, 0, om * x.m)
     if tile.STORE_TMA and og % om:
         tile = replace(tile, STORE_TMA=False)
     out_desc = None
@@ -158,8 +159,8 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
         sa_desc, sb_desc = (TensorDescriptor(s, [s.shape[1], s.shape[0]], [s.stride(1), 1], [1, box], flat)
                             for s, box in ((sa, tile.BM), (sb, tile.BN)))
     arguments = (
-        fp8_scaled.planes(a, x.k, tile.BM), fp8_scaled.planes(b, x.k, tile.WGN * tile.COLS0),
-        fp8_scaled.planes(b, x.k, tile.COLS1) if tile.COLS1 else None, sa_desc, sb_desc, out_desc, out, sa, sb, x.index, plan,
+        planes(a, x.k, tile.BM), planes(b, x.k, tile.WGN * tile.COLS0),
+        planes(b, x.k, tile.COLS1) if tile.COLS1 else None, sa_desc, sb_desc, out_desc, out, sa, sb, x.index, plan,
         counts, sums, x.m, x.n, x.k,
         0, sa.stride(-2), 0, sb.stride(-2), og, om, og // om, tile)
     grid = max(1, min(sms, tiles * x.groups))

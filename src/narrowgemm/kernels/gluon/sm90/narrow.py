@@ -199,7 +199,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     chunks, tiles = chunks_of(problem), -(-x.n // ROWS)
     steps = -(-chunks // cfg.CH)
     cap = entries_at_most(problem.layout, x.m if masked else slots, problem.groups, config.block_m)
-    sms = _sms(x.out.device)
+    sms = sms_of(x.out.device)
     most = cap * -(-x.n // config.block_n) * steps
     grid = max(1, min(min(sms, problem.max_sms or sms) * extra(config, "ctas", 1), MAX_CTAS, most))
     kx = row_stride(x.k)
@@ -225,7 +225,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
 
 
 @lru_cache(maxsize=64)
-def _sms(device: torch.device) -> int:
+def sms_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 

@@ -20,7 +20,7 @@ from ... import launching
 from ...launching import Launch, Pointer
 from ...operands import Operands
 from . import narrow
-from .narrow import COMBINE_N, XKINDS, power_of_two
+from .narrow import COMBINE_N, XKINDS, power_of_two, sms_of
 from .narrow_model import active_experts, rows_expected
 from .narrow_prefill_tile import BOXES, SCALE_BYTES, WIDTHS, Tile
 from .narrow_tile import ACT_IDS, CHUNK, ITEMSIZE, KINDS, PAIR_IDS, ROWS, TABLE_HEAD, chunks_of, entries_at_most, extra
@@ -208,7 +208,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
                             (Pointer(fields, i32), -(-chunks // 2), [tile.UNITS, 1, SCALE_BYTES // 4])):
         boxes.append(TensorDescriptor(base, [x.groups * tiles, deep, box[2]], [deep * box[2], box[2], 1], box, planes))
     out, om = (y, n) if e.combine else (x.out, x.out.stride(-2))
-    sms = _sms(x.out.device)
+    sms = sms_of(x.out.device)
     grid = max(1, min(sms, problem.max_sms or sms, cap * -(-tiles // tile.UNITS)))
     made = [
         Launch(narrow_prefill_prep_device.narrow_prefill_prep_kernel, (1 + rows * -(-kx // PREP_K),),
@@ -223,11 +223,6 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
                            (y, live, x.out, n, x.top_k, x.out.stride(-2)),
                            {"BN": COMBINE_N, "PDL": False, "num_warps": 4}))
     return made
-
-
-@lru_cache(maxsize=64)
-def _sms(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
 
 
 def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
