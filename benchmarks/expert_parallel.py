@@ -20,8 +20,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from narrowgemm import FP8_128x128, ScaledTensor, combine, gather, quantize, route, sort_by_expert
-from narrowgemm.distributed import ExpertParallel, expert_mlp
+from narrowgemm import FP8_128x128, ScaledTensor, combine, experts, gather, quantize, route, sort_by_expert
+from narrowgemm.distributed import ExpertParallel, expert_layer, expert_mlp
 from narrowgemm.testing.models import MODELS
 
 
@@ -56,6 +56,12 @@ def calls(ep: dict, stacks: tuple[ScaledTensor, ScaledTensor], x: torch.Tensor, 
             compute = local if micro == 1 else limited
             out[f"layer wire {wire} micro-batches {micro}"] = \
                 lambda e=e, micro=micro, compute=compute: e(x, ids, topk, compute, micro_batches=micro)
+    layers = [expert_layer(one, stacks[0][mine], stacks[1][mine], max_sms=n) for n in (0, max_sms)]
+    for micro in (1, 2, 4):
+        out[f"layer by token micro-batches {micro}"] = \
+            lambda micro=micro, layer=layers[micro > 1]: ep["bf16"].by_token(x, ids, topk, layer, micro_batches=micro)
+    out["exchange by token"] = lambda: ep["bf16"].by_token(x, ids, topk, lambda rows, i, w: rows)
+    out["experts, alone"] = lambda: experts(x, *stacks, topk_ids=ids, topk_weights=topk)
     return out
 
 

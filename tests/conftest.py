@@ -47,7 +47,7 @@ def pytest_configure(config: pytest.Config) -> None:
 # runs by default, the others are marked slow: `pytest -m ''` runs all of them. Nothing changes on a GPU.
 ONE_IN = {"kernels/test_gluon_sm90_prefill.py": 4, "kernels/test_gluon_sm90_decode.py": 6, "kernels/test_gluon_sm90_scaled.py": 6,
           "kernels/test_steps.py": 4, "kernels/test_quantize_both.py": 4, "testing/test_selftest.py": 4, "ops/test_experts.py": 3,
-          "ops/test_grouped_linear.py": 2, "distributed/test_expert_parallel.py": 3}
+          "ops/test_grouped_linear.py": 2}
 
 
 @pytest.hookimpl(tryfirst=True)

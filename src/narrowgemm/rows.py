@@ -92,12 +92,21 @@ def _scaled(x: ScaledTensor, index: Tensor, move: Callable[[Tensor, Tensor], Ten
 
 
 def _take(x: Tensor, index: Tensor) -> Tensor:
-    return _typed(_bytes(x).index_select(0, index), x.dtype)
+    return _typed(_words(x).index_select(0, index), x.dtype)
 
 
 def _bytes(x: Tensor) -> Tensor:
     """FP8 has no arithmetic in torch and not every index op, so one-byte types move as bytes."""
     return x.view(torch.uint8) if x.element_size() == 1 else x
+
+
+def _words(x: Tensor) -> Tensor:
+    """Rows as 8-byte words where they divide into them: torch's index kernels move one element at a time, whatever its size."""
+    whole = x.dim() == 2 and x.is_contiguous() and x.shape[1] * x.element_size() % 8 == 0 \
+        and x.storage_offset() * x.element_size() % 8 == 0 and x.shape[1] > 0
+    if not whole or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+        return _bytes(x)
+    return x.view(torch.int64)
 
 
 def _typed(x: Tensor, dtype: torch.dtype) -> Tensor:

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from narrowgemm import FP8_128x128, combine, gather, quantize, sort_by_expert
-from narrowgemm.distributed import ExpertParallel, expert_mlp
+from narrowgemm import FP8_128x128, combine, experts, gather, quantize, sort_by_expert
+from narrowgemm.distributed import ExpertParallel, expert_layer, expert_mlp
 from narrowgemm.layouts import Offsets
 from narrowgemm.testing.numerics import calc_diff
 
@@ -75,6 +75,18 @@ def forward(group: Any, ids: str, **options: Any) -> float:
     with torch.no_grad():
         got = ep(x, topk, weights, expert_mlp(gate_up[mine], down[mine]), **options)
         want = alone(x, topk, weights, expert_mlp(gate_up, down))
+    assert got.shape == want.shape and got.dtype == want.dtype
+    return calc_diff(got, want)
+
+
+def by_token(group: Any, ids: str, **options: Any) -> float:
+    ep = ExpertParallel(E, group)
+    mine = slice(ep.local_experts.start, ep.local_experts.stop)
+    gate_up, down = (quantize(w, FP8_128x128) for w in stacks())
+    x, topk, weights = case(ep.rank, ids)
+    with torch.no_grad():
+        got = ep.by_token(x, topk, weights, expert_layer(ep, gate_up[mine], down[mine]), **options)
+        want = experts(x, gate_up, down, topk_ids=topk, topk_weights=weights)
     assert got.shape == want.shape and got.dtype == want.dtype
     return calc_diff(got, want)
 
@@ -140,7 +152,8 @@ def lost(group: Any, how: str) -> dict[str, Any]:
 CHECKS: dict[str, Callable[[Any], Any]] = {
     "random": lambda g: forward(g, "random"), "one": lambda g: forward(g, "one"), "some": lambda g: forward(g, "some"),
     "wire": lambda g: forward(g, "some", wire="fp8_1x128"), "micro": lambda g: forward(g, "random", micro_batches=2),
-    "micro-wire": lambda g: forward(g, "random", micro_batches=3, wire="fp8_1x128"), "wires": wires_agree,
+    "token": lambda g: by_token(g, "random"), "token-some": lambda g: by_token(g, "some"),
+    "token-one": lambda g: by_token(g, "one", micro_batches=2), "micro-wire": lambda g: forward(g, "random", micro_batches=3, wire="fp8_1x128"), "wires": wires_agree,
     "backward": lambda g: backward(g, "random"), "backward-one": lambda g: backward(g, "one"), "mesh": mesh,
     "dies": lambda g: lost(g, "dies"), "hangs": lambda g: lost(g, "hangs"),
 }

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 pytestmark = pytest.mark.skipif(not (dist.is_available() and dist.is_gloo_available()), reason="torch has no gloo here")
 ROOT = Path(__file__).parents[2]
-FORWARD = ("random", "one", "some", "wire", "micro", "micro-wire", "mesh")
+FORWARD = ("random", "one", "some", "wire", "micro", "micro-wire", "mesh", "token", "token-some", "token-one")
 
 
 def launch(folder: Path, ranks: int, names: tuple[str, ...], wait_for: int | None = None) -> list[dict[str, Any]]:

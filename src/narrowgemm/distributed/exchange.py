@@ -47,12 +47,16 @@ class Exchange:
         scale = None if x.scale is None else self.start(x.scale)
         return ScaledTensor(data.wait().view(x.data.dtype), None if scale is None else scale.wait(), x.format)
 
-    def start(self, x: Tensor) -> Pending:
-        """Begin to exchange `x` `[sum(send), N]` without waiting; no gradient. NCCL moves it beside this rank's kernels."""
+    def start(self, x: Tensor, rows: int = 0) -> Pending:
+        """Begin to exchange `x` `[sum(send), N]` without waiting; no gradient. NCCL moves it beside this rank's kernels.
+
+        rows: of the result, where more are wanted than come: the rest is left as it is.
+        """
         assert x.shape[0] == sum(self.send), (x.shape, self.send)
-        out = x.new_empty((sum(self.receive), *x.shape[1:]))
+        come = sum(self.receive)
+        out = x.new_empty((max(come, rows), *x.shape[1:]))
         x = x.detach().contiguous()
-        work = dist.all_to_all_single(out, x, self.receive, self.send, group=self.group, async_op=True)
+        work = dist.all_to_all_single(out[:come], x, self.receive, self.send, group=self.group, async_op=True)
         return Pending(out, work, x)
 
 

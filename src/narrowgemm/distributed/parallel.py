@@ -16,6 +16,7 @@ from ..layouts import Offsets
 from ..ops.quantize import quantize
 from ..ops.route import Routing, combine, gather, sort_by_expert
 from ..rows import take_rows
+from . import by_token
 from .exchange import Exchange, Pending, exchange_counts
 
 Compute = Callable[[Any, Offsets], Tensor]
@@ -68,12 +69,34 @@ class ExpertParallel:
         self.wire = None if wire is None else get_format(wire)
         expect(self.wire is None or (self.wire.scaled and self.wire.group[0] == 1), "wire", wire,
                "None, or a format with scales by row")
+        self._bounds: dict[torch.device, Tensor] = {}
         self.held = [len(experts_of_rank(num_experts, r, self.ranks)) for r in range(self.ranks)]
 
     @property
     def local_experts(self) -> range:
         """The experts of this rank, by their ids in the whole layer."""
         return experts_of_rank(self.num_experts, self.rank, self.ranks)
+
+    def bounds(self, device: torch.device) -> Tensor:
+        """int64 `[ranks + 1]`: rank r holds the experts `[bounds[r], bounds[r + 1])`."""
+        if device not in self._bounds:
+            ends = [self.num_experts * r // self.ranks for r in range(self.ranks + 1)]
+            self._bounds[device] = torch.tensor(ends, device=device)
+        return self._bounds[device]
+
+    def by_token(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, layer: by_token.Layer, *,
+                 micro_batches: int = 1) -> Tensor:
+        """The same sum, but a token's row goes once to each rank that holds one of its experts: `[T, H]`, inference only.
+
+        x, topk_ids, topk_weights, micro_batches: as in `__call__`. layer(rows `[R, H]`, topk_ids int32 `[R, top_k]` of the whole
+        layer, topk_weights fp32 alike) -> `[R, H]`: the weighted sum over this rank's experts of each row, see `expert_layer`.
+        Rows travel in x's type, both ways; each rank's sum is rounded to the type of `layer`'s result. Raises ValueError
+        where a gradient is asked for, or with `wire`.
+        """
+        expect(micro_batches >= 1, "micro_batches", micro_batches, "at least 1")
+        expect(self.wire is None, "wire", self.wire and self.wire.name, "None: by token, rows travel in x's type")
+        expect(not self._grad(x, topk_weights), "gradient", "wanted", "none by token: call the ExpertParallel itself")
+        return by_token.run(self, x, topk_ids, topk_weights, layer, micro_batches)
 
     def __call__(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, compute: Compute, *,
                  micro_batches: int = 1) -> Tensor:
@@ -94,7 +117,8 @@ class ExpertParallel:
         back = []
         for b in begun:
             d = self._finish(b)
-            back.append((d, d.exchange.back.start(self._unsorted(compute(d.rows, d.layout), d))))
+            y = self._unsorted(compute(d.rows, d.layout), d)
+            back.append((d, d.exchange.back.start(y, d.routing.row_map.numel())))
         return torch.cat([self._sum(pending.wait(), d, w) for (d, pending), (_, _, w) in zip(back, parts)])
 
     def dispatch(self, x: Tensor, topk_ids: Tensor) -> Dispatched:
@@ -144,7 +168,7 @@ class ExpertParallel:
     def _unsorted(self, y: Tensor, d: Dispatched) -> Tensor:
         """Results in the order in which their rows came."""
         expect(y.shape[0] == sum(d.exchange.receive), "rows of compute's result", y.shape[0], f"{sum(d.exchange.receive)}")
-        return y[d.local.inverse]
+        return y[d.local.inverse] if self._grad(y) else take_rows(y, d.local.inverse)
 
     def _sum(self, y: Tensor, d: Dispatched, topk_weights: Tensor) -> Tensor:
         routing = d.routing
