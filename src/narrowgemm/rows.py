@@ -102,9 +102,10 @@ def _bytes(x: Tensor) -> Tensor:
 
 def _words(x: Tensor) -> Tensor:
     """Rows as 8-byte words where they divide into them: torch's index kernels move one element at a time, whatever its size."""
-    whole = x.dim() == 2 and x.is_contiguous() and x.shape[1] * x.element_size() % 8 == 0 \
-        and x.storage_offset() * x.element_size() % 8 == 0 and x.shape[1] > 0
-    if not whole or torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+    if torch.compiler.is_compiling() or (x.requires_grad and torch.is_grad_enabled()):
+        return _bytes(x)
+    size = x.element_size()
+    if x.dim() != 2 or not x.is_contiguous() or x.shape[1] == 0 or x.shape[1] * size % 8 or x.storage_offset() * size % 8:
         return _bytes(x)
     return x.view(torch.int64)
 

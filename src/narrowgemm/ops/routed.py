@@ -17,7 +17,7 @@ from ..problem import Config, Epilogue, Operand, Plan, Problem, bucket
 from ..reference.routed import ALPHA, LIMIT
 from ..runtime import dispatch
 from ..runtime.launch import run
-from . import common, validate_data
+from . import common, traced, validate_data
 from .common import Options
 
 _plans = common.PlanCache()
@@ -69,12 +69,17 @@ def routed_gemm(a: ScaledTensor | Tensor, b: PackedWeight | ScaledTensor | Tenso
     a = common.as_operand(a, "a")
     b = b if isinstance(b, PackedWeight) else common.as_operand(b, "b")
     expect(isinstance(layout, Routed | Offsets), "layout", type(layout).__name__, "Routed or Offsets", error=TypeError)
-    expect(not torch.compiler.is_compiling(), "routed_gemm", "a trace", "an eager call: torch.compile is not supported yet")
-    dtype = common.out_dtype_of(out, out_dtype, torch.bfloat16)
-    common.check_config(config)
     s = slots_of(layout, row_map, top_k, bias, routing_weight)
     a_div = layout.a_div if isinstance(layout, Routed) else 1 if a_div is None else a_div
     epilogue = epilogue_of(b, bias, activation, alpha, limit, interleaved, routing_weight, combine)
+    if torch.compiler.is_compiling():
+        s.num_slots = a.shape[0] if s.num_slots < 0 else s.num_slots
+        return traced.routed_gemm(a, b, layout, row_map, s.top_k, a_div, out_shape(b, s, epilogue), out, out_dtype, backend, config,
+                                  max_sms, on_unsupported, bias=bias, activation=activation, alpha=alpha, limit=limit,
+                                  interleaved=interleaved, routing_weight=routing_weight, combine=combine,
+                                  zero_padding=zero_padding)
+    dtype = common.out_dtype_of(out, out_dtype, torch.bfloat16)
+    common.check_config(config)
     index = layout.index
     key = (*signature(a, b, out), dtype, backend, config, max_sms, validate, on_unsupported, layout.kind, a_div, epilogue,
            zero_padding, s.num_slots, s.top_k, s.positions, s.block_m,
@@ -105,7 +110,8 @@ def packed_gemm(a: ScaledTensor | Tensor, b: PackedWeight, layout: Layout | None
                 accumulate: bool, options: Options, workspace: Tensor | None) -> Tensor:
     """`gemm` (layout None) and `grouped_gemm` (Offsets, Masked) with a packed weight; see there."""
     a = common.as_operand(a, "a")
-    expect(not torch.compiler.is_compiling(), "a packed weight", "a trace", "an eager call: torch.compile is not supported yet")
+    if torch.compiler.is_compiling():
+        return traced.packed_gemm(a, b, layout, out, out_dtype, accumulate, options)
     dtype = common.out_dtype_of(out, out_dtype, torch.bfloat16)
     common.check_config(options.config)
     index = None if layout is None else layout.index
