@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 import narrowgemm as ng
-from narrowgemm import MXFP4, MXFP8, Offsets, PackedWeight, Routed, ScaledTensor, Unsupported
-from narrowgemm.formats import Format
+from narrowgemm import MXFP4, MXFP8, Offsets, PackedWeight, Routed, ScaledTensor
+from narrowgemm.formats import Format, FP8_1x128
+from narrowgemm.testing.cases import Case, build
 
 E, N, K, T, TOP_K = 6, 48, 96, 11, 2
 
@@ -106,8 +107,6 @@ def test_packed_weights_in_gemm_and_grouped_gemm(fmt: Format) -> None:
     ng.grouped_gemm(xm, p, masked, out=a)
     ng.grouped_gemm(xm, w, masked, out=b, backend="reference")
     torch.testing.assert_close(a, b)
-    with pytest.raises(Unsupported, match="contiguous"):
-        ng.grouped_gemm(x, p, ng.Contiguous(torch.zeros(T, dtype=torch.int32)))
 
 
 def test_no_slots_and_no_tokens() -> None:
@@ -173,3 +172,31 @@ def test_plan_says_what_prepack_would_do() -> None:
     packed = Problem("routed_gemm", "offsets", 4, 2880, 2880, 128, b=Operand(MXFP4, prepack=ng.prepack(
         ScaledTensor(torch.zeros(64, 32, dtype=torch.uint8), torch.zeros(64, 2, dtype=torch.uint8), MXFP4)).prepack), rows=1)
     assert dispatch.select(packed, get_arch("h200")).kernel == "gluon_sm90.narrow"
+
+
+PAIRS = ((FP8_1x128, MXFP4), (FP8_1x128.with_scale("e8m0"), MXFP4), (MXFP8, MXFP4), (MXFP4, MXFP4), (FP8_1x128, MXFP8))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "psum", "offsets", "masked", "dense"])
+@pytest.mark.parametrize("pair", PAIRS, ids=lambda p: f"{p[0].name}-{p[1].name}")
+def test_packed_weights_in_every_layout(layout: str, pair: tuple[Format, Format]) -> None:
+    """The same bits as the weights unpacked; both gates; padding rows of contiguous and psum are zero."""
+    case = Case("packed", layout, 1 if layout == "dense" else 3, 20, 40, 160, max_m=24 if layout == "masked" else 0, a=pair[0], b=pair[1],
+                sizes="balanced" if layout == "dense" else "uniform:0.5:1.5", alignment=16, packed=True, out_dtype="fp32")
+    inputs = build(case, "cpu", seed=3)
+    inputs.verify()
+    plain = inputs.out.tensor.clone()
+    args = (inputs.b,) if inputs.layout is None else (inputs.b, inputs.layout)
+    op = ng.gemm if inputs.layout is None else ng.grouped_gemm
+    got = op(inputs.a, *args, out=plain, out_dtype=torch.float32)      # rows outside a masked group are NaN: compare bits
+    assert torch.equal(got.view(torch.int32), inputs.out.tensor.view(torch.int32))
+
+
+def test_packed_contiguous_leaves_padding_where_asked() -> None:
+    p = ng.prepack(ng.quantize(torch.randn(2, 8, 64), MXFP4))
+    ids = torch.tensor([0, -1, 1, 7], dtype=torch.int32)
+    out = torch.full((4, 8), 5.0)
+    ng.grouped_gemm(ng.quantize(torch.randn(4, 64), MXFP8), p, ng.Contiguous(ids), out=out, zero_padding=False, out_dtype=torch.float32)
+    assert bool((out[[1, 3]] == 5).all()) and not bool((out[[0, 2]] == 5).any())
+    with pytest.raises(ValueError, match="m_indices"):
+        ng.grouped_gemm(ng.quantize(torch.randn(5, 64), MXFP8), p, ng.Contiguous(ids))

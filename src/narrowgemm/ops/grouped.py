@@ -28,7 +28,7 @@ def grouped_gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tens
     """`out[rows of g] = A[rows of g] . B[g]^T` for every group g, in one launch, group sizes on the device.
 
     a: `[M, K]` (Contiguous, Psum, Offsets) or `[G, max_m, K]` (Masked). b: `[G, N, K]`. out: like a, with N for K.
-        b may be packed (`prepack`), with Offsets and Masked.
+        b may be packed (`prepack`), with every one of these layouts.
     fast_accum: as in `gemm`.
     zero_padding: padding rows of Contiguous and Psum are written as zero; False leaves them. Rows outside every group of
         Offsets and Masked are never written.
@@ -40,7 +40,7 @@ def grouped_gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tens
     expect(isinstance(layout, Layout), "layout", type(layout).__name__, "Contiguous, Psum, Offsets or Masked", error=TypeError)
     if isinstance(b, PackedWeight):
         return packed_gemm(a, b, layout, out, out_dtype, accumulate,
-                           Options(backend, config, max_sms, validate, on_unsupported), workspace)
+                           Options(backend, config, max_sms, validate, on_unsupported), workspace, zero_padding)
     if type(a) is not ScaledTensor or type(b) is not ScaledTensor:
         a, b = common.as_operand(a, "a"), common.as_operand(b, "b")
     if torch.compiler.is_compiling():

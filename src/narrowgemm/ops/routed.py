@@ -11,7 +11,7 @@ from ..arch import detect
 from ..errors import Unsupported, expect
 from ..formats import ScaledTensor, dtype_name
 from ..kernels.operands import Operands
-from ..layouts import Layout, Masked, Offsets, Routed, check_index
+from ..layouts import Contiguous, Layout, Masked, Offsets, Psum, Routed, check_index
 from ..prepack import PackedWeight
 from ..problem import Config, Epilogue, Operand, Plan, Problem, bucket
 from ..reference.routed import ALPHA, LIMIT
@@ -107,8 +107,8 @@ def routed_gemm(a: ScaledTensor | Tensor, b: PackedWeight | ScaledTensor | Tenso
 
 
 def packed_gemm(a: ScaledTensor | Tensor, b: PackedWeight, layout: Layout | None, out: Tensor | None, out_dtype: torch.dtype | None,
-                accumulate: bool, options: Options, workspace: Tensor | None) -> Tensor:
-    """`gemm` (layout None) and `grouped_gemm` (Offsets, Masked) with a packed weight; see there."""
+                accumulate: bool, options: Options, workspace: Tensor | None, zero_padding: bool = True) -> Tensor:
+    """`gemm` (layout None) and `grouped_gemm` with a packed weight; see there."""
     a = common.as_operand(a, "a")
     if torch.compiler.is_compiling():
         return traced.packed_gemm(a, b, layout, out, out_dtype, accumulate, options)
@@ -116,11 +116,12 @@ def packed_gemm(a: ScaledTensor | Tensor, b: PackedWeight, layout: Layout | None
     common.check_config(options.config)
     index = None if layout is None else layout.index
     kind = "dense" if layout is None else layout.kind
-    hint = layout.expected_m if isinstance(layout, Masked) else 0
-    key = (*signature(a, b, out), dtype, accumulate, options, kind, _like(index), hint)
+    hint = layout.expected_m if isinstance(layout, Masked | Psum) else 0
+    alignment = layout.alignment if isinstance(layout, Psum) else 1
+    key = (*signature(a, b, out), dtype, accumulate, zero_padding, options, kind, _like(index), hint, alignment)
     known = _plans.find(key)
     if known is None:
-        known = _plans.add(key, packed_plan(a, b, layout, out, dtype, accumulate, options),
+        known = _plans.add(key, packed_plan(a, b, layout, out, dtype, accumulate, options, zero_padding),
                            common.empty((*a.shape[:-1], b.n), dtype, a.device), options.validate)
     plan, memo, empty, sync = known
     if sync and layout is not None:
@@ -128,8 +129,8 @@ def packed_gemm(a: ScaledTensor | Tensor, b: PackedWeight, layout: Layout | None
     if out is None:
         out = empty.make()
     if plan is not None:
-        run(plan, Operands(a, _plain(b), out, a.shape[-2], b.n, b.k, b.groups, index, packed=b, factor=b.factor, memo=memo),
-            workspace)
+        run(plan, Operands(a, _plain(b), out, a.shape[-2], b.n, b.k, b.groups, index, alignment, packed=b, factor=b.factor,
+                           memo=memo), workspace)
     return out
 
 
@@ -247,10 +248,10 @@ def _routed_plan(a: ScaledTensor, b: PackedWeight | ScaledTensor, layout: Routed
 
 
 def packed_plan(a: ScaledTensor, b: PackedWeight, layout: Layout | None, out: Tensor | None, dtype: torch.dtype, accumulate: bool,
-                 options: Options) -> Plan | None:
+                options: Options, zero_padding: bool = True) -> Plan | None:
     options.check()
-    if layout is not None and not isinstance(layout, Offsets | Masked):
-        raise Unsupported(f"packed weights have no {layout.kind} layout", "use Offsets or Masked, or unpack(b)")
+    if layout is not None and not isinstance(layout, Contiguous | Psum | Offsets | Masked):
+        raise Unsupported(f"grouped_gemm has no {layout.kind} layout", "use Contiguous, Psum, Offsets or Masked; or routed_gemm")
     masked = isinstance(layout, Masked)
     common.check_operand(a, "a", "[G, max_m, K]" if masked else "[M, K]", 3 if masked else 2)
     _check_weights(b, 2 if layout is None else 3)
@@ -261,6 +262,7 @@ def packed_plan(a: ScaledTensor, b: PackedWeight, layout: Layout | None, out: Te
     if layout is not None:
         layout.groups(b.groups)
         expect(layout.index.device == a.device, f"{layout.kind} index, device", layout.index.device, f"the operands', {a.device}")
+        expect(layout.kind != "contiguous" or layout.index.numel() == m, "m_indices, length", layout.index.numel(), f"M = {m}")
     expect(not masked or a.shape[0] == b.groups, "groups of a", a.shape[0], f"b's, {b.groups}")
     shape = (*a.shape[:-1], b.n)
     common.check_out(out, shape, dtype, a.device, accumulate)
@@ -268,10 +270,11 @@ def packed_plan(a: ScaledTensor, b: PackedWeight, layout: Layout | None, out: Te
         return None
     even = out is None or not masked or out.shape[0] == 1 or out.stride(0) == m * out.stride(1)
     expect(even, "out, strides", None if out is None else out.stride(), "groups one behind the other, for a packed weight")
-    rows = m if layout is None else (layout.expected_m or m) if isinstance(layout, Masked) else -(-m // b.groups)
+    hint = layout.expected_m if isinstance(layout, Masked | Psum) else 0
+    rows = hint or (m if layout is None or masked else -(-m // b.groups))
     problem = Problem("gemm" if layout is None else "grouped_gemm", "dense" if layout is None else layout.kind, bucket(m), b.n, b.k,
                       b.groups, common.operand(a), _operand(b), rows=bucket(max(1, min(rows, m))), out_dtype=dtype_name(dtype),
-                      accumulate=accumulate, max_sms=options.max_sms)
+                      accumulate=accumulate, zero_padding=zero_padding, max_sms=options.max_sms)
     return _select(problem, a, b, options)
 
 
