@@ -24,12 +24,26 @@ def test_opcheck() -> None:
     out = torch.empty(6, N, dtype=torch.bfloat16)
     tests = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(torch.ops.narrowgemm.packed_gemm.default,
-                          (x, None, "bf16", *parts, offsets, "offsets", 0, out, False, *tail), test_utils=tests)
+                          (x, None, "bf16", *parts, offsets, "offsets", 0, 1, out, False, True, *tail), test_utils=tests)
     routing = ng.sort_by_expert(torch.randint(0, E, (3, TOP_K)), E)
     torch.library.opcheck(torch.ops.narrowgemm.routed_gemm.default,
                           (x, None, "bf16", *parts, routing.offsets, None, None, 0, 0, routing.row_map, TOP_K, 1,
                            torch.randn(E, N), "", 0.0, 0.0, False, torch.rand(3, TOP_K), True,
                            torch.empty(3, N, dtype=torch.bfloat16), False, *tail), test_utils=tests)
+
+
+@pytest.mark.parametrize("kind", ["contiguous", "psum"])
+def test_layouts_with_padding_reach_the_op(kind: str) -> None:
+    """What an op of torch is handed makes the same call: which rows are padding, and whether they are written."""
+    b, x = weights(), torch.randn(6, K).bfloat16()
+    ids = torch.tensor([0, 0, -1, 3, 1, -1], dtype=torch.int32)
+    layout = ng.Contiguous(ids) if kind == "contiguous" else ng.Psum(torch.tensor([1, 3, 5, 6], dtype=torch.int32), 2)
+    for zero in (True, False):
+        got, want = (torch.full((6, N), 3.0, dtype=torch.bfloat16) for _ in range(2))
+        torch.ops.narrowgemm.packed_gemm(x, None, "bf16", *traced.parts(b), layout.index, kind, 0, 2, got, False, zero, "reference", 0,
+                                         "portable")
+        ng.grouped_gemm(x, b, layout, out=want, zero_padding=zero)
+        assert torch.equal(got, want) and bool((want == 3).all(1).any()) != zero
 
 
 @pytest.mark.parametrize("layout", ["dense", "offsets", "masked", "routed",

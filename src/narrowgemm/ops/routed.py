@@ -111,7 +111,7 @@ def packed_gemm(a: ScaledTensor | Tensor, b: PackedWeight, layout: Layout | None
     """`gemm` (layout None) and `grouped_gemm` with a packed weight; see there."""
     a = common.as_operand(a, "a")
     if torch.compiler.is_compiling():
-        return traced.packed_gemm(a, b, layout, out, out_dtype, accumulate, options)
+        return traced.packed_gemm(a, b, layout, out, out_dtype, accumulate, zero_padding, options)
     dtype = common.out_dtype_of(out, out_dtype, torch.bfloat16)
     common.check_config(options.config)
     index = None if layout is None else layout.index

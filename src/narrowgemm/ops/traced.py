@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..formats import ScaledTensor, get_format
-from ..layouts import Layout, Masked, Offsets, Routed
+from ..layouts import Contiguous, Layout, Masked, Offsets, Psum, Routed
 from ..prepack import PackedWeight
 from ..problem import Config
 from . import common, library
@@ -38,29 +38,33 @@ def weight(b: Tensor, b_scale: Tensor | None, b_factor: Tensor | None, b_codes: 
 
 # ---------------------------------------------------------------- gemm and grouped_gemm with packed weights
 def packed_gemm(a: ScaledTensor, b: PackedWeight, layout: Layout | None, out: Tensor | None, dtype: torch.dtype | None,
-                accumulate: bool, options: common.Options) -> Tensor:
+                accumulate: bool, zero_padding: bool, options: common.Options) -> Tensor:
     """`routed.packed_gemm` in a trace."""
     common.check_traced(options.config, out, accumulate)
     if out is None:
         out = torch.empty((*a.shape[:-1], b.n), dtype=dtype or torch.bfloat16, device=a.device)
     torch.ops.narrowgemm.packed_gemm(a.data, a.scale, a.format.name, *parts(b), None if layout is None else layout.index,
                                      "dense" if layout is None else layout.kind,
-                                     layout.expected_m if isinstance(layout, Masked) else 0, out, accumulate,
+                                     layout.expected_m if isinstance(layout, Masked | Psum) else 0,
+                                     layout.alignment if isinstance(layout, Psum) else 1, out, accumulate, zero_padding,
                                      options.backend or "", options.max_sms, options.on_unsupported)
     return out
 
 
 def _packed_impl(a: Tensor, a_scale: Tensor | None, a_format: str, b: Tensor, b_scale: Tensor | None, b_factor: Tensor | None,
                  b_codes: Tensor | None, b_format: str, b_shape: list[int], b_pair: str, b_prepack: str, index: Tensor | None,
-                 layout: str, expected_m: int, out: Tensor, accumulate: bool, backend: str, max_sms: int,
-                 on_unsupported: str) -> None:
+                 layout: str, expected_m: int, alignment: int, out: Tensor, accumulate: bool, zero_padding: bool, backend: str,
+                 max_sms: int, on_unsupported: str) -> None:
     from .routed import packed_gemm as eager
 
     w = weight(b, b_scale, b_factor, b_codes, b_format, b_shape, b_pair, b_prepack)
     assert isinstance(w, PackedWeight)
-    how = None if index is None else Masked(index, expected_m) if layout == "masked" else Offsets(index)
+    how: Layout | None = None
+    if index is not None:
+        how = (Masked(index, expected_m) if layout == "masked" else Psum(index, alignment, expected_m) if layout == "psum" else
+               Contiguous(index) if layout == "contiguous" else Offsets(index))
     eager(ScaledTensor(a, a_scale, get_format(a_format)), w, how, out, None, accumulate,
-          common.Options(backend or None, None, max_sms, None, on_unsupported), None)
+          common.Options(backend or None, None, max_sms, None, on_unsupported), None, zero_padding)
 
 
 # ---------------------------------------------------------------- routed_gemm
@@ -101,7 +105,7 @@ def _routed_impl(a: Tensor, a_scale: Tensor | None, a_format: str, b: Tensor, b_
 
 
 library.register("packed_gemm", f"Tensor a, Tensor? a_scale, str a_format, {WEIGHT}, Tensor? index, str layout, int expected_m, "
-                 f"Tensor(a!) out, bool accumulate, {TAIL}", _packed_impl)
+                 f"int alignment, Tensor(a!) out, bool accumulate, bool zero_padding, {TAIL}", _packed_impl)
 library.register("routed_gemm", f"Tensor a, Tensor? a_scale, str a_format, {WEIGHT}, Tensor index, Tensor? expert_ids, "
                  "Tensor? num_tokens_post_padded, SymInt num_slots, int block_m, Tensor? row_map, int top_k, int a_div, "
                  "Tensor? bias, str activation, float alpha, float limit, bool interleaved, Tensor? routing_weight, bool combine, "
