@@ -102,6 +102,33 @@ def test_quantised_in_place(name: str, quantize: str) -> None:
         narrow.quantize(model, quantize)
 
 
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+@pytest.mark.parametrize("quantize", ["mxfp4", "mxfp8"])
+def test_prepacked(name: str, quantize: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prepacked experts are the same numbers, whether their activation is fused or the module's own runs behind."""
+    from narrowgemm.integrations.transformers import experts
+
+    model = models.build(name, torch.bfloat16, **SIZES)
+    narrow.quantize(model, quantize, prepacked=False)
+    model.set_experts_implementation("narrowgemm")
+    layer = model.model.layers[0].mlp.experts
+    call = torch.randn(64, 128).bfloat16(), torch.rand(64, 4).argsort(1), torch.rand(64, 4)
+    with torch.no_grad():
+        want, whole = layer(*call), logits(model)
+        assert narrow.prepack(model) == 2 and narrow.prepack(model) == 0
+        assert weights.plain(layer).up.pair == ("interleaved" if name == "gpt_oss" else "halves")
+        assert calc_diff(layer(*call), want) < 1e-4
+        layer.to(torch.float32)     # payload and scales stay what they are
+        assert calc_diff(layer(*call), want) < 1e-4
+        assert calc_diff(logits(model), whole) < 1e-2  # a random model makes more of a rounding that moved
+        again = models.build(name, torch.bfloat16, implementation="narrowgemm", **SIZES)
+        monkeypatch.setattr(experts, "fused", lambda module: None)
+        narrow.quantize(again, quantize, prepacked=True)
+        layer = again.model.layers[0].mlp.experts
+        assert weights.plain(layer).up.pair == ""
+        assert calc_diff(layer(*call), want) < 5e-4  # the module's own gate reads what was rounded to BF16
+
+
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "mixtral"])
 def test_quantised_at_load_equals_quantised_in_place(name: str, tmp_path: Path) -> None:
     model = models.build(name, torch.bfloat16, **SIZES)

@@ -34,7 +34,7 @@ LEAST = "5.7"
 WEIGHTS = {"fp8": "fp8_128x128", "mxfp8": "mxfp8", "mxfp4": "mxfp4"}
 ACTIVATIONS = {"fp8": "fp8_1x128", "mxfp8": "mxfp8", "mxfp4": "bf16"}
 
-__all__ = ["ACTIVATIONS", "NAME", "WEIGHTS", "from_pretrained", "quantize", "register"]
+__all__ = ["ACTIVATIONS", "NAME", "WEIGHTS", "from_pretrained", "prepack", "quantize", "register"]
 
 
 def register() -> str:
@@ -57,12 +57,13 @@ def register() -> str:
 
 
 def from_pretrained(path: str, *, quantize: str | None = None, activations: str | None = None, auto_class: Any = None,
-                    **options: Any) -> torch.nn.Module:
+                    prepacked: bool | None = None, **options: Any) -> torch.nn.Module:
     """`auto_class.from_pretrained(path, **options)` (default: AutoModelForCausalLM) with experts on narrowgemm.
 
     quantize: None keeps the experts as they are; 'fp8', 'mxfp8' or 'mxfp4' quantises them as they are read, so that the
         wide weights of one projection of one layer are all that is held beside the model. Other layers stay as they are.
     activations: what the experts' inputs are quantised to, default by `ACTIVATIONS`; 'bf16' leaves them.
+    prepacked: bring MXFP4 / MXFP8 experts into the order that the Hopper kernels read, see `prepack`; None: on a Hopper GPU.
 
     A GPT-OSS checkpoint in MXFP4 keeps its experts bit for bit (`quantize` None or 'mxfp4'). Of a block FP8 checkpoint
     the linear layers run on `narrowgemm.gemm`, too: transformers' own way is a kernel from the hub. Raises ValueError for
@@ -92,13 +93,44 @@ def from_pretrained(path: str, *, quantize: str | None = None, activations: str 
         from . import linears
 
         linears.serve(model)
+    _prepack(model, prepacked)
     return model
 
 
-def quantize(model: torch.nn.Module, weights: str, *, activations: str | None = None) -> int:
+def prepack(model: torch.nn.Module) -> int:
+    """Bring the MXFP4 / MXFP8 experts that `quantize` or `from_pretrained` made into the order that the Hopper kernels for
+    narrow weights read (`narrowgemm.prepack`), in place, a layer at a time; how many layers. It is a permutation: results
+    are those of the same bits. Layers whose scales spread too far for it stay as they are.
+    """
+    from ...errors import Unsupported
+    from . import experts
+    from . import weights as stored
+
+    done = 0
+    for layer in model.modules():
+        if stored.is_experts(layer):
+            try:
+                done += experts.prepack(layer)
+            except Unsupported:  # scales of one row more than 2^131 apart: the portable kernel takes them
+                continue
+    return done
+
+
+def _prepack(model: torch.nn.Module, wanted: bool | None) -> None:
+    """`prepack` where it is `wanted`, or where None is and every parameter is on a Hopper GPU."""
+    from ...arch import detect
+
+    if wanted is None:
+        devices = {p.device for p in model.parameters()}
+        wanted = bool(devices) and all(d.type == "cuda" and detect(d).target == "sm90" for d in devices)
+    if wanted:
+        prepack(model)
+
+
+def quantize(model: torch.nn.Module, weights: str, *, activations: str | None = None, prepacked: bool | None = None) -> int:
     """Quantise the experts of a model that is loaded, in place, one projection at a time; how many expert layers.
 
-    `weights` and `activations` as in `from_pretrained`. The model must use experts that transformers lets be replaced,
+    `weights`, `activations` and `prepacked` as in `from_pretrained`. The model must use experts that transformers lets be replaced,
     with `model.set_experts_implementation("narrowgemm")`. Raises ValueError where it has none, or they are narrow already.
     """
     from . import weights as stored
@@ -108,4 +140,5 @@ def quantize(model: torch.nn.Module, weights: str, *, activations: str | None = 
     expect(bool(layers), "expert layers of the model", 0, "at least one that `experts_implementation` serves")
     for layer in layers:
         stored.quantize_(layer, WEIGHTS[weights], activations or ACTIVATIONS[weights])
+    _prepack(model, prepacked)
     return len(layers)

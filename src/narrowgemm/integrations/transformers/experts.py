@@ -19,6 +19,7 @@ from ...ops.experts import experts
 from ...ops.grouped import grouped_gemm
 from ...ops.quantize import quantize
 from ...ops.route import Routing, combine, gather, sort_by_expert
+from ...prepack import PackedWeight
 from . import weights
 from .weights import Weights
 
@@ -91,6 +92,12 @@ def fused(module: Any) -> tuple[str, tuple[float, ...], bool] | None:
     return None
 
 
+def prepack(module: Any) -> bool:
+    """Prepack the module's weights, where they are MXFP4 or MXFP8 that we quantised; whether they are."""
+    kind = fused(module)
+    return weights.prepack_(module, "" if kind is None else "interleaved" if kind[2] else "halves")
+
+
 def _steps(module: Any, w: Weights, x: Tensor, top_k_index: Tensor, topk_weights: Tensor) -> Tensor:
     """The layer step by step, around the module's own activation."""
     routing = sort_by_expert(top_k_index, module.num_experts)
@@ -101,8 +108,8 @@ def _steps(module: Any, w: Weights, x: Tensor, top_k_index: Tensor, topk_weights
     return combine(down, routing, topk_weights)
 
 
-def _product(rows: Tensor, weight: ScaledTensor | Tensor, bias: Tensor | None, expert: Tensor | None, layout: Offsets,
-             activations: Format) -> Tensor:
+def _product(rows: Tensor, weight: ScaledTensor | PackedWeight | Tensor, bias: Tensor | None, expert: Tensor | None,
+             layout: Offsets, activations: Format) -> Tensor:
     operand = quantize(rows, activations, scale_layout="mn_major") if activations.scaled else rows
     y = grouped_gemm(operand, weight, layout, out_dtype=rows.dtype)
     return y if bias is None or expert is None else y + bias.detach()[expert].to(y.dtype)

@@ -2,6 +2,7 @@
 
 A module that we quantised keeps its parameters' names: `gate_up_proj` is the payload `[E, N, K]` (also where the model
 stores `[E, K, N]`), `gate_up_proj_scale` its scales, and `narrowgemm_formats` the formats of weights and activations.
+Where `narrowgemm_packed` is set, both are in the order of `narrowgemm.prepack`: see `prepack_`.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from torch import Tensor, nn
 from ...errors import Unsupported, expect
 from ...formats import BF16, FP8_ROW, MXFP4, Format, FP8_1x128, FP8_128x128, ScaledTensor, get_format
 from ...ops.quantize import quantize
+from ...prepack import PackedWeight, prepack
 
 FORMATS = "narrowgemm_formats"
+PACKED = "narrowgemm_packed"        # of a prepacked module, by projection: what `_packed` needs beside the tensors
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -24,8 +27,8 @@ class Weights:
     """E experts, hidden H, inter I. `up` `[E, 2I, H]` (`[E, I, H]` without a gate), `down` `[E, H, I]`, their biases
     `[E, 2I]` and `[E, H]` or None, and the format that their inputs are quantised to."""
 
-    up: ScaledTensor | Tensor
-    down: ScaledTensor | Tensor
+    up: ScaledTensor | PackedWeight | Tensor
+    down: ScaledTensor | PackedWeight | Tensor
     up_bias: Tensor | None
     down_bias: Tensor | None
     activations: Format
@@ -53,6 +56,8 @@ def plain(module: Any) -> Weights:
     if formats is None:
         wide = [getattr(module, p).mT if module.is_transposed else getattr(module, p) for p in (up, down)]
         return Weights(wide[0], wide[1], biases[0], biases[1], BF16)
+    if getattr(module, PACKED, None) is not None:
+        return Weights(_packed(module, up), _packed(module, down), biases[0], biases[1], formats[1])
     stacks = [ScaledTensor(getattr(module, p).data, getattr(module, f"{p}_scale").data, formats[0]) for p in (up, down)]
     return Weights(stacks[0], stacks[1], biases[0], biases[1], formats[1])
 
@@ -111,6 +116,36 @@ def put(module: Any, name: str, data: Tensor, scale: Tensor | None) -> None:
         setattr(module, name, nn.Parameter(data, requires_grad=False))
     assert scale is not None
     setattr(module, f"{name}_scale", nn.Parameter(scale, requires_grad=False))
+
+
+def prepack_(module: Any, pair: str) -> bool:
+    """Bring MXFP4 / MXFP8 weights of a module that we quantised into the order of `narrowgemm.prepack`, in place, one projection
+    at a time; whether it holds such weights. pair: how gate and up rows lie, '' where the module's own gate runs behind.
+
+    Raises Unsupported where a row's scales are too far apart to be packed: the module is then as it was.
+    """
+    pair_of_formats = getattr(module, FORMATS, None)
+    if pair_of_formats is None or pair_of_formats[0].name not in ("mxfp4", "mxfp8") or getattr(module, PACKED, None) is not None:
+        return False
+    w = plain(module)
+    names = projections(module)
+    assert isinstance(w.up, ScaledTensor) and isinstance(w.down, ScaledTensor)
+    packed = {names[0]: prepack(w.up, pair=pair), names[1]: prepack(w.down)}
+    del w
+    for name, p in packed.items():
+        put(module, name, p.data, p.scale)
+        factor = None if p.factor is None else p.factor.view(torch.int32)  # what a `.to(dtype)` of the model leaves alone
+        module.register_buffer(f"{name}_factor", factor)
+        module.register_buffer(f"{name}_codes", p.codes)
+    setattr(module, PACKED, {name: (p.format, p.shape, p.pair) for name, p in packed.items()})
+    return True
+
+
+def _packed(module: Any, name: str) -> PackedWeight:
+    fmt, shape, pair = getattr(module, PACKED)[name]
+    factor = getattr(module, f"{name}_factor")
+    return PackedWeight(getattr(module, name).data, getattr(module, f"{name}_scale").data, fmt, shape, pair,
+                        None if factor is None else factor.view(torch.float32), getattr(module, f"{name}_codes"))
 
 
 def reserve(module: Any, weights: str, activations: str, *, payload: bool) -> None:
