@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ import click
 from ..arch import Arch, detect, get_arch
 from ..problem import Config
 from ..testing.case import Case
-from ..tuning import report, search, store, sweep
+from ..tuning import report, search, store, sweep, vllm
 from ..tuning.measure import Job
 from ..tuning.space import candidates, problem_of
 from .bench import Progress, choose, default_device, git_commit, split
@@ -42,6 +43,11 @@ def user_tables() -> Path:
               help="Print what a sweep file says of the cost model, without measuring.")
 @click.option("--portable", type=click.IntRange(0), default=0, metavar="N",
               help="With --sweep: only what a call gets, and the N portable candidates predicted to be the fastest.")
+@click.option("--vllm", "vllm_files", multiple=True, type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+              help="Measure the tiles of a tuned file of vLLM or SGLang, too.")
+@click.option("--vllm-out", type=click.Path(file_okay=False, path_type=Path), metavar="DIR",
+              help="With --from: write the portable kernel's best as vLLM's files, and no tables.")
+@click.option("--top-k", type=click.IntRange(1), default=8, show_default=True, help="Experts a token, for --vllm-out.")
 @click.option("--resume", is_flag=True, help="Keep what was measured before at this commit, and measure the rest.")
 @click.option("--budget", type=float, default=0.0, help="Seconds after which no case starts. 0: no limit.")
 @click.option("--warm", type=int, default=0, help="Compile ahead in so many processes side by side.")
@@ -53,7 +59,8 @@ def user_tables() -> Path:
 @click.option("--list", "list_only", is_flag=True, help="List cases, keys and candidates; measure nothing.")
 def tune(suites: tuple[str, ...], patterns: tuple[str, ...], kernels: tuple[str, ...], device: str | None,
          out: Path | None, packaged: bool, sweep_path: Path | None, sources: tuple[Path, ...], report_path: Path | None,
-         portable: int, resume: bool, budget: float, warm: int, rounds: int, finalists: int, timeout: float, seed: int,
+         portable: int, vllm_files: tuple[Path, ...], vllm_out: Path | None, top_k: int,
+         resume: bool, budget: float, warm: int, rounds: int, finalists: int, timeout: float, seed: int,
          commit: str | None, list_only: bool) -> None:
     """Measure every kernel and config on cases, and keep what beats the cost model by 3%.
 
@@ -66,6 +73,8 @@ def tune(suites: tuple[str, ...], patterns: tuple[str, ...], kernels: tuple[str,
     narrowgemm tune --suite untuned --portable 3 --sweep check.json is any choice slower than the portable kernel?
     narrowgemm tune --report sweep.json                             how good the choices are
     narrowgemm tune --from sweep.json --packaged                    tables from a sweep
+    narrowgemm tune --suite fp8-skew --vllm 'E=32,N=....json'       vLLM's tiles beside our own
+    narrowgemm tune --from sweep.json --vllm-out configs            the portable kernel's best, for vLLM
     """
     started = time.time()
     if report_path is not None:
@@ -73,9 +82,15 @@ def tune(suites: tuple[str, ...], patterns: tuple[str, ...], kernels: tuple[str,
     if packaged and out:
         raise click.UsageError("--out and --packaged name two places")
     root = store.PACKAGED if packaged else out or user_tables()
+    if vllm_out and not sources:
+        raise click.UsageError("--vllm-out makes files of what was measured: give --from SWEEP")
     if sources:
-        tables_from(sources, root)
+        vllm_from(sources, vllm_out, top_k) if vllm_out else tables_from(sources, root)
         return
+    try:
+        also = [c.to_dict() for path in vllm_files for c in vllm.read(path)]
+    except ValueError as e:
+        raise click.ClickException(str(e)) from e
     if sweep_path and (out or packaged):
         raise click.UsageError("--sweep writes no tables; make them from its file with --from")
     if portable and not sweep_path:
@@ -96,7 +111,7 @@ def tune(suites: tuple[str, ...], patterns: tuple[str, ...], kernels: tuple[str,
     except ValueError as e:
         raise click.ClickException(str(e)) from e
     job = Job([(c.suite, c.id) for c in todo], device, split(kernels), seed, rounds, finalists,
-              started + budget if budget else 0.0, portable=portable)
+              started + budget if budget else 0.0, portable=portable, also=also)
     measure(run, job, warm, timeout)
     finish(run, cases)
 
@@ -187,6 +202,19 @@ def tables_from(sources: Sequence[Path], root: Path) -> None:
             rows = store.read_rows(path)
             click.echo(f"{path.name}: {len(rows)} rows, {sum(r['adopted'] for r in rows)} that beat the cost model")
     said(root)
+
+
+def vllm_from(sources: Sequence[Path], folder: Path, top_k: int) -> None:
+    for path in sources:
+        try:
+            data = sweep.read(path)
+        except ValueError as e:
+            raise click.ClickException(str(e)) from e
+        made = vllm.write(folder, data["cases"], data["device"], top_k)
+        for name in made:
+            click.echo(f"{name}: {len(json.loads(name.read_text()))} numbers of tokens")
+        if not made:
+            raise click.ClickException(f"{path}: no two products of it are the two of a layer, [2I, H] and [H, I], by offsets")
 
 
 def print_report(path: Path) -> int:

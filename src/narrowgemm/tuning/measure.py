@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from ..arch import detect
-from ..problem import Problem
+from ..problem import Config, Problem
 from ..testing.case import Case
 from ..testing.cases import get_case
 from ..testing.inputs import Inputs, build, check_outputs, gate_limits
 from ..testing.numerics import GateResult
 from ..testing.timers import Timing
 from ..testing.worker import FAILURES, STICKY, DeviceLost, Station, emit, environment, failure
-from . import store
+from . import store, vllm
 from .space import PORTABLE, Candidate, candidates, choice, pick, problem_of, versus_portable
 
 QUICK_ROUNDS = 2
@@ -43,7 +43,8 @@ class Job:
     `deadline`: time.time() after which no case starts. `skip`: what killed a process, by `suite/id`: label -> reason.
     `careful`: cases that killed one nobody knows where: each candidate is timed alone first. `share`: (i, of) to compile
     ahead the i-th part of the candidates, nothing measured. `portable`: only what a call gets, and so many portable
-    candidates, the most promising by their cost model; 0 for every candidate.
+    candidates, the most promising by their cost model; 0 for every candidate. `also`: more configs for the portable FP8 kernel,
+    as `Config.to_dict` has them.
     """
 
     cases: list[tuple[str, str]]
@@ -57,10 +58,12 @@ class Job:
     careful: list[str] = field(default_factory=list)
     share: tuple[int, int] | None = None
     portable: int = 0
+    also: list[dict[str, Any]] = field(default_factory=list)
 
     def candidates(self, problem: Problem) -> list[Candidate]:
         arch = detect(torch.device(self.device))
         found = candidates(problem, arch, self.kernels)
+        found += vllm.candidates(problem, arch, map(Config.from_dict, self.also), found)
         return versus_portable(found, choice(problem, arch), self.portable) if self.portable and found else found
 
 
