@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import time
 from pathlib import Path
 
@@ -246,8 +247,8 @@ def test_a_plot_is_a_png(whole: Path, tmp_path: Path) -> None:
 
 # ---- tables of the README -----------------------------------------------------------------------------------------------
 
-def tables():
-    spec = importlib.util.spec_from_file_location("make_tables", ROOT / "benchmarks" / "make_tables.py")
+def tables(name: str = "make_tables"):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -271,6 +272,37 @@ def test_tables_come_from_the_files(whole: Path, tmp_path: Path, capsys: pytest.
     edited(whole, folder, lambda d: d["rows"].pop())
     (folder / "edited.json").rename(folder / "2026-01-01-r.json")
     assert make.main([], tmp_path) == 1 and "MISSING cpu: cpu-small/" in capsys.readouterr().err
+
+
+def test_the_performance_page_comes_from_the_files(whole: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    make = tables("make_performance")
+    (tmp_path / "docs").mkdir()
+    folder = tmp_path / "benchmarks" / "results" / "cpu"
+    folder.mkdir(parents=True)
+    (folder / "2026-01-01-r.json").write_text(whole.read_text())
+    assert make.main(["--check"], tmp_path) == 1
+    assert make.main([], tmp_path) == 0 and make.main(["--check"], tmp_path) == 0
+    text = (tmp_path / "docs" / "performance.md").read_text()
+    pictures = re.findall(r"\(pictures/(performance-cpu-\w+\.svg)\)", text)
+    assert "| `cpu-small` | torch_bf16 |" in text and len(pictures) >= 2
+    before = [(tmp_path / "docs" / "pictures" / p).read_bytes() for p in pictures]
+    assert make.main([], tmp_path) == 0
+    assert before == [(tmp_path / "docs" / "pictures" / p).read_bytes() for p in pictures]
+    (tmp_path / "docs" / "pictures" / pictures[0]).unlink()
+    assert make.main(["--check"], tmp_path) == 1
+
+
+def test_time_over_tokens() -> None:
+    """Tokens of routed products, layers and dense ones; a shape needs three of them."""
+    make = tables("make_performance")
+    rows = [{"suite": c.suite, "case": c.id, "us": 2.0, "error": None, "peer": "floor", "peer_us": 1.0}
+            for s in ("a16w4-decode", "experts-mxfp4", "fp8-dense", "fp8-contiguous") for c in get_suite(s)]
+    found = make.shapes(rows)
+    assert found["layer gpt-oss-120b, EP 1, mxfp4"][64] == {"narrowgemm": 2.0, "floor": 1.0}
+    assert found["routed, 128 experts of 5760 x 2880, bf16 x mxfp4"].keys() == {1, 4, 8, 16}
+    assert found["dense 4096 x 7168, fp8_1x128 x fp8_128x128"].keys() == {1, 16, 64, 128, 4096, 8192}
+    assert all("contiguous" not in name for name in found) and make.shapes(rows[:2]) == {}
 
 
 def test_the_newest_commit_that_measured_a_suite_counts() -> None:

@@ -1,0 +1,204 @@
+"""Writes docs/performance.md and its pictures from the committed result files: figures are never typed.
+
+    python benchmarks/make_performance.py            needs matplotlib
+    python benchmarks/make_performance.py --check    exits with 1 where the page is not what the files say
+
+A device's pictures: speed against each peer by suite, the roofline, and the time of one product against tokens. Which rows count
+is decided as in `make_tables.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import make_tables
+
+ROOT = make_tables.ROOT
+PAGE = Path("docs/performance.md")
+PICTURES = Path("docs/pictures")
+HEAD = """# Performance
+
+Every figure and picture here is made from the result files in `benchmarks/results/` by `benchmarks/make_performance.py`. A ratio is
+the peer's time over ours, both from one interleaved run on that device, with L2 flushed before every call; above 1 ours is faster.
+Times of different runs, and of different devices, are not compared. What was tried on the way, kept or dropped, is in
+[measured.md](measured.md); what was run on which chip at all, in [chips.md](chips.md).
+
+`floor` is the larger of a streaming read of the same bytes in the same run and the FLOPs over the rate that the device was measured
+to have: no kernel is faster.
+"""
+
+
+def rows_of(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows that count of one device."""
+    from narrowgemm.testing import results
+    from narrowgemm.testing.cases import SUITES
+
+    order = {name: i for i, name in enumerate(SUITES)}
+    chosen = dict(sorted(make_tables.newest(files).items(), key=lambda x: order.get(x[0][0], len(order))))
+    return [r for (suite, transforms), members in chosen.items() if not transforms
+            for r in results.merge(members) if r["suite"] == suite and r["asked"] == "auto"]
+
+
+def shapes(rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, dict[str, float]]]:
+    """Product or layer -> tokens -> whose time in us: those that were measured at three numbers of tokens or more."""
+    from narrowgemm.testing.cases import SUITES
+
+    cases = {(c.suite, c.id): c for members in SUITES.values() for c in members}
+    out: dict[str, dict[int, dict[str, float]]] = {}
+    for r in rows:
+        case = cases.get((r["suite"], r["case"]))
+        if case is None or not r["us"] or r["error"]:
+            continue
+        tokens, name = place(case)
+        if not tokens:
+            continue
+        times = out.setdefault(name, {}).setdefault(tokens, {})
+        times["narrowgemm"] = r["us"]
+        if r["peer_us"]:
+            times[r["peer"]] = r["peer_us"]
+    return {name: dict(sorted(t.items())) for name, t in sorted(out.items()) if len(t) >= 3}
+
+
+def place(case: Any) -> tuple[int, str]:
+    """(tokens, what it is besides), 0 where tokens say nothing."""
+    from narrowgemm.testing.layer import LayerCase
+
+    if isinstance(case, LayerCase):
+        return case.tokens, f"layer {case.model}, EP {case.ep}, {case.weights}"
+    formats = f"{case.a.name} x {case.b.name}"
+    if case.sizes.startswith("topk:"):
+        return int(case.sizes.split(":")[1]), f"routed, {case.groups} experts of {case.n} x {case.k}, {formats}"
+    if case.layout == "dense":
+        return case.m, f"dense {case.n} x {case.k}, {formats}"
+    return 0, ""
+
+
+def pages(paths: list[Path]) -> tuple[str, dict[str, list[dict[str, Any]]]]:
+    """(text of the page, rows by device)."""
+    from narrowgemm.cli.report import markdown_table
+    from narrowgemm.testing import results
+
+    devices: dict[str, list[dict[str, Any]]] = {}
+    for p in paths:
+        if json.loads(p.read_text()).get("schema") == results.SCHEMA:
+            devices.setdefault(p.parent.name, []).append(results.read(p))
+    parts, rows = [HEAD], {}
+    for name in sorted(devices):
+        files = devices[name]
+        mine = rows[name] = rows_of(files)
+        newest = max(files, key=lambda d: str(d["date"]))
+        c = newest["ceilings"] or {}
+        parts += [f"## {newest['device']}", "",
+                  f"Measured in the newest of these runs: {c.get('read_gbs', 0):.0f} GB/s streaming read, "
+                  f"{c.get('flops_8', 0):.0f} TFLOPS in FP8 and {c.get('flops_16', 0):.0f} in BF16 through torch.",
+                  "", *markdown_table(results.summarise(mine)), ""]
+        parts += [f"![{what}](pictures/performance-{name}-{kind}.svg)\n" for kind, what in drawn(mine)]
+    return "\n".join(parts).rstrip() + "\n", rows
+
+
+def drawn(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
+    """(kind, what the picture shows) of a device's pictures."""
+    out = [("speed", "Each case's time against each peer, by suite: a dot a case, the bar their geometric mean"),
+           ("roofline", "TFLOPS over FLOPs a byte")]
+    return out + [("tokens", "Time of one product or layer over tokens")] * bool(shapes(rows))
+
+
+def draw(folder: Path, name: str, rows: list[dict[str, Any]], header: dict[str, Any]) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "narrowgemm"      # the same file from the same figures
+    from matplotlib import pyplot
+
+    from narrowgemm.cli import plot
+
+    folder.mkdir(parents=True, exist_ok=True)
+    for kind, _ in drawn(rows):
+        path = folder / f"performance-{name}-{kind}.svg"
+        if kind == "roofline":
+            plot.roofline(path, header, rows)
+            continue
+        figure = speed(pyplot, rows) if kind == "speed" else tokens(pyplot, shapes(rows))
+        figure.tight_layout()
+        figure.savefig(path, metadata={"Date": None})
+        pyplot.close(figure)
+
+
+def speed(pyplot: Any, rows: Sequence[dict[str, Any]]) -> Any:
+    """Ratios by suite and peer, the floor left out."""
+    groups: dict[tuple[str, str], list[float]] = {}
+    for r in rows:
+        if r["ratio"] and r["peer"] != "floor":
+            groups.setdefault((r["suite"], r["peer"]), []).append(r["ratio"])
+    figure, axes = pyplot.subplots(figsize=(9, 1 + 0.28 * max(1, len(groups))))
+    for y, found in enumerate(reversed(groups.values())):
+        axes.plot(found, [y] * len(found), "o", ms=3, alpha=0.5, color="C0")
+        mean = statistics.geometric_mean(found)
+        axes.plot([mean, mean], [y - 0.35, y + 0.35], color="C3", lw=2)
+    axes.axvline(1, color="grey", lw=1)
+    axes.set(xscale="log", yticks=range(len(groups)), xlabel="peer's time / ours",
+             yticklabels=[f"{s} vs {p}" for s, p in reversed(groups)])
+    axes.set_xticks(ticks := [x for x in (0.5, 0.7, 1, 1.5, 2, 3, 5, 10) if axes.get_xlim()[0] < x < axes.get_xlim()[1]],
+                    [f"{x:g}" for x in ticks])
+    axes.minorticks_off()
+    axes.tick_params(labelsize=7)
+    axes.grid(True, axis="x", lw=0.3)
+    return figure
+
+
+def tokens(pyplot: Any, found: dict[str, dict[int, dict[str, float]]]) -> Any:
+    """A small panel a product."""
+    across = 3
+    down = -(-len(found) // across)
+    figure, panels = pyplot.subplots(down, across, figsize=(12, 2.6 * down), squeeze=False)
+    for panel in panels.flat[len(found):]:
+        panel.set_axis_off()
+    for panel, (name, by_tokens) in zip(panels.flat, found.items()):
+        whose = list(dict.fromkeys(w for t in by_tokens.values() for w in t))
+        for w in whose:
+            at = [(t, times[w]) for t, times in by_tokens.items() if w in times]
+            panel.plot(*zip(*at), "--" if w == "floor" else "o-", ms=3, lw=1, label=w, color="grey" if w == "floor" else None)
+        panel.set(xscale="log", yscale="log")
+        panel.set_title(name, fontsize=6)
+        panel.tick_params(labelsize=6)
+        panel.grid(True, which="major", lw=0.3)
+        panel.legend(fontsize=5)
+    for panel in panels[-1]:
+        panel.set_xlabel("tokens", fontsize=7)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("us", fontsize=7)
+    return figure
+
+
+def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    args = parser.parse_args(argv)
+    sys.path.insert(0, str(root / "src"))
+    paths = make_tables.committed(root)
+    text, rows = pages(paths)
+    page = root / PAGE
+    if args.check:
+        missing = [name for name in rows for kind, _ in drawn(rows[name])
+                   if not (root / PICTURES / f"performance-{name}-{kind}.svg").exists()]
+        same = page.exists() and page.read_text() == text
+        if missing or not same:
+            print(f"{PAGE} differs from the committed results: run python benchmarks/make_performance.py", file=sys.stderr)
+        return int(bool(missing) or not same)
+    page.write_text(text)
+    for name, mine in rows.items():
+        files = [d for p in paths if p.parent.name == name for d in [json.loads(p.read_text())] if d.get("ceilings")]
+        draw(root / PICTURES, name, mine, max(files, key=lambda d: str(d["date"]), default={}))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
