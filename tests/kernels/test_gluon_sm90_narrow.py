@@ -28,7 +28,9 @@ PRODUCTS = (
     (MXFP4, (8, 2880, 720), 7, 2, MXFP4, "few"), (MXFP8, (128, 384, 192), 37, 8, FP8, "repeated"),
     (MXFP4, (8, 2880, 360), 64, 4, None, "skipped"), (MXFP4, (256, 512, 7168), 4, 8, None, "even"),
     (MXFP8, (64, 256, 7168), 3, 8, MXFP8, "one"), (MXFP4, (4, 640, 256), 200, 4, None, "one"), (MXFP4, (1, 64, 32), 1, 1, None, "even"),
-    (MXFP8, (3, 100, 96), 9, 1, MXFP8, "skipped"), (MXFP4, (48, 1440, 2880), 256, 4, MXFP8, "even"))
+    (MXFP8, (3, 100, 96), 9, 1, MXFP8, "skipped"), (MXFP4, (48, 1440, 2880), 256, 4, MXFP8, "even"),
+    (MXFP4, (24, 640, 1184), 37, 4, FP8_1x128, "even"), (MXFP8, (8, 192, 720), 19, 2, FP8_1x128, "skipped"),
+    (MXFP4, (4, 320, 3072), 150, 2, FP8_1x128, "one"))
 
 
 @pytest.fixture(autouse=True)
@@ -121,16 +123,47 @@ def test_dense_offsets_masked(fmt: Format) -> None:
     same_as_reference(lambda **kw: ng.grouped_gemm(x[:60].view(6, 10, 1152), p, masked, **kw), (6, 10, 576))
 
 
+@pytest.mark.parametrize("a_fmt", (None, FP8_1x128, FP8, MXFP4), ids=lambda f: "bf16" if f is None else f.name)
+@pytest.mark.parametrize("fmt", (MXFP4, MXFP8), ids=lambda f: f.name)
+def test_contiguous_and_psum(fmt: Format, a_fmt: Format | None) -> None:
+    """Runs of any length, groups that come twice, ids that are none; gaps of psum; padding rows zero or left alone."""
+    p = ng.prepack(weights((5, 200, 544), fmt, False))
+    runs = [(0, 7), (-1, 3), (2, 70), (2, 1), (9, 2), (0, 40), (4, 1), (1, 5), (-1, 1)]
+    ids = torch.cat([torch.full((n,), g, dtype=torch.int32, device=DEV) for g, n in runs])
+    x = activations(len(ids), 544, a_fmt)
+    ends = torch.tensor([5, 16, 100, 101, 126], dtype=torch.int32, device=DEV)
+    for layout in (ng.Contiguous(ids), ng.Psum(ends, 16)):
+        for zero in (True, False):
+            same_as_reference(lambda **kw: ng.grouped_gemm(x, p, layout, zero_padding=zero, **kw), (len(ids), 200))  # noqa: B023
+        plan = ng.grouped_gemm(x, p, layout, on_unsupported="raise")
+        assert plan is not None
+
+
+@pytest.mark.parametrize("scales", ("row_major", "mn_major"))
+@pytest.mark.parametrize("a_fmt", (FP8_1x128, FP8, MXFP8), ids=lambda f: f.name)
+def test_masked_with_scales_of_any_strides(a_fmt: Format, scales: str) -> None:
+    p = ng.prepack(weights((6, 136, 640), MXFP4, False))
+    x = ng.quantize(torch.randn(6, 20, 640, device=DEV), a_fmt, scale_layout=scales)
+    x.data[1, 3:] = torch.nan
+    masked = ng.Masked(torch.tensor([0, 3, 20, 9, 1, 17], device=DEV, dtype=torch.int32))
+    same_as_reference(lambda **kw: ng.grouped_gemm(x, p, masked, **kw), (6, 20, 136), torch.float32)
+
+
 EVERY = [(fmt, narrow.make_config(tokens, *shape, keep=i % 2 == 0, wide=i % 3 > 0)) for fmt in (MXFP4, MXFP8)
          for i, (tokens, shape) in enumerate((t, s) for t, shapes in narrow.SHAPES[fmt.element].items() for s in shapes)]
 
 
+@pytest.mark.parametrize("a_fmt", (None, FP8_1x128), ids=("bf16", "fp8"))
 @pytest.mark.parametrize(("fmt", "config"), EVERY, ids=lambda x: str(x) if isinstance(x, Config) else x.name)
-def test_every_config(fmt: Format, config: Config) -> None:
+def test_every_config(fmt: Format, config: Config, a_fmt: Format | None) -> None:
     """576 rows are nine tiles of 64: a tile of 128 reaches past the end. 1152 of K are nine chunks: a ring step does, too."""
     p = ng.prepack(weights((6, 576, 1152), fmt, False))
-    x = activations(90, 1152, None)
+    x = activations(90, 1152, a_fmt)
     offsets = ng.Offsets(torch.tensor([0, 3, 3, 70, 71, 71, 90], device=DEV))
+    if a_fmt is not None and dict(config.extra)["ctas"] > 4:
+        with pytest.raises(ValueError, match="registers"):
+            ng.grouped_gemm(x, p, offsets, config=config)
+        return
     same_as_reference(lambda **kw: ng.grouped_gemm(x, p, offsets, config=None if "backend" in kw else config, **kw), (90, 576))
 
 

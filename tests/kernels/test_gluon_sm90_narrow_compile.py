@@ -27,7 +27,10 @@ FEW = (("offsets", BF16, MXFP4, 128, 4, 5760, 2880, "interleaved", "swiglu_oai",
        ("offsets", BF16, MXFP4, 256, 512, 7168, 2048, "", "", True, True),
        ("routed", FP8, MXFP4, 384, 128, 7168, 1024, "", "", True, False),
        ("dense", MXFP4, MXFP8, 1, 48, 2304, 6144, "", "", False, False),
-       ("masked", BF16, MXFP4, 8, 160, 7168, 2048, "", "", False, False))
+       ("masked", BF16, MXFP4, 8, 160, 7168, 2048, "", "", False, False),
+       ("contiguous", FP8_1x128, MXFP4, 8, 320, 7168, 2048, "", "", False, False),
+       ("psum", FP8_1x128, MXFP8, 16, 200, 2048, 1152, "", "", False, False),
+       ("masked", FP8_1x128, MXFP4, 8, 160, 7168, 2048, "", "", False, True))
 
 
 def problem(layout: str, a: Format, b: Format, groups: int, slots: int, n: int, k: int, pair: str, activation: str,
@@ -53,10 +56,11 @@ def operands(p: Problem, pair: str, factors: bool) -> Operands:
     rows = (p.groups, p.m) if p.layout == "masked" else (p.m // p.a_div,)
     fmt = p.a.format
     data = new(*rows, p.k // fmt.elem.per_byte, dtype=fmt.elem.dtype)
-    a = ScaledTensor(data, new(*fmt.scale_shape((*rows, p.k))) if fmt.scaled else None, fmt)
+    dtype = torch.float32 if fmt.scale == "fp32" else torch.uint8
+    a = ScaledTensor(data, new(*fmt.scale_shape((*rows, p.k)), dtype=dtype) if fmt.scaled else None, fmt)
     n = p.n // 2 if p.epilogue.activation else p.n
     i32 = torch.int32
-    index = None if p.layout == "dense" else new(p.groups + 1 if p.layout == "offsets" else p.groups,
+    index = None if p.layout == "dense" else new({"offsets": p.groups + 1, "contiguous": p.m}.get(p.layout, p.groups),
                                                  dtype=torch.int64 if p.layout == "offsets" else i32)
     more: dict[str, object] = {}
     if p.op == "routed_gemm":

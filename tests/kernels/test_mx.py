@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from narrowgemm.errors import Unsupported
-from narrowgemm.formats import BF16, MXFP4, MXFP8
+from narrowgemm.formats import BF16, MXFP4, MXFP8, FP8_1x128
 from narrowgemm.kernels.triton import mx
 from narrowgemm.problem import Config
 from narrowgemm.testing.cases import Case, build, get_suite
 
-PAIRS = ((BF16, MXFP4), (BF16, MXFP8), (MXFP8, MXFP8), (MXFP8, MXFP4), (MXFP4, MXFP4))
+UE8M0 = FP8_1x128.with_scale("e8m0")
+PAIRS = ((BF16, MXFP4), (BF16, MXFP8), (MXFP8, MXFP8), (MXFP8, MXFP4), (MXFP4, MXFP4), (FP8_1x128, MXFP4))
 FORMATS = [c for c in get_suite("cpu-formats") if (c.a, c.b) in PAIRS and c.layout == "dense"]
 UNEVEN = "uniform:0.7:1.3"
 MORE = [Case("mx", "dense", 1, 33, 200, 208, a=BF16, b=MXFP4), Case("mx", "dense", 1, 1, 128, 96, a=MXFP8, b=MXFP4),
@@ -18,6 +18,8 @@ MORE = [Case("mx", "dense", 1, 33, 200, 208, a=BF16, b=MXFP4), Case("mx", "dense
         Case("mx", "psum", 4, 40, 128, 128, sizes="empty:0.5", a=MXFP8, b=MXFP8),
         Case("mx", "offsets", 8, 8, 128, 256, sizes="few:1", a=BF16, b=MXFP8),
         Case("mx", "offsets", 4, 16, 128, 128, sizes="zero", a=BF16, b=MXFP4),
+        Case("mx", "dense", 1, 19, 72, 288, a=UE8M0, b=MXFP4), Case("mx", "psum", 3, 21, 64, 160, sizes=UNEVEN, a=FP8_1x128, b=MXFP8),
+        Case("mx", "contiguous", 3, 30, 64, 256, sizes=UNEVEN, alignment=1, a=FP8_1x128, b=MXFP4, out_dtype="fp32"),
         Case("mx", "masked", 3, 20, 136, 192, max_m=32, sizes=UNEVEN, a=MXFP4, b=MXFP4, out_dtype="fp32", accumulate=True)]
 
 
@@ -31,10 +33,6 @@ def _as_mi350x(device, monkeypatch):
 @pytest.mark.parametrize("case", [*FORMATS, *MORE], ids=lambda c: f"{c.suite}/{c.id}")
 def test_gates(case: Case, device: str) -> None:
     inputs = build(case, device, seed=7)
-    if device == "cuda" and case.k % 128:
-        with pytest.raises(Unsupported, match="multiples of 128"):
-            inputs.plan(backend="triton")
-        return
     plan = inputs.plan(backend="triton")
     assert plan is None or plan.kernel == mx.NAME
     inputs.verify(backend="triton")

@@ -9,18 +9,20 @@ import torch
 
 import narrowgemm as ng
 from narrowgemm.arch import get_arch
-from narrowgemm.formats import BF16, MXFP4, MXFP8, Format
+from narrowgemm.formats import BF16, MXFP4, MXFP8, Format, FP8_1x128
 from narrowgemm.kernels.triton import mx
 from narrowgemm.problem import Operand, Problem
 
 from .._compile import compile_jobs
 
-PAIRS = ((BF16, MXFP4), (BF16, MXFP8), (MXFP8, MXFP8), (MXFP8, MXFP4), (MXFP4, MXFP4))
+PAIRS = ((BF16, MXFP4), (BF16, MXFP8), (MXFP8, MXFP8), (MXFP8, MXFP4), (MXFP4, MXFP4), (FP8_1x128, MXFP4), (FP8_1x128, MXFP8),
+         (FP8_1x128.with_scale("e8m0"), MXFP4))
 
 
 def operand(fmt: Format, *shape: int) -> ng.ScaledTensor:
     data = torch.zeros((*shape[:-1], shape[-1] // fmt.elem.per_byte), dtype=fmt.elem.dtype)
-    return ng.ScaledTensor(data, torch.zeros(fmt.scale_shape(shape), dtype=torch.uint8) if fmt.scaled else None, fmt)
+    dtype = torch.float32 if fmt.scale == "fp32" else torch.uint8
+    return ng.ScaledTensor(data, torch.zeros(fmt.scale_shape(shape), dtype=dtype) if fmt.scaled else None, fmt)
 
 
 def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], object]]]:
@@ -40,10 +42,12 @@ def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], ob
 OPS = {
     "sm90": {f"{a.name} x {b.name}": () for a, b in PAIRS},
     "sm100": {"mxfp8 x mxfp8": ("tcgen05.mma", "block_scale"), "mxfp8 x mxfp4": ("tcgen05.mma", "block_scale"),
-              "mxfp4 x mxfp4": ("tcgen05.mma", "block_scale")},
+              "mxfp4 x mxfp4": ("tcgen05.mma", "block_scale"), "fp8_1x128 x mxfp4": ("tcgen05.mma", "block_scale"),
+              "fp8_1x128 x mxfp8": ("tcgen05.mma", "block_scale"), "fp8_1x128_ue8m0 x mxfp4": ("tcgen05.mma", "block_scale")},
     "gfx942": {"bf16 x mxfp4": (), "bf16 x mxfp8": ()},
     "gfx950": {"bf16 x mxfp4": ("v_cvt_scalef32_pk_bf16_fp4",), "bf16 x mxfp8": ("v_cvt_scalef32_pk_bf16_fp8",),
-               "mxfp8 x mxfp8": ("v_mfma_scale",), "mxfp8 x mxfp4": ("v_mfma_scale",), "mxfp4 x mxfp4": ("v_mfma_scale",)},
+               "mxfp8 x mxfp8": ("v_mfma_scale",), "mxfp8 x mxfp4": ("v_mfma_scale",), "mxfp4 x mxfp4": ("v_mfma_scale",),
+               "fp8_1x128 x mxfp4": ("v_mfma_scale",), "fp8_1x128 x mxfp8": ("v_mfma_scale",), "fp8_1x128_ue8m0 x mxfp4": ("v_mfma_scale",)},
 }
 
 

@@ -24,6 +24,17 @@ COUNTS = {
 DIGEST = "5f09dc338b0c5048"
 
 
+FP4_COUNTS = {"mxfp4-contiguous": 14, "mxfp4-a4w4": 14, "mxfp4-mx8": 14, "mxfp4-256": 18, "mxfp4-masked": 60}
+
+
+def test_fp4_suites() -> None:
+    """DeepGEMM's FP4 branch's shapes; masks of one shape differ, and peers compute every case."""
+    assert {s: len(SUITES[s]) for s in FP4_COUNTS} == FP4_COUNTS
+    assert len({c.group_sizes for c in SUITES["mxfp4-masked"] if c.groups == 4 and c.k == 7168}) == 10
+    assert all(computes(p, c) for s in FP4_COUNTS for c in SUITES[s] for p in PEERS[s])
+    assert all(c.packed and max(c.group_sizes) <= 4096 for c in SUITES["mxfp4-masked"])
+
+
 def digest() -> str:
     text = "\n".join(f"{s}/{c.id} {c.group_sizes}" for s in COUNTS for c in SUITES[s])
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -147,7 +147,7 @@ def spread(sizes: str, groups: int, mean: int, world: int = 0, limit: int = 0) -
     | `sizes` | rows |
     | --- | --- |
     | `balanced` | `mean` each |
-    | `uniform:0.7:1.3` | `mean` times a number drawn evenly from that range, at least 1 |
+    | `uniform:0.7:1.3` | `mean` times a number drawn evenly from that range, at least 1; `uniform:0.7:1.3:4`: another draw |
     | `skew:30` | the same total, the fullest group 30 times the emptiest, evenly in between, in random order |
     | `skew128:30` | as `skew`, in whole blocks of 128 |
     | `few:8` | the same total, all of it on 8 groups, which are among the first `groups` |
@@ -169,7 +169,7 @@ def spread(sizes: str, groups: int, mean: int, world: int = 0, limit: int = 0) -
     elif kind == "zero":
         out = [0] * total
     elif kind in ("uniform", "empty"):
-        low, high = (float(x) for x in args) if kind == "uniform" else (0.7, 1.3)
+        low, high = (float(x) for x in args[:2]) if kind == "uniform" else (0.7, 1.3)
         out = [max(1, int(mean * rng.uniform(low, high))) for _ in range(total)]
         if kind == "empty":
             for i in rng.sample(range(total), int(total * float(args[0]))):

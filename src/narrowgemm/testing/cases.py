@@ -164,6 +164,29 @@ def mxfp8_dense(suite: str, rows: Iterable[int], least: int = 0) -> list[Case]:
     return [Case(suite, "dense", 1, m, n, k, a=MXFP8, b=MXFP8, packed=True) for k, n in M3_DENSE if n * k >= least for m in rows]
 
 
+# DeepGEMM's FP4 branch: (groups, m, N, K) of its contiguous list, (groups, expected rows) and (N, K) of its masked one
+FP4_CONTIGUOUS = ((4, 8192, 4096, 7168), (4, 8192, 7168, 2048), (8, 4096, 4096, 7168), (8, 4096, 7168, 2048),
+                  (4, 8192, 24576, 1536), (4, 8192, 32768, 512))
+FP4_MASKED, FP4_SHAPES = ((1, 1024), (2, 512), (4, 256)), ((4096, 7168), (7168, 2048))
+
+
+def fp4_contiguous(suite: str, a: Format) -> list[Case]:
+    """That list and DeepGEMM's own, packed MXFP4 weights."""
+    return [Case(suite, "contiguous", g, m, n, k, a=a, b=MXFP4, packed=True) for g, m, n, k in (*FP4_CONTIGUOUS, *LARGE)]
+
+
+def fp4_experts(suite: str) -> list[Case]:
+    """256 experts, top-8, 32 to 8192 tokens."""
+    shapes = [(256, 8, n, k) for n, k in FP4_SHAPES]
+    return routed(suite, FP8_1x128, MXFP4, (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192), shapes)
+
+
+def fp4_masked(suite: str) -> list[Case]:
+    """Ten masks of each shape."""
+    return [Case(suite, "masked", g, m, n, k, max_m=4096, sizes=f"{UNEVEN}:{draw}", a=FP8_1x128, b=MXFP4, packed=True)
+            for g, m in FP4_MASKED for n, k in FP4_SHAPES for draw in range(10)]
+
+
 def large(suite: str) -> list[Case]:
     """One tensor of each over 2^31 elements: A, B, the output; the arithmetic stays small."""
     return [
@@ -267,6 +290,11 @@ _BUILDERS: dict[str, Callable[[str], list[Any]]] = {
     "a16w4-prefill": lambda s: a16w4(s, (1024, 4096)),
     "mxfp8-routed": mxfp8_routed,
     "mxfp8-dense-decode": lambda s: mxfp8_dense(s, (1, 2, 4, 8, 16, 32, 64)),
+    "mxfp4-contiguous": lambda s: fp4_contiguous(s, FP8_1x128),
+    "mxfp4-a4w4": lambda s: fp4_contiguous(s, MXFP4),
+    "mxfp4-mx8": lambda s: fp4_contiguous(s, MXFP8),
+    "mxfp4-256": fp4_experts,
+    "mxfp4-masked": fp4_masked,
     "mxfp8-bandwidth": lambda s: mxfp8_dense(s, (1, 2, 4, 8, 16), 30_000_000),
     "train-fwd": lambda s: train_rows(s, ((8192, ROW), (16384, TENSOR), (32768, ROW)), False),
     "train-dgrad": lambda s: train_rows(s, ((8192, ROW), (16384, TENSOR), (32768, ROW)), True),
@@ -293,6 +321,9 @@ PEERS: dict[str, tuple[str, ...]] = {name: ("deepgemm", "floor") for name in SUI
     "a16w4-prefill": ("triton_kernels", "floor"),
     "mxfp8-routed": ("triton", "humming", "floor"), "mxfp8-dense-decode": ("triton", "humming", "torch_bf16", "floor"),
     "mxfp8-bandwidth": ("floor",),
+    "mxfp4-contiguous": ("deepgemm", "triton_kernels", "humming", "floor"), "mxfp4-a4w4": ("deepgemm", "floor"),
+    "mxfp4-mx8": ("torch_bf16", "floor"), "mxfp4-256": ("triton_kernels", "deepgemm", "humming", "floor"),
+    "mxfp4-masked": ("own_fp8", "floor"),
     "edge": (), "large": (), "cpu-small": ("torch_bf16", "floor"), "cpu-formats": ("torch_bf16", "floor")}
 
 

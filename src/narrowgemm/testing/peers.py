@@ -9,21 +9,22 @@ from __future__ import annotations
 
 import importlib
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..formats import FP8_1x128, FP8_128x128, ScaledTensor
+from ..formats import MXFP4, FP8_1x128, FP8_128x128, ScaledTensor
 from ..scales import mn_major_tma_aligned
 from . import training_peers
 from .case import Case
 from .guard import Guarded
-from .inputs import Inputs
+from .inputs import Inputs, Weights, build
 from .layer import LayerCase
 from .mx_peers import Humming, TritonKernels
+from .numerics import RECIPE_GATE
 from .peer import Prepared
 from .tokens import Tokens
 
@@ -66,11 +67,52 @@ def padded(inputs: Inputs, alignment: int) -> tuple[Tensor, Tensor, Tensor, dict
     return data, scale, ids.to(inputs.device), rows
 
 
+class InFp8:
+    """A case in MXFP4 as a user of FP8 has it: the same sources in 1x128 by 128x128 FP8, of the same shape."""
+
+    def __init__(self) -> None:
+        self._weights: Weights | None = None     # of the last case: the next one often has the same
+
+    @staticmethod
+    def case(case: Case) -> Case:
+        return replace(case, a=FP8_1x128, b=FP8_128x128, packed=False) if case.b == MXFP4 else case
+
+    def inputs(self, inputs: Inputs) -> Inputs:
+        """They depend on the sources alone, so they are held against those."""
+        out = build(self.case(inputs.case), inputs.device, inputs.seed, reuse=self._weights, hollow=bool(inputs.weights_key[-1]))
+        self._weights = out.weights
+        return out
+
+
+class OwnFp8:
+    """Our own FP8 block-scaled product of an MXFP4 case's shape."""
+
+    name = "own_fp8"
+
+    def __init__(self) -> None:
+        self._fp8 = InFp8()
+
+    def available(self, device: torch.device) -> str | None:
+        return None
+
+    def supports(self, case: Case) -> str | None:
+        return "is compared on MXFP4 weights" if case.b != MXFP4 else None if case.rows else "no rows"
+
+    def prepare(self, case: Case, inputs: Inputs) -> Prepared:
+        own = self._fp8.inputs(inputs)
+        return Prepared(own.call, lambda g: own.rows(own.out.tensor, g), "recipe", RECIPE_GATE["e4m3"])
+
+
 class DeepGemm:
-    """DeepGEMM on SM90: 1x128 by 128x128 FP8 with FP32 scales. Offsets and psum run on a padded contiguous copy."""
+    """DeepGEMM on SM90: 1x128 by 128x128 FP8 with FP32 scales. Offsets and psum run on a padded contiguous copy.
+
+    Cases with MXFP4 weights, which it does not take on SM90, are compared with what its users have: FP8 weights of that shape."""
 
     name = "deepgemm"
     ALIGNMENT = 128
+
+    def __init__(self) -> None:
+        self._fp8 = InFp8()
 
     def available(self, device: torch.device) -> str | None:
         if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
@@ -80,6 +122,7 @@ class DeepGemm:
     def supports(self, case: Case) -> str | None:
         if case.layout == "k_grouped":
             return training_peers.deepgemm_k_grouped_refuses(case)
+        case = InFp8.case(case)
         if (case.a, case.b) != (FP8_1x128, FP8_128x128):
             return f"DeepGEMM's SM90 kernels take fp8_1x128 x fp8_128x128, not {case.a.name} x {case.b.name}"
         if case.out_dtype != "bf16" or case.accumulate:
@@ -91,6 +134,8 @@ class DeepGemm:
     def prepare(self, case: Case, inputs: Inputs) -> Prepared:
         if case.layout == "k_grouped":
             return Prepared(*training_peers.deepgemm_k_grouped(case, inputs))
+        if case.b == MXFP4:
+            return replace(self.prepare(InFp8.case(case), self._fp8.inputs(inputs)), gate="recipe", limit=RECIPE_GATE["e4m3"])
         dg = importlib.import_module("deep_gemm")
         a, b = inputs.a, inputs.b
         assert a.scale is not None and b.scale is not None
@@ -260,7 +305,7 @@ class Backend:
         return Prepared(lambda: own.call(backend=self.name), lambda g: own.rows(y, g))
 
 
-ADAPTERS: dict[str, Peer] = {p.name: p for p in (DeepGemm(), Torch(), TorchRow(), TorchBf16(), TritonKernels(), Humming(),
+ADAPTERS: dict[str, Peer] = {p.name: p for p in (DeepGemm(), OwnFp8(), Torch(), TorchRow(), TorchBf16(), TritonKernels(), Humming(),
                                                  LayerPeer("deepgemm_layer"), LayerPeer("triton_moe"),
                                                  LayerPeer("triton_kernels_layer"))}
 FLOOR = "floor"

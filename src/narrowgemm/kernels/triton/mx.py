@@ -1,7 +1,8 @@
 """Portable GEMM with MXFP8 and MXFP4 weights, dense and grouped, by `tl.dot_scaled`: one Triton source for every GPU.
 
-BF16, MXFP8 or MXFP4 activations. The scaled matrix instruction on CDNA4 and Blackwell; elsewhere the compiler converts to BF16
-in front of the product, which on Hopper runs at an eighth of the read bandwidth for few rows: prepack there.
+BF16, MXFP8, MXFP4 or FP8 1x128 activations; the scales of the last are left to the sum of each 128 of K. The scaled matrix
+instruction on CDNA4 and Blackwell; elsewhere the compiler converts to BF16 in front of the product, which on Hopper runs at an
+eighth of the read bandwidth for few rows: prepack there.
 Device code: `mx_device.py`.
 """
 
@@ -34,14 +35,11 @@ def supports(problem: Problem, arch: Arch) -> str | None:
         return f"runs on GPUs with FP8 conversions, not {arch.target}"
     if b.format.element not in B_KINDS or b.format.group != (1, 32) or b.scale_dtype != "e8m0":
         return f"takes MXFP8 and MXFP4 weights, not {b.format.name}"
-    if a.format.element not in A_KINDS or (a.format.scaled and (a.format.group != (1, 32) or a.scale_dtype != "e8m0")):
-        return f"takes BF16, MXFP8 and MXFP4 activations, not {a.format.name}"
+    fine = not a.format.scaled or (a.format.group == (1, 32) and a.scale_dtype == "e8m0")
+    if a.format.element not in A_KINDS or not (fine or by_chunk(problem)):
+        return f"takes BF16, MXFP8, MXFP4 and FP8 1x128 activations, not {a.format.name} with {a.scale_dtype or 'no'} scales"
     if arch.target == "gfx942" and a.format.element != "bf16":
         return "gfx942 has no scaled product of two narrow operands"
-    if arch.vendor == "nvidia" and problem.k % 128:
-        # seen on an H100 with Triton 3.6: BF16 x MXFP4 with masked loads of the last K block comes out wrong (calc_diff 0.9), while
-        # MXFP4 x MXFP4 of 192 and the interpreter have it right. Not understood, so not trusted
-        return f"takes K in multiples of 128 on NVIDIA, not {problem.k}"
     if a.prepack or b.prepack:
         return "takes plain operands, not prepacked ones"
     if a.major != "k" or b.major != "k":
@@ -49,6 +47,11 @@ def supports(problem: Problem, arch: Arch) -> str | None:
     if not problem.epilogue.plain or problem.gather:
         return "has no fused gather and no epilogue beyond the sum"
     return None
+
+
+def by_chunk(problem: Problem) -> bool:
+    """Whether A is FP8 with a scale for 128 of K, FP32 or E8M0: the sum of a K block is scaled."""
+    return problem.a.format.group == (1, 128) and problem.a.format.element == "e4m3"
 
 
 def smem_bytes(problem: Problem, config: Config) -> int:
@@ -114,5 +117,5 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
          sb.stride(-1)),
         dict(LAYOUT=LAYOUT_IDS[problem.layout], A_KIND=problem.a.format.element, B_KIND=problem.b.format.element, BM=c.block_m,
              BN=c.block_n, BK=128, GROUP_M=c.group_m, EVEN_K=x.k % 128 == 0, EVEN_N=x.n % c.block_n == 0,
-             ACCUMULATE=problem.accumulate, ZERO=problem.zero_padding, WIDE=problem.wide, num_warps=c.num_warps,
-             num_stages=c.num_stages))]
+             CHUNKED=by_chunk(problem), ACCUMULATE=problem.accumulate, ZERO=problem.zero_padding, WIDE=problem.wide,
+             num_warps=c.num_warps, num_stages=c.num_stages))]

@@ -1,6 +1,7 @@
 """Device code of the portable GEMM with MX weights: dense, contiguous, psum, offsets, masked.
 
     out[m, n] (+)= sum over K blocks of dot_scaled(A[m, kb], W[g, n, kb])        scales E8M0, one for 32 of K
+    FP8 1x128:     sum over K blocks of scale[m, kb] * dot_scaled(A[m, kb], W[g, n, kb])
 
 `tl.dot_scaled` is the scaled matrix instruction where there is one (CDNA4, Blackwell), and a conversion in front of a BF16
 product elsewhere. Tiles and their groups are found as in `fp8_block_device`.
@@ -25,32 +26,48 @@ from .fp8_block_device import (
 
 
 @triton.jit
-def load_payload(ptrs, k, K, E2M1: tl.constexpr, EVEN_K: tl.constexpr, AXIS: tl.constexpr):
-    """A tile's payload, its K axis (`AXIS`) masked; E2M1 two a byte."""
-    if EVEN_K:
-        return tl.load(ptrs)
+def load_tail(ptrs, offsets, left, AXIS: tl.constexpr):
+    """A tile whose `AXIS` has `left` places: what is beyond repeats the last one. Loads have no masks: see `mx.supports`."""
+    at = tl.minimum(offsets, left - 1) - offsets
+    if AXIS == 1:
+        return tl.load(ptrs + at[None, :])
     else:
-        left = (K + 1) // 2 - k if E2M1 else K - k
-        zero: tl.constexpr = 0 if E2M1 else 0.0
-        if AXIS == 1:
-            return tl.load(ptrs, mask=(tl.arange(0, ptrs.shape[1]) < left)[None, :], other=zero)
-        else:
-            return tl.load(ptrs, mask=(tl.arange(0, ptrs.shape[0]) < left)[:, None], other=zero)
+        return tl.load(ptrs + at[:, None])
 
 
 @triton.jit
-def load_fields(ptrs, kb, K, EVEN_K: tl.constexpr, SF: tl.constexpr):
-    """Scale codes [rows, SF]; 127 (one) past the end of K."""
-    if EVEN_K:
-        return tl.load(ptrs)
+def zero_tail(x, offsets, left):
+    """Columns of A beyond the end of K as zeros."""
+    return tl.where((offsets < left)[None, :], x, tl.zeros([1, 1], x.dtype))
+
+
+@triton.jit
+def chunk_scale(s):
+    """FP32 scales, or E8M0 codes as such: 2^(code - 127), 0 the subnormal 2^-127, 255 NaN."""
+    if s.dtype == tl.float32:
+        return s
     else:
-        return tl.load(ptrs, mask=(kb * SF + tl.arange(0, SF) < (K + 31) // 32)[None, :], other=127)
+        code = s.to(tl.int32)
+        bits = tl.where(code == 0, 0x00400000, tl.where(code == 255, 0x7FC00000, code << 23))
+        return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def mx_add(acc, a, sa, b, sb, A_KIND: tl.constexpr, B_KIND: tl.constexpr, CHUNKED: tl.constexpr):
+    """acc plus the product of one K block."""
+    if A_KIND == "bf16":
+        return tl.dot_scaled(a, None, "bf16", b, sb, B_KIND, acc)
+    elif CHUNKED:
+        one = tl.full([a.shape[0], sb.shape[1]], 127, tl.uint8)
+        return acc + tl.dot_scaled(a, one, A_KIND, b, sb, B_KIND) * chunk_scale(sa)[:, None]
+    else:
+        return tl.dot_scaled(a, sa, A_KIND, b, sb, B_KIND, acc)
 
 
 @triton.jit
 def mx_tile_sum(a_ptr, b_ptr, sa_ptr, sb_ptr, m_off, n_off, K, stride_am, stride_bn, stride_sam, stride_sak, stride_sbn, stride_sbk,
                 A_KIND: tl.constexpr, B_KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                EVEN_K: tl.constexpr, WIDE: tl.constexpr):
+                EVEN_K: tl.constexpr, CHUNKED: tl.constexpr, WIDE: tl.constexpr):
     """FP32 [BM, BN]. Row offsets are inside the tile's bases and never out of bounds; K is contiguous on both sides."""
     A4: tl.constexpr = A_KIND == "e2m1"
     B4: tl.constexpr = B_KIND == "e2m1"
@@ -65,22 +82,32 @@ def mx_tile_sum(a_ptr, b_ptr, sa_ptr, sb_ptr, m_off, n_off, K, stride_am, stride
     ks = tl.arange(0, SF)
     a_ptrs = a_ptr + (m_off[:, None] * stride_am + ka[None, :])
     b_ptrs = b_ptr + (kw[:, None] + n_off[None, :] * stride_bn)
-    sa_ptrs = sa_ptr + (m_off[:, None] * stride_sam + ks[None, :] * stride_sak)
+    if CHUNKED:     # one scale a K block
+        sa_ptrs = sa_ptr + m_off * stride_sam
+    else:
+        sa_ptrs = sa_ptr + (m_off[:, None] * stride_sam + ks[None, :] * stride_sak)
     sb_ptrs = sb_ptr + (n_off[:, None] * stride_sbn + ks[None, :] * stride_sbk)
     acc = tl.zeros([BM, BN], tl.float32)
-    for kb in range(0, tl.cdiv(K, BK)):
-        a = load_payload(a_ptrs, kb * AK, K, A4, EVEN_K, 1)
-        b = load_payload(b_ptrs, kb * BKB, K, B4, EVEN_K, 0)
-        sb = load_fields(sb_ptrs, kb, K, EVEN_K, SF)
-        if A_KIND == "bf16":
-            acc = tl.dot_scaled(a, None, "bf16", b, sb, B_KIND, acc)
-        else:
-            sa = load_fields(sa_ptrs, kb, K, EVEN_K, SF)
-            acc = tl.dot_scaled(a, sa, A_KIND, b, sb, B_KIND, acc)
+    for kb in range(0, K // BK):
+        sa = None if A_KIND == "bf16" else tl.load(sa_ptrs)
+        acc = mx_add(acc, tl.load(a_ptrs), sa, tl.load(b_ptrs), tl.load(sb_ptrs), A_KIND, B_KIND, CHUNKED)
         a_ptrs += AK
         b_ptrs += BKB
-        sa_ptrs += SF * stride_sak
+        sa_ptrs += stride_sak if CHUNKED else SF * stride_sak
         sb_ptrs += SF * stride_sbk
+    if not EVEN_K:
+        left = K % BK
+        a_left = (left + 1) // 2 if A4 else left
+        a = zero_tail(load_tail(a_ptrs, ka, a_left, 1), ka, a_left)
+        b = load_tail(b_ptrs, kw, (left + 1) // 2 if B4 else left, 0)
+        last = tl.minimum(ks, (left + 31) // 32 - 1) - ks
+        sb = tl.load(sb_ptrs + (last * stride_sbk)[None, :])
+        sa = None
+        if CHUNKED:
+            sa = tl.load(sa_ptrs)
+        elif A_KIND != "bf16":
+            sa = tl.load(sa_ptrs + (last * stride_sak)[None, :])
+        acc = mx_add(acc, a, sa, b, sb, A_KIND, B_KIND, CHUNKED)
     return acc
 
 
@@ -88,8 +115,8 @@ def mx_tile_sum(a_ptr, b_ptr, sa_ptr, sb_ptr, m_off, n_off, K, stride_am, stride
 def mx_tile(tile, slots, a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N, K, G, alignment, stride_ag, stride_am, stride_bg,
             stride_bn, stride_og, stride_om, stride_sag, stride_sam, stride_sak, stride_sbg, stride_sbn, stride_sbk,
             LAYOUT: tl.constexpr, A_KIND: tl.constexpr, B_KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-            GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, ACCUMULATE: tl.constexpr, ZERO: tl.constexpr,
-            WIDE: tl.constexpr):
+            GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, CHUNKED: tl.constexpr,
+            ACCUMULATE: tl.constexpr, ZERO: tl.constexpr, WIDE: tl.constexpr):
     """One tile, all layouts."""
     slot, nb = swizzle(tile, slots, tl.cdiv(N, BN), GROUP_M)
     m_arange = tl.arange(0, BM)
@@ -141,7 +168,7 @@ def mx_tile(tile, slots, a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N,
             while gid < G:
                 acc = mx_tile_sum(a_ptr, b_ptr + gid.to(tl.int64) * stride_bg, sa_ptr, sb_ptr + gid.to(tl.int64) * stride_sbg, m_load,
                                   n_load, K, stride_am, stride_bn, stride_sam, stride_sak, stride_sbn, stride_sbk, A_KIND, B_KIND,
-                                  BM, BN, BK, EVEN_K, WIDE)
+                                  BM, BN, BK, EVEN_K, CHUNKED, WIDE)
                 store_tile(out_ptr, acc, m_arange, n_off, ids == gid, col_live, stride_om, ACCUMULATE, False, WIDE)
                 gid = tl.min(tl.where(real & (ids > gid), ids, G))
         else:
@@ -150,7 +177,7 @@ def mx_tile(tile, slots, a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N,
                     b_ptr += g.to(tl.int64) * stride_bg
                     sb_ptr += g.to(tl.int64) * stride_sbg
                 acc = mx_tile_sum(a_ptr, b_ptr, sa_ptr, sb_ptr, m_load, n_load, K, stride_am, stride_bn, stride_sam, stride_sak,
-                                  stride_sbn, stride_sbk, A_KIND, B_KIND, BM, BN, BK, EVEN_K, WIDE)
+                                  stride_sbn, stride_sbk, A_KIND, B_KIND, BM, BN, BK, EVEN_K, CHUNKED, WIDE)
                 store_tile(out_ptr, acc, m_arange, n_off, m_arange < valid, col_live, stride_om, ACCUMULATE, False, WIDE)
             if LAYOUT == PSUM and ZERO:
                 if extent > valid and valid < BM:
@@ -163,12 +190,12 @@ def mx_tile(tile, slots, a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N,
 def mx_kernel(a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N, K, G, slots, alignment, stride_ag, stride_am, stride_bg,
               stride_bn, stride_og, stride_om, stride_sag, stride_sam, stride_sak, stride_sbg, stride_sbn, stride_sbk,
               LAYOUT: tl.constexpr, A_KIND: tl.constexpr, B_KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-              GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, ACCUMULATE: tl.constexpr, ZERO: tl.constexpr,
-              WIDE: tl.constexpr):
+              GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, CHUNKED: tl.constexpr,
+              ACCUMULATE: tl.constexpr, ZERO: tl.constexpr, WIDE: tl.constexpr):
     """A grid of programs that take tiles in turn. `slots`: tiles of M where the host knows them (not masked)."""
     if LAYOUT == MASKED:
         slots = masked_slots(index_ptr, G, M, BM)
     for tile in range(tl.program_id(0), slots * tl.cdiv(N, BN), tl.num_programs(0)):
         mx_tile(tile, slots, a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N, K, G, alignment, stride_ag, stride_am, stride_bg,
                 stride_bn, stride_og, stride_om, stride_sag, stride_sam, stride_sak, stride_sbg, stride_sbn, stride_sbk, LAYOUT,
-                A_KIND, B_KIND, BM, BN, BK, GROUP_M, EVEN_K, EVEN_N, ACCUMULATE, ZERO, WIDE)
+                A_KIND, B_KIND, BM, BN, BK, GROUP_M, EVEN_K, EVEN_N, CHUNKED, ACCUMULATE, ZERO, WIDE)

@@ -1,7 +1,8 @@
-"""Hopper products of few tokens with prepacked MXFP4 / MXFP8 weights: dense, offsets, masked, routed; bias, activation, combine.
+"""Hopper products of few tokens with prepacked MXFP4 / MXFP8 weights, in every layout; bias, activation, combine.
 
-Activations are BF16, or MXFP8, MXFP4, FP8 1x128 with E8M0 scales, which a launch in front brings to BF16 without loss; it also
-lists the experts that have rows. How it works: `narrow_device.py`; the order of the weights: `narrowgemm.prepack`.
+Activations are BF16, or MXFP8, MXFP4, FP8 1x128 with E8M0 scales, which a launch in front brings to BF16 without loss; FP32 scales
+of FP8 1x128 are left to the product, once for 128 of K. The launch also lists the experts that have rows. How it works:
+`narrow_device.py`; the order of the weights: `narrowgemm.prepack`.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from .narrow_tile import (
     entries_at_most,
     extra,
     legal,
+    promotes,
     registers,
     smem_bytes,
 )
@@ -50,7 +52,7 @@ MASKED_ELEMENTS = 1 << 26
 PREP_K = 2048                # of K that one program of the launch in front converts
 COMBINE_N = 1024
 # A's formats: element, scale -> how `narrow_prep_kernel` reads them
-XKINDS = {("bf16", "none"): 0, ("e4m3", "e8m0"): 1, ("e2m1", "e8m0"): 2}
+XKINDS = {("bf16", ""): 0, ("e4m3", "e8m0"): 1, ("e2m1", "e8m0"): 2, ("e4m3", "fp32"): 3, ("e5m2", "fp32"): 3}
 # (weight rows, block_k, stages, CTAs on an SM) by token columns
 SHAPES = {
     "e2m1": {8: ((64, 512, 2, 4), (64, 256, 3, 5), (64, 256, 4, 4), (128, 512, 2, 2)),
@@ -70,10 +72,10 @@ def supports(problem: Problem, arch: Arch) -> str | None:
     order, _, pair = b.prepack.partition(":")
     if order != PREPACK:
         return f"takes weights that narrowgemm.prepack() brought to the order {PREPACK}, not {b.format.name} as they are"
-    if (a.format.element, a.format.scale) not in XKINDS or a.format.group not in ((0, 0), (1, 32), (1, 128)):
-        return f"brings BF16, MXFP8, MXFP4 and FP8 1x128 with E8M0 scales to BF16 without loss, not {a.format.name}"
-    if a.format.scaled and a.scale_dtype != "e8m0":
-        return f"takes E8M0 scales of A, not {a.scale_dtype}"
+    if (a.format.element, a.scale_dtype) not in XKINDS or a.format.group not in ((0, 0), (1, 32), (1, 128)):
+        return f"brings BF16, MXFP8, MXFP4 and FP8 1x128 to BF16 without loss, not {a.format.name}, {a.scale_dtype or 'no'} scales"
+    if a.scale_dtype == "fp32" and not promotes(problem):
+        return f"takes E8M0 scales of {a.format.name}, not {a.scale_dtype}"
     if a.major != "k" or a.prepack:
         return "needs A K-major, as it is"
     if problem.accumulate or e.quantize is not None:
@@ -125,6 +127,7 @@ class Regions(NamedTuple):
     live: int
     x: int
     xfactor: int
+    xscale: int
     parts: int
     y: int
     size: int
@@ -137,8 +140,9 @@ def regions(problem: Problem, config: Config, slots: int, rows: int) -> Regions:
     positions = slots // problem.groups if problem.layout == "masked" else slots
     entries = entries_at_most(problem.layout, positions, problem.groups, config.block_m)
     sizes = (4 * (TABLE_HEAD + 3 * entries), 4 * MAX_CTAS, slots if e.combine else 0, 2 * rows * row_stride(problem.k),
-             4 * rows if problem.a.format.scaled else 0, 4 * 2 * MAX_CTAS * config.block_n * config.block_m,
-             4 * slots * n if e.combine else 0)
+             0 if promotes(problem) or not problem.a.format.scaled else 4 * rows,
+             4 * rows * (row_stride(problem.k) // CHUNK) if promotes(problem) else 0,
+             4 * 2 * MAX_CTAS * config.block_n * config.block_m, 4 * slots * n if e.combine else 0)
     ends = list(accumulate(-(-s // 256) * 256 for s in sizes))
     return Regions(0, *ends)
 
@@ -163,14 +167,14 @@ def statics(problem: Problem, config: Config, x: Operands) -> tuple[Static, Prep
     e = problem.epilogue
     assert x.packed is not None
     alpha, limit, *_ = (*e.activation_args, 0.0, 0.0)
-    kind = XKINDS[problem.a.format.element, problem.a.format.scale]
+    kind = XKINDS[problem.a.format.element, problem.a.scale_dtype]
     ch = config.block_k // CHUNK
     even = chunks_of(problem) % ch == 0 and -(-problem.n // ROWS) % (config.block_n // ROWS) == 0
     cfg = Static(
         problem.b.format.element == "e4m3", config.block_m, config.block_n, ch, config.num_stages, even,
-        x.slots is not None, x.factor is not None, kind > 0, PAIR_IDS[x.packed.pair], ACT_IDS[e.activation], alpha, limit,
+        x.slots is not None, x.factor is not None, kind in (1, 2), PAIR_IDS[x.packed.pair], ACT_IDS[e.activation], alpha, limit,
         x.bias is not None, x.weight is not None, True,
-        bool(extra(config, "keep")), bool(extra(config, "wide")))
+        bool(extra(config, "keep")), bool(extra(config, "wide")), promotes(problem))
     prep = PrepStatic(KINDS[problem.layout], config.block_m, power_of_two(problem.groups), kind, problem.a.format.group[1] or 32,
                       power_of_two(x.block_m), e.combine, PREP_K, True)
     return cfg, prep
@@ -191,11 +195,9 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     at = regions(problem, config, slots, rows)
     table, counts = Pointer(workspace, i32, at.table), Pointer(workspace, i32, at.counts)
     live, xfactor = Pointer(workspace, torch.int8, at.live), Pointer(workspace, f32, at.xfactor)
+    xscale = Pointer(workspace, f32, at.xscale)
     xp, parts, y = Pointer(workspace, torch.bfloat16, at.x), Pointer(workspace, f32, at.parts), Pointer(workspace, f32, at.y)
     a, scale, n = x.a.data, x.a.scale, x.n // 2 if e.activation else x.n
-    if masked:      # no copy where groups lie one behind the other
-        a = a if a.stride(0) == x.m * a.stride(1) else a.reshape(-1, a.shape[-1])
-        scale = scale if scale is None or scale.stride(0) == x.m * scale.stride(1) else scale.reshape(-1, scale.shape[-1])
     chunks, tiles = chunks_of(problem), -(-x.n // ROWS)
     steps = -(-chunks // cfg.CH)
     cap = entries_at_most(problem.layout, x.m if masked else slots, problem.groups, config.block_m)
@@ -208,20 +210,38 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     out, som = (y, n) if e.combine else (x.out, x.out.stride(-2))
     made = [
         Launch(narrow_prep_device.narrow_prep_kernel, (1 + rows * -(-kx // PREP_K),),
-               (a, xp if scale is None else scale, xp, xfactor, index, order, x.experts if x.experts is not None else table,
-                x.posted if x.posted is not None else table, table, counts, live, rows, x.k, kx, a.stride(-2),
-                0 if scale is None else scale.stride(-2), 0 if scale is None else scale.stride(-1), x.groups, slots,
-                x.positions or x.m, x.block_m, cap, grid, prep), {"num_warps": 4}),
+               (a, xp if scale is None else scale, xp, xscale if cfg.XSCALE else xfactor, index, order,
+                table if x.experts is None else x.experts, table if x.posted is None else x.posted, table, counts, live, rows, x.k,
+                kx, *a_strides(x, masked), x.groups, slots,
+                x.positions or x.m, x.alignment if problem.layout == "psum" else x.block_m, cap, grid, prep), {"num_warps": 4}),
         Launch(narrow_device.narrow_kernel, (grid,),
-               (x.b.data, Pointer(fields, i32), xp, out, order, xfactor if x.factor is None else x.factor, xfactor,
+               (x.b.data, Pointer(fields, i32), xp, xscale, out, order, xfactor if x.factor is None else x.factor, xfactor,
                 xfactor if x.bias is None else x.bias, xfactor if x.weight is None else x.weight, table, counts, parts,
                 tiles, steps, chunks, slots, problem.a_div, cap, steps if extra(config, "whole") else 1, x.n, kx, som, cfg),
                {"num_warps": config.num_warps, "maxnreg": registers(config), "launch_pdl": True})]
+    if problem.zero_padding and problem.layout in ("contiguous", "psum"):
+        made.insert(0, zero_padding_rows(problem, x))
     if e.combine:
         made.append(Launch(narrow_prep_device.narrow_combine_kernel, (slots // x.top_k * -(-n // COMBINE_N),),
                            (y, live, x.out, n, x.top_k, x.out.stride(-2)),
                            {"BN": COMBINE_N, "PDL": True, "num_warps": 4, "launch_pdl": True}))
     return made
+
+
+def a_strides(x: Operands, masked: bool) -> tuple[int, int, int, int, int]:
+    """Strides of A's groups and rows, of its scales' groups, rows and columns."""
+    a, s = x.a.data, x.a.scale
+    return (a.stride(0) if masked else 0, a.stride(-2), s.stride(0) if masked and s is not None else 0,
+            0 if s is None else s.stride(-2), 0 if s is None else s.stride(-1))
+
+
+def zero_padding_rows(problem: Problem, x: Operands) -> Launch:
+    """Zeros into the rows of `out` that belong to no group, contiguous and psum."""
+    from . import narrow_rows_device
+
+    return Launch(narrow_rows_device.zero_rows_kernel, (x.m,),
+                  (x.out, x.index, x.m, x.n, x.groups, x.alignment, x.out.stride(-2)),
+                  {"KIND": KINDS[problem.layout], "GROUPS": power_of_two(x.groups), "BN": 1024, "num_warps": 4})
 
 
 @lru_cache(maxsize=64)

@@ -58,7 +58,7 @@ def x_offsets(slots, R, a_div, KX):
 @gluon.jit
 def issue_weights(w_ptr, s_ptr, e, nt, k, slot, rings, NT, KC, cfg: gl.constexpr):
     """Copy one step of a tile's bytes and scale fields into a ring slot; zeros past the last chunk, and past the last 64 rows."""
-    w_s, s_s, x_s = rings
+    w_s, s_s, x_s, f_s = rings
     ROWS: gl.constexpr = cfg.ROWS
     wl: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [ROWS // 16, 1], [1, 0])
     sl: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [ROWS // 16, 1], [1, 0])
@@ -94,18 +94,22 @@ def issue_weights(w_ptr, s_ptr, e, nt, k, slot, rings, NT, KC, cfg: gl.constexpr
 
 
 @gluon.jit
-def issue_tokens(x_ptr, xo, live, k, slot, rings, cfg: gl.constexpr, layout: gl.constexpr):
-    w_s, s_s, x_s = rings
+def issue_tokens(x_ptr, xs_ptr, xo, live, k, slot, rings, cfg: gl.constexpr, layout: gl.constexpr):
+    w_s, s_s, x_s, f_s = rings
     KS: gl.constexpr = cfg.CH * 128
     kk = gl.arange(0, KS, gl.SliceLayout(0, layout))
     xp = x_ptr + (gl.expand_dims(xo, 1) + gl.expand_dims(k * KS + kk, 0))
     cp.async_copy_global_to_shared(x_s.index(slot), xp, mask=gl.expand_dims(live, 1) & gl.expand_dims(kk >= 0, 0))
+    if cfg.XSCALE:      # a row's scales lie as its payload does, one for 128
+        cc = gl.arange(0, cfg.CH, gl.SliceLayout(0, layout))
+        fp = xs_ptr + (gl.expand_dims(xo // 128, 1) + gl.expand_dims(k * cfg.CH + cc, 0))
+        cp.async_copy_global_to_shared(f_s.index(slot), fp, mask=gl.expand_dims(live, 1) & gl.expand_dims(cc >= 0, 0))
 
 
 @gluon.jit
 def multiply(acc, rings, slot, cfg: gl.constexpr):
     """Add one ring step's product."""
-    w_s, s_s, x_s = rings
+    w_s, s_s, x_s, f_s = rings
     mma: gl.constexpr = acc.type.layout
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     ROWS: gl.constexpr = cfg.ROWS
@@ -117,10 +121,29 @@ def multiply(acc, rings, slot, cfg: gl.constexpr):
             v = s_s.index(slot).slice(c // (2 * PER) * (ROWS // 2), ROWS // 2, 0).load(field_layout(ROWS))
         w = w_s.index(slot).slice(c * ROWS, ROWS, 0).load(byte_layout(ROWS))
         a = expand(w, v, c // PER % 2, ROWS, cfg.E4M3, operand)
-        if c > 0:
-            acc = warpgroup_mma_wait(0, deps=(acc, ))
-        acc = warpgroup_mma(a, x_s.index(slot).slice(c * KT, KT, 1).permute((1, 0)), acc, is_async=True)
+        x = x_s.index(slot).slice(c * KT, KT, 1).permute((1, 0))
+        if cfg.XSCALE:
+            if c == 0:
+                part = acc      # not added to: the first product of a chunk overwrites it
+            else:
+                part = warpgroup_mma_wait(0, deps=(part, ))
+                if c % PER == 0:
+                    acc += part * token_scales(f_s.index(slot), c // PER - 1, mma)
+            part = warpgroup_mma(a, x, part, use_acc=c % PER > 0, is_async=True)
+        else:
+            if c > 0:
+                acc = warpgroup_mma_wait(0, deps=(acc, ))
+            acc = warpgroup_mma(a, x, acc, is_async=True)
+    if cfg.XSCALE:
+        part = warpgroup_mma_wait(0, deps=(part, ))
+        acc += part * token_scales(f_s.index(slot), cfg.CH - 1, mma)
     return acc
+
+
+@gluon.jit
+def token_scales(f_s, chunk: gl.constexpr, mma: gl.constexpr):
+    """[1, BT] of a ring slot's scales [BT, CH]."""
+    return f_s.slice(chunk, 1, 1).permute((1, 0)).load(mma)
 
 
 @gluon.jit
@@ -177,10 +200,11 @@ def gather_pieces(acc, part_ptr, first_cta, pieces, ROWS: gl.constexpr, BT: gl.c
 
 
 @gluon.jit(do_not_specialize=["NT", "KB", "KC", "R", "a_div", "cap", "quantum"])
-def narrow_kernel(w_ptr, s_ptr, x_ptr, out_ptr, slots_ptr, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr, table_ptr, count_ptr,
+def narrow_kernel(w_ptr, s_ptr, x_ptr, xs_ptr, out_ptr, slots_ptr, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr, table_ptr, count_ptr,
                   part_ptr, NT, KB, KC, R, a_div, cap, quantum, N, KX, som, cfg: gl.constexpr):
     """A persistent grid. NT tiles of 64 rows of a weight, KB ring steps and KC chunks of K, R slots, `cap` entries a column of the
-    table, `quantum`: a CTA's stretch is a multiple of so many steps (KB: whole tiles), KX: row stride of A, som: of out."""
+    table, `quantum`: a CTA's stretch is a multiple of so many steps (KB: whole tiles), KX: row stride of A, som: of out.
+    xs: FP32 scales of A, row stride KX / 128."""
     BT: gl.constexpr = cfg.BT
     S: gl.constexpr = cfg.STAGES
     ROWS: gl.constexpr = cfg.ROWS
@@ -194,7 +218,10 @@ def narrow_kernel(w_ptr, s_ptr, x_ptr, out_ptr, slots_ptr, factor_ptr, xfactor_p
     s_s = gl.allocate_shared_memory(gl.int32, [S, cfg.CH * (ROWS // 4), 4], flat)
     x_s = gl.allocate_shared_memory(gl.bfloat16, [S, BT, cfg.CH * 128],
                                     gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
-    rings = (w_s, s_s, x_s)
+    f_s = s_s
+    if cfg.XSCALE:
+        f_s = gl.allocate_shared_memory(gl.float32, [S, BT, cfg.CH], flat)
+    rings = (w_s, s_s, x_s, f_s)
     if cfg.PDL:
         gdc_wait()
     blocks = gl.load(table_ptr)
@@ -229,7 +256,7 @@ def narrow_kernel(w_ptr, s_ptr, x_ptr, out_ptr, slots_ptr, factor_ptr, xfactor_p
         for i in gl.static_range(S - 1):
             if u + i < end:
                 same = ib == b
-                issue_tokens(x_ptr, gl.where(same, xo0, xo1), (live0 & same) | (live1 & (same == 0)), ik, i, rings, cfg, xl)
+                issue_tokens(x_ptr, xs_ptr, gl.where(same, xo0, xo1), (live0 & same) | (live1 & (same == 0)), ik, i, rings, cfg, xl)
             cp.commit_group()
             ik, it, ib = advance(ik, it, ib, KB, NU)
         # what is copied next: step `ik` of tile `it` of the expert `ei`, table entry `ib`
@@ -256,7 +283,7 @@ def narrow_kernel(w_ptr, s_ptr, x_ptr, out_ptr, slots_ptr, factor_ptr, xfactor_p
                 fence_async_shared()
                 if iu < end:
                     issue_weights(w_ptr, s_ptr, ei, it, ik, islot, rings, NT, KC, cfg)
-                    issue_tokens(x_ptr, xo, live, ik, islot, rings, cfg, xl)
+                    issue_tokens(x_ptr, xs_ptr, xo, live, ik, islot, rings, cfg, xl)
                 cp.commit_group()
                 iu += 1
                 ik += 1

@@ -23,7 +23,7 @@ from . import narrow
 from .narrow import COMBINE_N, XKINDS, power_of_two, sms_of
 from .narrow_model import active_experts, rows_expected
 from .narrow_prefill_tile import BOXES, SCALE_BYTES, WIDTHS, Tile
-from .narrow_tile import ACT_IDS, CHUNK, ITEMSIZE, KINDS, PAIR_IDS, ROWS, TABLE_HEAD, chunks_of, entries_at_most, extra
+from .narrow_tile import ACT_IDS, CHUNK, ITEMSIZE, KINDS, PAIR_IDS, ROWS, TABLE_HEAD, chunks_of, entries_at_most, extra, promotes
 
 NAME = "gluon_sm90.narrow_prefill"
 BACKEND = "gluon_sm90"
@@ -32,6 +32,8 @@ PREP_K = 2048           # of K that one program of the launch in front converts
 
 def supports(problem: Problem, arch: Arch) -> str | None:
     reason = narrow.supports(problem, arch)
+    if reason is None and promotes(problem):
+        return "takes E8M0 scales of A, not fp32"
     if reason is None and problem.layout == "routed":
         return "gathers tokens in the order of positions, of which it can't tell how many a routed layout has: use offsets"
     if reason is None and ":" in problem.b.prepack and not problem.epilogue.activation:
@@ -192,15 +194,12 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     xfactor, weight = Pointer(workspace, f32, at.xfactor), Pointer(workspace, f32, at.weight)
     tokens, y = Pointer(workspace, bf16, at.x), Pointer(workspace, f32, at.y)
     a, scale, n = x.a.data, x.a.scale, x.n // 2 if e.activation else x.n
-    if masked:      # no copy where groups lie one behind the other
-        a = a if a.stride(0) == x.m * a.stride(1) else a.reshape(-1, a.shape[-1])
-        scale = scale if scale is None or scale.stride(0) == x.m * scale.stride(1) else scale.reshape(-1, scale.shape[-1])
     chunks, tiles = chunks_of(problem), -(-x.n // ROWS)
     kx = chunks * CHUNK
     index = table if x.index is None else x.index
     order = table if x.slots is None else x.slots
     prep = PrepStatic(KINDS[problem.layout], config.block_m, power_of_two(x.groups),
-                      XKINDS[problem.a.format.element, problem.a.format.scale], problem.a.format.group[1] or 32, e.combine, PREP_K,
+                      XKINDS[problem.a.format.element, problem.a.scale_dtype], problem.a.format.group[1] or 32, e.combine, PREP_K,
                       x.slots is not None, x.weight is not None)
     x_tile, planes = narrow_prefill_parts_device.X_TILE.value, narrow_prefill_parts_device.PLANES.value
     boxes = [TensorDescriptor(tokens, [rows, kx], [kx, 1], [p, CHUNK], x_tile) for p in BOXES]
@@ -213,11 +212,13 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     made = [
         Launch(narrow_prefill_prep_device.narrow_prefill_prep_kernel, (1 + rows * -(-kx // PREP_K),),
                (a, tokens if scale is None else scale, tokens, xfactor, weight if x.weight is None else x.weight, weight, index,
-                order, order, order, table, live, x.k, kx, a.stride(-2), 0 if scale is None else scale.stride(-2),
-                0 if scale is None else scale.stride(-1), x.groups, rows, each, 1, cap, problem.a_div, prep), {"num_warps": 4}),
+                order, order, order, table, live, x.k, kx, *narrow.a_strides(x, masked), x.groups, rows, each, x.alignment, cap,
+                problem.a_div, prep), {"num_warps": 4}),
         Launch(narrow_prefill_device.narrow_prefill_kernel, (grid,),
                (*boxes, out, order, xfactor if x.factor is None else x.factor, xfactor, xfactor if x.bias is None else x.bias,
                 weight, table, chunks, tiles, rows, cap, x.n, om, tile), {"num_warps": 4, "maxnreg": tile.max_registers})]
+    if problem.zero_padding and problem.layout in ("contiguous", "psum"):
+        made.insert(0, narrow.zero_padding_rows(problem, x))
     if e.combine:
         made.append(Launch(narrow_prep_device.narrow_combine_kernel, (rows // x.top_k * -(-n // COMBINE_N),),
                            (y, live, x.out, n, x.top_k, x.out.stride(-2)),

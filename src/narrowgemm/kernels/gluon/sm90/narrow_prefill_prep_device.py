@@ -7,7 +7,7 @@ BF16 with K in the order that the expanded weights have, zeros up to the next 12
 import triton
 import triton.language as tl
 
-from .narrow_prep_device import ROUTED, clear, element, group_entries, power_of_two, routed_entries, row_shift
+from .narrow_prep_device import element, in_use, list_all, offset_of, power_of_two, row_shift
 
 
 @triton.jit
@@ -19,22 +19,15 @@ def narrow_weight_order(x_ptr, base, k0, K, BK: tl.constexpr):
     return tl.reshape(x, [BK])
 
 
-@triton.jit(do_not_specialize=["G", "R", "positions", "block_m", "cap", "a_div", "ssm", "ssk"])
+@triton.jit(do_not_specialize=["G", "R", "positions", "block_m", "cap", "a_div", "sxg", "ssg", "ssm", "ssk"])
 def narrow_prefill_prep_kernel(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, weight_ptr, of_position_ptr, index_ptr, slots_ptr, experts_ptr,
-                               posted_ptr, table_ptr, live_ptr, K, KX, sxm, ssm, ssk, G, R, positions, block_m, cap, a_div,
+                               posted_ptr, table_ptr, live_ptr, K, KX, sxg, sxm, ssg, ssm, ssk, G, R, positions, block_m, cap, a_div,
                                cfg: tl.constexpr):
     """positions: of the layout (masked: rows a group can hold); R: slots; weight_ptr: a slot's, of_position_ptr: where a position's
     goes. The rest as narrow_prep_kernel's."""
     pid = tl.program_id(0)
     if pid == 0:
-        if cfg.LIVE:
-            clear(live_ptr, R, 0)
-            tl.debug_barrier()
-        if cfg.KIND == ROUTED:
-            found = routed_entries(slots_ptr, experts_ptr, posted_ptr, table_ptr, live_ptr, positions, G, R, cap, block_m, cfg)
-        else:
-            found = group_entries(index_ptr, slots_ptr, table_ptr, live_ptr, positions, G, R, cap, cfg)
-        tl.store(table_ptr, tl.minimum(found, cap))
+        list_all(index_ptr, slots_ptr, experts_ptr, posted_ptr, table_ptr, live_ptr, positions, G, R, cap, block_m, cfg)
     else:
         pieces = (KX + cfg.BK - 1) // cfg.BK
         at = (pid - 1) // pieces
@@ -42,9 +35,10 @@ def narrow_prefill_prep_kernel(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, weight_ptr, o
         slot = at
         if cfg.SLOTS:
             slot = tl.load(slots_ptr + at)
-        if (slot >= 0) & (slot < R):
-            row = (slot // a_div).to(tl.int64)
-            base = row * sxm
+        row = (tl.maximum(slot, 0) // a_div).to(tl.int64)
+        if (slot >= 0) & (slot < R) & in_use(index_ptr, row, positions, cfg):
+            base = offset_of(row, positions, sxg, sxm, cfg)
+            xs_ptr += offset_of(row, positions, ssg, ssm, cfg)
             to = xp_ptr + at.to(tl.int64) * KX
             if cfg.WEIGHT:
                 if part == 0:
@@ -55,8 +49,8 @@ def narrow_prefill_prep_kernel(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, weight_ptr, o
             else:
                 pair = part * (cfg.BK // 2) + tl.arange(0, cfg.BK // 2)
                 k = pair // 64 * 128 + pair % 4 * 32 + pair % 64 // 4 * 2
-                shift, nan = row_shift(xs_ptr, row, K, ssm, ssk, cfg)
-                code = tl.load(xs_ptr + row * ssm + k // cfg.GROUP * ssk, mask=k < K, other=127).to(tl.int32)
+                shift, nan = row_shift(xs_ptr, K, ssk, cfg)
+                code = tl.load(xs_ptr + k // cfg.GROUP * ssk, mask=k < K, other=127).to(tl.int32)
                 scale = power_of_two(code - shift - 127)
                 lo = element(x_ptr, base, k, K, cfg) * scale
                 hi = element(x_ptr, base, k + 1, K, cfg) * scale

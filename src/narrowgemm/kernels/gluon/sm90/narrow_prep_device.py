@@ -9,12 +9,15 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .narrow_rows_device import CONTIGUOUS, PSUM, contiguous_entries, psum_rows
+
 DENSE = tl.constexpr(0)
 OFFSETS = tl.constexpr(1)
 MASKED = tl.constexpr(2)
 ROUTED = tl.constexpr(3)
 E4M3 = tl.constexpr(1)
 E2M1 = tl.constexpr(2)
+PLAIN_FP8 = tl.constexpr(3)
 HEAD = tl.constexpr(16)
 LOW = tl.constexpr(3)        # scale codes of A between which E4M3 values are exact in BF16
 HIGH = tl.constexpr(240)
@@ -69,7 +72,7 @@ def routed_entries(slots_ptr, experts_ptr, posted_ptr, table_ptr, live_ptr, posi
 
 
 @triton.jit
-def group_entries(index_ptr, slots_ptr, table_ptr, live_ptr, positions, G, R, cap, cfg: tl.constexpr):
+def group_entries(index_ptr, slots_ptr, table_ptr, live_ptr, positions, G, R, cap, alignment, cfg: tl.constexpr):
     g = tl.arange(0, cfg.GROUPS)
     there = g < G
     if cfg.KIND == DENSE:
@@ -78,6 +81,8 @@ def group_entries(index_ptr, slots_ptr, table_ptr, live_ptr, positions, G, R, ca
     elif cfg.KIND == MASKED:
         first = g * positions
         rows = tl.minimum(tl.maximum(tl.load(index_ptr + g, mask=there, other=0).to(tl.int32), 0), positions)
+    elif cfg.KIND == PSUM:
+        first, rows = psum_rows(index_ptr, g, there, positions, alignment)
     else:
         start = tl.load(index_ptr + g, mask=there, other=0)
         stop = tl.load(index_ptr + g + 1, mask=there, other=0)
@@ -93,15 +98,48 @@ def group_entries(index_ptr, slots_ptr, table_ptr, live_ptr, positions, G, R, ca
 
 
 @triton.jit
-def row_shift(xs_ptr, row, K, ssm, ssk, cfg: tl.constexpr):
-    """(shift of the row's scale codes, whether one is NaN)."""
+def list_all(index_ptr, slots_ptr, experts_ptr, posted_ptr, table_ptr, live_ptr, positions, G, R, cap, block_m, cfg: tl.constexpr):
+    """The expert table. block_m: entries of a block of the routed layout, rows that a group is aligned to of psum's."""
+    if cfg.LIVE:
+        clear(live_ptr, R, 0)
+        tl.debug_barrier()
+    if cfg.KIND == ROUTED:
+        found = routed_entries(slots_ptr, experts_ptr, posted_ptr, table_ptr, live_ptr, positions, G, R, cap, block_m, cfg)
+    elif cfg.KIND == CONTIGUOUS:
+        found = contiguous_entries(index_ptr, table_ptr, positions, G, cap, cfg.BT)
+    else:
+        found = group_entries(index_ptr, slots_ptr, table_ptr, live_ptr, positions, G, R, cap, block_m, cfg)
+    tl.store(table_ptr, tl.minimum(found, cap))
+
+
+@triton.jit
+def offset_of(row, positions, group_stride, stride, cfg: tl.constexpr):
+    """Of a row of A, or of its scales: groups of a masked A lie as they lie."""
+    if cfg.KIND == MASKED:
+        return row // positions * group_stride + row % positions * stride
+    else:
+        return row * stride
+
+
+@triton.jit
+def in_use(index_ptr, row, positions, cfg: tl.constexpr):
+    """Whether a row of A may be asked for: of a masked A, the first of each group are."""
+    if cfg.KIND == MASKED:
+        return row % positions < tl.load(index_ptr + row // positions)
+    else:
+        return row >= 0
+
+
+@triton.jit
+def row_shift(xs_ptr, K, ssk, cfg: tl.constexpr):
+    """(shift of the scale codes of the row at xs_ptr scale codes, whether one is NaN)."""
     top = tl.full([], 0, tl.int32)
     bottom = tl.full([], 255, tl.int32)
     nan = tl.full([], 0, tl.int32)
     count = (K + cfg.GROUP - 1) // cfg.GROUP
     for i in range(0, count, 256):
         o = i + tl.arange(0, 256)
-        code = tl.load(xs_ptr + row * ssm + o * ssk, mask=o < count, other=127).to(tl.int32)
+        code = tl.load(xs_ptr + o * ssk, mask=o < count, other=127).to(tl.int32)
         nan = tl.maximum(nan, tl.max((code == 255).to(tl.int32), 0))
         top = tl.maximum(top, tl.max(tl.where((code == 255) | (o >= count), 0, code), 0))
         bottom = tl.minimum(bottom, tl.min(tl.where(o < count, code, 255), 0))
@@ -132,44 +170,53 @@ def element(x_ptr, base, k, K, cfg: tl.constexpr):
         return tl.load(x_ptr + base + k, mask=k < K, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["rows", "K", "ssm", "ssk", "G", "R", "positions", "block_m", "cap", "counters"])
+@triton.jit
+def bring_row(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, row, part, K, KX, ssk, cfg: tl.constexpr):
+    """BK columns of a row of A to BF16, K in the order of the expanded weights; part 0 leaves what the row is multiplied by.
+
+    xfactor_ptr: a factor a row; PLAIN_FP8: the scales as they are, [rows, KX / 128]."""
+    pair = part * (cfg.BK // 2) + tl.arange(0, cfg.BK // 2)
+    # out[m * 8 + q * 2 + r] = in[q * 32 + m * 2 + r] of every 128
+    k = pair // 64 * 128 + pair % 4 * 32 + pair % 64 // 4 * 2
+    lo = element(x_ptr, 0, k, K, cfg)
+    hi = element(x_ptr, 0, k + 1, K, cfg)
+    if cfg.XKIND == PLAIN_FP8:
+        if part == 0:
+            for i in range(0, KX // 128, 64):
+                o = i + tl.arange(0, 64)
+                scale = tl.load(xs_ptr + o * ssk, mask=o < (K + 127) // 128, other=0.0)
+                tl.store(xfactor_ptr + row * (KX // 128) + o, scale, mask=o < KX // 128)
+    elif cfg.XKIND > 0:
+        shift, nan = row_shift(xs_ptr, K, ssk, cfg)
+        code = tl.load(xs_ptr + k // cfg.GROUP * ssk, mask=k < K, other=127).to(tl.int32)
+        scale = power_of_two(code - shift - 127)
+        lo *= scale
+        hi *= scale
+        if part == 0:
+            tl.store(xfactor_ptr + row, tl.where(nan > 0, float("nan"), power_of_two(shift)))
+    both = tl.join(lo.to(tl.bfloat16), hi.to(tl.bfloat16))
+    at = 2 * pair[:, None] + tl.arange(0, 2)[None, :]
+    tl.store(xp_ptr + at, both, mask=at < KX)
+
+
+@triton.jit(do_not_specialize=["rows", "K", "sxg", "ssg", "ssm", "ssk", "G", "R", "positions", "block_m", "cap", "counters"])
 def narrow_prep_kernel(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, index_ptr, slots_ptr, experts_ptr, posted_ptr, table_ptr, count_ptr,
-                       live_ptr, rows, K, KX, sxm, ssm, ssk, G, R, positions, block_m, cap, counters, cfg: tl.constexpr):
-    """positions: of the layout (masked: rows a group can hold); R: slots; rows: of A; counters: int32 to be zeroed."""
+                       live_ptr, rows, K, KX, sxg, sxm, ssg, ssm, ssk, G, R, positions, block_m, cap, counters, cfg: tl.constexpr):
+    """positions: of the layout (masked: rows a group can hold); R: slots; rows: of A; counters: int32 to be zeroed; sxg, sxm: strides
+    of A's groups (masked) and rows, ssg, ssm, ssk: of its scales."""
     if cfg.PDL:
         gdc_launch_dependents()
     pid = tl.program_id(0)
     if pid == 0:
         clear(count_ptr, counters, 0)
-        if cfg.LIVE:
-            clear(live_ptr, R, 0)
-            tl.debug_barrier()
-        if cfg.KIND == ROUTED:
-            found = routed_entries(slots_ptr, experts_ptr, posted_ptr, table_ptr, live_ptr, positions, G, R, cap, block_m, cfg)
-        else:
-            found = group_entries(index_ptr, slots_ptr, table_ptr, live_ptr, positions, G, R, cap, cfg)
-        tl.store(table_ptr, tl.minimum(found, cap))
+        list_all(index_ptr, slots_ptr, experts_ptr, posted_ptr, table_ptr, live_ptr, positions, G, R, cap, block_m, cfg)
     else:
         pieces = (KX + cfg.BK - 1) // cfg.BK
         row = ((pid - 1) // pieces).to(tl.int64)
         part = (pid - 1) % pieces
-        base = row * sxm
-        pair = part * (cfg.BK // 2) + tl.arange(0, cfg.BK // 2)
-        # out[m * 8 + q * 2 + r] = in[q * 32 + m * 2 + r] of every 128
-        k = pair // 64 * 128 + pair % 4 * 32 + pair % 64 // 4 * 2
-        lo = element(x_ptr, base, k, K, cfg)
-        hi = element(x_ptr, base, k + 1, K, cfg)
-        if cfg.XKIND > 0:
-            shift, nan = row_shift(xs_ptr, row, K, ssm, ssk, cfg)
-            code = tl.load(xs_ptr + row * ssm + k // cfg.GROUP * ssk, mask=k < K, other=127).to(tl.int32)
-            scale = power_of_two(code - shift - 127)
-            lo *= scale
-            hi *= scale
-            if part == 0:
-                tl.store(xfactor_ptr + row, tl.where(nan > 0, float("nan"), power_of_two(shift)))
-        both = tl.join(lo.to(tl.bfloat16), hi.to(tl.bfloat16))
-        at = 2 * pair[:, None] + tl.arange(0, 2)[None, :]
-        tl.store(xp_ptr + row * KX + at, both, mask=at < KX)
+        if in_use(index_ptr, row, positions, cfg):
+            bring_row(x_ptr + offset_of(row, positions, sxg, sxm, cfg), xs_ptr + offset_of(row, positions, ssg, ssm, cfg),
+                      xp_ptr + row * KX, xfactor_ptr, row, part, K, KX, ssk, cfg)
 
 
 @triton.jit(do_not_specialize=["TOP_K"])

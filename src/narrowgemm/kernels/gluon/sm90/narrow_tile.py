@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ....arch import Arch
 from ....problem import Config, Problem
 
-KINDS = {"dense": 0, "offsets": 1, "masked": 2, "routed": 3}
+KINDS = {"dense": 0, "offsets": 1, "masked": 2, "routed": 3, "contiguous": 4, "psum": 5}
 PAIR_IDS = {"": 0, "halves": 1, "interleaved": 2}
 ACT_IDS = {"": 0, "swiglu": 1, "swiglu_oai": 2}
 TOKENS = (8, 16, 32, 64)
@@ -40,6 +40,7 @@ class Static:
     PDL: bool
     KEEP: bool               # output stays in L2
     WIDE: bool               # 16 bytes a store, through shared memory
+    XSCALE: bool = False     # sums are scaled by FP32 scales of A, one for 128 of K
 
     @property
     def CW(self) -> int:
@@ -59,12 +60,17 @@ class PrepStatic:
     KIND: int
     BT: int
     GROUPS: int              # a power of two, no less than the groups
-    XKIND: int               # 0: floats, 1: E4M3, 2: E2M1
+    XKIND: int               # 0: floats, 1: E4M3, 2: E2M1, 3: FP8 whose scales go to the product
     GROUP: int               # of K, that share a scale of A
     BLOCK: int               # entries of a block (routed), a power of two no less
     LIVE: bool               # marks slots that an expert computes
     BK: int
     PDL: bool
+
+
+def promotes(problem: Problem) -> bool:
+    """Whether A has FP32 scales, one for 128 of K: a sum is scaled by them once a chunk."""
+    return problem.a.format.group == (1, CHUNK) and problem.a.scale_dtype == "fp32"
 
 
 def extra(config: Config, name: str, default: int = 0) -> int:
@@ -76,10 +82,10 @@ def chunks_of(problem: Problem) -> int:
 
 
 def stage_bytes(problem: Problem, config: Config) -> int:
-    """A ring stage: weights, their scales, tokens."""
+    """A ring stage: weights, their scales, tokens, and their FP32 scales."""
     ch = config.block_k // CHUNK
     row = (CHUNK if problem.b.format.element == "e4m3" else CHUNK // 2) + 4
-    return ch * (config.block_n * row + config.block_m * CHUNK * 2)
+    return ch * (config.block_n * row + config.block_m * (CHUNK * 2 + (4 if promotes(problem) else 0)))
 
 
 def smem_bytes(problem: Problem, config: Config) -> int:
@@ -111,7 +117,7 @@ def entries_at_most(problem_layout: str, slots: int, groups: int, tokens: int) -
         return -(-slots // tokens)
     if problem_layout == "masked":
         return groups * -(-slots // tokens)
-    return slots // tokens + (min(groups, slots) if problem_layout == "offsets" else slots)
+    return slots // tokens + (min(groups, slots) if problem_layout in ("offsets", "psum") else slots)
 
 
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
@@ -128,7 +134,7 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     units = -(-problem.k // config.block_k) * -(-problem.n // config.block_n)
     if units < config.num_stages - 1:
         return f"{config.num_stages} stages for {units} steps of one expert"
-    need = config.block_m // 2 * (2 if config.block_m > 16 else 1) + 72
+    need = config.block_m // 2 * (2 if config.block_m > 16 else 1) + 72 + (24 if promotes(problem) else 0)
     if need > registers(config):
         return f"{config.block_m} token columns take about {need} registers, {registers(config)} there"
     return None
