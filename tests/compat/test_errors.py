@@ -67,8 +67,15 @@ PAIRS = {
     "short recipe": (dict(recipe=(1, 128)), ValueError, r"recipe: got \(1, 128\), expected \(rows of A"),
     "long recipe": (dict(recipe_a=(1, 1, 128), recipe_b=(1, 128)), ValueError, r"expected \(rows, columns of K\)"),
     "compiled_dims": (dict(compiled_dims="xy"), ValueError, r"compiled_dims: got 'xy', expected letters of 'mnk'"),
-    "fp4 a": (dict(a=a(dtype=torch.int8)), Unsupported, r"a: FP4 payload \(torch.int8\).*keep FP8"),
-    "fp4 b": (dict(b=b(dtype=torch.int32)), Unsupported, r"b: FP4 payload \(torch.int32\)"),
+    "fp4 a": (dict(a=a(dtype=torch.int8)), ValueError, r"a, scales of an FP4 payload of \(16, 512\): got \(16, 2\).*1x32 or"),
+    "fp4 b": (dict(b=b(dtype=torch.int32)), ValueError, r"b, scales of an FP4 payload of \(128, 2048\)"),
+    "fp4 recipe": (dict(b=b(k=128, dtype=torch.int8, scale=(N, 8)), recipe_a=(1, 128), recipe_b=(1, 128)), ValueError,
+                   r"recipe says 128"),
+    "fp4 blocks": (dict(b=b(k=128, dtype=torch.int8, scale=(N, 8)), recipe=(1, 128, 128)), Unsupported,
+                   r"b: scale blocks of 128x128"),
+    "fp4 along rows": (dict(b=(b(k=128, dtype=torch.int8)[0].t().contiguous().t(), b()[1])), Unsupported,
+                       r"b: FP4 packed along rows"),
+    "fp4 K": (dict(b=b(k=96, dtype=torch.int8, scale=(N, 6))), ValueError, r"K of a and b: got 256 and 192"),
     "unknown block": (dict(recipe=(1, 64, 64)), Unsupported, r"scale blocks of 1x64 for FP8 \(1x128, 128x128 or"),
     "epilogue": (dict(epilogue="relu"), Unsupported, r"epilogue 'relu'"),
 }
@@ -115,7 +122,7 @@ GROUPED = {
     "A blocks of 128 rows": (dict(recipe_a=(128, 128), recipe_b=(128, 128), a=a(scale=(1, 2))), ValueError,
                              r"a's scale block \(128, 128\)"),
     "K": (dict(b=b3(k=384, scale=(1, 3))), ValueError, r"K of a and b: got 256 and 384"),
-    "fp4": (dict(b=b3(dtype=torch.int8)), Unsupported, r"b: FP4 payload"),
+    "fp4": (dict(b=b3(dtype=torch.int8)), ValueError, r"b, scales of an FP4 payload"),
     "epilogue": (dict(epilogue=object()), Unsupported, r"epilogue <object"),
 }
 

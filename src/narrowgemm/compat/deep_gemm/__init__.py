@@ -23,6 +23,7 @@ from .dense import (
     fp8_gemm_tn,
     fp8_gemm_tt,
 )
+from .fp4 import prepack_fp4
 from .grouped import (
     fp8_m_grouped_gemm_nt_masked,
     m_grouped_fp8_fp4_gemm_nn_contiguous,
@@ -61,7 +62,7 @@ __all__ = [
     "get_num_sms", "get_pdl", "get_tc_util", "install", "installed", "k_grouped_fp8_gemm_nt_contiguous",
     "k_grouped_fp8_gemm_tn_contiguous", "m_grouped_fp8_fp4_gemm_nn_contiguous", "m_grouped_fp8_fp4_gemm_nt_contiguous",
     "m_grouped_fp8_fp4_gemm_nt_masked", "m_grouped_fp8_gemm_nn_contiguous", "m_grouped_fp8_gemm_nt_contiguous",
-    "m_grouped_fp8_gemm_nt_masked", "set_block_size_multiple_of", "set_compile_mode", "set_ignore_compile_dims",
+    "m_grouped_fp8_gemm_nt_masked", "prepack_fp4", "set_block_size_multiple_of", "set_compile_mode", "set_ignore_compile_dims",
     "set_num_sms", "set_pdl", "set_tc_util", "testing", "transform_sf_into_required_layout", "uninstall",
     "use_deterministic_algorithms", "utils",
 ]

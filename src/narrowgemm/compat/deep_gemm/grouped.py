@@ -13,21 +13,22 @@ from ...errors import Unsupported, expect
 from ...layouts import Contiguous, Masked, Psum
 from ...ops.grouped import grouped_gemm
 from . import state
-from .operands import Pair, check_options, prepare, transposed
+from .operands import Pair, Weight, check_options, prepare, transposed
 
 Recipe = Sequence[int] | None
 
 
 def m_grouped_fp8_fp4_gemm_nt_contiguous(
-        a: Pair, b: Pair, d: Tensor, grouped_layout: Tensor, recipe: Recipe = None, recipe_a: Recipe = None,
+        a: Pair, b: Weight, d: Tensor, grouped_layout: Tensor, recipe: Recipe = None, recipe_a: Recipe = None,
         recipe_b: Recipe = None, compiled_dims: str = "nk", disable_ue8m0_cast: bool = False,
         use_psum_layout: bool = False, ensure_zero_padding: bool = True, expected_m_for_psum_layout: int | None = None,
         epilogue: None = None) -> None:
     """`d[rows of g] = a[rows of g] @ b[g].T` for every group, written in place.
 
     `a`: (FP8 `[M, K]`, scales `[M, K/128]`); `b`: (FP8 `[G, N, K]`, scales `[G, N/128, K/128]`, or `[G, N, K/128]`);
-    `d` `[M, N]`. `grouped_layout` int32: `[M]`, the group of each row, -1 for padding; or with `use_psum_layout` `[G]`,
-    the end row of each group, the next starting at that rounded up to `get_mk_alignment_for_contiguous_layout()`.
+    FP4 and packed weights as in `fp8_fp4_gemm_nt`. `d` `[M, N]`. `grouped_layout` int32: `[M]`, the group of each row,
+    -1 for padding; or with `use_psum_layout` `[G]`, the end row of each group, the next starting at that rounded up to
+    `get_mk_alignment_for_contiguous_layout()`.
     Padding rows of `d` come back zero; with `use_psum_layout` and `ensure_zero_padding=False` they are not written.
     `expected_m_for_psum_layout` is a hint. Scales and errors as in `fp8_fp4_gemm_nt`.
     """
@@ -37,7 +38,7 @@ def m_grouped_fp8_fp4_gemm_nt_contiguous(
     if use_psum_layout:
         layout = Psum(grouped_layout, state.settings.mk_alignment,
                       hint(expected_m_for_psum_layout or 0, "expected_m_for_psum_layout"))
-        layout.groups(y.data.shape[0])
+        layout.groups(y.shape[0])
     else:
         expect(expected_m_for_psum_layout is None, "expected_m_for_psum_layout without use_psum_layout",
                expected_m_for_psum_layout, "None")
@@ -51,7 +52,7 @@ def m_grouped_fp8_fp4_gemm_nt_contiguous(
 
 
 def m_grouped_fp8_fp4_gemm_nn_contiguous(
-        a: Pair, b: Pair, d: Tensor, grouped_layout: Tensor, recipe: Recipe = None, recipe_a: Recipe = None,
+        a: Pair, b: Weight, d: Tensor, grouped_layout: Tensor, recipe: Recipe = None, recipe_a: Recipe = None,
         recipe_b: Recipe = None, compiled_dims: str = "nk", disable_ue8m0_cast: bool = False,
         use_psum_layout: bool = False, ensure_zero_padding: bool = True, epilogue: None = None) -> None:
     """The same with `b` (FP8 `[G, K, N]`, scales `[G, K/128, N/128]`): `d[rows of g] = a[rows of g] @ b[g]`."""
@@ -61,7 +62,7 @@ def m_grouped_fp8_fp4_gemm_nn_contiguous(
 
 
 def m_grouped_fp8_fp4_gemm_nt_masked(
-        a: Pair, b: Pair, d: Tensor, masked_m: Tensor, expected_m: int, recipe: Recipe = None, recipe_a: Recipe = None,
+        a: Pair, b: Weight, d: Tensor, masked_m: Tensor, expected_m: int, recipe: Recipe = None, recipe_a: Recipe = None,
         recipe_b: Recipe = None, compiled_dims: str = "nk", disable_ue8m0_cast: bool = False, epilogue: None = None, *,
         enable_overlap: bool = False, max_block_n: int = 256, signal: Tensor | None = None) -> None:
     """`d[g, :masked_m[g]] = a[g, :masked_m[g]] @ b[g].T`, written in place; other rows of `d` are not written.

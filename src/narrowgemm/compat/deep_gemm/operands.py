@@ -1,7 +1,7 @@
 """DeepGEMM's `(payload, scales)` pairs and recipes, as `ScaledTensor`s; and what every GEMM checks about `d` and `c`.
 
 A recipe gives the rows and columns of K that share a scale: `recipe_a` and `recipe_b` are `(rows, cols)`, and
-`recipe` is `(rows of A's, rows of B's, cols)`. Without one, A is 1x128 and B is what its scales' shape says.
+`recipe` is `(rows of A's, rows of B's, cols)`. Without one, A is 1x128 and B is what its scales' shape says. FP4: `fp4.py`.
 """
 
 from __future__ import annotations
@@ -14,12 +14,15 @@ from torch import Tensor
 
 from ...errors import Unsupported, expect
 from ...formats import MXFP8, Format, FP8_1x128, FP8_128x128, ScaledTensor
+from ...prepack import PackedWeight
+from . import fp4
+from .fp4 import FP4
 
 Pair = Sequence[Tensor]
+Weight = Pair | PackedWeight
 Block = tuple[int, int]
 
 FP8 = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
-FP4 = tuple(d for d in (torch.int8, torch.int32, getattr(torch, "float4_e2m1fn_x2", None)) if d is not None)
 E8M0 = getattr(torch, "float8_e8m0fnu", torch.uint8)
 SCALES = (torch.float32, torch.uint8, E8M0, torch.int32)
 BLOCKS = {(1, 128): FP8_1x128, (128, 128): FP8_128x128, (1, 32): MXFP8}
@@ -38,9 +41,9 @@ def format_of(block: Block, element: str, e8m0: bool) -> Format:
     return (fmt.with_scale("e8m0") if e8m0 else fmt).with_element(element)
 
 
-def prepare(a: Pair, b: Pair, d: Tensor, dims: tuple[int, int], recipe: Sequence[int] | None,
-            recipe_a: Sequence[int] | None, recipe_b: Sequence[int] | None) -> tuple[ScaledTensor, ScaledTensor]:
-    """A and B of `dims` dimensions as ScaledTensors, checked against each other and against `d`.
+def prepare(a: Pair, b: Weight, d: Tensor, dims: tuple[int, int], recipe: Sequence[int] | None,
+            recipe_a: Sequence[int] | None, recipe_b: Sequence[int] | None) -> tuple[ScaledTensor, ScaledTensor | PackedWeight]:
+    """A and B of `dims` dimensions as ScaledTensors (B may be packed), checked against each other and against `d`.
 
     Calls that differ in nothing but data are checked once: what follows costs a look-up.
     """
@@ -55,12 +58,14 @@ def prepare(a: Pair, b: Pair, d: Tensor, dims: tuple[int, int], recipe: Sequence
     if formats is not None:
         return ScaledTensor(x, sx, formats[0]), ScaledTensor(y, sy, formats[1])
     block_a, block_b = blocks(recipe, recipe_a, recipe_b)
-    p, q = operand(a, "a", block_a, dims[0]), operand(b, "b", block_b, dims[1])
+    p = operand(a, "a", block_a, dims[0])
+    q = b if isinstance(b, PackedWeight) else operand(b, "b", block_b, dims[1])
+    expect(len(q.shape) == dims[1], "b, shape", tuple(q.shape), f"{dims[1]} dimensions")
     expect(dims[0] == 2 or p.shape[0] == q.shape[0], "groups of a and b", f"{p.shape[0]} and {q.shape[0]}", "the same")
     expect(p.shape[-1] == q.shape[-1], "K of a and b", f"{p.shape[-1]} and {q.shape[-1]}", "the same")
     expect(p.device == q.device, "b, device", q.device, f"a's, {p.device}")
     check_out(d, (*p.shape[:-1], q.shape[-2]), p.device)
-    if key is not None and p.scale is sx and q.scale is sy:
+    if key is not None and isinstance(q, ScaledTensor) and (p.data is x and q.data is y) and (p.scale is sx and q.scale is sy):
         if len(_checked) >= _LIMIT:
             _checked.clear()
         _checked[key] = p.format, q.format
@@ -68,23 +73,22 @@ def prepare(a: Pair, b: Pair, d: Tensor, dims: tuple[int, int], recipe: Sequence
 
 
 def split(pair: Pair, name: str) -> tuple[Tensor, Tensor]:
-    """Payload and scales of a pair, both tensors, the payload FP8. TypeError otherwise, Unsupported for FP4."""
+    """Payload and scales of a pair, both tensors, the payload FP8 or FP4. TypeError otherwise."""
     ok = isinstance(pair, (tuple, list)) and len(pair) == 2 and all(isinstance(x, Tensor) for x in pair)
     expect(ok, name, _describe(pair), "a pair (payload, scales) of tensors", error=TypeError)
     data, scale = pair
-    if data.dtype in FP4:
-        raise Unsupported(f"{name}: FP4 payload ({data.dtype}); FP8 x FP8 is what runs behind DeepGEMM's names",
-                          "keep FP8 weights (128x128 or 1x128 scales), or dequantise and requantise to FP8")
-    expect(data.dtype in FP8, f"{name}, payload dtype", data.dtype,
-           "torch.float8_e4m3fn or torch.float8_e5m2 (view FP8 bytes as that)", error=TypeError)
+    expect(data.dtype in FP8 or data.dtype in FP4, f"{name}, payload dtype", data.dtype,
+           "torch.float8_e4m3fn or torch.float8_e5m2 (view FP8 bytes as that); FP4: torch.int8 or torch.int32", error=TypeError)
     expect(scale.dtype in SCALES, f"{name}, scales dtype", scale.dtype,
            "float32, float8_e8m0fnu or uint8 E8M0 codes, or int32 with four E8M0 codes", error=TypeError)
     expect(scale.device == data.device, f"{name}, device of the scales", scale.device, f"the payload's, {data.device}")
     return data, scale
 
 
-def transposed(pair: Pair, name: str) -> tuple[Tensor, Tensor]:
+def transposed(pair: Weight, name: str) -> tuple[Tensor, Tensor]:
     """The pair with the two last axes of payload and scales exchanged: views, no copies."""
+    if isinstance(pair, PackedWeight):
+        raise Unsupported(f"{name}: packed weights, which lie as [N, K], where a transpose is asked for", "the nt names")
     data, scale = split(pair, name)
     expect(data.dim() >= 2 and scale.dim() >= 2, f"{name}, shapes", f"{tuple(data.shape)} and {tuple(scale.shape)}",
            "at least two dimensions each")
@@ -138,6 +142,8 @@ def operand(pair: Pair, name: str, block: Block | None, dim: int) -> ScaledTenso
     data, scale = split(pair, name)
     expect(data.dim() == dim, f"{name}, payload shape", tuple(data.shape), f"{dim} dimensions")
     expect(scale.dim() == dim, f"{name}, scales shape", tuple(scale.shape), f"{dim} dimensions, as the payload")
+    if data.dtype in FP4:
+        return fp4.operand(data, scale, name, block)
     if block is None:
         block = weight_block(data.shape, scale, name) if name == "b" else (1, 128)
     fmt = format_of(block, FP8[data.dtype], scale.dtype != torch.float32)
