@@ -18,6 +18,7 @@ from narrowgemm.formats import (
     ScaledTensor,
     get_format,
 )
+from narrowgemm.prepack import prepack, unpack
 from narrowgemm.scales import (
     e8m0_to_float,
     float_to_e8m0,
@@ -229,3 +230,24 @@ def test_fp32_scales_are_never_rounded_to_e8m0():
     for bad in (0.3, 0.0, -2.0, float("inf"), 2.0**-128):
         with pytest.raises(ValueError, match="requantise"):
             float_to_e8m0(torch.tensor([bad]))
+
+
+@pytest.mark.parametrize("scales", ["codes", "float8_e8m0fnu", "fp32", "packed", "mn_major", "transposed", "packed_mn_major"])
+@pytest.mark.parametrize("payload_kind", [torch.uint8, torch.int8, torch.int32, torch.float4_e2m1fn_x2], ids=str)
+@pytest.mark.parametrize("lead", [(), (3,)], ids=["dense", "experts"])
+def test_mxfp4_comes_in_every_way(lead, payload_kind, scales):
+    """Every byte of E2M1 and every scale code, the same values and the same packed weight whichever way they come."""
+    g = torch.Generator().manual_seed(5)
+    data = torch.randint(0, 256, (*lead, 20, 80), generator=g, dtype=U8)
+    data[..., 0, :] = torch.arange(80)
+    code = torch.randint(30, 128, (*lead, 20, 5), generator=g, dtype=U8)
+    want = ScaledTensor(data, code, MXFP4)
+    given = {"codes": code, "float8_e8m0fnu": code.view(torch.float8_e8m0fnu), "fp32": e8m0_to_float(code), "packed": pack_ue8m0(code),
+             "mn_major": mn_major_tma_aligned(code), "transposed": code.mT.contiguous(),
+             "packed_mn_major": mn_major_tma_aligned(pack_ue8m0(code))}[scales]
+    got = ScaledTensor.make(data.view(payload_kind), given, MXFP4)
+    assert got.shape == (*lead, 20, 160) and torch.equal(got.data, data)
+    assert torch.equal(got.dequantize(), want.dequantize())
+    a, b = prepack(got), prepack(want)
+    assert torch.equal(a.data, b.data) and torch.equal(a.scale, b.scale)
+    assert torch.equal(unpack(a).data, data) and torch.equal(unpack(a).scale, code)

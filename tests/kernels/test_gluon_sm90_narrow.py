@@ -167,6 +167,24 @@ def test_every_config(fmt: Format, config: Config, a_fmt: Format | None) -> None
     same_as_reference(lambda **kw: ng.grouped_gemm(x, p, offsets, config=None if "backend" in kw else config, **kw), (90, 576))
 
 
+@pytest.mark.parametrize("kernel", ("gluon_sm90.narrow", "gluon_sm90.narrow_prefill"))
+@pytest.mark.parametrize("fmt", (MXFP4, MXFP8), ids=lambda f: f.name)
+def test_expansion_is_exact_for_every_code_and_scale(fmt: Format, kernel: str) -> None:
+    """Tokens of one 1 each bring the expanded weights out, bit for bit: every code of a row's scale, a row for every scale."""
+    codes = 16 if fmt.element == "e2m1" else 256
+    payload = torch.arange(codes, dtype=torch.uint8, device=DEV).repeat(256 // codes)
+    if fmt.element == "e2m1":
+        payload = payload[0::2] | payload[1::2] << 4
+    else:
+        payload[(payload & 127) == 127] = 3
+    k = payload.numel() * fmt.elem.per_byte
+    scale = torch.arange(255, dtype=torch.uint8, device=DEV).view(255, 1).expand(-1, k // 32).contiguous()
+    w = ScaledTensor(payload.expand(255, -1).contiguous().view(fmt.elem.dtype), scale, fmt)
+    got = ng.gemm(torch.eye(k, device=DEV).bfloat16(), ng.prepack(w), out_dtype=torch.float32, backend=kernel)
+    want = w.dequantize().t()
+    assert torch.equal(got + 0.0, want + 0.0), (got != want).nonzero()[:5]      # a sum has no -0
+
+
 def test_offsets_that_are_wrong_stay_inside() -> None:
     p = ng.prepack(weights((4, 128, 256), MXFP4, False))
     x = activations(10, 256, None)
