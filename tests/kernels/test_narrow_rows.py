@@ -58,7 +58,9 @@ def test_contiguous_entries_and_padding(name: str, device: str) -> None:
         x, scale = torch.zeros(m, 128, device=device).to(torch.float8_e4m3fn), torch.ones(m, 1, device=device)
         got = prepared(device, "contiguous", ids.to(device), x, scale, groups, 1, m + 1)["entries"].tolist()
     else:
-        _entries_kernel()[(1,)](ids.to(device), table, m, groups, m + 1, BT)
+        from .narrow_rows_kernel import entries_kernel
+
+        entries_kernel[(1,)](ids.to(device), table, m, groups, m + 1, BT)
         got = table[TABLE_HEAD:].view(3, -1)[:, :int(table[0])].t().tolist()
     assert got == want
     if m < 100:
@@ -68,23 +70,6 @@ def test_contiguous_entries_and_padding(name: str, device: str) -> None:
         gone[padding_rows("contiguous", ids, m, groups)] = True
         assert bool((out[gone.to(device), :33] == 0).all()) and bool((out[~gone.to(device)] == 5).all())
         assert bool((out[:, 33:] == 5).all())
-
-
-def _entries_kernel():
-    import triton
-    import triton.language as tl
-
-    from narrowgemm.kernels.gluon.sm90.narrow_rows_device import contiguous_entries
-
-    global entries_only, contiguous_entries_
-
-    contiguous_entries_ = contiguous_entries
-
-    @triton.jit
-    def entries_only(index_ptr, table_ptr, positions, G, cap, BT: tl.constexpr):
-        tl.store(table_ptr, contiguous_entries_(index_ptr, table_ptr, positions, G, cap, BT))
-
-    return entries_only
 
 
 @pytest.mark.parametrize("ends, alignment", [([5, 20, 20, 40], 16), ([0, 3, 70, 9], 8), ([12, 30, 31, 60], 1)])

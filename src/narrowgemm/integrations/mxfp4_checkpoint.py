@@ -87,8 +87,8 @@ def _stacked(ckpt: Checkpoint, layer: int, experts: range | None, device: torch.
             out[proj] = from_blocks(*parts)
         except ValueError as e:
             raise CheckpointError(f"checkpoint {ckpt.path}: {name}.{proj}_proj: {e}") from e
-        bias = f"{name}.{proj}_proj_bias"
-        out[f"{proj}_bias"] = ckpt.tensor(bias)[chosen.start:chosen.stop].to(device, copy=True) if bias in ckpt.files else None
+        key = f"{name}.{proj}_proj_bias"
+        out[f"{proj}_bias"] = ckpt.tensor(key)[chosen.start:chosen.stop].to(device, copy=True) if key in ckpt.files else None
     router = f"{blocks[layer]}.router"
     weight, bias = (ckpt.tensor(f"{router}.{x}").to(device, copy=True) if f"{router}.{x}" in ckpt.files else None
                     for x in ("weight", "bias"))

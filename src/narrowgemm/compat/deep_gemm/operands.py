@@ -49,7 +49,7 @@ def prepare(a: Pair, b: Weight, d: Tensor, dims: tuple[int, int], recipe: Sequen
     """
     key: tuple | None
     try:
-        (x, sx), (y, sy) = a, b
+        (x, sx), (y, sy) = a, b  # type: ignore[misc]  # a packed weight is no pair
         key = (dims, recipe, recipe_a, recipe_b, x.shape, x.dtype, x.device, sx.shape, sx.dtype, sx.device, y.shape,
                y.dtype, y.device, sy.shape, sy.dtype, sy.device, d.shape, d.stride(), d.dtype, d.device)
         formats = _checked.get(key)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ... import arch
 from ...errors import expect
 from ...formats import ScaledTensor
+from ...prepack import PackedWeight
 from ...problem import bucket
 
 LEGACY_ALIGNMENT = 128  # rows; DeepGEMM's fixed value everywhere but on compute capability 10
@@ -161,7 +162,7 @@ def get_compile_mode() -> int:
     return settings.compile_mode
 
 
-def skips(kind: str, a: ScaledTensor, b: ScaledTensor, d: Tensor, expected_m: int = 0) -> bool:
+def skips(kind: str, a: ScaledTensor, b: ScaledTensor | PackedWeight, d: Tensor, expected_m: int = 0) -> bool:
     """In compile mode: whether a call that chooses like this one was made already. Sizes of M, G and k are in buckets."""
     *groups, n, k = b.shape
     rows = bucket(expected_m or a.shape[-2])
