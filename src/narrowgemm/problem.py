@@ -33,6 +33,7 @@ class Epilogue:
     interleaved: bool = False                  # gate and up alternate instead of [gate; up]
     routing_weight: bool = False
     combine: bool = False                      # sum the top-k rows of a token
+    add: bool = False                          # a tensor is added to that sum
     quantize: Format | None = None             # quantised output
 
     @property
@@ -74,6 +75,7 @@ class Problem:
     max_sms: int = 0                           # 0: all
     wide: bool = False                         # an offset inside one tile passes 2^31 elements
     alignment: int = 1                         # k_grouped: groups start at multiples of it, gaps hold zeros
+    positions: int = 0                         # routed: bucket of the positions, padding among them, that there is room for
 
     @property
     def flops(self) -> float:

@@ -74,13 +74,13 @@ def test_widths_are_pieces_that_tma_brings() -> None:
 def test_workspace_holds_everything() -> None:
     combine = problem(epilogue=Epilogue(bias=True, routing_weight=True, combine=True), n=2880, k=300)
     config = Config(128, 128, 128, 9, 4, swap_ab=True, persistent=True)
-    at = narrow_prefill.regions(combine, config, 16384)
+    at = narrow_prefill.regions(combine, config, 16384, 16384)
     assert list(at) == sorted(at) and all(x % 256 == 0 for x in at)
     assert at.live - at.table >= 4 * (16 + 3 * (16384 // 128 + 128)) and at.x - at.live >= 16384
     assert at.xfactor - at.x >= 2 * 16384 * 384 and at.y - at.weight >= 4 * 16384 and at.size - at.y >= 4 * 16384 * 2880
     assert narrow_prefill.workspace(combine, config) == at.size
     masked = replace(problem(layout="masked", groups=8), m=100, rows=60)
-    assert narrow_prefill.regions(masked, config, 800).live >= 4 * (16 + 3 * 8)
+    assert narrow_prefill.regions(masked, config, 800, 800).live >= 4 * (16 + 3 * 8)
 
 
 def test_many_tokens_choose_it_and_few_do_not() -> None:

@@ -22,21 +22,25 @@ def weight_order(x: torch.Tensor) -> torch.Tensor:
 
 
 def run(device: str, kind: str, xkind: int, x: torch.Tensor, xs: torch.Tensor | None, index: torch.Tensor, slots: torch.Tensor | None,
-        weight: torch.Tensor | None, groups: int, positions: int, num_slots: int, group: int = 32) -> dict[str, torch.Tensor]:
+        weight: torch.Tensor | None, groups: int, positions: int, num_slots: int, group: int = 32,
+        blocks: tuple[torch.Tensor, torch.Tensor, int] | None = None) -> dict[str, torch.Tensor]:
+    """`blocks`: experts, positions in use and positions a block of the routed layout."""
     from narrowgemm.kernels.gluon.sm90.narrow_prefill_prep_device import narrow_prefill_prep_kernel as kernel
 
     total = positions * (groups if kind == "masked" else 1)
     kx = -(-K // 128) * 128
-    cap = total // BT + groups
+    cap = total // BT + (total if blocks else groups)
     out = {"x": torch.full((total, kx), 7.0, dtype=torch.bfloat16, device=device), "factor": torch.full((total,), 7.0, device=device),
            "weight": torch.full((total,), 7.0, device=device), "live": torch.full((num_slots,), 9, dtype=torch.int8, device=device),
            "table": torch.full((TABLE_HEAD + 3 * cap,), -9, dtype=torch.int32, device=device)}
-    cfg = PrepStatic(KINDS[kind], BT, 8, xkind, group, slots is not None, PREP_K, slots is not None, weight is not None)
+    experts, posted, block_m = blocks or (index, index, 1)
+    cfg = PrepStatic(KINDS[kind], BT, 8, xkind, group, slots is not None, PREP_K, slots is not None, weight is not None, block_m)
     order = index if slots is None else slots
     scale, ssm, ssk = (x, 0, 0) if xs is None else (xs, xs.stride(0), xs.stride(1))
     sxg, ssg = (positions * x.stride(0), positions * ssm) if kind == "masked" else (0, 0)
-    kernel[(1 + total,)](x, scale, out["x"], out["factor"], out["weight"] if weight is None else weight, out["weight"], index, order, order,
-                         order, out["table"], out["live"], K, kx, sxg, x.stride(0), ssg, ssm, ssk, groups, num_slots, positions, 1, cap,
+    kernel[(1 + total,)](x, scale, out["x"], out["factor"], out["weight"] if weight is None else weight, out["weight"], index, order,
+                         order if blocks is None else experts, order if blocks is None else posted, out["table"], out["live"], K, kx,
+                         sxg, x.stride(0), ssg, ssm, ssk, groups, num_slots, positions, block_m, cap,
                          A_DIV if slots is not None else 1, cfg)
     out["entries"] = out["table"][TABLE_HEAD:].view(3, cap)[:, :int(out["table"][0])].t()
     return out
@@ -66,6 +70,22 @@ def test_gathers_by_slot(device: str) -> None:
     live = torch.zeros(r, dtype=torch.int8, device=device)
     live[where] = 1
     assert torch.equal(got["live"], live)
+
+
+def test_blocks_of_a_routed_layout(device: str) -> None:
+    """Padding, inside blocks, behind those in use and in blocks of nobody's, is neither listed nor gathered."""
+    slots = torch.tensor([4, 1, 6, 6, 0, 6, 6, 6, 3, 2, 5, 6, 1, 1, 1, 1], dtype=torch.int32, device=device)      # 6: padding
+    experts = torch.tensor([2, 0, 2, 1], dtype=torch.int32, device=device)
+    posted = torch.tensor([12], dtype=torch.int32, device=device)
+    x = torch.randn(3, K, generator=torch.Generator().manual_seed(3)).bfloat16().to(device)
+    got = run(device, "routed", 0, x, None, slots, slots, None, 2, 16, 6, blocks=(experts, posted, 4))
+    assert got["entries"].tolist() == [[0, 4, 1]]       # of two experts: expert 2 is out of range
+    held = torch.tensor([0, 1, 4, 8, 9, 10], device=device)
+    assert torch.equal(got["x"][held], weight_order(x[slots[held].long() // A_DIV]))
+    assert bool((got["x"][[2, 3, 5, 6, 7, 11]] == 7).all())
+    assert got["live"].tolist() == [1, 0, 0, 0, 0, 0]
+    got = run(device, "routed", 0, x, None, slots, slots, None, 3, 16, 6, blocks=(experts, posted, 4))
+    assert got["entries"].tolist() == [[2, 0, 2], [0, 4, 1], [2, 8, 3]] and got["live"].tolist() == [1] * 6
 
 
 @pytest.mark.parametrize("kind", ["dense", "masked"])

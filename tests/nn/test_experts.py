@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from narrowgemm import FP8_128x128, quantize, route
+from narrowgemm import MXFP4, FP8_128x128, prepack, quantize, route
 from narrowgemm.nn import Experts
 from narrowgemm.ops.experts import experts
 
@@ -48,6 +48,26 @@ def test_state_dict_goes_round(tmp_path):
     state["_extra_state"] = {"gate_up": "mxfp8", "down": "mxfp8"}
     with pytest.raises(ValueError, match="formats"):
         two.load_state_dict(state)
+
+
+def test_prepacked_weights(tmp_path):
+    """The same module over packed weights: forward is the op, a state_dict goes round, and one of another packing is refused."""
+    def packed(seed: int, pair: str) -> Experts:
+        gen = torch.Generator().manual_seed(seed)
+        up, down = (quantize(torch.randn(4, *shape, generator=gen) / 11, MXFP4) for shape in ((256, 128), (128, 128)))
+        return Experts(prepack(up, pair=pair), prepack(down), top_k=2, interleaved=pair == "interleaved")
+
+    one, two = packed(0, "halves"), packed(1, "halves")
+    want = experts(X.view(10, 128), one.weight("gate_up"), one.weight("down"), router_logits=LOGITS, top_k=2)
+    assert torch.equal(one(X, LOGITS), want.view(X.shape)) and "mxfp4" in repr(one)
+    space = torch.empty(one.workspace_bytes(10), dtype=torch.uint8)
+    assert torch.equal(one(X, LOGITS, workspace=space), want.view(X.shape))
+    assert not torch.equal(one(X, LOGITS), two(X, LOGITS))
+    torch.save(one.state_dict(), tmp_path / "state.pt")
+    two.load_state_dict(torch.load(tmp_path / "state.pt"))
+    assert torch.equal(one(X, LOGITS), two(X, LOGITS))
+    with pytest.raises(ValueError, match="formats in the state"):
+        packed(2, "interleaved").load_state_dict(one.state_dict())
 
 
 def test_a_change_of_dtype_leaves_the_weights_alone():

@@ -28,7 +28,7 @@ def test_opcheck() -> None:
     routing = ng.sort_by_expert(torch.randint(0, E, (3, TOP_K)), E)
     torch.library.opcheck(torch.ops.narrowgemm.routed_gemm.default,
                           (x, None, "bf16", *parts, routing.offsets, None, None, 0, 0, routing.row_map, TOP_K, 1,
-                           torch.randn(E, N), "", 0.0, 0.0, False, torch.rand(3, TOP_K), True,
+                           torch.randn(E, N), "", 0.0, 0.0, False, torch.rand(3, TOP_K), True, torch.randn(3, N),
                            torch.empty(3, N, dtype=torch.bfloat16), False, *tail), test_utils=tests)
 
 

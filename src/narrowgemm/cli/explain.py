@@ -65,4 +65,5 @@ def layer(options: dict[str, Any], weights: str, top_k: int) -> Any:
 
     return explain_experts(tokens=options["m"], experts=options["groups"], inter=options["n"], hidden=options["k"],
                            top_k=min(top_k, options["groups"]), weights=weights, device=options["device"],
+                           packed=options.get("packed", False),
                            backend=options["backend"])

@@ -15,7 +15,8 @@ class Operands:
     """`out` is written in place. `index` is the layout's device tensor; `alignment` is psum's; `m` is real, not a bucket.
 
     routed_gemm: row of A = slot // a_div, row of the output = slot; see `layouts.Routed`. `slots` int32: the slot of each of
-    `positions` positions, None where they are the same. `bias` `[G, N]`, in the rows' logical order; `weight` FP32 `[num_slots]`.
+    `positions` positions, None where they are the same. `bias` `[G, N]`, in the rows' logical order; `weight` FP32, one a slot;
+    `add` `[tokens, N]`, with contiguous rows, to a token's sum.
     """
 
     a: ScaledTensor
@@ -42,12 +43,13 @@ class Operands:
     top_k: int = 1
     block_m: int = 1                      # routed layout: positions of a block
     segments: Tensor | None = None        # quantise both: where each group's columns start, written
+    add: Tensor | None = None
     memo: dict | None = None              # launches bound to calls of the same signature (`kernels.launching`); None: bind none
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Every tensor of the call, in one order."""
         return (self.a.data, self.a.scale, self.b.data, self.b.scale, self.out, self.index, self.out_scale, self.factor, self.slots,
-                self.experts, self.posted, self.bias, self.weight, self.segments)
+                self.experts, self.posted, self.bias, self.weight, self.segments, self.add)
 
     def addresses(self, workspace: Tensor | None) -> tuple[int, ...]:
         """The workspace's, then those of `tensors`; 0 where there is none."""

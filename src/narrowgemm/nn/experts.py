@@ -10,8 +10,10 @@ from torch import Tensor
 
 from ..errors import expect
 from ..formats import Format, ScaledTensor, get_format
-from ..ops import common, experts_check
-from ..ops.experts import experts, experts_workspace
+from ..ops import experts_check
+from ..ops.experts import Weights, experts, experts_workspace, weights_of
+from ..ops.experts_plan import Weight
+from ..prepack import PackedWeight
 
 ROUTING = ("scoring", "renormalize", "num_expert_group", "topk_group", "scaling_factor")
 WEIGHTS = ("gate_up", "down", "shared_gate_up", "shared_down")
@@ -21,7 +23,7 @@ EXTRAS = ("gate_up_bias", "down_bias", "router_bias", "expert_map")
 class Experts(torch.nn.Module):
     """Routed experts (and shared ones) with frozen weights: buffers, not parameters, since narrow ones aren't trained.
 
-    gate_up `[E, 2I, H]`, down `[E, H, I]`, biases, `shared` (gate_up `[2S, H]`, down `[H, S]`), `router_bias`,
+    gate_up `[E, 2I, H]`, down `[E, H, I]` (prepacked ones too), biases, `shared` (gate_up `[2S, H]`, down `[H, S]`), `router_bias`,
     `expert_map`, `first_expert`, activation and routing options: as in `narrowgemm.experts`. The router itself is not part of
     it: `forward` takes its logits, or weights and ids.
 
@@ -29,17 +31,17 @@ class Experts(torch.nn.Module):
     shapes and formats. Moving the module moves the weights; changing its dtype does not change them.
     """
 
-    def __init__(self, gate_up: ScaledTensor | Tensor, down: ScaledTensor | Tensor, *, top_k: int,
+    def __init__(self, gate_up: Weights, down: Weights, *, top_k: int,
                  activation: str = "swiglu", activation_args: tuple[float, ...] = (), interleaved: bool = False,
                  activation_format: Format | str | None = None, gate_up_bias: Tensor | None = None,
                  down_bias: Tensor | None = None,
-                 shared: tuple[ScaledTensor | Tensor, ScaledTensor | Tensor] | None = None,
+                 shared: tuple[Weights, Weights] | None = None,
                  router_bias: Tensor | None = None, expert_map: Tensor | None = None, first_expert: int = 0,
                  batch_invariant: bool = False, backend: str | None = None, **routing: Any) -> None:
         super().__init__()
         unknown = set(routing) - set(ROUTING)
         expect(not unknown, "routing options", sorted(unknown), f"some of {ROUTING}", error=TypeError)
-        pairs = [(name, common.as_operand(w, name)) for name, w in zip(WEIGHTS, (gate_up, down, *(shared or ())))]
+        pairs = [(name, weights_of(w, name)) for name, w in zip(WEIGHTS, (gate_up, down, *(shared or ())))]
         kind = (activation, activation_args, interleaved)
         weights = dict(pairs)
         both = (weights["shared_gate_up"], weights["shared_down"]) if shared is not None else None
@@ -48,9 +50,13 @@ class Experts(torch.nn.Module):
         experts_check.layer(x, weights["gate_up"], weights["down"], kind, gate_up_bias, down_bias, both, None, None)
         expect(top_k >= 1, "top_k", top_k, "at least 1")
         self.formats = {name: w.format.name for name, w in pairs}
+        self.packs = {name: (w.shape, w.pair, w.prepack) for name, w in pairs if isinstance(w, PackedWeight)}
         for name, w in pairs:
             self.register_buffer(name, w.data)
             self.register_buffer(f"{name}_scale", w.scale)
+            if isinstance(w, PackedWeight):
+                self.register_buffer(f"{name}_factor", w.factor)
+                self.register_buffer(f"{name}_codes", w.codes)
         for name, extra in zip(EXTRAS, (gate_up_bias, down_bias, router_bias, expert_map)):
             self.register_buffer(name, extra)
         self.top_k, self.first_expert, self.routing = top_k, first_expert, routing
@@ -58,12 +64,16 @@ class Experts(torch.nn.Module):
         self.activation_format = None if activation_format is None else get_format(activation_format)
         self.batch_invariant, self.backend = batch_invariant, backend
 
-    def weight(self, name: str) -> ScaledTensor:
+    def weight(self, name: str) -> Weight:
         """One of `WEIGHTS` as an operand."""
+        if name in self.packs:
+            shape, pair, _ = self.packs[name]
+            return PackedWeight(getattr(self, name), getattr(self, f"{name}_scale"), get_format(self.formats[name]), shape, pair,
+                                getattr(self, f"{name}_factor"), getattr(self, f"{name}_codes"))
         return ScaledTensor(getattr(self, name), getattr(self, f"{name}_scale"), get_format(self.formats[name]))
 
     @property
-    def shared(self) -> tuple[ScaledTensor, ScaledTensor] | None:
+    def shared(self) -> tuple[Weight, Weight] | None:
         return (self.weight("shared_gate_up"), self.weight("shared_down")) if "shared_down" in self.formats else None
 
     @property
@@ -97,10 +107,11 @@ class Experts(torch.nn.Module):
                                  batch_invariant=self.batch_invariant, backend=self.backend)
 
     def get_extra_state(self) -> dict[str, str]:
-        return dict(self.formats)
+        packs = {f"{name}, packed": f"{order} {pair} {list(shape)}" for name, (shape, pair, order) in self.packs.items()}
+        return self.formats | packs
 
     def set_extra_state(self, state: dict[str, str]) -> None:
-        expect(state == self.formats, "formats in the state", state, f"this module's, {self.formats}")
+        expect(state == self.get_extra_state(), "formats in the state", state, f"this module's, {self.get_extra_state()}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
         """Weights and scales keep their types: `module.to(torch.bfloat16)` would round FP32 scales and re-read payloads."""

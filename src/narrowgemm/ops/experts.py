@@ -1,6 +1,7 @@
 """`experts`: the whole expert layer in one op. Tokens and router output in, combined hidden states out.
 
     route -> sort -> gather + quantise -> gate_up -> activate + quantise -> down -> combine
+    route -> sort -> gate_up + activate -> down + combine                                       (prepacked weights)
 
 A launch a step, no read-back, every intermediate in one workspace. What is planned, and where it lies: `experts_plan.py`.
 """
@@ -15,20 +16,11 @@ from torch import Tensor
 from ..arch import detect
 from ..errors import expect
 from ..formats import Format, ScaledTensor, get_format
-from ..kernels.operands import Operands
-from ..kernels.step_operands import ActivateOperands, CombineOperands, GatherOperands, RouteOperands, SortOperands
 from ..prepack import PackedWeight
-from ..reference.activate import OAI_ARGS
 from ..runtime import env
-from ..runtime.launch import run
-from . import activate as activate_op
-from . import common, experts_check, experts_packed, experts_warm, steps
-from . import gather as gather_op
-from .experts_plan import ExpertsPlan, Options, Recipe, Sizes, activations_for, make
-from .gemm import gemm
-from .grouped import grouped_gemm
-from .quantize import quantize
-from .route import combine, route, sort_by_expert
+from . import common, experts_check, experts_warm, steps
+from .experts_call import Call, compose
+from .experts_plan import ExpertsPlan, Options, Recipe, Sizes, Weight, default_activations, make
 
 _plans = common.PlanCache()
 Weights = ScaledTensor | Tensor | PackedWeight
@@ -56,7 +48,7 @@ def experts(x: Tensor, gate_up: Weights, down: Weights, *, router_logits: Tensor
         num_experts: over all ranks, a hint for how many rows to expect; known from logits or an expert_map.
     activation, activation_args, interleaved: as `activate`'s activation, args, interleaved.
     activation_format: what x and the activation are quantised to. Default: 1x128 for block-scaled FP8 weights, row-wise for
-        row- and tensor-wise ones, MXFP8 for MXFP8, x's own type for MXFP4 and unscaled weights.
+        row- and tensor-wise ones, MXFP8 for MXFP8, x's own type for MXFP4, unscaled and prepacked weights.
     gate_up_bias `[E, 2I]` (columns as gate_up's rows), down_bias `[E, H]`: added once, before the activation and before the
         weight. shared: (gate_up `[2S, H]`, down `[H, S]`) of shared experts; shared_output `[T, H]`: their result instead.
     out: `[T, H]` to write. workspace: uint8, at least `experts_workspace(...)` bytes; allocated if None.
@@ -74,16 +66,8 @@ def experts(x: Tensor, gate_up: Weights, down: Weights, *, router_logits: Tensor
     routing = dict(scoring=scoring, renormalize=renormalize, num_expert_group=num_expert_group, topk_group=topk_group,
                    scaling_factor=scaling_factor)
     kind = (activation, activation_args, interleaved)
-    if isinstance(gate_up, PackedWeight) or isinstance(down, PackedWeight):
-        expect(not batch_invariant, "batch_invariant, with packed weights", True, "False")
-        return experts_packed.layer(
-            x, gate_up, down, router_logits=router_logits, top_k=top_k,  # type: ignore[arg-type]
-            topk_weights=topk_weights, topk_ids=topk_ids, routing=routing, router_bias=router_bias, kind=kind, fmt=fmt,
-            gate_up_bias=gate_up_bias, down_bias=down_bias, shared=shared, shared_output=shared_output,
-            expert_map=expert_map, first_expert=first_expert, out=out, workspace=workspace, backend=backend,
-            max_sms=max_sms, on_unsupported=on_unsupported)
-    up, dn = plain(gate_up, "gate_up"), plain(down, "down")
-    both = None if shared is None else (plain(shared[0], "shared[0]"), plain(shared[1], "shared[1]"))
+    up, dn = weights_of(gate_up, "gate_up"), weights_of(down, "down")
+    both = None if shared is None else (weights_of(shared[0], "shared[0]"), weights_of(shared[1], "shared[1]"))
     tensors = (x, router_logits, topk_weights, topk_ids, router_bias, gate_up_bias, down_bias, shared_output, expert_map, out)
     if torch.compiler.is_compiling():
         return compose(x, up, dn, router_logits=router_logits, top_k=top_k, topk_weights=topk_weights, topk_ids=topk_ids,
@@ -106,7 +90,7 @@ def experts(x: Tensor, gate_up: Weights, down: Weights, *, router_logits: Tensor
         workspace = experts_warm.space(made, x.device)
     else:
         experts_check.workspace(workspace, made.bytes, x.device)
-    outside = (*tensors[:-1], out, *[t for w in (up, dn, *(both or ())) for t in (w.data, w.scale)])
+    outside = (*tensors[:-1], out, *tensors_of(up, dn, *(both or ())))
     if not experts_warm.launch(made, outside, workspace):
         call = Call(made, x, up, dn, out, both, shared_output, gate_up_bias, down_bias, workspace, outside)
         if router_logits is not None:
@@ -116,20 +100,25 @@ def experts(x: Tensor, gate_up: Weights, down: Weights, *, router_logits: Tensor
     return out
 
 
-def plain(w: Weights, name: str) -> ScaledTensor:
-    """Weights that are not packed, as an operand. TypeError elsewhere."""
-    expect(not isinstance(w, PackedWeight), name, "a PackedWeight", "a ScaledTensor or a tensor here", error=TypeError)
-    return common.as_operand(w, name)  # type: ignore[arg-type]
+def weights_of(w: Weights, name: str) -> Weight:
+    """Weights as an operand, packed or not. TypeError for what is neither."""
+    return w if isinstance(w, PackedWeight) else common.as_operand(w, name)
 
 
-def weight_signs(*weights: ScaledTensor) -> tuple:
-    return tuple((w.format, steps.sign(w.data), steps.sign(w.scale)) for w in weights)
+def weight_signs(*weights: Weight) -> tuple:
+    return tuple((w.format, steps.sign(w.data), steps.sign(w.scale)) if isinstance(w, ScaledTensor) else
+                 (w.format, w.shape, w.pair, w.prepack, steps.sign(w.data), steps.sign(w.scale), steps.sign(w.factor))
+                 for w in weights)
 
 
-def plan_of(x: Tensor, gate_up: ScaledTensor, down: ScaledTensor, router_logits: Tensor | None, top_k: int,
+def tensors_of(*weights: Weight) -> list[Tensor | None]:
+    return [t for w in weights for t in (w.data, w.scale, w.factor if isinstance(w, PackedWeight) else None)]
+
+
+def plan_of(x: Tensor, gate_up: Weight, down: Weight, router_logits: Tensor | None, top_k: int,
             topk_weights: Tensor | None, topk_ids: Tensor | None, router_bias: Tensor | None, routing: dict[str, Any],
             kind: tuple[str, tuple[float, ...], bool], fmt: Format | None, gate_up_bias: Tensor | None,
-            down_bias: Tensor | None, shared: tuple[ScaledTensor, ScaledTensor] | None, shared_output: Tensor | None,
+            down_bias: Tensor | None, shared: tuple[Weight, Weight] | None, shared_output: Tensor | None,
             expert_map: Tensor | None, num_experts: int, out: Tensor | None, options: Options) -> ExpertsPlan:
     """Check the call and plan it."""
     experts_check.layer(x, gate_up, down, kind, gate_up_bias, down_bias, shared, shared_output, out)
@@ -137,9 +126,10 @@ def plan_of(x: Tensor, gate_up: ScaledTensor, down: ScaledTensor, router_logits:
                                          routing, expert_map)
     expect(num_experts >= 0, "num_experts", num_experts, "0 for unknown, or a number of experts")
     source = steps.PLAIN[x.dtype]
-    recipe = Recipe(source, experts_check.activations(fmt or activations_for(gate_up.format, source), source, gate_up),
+    recipe = Recipe(source, experts_check.activations(fmt or default_activations(gate_up, source), source, gate_up),
                     kind[0], kind[1], kind[2], router_logits is not None, routing["num_expert_group"] or 1,
-                    gate_up_bias is not None, down_bias is not None)
+                    gate_up_bias is not None, down_bias is not None, isinstance(gate_up, PackedWeight),
+                    shared is not None or shared_output is not None)
     sizes = Sizes(x.shape[0], x.shape[1], down.shape[2], gate_up.shape[0], top_k, max(world, num_experts),
                   0 if shared is None else shared[1].shape[1])
     return make(sizes, recipe, gate_up, down, detect(x.device), options, shared)
@@ -156,8 +146,6 @@ def experts_workspace(tokens: int, gate_up: Weights, down: Weights, *, top_k: in
     num_experts: experts over all ranks (default: those of the weights). bias: whether the layer has any. `device`, if not
     the weights': where it will run. Other arguments as in `experts`. A call with router logits and one with topk_ids fit.
     """
-    if isinstance(gate_up, PackedWeight):
-        return experts_packed.pool_of(tokens, top_k, gate_up.shape[0], gate_up.shape[1] // 2, dtype).bytes
     return plan_for(tokens, gate_up, down, top_k, num_experts, num_expert_group, dtype,
                     (activation, activation_args, interleaved), activation_format, bias, shared,
                     Options(backend, batch_invariant, max_sms), device).bytes
@@ -169,119 +157,21 @@ def plan_for(tokens: int, gate_up: Weights, down: Weights, top_k: int, num_exper
     """The plan of a layer given by its weights (on any device) and its sizes."""
     from ..arch import get_arch
 
-    up, dn = plain(gate_up, "gate_up"), plain(down, "down")
-    both = None if shared is None else (plain(shared[0], "shared[0]"), plain(shared[1], "shared[1]"))
+    up, dn = weights_of(gate_up, "gate_up"), weights_of(down, "down")
+    both = None if shared is None else (weights_of(shared[0], "shared[0]"), weights_of(shared[1], "shared[1]"))
+    if isinstance(up, PackedWeight) and up.pair:
+        kind = (*kind[:2], up.pair == "interleaved")     # the weights know
     expect(tokens >= 0, "tokens", tokens, "at least 0")
     expect(dtype in steps.PLAIN, "dtype", dtype, f"one of {steps.FLOATS}", error=TypeError)
     x = torch.empty((tokens, up.shape[-1]), dtype=dtype, device=up.device)
     experts_check.layer(x, up, dn, kind, None, None, both, None, None)
     source = steps.PLAIN[dtype]
-    fmt = get_format(activation_format) if activation_format is not None else activations_for(up.format, source)
-    recipe = Recipe(source, experts_check.activations(fmt, source, up), *kind, True, num_expert_group or 1, bias, bias)
+    fmt = get_format(activation_format) if activation_format is not None else default_activations(up, source)
+    recipe = Recipe(source, experts_check.activations(fmt, source, up), *kind, True, num_expert_group or 1, bias, bias,
+                    isinstance(up, PackedWeight), both is not None)
     world = num_experts or up.shape[0]
     expect(1 <= top_k <= world, "top_k", top_k, f"in [1, {world}], the number of experts")
-    sizes = Sizes(tokens, up.shape[2], dn.shape[2], up.shape[0], top_k, world, 0 if both is None else both[1].shape[1])
+    sizes = Sizes(tokens, up.shape[-1], dn.shape[-1], up.shape[0], top_k, world, 0 if both is None else both[1].shape[1])
     arch = get_arch(device) if isinstance(device, str) and device not in ("cuda", "meta") else \
         detect(torch.device(device) if device is not None else up.device)
     return make(sizes, recipe, up, dn, arch, options, both)
-
-
-class Call:
-    """One call on its way through the steps of a plan."""
-
-    def __init__(self, plan: ExpertsPlan, x: Tensor, gate_up: ScaledTensor, down: ScaledTensor, out: Tensor,
-                 shared: tuple[ScaledTensor, ScaledTensor] | None, shared_output: Tensor | None,
-                 gate_up_bias: Tensor | None, down_bias: Tensor | None, workspace: Tensor,
-                 outside: tuple[Tensor | None, ...]) -> None:
-        self.plan, self.gate_up, self.down, self.out = plan, gate_up, down, out
-        self.x = steps.rows_contiguous(x.detach() if x.requires_grad else x)
-        self.shared, self.add = shared, shared_output
-        self.gate_up_bias, self.down_bias = gate_up_bias, down_bias
-        space = workspace[:plan.bytes]
-        bases = {d: space.view(d) for d in {b.dtype for b in plan.buffers.values()}}
-        self.at = {name: b.view(bases) for name, b in plan.buffers.items()}
-        start, length = plan.scratch
-        self.scratch = space[start:start + length] if length else None
-        self.notes = experts_warm.Notes(plan, outside, self.at, self.scratch)
-
-    def run(self, name: str, operands: Any) -> None:
-        scratch = self.scratch if self.plan.steps[name].workspace_bytes else None
-        run(self.plan.steps[name], operands, scratch)
-        self.notes.add(name, (scratch, *operands.tensors()))
-
-    def scaled(self, name: str) -> ScaledTensor:
-        return ScaledTensor(self.at[name], self.at.get(f"{name}.scale"), self.plan.recipe.activations)
-
-    def route(self, logits: Tensor, bias: Tensor | None, routing: dict[str, Any]) -> tuple[Tensor, Tensor]:
-        weights, ids = self.at["topk_weights"], self.at["topk_ids"]
-        self.run("route", RouteOperands(logits, bias, weights, ids, routing["scoring"], routing["renormalize"],
-                                        routing["num_expert_group"] or 0, routing["topk_group"] or 0,
-                                        routing["scaling_factor"], self.plan.memos["route"]))
-        return weights, ids
-
-    def product(self, name: str, a: ScaledTensor, b: ScaledTensor, out: Tensor, offsets: Tensor | None = None) -> None:
-        groups = 1 if offsets is None else b.shape[0]
-        self.run(name, Operands(a, b, out, a.shape[0], b.shape[-2], a.shape[-1], groups, offsets,
-                                memo=self.plan.memos[name]))
-
-    def act(self, name: str, h: Tensor, result: ScaledTensor, bias: Tensor | None, offsets: Tensor | None) -> None:
-        r = self.plan.recipe
-        self.run(name, ActivateOperands(h, bias, offsets, result, r.activation, r.args or OAI_ARGS, r.interleaved, "rceil",
-                                        1e-4, self.plan.memos[name]))
-
-    def layer(self, weights: Tensor, ids: Tensor, expert_map: Tensor | None, first_expert: int) -> None:
-        at, memos = self.at, self.plan.memos
-        row_map, offsets, inverse = at["row_map"], at["offsets"], at["inverse"]
-        self.run("sort", SortOperands(ids.contiguous(), expert_map, first_expert, self.gate_up.shape[0], row_map, offsets,
-                                      inverse, memos["sort"]))
-        if self.shared is not None:
-            self.dense(*self.shared)
-        x, act = self.scaled("x"), self.scaled("act")
-        self.run("gather", GatherOperands(self.x, row_map, offsets, inverse, self.plan.sizes.top_k, x, "rceil", 1e-4,
-                                          memos["gather"]))
-        self.product("gate_up", x, self.gate_up, at["h"], offsets)
-        self.act("activate", at["h"], act, self.gate_up_bias, offsets)
-        self.product("down", act, self.down, at["y"], offsets)
-        self.run("combine", CombineOperands(at["y"], row_map, offsets, inverse, steps.rows_contiguous(weights),
-                                            self.down_bias, self.add, self.out, memos["combine"]))
-        self.plan.notes = self.notes.result()
-
-    def dense(self, gate_up: ScaledTensor, down: ScaledTensor) -> None:
-        at, x = self.at, ScaledTensor(self.x, None, self.plan.recipe.source)
-        if "shared quantize" in self.plan.steps:
-            narrow = self.scaled("shared.x")
-            self.run("shared quantize", Operands(x, narrow, narrow.data, x.shape[0], 0, x.shape[1], out_scale=narrow.scale,
-                                                memo=self.plan.memos["shared quantize"]))
-            x = narrow
-        self.product("shared gate_up", x, gate_up, at["shared.h"])
-        self.act("shared activate", at["shared.h"], self.scaled("shared.act"), None, None)
-        self.product("shared down", self.scaled("shared.act"), down, at["shared.y"])
-        self.add = at["shared.y"]
-
-
-def compose(x: Tensor, gate_up: ScaledTensor, down: ScaledTensor, *, router_logits: Tensor | None, top_k: int,
-            topk_weights: Tensor | None, topk_ids: Tensor | None, routing: dict[str, Any], router_bias: Tensor | None,
-            kind: tuple[str, tuple[float, ...], bool], fmt: Format | None, gate_up_bias: Tensor | None,
-            down_bias: Tensor | None, shared: tuple[ScaledTensor, ScaledTensor] | None, shared_output: Tensor | None,
-            expert_map: Tensor | None, first_expert: int, out: Tensor | None, backend: str | None) -> Tensor:
-    """The same layer by the public steps: what torch.compile traces, and what `experts` is held against."""
-    source = steps.PLAIN[x.dtype]
-    fmt = fmt or activations_for(gate_up.format, source)
-    portable = backend if backend in ("triton", "reference") else None
-    name, args, interleaved = kind
-    gate: dict[str, Any] = dict(activation=name, args=args, interleaved=interleaved, backend=portable)
-    if router_logits is not None:
-        topk_weights, topk_ids = route(router_logits, top_k, bias=router_bias, backend=portable, **routing)
-    assert topk_weights is not None and topk_ids is not None
-    where = sort_by_expert(topk_ids, gate_up.shape[0], expert_map=expert_map, first_expert=first_expert, backend=portable)
-    if shared is not None:
-        narrow: ScaledTensor | Tensor = x
-        if fmt.scaled:
-            narrow = quantize(x, fmt, scale_layout=steps.scale_layout_of(fmt), backend=portable)
-        h = gemm(narrow, shared[0], out_dtype=x.dtype, backend=backend)
-        shared_output = gemm(activate_op.activate(h, fmt=fmt, **gate), shared[1], out_dtype=x.dtype, backend=backend)
-    rows = gather_op.gather_quantize(x, where, fmt, backend=portable)
-    h = grouped_gemm(rows, gate_up, where.layout, out_dtype=x.dtype, backend=backend)
-    act = activate_op.activate(h, bias=gate_up_bias, layout=where.layout, fmt=fmt, **gate)
-    y = grouped_gemm(act, down, where.layout, out_dtype=x.dtype, backend=backend)
-    return combine(y, where, topk_weights, bias=down_bias, add=shared_output, out=out, backend=portable)

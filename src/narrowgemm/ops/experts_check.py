@@ -8,22 +8,27 @@ import torch
 from torch import Tensor
 
 from ..errors import expect
-from ..formats import Format, ScaledTensor
+from ..formats import Format
 from ..layouts import INT, check_index
+from ..prepack import PackedWeight
 from ..reference.activate import ACTIVATIONS
 from ..rows import check_rows
 from . import common, route, steps
+from .experts_plan import Weight
 
 
-def layer(x: Tensor, gate_up: ScaledTensor, down: ScaledTensor, kind: tuple[str, tuple[float, ...], bool],
-          gate_up_bias: Tensor | None, down_bias: Tensor | None, shared: tuple[ScaledTensor, ScaledTensor] | None,
+def layer(x: Tensor, gate_up: Weight, down: Weight, kind: tuple[str, tuple[float, ...], bool],
+          gate_up_bias: Tensor | None, down_bias: Tensor | None, shared: tuple[Weight, Weight] | None,
           shared_output: Tensor | None, out: Tensor | None) -> None:
     """Tokens, weights and what is added on the way."""
     expect(isinstance(x, Tensor), "x", type(x).__name__, "a torch.Tensor", error=TypeError)
     expect(x.dtype in steps.FLOATS, "x, dtype", x.dtype, f"one of {steps.FLOATS}", error=TypeError)
     expect(x.dim() == 2, "x, shape", tuple(x.shape), "[T, H]")
-    common.check_operand(gate_up, "gate_up", "[E, 2I, H]", 3)
-    common.check_operand(down, "down", "[E, H, I]", 3)
+    packed = isinstance(gate_up, PackedWeight)
+    weight(gate_up, "gate_up", "[E, 2I, H]", 3)
+    weight(down, "down", "[E, H, I]", 3)
+    expect(packed == isinstance(down, PackedWeight), "gate_up and down", (type(gate_up).__name__, type(down).__name__),
+           "both prepacked, or none", error=TypeError)
     experts, two, hidden = gate_up.shape
     expect(experts >= 1 and two >= 2 and two % 2 == 0, "gate_up, shape", tuple(gate_up.shape), "[E, 2I, H], E and I at least 1")
     expect(x.shape[1] == hidden, "x, hidden size", x.shape[1], f"gate_up's, {hidden}")
@@ -32,7 +37,10 @@ def layer(x: Tensor, gate_up: ScaledTensor, down: ScaledTensor, kind: tuple[str,
     for name, w in (("gate_up", gate_up), ("down", down)):
         expect(w.device == x.device, f"{name}, device", w.device, f"x's, {x.device}")
         expect(w.format.scaled or w.data.dtype == x.dtype, f"{name}, dtype", w.data.dtype, f"x's, {x.dtype}", error=TypeError)
-    activation, args, _ = kind
+    activation, args, interleaved = kind
+    if isinstance(gate_up, PackedWeight) and gate_up.pair:
+        expect((gate_up.pair == "interleaved") == interleaved, "interleaved", interleaved,
+               f"as gate_up was packed, {gate_up.pair!r}")
     expect(activation in ACTIVATIONS, "activation", repr(activation), f"one of {ACTIVATIONS}")
     expect(not args or (activation == "swiglu_oai" and len(args) == 2), "activation_args", args,
            "(alpha, limit) of swiglu_oai, or none")
@@ -46,8 +54,8 @@ def layer(x: Tensor, gate_up: ScaledTensor, down: ScaledTensor, kind: tuple[str,
             expect(t.is_contiguous(), f"{name}, strides", t.stride(), "contiguous")
     if shared is not None:
         expect(shared_output is None, "shared and shared_output", "both", "one of them")
-        common.check_operand(shared[0], "shared[0]", "[2S, H]", 2)
-        common.check_operand(shared[1], "shared[1]", "[H, S]", 2)
+        weight(shared[0], "shared[0]", "[2S, H]", 2)
+        weight(shared[1], "shared[1]", "[H, S]", 2)
         two = shared[0].shape[0]
         expect(two >= 2 and two % 2 == 0 and shared[0].shape[1] == hidden, "shared[0], shape", tuple(shared[0].shape),
                f"[2S, {hidden}]")
@@ -60,7 +68,17 @@ def layer(x: Tensor, gate_up: ScaledTensor, down: ScaledTensor, kind: tuple[str,
         steps.check_like(out, "out", tuple(x.shape), x.dtype, x.device, rows_only=True)
 
 
-def activations(fmt: Format, source: Format, gate_up: ScaledTensor) -> Format:
+def weight(w: Weight, name: str, shape: str, dims: int) -> None:
+    """Payload, scales and format agree with each other."""
+    if isinstance(w, PackedWeight):
+        w.check()
+        expect(len(w.shape) == dims, f"{name}, shape", w.shape, shape)
+        expect(w.data.data_ptr() % 16 == 0 and w.scale.data_ptr() % 16 == 0, f"{name}, alignment", "off 16 bytes", "on 16 bytes")
+    else:
+        common.check_operand(w, name, shape, dims)
+
+
+def activations(fmt: Format, source: Format, gate_up: Weight) -> Format:
     """The format of the activations, once it is one that rows can have."""
     if not fmt.scaled:
         expect(fmt == source, "activation_format", fmt.name, f"a scaled one, or x's own, {source.name}")

@@ -2,6 +2,12 @@
 
 T tokens of H, top_k choices, R = T * top_k rows in E groups, I intermediate. Buffers whose lives don't meet share their
 bytes: the quantised rows with the quantised activation, the first product with the second.
+
+Prepacked weights have products that take rows by slot, with the activation and the combine inside them:
+
+    route -> sort -> gate_up with bias and activation -> down with bias, routing weight and the sum over a token's slots
+
+and, where activations are narrow, `quantize` and `requantize` in front of each product.
 """
 
 from __future__ import annotations
@@ -15,12 +21,16 @@ from torch import Tensor
 from ..arch import Arch
 from ..errors import expect
 from ..formats import FP8_ROW, MXFP4, MXFP8, Format, FP8_1x128, ScaledTensor
-from ..problem import Operand, Plan, Problem, bucket
+from ..prepack import PackedWeight
+from ..problem import Epilogue, Operand, Plan, Problem, bucket
+from ..reference.activate import OAI_ARGS
 from ..runtime import dispatch
 from ..scales import tma_aligned_rows
-from . import common, steps
+from . import steps
+from .routed import weight_operand
 
 ALIGN = 256
+Weight = ScaledTensor | PackedWeight
 # the activations that a weight format is served with, by the name of its blocks
 DEFAULTS = {"fp8_128x128": FP8_1x128, "fp8_1x128": FP8_1x128, "fp8_row": FP8_ROW, "fp8_tensor": FP8_ROW, "mxfp8": MXFP8}
 INVARIANT_ROWS = 128       # rows a group for which a batch-invariant layer is planned, whatever it gets
@@ -61,6 +71,8 @@ class Recipe:
     groups: int = 1                  # of experts, in routing
     gate_up_bias: bool = False
     down_bias: bool = False
+    packed: bool = False             # weights are prepacked
+    added: bool = False              # something is added to the result (shared experts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +161,13 @@ def activations_for(weights: Format, source: Format) -> Format:
     return DEFAULTS[name]
 
 
-def make(sizes: Sizes, recipe: Recipe, gate_up: ScaledTensor, down: ScaledTensor, arch: Arch, options: Options,
-         shared: tuple[ScaledTensor, ScaledTensor] | None = None) -> ExpertsPlan:
+def default_activations(weights: Weight, source: Format) -> Format:
+    """As `activations_for`; prepacked weights are expanded to BF16, so tokens stay as they are."""
+    return source if isinstance(weights, PackedWeight) else activations_for(weights.format, source)
+
+
+def make(sizes: Sizes, recipe: Recipe, gate_up: Weight, down: Weight, arch: Arch, options: Options,
+         shared: tuple[Weight, Weight] | None = None) -> ExpertsPlan:
     """Plan every step and lay the workspace out. Of the weights, shapes, formats, strides and alignment count."""
     s, r, fmt = sizes, recipe, recipe.activations
     dtype = r.source.elem.dtype
@@ -161,23 +178,29 @@ def make(sizes: Sizes, recipe: Recipe, gate_up: ScaledTensor, down: ScaledTensor
     for name, length, kind in (("row_map", s.rows, torch.int32), ("inverse", s.rows, torch.int32),
                                ("offsets", s.experts + 1, torch.int64)):
         pool.plain(name, (length,), kind)
-    _space(pool, s, fmt, dtype)
-    plans = _plans(s, r, gate_up, down, pool.buffers, arch, options)
+    _space(pool, s, fmt, dtype, r.packed)
+    plans = (_packed_plans if r.packed else _plans)(s, r, gate_up, down, pool.buffers, arch, options)
     if shared is not None:
         plans = _shared_plans(s, r, *shared, pool.buffers, arch, options) | plans
     need = max(p.workspace_bytes for p in plans.values())
     scratch = (pool.take(need), need)
-    order = ("route", "sort", "shared quantize", "shared gate_up", "shared activate", "shared down", "gather", "gate_up",
-             "activate", "down", "combine")
+    order = ("route", "sort", "shared quantize", "shared gate_up", "shared activate", "shared down", "gather", "quantize",
+             "gate_up", "activate", "requantize", "down", "combine")
     return ExpertsPlan(s, r, {name: plans[name] for name in order if name in plans}, pool.buffers, pool.bytes, scratch,
                        {name: {} for name in plans})
 
 
-def _space(pool: Pool, s: Sizes, fmt: Format, dtype: torch.dtype) -> None:
-    """Two regions: narrow activations, and products."""
+def _space(pool: Pool, s: Sizes, fmt: Format, dtype: torch.dtype, packed: bool) -> None:
+    """Two regions: narrow activations, and products. Packed: `x` has a row a token, `h` is the activation."""
     lay = Pool()
-    narrow = max(lay.scaled("x", s.rows, s.hidden, fmt, 0), lay.scaled("act", s.rows, s.inter, fmt, 0))
-    wide = max(lay.plain("h", (s.rows, 2 * s.inter), dtype, 0), lay.plain("y", (s.rows, s.hidden), dtype, 0))
+    if packed:
+        narrow = 0
+        if fmt.scaled:
+            narrow = max(lay.scaled("x", s.tokens, s.hidden, fmt, 0), lay.scaled("act", s.rows, s.inter, fmt, 0))
+        wide = lay.plain("h", (s.rows, s.inter), dtype, 0)
+    else:
+        narrow = max(lay.scaled("x", s.rows, s.hidden, fmt, 0), lay.scaled("act", s.rows, s.inter, fmt, 0))
+        wide = max(lay.plain("h", (s.rows, 2 * s.inter), dtype, 0), lay.plain("y", (s.rows, s.hidden), dtype, 0))
     if s.shared:
         narrow = max(narrow, lay.scaled("shared.x", s.tokens, s.hidden, fmt, 0),
                      lay.scaled("shared.act", s.tokens, s.shared, fmt, 0))
@@ -198,7 +221,7 @@ def _operand(buffers: dict[str, Buffer], name: str, fmt: Format) -> Operand:
     return Operand(fmt, "k", "", fmt.scale if fmt.scaled else "", major, data.strides[0] * data.dtype.itemsize % 16 == 0)
 
 
-def product(s_rows: int, groups: int, expected: int, a: Operand, b: ScaledTensor, out: Buffer, source: Format,
+def product(s_rows: int, groups: int, expected: int, a: Operand, b: Weight, out: Buffer, source: Format,
             options: Options) -> Problem:
     """A product of the layer; under expert parallelism `m` is what this rank expects of the `s_rows` that it has room for."""
     n, k = b.shape[-2:]
@@ -206,9 +229,17 @@ def product(s_rows: int, groups: int, expected: int, a: Operand, b: ScaledTensor
         s_rows = min(s_rows, groups * expected)
     wide = 256 * max(n, k) >= 2**31
     return Problem("grouped_gemm" if groups else "gemm", "offsets" if groups else "dense", bucket(s_rows), n, k,
-                   groups or 1, a, common.operand(b), rows=bucket(expected), out_dtype=source.name,
+                   groups or 1, a, weight_operand(b), rows=bucket(expected), out_dtype=source.name,
                    out_aligned=out.strides[0] * out.dtype.itemsize % 16 == 0, batch_invariant=options.batch_invariant,
                    max_sms=options.max_sms, wide=wide)
+
+
+def slot_product(s: Sizes, r: Recipe, a: Operand, b: Weight, epilogue: Epilogue, a_div: int, options: Options) -> Problem:
+    """A product over slots. `m` is what there is room for, of which `rows` a group are expected here."""
+    n, k = b.shape[-2:]
+    return Problem("routed_gemm", "offsets", bucket(s.rows), n, k, s.experts, a, weight_operand(b), rows=bucket(s.expected),
+                   out_dtype=r.source.name, epilogue=epilogue, gather=True, a_div=a_div, zero_padding=False,
+                   batch_invariant=options.batch_invariant, max_sms=options.max_sms)
 
 
 def select_product(problem: Problem, arch: Arch, options: Options) -> Plan:
@@ -220,7 +251,31 @@ def select_product(problem: Problem, arch: Arch, options: Options) -> Plan:
     return dispatch.select(problem, arch, chosen.kernel, chosen.config)
 
 
-def _plans(s: Sizes, r: Recipe, gate_up: ScaledTensor, down: ScaledTensor, buffers: dict[str, Buffer], arch: Arch,
+def quantize_problem(rows: int, k: int, source: Format, fmt: Format) -> Problem:
+    return Problem("quantize", "dense", bucket(rows), 0, k, 1, Operand(source), steps.target(fmt, steps.scale_layout_of(fmt)),
+                   rows=bucket(rows))
+
+
+def _packed_plans(s: Sizes, r: Recipe, gate_up: Weight, down: Weight, buffers: dict[str, Buffer], arch: Arch,
+                  options: Options) -> dict[str, Plan]:
+    fmt, backend = r.activations, options.backend if options.backend in ("triton", "reference") else None
+    args = (r.args or OAI_ARGS) if r.activation == "swiglu_oai" else ()
+    first = Epilogue(r.gate_up_bias, r.activation, args, r.interleaved)
+    last = Epilogue(r.down_bias, routing_weight=True, combine=True, add=r.added)
+    plans = {"sort": dispatch.select(steps.sort_problem(s.rows, s.experts), arch, backend)}
+    if r.routed:
+        plans["route"] = dispatch.select(steps.route_problem(s.tokens, s.world, s.top_k, r.groups, r.source), arch, backend)
+    x = act = Operand(r.source)
+    if fmt.scaled:
+        plans["quantize"] = dispatch.select(quantize_problem(s.tokens, s.hidden, r.source, fmt), arch, backend)
+        plans["requantize"] = dispatch.select(quantize_problem(s.rows, s.inter, r.source, fmt), arch, backend)
+        x, act = _operand(buffers, "x", fmt), _operand(buffers, "act", fmt)
+    plans["gate_up"] = select_product(slot_product(s, r, x, gate_up, first, s.top_k, options), arch, options)
+    plans["down"] = select_product(slot_product(s, r, act, down, last, 1, options), arch, options)
+    return plans
+
+
+def _plans(s: Sizes, r: Recipe, gate_up: Weight, down: Weight, buffers: dict[str, Buffer], arch: Arch,
            options: Options) -> dict[str, Plan]:
     fmt, backend = r.activations, options.backend if options.backend in ("triton", "reference") else None
 
@@ -243,15 +298,13 @@ def _plans(s: Sizes, r: Recipe, gate_up: ScaledTensor, down: ScaledTensor, buffe
     return plans
 
 
-def _shared_plans(s: Sizes, r: Recipe, gate_up: ScaledTensor, down: ScaledTensor, buffers: dict[str, Buffer], arch: Arch,
+def _shared_plans(s: Sizes, r: Recipe, gate_up: Weight, down: Weight, buffers: dict[str, Buffer], arch: Arch,
                   options: Options) -> dict[str, Plan]:
     """Shared experts are a dense gated layer over all tokens; its result is added in `combine`."""
     fmt, backend = r.activations, options.backend if options.backend in ("triton", "reference") else None
     plans = {}
     if fmt.scaled:
-        problem = Problem("quantize", "dense", bucket(s.tokens), 0, s.hidden, 1, Operand(r.source),
-                          steps.target(fmt, steps.scale_layout_of(fmt)), rows=bucket(s.tokens))
-        plans["shared quantize"] = dispatch.select(problem, arch, backend)
+        plans["shared quantize"] = dispatch.select(quantize_problem(s.tokens, s.hidden, r.source, fmt), arch, backend)
     a = _operand(buffers, "shared.x", fmt)
     plans["shared gate_up"] = select_product(product(s.tokens, 0, s.tokens, a, gate_up, buffers["shared.h"], r.source,
                                                      options), arch, options)

@@ -10,8 +10,9 @@ import torch
 from ..arch import Arch, detect, get_arch
 from ..errors import expect
 from ..formats import ELEMENTS, Format, ScaledTensor, get_format
+from ..prepack import CHUNK, TILE, PackedWeight, tiles_of
 from .experts import plan_for
-from .experts_plan import ExpertsPlan, Options
+from .experts_plan import ExpertsPlan, Options, Weight
 from .explain import Explanation
 
 
@@ -50,23 +51,39 @@ class ExpertsExplanation:
 def explain_experts(*, tokens: int, hidden: int, inter: int, experts: int, top_k: int, num_experts: int = 0,
                     weights: Format | str = "fp8_128x128", activation_format: Format | str | None = None,
                     activation: str = "swiglu", interleaved: bool = False, bias: bool = False, shared: int = 0,
-                    num_expert_group: int | None = None, dtype: torch.dtype = torch.bfloat16,
+                    num_expert_group: int | None = None, packed: bool = False, dtype: torch.dtype = torch.bfloat16,
                     batch_invariant: bool = False, max_sms: int = 0, device: str | torch.device | None = None,
                     backend: str | None = None) -> ExpertsExplanation:
     """The plan of `experts` for a layer given by its sizes, on `device` (as in `explain`). Needs no GPU.
 
     experts: on this rank, of `num_experts` over all (default: the same). shared: intermediate size of shared experts.
+    packed: the routed experts' weights went through `prepack`, gate_up with its pair.
     Raises as the op itself would: ValueError, Unsupported.
     """
     fmt = get_format(weights)
     for name, v in (("hidden", hidden), ("inter", inter), ("experts", experts)):
         expect(isinstance(v, int) and v >= 1, name, v, "a size of at least 1")
     arch = get_arch(device) if isinstance(device, str) else detect(device)
-    up, down = operand((experts, 2 * inter, hidden), fmt, dtype), operand((experts, hidden, inter), fmt, dtype)
+    plain = operand((experts, 2 * inter, hidden), fmt, dtype), operand((experts, hidden, inter), fmt, dtype)
+    up: Weight = plain[0]
+    down: Weight = plain[1]
+    if packed:
+        expect(fmt.name in ("mxfp4", "mxfp8"), "weights, packed", fmt.name, "mxfp4 or mxfp8")
+        up, down = packed_operand(plain[0], "interleaved" if interleaved else "halves"), packed_operand(plain[1], "")
     both = (operand((2 * shared, hidden), fmt, dtype), operand((hidden, shared), fmt, dtype)) if shared else None
     plan = plan_for(tokens, up, down, top_k, num_experts, num_expert_group, dtype, (activation, (), interleaved),
                     activation_format, bias, both, Options(backend, batch_invariant, max_sms), arch.name)
     return ExpertsExplanation(plan, arch)
+
+
+def packed_operand(w: ScaledTensor, pair: str) -> PackedWeight:
+    """`prepack` without memory."""
+    groups, n, k = w.shape
+    tiles, chunks = tiles_of(n, pair), -(-k // CHUNK)
+    halves = (2,) if w.format.element == "e4m3" else ()
+    data = torch.empty((groups, tiles, chunks, *halves, TILE, TILE), dtype=torch.uint8, device="meta")
+    scale = torch.empty((groups, tiles, -(-chunks // 2), 4, 8, 4, 2, 2), dtype=torch.uint8, device="meta")
+    return PackedWeight(data, scale, w.format, tuple(w.shape), pair)
 
 
 def operand(shape: tuple[int, ...], fmt: Format, dtype: torch.dtype) -> ScaledTensor:

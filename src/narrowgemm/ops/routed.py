@@ -36,6 +36,7 @@ class Slots:
     block_m: int = 1
     bias: Tensor | None = None
     weight: Tensor | None = None
+    add: Tensor | None = None
 
 
 ACTIVATIONS = ("swiglu", "swiglu_oai")
@@ -45,9 +46,9 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def routed_gemm(a: ScaledTensor | Tensor, b: PackedWeight | ScaledTensor | Tensor, layout: Routed | Offsets, *,
                 row_map: Tensor | None = None, top_k: int | None = None, a_div: int | None = None, bias: Tensor | None = None,
                 activation: str | None = None, alpha: float = ALPHA, limit: float = LIMIT, interleaved: bool = False,
-                routing_weight: Tensor | None = None, combine: bool = False, out: Tensor | None = None,
-                out_dtype: torch.dtype | None = None, zero_padding: bool = False, backend: str | None = None,
-                config: Config | None = None, max_sms: int = 0, validate: str | None = None,
+                routing_weight: Tensor | None = None, combine: bool = False, add: Tensor | None = None,
+                out: Tensor | None = None, out_dtype: torch.dtype | None = None, zero_padding: bool = False,
+                backend: str | None = None, config: Config | None = None, max_sms: int = 0, validate: str | None = None,
                 on_unsupported: str = "portable", workspace: Tensor | None = None) -> Tensor:
     """`out[slot] = routing_weight[slot] * activation(A[slot // a_div] . B[expert of slot]^T + bias[expert])`, in one call.
 
@@ -60,6 +61,7 @@ def routed_gemm(a: ScaledTensor | Tensor, b: PackedWeight | ScaledTensor | Tenso
         gate * sigmoid(alpha * gate) * (up + 1)); the output has N/2 columns. Gate and up lie as the packed weight's `pair` says,
         else interleaved=True: alternating; False: [gate; up].
     routing_weight: FP32, one a slot (`[T, top_k]` too). combine: sum a token's `top_k` slots in FP32, in order of j.
+    add: `[slots / top_k, N or N/2]` FP32 / BF16 / FP16, added to that sum (shared experts).
     out: `[slots, N or N/2]`, combine: `[slots / top_k, ...]`, BF16 / FP16 / FP32; allocated with `out_dtype` (BF16) if None.
     zero_padding: rows of slots that no expert computes are written as zero; else they are not written. combine counts them as 0.
     Other arguments, and errors, as in `gemm`. Experts out of range skip their block, slots out of range are left out.
@@ -69,21 +71,21 @@ def routed_gemm(a: ScaledTensor | Tensor, b: PackedWeight | ScaledTensor | Tenso
     a = common.as_operand(a, "a")
     b = b if isinstance(b, PackedWeight) else common.as_operand(b, "b")
     expect(isinstance(layout, Routed | Offsets), "layout", type(layout).__name__, "Routed or Offsets", error=TypeError)
-    s = slots_of(layout, row_map, top_k, bias, routing_weight)
+    s = slots_of(layout, row_map, top_k, bias, routing_weight, add)
     a_div = layout.a_div if isinstance(layout, Routed) else 1 if a_div is None else a_div
-    epilogue = epilogue_of(b, bias, activation, alpha, limit, interleaved, routing_weight, combine)
+    epilogue = epilogue_of(b, bias, activation, alpha, limit, interleaved, routing_weight, combine, add)
     if torch.compiler.is_compiling():
         s.num_slots = a.shape[0] if s.num_slots < 0 else s.num_slots
         return traced.routed_gemm(a, b, layout, row_map, s.top_k, a_div, out_shape(b, s, epilogue), out, out_dtype, backend, config,
                                   max_sms, on_unsupported, bias=bias, activation=activation, alpha=alpha, limit=limit,
                                   interleaved=interleaved, routing_weight=routing_weight, combine=combine,
-                                  zero_padding=zero_padding)
+                                  add=add, zero_padding=zero_padding)
     dtype = common.out_dtype_of(out, out_dtype, torch.bfloat16)
     common.check_config(config)
     index = layout.index
     key = (*signature(a, b, out), dtype, backend, config, max_sms, validate, on_unsupported, layout.kind, a_div, epilogue,
            zero_padding, s.num_slots, s.top_k, s.positions, s.block_m,
-           *(_like(x) for x in (index, s.slots, s.experts, s.posted, s.bias, s.weight)))
+           *(_like(x) for x in (index, s.slots, s.experts, s.posted, s.bias, s.weight, s.add)))
     known = _plans.find(key)
     if known is None:
         plan = _routed_plan(a, b, layout, s, out, dtype, a_div, epilogue,
@@ -102,7 +104,8 @@ def routed_gemm(a: ScaledTensor | Tensor, b: PackedWeight | ScaledTensor | Tenso
         packed, factor = (b, b.factor) if isinstance(b, PackedWeight) else (None, None)
         run(plan, Operands(a, _plain(b), out, s.num_slots, b.shape[-2], a.shape[-1], groups_of(b), index, packed=packed,
                            factor=factor, slots=s.slots, experts=s.experts, posted=s.posted, bias=s.bias, weight=s.weight,
-                           num_slots=s.num_slots, positions=s.positions, top_k=s.top_k, block_m=s.block_m, memo=memo), workspace)
+                           add=s.add, num_slots=s.num_slots, positions=s.positions, top_k=s.top_k, block_m=s.block_m, memo=memo),
+            workspace)
     return out
 
 
@@ -136,7 +139,7 @@ def packed_gemm(a: ScaledTensor | Tensor, b: PackedWeight, layout: Layout | None
 
 # ---------------------------------------------------------------- what a call is
 def slots_of(layout: Routed | Offsets, row_map: Tensor | None, top_k: int | None, bias: Tensor | None,
-             weight: Tensor | None) -> Slots:
+             weight: Tensor | None, add: Tensor | None) -> Slots:
     """The call's slots. Checks what its own arithmetic needs; the rest is checked once a signature."""
     if weight is not None:
         expect(isinstance(weight, Tensor), "routing_weight", type(weight).__name__, "a torch.Tensor", error=TypeError)
@@ -145,23 +148,23 @@ def slots_of(layout: Routed | Offsets, row_map: Tensor | None, top_k: int | None
         expect(row_map is None, "row_map of a Routed layout", "a tensor", "None: the layout has its slots")
         expect(top_k in (None, layout.top_k), "top_k", top_k, f"the layout's, {layout.top_k}")
         return Slots(layout.sorted_token_ids, layout.num_slots, layout.top_k, layout.sorted_token_ids.numel(), layout.expert_ids,
-                     layout.num_tokens_post_padded, layout.block_m, bias, weight)
+                     layout.num_tokens_post_padded, layout.block_m, bias, weight, add)
     top_k = 1 if top_k is None else top_k
     expect(isinstance(top_k, int) and top_k >= 1, "top_k", top_k, "at least 1")
     if row_map is None:
         rows = -1 if weight is None else weight.numel()
-        return Slots(None, rows, top_k, rows, bias=bias, weight=weight)
+        return Slots(None, rows, top_k, rows, bias=bias, weight=weight, add=add)
     check_index(row_map, "row_map", 1, (torch.int32,))
-    return Slots(row_map, row_map.numel(), top_k, row_map.numel(), bias=bias, weight=weight)
+    return Slots(row_map, row_map.numel(), top_k, row_map.numel(), bias=bias, weight=weight, add=add)
 
 
 def epilogue_of(b: PackedWeight | ScaledTensor, bias: Tensor | None, activation: str | None, alpha: float, limit: float,
-                interleaved: bool, weight: Tensor | None, combine: bool) -> Epilogue:
+                interleaved: bool, weight: Tensor | None, combine: bool, add: Tensor | None) -> Epilogue:
     expect(activation in (None, *ACTIVATIONS), "activation", repr(activation), f"None or one of {ACTIVATIONS}")
     pair = b.pair if isinstance(b, PackedWeight) else ""
     args = (float(alpha), float(limit)) if activation == "swiglu_oai" else ()
     return Epilogue(bias is not None, activation or "", args, bool(activation) and (pair == "interleaved" if pair else interleaved),
-                    weight is not None, combine)
+                    weight is not None, combine, add is not None)
 
 
 def out_shape(b: PackedWeight | ScaledTensor, s: Slots, epilogue: Epilogue) -> tuple[int, int]:
@@ -196,7 +199,8 @@ def _check_weights(b: PackedWeight | ScaledTensor, dims: int) -> None:
         common.check_operand(b, "b", "[E, N, K]", dims)
 
 
-def _operand(b: PackedWeight | ScaledTensor) -> Operand:
+def weight_operand(b: PackedWeight | ScaledTensor) -> Operand:
+    """The Problem's side of weights, packed or as they are."""
     if isinstance(b, ScaledTensor):
         return common.operand(b)
     return Operand(b.format, "k", f"{b.prepack}:{b.pair}" if b.pair else b.prepack, "e8m0", "")
@@ -230,20 +234,26 @@ def _routed_plan(a: ScaledTensor, b: PackedWeight | ScaledTensor, layout: Routed
         expect(s.weight.dtype == torch.float32, "routing_weight, dtype", s.weight.dtype, "float32", error=TypeError)
         expect(s.weight.numel() == s.num_slots, "routing_weight, length", s.weight.numel(), f"one a slot, {s.num_slots}")
     for name, x in (("layout", layout.index), ("row_map", s.slots), ("expert_ids", s.experts), ("num_tokens_post_padded", s.posted),
-                    ("bias", s.bias), ("routing_weight", s.weight)):
+                    ("bias", s.bias), ("routing_weight", s.weight), ("add", s.add)):
         expect(x is None or x.device == a.device, f"{name}, device", None if x is None else x.device, f"the operands', {a.device}")
     if isinstance(layout, Routed):
         blocks = -(-s.positions // s.block_m)
         expect(layout.expert_ids.numel() >= blocks, "expert_ids, length", layout.expert_ids.numel(), f"at least {blocks}")
         expect(layout.num_tokens_post_padded.numel() >= 1, "num_tokens_post_padded, length", 0, "1")
     shape = out_shape(b, s, epilogue)
+    if s.add is not None:
+        expect(isinstance(s.add, Tensor), "add", type(s.add).__name__, "a torch.Tensor", error=TypeError)
+        expect(s.add.dtype in FLOATS, "add, dtype", s.add.dtype, f"one of {FLOATS}", error=TypeError)
+        expect(epilogue.combine, "add", "a tensor", "None without combine: it is added to a token's sum")
+        expect(tuple(s.add.shape) == shape and s.add.stride(-1) == 1, "add, shape", tuple(s.add.shape), f"{shape}, contiguous rows")
     common.check_out(out, shape, dtype, a.device, False)
     if 0 in shape:
         return None
     expect(groups > 0, "groups of b", 0, "at least one")
-    problem = Problem("routed_gemm", layout.kind, bucket(s.num_slots), n, k, groups, common.operand(a), _operand(b),
+    problem = Problem("routed_gemm", layout.kind, bucket(s.num_slots), n, k, groups, common.operand(a), weight_operand(b),
                       rows=bucket(max(1, -(-s.num_slots // groups))), out_dtype=dtype_name(dtype), epilogue=epilogue,
-                      gather=s.slots is not None, a_div=a_div, zero_padding=False, max_sms=options.max_sms)
+                      gather=s.slots is not None, a_div=a_div, zero_padding=False, max_sms=options.max_sms,
+                      positions=bucket(s.positions) if isinstance(layout, Routed) else 0)
     return _select(problem, a, b, options)
 
 
@@ -273,8 +283,8 @@ def packed_plan(a: ScaledTensor, b: PackedWeight, layout: Layout | None, out: Te
     hint = layout.expected_m if isinstance(layout, Masked | Psum) else 0
     rows = hint or (m if layout is None or masked else -(-m // b.groups))
     problem = Problem("gemm" if layout is None else "grouped_gemm", "dense" if layout is None else layout.kind, bucket(m), b.n, b.k,
-                      b.groups, common.operand(a), _operand(b), rows=bucket(max(1, min(rows, m))), out_dtype=dtype_name(dtype),
-                      accumulate=accumulate, zero_padding=zero_padding, max_sms=options.max_sms)
+                      b.groups, common.operand(a), weight_operand(b), rows=bucket(max(1, min(rows, m))),
+                      out_dtype=dtype_name(dtype), accumulate=accumulate, zero_padding=zero_padding, max_sms=options.max_sms)
     return _select(problem, a, b, options)
 
 

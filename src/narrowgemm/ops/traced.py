@@ -80,7 +80,7 @@ def routed_gemm(a: ScaledTensor, b: PackedWeight | ScaledTensor, layout: Routed 
         blocks = (layout.expert_ids, layout.num_tokens_post_padded, layout.num_slots, layout.block_m)
     torch.ops.narrowgemm.routed_gemm(a.data, a.scale, a.format.name, *parts(b), layout.index, *blocks, row_map, top_k, a_div,
                                      epilogue["bias"], epilogue["activation"] or "", epilogue["alpha"], epilogue["limit"],
-                                     epilogue["interleaved"], epilogue["routing_weight"], epilogue["combine"], out,
+                                     epilogue["interleaved"], epilogue["routing_weight"], epilogue["combine"], epilogue["add"], out,
                                      epilogue["zero_padding"], backend or "", max_sms, on_unsupported)
     return out
 
@@ -89,8 +89,8 @@ def _routed_impl(a: Tensor, a_scale: Tensor | None, a_format: str, b: Tensor, b_
                  b_codes: Tensor | None, b_format: str, b_shape: list[int], b_pair: str, b_prepack: str, index: Tensor,
                  expert_ids: Tensor | None, posted: Tensor | None, num_slots: int, block_m: int, row_map: Tensor | None,
                  top_k: int, a_div: int, bias: Tensor | None, activation: str, alpha: float, limit: float, interleaved: bool,
-                 routing_weight: Tensor | None, combine: bool, out: Tensor, zero_padding: bool, backend: str, max_sms: int,
-                 on_unsupported: str) -> None:
+                 routing_weight: Tensor | None, combine: bool, add: Tensor | None, out: Tensor,
+                 zero_padding: bool, backend: str, max_sms: int, on_unsupported: str) -> None:
     from .routed import routed_gemm as eager
 
     own: dict[str, Any] = {"row_map": row_map, "top_k": top_k, "a_div": a_div}
@@ -100,7 +100,7 @@ def _routed_impl(a: Tensor, a_scale: Tensor | None, a_format: str, b: Tensor, b_
     eager(ScaledTensor(a, a_scale, get_format(a_format)),
           weight(b, b_scale, b_factor, b_codes, b_format, b_shape, b_pair, b_prepack), layout, bias=bias,
           activation=activation or None, alpha=alpha, limit=limit, interleaved=interleaved, routing_weight=routing_weight,
-          combine=combine, out=out, zero_padding=zero_padding, backend=backend or None, max_sms=max_sms,
+          combine=combine, add=add, out=out, zero_padding=zero_padding, backend=backend or None, max_sms=max_sms,
           on_unsupported=on_unsupported, **own)
 
 
@@ -109,4 +109,4 @@ library.register("packed_gemm", f"Tensor a, Tensor? a_scale, str a_format, {WEIG
 library.register("routed_gemm", f"Tensor a, Tensor? a_scale, str a_format, {WEIGHT}, Tensor index, Tensor? expert_ids, "
                  "Tensor? num_tokens_post_padded, SymInt num_slots, int block_m, Tensor? row_map, int top_k, int a_div, "
                  "Tensor? bias, str activation, float alpha, float limit, bool interleaved, Tensor? routing_weight, bool combine, "
-                 f"Tensor(a!) out, bool zero_padding, {TAIL}", _routed_impl)
+                 f"Tensor? add, Tensor(a!) out, bool zero_padding, {TAIL}", _routed_impl)

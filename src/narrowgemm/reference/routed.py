@@ -62,11 +62,13 @@ def routed_gemm(s: Operands, b: ScaledTensor, problem: Problem) -> Tensor:
         if e.activation:
             y = activate(y, e.activation, e.activation_args, e.interleaved)
         if s.weight is not None:
-            y = y * s.weight[slots, None]
+            y = y * s.weight.reshape(-1)[slots, None]
         rows[slots] = y.to(rows.dtype)
     if e.combine:
         total = torch.zeros((s.num_slots // s.top_k, n), device=out.device)
         for j in range(s.top_k):        # in order: a fixed sum
             total = total + rows[j::s.top_k]
+        if s.add is not None:
+            total = total + s.add.float()
         out.copy_(total)
     return out

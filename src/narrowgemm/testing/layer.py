@@ -169,12 +169,10 @@ class LayerInputs:
         from ..ops.experts import plan_for
         from ..ops.experts_plan import Options
 
-        if self.given(options.get("backend")) is self.packed:
-            return SimpleNamespace(backend="routed_gemm", config="prepacked weights: see explain of routed_gemm")
         model = get_model(self.case.model)
         kind = (model.activation, (), bool(self.options["interleaved"]))
-        p = plan_for(self.case.tokens, self.gate_up, self.down, model.top_k, model.experts, None, torch.bfloat16, kind, None,
-                     False, None, Options(options.get("backend")), self.device)
+        p = plan_for(self.case.tokens, *self.given(options.get("backend")), model.top_k, model.experts, None, torch.bfloat16,
+                     kind, None, False, None, Options(options.get("backend")), self.device)
         products = [p.steps[name] for name in ("gate_up", "down")]
         return SimpleNamespace(backend="+".join(dict.fromkeys(s.backend for s in products)),
                                config="; ".join(f"{s.kernel} {s.config}" for s in products))

@@ -107,14 +107,16 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
     keep = slots * problem.n * ITEMSIZE[problem.out_dtype] <= KEEP_BYTES
     for bt in columns(problem):
         for rows, bk, stages, ctas in SHAPES[problem.b.format.element][bt]:
-            c = make_config(bt, rows, bk, stages, ctas, keep)
+            c = make_config(bt, rows, bk, stages, ctas, keep, whole=problem.batch_invariant)
             if legal(problem, c, arch) is None:
                 out.append(c)
     return out
 
 
-def make_config(bt: int, rows: int, bk: int, stages: int, ctas: int, keep: bool = True, wide: bool = True) -> Config:
-    more = (("ctas", ctas), *((("keep", 1),) if keep else ()), *((("wide", 1),) if wide else ()))
+def make_config(bt: int, rows: int, bk: int, stages: int, ctas: int, keep: bool = True, wide: bool = True,
+                whole: bool = False) -> Config:
+    """`whole`: no tile is cut along K, so that a token's sum does not depend on how many tiles there are."""
+    more = (("ctas", ctas), *((name, 1) for name, given in (("keep", keep), ("whole", whole), ("wide", wide)) if given))
     return Config(bt, rows, bk, rows // 16, stages, swap_ab=True, persistent=True, extra=more)
 
 
@@ -222,9 +224,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     if problem.zero_padding and problem.layout in ("contiguous", "psum"):
         made.insert(0, zero_padding_rows(problem, x))
     if e.combine:
-        made.append(Launch(narrow_prep_device.narrow_combine_kernel, (slots // x.top_k * -(-n // COMBINE_N),),
-                           (y, live, x.out, n, x.top_k, x.out.stride(-2)),
-                           {"BN": COMBINE_N, "PDL": True, "num_warps": 4, "launch_pdl": True}))
+        made.append(combine(x, y, live, n, slots, True))
     return made
 
 
@@ -242,6 +242,16 @@ def zero_padding_rows(problem: Problem, x: Operands) -> Launch:
     return Launch(narrow_rows_device.zero_rows_kernel, (x.m,),
                   (x.out, x.index, x.m, x.n, x.groups, x.alignment, x.out.stride(-2)),
                   {"KIND": KINDS[problem.layout], "GROUPS": power_of_two(x.groups), "BN": 1024, "num_warps": 4})
+
+
+def combine(x: Operands, y: Pointer, live: Pointer, n: int, slots: int, pdl: bool) -> Launch:
+    """The launch behind: a token's slots summed. `pdl`: it starts while the product ends."""
+    from .narrow_prep_device import narrow_combine_kernel
+
+    return Launch(narrow_combine_kernel, (slots // x.top_k * -(-n // COMBINE_N),),
+                  (y, live, x.out if x.add is None else x.add, x.out, n, x.top_k, 0 if x.add is None else x.add.stride(-2),
+                   x.out.stride(-2)),
+                  {"BN": COMBINE_N, "ADD": x.add is not None, "PDL": pdl, "num_warps": 4} | ({"launch_pdl": True} if pdl else {}))
 
 
 @lru_cache(maxsize=64)

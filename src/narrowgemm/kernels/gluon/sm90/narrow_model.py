@@ -14,6 +14,13 @@ INTAKE = 105e9               # bytes/s that one SM takes in
 LATENCY = 0.8e-6
 
 
+def slots_expected(problem: Problem) -> int:
+    """Slots that experts of this rank get: under expert parallelism fewer than there is room for."""
+    if problem.layout == "masked":
+        return problem.groups * problem.rows
+    return min(problem.m, problem.groups * problem.rows) if problem.layout == "offsets" and problem.rows else problem.m
+
+
 def active_experts(problem: Problem) -> float:
     """Experts that get rows when slots fall evenly at random."""
     if problem.layout == "dense":
@@ -21,13 +28,12 @@ def active_experts(problem: Problem) -> float:
     if problem.layout == "masked":
         return float(problem.groups)
     g = max(1, problem.groups)
-    return max(1.0, g * (1.0 - (1.0 - 1.0 / g) ** problem.m))
+    return max(1.0, g * (1.0 - (1.0 - 1.0 / g) ** slots_expected(problem)))
 
 
 def rows_expected(problem: Problem) -> float:
     """Mean rows of an expert that has rows."""
-    total = problem.groups * problem.rows if problem.layout == "masked" else problem.m
-    return max(1.0, total / active_experts(problem))
+    return max(1.0, slots_expected(problem) / active_experts(problem))
 
 
 def entries_expected(problem: Problem, tokens: int) -> float:
@@ -48,7 +54,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     tiles = entries_expected(problem, config.block_m) * -(-problem.n // ROWS)
     per_chunk = ROWS * (CHUNK * problem.b.format.elem.bits / 8 + 4)
     weights = active_experts(problem) * -(-problem.n // ROWS) * chunks * per_chunk
-    total = problem.groups * problem.rows if problem.layout == "masked" else problem.m
+    total = slots_expected(problem)
     written = total * problem.n * ITEMSIZE[problem.out_dtype]
     # A is read for every tile of weight rows, again from memory where L2 doesn't keep it beside the stream of weights. Seen on an
     # H100: 8192 rows of 7168, 16 tiles: 1.75 ms, 0.6 of it beyond the weights

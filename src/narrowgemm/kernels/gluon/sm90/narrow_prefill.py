@@ -20,8 +20,8 @@ from ... import launching
 from ...launching import Launch, Pointer
 from ...operands import Operands
 from . import narrow
-from .narrow import COMBINE_N, XKINDS, power_of_two, sms_of
-from .narrow_model import active_experts, rows_expected
+from .narrow import XKINDS, combine, power_of_two, sms_of
+from .narrow_model import active_experts, rows_expected, slots_expected
 from .narrow_prefill_tile import BOXES, SCALE_BYTES, WIDTHS, Tile
 from .narrow_tile import ACT_IDS, CHUNK, ITEMSIZE, KINDS, PAIR_IDS, ROWS, TABLE_HEAD, chunks_of, entries_at_most, extra, promotes
 
@@ -95,13 +95,13 @@ class Regions(NamedTuple):
     size: int
 
 
-def regions(problem: Problem, config: Config, rows: int) -> Regions:
-    """`rows`: positions of all groups, which are the rows of the output before combine."""
+def regions(problem: Problem, config: Config, slots: int, rows: int) -> Regions:
+    """`slots`: rows of the output before combine; `rows`: positions of all groups, as many or, routed, more."""
     e = problem.epilogue
     n = problem.n // 2 if e.activation else problem.n
-    sizes = (4 * (TABLE_HEAD + 3 * capacity(problem, config, rows)), rows if e.combine else 0,
+    sizes = (4 * (TABLE_HEAD + 3 * capacity(problem, config, rows)), slots if e.combine else 0,
              2 * rows * chunks_of(problem) * CHUNK, 4 * rows if problem.a.format.scaled else 0,
-             4 * rows if e.routing_weight else 0, 4 * rows * n if e.combine else 0)
+             4 * rows if e.routing_weight else 0, 4 * slots * n if e.combine else 0)
     return Regions(*accumulate((-(-s // 256) * 256 for s in sizes), initial=0))
 
 
@@ -112,7 +112,8 @@ def capacity(problem: Problem, config: Config, rows: int) -> int:
 
 
 def workspace(problem: Problem, config: Config) -> int:
-    return regions(problem, config, problem.m * (problem.groups if problem.layout == "masked" else 1)).size
+    slots = problem.m * (problem.groups if problem.layout == "masked" else 1)
+    return regions(problem, config, slots, max(slots, problem.positions)).size
 
 
 # ---------------------------------------------------------------- cost
@@ -149,7 +150,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
             clocks += count * (chunks * block + TILE_CLOCKS * units / 2) / len(sizes)
     work = experts * -(-problem.n // config.block_n)
     compute = clocks / CLOCK * max(work / sms, 1.0)
-    total = problem.groups * problem.rows if problem.layout == "masked" else problem.m
+    total = slots_expected(problem)
     written = total * problem.n * ITEMSIZE[problem.out_dtype]
     weights = experts * -(-problem.n // ROWS) * chunks * ROWS * (CHUNK * problem.b.format.elem.bits / 8 + 4)
     rate = arch.bandwidth * sms / arch.sms
@@ -173,22 +174,23 @@ class PrepStatic:
     BK: int
     SLOTS: bool              # positions are mapped to slots
     WEIGHT: bool             # slots have routing weights
-    BLOCK: int = 1
+    BLOCK: int = 1           # positions of a block (routed), a power of two no less
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
     """The launch in front, the product, and the combine, if there is one."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-    from . import narrow_prefill_device, narrow_prefill_parts_device, narrow_prefill_prep_device, narrow_prep_device
+    from . import narrow_prefill_device, narrow_prefill_parts_device, narrow_prefill_prep_device
 
     fields = x.b.scale
     assert workspace is not None and fields is not None
     config, e, masked = step.config, problem.epilogue, problem.layout == "masked"
     each = x.positions or x.m
     rows = each * (x.groups if masked else 1)
+    slots = x.num_slots or rows
     tile = tile_of(problem, config, x.slots is not None, x.factor is not None)
-    at, cap = regions(problem, config, rows), capacity(problem, config, rows)
+    at, cap = regions(problem, config, slots, rows), capacity(problem, config, rows)
     i32, f32, bf16 = torch.int32, torch.float32, torch.bfloat16
     table, live = Pointer(workspace, i32, at.table), Pointer(workspace, torch.int8, at.live)
     xfactor, weight = Pointer(workspace, f32, at.xfactor), Pointer(workspace, f32, at.weight)
@@ -200,7 +202,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     order = table if x.slots is None else x.slots
     prep = PrepStatic(KINDS[problem.layout], config.block_m, power_of_two(x.groups),
                       XKINDS[problem.a.format.element, problem.a.scale_dtype], problem.a.format.group[1] or 32, e.combine, PREP_K,
-                      x.slots is not None, x.weight is not None)
+                      x.slots is not None, x.weight is not None, power_of_two(x.block_m))
     x_tile, planes = narrow_prefill_parts_device.X_TILE.value, narrow_prefill_parts_device.PLANES.value
     boxes = [TensorDescriptor(tokens, [rows, kx], [kx, 1], [p, CHUNK], x_tile) for p in BOXES]
     for base, deep, box in ((Pointer(x.b.data, i32), chunks * tile.WEIGHT_ROWS, [tile.UNITS, tile.WEIGHT_ROWS, 256]),
@@ -212,17 +214,16 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     made = [
         Launch(narrow_prefill_prep_device.narrow_prefill_prep_kernel, (1 + rows * -(-kx // PREP_K),),
                (a, tokens if scale is None else scale, tokens, xfactor, weight if x.weight is None else x.weight, weight, index,
-                order, order, order, table, live, x.k, kx, *narrow.a_strides(x, masked), x.groups, rows, each, x.alignment, cap,
+                order, order if x.experts is None else x.experts, order if x.posted is None else x.posted, table, live, x.k, kx,
+                *narrow.a_strides(x, masked), x.groups, slots, each, x.alignment if problem.layout == "psum" else x.block_m, cap,
                 problem.a_div, prep), {"num_warps": 4}),
         Launch(narrow_prefill_device.narrow_prefill_kernel, (grid,),
                (*boxes, out, order, xfactor if x.factor is None else x.factor, xfactor, xfactor if x.bias is None else x.bias,
-                weight, table, chunks, tiles, rows, cap, x.n, om, tile), {"num_warps": 4, "maxnreg": tile.max_registers})]
+                weight, table, chunks, tiles, slots, cap, x.n, om, tile), {"num_warps": 4, "maxnreg": tile.max_registers})]
     if problem.zero_padding and problem.layout in ("contiguous", "psum"):
         made.insert(0, narrow.zero_padding_rows(problem, x))
     if e.combine:
-        made.append(Launch(narrow_prep_device.narrow_combine_kernel, (rows // x.top_k * -(-n // COMBINE_N),),
-                           (y, live, x.out, n, x.top_k, x.out.stride(-2)),
-                           {"BN": COMBINE_N, "PDL": False, "num_warps": 4}))
+        made.append(combine(x, y, live, n, slots, False))
     return made
 
 

@@ -220,8 +220,9 @@ def narrow_prep_kernel(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, index_ptr, slots_ptr,
 
 
 @triton.jit(do_not_specialize=["TOP_K"])
-def narrow_combine_kernel(y_ptr, live_ptr, out_ptr, N, TOP_K, som, BN: tl.constexpr, PDL: tl.constexpr):
-    """out[t] = sum over j in order of y[t * TOP_K + j], slots that no expert computed left out. y FP32 [slots, N]."""
+def narrow_combine_kernel(y_ptr, live_ptr, add_ptr, out_ptr, N, TOP_K, sam, som, BN: tl.constexpr, ADD: tl.constexpr,
+                          PDL: tl.constexpr):
+    """out[t] = sum over j in order of y[t * TOP_K + j], slots that no expert computed left out, + add[t]. y FP32 [slots, N]."""
     pieces = (N + BN - 1) // BN
     t = (tl.program_id(0) // pieces).to(tl.int64)
     n = tl.program_id(0) % pieces * BN + tl.arange(0, BN)
@@ -231,4 +232,6 @@ def narrow_combine_kernel(y_ptr, live_ptr, out_ptr, N, TOP_K, som, BN: tl.conste
     for j in range(TOP_K):
         live = tl.load(live_ptr + t * TOP_K + j) > 0
         acc += tl.load(y_ptr + (t * TOP_K + j) * N + n, mask=(n < N) & live, other=0.0)
+    if ADD:
+        acc += tl.load(add_ptr + t * sam + n, mask=n < N, other=0.0).to(tl.float32)
     tl.store(out_ptr + t * som + n, acc.to(out_ptr.dtype.element_ty), mask=n < N)

@@ -124,6 +124,8 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     """Why `config` can't run the problem, or None."""
     if config.block_m not in TOKENS or config.block_n not in (ROWS, 2 * ROWS):
         return f"tile {config.block_m} x {config.block_n}, expected {TOKENS} token columns x {ROWS} or {2 * ROWS} weight rows"
+    if problem.batch_invariant and not extra(config, "whole"):
+        return "cuts tiles along K where the number of tiles asks for it; expected whole=1 for a batch-invariant product"
     if config.block_k not in (256, 512) or config.num_warps != config.block_n // 16 or not config.swap_ab or not config.persistent:
         return "expected block_k 256 or 512, a warp for 16 rows, swap_ab and persistent"
     ctas = extra(config, "ctas", 1)
