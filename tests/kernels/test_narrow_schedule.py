@@ -3,6 +3,7 @@ copies and products that only say what they would touch."""
 
 from __future__ import annotations
 
+import inspect
 import types
 from collections import Counter
 from pathlib import Path
@@ -50,7 +51,7 @@ def module(log: Log, table: list[tuple[int, int, int]], program: int, programs: 
     def issue_weights(w, s, e, nt, k, slot, *_: Any) -> None:
         log.weights.append((e, nt, k, slot))
 
-    def issue_tokens(x, xo, live, k, slot, *_: Any) -> None:
+    def issue_tokens(x, xs, xo, live, k, slot, *_: Any) -> None:
         log.tokens.append((xo, live, k, slot))
 
     def multiply(acc, rings, slot, cfg):
@@ -75,14 +76,17 @@ def module(log: Log, table: list[tuple[int, int, int]], program: int, programs: 
 def test_every_step_once_and_what_is_copied_is_what_is_computed(entries, tiles, steps, programs, stages, quantum):
     """`quantum`: steps that a block's stretch is a multiple of."""
     table = [(100 + b, 10 * b, 1 + b % 7) for b in range(entries)]
-    cfg = types.SimpleNamespace(BT=8, STAGES=stages, ROWS=64, CW=1, CH=1, PDL=True)
+    cfg = types.SimpleNamespace(BT=8, STAGES=stages, ROWS=64, CW=1, CH=1, PDL=True, XSCALE=False)
     done: Counter = Counter()
     sums: Counter = Counter()
     places: set[int] = set()
     for program in range(programs):
         log = Log()
         names = module(log, table, program, programs)
-        names["narrow_kernel"](*[None] * 9, TABLE, None, None, tiles, steps, steps, 99, 1, CAP, quantum, 64 * tiles, 64, 64, cfg)
+        kernel = names["narrow_kernel"]
+        given = {"table_ptr": TABLE, "NT": tiles, "KB": steps, "KC": steps, "R": 99, "a_div": 1, "cap": CAP, "quantum": quantum,
+                 "N": 64 * tiles, "KX": 64, "som": 64, "cfg": cfg}
+        kernel(**dict.fromkeys(inspect.signature(kernel).parameters) | given)
         assert [(x[2], x[3]) for x in log.weights] == [(k, slot) for _, _, k, slot in log.tokens]
         assert [x[3] for x in log.weights] == log.computed == [i % stages for i in range(len(log.weights))]
         rows = {e: (first, n) for e, first, n in table}
