@@ -290,9 +290,10 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         narrow.register()
 
 
-def test_compiles_into_one_graph() -> None:
+@pytest.mark.parametrize("quantize, prepacked", [("fp8", False), ("mxfp4", True)])
+def test_compiles_into_one_graph(quantize: str, prepacked: bool) -> None:
     model = models.build("qwen3_moe", torch.bfloat16, implementation="narrowgemm", hidden=128, inter=128)
-    narrow.quantize(model, "fp8")
+    narrow.quantize(model, quantize, prepacked=prepacked)
     experts = model.model.layers[0].mlp.experts
     x, ids, topk = torch.randn(7, 128, dtype=torch.bfloat16), torch.randint(0, 8, (7, 2)), torch.rand(7, 2)
     with torch.no_grad():
