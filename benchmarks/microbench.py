@@ -1,4 +1,5 @@
-"""Two measurements beside the suites: quantisation against a copy of the same bytes, and what an eager call costs the CPU.
+"""Measurements beside the suites: quantisation, alone and fused with gather or SwiGLU, against a copy of the same bytes, and
+what an eager call costs the CPU.
 
     python benchmarks/microbench.py --json FILE [--commit SHA]        on a GPU
     python benchmarks/microbench.py --stub                            the launch cost alone, with no GPU
@@ -28,6 +29,7 @@ from narrowgemm.ops import quantize as quantize_op
 from narrowgemm.ops.common import PlanCache
 from narrowgemm.testing.cases import Case, build
 from narrowgemm.testing.inputs import Inputs
+from narrowgemm.testing.models import get_model
 from narrowgemm.testing.timers import GraphTimer
 
 SHAPES = ((512, 7168), (4096, 7168), (16384, 7168), (16384, 2048))
@@ -51,6 +53,37 @@ def quantisation(timer: GraphTimer) -> list[dict]:
                          "copy_gbs": nbytes / copy / 1e3, "of_copy": copy / ours})
             print(f"quantize {name:18s} {m:6d} x {k}: {ours:7.1f} us {nbytes / ours / 1e3:6.0f} GB/s, copy {copy:7.1f} us, "
                   f"{copy / ours:.2f} of copy", flush=True)
+    return rows
+
+
+FUSED = (("minimax-m3", "mxfp8"), ("minimax-m3", "fp8_1x128"), ("deepseek-v3", "mxfp8"))
+TOKENS = (256, 4096, 16384)
+
+
+def fused(timer: GraphTimer) -> list[dict]:
+    """`gather_quantize` and `activate` of a model's layer: each reads its input once and writes a narrow row a slot."""
+    rows = []
+    for model, name in FUSED:
+        m, fmt = get_model(model), ng.FORMATS[name]
+        for tokens in TOKENS:
+            ids = torch.rand(tokens, m.experts, device="cuda").topk(m.top_k).indices.int()
+            routing = ng.sort_by_expert(ids, m.experts)
+            x = torch.randn(tokens, m.hidden, device="cuda", dtype=torch.bfloat16)
+            slots = tokens * m.top_k
+            h = torch.randn(slots, 2 * m.inter, device="cuda", dtype=torch.bfloat16)
+            act = {"activation": m.activation, "layout": routing.layout, "fmt": fmt}
+            steps = {"gather": (lambda x=x, r=routing, f=fmt: ng.gather_quantize(x, r, f),
+                                2 * x.numel() + fmt.storage_bytes(slots, m.hidden)),
+                     "swiglu": (lambda h=h, a=act: ng.activate(h, **a), 2 * h.numel() + fmt.storage_bytes(slots, m.inter))}
+            for step, (call, nbytes) in steps.items():
+                source = torch.empty(nbytes // 512 * 256, dtype=torch.uint8, device="cuda")
+                target = torch.empty_like(source)
+                times = timer.measure({"ours": call, "copy": lambda s=source, t=target: t.copy_(s)})
+                ours, copy = times["ours"].us, times["copy"].us
+                rows.append({"step": step, "model": model, "format": name, "tokens": tokens, "us": ours, "copy_us": copy,
+                             "gbs": nbytes / ours / 1e3, "of_copy": copy / ours})
+                print(f"{step} {model} {name:10s} {tokens:6d} tokens: {ours:7.1f} us {nbytes / ours / 1e3:6.0f} GB/s, "
+                      f"{copy / ours:.2f} of copy", flush=True)
     return rows
 
 
@@ -135,7 +168,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--commit", default="")
-    parser.add_argument("--only", choices=("launches", "quantisation"))
+    parser.add_argument("--only", choices=("launches", "quantisation", "fused"))
     parser.add_argument("--stub", action="store_true",
                         help="with no GPU: calls on CPU tensors, planned for an H200, with a C launcher that does nothing")
     args = parser.parse_args()
@@ -150,10 +183,12 @@ def main() -> None:
     doc = {"schema": "narrowgemm-micro/2", "device": "stub" if args.stub else torch.cuda.get_device_name(), "commit": args.commit,
            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
            "versions": {"torch": torch.__version__, "triton": triton.__version__, "narrowgemm": ng.__version__}}
-    if args.only != "quantisation":
+    if args.only in (None, "launches"):
         doc["launches"] = launches(device)
-    if args.only != "launches" and not args.stub:
+    if args.only in (None, "quantisation") and not args.stub:
         doc["quantisation"] = quantisation(GraphTimer(torch.device("cuda"), rounds=5))
+    if args.only in (None, "fused") and not args.stub:
+        doc["fused"] = fused(GraphTimer(torch.device("cuda"), rounds=5))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(doc, indent=1) + "\n")

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from narrowgemm import FP8_1x128, FP8_128x128, Unsupported
-from narrowgemm.compat import flydsl
-from narrowgemm.compat.flydsl import notice, weights
+from narrowgemm.compat import flydsl, notice
+from narrowgemm.compat.flydsl import weights
 from narrowgemm.testing.cases import FLYDSL_CONTIGUOUS, FLYDSL_MASKED, Case, build
 from narrowgemm.testing.numerics import calc_diff, check_gates
 

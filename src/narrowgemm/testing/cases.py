@@ -187,6 +187,15 @@ def fp4_masked(suite: str) -> list[Case]:
             for g, m in FP4_MASKED for n, k in FP4_SHAPES for draw in range(10)]
 
 
+def mxfp8_prefill(suite: str) -> list[Case]:
+    """Many rows on prepacked weights: dense ones of MiniMax-M3 (qkv, o_proj), then eight local experts of it and of DeepSeek-V3."""
+    experts = [nk for m in map(get_model, ("minimax-m3", "deepseek-v3")) for nk in (m.gate_up(), m.down())]
+    return [*(Case(suite, "dense", 1, m, n, k, a=MXFP8, b=MXFP8, packed=True)
+              for n, k in ((9216, 6144), (6144, 8192), (2304, 6144)) for m in (512, 2048, 8192)),
+            *(Case(suite, "offsets", 8, m, n, k, sizes=UNEVEN, a=MXFP8, b=MXFP8, packed=True)
+              for n, k in experts for m in (64, 256, 1024))]
+
+
 def large(suite: str) -> list[Case]:
     """One tensor of each over 2^31 elements: A, B, the output; the arithmetic stays small."""
     return [
@@ -296,6 +305,7 @@ _BUILDERS: dict[str, Callable[[str], list[Any]]] = {
     "mxfp4-256": fp4_experts,
     "mxfp4-masked": fp4_masked,
     "mxfp8-bandwidth": lambda s: mxfp8_dense(s, (1, 2, 4, 8, 16), 30_000_000),
+    "mxfp8-prefill": mxfp8_prefill,
     "train-fwd": lambda s: train_rows(s, ((8192, ROW), (16384, TENSOR), (32768, ROW)), False),
     "train-dgrad": lambda s: train_rows(s, ((8192, ROW), (16384, TENSOR), (32768, ROW)), True),
     "train-block": lambda s: [c for b in (False, True) for c in train_rows(s, ((16384, BLOCK), ), b, TRAINED[:2])],
@@ -319,8 +329,9 @@ PEERS: dict[str, tuple[str, ...]] = {name: ("deepgemm", "floor") for name in SUI
     "experts-mxfp4": ("triton_kernels_layer", "floor"),
     "a16w4-decode": ("triton_kernels", "humming", "floor"), "a16w4-mid": ("triton_kernels", "humming", "floor"),
     "a16w4-prefill": ("triton_kernels", "floor"),
-    "mxfp8-routed": ("triton", "humming", "floor"), "mxfp8-dense-decode": ("triton", "humming", "torch_bf16", "floor"),
-    "mxfp8-bandwidth": ("floor",),
+    "mxfp8-routed": ("dot_scaled", "triton", "humming", "deepgemm_block", "floor"),
+    "mxfp8-dense-decode": ("dot_scaled", "triton", "humming", "torch_bf16", "deepgemm_block", "floor"),
+    "mxfp8-bandwidth": ("floor",), "mxfp8-prefill": ("dequant_bf16", "torch_bf16", "deepgemm_block", "floor"),
     "mxfp4-contiguous": ("deepgemm", "triton_kernels", "humming", "floor"), "mxfp4-a4w4": ("deepgemm", "floor"),
     "mxfp4-mx8": ("torch_bf16", "floor"), "mxfp4-256": ("triton_kernels", "deepgemm", "humming", "floor"),
     "mxfp4-masked": ("own_fp8", "floor"),

@@ -25,6 +25,7 @@ from .inputs import Inputs, Weights, build
 from .layer import LayerCase
 from .mx_peers import Humming, TritonKernels
 from .numerics import RECIPE_GATE
+from .mxfp8_peers import DeepGemmBlock, DequantBf16, DotScaled
 from .peer import Prepared
 from .tokens import Tokens
 
@@ -306,6 +307,7 @@ class Backend:
 
 
 ADAPTERS: dict[str, Peer] = {p.name: p for p in (DeepGemm(), OwnFp8(), Torch(), TorchRow(), TorchBf16(), TritonKernels(), Humming(),
+                                                 DotScaled(), DequantBf16(), DeepGemmBlock(),
                                                  LayerPeer("deepgemm_layer"), LayerPeer("triton_moe"),
                                                  LayerPeer("triton_kernels_layer"))}
 FLOOR = "floor"
@@ -348,5 +350,5 @@ def _import_error(module: str) -> str | None:
 
 def version(peer: str) -> str:
     """Version of the library behind a peer, '' where it has none or is not imported."""
-    found = sys.modules.get({"deepgemm": "deep_gemm", "deepgemm_layer": "deep_gemm"}.get(peer, ""))
+    found = sys.modules.get({"deepgemm": "deep_gemm", "deepgemm_layer": "deep_gemm", "deepgemm_block": "deep_gemm"}.get(peer, ""))
     return str(getattr(found, "__version__", ""))

@@ -15,13 +15,17 @@ up live tiles. Bad input raises ValueError or TypeError before anything is writt
 Weights arrive shuffled and are kept a second time in plain order, as long as their storage lives; writes that torch's
 version counter does not see (through `.data`, by custom kernels) need `refresh_weight`; callers that view weights as
 int8 under `torch.inference_mode` need `freeze_weight`. See `weights`.
+
+`compile_a16w4_moe_gemm2` (pull request 431) is the down projection of an MXFP4 expert layer, over aiter's `moe_sorting` and
+`shuffle_weight_a16w4`, which are in `narrowgemm.compat.aiter`.
 """
 
 from __future__ import annotations
 
 from .factories import compile_grouped_gemm_blockscale_contiguous, compile_grouped_gemm_blockscale_masked
+from .moe import compile_a16w4_moe_gemm2
 from .scales import fp32_e8m0_to_byte, fp32_to_e8m0
 from .weights import freeze_weight, refresh_weight, shuffle_weight, unshuffle_weight
 
-__all__ = ["compile_grouped_gemm_blockscale_contiguous", "compile_grouped_gemm_blockscale_masked", "fp32_e8m0_to_byte",
-           "fp32_to_e8m0", "freeze_weight", "refresh_weight", "shuffle_weight", "unshuffle_weight"]
+__all__ = ["compile_a16w4_moe_gemm2", "compile_grouped_gemm_blockscale_contiguous", "compile_grouped_gemm_blockscale_masked",
+           "fp32_e8m0_to_byte", "fp32_to_e8m0", "freeze_weight", "refresh_weight", "shuffle_weight", "unshuffle_weight"]

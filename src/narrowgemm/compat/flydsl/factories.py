@@ -19,7 +19,7 @@ from ...errors import Unsupported, expect
 from ...formats import Format, FP8_1x128, FP8_128x128, ScaledTensor
 from ...layouts import Contiguous, Masked
 from ...ops.grouped import grouped_gemm
-from .notice import warn_once
+from ..notice import warn_once
 from .streams import on_stream
 from .tiles import Tiles
 from .weights import plain_weight

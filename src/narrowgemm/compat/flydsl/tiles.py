@@ -13,7 +13,7 @@ from ...layouts import Layout
 from ...ops import common, grouped
 from ...problem import Config
 from ...runtime import dispatch
-from .notice import warn_once
+from ..notice import warn_once
 
 DEFAULT = (128, 128, 128)
 _LIMIT = 1024

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from ...errors import Unsupported, expect
-from .notice import warn_once
+from ..notice import warn_once
 
 ROWS, COLUMNS, CHUNK = 16, 32, 16  # bytes; 16 rows x 16 columns lie together, two such side by side make a block
 Shape = tuple[int, int, int]
