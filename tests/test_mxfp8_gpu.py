@@ -135,7 +135,10 @@ def test_model_shapes(model: MoEModel, tp: int, ep: int, stage: str) -> None:
 def test_weights_past_two_gib() -> None:
     """58 experts of 6144 x 6144: the last ones start beyond 2^31 bytes, plain and packed."""
     e, n, k = 58, 6144, 6144
-    packed = ng.prepack(mx((e, n, k)))
+    data = torch.randint(0, 0x78, (e, n, k), dtype=torch.uint8, device=DEV).view(torch.float8_e4m3fn)
+    scale = torch.randint(118, 128, (e, n, k // 32), dtype=torch.uint8, device=DEV)
+    packed = ng.prepack(ScaledTensor(data, scale, MXFP8))
+    del data
     torch.cuda.empty_cache()
     assert packed.data.numel() > 2**31
     x = mx((8, k))
