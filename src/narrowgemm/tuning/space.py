@@ -55,7 +55,7 @@ def problem_of(case: Case) -> Problem:
     m = case.max_m if case.layout == "masked" else case.a_rows
     p = describe(case.op, layout=case.layout, groups=case.groups, m=m, n=case.n,
                  k=case.rows if case.layout == "k_grouped" else case.k, a=case.a, b=case.b, out_dtype=case.out_dtype,
-                 expected_m=case.expected_m if case.layout == "masked" else 0)
+                 expected_m=case.expected_m if case.layout == "masked" else 0, packed=case.packed)
     if case.layout == "k_grouped":
         return replace(p, rows=bucket(case.m), accumulate=case.accumulate, b=replace(p.b, scale_major="mn"),
                        alignment=case.column_alignment)

@@ -1,6 +1,7 @@
 """Tuned tables: JSON under `tables/<device>/`, read once, never required.
 
-One file a (op, layout, formats): `{"schema": 1, "device", "op", "layout", "a", "b", "versions", "commit", "rows": [...]}`.
+One file a (op, layout, formats, prepacked or not): `{"schema": 1, "device", "op", "layout", "a", "b", "versions", "commit",
+"rows": [...]}`.
 A row is the verdict for one key, N, K and the bucket of rows per group:
 
 | column | |
@@ -48,7 +49,9 @@ class Tuned:
 
 
 def table_name(problem: Problem) -> str:
-    return f"{problem.op}-{problem.layout}-{problem.a.format.name}-{problem.b.format.name}.json".replace(":", "_")
+    """Prepacked weights have tables of their own: other kernels take them."""
+    packed = "-packed" if problem.b.prepack else ""
+    return f"{problem.op}-{problem.layout}-{problem.a.format.name}-{problem.b.format.name}{packed}.json".replace(":", "_")
 
 
 def key(problem: Problem) -> Key:

@@ -1,0 +1,97 @@
+"""Every MXFP8 problem that a model brings gets a kernel made for it on Hopper, whatever its sizes; one refusal a guard, with its reason."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from narrowgemm import Unsupported, can_run
+from narrowgemm.arch import get_arch
+from narrowgemm.kernels.gluon.sm90 import narrow
+from narrowgemm.ops.explain import describe, explain
+from narrowgemm.problem import Epilogue, Operand
+from narrowgemm.runtime import dispatch
+from narrowgemm.testing.cases import M3_DENSE
+from narrowgemm.testing.models import MODELS
+
+MX = {"a": "mxfp8", "b": "mxfp8", "packed": True}
+TOKENS = (1, 16, 256, 16384)
+
+
+@pytest.mark.parametrize("device", ["h200", "h100"])
+@pytest.mark.parametrize("name", ["minimax-m3", "minimax-m2", "deepseek-v3", "qwen3-235b"])
+def test_models_at_every_tp_and_ep(name: str, device: str) -> None:
+    """Both products, by offsets and by vLLM's slots; K down to 384 and 192 (Qwen3 and M2 at TP 8)."""
+    m = MODELS[name]
+    seen = set()
+    for tp in (1, 2, 4, 8):
+        for ep in (1, 2, 4, 8, 16, 32):
+            for n, k in (m.gate_up(tp), m.down(tp)):
+                seen.add(k)
+                for tokens in TOKENS:
+                    for layout in ("offsets", "routed"):
+                        ok, why = can_run("routed_gemm", layout=layout, groups=m.local_experts(ep), m=max(1, tokens * m.top_k // ep),
+                                          n=n, k=k, device=device, **MX)
+                        assert ok and why.startswith("gluon_sm90.narrow"), (tp, ep, n, k, tokens, layout, why)
+    assert m.inter // 8 in seen
+
+
+@pytest.mark.parametrize("out_dtype", ["bf16", "fp16", "fp32"])
+def test_dense_of_any_size(out_dtype: str) -> None:
+    sizes = [(k, n) for k, n in M3_DENSE] + [(32, 1), (64, 7), (96, 100), (384, 6144), (192, 3072), (2880, 720), (7168, 576)]
+    for k, n in sizes:
+        for m in (*range(1, 19), 33, 64, 65, 129, 1000, 100_000):
+            ok, why = can_run("gemm", m=m, n=n, k=k, out_dtype=out_dtype, device="h100", **MX)
+            assert ok and why.startswith("gluon_sm90.narrow"), (m, n, k, why)
+
+
+def test_experts_are_no_key_and_weights_may_pass_two_gib() -> None:
+    """M3 has 128 experts, M2 256: what is chosen does not change with their number while each has as many rows."""
+    chosen = set()
+    for groups in (32, 64, 128, 256, 512):
+        ok, _ = can_run("routed_gemm", layout="routed", groups=groups, m=groups * 2, n=6144, k=6144, device="h100", **MX)
+        chosen.add(explain("routed_gemm", layout="routed", groups=groups, m=groups * 2, n=6144, k=6144, device="h100", **MX).plan.kernel)
+        assert ok
+    assert chosen == {narrow.NAME}
+
+
+SIZES = {"m": 8, "n": 256, "k": 512, "device": "h100"}
+
+
+@pytest.mark.parametrize("change, match", [
+    ({"packed": False}, "takes weights that narrowgemm.prepack"),
+    ({"device": "mi350x"}, "runs on sm90"), ({"device": "b200"}, "runs on sm90"), ({"device": "cpu"}, "runs on sm90"),
+    ({"a": "fp8_row"}, "brings BF16, MXFP8, MXFP4 and FP8 1x128"),
+    ({"a": "fp8_1x128"}, "takes E8M0 scales of A|1x128 with E8M0"),
+    ({"op": "grouped_gemm", "layout": "contiguous", "groups": 4}, "layout contiguous"),
+    ({"op": "grouped_gemm", "layout": "psum", "groups": 4}, "layout psum"),
+    ({"op": "routed_gemm", "layout": "offsets", "groups": 2000}, "lists 1024 experts"),
+    ({"m": 1 << 19, "k": 8192}, r"within 2\^31 elements"),
+    ({"op": "grouped_gemm", "layout": "masked", "groups": 256, "m": 4096, "k": 7168}, r"within 2\^31|which pays up to"),
+    ({"op": "grouped_gemm", "layout": "masked", "groups": 32, "m": 4096, "k": 7168}, "which pays up to"),
+])
+def test_each_guard_says_why(change: dict, match: str) -> None:
+    given = {"op": "gemm", **MX, **SIZES} | change
+    op = given.pop("op")
+    ok, why = can_run(op, **given)
+    assert not ok and re.search(match, why), why
+
+
+@pytest.mark.parametrize("change, match", [
+    ({"accumulate": True}, "no accumulation"),
+    ({"epilogue": Epilogue(activation="swiglu")}, "weights packed with pair="),
+    ({"epilogue": Epilogue(quantize=describe("gemm", m=1, n=1, k=32, a="mxfp8", b="mxfp8").a.format)}, "no quantised output"),
+    ({"a": Operand(describe("gemm", m=1, n=1, k=32, a="mxfp8", b="mxfp8").a.format, "mn", "", "e8m0", "mn")}, "K-major"),
+])
+def test_guards_of_what_a_call_adds(change: dict, match: str) -> None:
+    problem = replace(describe("gemm", m=8, n=256, k=512, **MX), **change)
+    with pytest.raises(Unsupported, match=match):
+        dispatch.select(problem, get_arch("h100"), on_unsupported="raise")
+
+
+def test_what_a_fast_kernel_refuses_runs_and_says_so() -> None:
+    found = explain("gemm", m=8, n=256, k=512, a="mxfp8", b="mxfp8", device="h100")
+    assert found.plan.kernel == "triton.mx" and "no fast kernel takes this problem" in found.plan.reason
+    assert "prepack" in dict(found.plan.passed_over)[narrow.NAME]
