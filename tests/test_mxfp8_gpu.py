@@ -10,6 +10,7 @@ import narrowgemm as ng
 from narrowgemm.arch import detect
 from narrowgemm.compat import aiter
 from narrowgemm.formats import MXFP8, ScaledTensor
+from narrowgemm.testing.cases import Case, build, get_suite
 from narrowgemm.testing.models import MODELS, MoEModel
 from narrowgemm.testing.numerics import calc_diff
 
@@ -130,6 +131,12 @@ def test_model_shapes(model: MoEModel, tp: int, ep: int, stage: str) -> None:
         y = ng.routed_gemm(x, packed, sorted_.layout, row_map=sorted_.row_map, top_k=top_k, a_div=a_div, routing_weight=weight,
                            zero_padding=True)
         assert calc_diff(y.double(), want) <= 5e-6
+
+
+@pytest.mark.parametrize("case", get_suite("mxfp8-prefill")[::2], ids=lambda c: c.id)
+def test_prefill_suite(case: Case) -> None:
+    """Both gates, poison and guards on what is chosen."""
+    build(case, DEV, seed=11).verify()
 
 
 def test_weights_past_two_gib() -> None:
