@@ -142,14 +142,15 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     spread = rows**0.5 if problem.layout == "offsets" else 0.0
     sizes = [max(1.0, rows + spread * z) for z in (-1.3, -0.7, -0.3, 0.0, 0.3, 0.7, 1.3)]
     chunks = chunks_of(problem)
-    clocks = 0.0
+    clocks = entries = 0.0
     for size in sizes:
         whole, rest = divmod(round(size), config.block_m)
         for columns, count in ((config.block_m, whole), (width(rest, config.block_m), rest > 0)):
             block = max(units / 2 * 8 * columns / RATE[config.block_m, units // 2], units / 2 * EXPAND_CLOCKS)
             clocks += count * (chunks * block + TILE_CLOCKS * units / 2) / len(sizes)
-    work = experts * -(-problem.n // config.block_n)
-    compute = clocks / CLOCK * max(work / sms, 1.0)
+            entries += count / len(sizes)
+    work = experts * -(-problem.n // config.block_n)        # an expert's entries are dealt out one by one
+    compute = clocks / CLOCK * max(work / sms, 1.0 / entries)
     total = slots_expected(problem)
     written = total * problem.n * ITEMSIZE[problem.out_dtype]
     weights = experts * -(-problem.n // ROWS) * chunks * ROWS * (CHUNK * problem.b.format.elem.bits / 8 + 4)
