@@ -257,7 +257,9 @@ def shifts(data: Tensor, scale: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     top = torch.where(live, codes, -1).amax(-1)
     bottom = torch.where(live, codes, 255).amin(-1)
     inside = (bottom >= low) & (top <= high) | (top < 0)
-    shift = torch.where(inside, 0, top - high)
+    # the least shift: a large one would let sums overflow on the way to a result that does not
+    least = torch.where(top > high, top - high, torch.maximum(bottom - low, top - high))
+    shift = torch.where(inside, 0, least)
     fits = inside | (bottom - shift >= low)
     return torch.where(nan, torch.nan, shift.float()), fits
 

@@ -132,7 +132,8 @@ def in_use(index_ptr, row, positions, cfg: tl.constexpr):
 
 @triton.jit
 def row_shift(xs_ptr, K, ssk, cfg: tl.constexpr):
-    """(shift of the scale codes of the row at xs_ptr scale codes, whether one is NaN)."""
+    """(shift of the scale codes of the row at xs_ptr, whether one is NaN): the least that brings them between LOW and HIGH, the upper
+    end first. A large one would let sums overflow on the way to a result that does not."""
     top = tl.full([], 0, tl.int32)
     bottom = tl.full([], 255, tl.int32)
     nan = tl.full([], 0, tl.int32)
@@ -143,7 +144,7 @@ def row_shift(xs_ptr, K, ssk, cfg: tl.constexpr):
         nan = tl.maximum(nan, tl.max((code == 255).to(tl.int32), 0))
         top = tl.maximum(top, tl.max(tl.where((code == 255) | (o >= count), 0, code), 0))
         bottom = tl.minimum(bottom, tl.min(tl.where(o < count, code, 255), 0))
-    return tl.where((top > HIGH) | (bottom < LOW), top - HIGH, 0), nan
+    return tl.where(top > HIGH, top - HIGH, tl.where(bottom < LOW, tl.maximum(bottom - LOW, top - HIGH), 0)), nan
 
 
 @triton.jit
