@@ -34,10 +34,9 @@ class Layer:
         self.pads, t, e = pads, self.tokens, self.experts
         self.live_n, self.live_k = self.n - pads[0], self.k - pads[1]
         self.a2 = (torch.randn(t * self.top_k, self.k, device=device) * 0.2).bfloat16()
-        q = quantize(torch.randn(e, self.n, self.k, device=device) / 10, MXFP4)
-        self.w = aiter.shuffle_weight_a16w4(q.data, 16, False)
-        self.scale = aiter.shuffle_scale_a16w4(q.scale.contiguous().view(e * self.n, -1), e, False)
-        values = q.dequantize()
+        parts = [quantize(torch.randn(self.n, self.k, device=device) / 10, MXFP4) for _ in range(e)]
+        self.w = aiter.shuffle_weight_a16w4(torch.stack([q.data for q in parts]), 16, False)
+        self.scale = aiter.shuffle_scale_a16w4(torch.cat([q.scale.contiguous() for q in parts]), e, False)
         span = {"first": self.top_k, "random": e, "one": e}[routing]
         ids = torch.stack([torch.randperm(span)[:self.top_k] for _ in range(t)]) if t else torch.empty(0, self.top_k)
         self.ids = (ids * 0 if routing == "one" else ids).int().to(device)
@@ -47,7 +46,7 @@ class Layer:
         self.slots = torch.zeros(t * self.top_k, self.live_n, device=device)
         for expert in self.ids.unique().tolist():
             mine = (self.ids.flatten() == expert).nonzero()[:, 0]
-            y = rows[mine] @ values[expert, :self.live_n, :self.live_k].T
+            y = rows[mine] @ parts[expert].dequantize()[:self.live_n, :self.live_k].T
             self.slots[mine] = y + (0 if self.bias is None else self.bias[expert, :self.live_n])
 
     def want(self, weighted=True, accumulate=True):

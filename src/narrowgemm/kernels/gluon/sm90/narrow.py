@@ -21,6 +21,7 @@ from ... import launching
 from ...launching import Launch, Pointer
 from ...operands import Operands
 from .narrow_model import estimate, rows_expected
+from .narrow_split import ctas_at_most, splits
 from .narrow_tile import (
     ACT_IDS,
     CHUNK,
@@ -109,7 +110,7 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
         for rows, bk, stages, ctas in SHAPES[problem.b.format.element][bt]:
             c = make_config(bt, rows, bk, stages, ctas, keep, whole=problem.batch_invariant)
             if legal(problem, c, arch) is None:
-                out.append(c)
+                out += [c, *splits(problem, c, arch)]
     return out
 
 
@@ -204,7 +205,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     steps = -(-chunks // cfg.CH)
     cap = entries_at_most(problem.layout, x.m if masked else slots, problem.groups, config.block_m)
     sms = sms_of(x.out.device)
-    most = cap * -(-x.n // config.block_n) * steps
+    most = ctas_at_most(cap * -(-x.n // config.block_n), steps, config)
     grid = max(1, min(min(sms, problem.max_sms or sms) * extra(config, "ctas", 1), MAX_CTAS, most))
     kx = row_stride(x.k)
     index = table if x.index is None else x.index

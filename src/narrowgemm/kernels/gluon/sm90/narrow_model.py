@@ -66,4 +66,5 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     intake = taken / sms / min(INTAKE, flight / LATENCY)
     math = tiles * chunks / (sms * 4) * STEP[problem.b.format.element] * max(1.0, config.block_m / 16) * max(1.0, 4 / (ctas * 2))
     seconds = START + (memory**4 + intake**4 + math**4) ** 0.25
+    seconds *= 1.001 if extra(config, "deep") else 1.0
     return seconds + (COMBINE + 3 * written / arch.bandwidth if problem.epilogue.combine else 0.0)
