@@ -24,8 +24,8 @@ from .guard import Guarded
 from .inputs import Inputs, Weights, build
 from .layer import LayerCase
 from .mx_peers import Humming, TritonKernels
-from .numerics import RECIPE_GATE
 from .mxfp8_peers import DeepGemmBlock, DequantBf16, DotScaled
+from .numerics import RECIPE_GATE
 from .peer import Prepared
 from .tokens import Tokens
 
