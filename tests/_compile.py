@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parent.parent
 TRITONS = ("oldest", "newest")
 NVIDIA_OPS = ("wgmma.mma_async", "mma.sync", "tcgen05.mma", "cp.async", "cp.async.bulk.tensor", "e4m3", "setmaxnreg",
               "block_scale",
-              *(f"m64n{n}k32.f32.e4m3.e4m3" for n in (8, 16, 32, 64, 128, 256)))
+              *(f"m64n{n}k32.f32.e4m3.e4m3" for n in (8, 16, 32, 64, 128, 192, 256)), "multicast::cluster")
 
 
 def newest_triton() -> str:

@@ -48,6 +48,7 @@ float8e4nv, bfloat16 = DType("float8e4nv", np.float32, 1), DType("bfloat16", np.
 float16, float32 = DType("float16", np.float16, 2), DType("float32", np.float32, 4)
 int32, int64 = DType("int32", np.int32, 4), DType("int64", np.int64, 8)
 uint8, int1 = DType("uint8", np.uint8, 1), DType("int1", np.bool_, 1)
+int8 = DType("int8", np.int8, 1)
 _OF_NP = {t.np: t for t in (float16, float32, int32, int64, uint8, int1)}
 
 
@@ -235,6 +236,10 @@ def allocate_shared_memory(dtype: DType, shape: list[Any], layout: Any) -> Any:
         made = [Barrier() for _ in range(shape[0])]
         _run().barriers += made
         return Barriers(made)
+    if dtype is int8:
+        from ._gluon_cluster import allocate
+
+        return allocate(shape)
     fill = np.nan if dtype.np.kind == "f" else -(1 << 30)
     return Shared(np.full(shape, fill, dtype.np), dtype)
 
@@ -272,8 +277,10 @@ class Descriptor:
 class Run:
     """One block: its barriers, its failure, and the engine that moves boxes some time after it was told to."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, cluster: Any = None, rank: int = 0) -> None:
         self.failed: BaseException | None = None
+        self.cluster, self.rank, self.memory = cluster, rank, None
+        self.by_address: dict[int, Barrier] = {}
         self.barriers: list[Barrier] = []
         self.random = random.Random(seed)
         self.queue: deque[Any] = deque()
@@ -299,8 +306,16 @@ class Run:
                 del self.queue[i]
             job()
 
+    def end(self) -> None:
+        with self.wake:
+            self.stop = True
+            self.wake.notify_all()
+        self.engine.join(TIMEOUT)
+
     def fail(self, e: BaseException) -> None:
         self.failed = self.failed or e
+        if self.cluster is not None:
+            self.cluster.all.abort()
         for b in self.barriers:
             with b.changed:
                 b.changed.notify_all()
@@ -489,7 +504,7 @@ def _start(run: Run, block: tuple[int, int]) -> None:
 gl = types.ModuleType("triton.experimental.gluon.language")
 gl.__dict__.update(
     constexpr=lambda x=None: x, float8e4nv=float8e4nv, bfloat16=bfloat16, float16=float16, float32=float32, int32=int32,
-    int64=int64, uint8=uint8, int1=int1, NVMMASharedLayout=Layout, SwizzledSharedLayout=Layout, BlockedLayout=Layout,
+    int64=int64, uint8=uint8, int8=int8, int1=int1, NVMMASharedLayout=Layout, SwizzledSharedLayout=Layout, BlockedLayout=Layout,
     SliceLayout=Layout, NVMMADistributedLayout=Layout, load=load, store=store, allocate_shared_memory=allocate_shared_memory,
     warp_specialize=warp_specialize, static_range=range, static_assert=_static_assert, associative_scan=_scan, split=_split,
     atomic_add=atomic_add, program_id=lambda axis: wrap(_local.block[0]), num_programs=lambda axis=0: wrap(_local.block[1]),
@@ -516,6 +531,8 @@ def _device_range(*bounds: Any) -> Any:
 
 def load_device_module(name: str) -> types.ModuleType:
     """A device module of kernels/gluon/sm90 as plain Python."""
+    from ._gluon_cluster import stand_ins as cluster_stand_ins
+
     gluon = types.ModuleType("triton.experimental.gluon")
     gluon.jit, gluon.constexpr_function, gluon.language = _jit, _jit, gl  # type: ignore[attr-defined]
     hopper = types.ModuleType("triton.experimental.gluon.language.nvidia.hopper")
@@ -535,6 +552,7 @@ def load_device_module(name: str) -> types.ModuleType:
              "triton.language.extra")
     stand_ins = {**{n: types.ModuleType(n) for n in empty}, gluon.__name__: gluon, gl.__name__: gl, hopper.__name__: hopper,
                  cuda.__name__: cuda, package.__name__: package, shim.__name__: shim}
+    stand_ins |= cluster_stand_ins(package.__name__)
     before = {n: sys.modules.get(n) for n in stand_ins}
     sys.modules.update(stand_ins)
     try:
@@ -553,16 +571,17 @@ def load_device_module(name: str) -> types.ModuleType:
             del sys.modules[n]
 
 
+def arguments(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(wrap(np.int32(a) if abs(a) < 2**31 else np.int64(a)) if type(a) is int else a for a in args)
+
+
 def launch(kernel: Any, grid: int, *args: Any, seed: int = 0) -> None:
     """Every block of the grid, one after the other. The first error of any partition is raised."""
-    args = tuple(wrap(np.int32(a) if abs(a) < 2**31 else np.int64(a)) if type(a) is int else a for a in args)
+    args = arguments(args)
     for block in range(grid):
         run = Run(seed * 1000 + block)
         _start(run, (block, grid))
         try:
             kernel(*args)
         finally:
-            with run.wake:
-                run.stop = True
-                run.wake.notify_all()
-            run.engine.join(TIMEOUT)
+            run.end()

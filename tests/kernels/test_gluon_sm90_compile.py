@@ -7,6 +7,7 @@ import pytest
 from .._compile import TRITONS, compile_jobs
 
 JOBS = "tests.kernels.gluon_sm90_prefill_jobs:jobs"
+WIDE_JOBS = "tests.kernels.gluon_sm90_wide_jobs:jobs"
 SHARED = 232448
 WORST_SPILL = 16    # bytes, of numbers read once a tile
 
@@ -33,3 +34,17 @@ def test_representative_configs(triton: str) -> None:
 @pytest.mark.slow
 def test_every_config() -> None:
     check(compile_jobs("sm90", JOBS, "all"))
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("triton", TRITONS)
+def test_clusters(triton: str) -> None:
+    reports = compile_jobs("sm90", WIDE_JOBS, triton=triton)
+    assert len({r["job"] for r in reports}) == 2 and reports[0]["ops"]["m64n192k32.f32.e4m3.e4m3"] and reports[0]["ops"]["multicast::cluster"]
+    check(reports)
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+def test_every_config_on_clusters() -> None:
+    check(compile_jobs("sm90", WIDE_JOBS, "all"))

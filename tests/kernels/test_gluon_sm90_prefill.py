@@ -92,7 +92,7 @@ class Case:
         sa_box = np.full((planes * blocks, columns), np.nan, np.float32)
         sa_box[:, :self.m] = self.sa.transpose(0, 2, 1).reshape(-1, self.m)
         index = np.asarray(self.index, np.int64 if self.layout == "offsets" else np.int32)
-        a_desc = emu.Descriptor(self.a, [1, t.BM, 128], emu.float8e4nv)
+        a_desc = emu.Descriptor(self.a, [1, getattr(t, "A_BOX", t.BM), 128], emu.float8e4nv)
         b_desc = emu.Descriptor(self.b, [1, t.B_BOX, 128], emu.float8e4nv)
         sa_desc = emu.Descriptor(sa_box[:, :self.m], [1, t.BM], emu.float32)
         d_desc = emu.Descriptor(body.reshape(-1, self.n), [64, t.OUT_COLS], self.out)
@@ -100,12 +100,15 @@ class Case:
         scales = (self.sa, self.sb) if self.code is None else tuple(c.astype(np.uint8) for c in self.code)
         sa_ptr = emu.Pointer(scales[0].astype(scales[0].dtype if self.code else np.float32).reshape(-1))
         sb_ptr = emu.Pointer(scales[1].astype(scales[1].dtype if self.code else np.float32).reshape(-1))
-        emu.launch(device.fp8_block_kernel, grid, a_desc, sa_desc, b_desc, d_desc, out_ptr, sa_ptr, sb_ptr,
-                   emu.Pointer(index), self.m, self.n, blocks, self.groups, self.alignment, blocks, self.m * blocks, blocks, 1,
-                   self.sb.shape[1] * blocks, blocks, 1, self.m * self.n, self.n, self.m, t, seed=seed)
+        self.launch(device, grid, a_desc, sa_desc, b_desc, d_desc, out_ptr, sa_ptr, sb_ptr,
+                    emu.Pointer(index), self.m, self.n, blocks, self.groups, self.alignment, blocks, self.m * blocks, blocks, 1,
+                    self.sb.shape[1] * blocks, blocks, 1, self.m * self.n, self.n, self.m, t, seed=seed)
         edges = np.concatenate([self.memory[:self.guard], self.memory[-self.guard:]])
         assert (edges == self.GUARD).all(), "wrote outside the output"
         return body.reshape(planes, self.m, self.n)
+
+    def launch(self, device, grid: int, *args, seed: int) -> None:
+        emu.launch(device.fp8_block_kernel, grid, *args, seed=seed)
 
     def expected(self) -> np.ndarray:
         sa = np.repeat(self.sa.astype(np.float64), 128, -1)

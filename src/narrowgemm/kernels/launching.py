@@ -67,6 +67,7 @@ class Launch(NamedTuple):
     grid: tuple[int, ...]
     arguments: Sequence[Any]
     keywords: dict[str, Any]
+    cluster: int = 1        # blocks that run together; the grid is of clusters
 
     def run(self) -> Any:
         """Launch Triton's way; the compiled kernel, or None from the interpreter."""
@@ -75,6 +76,8 @@ class Launch(NamedTuple):
         arguments = self.arguments
         if not isinstance(self.kernel, JITFunction):    # the interpreter copies storages, so it wants tensors
             arguments = [p.view() if isinstance(p, Pointer) else p for p in arguments]
+        if self.cluster > 1:
+            with_clusters(self.warm(), self.cluster)
         return self.kernel[self.grid](*arguments, **self.keywords)
 
     def warm(self) -> Any:
@@ -87,6 +90,15 @@ class Launch(NamedTuple):
         bound = self.kernel.signature.bind(*self.arguments, **named)
         bound.apply_defaults()
         return list(bound.arguments.values())
+
+
+def with_clusters(compiled: Any, blocks: int) -> None:
+    """Have Triton's C launcher launch a kernel that was compiled for single blocks as clusters.
+
+    It takes (warps, blocks a cluster, bytes of shared memory) of the compiled kernel in every launch, in Triton 3.6 to 3.9.
+    """
+    warps, _, shared = compiled.packed_metadata
+    compiled.packed_metadata = (warps, blocks, shared)
 
 
 Describe = Callable[[Step, Problem, Any, Tensor | None], Sequence[Launch]]

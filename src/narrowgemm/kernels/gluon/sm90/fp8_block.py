@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 from torch import Tensor
 
@@ -224,18 +225,28 @@ def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor |
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     from ....arch import detect
     from . import fp8_block_device as device
 
     arch = detect(x.out.device)
+    tile = tile_of(problem, step.config, arch)
+    assert tile is not None, f"{step.config} is not legal for {problem}"
+    tile, given = arguments(problem, x, tile, tile.BM)
+    sms = arch.sms if not problem.max_sms else min(problem.max_sms, arch.sms)
+    # blocks spread over the SMs before two share one, so a limit on SMs takes one block each
+    grid = max(1, min(sms * (tile.CTAS if sms == arch.sms else 1), row_tiles(problem, x, tile.BM) * -(-x.n // tile.BN)))
+    return [Launch(device.fp8_block_kernel, (grid,), (*given, tile), {"num_warps": 4, "maxnreg": tile.max_registers})]
+
+
+def arguments(problem: Problem, x: Operands, tile: Any, a_box: int) -> tuple[Any, tuple[Any, ...]]:
+    """(the tile, without what these operands' strides don't allow; the kernel's arguments up to it). `tile`: of this kernel or
+    of the one on clusters; `a_box`: rows of A in a box."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
     a, b, sa, sb, out = x.a.data, x.b.data, x.a.scale, x.b.scale, x.out
     assert sa is not None and sb is not None
     masked = problem.layout == "masked"
-    tile = tile_of(problem, step.config, arch)
-    assert tile is not None, f"{step.config} is not legal for {problem}"
     blocks = x.k // 128
     om = stride(out, -2, x.n)
     og = stride(out, 0, om * x.m) if masked else 0
@@ -261,11 +272,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     plain: tuple[Tensor | int | None, ...] = (None, None, None, None)     # where A's scales come by plain loads
     if not tile.A_SCALE_TMA:
         plain = (sa, sa.stride(0) if masked else 0, sa.stride(-2), sa.stride(-1))
-    sms = arch.sms if not problem.max_sms else min(problem.max_sms, arch.sms)
-    # blocks spread over the SMs before two share one, so a limit on SMs takes one block each
-    grid = max(1, min(sms * (tile.CTAS if sms == arch.sms else 1), row_tiles(problem, x, tile.BM) * -(-x.n // tile.BN)))
-    arguments = (
-        planes(a, x.k, tile.BM), sa_desc, planes(b, x.k, tile.B_BOX), out_desc, out, plain[0], sb, x.index, x.m, x.n,
+    return tile, (
+        planes(a, x.k, a_box), sa_desc, planes(b, x.k, tile.B_BOX), out_desc, out, plain[0], sb, x.index, x.m, x.n,
         blocks, x.groups, x.alignment, pitch, *plain[1:], sb.stride(0) if sb.dim() == 3 else 0, sb.stride(-2),
-        sb.stride(-1), og, om, og // om, tile)
-    return [Launch(device.fp8_block_kernel, (grid,), arguments, {"num_warps": 4, "maxnreg": tile.max_registers})]
+        sb.stride(-1), og, om, og // om)

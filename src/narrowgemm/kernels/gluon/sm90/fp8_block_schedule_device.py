@@ -6,6 +6,7 @@ block, and a tile's group is found by looking at 32 of its entries at a time, go
 """
 
 from triton.experimental import gluon
+from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
 
 from .shim import view_rows
@@ -17,6 +18,12 @@ PSUM = gl.constexpr(3)
 MASKED = gl.constexpr(4)
 NO_GROUP = gl.constexpr(0x7fffffff)
 ROW_OF_INTS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+
+
+@constexpr_function
+def cluster_size(cfg):
+    """Blocks that go from tile to tile together."""
+    return getattr(cfg, "CLUSTER", 1)
 
 
 @gluon.jit
@@ -157,7 +164,7 @@ def contiguous_tile(t, done, work, cfg: gl.constexpr, WARPS: gl.constexpr):
         most = gl.max(gl.where(row >= M, -1, gl.where(bad, NO_GROUP, ids)), 0)
         seek = (least == NO_GROUP) & (done >= 0)
         if seek:
-            t += gl.num_programs(0)
+            t += (gl.num_programs(0) // cluster_size(cfg))
             done = done * 0 - 1
             seek = t < total
     whole = (least == most) & (done < 0)
@@ -190,7 +197,7 @@ def counted_tile(t, chunk, before, work, cfg: gl.constexpr, WARPS: gl.constexpr)
 @gluon.jit
 def first_tile(work, cfg: gl.constexpr, WARPS: gl.constexpr):
     """(cursor, tile) of this block's first tile."""
-    t = gl.program_id(0)
+    t = gl.program_id(0) // cluster_size(cfg)
     zero = t * 0
     if cfg.LAYOUT == DENSE:
         return (t, zero, zero, zero), dense_tile(t, work, cfg)
@@ -208,18 +215,18 @@ def next_tile(cursor, tile, work, cfg: gl.constexpr, WARPS: gl.constexpr):
     t, done, chunk, before = cursor
     n, g, first, end, stop = tile
     if cfg.LAYOUT == DENSE:
-        t += gl.num_programs(0)
+        t += (gl.num_programs(0) // cluster_size(cfg))
         return (t, done, chunk, before), dense_tile(t, work, cfg)
     elif cfg.LAYOUT == CONTIGUOUS:
         leave = (stop == 1) | (g == NO_GROUP)
-        t = gl.where(leave, t + gl.num_programs(0), t)
+        t = gl.where(leave, t + (gl.num_programs(0) // cluster_size(cfg)), t)
         done = gl.where(leave, -1, g)
         t_next, tile = contiguous_tile(t, done, work, cfg, WARPS)
         # a tile that was left has no id done
         done = gl.where(t_next == t, done, -1)
         return (t_next, done, chunk, before), tile
     else:
-        t += gl.num_programs(0)
+        t += (gl.num_programs(0) // cluster_size(cfg))
         chunk, before, tile = counted_tile(t, chunk, before, work, cfg, WARPS)
         return (t, done, chunk, before), tile
 

@@ -1,0 +1,145 @@
+"""Blocks of a cluster on Hopper: barriers that count arrivals of other blocks, and TMA that brings one box to all of them.
+
+Gluon for Triton 3.6 has neither, so both are PTX. They take addresses, so what they work on is in the largest allocation of the kernel,
+which Triton puts at the start of shared memory; and descriptors by the names that PTX has for a kernel's parameters. Tests hold both
+against the compiled code.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import constexpr_function
+from triton.experimental.gluon import language as gl
+
+
+@gluon.jit
+def rank():
+    """Of this block in its cluster."""
+    return gl.inline_asm_elementwise("mov.u32 $0, %cluster_ctarank;", "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def start_of_shared():
+    return gl.inline_asm_elementwise("mov.u32 $0, global_smem;", "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def init(bar, count):
+    """By one thread of the block; `wait_all` makes it known to the others."""
+    gl.inline_asm_elementwise("""{
+        .reg .pred p;
+        .reg .b32 t;
+        mov.u32 t, %tid.x;
+        setp.eq.u32 p, t, 0;
+        @p mbarrier.init.shared::cta.b64 [$1], $2;
+        @p fence.mbarrier_init.release.cluster;
+        mov.b32 $0, 0;
+    }""", "=r,r,r", [bar, count], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def wait_all(CLUSTER: gl.constexpr):
+    """Until every thread of every block of the cluster is here. A block that is alone has its own ways to wait."""
+    if CLUSTER == 1:
+        return
+    gl.inline_asm_elementwise("""{
+        barrier.cluster.arrive.release;
+        barrier.cluster.wait.acquire;
+        mov.b32 $0, $1;
+    }""", "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def wait(bar, phase, pred):
+    """Until the barrier's phase of this parity is over; at once where not `pred`."""
+    gl.inline_asm_elementwise("""{
+        .reg .pred done;
+        setp.eq.u32 done, $3, 0;
+        @done bra.uni out;
+        again:
+        mbarrier.try_wait.parity.shared::cta.b64 done, [$1], $2;
+        @!done bra.uni again;
+        out:
+        mov.b32 $0, 0;
+    }""", "=r,r,r,r", [bar, phase, pred], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def everywhere(bar, CLUSTER: gl.constexpr):
+    """`bar` for `arrive`: of lane r of a warp, where it is in block r of the cluster; negative in lanes without a block."""
+    if CLUSTER == 1:
+        return gl.inline_asm_elementwise("""{
+            .reg .pred p;
+            .reg .b32 lane;
+            mov.u32 lane, %laneid;
+            setp.eq.u32 p, lane, 0;
+            selp.b32 $0, $1, 0x80000000, p;
+        }""", "=r,r", [bar], dtype=gl.int32, is_pure=False, pack=1)
+    else:
+        return gl.inline_asm_elementwise("""{
+            .reg .pred p;
+            .reg .b32 lane;
+            mov.u32 lane, %laneid;
+            setp.lt.u32 p, lane, $2;
+            mapa.shared::cluster.u32 $0, $1, lane;
+            selp.b32 $0, $0, 0x80000000, p;
+        }""", "=r,r,r", [bar, CLUSTER], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@constexpr_function
+def arrive_code(CLUSTER):
+    where = "cluster" if CLUSTER > 1 else "cta"
+    return f"""{{
+        .reg .pred p;
+        setp.ge.s32 p, $1, 0;
+        @p mbarrier.arrive.shared::{where}.b64 _, [$1];
+        mov.b32 $0, 0;
+    }}"""
+
+
+@gluon.jit
+def arrive(bar, CLUSTER: gl.constexpr):
+    """Every warp arrives once at the barrier of each block in the cluster; `bar` from `everywhere`."""
+    gl.inline_asm_elementwise(arrive_code(CLUSTER), "=r,r", [bar], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def expect(bar, size):
+    """One arrival, and so many bytes to come. By a partition of one warp."""
+    gl.inline_asm_elementwise("""{
+        .reg .pred p;
+        elect.sync _|p, 0xffffffff;
+        @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $2;
+        mov.b32 $0, 0;
+    }""", "=r,r,r", [bar, size], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@constexpr_function
+def copy_code(KERNEL, PARAMETER, RANK, CLUSTER):
+    """PTX: elect a thread to bring a box. $1: to, $2: barrier, $3...: coordinates, innermost first."""
+    box = ", ".join(f"${3 + i}" for i in range(RANK))
+    multicast, mask = (".multicast::cluster", ", all") if CLUSTER > 1 else ("", "")
+    return f"""{{
+        .reg .pred p;
+        .reg .b16 all;
+        .reg .b64 desc;
+        mov.b64 desc, {KERNEL}_param_{PARAMETER};
+        cvta.param.u64 desc, desc;
+        mov.b16 all, {(1 << CLUSTER) - 1};
+        elect.sync _|p, 0xffffffff;
+        @p cp.async.bulk.tensor.{RANK}d.shared::cluster.global.mbarrier::complete_tx::bytes{multicast} [$1], [desc, {{{box}}}], [$2]{mask};
+        mov.b32 $0, 0;
+    }}"""
+
+
+@gluon.jit
+def load(desc, KERNEL: gl.constexpr, PARAMETER: gl.constexpr, at, bar, to, CLUSTER: gl.constexpr):
+    """TMA of a box at (plane, row, column) to address `to`; `desc` is the kernel's PARAMETER-th. With CLUSTER > 1 it comes to
+    that address of every block of the cluster, and arrives on each one's barrier at the address `bar`. By a partition of one warp."""
+    gl.inline_asm_elementwise(copy_code(KERNEL, PARAMETER, 3, CLUSTER), "=r,r,r,r,r,r", [to, bar, at[2], at[1], at[0]], dtype=gl.int32,
+                              is_pure=False, pack=1)
+
+
+@gluon.jit
+def load_rows(desc, KERNEL: gl.constexpr, PARAMETER: gl.constexpr, at, bar, to):
+    """`load` of a box at (row, column)."""
+    gl.inline_asm_elementwise(copy_code(KERNEL, PARAMETER, 2, 1), "=r,r,r,r,r", [to, bar, at[1], at[0]], dtype=gl.int32,
+                              is_pure=False, pack=1)

@@ -1,0 +1,374 @@
+"""Device code of the Hopper FP8 prefill kernel on clusters: dense, contiguous, offsets, psum, masked.
+
+    out[m, n] (+)= sum over K blocks of  (A[m, kb] . B[g, n, kb]) * sa[m, kb] * sb[g, n / 128, kb]
+
+What `fp8_block_device.py` computes, by other means: two blocks may go from tile to tile together, and what both need of A or B comes
+from L2 once and to both by multicast; a wgmma may have 96, 160 or 192 columns, so A is read from shared memory less often; and every
+warp arrives at a barrier by itself. All of that is PTX (`cluster_device.py`, `wgmma_device.py`).
+
+    warps                does, for every tile of its cluster
+    producer (1)         TMA of A, B and A's scales into a ring of shared memory; of the shared operand, its part for both blocks
+    consumer (2 x 4)     wgmma of a piece, 64 rows, over a K block; promotion of its sum to FP32; release of the slot; stores
+    idle (3)             are at the waits for the cluster, which is for every warp there is
+
+There are registers for one partial sum, and it is the other warpgroup that keeps the tensor cores busy during a promotion:
+
+    issue 0 | release the slot before, scales | wait for the next slot | promote 0 | issue 1 | ...
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+
+from . import cluster_device as cluster
+from .fp8_block_parts_device import (
+    ROW_OF_FLOATS, add_output, advance, load_a_scales, of_lane, parts, promote, scaled, store_part, store_zeros)
+from .fp8_block_schedule_device import (
+    CONTIGUOUS, DENSE, MASKED, NO_GROUP, OFFSETS, PSUM, ROW_OF_INTS, fill_table, first_tile, fresh, has_products, is_live, next_tile,
+    total_tiles)
+from .scales_device import as_float
+from .shim import block_barrier, view_as, view_rows
+from .wgmma_device import keep, multiply, wait
+
+BYTES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
+KERNEL = gl.constexpr("fp8_wide_kernel")
+
+
+# ---------------------------------------------------------------- one block of a cluster
+@gluon.jit
+def own_tile(tile, cfg: gl.constexpr):
+    """This block's part of its cluster's tile. Past the last tile: n = -1 in both."""
+    n, g, first, end, stop = tile
+    if cfg.CLUSTER_M > 1:
+        first += cluster.rank() * cfg.BM
+    if cfg.CLUSTER_N > 1:
+        n = gl.where(n < 0, -1, n * cfg.CLUSTER_N + cluster.rank())
+    return n, g, first, end, stop
+
+
+@gluon.jit
+def has_rows(own, M, cfg: gl.constexpr):
+    """Whether any row of this block's part may be the group's. Where none is, it only passes on what others need."""
+    if cfg.CLUSTER_M == 1:
+        return own[0] >= 0
+    elif cfg.LAYOUT == CONTIGUOUS:
+        return own[2] < M
+    else:
+        return own[2] < own[3]
+
+
+# ---------------------------------------------------------------- the ring: [staging of the store][A][B][A's scales][barriers]
+@gluon.jit
+def barriers(cfg: gl.constexpr):
+    """Addresses of (full, empty), a barrier a slot each."""
+    full = cluster.start_of_shared() + cfg.BARS_AT
+    return full, full + cfg.STAGES * 8
+
+
+@gluon.jit
+def load_block(descs, full, slot, at, kb, rows, cfg: gl.constexpr):
+    """K block kb into a slot; `rows`: whether this block needs any of A."""
+    a_desc, sa_desc, b_desc = descs
+    a_plane, a_row, b_plane, b_row, sa_row, sa_col = at
+    BOXES: gl.constexpr = cfg.BN // cfg.CLUSTER_M // cfg.B_BOX
+    SKIPS: gl.constexpr = cfg.CLUSTER_M > 1
+    start = full - cfg.BARS_AT
+    bar = full + slot * 8
+    a_share = gl.to_tensor(0)
+    b_share = gl.to_tensor(0)
+    if cfg.CLUSTER_N > 1:
+        a_share = cluster.rank() * cfg.A_BOX
+    if cfg.CLUSTER_M > 1:
+        b_share = cluster.rank() * (cfg.BN // cfg.CLUSTER_M)
+    if SKIPS:
+        cluster.expect(bar, gl.where(rows, cfg.BLOCK_BYTES, cfg.BN * 128))
+    else:
+        cluster.expect(bar, cfg.BLOCK_BYTES)
+    for j in gl.static_range(BOXES):
+        row = b_share + j * cfg.B_BOX
+        cluster.load(b_desc, KERNEL, cfg.B_PARAMETER, (b_plane, b_row + row, kb * 128), bar,
+                     start + (cfg.B_AT + (slot * cfg.BN + row) * 128), cfg.CLUSTER_M)
+    if not SKIPS or rows:
+        cluster.load(a_desc, KERNEL, 0, (a_plane, a_row + a_share, kb * 128), bar, start + (cfg.A_AT + (slot * cfg.BM + a_share) * 128),
+                     cfg.CLUSTER_N)
+        if cfg.A_SCALE_TMA:
+            cluster.load_rows(sa_desc, KERNEL, cfg.SA_PARAMETER, (sa_row + kb, sa_col), bar,
+                              start + (cfg.SA_AT + slot * (cfg.BM * 4)))
+
+
+@gluon.jit
+def producer(descs, table, problem, sa_pitch, cfg: gl.constexpr):
+    index_ptr, M, N, KB, G, alignment = problem
+    UNIT: gl.constexpr = cfg.UNIT
+    full, empty = barriers(cfg)
+    cluster.wait_all(cfg.CLUSTER)
+    work = (index_ptr, table, M, N, KB, G, alignment, total_tiles(table, M, N, UNIT, 1))
+    slot = gl.to_tensor(0)
+    phase = gl.to_tensor(1)
+    cursor, tile = first_tile(work, UNIT, 1)
+    n, g, first, end, stop = tile
+    while n >= 0:
+        own = own_tile((n, g, first, end, stop), cfg)
+        a_plane = g * 0
+        if cfg.LAYOUT == MASKED:
+            a_plane = g
+        at = (a_plane, own[2], g, own[0] * cfg.BN, a_plane * sa_pitch, own[2])
+        rows = has_rows(own, M, cfg)
+        # the next tile is looked up first, so that its loads are off the path between two tiles
+        run = has_products((n, g, first, end, stop), cfg)
+        cursor, ahead = next_tile(cursor, (n, g, first, end, stop), work, UNIT, 1)
+        if run:
+            for kb in range(0, KB):
+                cluster.wait(empty + slot * 8, phase, 1)
+                load_block(descs, full, slot, at, kb, rows, cfg)
+                slot, phase = advance(slot, phase, cfg.STAGES)
+        n, g, first, end, stop = ahead
+    cluster.wait_all(cfg.CLUSTER)      # what the other block still sends, it sends to one that is there
+
+
+@gluon.jit
+def idle(cfg: gl.constexpr):
+    cluster.wait_all(cfg.CLUSTER)
+    cluster.wait_all(cfg.CLUSTER)
+
+
+# ---------------------------------------------------------------- scales
+@gluon.jit
+def b_scale_bases(scales, own, N, cfg: gl.constexpr, WN: gl.constexpr):
+    """Where the scales of a piece's columns start, which lie in one block of 128 or in two: (the first's, the second's, for every
+    tensor of the piece whether it is in the second). A tile may lie past N: clamped."""
+    sa_ptr, sag, sam, sak, sb_ptr, sbg, sbn, sbk = scales
+    n, g, first, end, stop = own
+    if cfg.LAYOUT == CONTIGUOUS:
+        g = gl.where(g == NO_GROUP, 0, g)
+    NP: gl.constexpr = cfg.NP
+    col = gl.maximum(n, 0) * cfg.BN + WN * (NP * cfg.WN)
+    last = (N - 1) // 128
+    block = gl.minimum(col // 128, last)
+    base = sb_ptr + g.to(gl.int64) * sbg
+    second = ()
+    for i in gl.static_range(NP):
+        second = second + (col % 128 + i * cfg.WN >= 128, )
+    return base + of_lane(block).to(gl.int64) * sbn, base + of_lane(gl.minimum(block + 1, last)).to(gl.int64) * sbn, second
+
+
+@gluon.jit
+def a_scale_base(scales, own, cfg: gl.constexpr, WM: gl.constexpr):
+    """Where A's start, of this warpgroup's first row."""
+    sa_ptr, sag, sam, sak, sb_ptr, sbg, sbn, sbk = scales
+    n, g, first, end, stop = own
+    base = sa_ptr + (first + WM * (cfg.MP * 64)).to(gl.int64) * sam
+    if cfg.LAYOUT == MASKED:
+        base += g.to(gl.int64) * sag
+    return base
+
+
+@gluon.jit
+def load_b_scales(bases, scales, kb, cfg: gl.constexpr):
+    """Of K block kb: one scale or two."""
+    sa_ptr, sag, sam, sak, sb_ptr, sbg, sbn, sbk = scales
+    out = (as_float(gl.load(bases[0] + kb * sbk)), )
+    if cfg.B_SCALES > 1:
+        out = out + (as_float(gl.load(bases[1] + kb * sbk)), )
+    return out
+
+
+@gluon.jit
+def b_scale(sb, bases, cfg: gl.constexpr, PART: gl.constexpr):
+    """Of one tensor of a piece."""
+    if cfg.B_SCALES == 1 or PART == 0:
+        return sb[0]
+    else:
+        return gl.where(bases[2][PART], sb[1], sb[0])
+
+
+# ---------------------------------------------------------------- sums
+@gluon.jit
+def start_piece(slot, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr, mma: gl.constexpr, PIECE: gl.constexpr):
+    """Start a warpgroup's product of 64 rows over the K block in `slot`: NP sums of WN columns."""
+    start = cluster.start_of_shared()
+    a = start + (slot * (cfg.BM * 128) + (cfg.A_AT + (WM * cfg.MP + PIECE) * 64 * 128))
+    b = start + (slot * (cfg.BN * 128) + (cfg.B_AT + WN * cfg.NP * cfg.WN * 128))
+    return multiply(a, b, cfg.NP, cfg.WN, mma)
+
+
+@gluon.jit
+def sum_block(acc, p, sa, sb, slot, phase, kb, sa_v, bars, KB, M, sa_base, bases, scales, own, cfg: gl.constexpr, WM: gl.constexpr,
+              WN: gl.constexpr, mma: gl.constexpr, HEAD: gl.constexpr):
+    """One K block; that its slot is full is known. HEAD: the first of the tile, whose first piece is on its way. sa, sb: scales of
+    block kb (sa: by plain loads only). The slot is the caller's to release, after something of the next one has been started."""
+    full, empty = bars
+    rows: gl.constexpr = gl.SliceLayout(1, mma)
+    MP: gl.constexpr = cfg.MP
+    NP: gl.constexpr = cfg.NP
+    if not HEAD:
+        p = start_piece(slot, cfg, WM, WN, mma, 0)
+    if cfg.A_SCALE_TMA:
+        sa = ()
+        for i in gl.static_range(MP):
+            sa = sa + (sa_v.index(slot * (cfg.WGM * MP) + (cfg.SA_AT // 256 + WM * MP + i)).load(rows), )
+    if not HEAD:
+        cluster.arrive(empty + gl.where(slot == 0, cfg.STAGES - 1, slot - 1) * 8, cfg.CLUSTER)
+    sb_next = load_b_scales(bases, scales, gl.minimum(kb + 1, KB - 1), cfg)
+    sa_next = sa
+    if not cfg.A_SCALE_TMA:
+        sa_next = load_a_scales(sa_base, scales, own, M, kb + 1, KB, cfg, WM, rows)
+    old = slot
+    slot, phase = advance(slot, phase, cfg.STAGES)
+    sums = ()
+    for m in gl.static_range(MP):
+        if m > 0:
+            p = start_piece(old, cfg, WM, WN, mma, m)
+        if m == MP - 1:
+            cluster.wait(full + slot * 8, phase, (kb + 1 < KB).to(gl.int32))
+        p = wait(p, NP, cfg.WN)
+        piece = ()
+        for i in gl.static_range(NP):
+            s = sa[m] * b_scale(sb, bases, cfg, i)
+            if HEAD:
+                piece = piece + (scaled(p[i], s), )
+            else:
+                piece = piece + (promote(acc[m * NP + i], p[i], s), )
+        piece = keep(piece, NP, cfg.WN)
+        for i in gl.static_range(NP):
+            sums = sums + (piece[i], )
+    if cfg.A_SCALE_TMA:
+        sa_next = ()
+    return sums, p, sa_next, sb_next, slot, phase
+
+
+@gluon.jit
+def store_tile(acc, d_s, d_desc, out, problem, own, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr, mma: gl.constexpr):
+    index_ptr, M, N, KB, G, alignment = problem
+    MP: gl.constexpr = cfg.MP
+    NP: gl.constexpr = cfg.NP
+    PIECES: gl.constexpr = MP * NP
+    SPLIT: gl.constexpr = cfg.OUT_SPLIT
+    FIRST: gl.constexpr = (WM * cfg.WGN + WN) * cfg.OUT_BUFFERS
+    for i in gl.static_range(PIECES):
+        row0 = own[2] + (WM * MP + i // NP) * 64
+        col0 = own[0] * cfg.BN + (WN * NP + i % NP) * cfg.WN
+        x = acc[i]
+        if cfg.ACCUMULATE:
+            x = add_output(x, out, index_ptr, own, row0, col0, M, N, G, cfg, mma)
+        part = parts(x, cfg)
+        for j in gl.static_range(SPLIT):
+            # as in fp8_block_device: the buffers take turns
+            if cfg.LAYOUT == DENSE and cfg.STORE_TMA:
+                tma.store_wait(cfg.OUT_BUFFERS - 1)
+            elif (i * SPLIT + j) % cfg.OUT_BUFFERS == 0:
+                tma.store_wait(0)
+            buf = d_s.index(FIRST + (i * SPLIT + j) % cfg.OUT_BUFFERS)
+            store_part(part[j], buf, d_desc, out, index_ptr, own, row0, col0 + j * cfg.OUT_COLS, M, N, G, cfg)
+
+
+@gluon.jit
+def consumer(d_desc, out, scales, ring, d_s, table, problem, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr):
+    """Rows [WM * MP * 64, +MP * 64) and columns [WN * NP * cfg.WN, +NP * cfg.WN) of its block's part of every tile."""
+    index_ptr, M, N, KB, G, alignment = problem
+    UNIT: gl.constexpr = cfg.UNIT
+    COLS: gl.constexpr = cfg.WN
+    PIECES: gl.constexpr = cfg.MP * cfg.NP
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, cfg.WN, 32])
+    rows: gl.constexpr = gl.SliceLayout(1, mma)
+    full, empty = barriers(cfg)
+    empty = cluster.everywhere(empty, cfg.CLUSTER)
+    bars = (full, empty)
+    cluster.wait_all(cfg.CLUSTER)
+    sa_v = ring
+    if cfg.A_SCALE_TMA:
+        sa_v = view_rows(ring, gl.float32, cfg.BARS_AT // 256, 64, ROW_OF_FLOATS)
+    total = total_tiles(table, M, N, UNIT, 4)
+    work = (index_ptr, table, M, N, KB, G, alignment, total)
+    slot = gl.to_tensor(0)
+    phase = gl.to_tensor(0)
+    zero = gl.zeros([64, COLS], gl.float32, mma)
+    acc = ()
+    for i in gl.static_range(PIECES):
+        acc = acc + (zero, )
+    cursor, tile = first_tile(work, UNIT, 4)
+    own = own_tile(tile, cfg)
+    # the tile whose sums are in acc, where `pending`: see fp8_block_device
+    done = (fresh(own[0]), fresh(own[1]), fresh(own[2]), fresh(own[3]), fresh(own[4]))
+    pending = gl.program_id(0) < 0
+    live = is_live(tile)
+    while live:
+        work = (index_ptr, table, fresh(M), fresh(N), KB, fresh(G), alignment, total)
+        own = own_tile(tile, cfg)
+        bases = b_scale_bases(scales, own, N, cfg, WN)
+        sb = load_b_scales(bases, scales, slot * 0, cfg)
+        sa = ()
+        sa_base = scales[4]     # stands in, where TMA brings A's
+        if not cfg.A_SCALE_TMA:
+            sa_base = a_scale_base(scales, own, cfg, WM)
+            sa = load_a_scales(sa_base, scales, own, M, slot * 0, KB, cfg, WM, rows)
+        if not has_products(tile, cfg):
+            cursor, ahead = next_tile(cursor, tile, work, UNIT, 4)
+            if cfg.ZERO and cfg.LAYOUT != DENSE:
+                store_zeros(out, index_ptr, own, own[2] + WM * (cfg.MP * 64), own[0] * cfg.BN + WN * cfg.NP * cfg.WN, M, N, G, cfg)
+        elif has_rows(own, M, cfg):
+            cluster.wait(full + slot * 8, phase, 1)
+            p = start_piece(slot, cfg, WM, WN, mma, 0)
+            if cfg.LATE_STORE:
+                if pending:
+                    store_tile(acc, d_s, d_desc, out, problem, done, cfg, WM, WN, mma)
+            cursor, ahead = next_tile(cursor, tile, work, UNIT, 4)
+            acc, p, sa, sb, slot, phase = sum_block(acc, p, sa, sb, slot, phase, KB * 0, sa_v, bars, KB, M, sa_base, bases, scales, own,
+                                                    cfg, WM, WN, mma, True)
+            for kb in range(1, KB):
+                acc, p, sa, sb, slot, phase = sum_block(acc, p, sa, sb, slot, phase, kb, sa_v, bars, KB, M, sa_base, bases, scales,
+                                                        own, cfg, WM, WN, mma, False)
+            cluster.arrive(empty + gl.where(slot == 0, cfg.STAGES - 1, slot - 1) * 8, cfg.CLUSTER)
+            if cfg.LATE_STORE:
+                done = own
+                pending = is_live(tile)
+            else:
+                store_tile(acc, d_s, d_desc, out, problem, own, cfg, WM, WN, mma)
+        else:
+            cursor, ahead = next_tile(cursor, tile, work, UNIT, 4)
+            if cfg.ZERO and cfg.LAYOUT == PSUM:
+                store_zeros(out, index_ptr, own, own[2] + WM * (cfg.MP * 64), own[0] * cfg.BN + WN * cfg.NP * cfg.WN, M, N, G, cfg)
+            for kb in range(0, KB):
+                cluster.wait(full + slot * 8, phase, 1)
+                cluster.arrive(empty + slot * 8, cfg.CLUSTER)
+                slot, phase = advance(slot, phase, cfg.STAGES)
+        tile = ahead
+        live = is_live(tile)
+    if cfg.LATE_STORE:
+        if pending:
+            store_tile(acc, d_s, d_desc, out, problem, done, cfg, WM, WN, mma)
+    tma.store_wait(0)
+    cluster.wait_all(cfg.CLUSTER)
+
+
+@gluon.jit(do_not_specialize=["M", "KB", "G", "alignment", "sa_pitch", "sag", "sam", "sak", "sbg", "sbn",
+                              "out_pitch"])
+def fp8_wide_kernel(a_desc, sa_desc, b_desc, d_desc, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N, KB, G, alignment,
+                    sa_pitch, sag, sam, sak, sbg, sbn, sbk, og, om, out_pitch, cfg: gl.constexpr):
+    """A persistent grid of clusters; arguments as `fp8_block_kernel` has them."""
+    UNIT: gl.constexpr = cfg.UNIT
+    STAGES: gl.constexpr = cfg.STAGES
+    staging: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, cfg.OUT_COLS], out_ptr.dtype.element_ty)
+    ring = gl.allocate_shared_memory(gl.int8, [cfg.BARS_AT // 128 + 1, 128], BYTES)
+    d_s = view_as(ring, out_ptr.dtype.element_ty, 2 * cfg.OUT_BUFFERS, 64, cfg.OUT_COLS, staging)
+    full, empty = barriers(cfg)
+    for i in gl.static_range(STAGES):
+        cluster.init(full + 8 * i, 1)
+        cluster.init(empty + 8 * i, cfg.CLUSTER * 8)
+    table = ring
+    if cfg.LAYOUT >= OFFSETS:
+        table = gl.allocate_shared_memory(gl.int32, [cfg.GROUPS], ROW_OF_INTS)
+        fill_table(table, index_ptr, M, G, alignment, UNIT, 4)
+        block_barrier()
+    fence_async_shared()
+
+    problem = (index_ptr, M, N, KB, G, alignment)
+    scales = (sa_ptr, sag, sam, sak, sb_ptr, sbg, sbn, sbk)
+    out = (out_ptr, og, om, out_pitch)
+    gl.warp_specialize([
+        (consumer, (d_desc, out, scales, ring, d_s, table, problem, cfg, 0, 0)),
+        (consumer, (d_desc, out, scales, ring, d_s, table, problem, cfg, cfg.WGM - 1, cfg.WGN - 1)),
+        (idle, (cfg, )),
+        (producer, ((a_desc, sa_desc, b_desc), table, problem, sa_pitch, cfg)),
+        (idle, (cfg, )),
+    ], [4, 2, 1, 1], [cfg.CONSUMER_REGISTERS, cfg.PRODUCER_REGISTERS, cfg.PRODUCER_REGISTERS, cfg.PRODUCER_REGISTERS])

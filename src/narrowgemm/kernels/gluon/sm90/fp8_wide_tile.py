@@ -1,0 +1,105 @@
+"""What is fixed when the Hopper FP8 kernel on clusters is compiled, and where its shared memory lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .fp8_block_tile import LAYOUTS, WARPGROUP_ROWS
+
+CONSUMERS = 2
+BARRIERS = 128          # bytes for the barriers of a ring of up to 8 slots
+_CAPTURES = 256         # what partitions take with them, and a group table's alignment
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What the schedule sees: the tile that the blocks of a cluster share."""
+
+    LAYOUT: int
+    CLUSTER: int
+    BM: int
+    BN: int
+    STRIP: int
+    GROUPS: int
+    A_SCALE_TMA: bool
+    ZERO: bool
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Passed to the kernel as one compile-time constant.
+
+    A block's part of a tile is WGM * MP * 64 rows by WGN * NP * WN columns: WGM x WGN = 2 consumer warpgroups, each with MP pieces
+    of 64 rows; a piece is one wgmma of NP * WN columns, in NP tensors. Triton caches a compiled kernel under this object's repr,
+    so whatever device code reads is a field, not a property.
+    """
+
+    LAYOUT: int
+    WGM: int = 2             # consumer warpgroups along M
+    WGN: int = 1             # and along N
+    MP: int = 1              # pieces of a warpgroup
+    NP: int = 3              # tensors of a piece
+    WN: int = 64             # columns of one: a power of two, in one block of B's scales
+    CLUSTER_M: int = 1       # blocks that share a tile, each with a part of its rows: both get B by multicast
+    CLUSTER_N: int = 1       # each with a part of its columns: both get A
+    STAGES: int = 5          # slots of the ring, a K block each
+    STRIP: int = 16          # tiles of M that share a strip, for L2
+    OUT_BUFFERS: int = 1     # staging buffers of a warpgroup for the store
+    OUT_SPLIT: int = 1       # a tensor is stored in this many parts along N, 1 or 2: less staging
+    OUT_BYTES: int = 2       # bytes of an output element
+    GROUPS: int = 32         # power of two, at least the number of groups
+    A_SCALE_TMA: bool = True  # A's scales are FP32 and MN-major: TMA brings them; else plain loads, any layout or E8M0
+    ZERO: bool = True        # rows of padding are written as zero
+    ACCUMULATE: bool = False
+    STORE_TMA: bool = True   # whole tiles leave by TMA
+    LATE_STORE: bool = False  # a tile is stored while the first wgmma of the next one runs
+    CONSUMER_REGISTERS: int = 232
+    PRODUCER_REGISTERS: int = 40
+    CLUSTER: int = field(init=False)        # blocks that share a tile
+    BM: int = field(init=False)             # of a block
+    BN: int = field(init=False)
+    UNIT: Unit = field(init=False)
+    BLOCK_BYTES: int = field(init=False)    # that come for one K block
+    A_BOX: int = field(init=False)          # rows of A that one TMA brings: a power of two
+    B_BOX: int = field(init=False)          # rows of B
+    OUT_COLS: int = field(init=False)       # columns of one store
+    B_SCALES: int = field(init=False)       # blocks of 128 that a piece's columns may lie in
+    A_AT: int = field(init=False)           # bytes from the start of shared memory, where the staging of the store is, to A's ring
+    B_AT: int = field(init=False)           # to B's
+    SA_AT: int = field(init=False)          # to A's scales
+    BARS_AT: int = field(init=False)        # to the barriers
+    SA_PARAMETER: int = field(init=False)   # number, among the kernel's PTX parameters, of the descriptor of A's scales
+    B_PARAMETER: int = field(init=False)    # of B's; A's is the first
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        put("CLUSTER", self.CLUSTER_M * self.CLUSTER_N)
+        put("BM", self.WGM * self.MP * WARPGROUP_ROWS)
+        put("BN", self.WGN * self.NP * self.WN)
+        put("UNIT", Unit(self.LAYOUT, self.CLUSTER, self.BM * self.CLUSTER_M, self.BN * self.CLUSTER_N, self.STRIP, self.GROUPS,
+                         self.A_SCALE_TMA, self.ZERO))
+        put("A_BOX", self.BM // self.CLUSTER_N)
+        share = self.BN // self.CLUSTER_M
+        put("B_BOX", share & -share)
+        put("B_SCALES", 1 if self.NP * self.WN == 128 else 2)
+        put("OUT_COLS", self.WN // self.OUT_SPLIT)
+        put("BLOCK_BYTES", (self.BM + self.BN) * 128 + (self.BM * 4 if self.A_SCALE_TMA else 0))
+        put("A_AT", CONSUMERS * self.OUT_BUFFERS * WARPGROUP_ROWS * self.OUT_COLS * self.OUT_BYTES)
+        put("B_AT", self.A_AT + self.STAGES * self.BM * 128)
+        put("SA_AT", self.B_AT + self.STAGES * self.BN * 128)
+        put("BARS_AT", self.SA_AT + (self.STAGES * self.BM * 4 if self.A_SCALE_TMA else 0))
+        # a descriptor of rank r is 1 + 2 r parameters: itself, sizes, strides
+        put("SA_PARAMETER", 7)
+        put("B_PARAMETER", 12 if self.A_SCALE_TMA else 7)
+
+    @property
+    def max_registers(self) -> int:
+        return 168
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of one block: an upper bound, within 256 bytes of what the compiler allocates."""
+        table = 4 * self.GROUPS if LAYOUTS["offsets"] <= self.LAYOUT else 0
+        return self.BARS_AT + BARRIERS + table + _CAPTURES

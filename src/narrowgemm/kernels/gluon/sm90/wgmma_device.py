@@ -1,0 +1,77 @@
+"""wgmma of E4M3 with a number of columns that is no power of two, in PTX: a sum is several tensors of 64 rows, side by side.
+
+Gluon's tensors have powers of two as sizes, so 192 columns would be three wgmma of 64, each of which reads A from shared memory
+again. One of 192 reads it once.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import constexpr_function
+from triton.experimental.gluon import language as gl
+
+
+@constexpr_function
+def multiply_code(PARTS, COLS):
+    """PTX: the products of one K block of 128. Outputs: the parts' registers; then one address, in 16 bytes, of A and of B."""
+    each = COLS // 2
+    count = PARTS * each
+    sums = ", ".join(f"${i}" for i in range(count))
+    steps = "".join(f"""
+        add.u32 t, ${count}, {2 * k};
+        mov.b64 a, {{t, hi}};
+        add.u32 t, ${count + each}, {2 * k};
+        mov.b64 b, {{t, hi}};
+        wgmma.mma_async.sync.aligned.m64n{PARTS * COLS}k32.f32.e4m3.e4m3 {{{sums}}}, a, b, {"more" if k else "first"}, 1, 1;"""
+                    for k in range(4))
+    # 0x40000040: rows of 128 bytes swizzled, 8 of them in 1024 bytes
+    return f"""{{
+        .reg .b64 a, b;
+        .reg .b32 t, hi;
+        .reg .pred first, more;
+        mov.b32 hi, 0x40000040;
+        setp.ne.b32 first, 0, 0;
+        setp.ne.b32 more, 1, 0;
+        wgmma.fence.sync.aligned;{steps}
+        wgmma.commit_group.sync.aligned;
+    }}"""
+
+
+@constexpr_function
+def outputs(PARTS, COLS):
+    return ",".join(["=f"] * (PARTS * COLS // 2))
+
+
+@constexpr_function
+def same_registers(PARTS, COLS):
+    """Every input in the register of the output of its number."""
+    return ",".join(str(i) for i in range(PARTS * COLS // 2))
+
+
+@constexpr_function
+def floats(PARTS):
+    return (gl.float32, ) * PARTS
+
+
+@gluon.jit
+def multiply(a, b, PARTS: gl.constexpr, COLS: gl.constexpr, mma: gl.constexpr):
+    """Start the products of 64 rows of A and PARTS * COLS of B over one K block; a, b: addresses in shared memory.
+
+    Returns PARTS sums [64, COLS], which are in flight: `wait` has them."""
+    EACH: gl.constexpr = COLS // 2
+    a = gl.full([64, COLS], (a >> 4) & 0x3fff, gl.int32, mma)
+    b = gl.full([64, COLS], (b >> 4) & 0x3fff, gl.int32, mma)
+    return gl.inline_asm_elementwise(multiply_code(PARTS, COLS), outputs(PARTS, COLS) + ",r" * (2 * EACH), [a, b], dtype=floats(PARTS),
+                                     is_pure=False, pack=EACH)
+
+
+@gluon.jit
+def wait(sums, PARTS: gl.constexpr, COLS: gl.constexpr):
+    """The sums, once nothing is in flight."""
+    return gl.inline_asm_elementwise("wgmma.wait_group.sync.aligned 0;", outputs(PARTS, COLS) + "," + same_registers(PARTS, COLS),
+                                     sums, dtype=floats(PARTS), is_pure=False, pack=COLS // 2)
+
+
+@gluon.jit
+def keep(sums, PARTS: gl.constexpr, COLS: gl.constexpr):
+    """The sums; what they are made of is worked out in front of what comes behind."""
+    return gl.inline_asm_elementwise("// sums", outputs(PARTS, COLS) + "," + same_registers(PARTS, COLS), sums, dtype=floats(PARTS),
+                                     is_pure=False, pack=COLS // 2)

@@ -1,0 +1,90 @@
+"""The Hopper prefill kernel on clusters, on the CPU: its device code emulated (tests/_gluon.py), its host part."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from narrowgemm.kernels.gluon.sm90.fp8_block_tile import LAYOUTS
+from narrowgemm.kernels.gluon.sm90.fp8_wide_tile import Tile
+
+from .. import _gluon as emu
+from .. import _gluon_cluster
+from .test_gluon_sm90_prefill import Case, offsets
+
+PARTITIONS = 5
+
+
+@pytest.fixture(scope="module")
+def device():
+    return emu.load_device_module("fp8_wide_device")
+
+
+TILES = {
+    "128x192": dict(),
+    "128x192-rows": dict(CLUSTER_M=2),
+    "128x192-columns": dict(CLUSTER_N=2, OUT_BUFFERS=2),
+    "128x256-rows": dict(CLUSTER_M=2, WGM=1, WGN=2, MP=2, NP=1, WN=128, OUT_SPLIT=2, OUT_BUFFERS=2),
+    "128x192-rows-late": dict(CLUSTER_M=2, LATE_STORE=True, OUT_BUFFERS=3),
+    "128x160-columns-late": dict(CLUSTER_N=2, NP=5, WN=32, LATE_STORE=True),
+}
+
+
+class WideCase(Case):
+    """A case of `test_gluon_sm90_prefill`, on the other kernel. Its grid is of clusters."""
+
+    def __init__(self, layout: str, *args, **kw) -> None:
+        mine = {k: kw.pop(k) for k in list(kw) if k in Tile.__dataclass_fields__}
+        super().__init__(layout, *args, **kw)
+        t = self.tile
+        self.tile = Tile(LAYOUTS[layout], A_SCALE_TMA=t.A_SCALE_TMA, ZERO=t.ZERO, ACCUMULATE=t.ACCUMULATE, STORE_TMA=t.STORE_TMA,
+                         OUT_BYTES=t.OUT_BYTES, GROUPS=t.GROUPS, **{"STAGES": 3, **mine})
+
+    def launch(self, device, grid: int, *args, seed: int) -> None:
+        _gluon_cluster.launch(device.fp8_wide_kernel, grid, self.tile.CLUSTER, PARTITIONS, *args, seed=seed)
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_dense(device, name: str) -> None:
+    WideCase("dense", 200, 456, 4, 1, [0], **TILES[name]).check(device, grid=1)
+
+
+@pytest.mark.parametrize("name", TILES)
+def test_contiguous(device, name: str) -> None:
+    ids = [2] * 128 + [0] * 100 + [-1] * 28 + [1] * 30 + [0] * 5 + [99] * 10 + [1] * 20 + [2] * 3
+    WideCase("contiguous", len(ids), 72, 2, 3, ids, **TILES[name]).check(device, grid=2)
+
+
+@pytest.mark.parametrize("layout, index", [("offsets", offsets([0, 70, 1, 290, 0, 64, 3], 5)), ("masked", [0, 300, 1, 64, 129, 0, 257]),
+                                           ("psum", [100, 100, 129, 385, 400, 400, 433])])
+@pytest.mark.parametrize("name", TILES)
+def test_groups(device, name: str, layout: str, index: list[int]) -> None:
+    m = {"offsets": 440, "masked": 300, "psum": 700}[layout]
+    WideCase(layout, m, 72, 2, 7, index, alignment=128, **TILES[name]).check(device, grid=2)
+
+
+INDEX = {"dense": [0], "contiguous": [0] * 90 + [1] * 60 + [-1] * 50, "offsets": [3, 90, 150], "psum": [90, 150], "masked": [190, 7]}
+
+
+@pytest.mark.parametrize("layout, options", [
+    *((layout, dict(accumulate=True)) for layout in INDEX), ("masked", dict(a_scale="e8m0")), ("contiguous", dict(a_scale="k")),
+    ("psum", dict(store_tma=False)), ("offsets", dict(store_tma=False, CLUSTER_M=1)), ("dense", dict(out=emu.bfloat16))],
+    ids=lambda x: x if isinstance(x, str) else "-".join(x))
+def test_options(device, layout: str, options: dict) -> None:
+    groups = 1 if layout == "dense" else 2
+    WideCase(layout, 200, 40, 2, groups, INDEX[layout], alignment=32, **{"CLUSTER_M": 2, **options}).check(device, grid=1)
+
+
+def test_emulator_sees_a_slot_released_for_one_block_only(device, monkeypatch) -> None:
+    """A part of B comes from the other block: where a consumer doesn't tell it, that block overwrites or never goes on."""
+    case = WideCase("dense", 256, 192, 9, 1, [0], CLUSTER_M=2)
+    monkeypatch.setattr(emu, "TIMEOUT", 2.0)
+    monkeypatch.setattr(device.cluster, "arrive", lambda bar, blocks: emu._run().by_address[int(emu.raw(bar))].update(arrivals=4))
+    with pytest.raises(emu.EmulationError):
+        case.check(device, grid=1)
+
+
+def test_rows_of_another_group_are_not_summed_twice(device) -> None:
+    case = WideCase("offsets", 420, 72, 2, 3, offsets([130, 3, 270], 2), accumulate=True, CLUSTER_M=2)
+    case.check(device, grid=2)
+    assert np.isfinite(case.memory).all()
