@@ -175,8 +175,8 @@ class Shared:
         return Shared(self.a.transpose(order), self.dtype)
 
     def slice(self, start: Any, length: Any, dim: int = 0) -> Shared:
-        assert dim == 0
-        return Shared(self.a[int(raw(start)):int(raw(start)) + int(raw(length))], self.dtype)
+        part = slice(int(raw(start)), int(raw(start)) + int(raw(length)))
+        return Shared(self.a[(slice(None),) * dim + (part,)], self.dtype)
 
     def view(self, dtype: DType, shape: list[int]) -> Shared:
         assert dtype is self.dtype
@@ -329,11 +329,12 @@ def tma_load(desc: Descriptor, at: list[Any], bar: Barrier, out: Shared) -> None
     assert list(out.a.shape) == desc.box and out.dtype is desc.dtype, (out.a.shape, desc.box)
     if int(raw(at[-1])) * desc.dtype.size % 16:
         raise EmulationError("a box that doesn't start on 16 bytes: an illegal instruction on the H200")
-    out.a[...] = np.nan
+    floats = out.a.dtype.kind == "f"
+    out.a[...] = np.nan if floats else -(1 << 30)
     inside, boxed = desc.windows(at)
 
     def move() -> None:
-        box = np.zeros(desc.box, np.float32)
+        box = np.zeros(desc.box, np.float32 if floats else desc.a.dtype)
         box[boxed] = desc.a[inside]
         out.a[...] = box
         bar.update(tx=-box.size * desc.dtype.size)
@@ -505,7 +506,8 @@ gl = types.ModuleType("triton.experimental.gluon.language")
 gl.__dict__.update(
     constexpr=lambda x=None: x, float8e4nv=float8e4nv, bfloat16=bfloat16, float16=float16, float32=float32, int32=int32,
     int64=int64, uint8=uint8, int8=int8, int1=int1, NVMMASharedLayout=Layout, SwizzledSharedLayout=Layout, BlockedLayout=Layout,
-    SliceLayout=Layout, NVMMADistributedLayout=Layout, load=load, store=store, allocate_shared_memory=allocate_shared_memory,
+    SliceLayout=Layout, NVMMADistributedLayout=Layout, DistributedLinearLayout=Layout, load=load, store=store,
+    allocate_shared_memory=allocate_shared_memory,
     warp_specialize=warp_specialize, static_range=range, static_assert=_static_assert, associative_scan=_scan, split=_split,
     atomic_add=atomic_add, program_id=lambda axis: wrap(_local.block[0]), num_programs=lambda axis=0: wrap(_local.block[1]),
     to_tensor=wrap, where=_where, minimum=_keep(np.minimum), maximum=_keep(np.maximum),

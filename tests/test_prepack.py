@@ -142,6 +142,33 @@ def test_blocks_of_zeros_need_no_window() -> None:
     assert same(unpack(p), w)
 
 
+def test_rows_that_fold_into_e4m3() -> None:
+    """`top`: the largest code of a row, where no live block of any row lies more than 14 powers of two below it."""
+    w = weights((2, 70, 256), MXFP4, 100, 115)
+    w.data[1, 5, :16], w.scale[1, 5, 0] = 0x80, 1           # a block of zeros counts for nothing
+    packed = prepack(w)
+    assert packed.top is not None and packed.top.shape == (2, 128)
+    live = w.scale.clone()
+    live[1, 5, 0] = 0
+    assert torch.equal(packed.top[:, :70], live.amax(-1)) and not packed.top[:, 70:].any()
+    assert torch.equal(prepack(w, pair="halves").top[0, [0, 8, 16]], live[0].amax(-1)[[0, 35, 8]])
+    again = PackedWeight.from_state_dict(packed.state_dict())
+    assert again.top is not None and torch.equal(again.top, packed.top) and again.to("cpu").top is not None
+    w.scale[0, 3, 2] = w.scale[0, 3].amax() - 15
+    assert prepack(w).top is None
+    assert prepack(weights((2, 64, 64), MXFP8)).top is None
+
+
+def test_folding_of_rows_with_factors() -> None:
+    """Codes lie as the packed ones do: lowered by the row's shift."""
+    w = weights((1, 64, 64), MXFP4, 120, 124)
+    w.scale[0, 9] = 250
+    packed = prepack(w)
+    assert packed.top is not None and packed.factor is not None
+    assert packed.top[0, 9] == 128 and packed.factor[0, 9] == 2.0 ** 122
+    assert torch.equal(packed.top[0, :9], w.scale[0, :9].amax(-1))
+
+
 def test_scales_too_far_apart_are_refused() -> None:
     w = weights((1, 64, 128), MXFP4)
     assert w.scale is not None

@@ -36,6 +36,7 @@ CHUNK_BYTES = 1 << 26            # source bytes that are permuted at a time
 # exponent field of the factor for scale code 0, and the codes for which the product is exact in BF16
 BIAS = {"e2m1": 126, "e4m3": 120}
 WINDOW = {"e2m1": (-5, 128), "e4m3": (3, 134)}
+FOLD = 14                        # E2M1 times 2^-d is exact in E4M3 for d up to it
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,8 +44,10 @@ class PackedWeight:
     """Weights in the order `prepack`. `shape` is logical: `(E, N, K)` or `(N, K)`, as the weights came.
 
     data, scale: see the module. factor: None, or FP32 `[E, NT * 64]`, what a packed row's sum is multiplied by.
-    codes: None, or the scales as they came, where `scale` can't give them back. pair: how gate and up rows lay in the weights
-    that came ('halves' or 'interleaved'; here they lie eight rows apart), or '' where rows are in their order.
+    codes: None, or the scales as they came, where `scale` can't give them back. top: None, or uint8 `[E, NT * 64]`, the largest
+    scale code of a packed row (lowered as in `scale`; blocks of zeros don't count): E2M1 only, where each row's codes lie within
+    `FOLD` of it, so that they can be folded into E4M3 without loss; `scale` and `data` say the same. pair: how gate and up rows lay
+    in the weights that came ('halves' or 'interleaved'; here they lie eight rows apart), or '' where rows are in their order.
     """
 
     data: Tensor
@@ -55,6 +58,7 @@ class PackedWeight:
     factor: Tensor | None = None
     codes: Tensor | None = None
     prepack: str = PREPACK
+    top: Tensor | None = None
 
     @property
     def device(self) -> torch.device:
@@ -74,7 +78,7 @@ class PackedWeight:
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that there are, by name."""
-        found = {"data": self.data, "scale": self.scale, "factor": self.factor, "codes": self.codes}
+        found = {"data": self.data, "scale": self.scale, "factor": self.factor, "codes": self.codes, "top": self.top}
         return {k: v for k, v in found.items() if v is not None}
 
     def to(self, device: torch.device | str) -> PackedWeight:
@@ -94,7 +98,7 @@ class PackedWeight:
         expect(state["prepack"] == PREPACK, "prepack order", repr(state["prepack"]),
                f"{PREPACK!r}: unpack with the version that packed it, and pack again")
         out = PackedWeight(state["data"], state["scale"], get_format(state["format"]), tuple(state["shape"]), state["pair"],
-                           state.get("factor"), state.get("codes"))
+                           state.get("factor"), state.get("codes"), top=state.get("top"))
         out.check()
         return out
 
@@ -111,6 +115,9 @@ class PackedWeight:
         expect(tuple(self.scale.shape) == want, f"packed scale of {self.shape}, shape", tuple(self.scale.shape), str(want))
         for name, x in self.tensors().items():
             dtype = torch.float32 if name == "factor" else torch.uint8
+            rows = tiles * TILE
+            expect(name not in ("factor", "top") or tuple(x.shape) == (groups, rows), f"packed {name}, shape", tuple(x.shape),
+                   f"{(groups, rows)}")
             expect(x.dtype == dtype, f"packed {name}, dtype", x.dtype, str(dtype), error=TypeError)
             expect(x.device == self.device, f"packed {name}, device", x.device, f"the data's, {self.device}")
             expect(x.is_contiguous(), f"packed {name}, strides", x.stride(), "contiguous")
@@ -149,6 +156,8 @@ def prepack(weights: ScaledTensor, *, pair: str = "") -> PackedWeight:
     step = max(1, CHUNK_BYTES // max(1, data[:1].numel()))
     regular = torch.ones((), dtype=torch.bool, device=data.device)
     exact = torch.ones((), dtype=torch.bool, device=data.device)
+    top = torch.zeros((groups, tiles * TILE), dtype=torch.uint8, device=data.device) if fmt.element == "e2m1" else None
+    folds = torch.ones((), dtype=torch.bool, device=data.device)
     for e in range(0, groups, step):
         d = _rows(data[e:e + step], order, -(-k // CHUNK) * CHUNK // fmt.elem.per_byte)
         s = scale[e:e + step]
@@ -158,14 +167,20 @@ def prepack(weights: ScaledTensor, *, pair: str = "") -> PackedWeight:
         regular &= plain
         factor[e:e + step] = torch.where(order >= 0, power_of_two(_take(shift, order)), 1.0)
         packed[e:e + step] = _pack_data(d, fmt)
+        if top is not None:
+            high, low = row_codes(data[e:e + step], s, fmt)
+            folds &= ((high < 0) | (high - low <= FOLD)).all()
+            code = (high - shift.nan_to_num(0.0).to(torch.int16)).clamp(min=0).to(torch.uint8)
+            top[e:e + step] = torch.where(order >= 0, _take(code, order), 0)
         field = (s.to(torch.int16) - shift.nan_to_num(0.0).to(torch.int16).unsqueeze(-1) + BIAS[fmt.element]).clamp(0, 254)
         fields[e:e + step] = _pack_scale(_rows(field.to(torch.uint8), order, 8 * fields.shape[2]))
     if not bool(exact):
         raise Unsupported(f"a row of these {fmt.name} weights has scales further apart than BF16 holds exactly",
                           "use the weights as they are: they run on the reference")
+    top = top if bool(folds) else None
     if bool(regular):
-        return PackedWeight(packed, fields, fmt, shape, pair)
-    return PackedWeight(packed, fields, fmt, shape, pair, factor, scale.contiguous())
+        return PackedWeight(packed, fields, fmt, shape, pair, top=top)
+    return PackedWeight(packed, fields, fmt, shape, pair, factor, scale.contiguous(), top=top)
 
 
 def unpack(packed: PackedWeight) -> ScaledTensor:
@@ -244,24 +259,31 @@ def shifts(data: Tensor, scale: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
     """(shift FP32 `[E, N]`, fits bool `[E, N]`): what a row's codes are lowered by so that they lie in the window; NaN where the
     row holds a NaN. `data` bytes `[E, N, C]`, `scale` codes `[E, N, S]`. Blocks of zeros count for nothing."""
     low, high = WINDOW[fmt.element]
-    per_block = 32 // fmt.elem.per_byte
-    columns = scale.shape[-1] * per_block
-    padded = torch.nn.functional.pad(data, (0, columns - data.shape[-1]))
-    bits = padded & (0x77 if fmt.element == "e2m1" else 0x7F)
-    blocks = bits.view(*data.shape[:-1], scale.shape[-1], per_block).amax(-1)
-    codes = scale.to(torch.int16)
-    nan = (codes == E8M0_NAN).any(-1)
+    nan = (scale == E8M0_NAN).any(-1)
     if fmt.element == "e4m3":
-        nan |= (blocks == 0x7F).any(-1)
-    live = (blocks > 0) & (codes != E8M0_NAN)
-    top = torch.where(live, codes, -1).amax(-1)
-    bottom = torch.where(live, codes, 255).amin(-1)
+        nan |= (_block_bits(data, scale, fmt) == 0x7F).any(-1)
+    top, bottom = row_codes(data, scale, fmt)
     inside = (bottom >= low) & (top <= high) | (top < 0)
     # the least shift: a large one would let sums overflow on the way to a result that does not
     least = torch.where(top > high, top - high, torch.maximum(bottom - low, top - high))
     shift = torch.where(inside, 0, least)
     fits = inside | (bottom - shift >= low)
     return torch.where(nan, torch.nan, shift.float()), fits
+
+
+def row_codes(data: Tensor, scale: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
+    """(largest, smallest) scale code of each row's blocks that hold anything, int16 `[E, N]`; -1 and 255 where none does."""
+    codes = scale.to(torch.int16)
+    live = (_block_bits(data, scale, fmt) > 0) & (codes != E8M0_NAN)
+    return torch.where(live, codes, -1).amax(-1), torch.where(live, codes, 255).amin(-1)
+
+
+def _block_bits(data: Tensor, scale: Tensor, fmt: Format) -> Tensor:
+    """The largest magnitude bits of each block, as bytes: 0 where a block holds nothing but zeros."""
+    per_block = 32 // fmt.elem.per_byte
+    padded = torch.nn.functional.pad(data, (0, scale.shape[-1] * per_block - data.shape[-1]))
+    bits = padded & (0x77 if fmt.element == "e2m1" else 0x7F)
+    return bits.view(*data.shape[:-1], scale.shape[-1], per_block).amax(-1)
 
 
 def _pack_scale(fields: Tensor) -> Tensor:

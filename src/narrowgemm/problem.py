@@ -21,6 +21,7 @@ class Operand:
     scale_dtype: str = ""     # what the scale tensor really holds: 'fp32', 'e8m0', '' where there is none
     scale_major: str = ""     # 'mn': R contiguous, columns 16-byte aligned (what TMA loads); 'k'; 'strided'; '' without scale
     aligned: bool = True      # payload: base and every outer stride are multiples of 16 bytes (what TMA needs)
+    folds: bool = False       # packed E2M1: each row's scales lie within 15 powers of two (`PackedWeight.top`)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +75,7 @@ class Problem:
     batch_invariant: bool = False
     max_sms: int = 0                           # 0: all
     wide: bool = False                         # an offset inside one tile passes 2^31 elements
-    alignment: int = 1                         # k_grouped: groups start at multiples of it, gaps hold zeros
+    alignment: int = 1                         # k_grouped, psum: groups start at multiples of it; k_grouped: gaps hold zeros
     positions: int = 0                         # routed: bucket of the positions, padding among them, that there is room for
 
     @property

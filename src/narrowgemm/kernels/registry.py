@@ -32,6 +32,7 @@ MODULES: tuple[str, ...] = (
     "gluon.sm90.fp8_wgrad",
     "gluon.sm90.narrow",
     "gluon.sm90.narrow_prefill",
+    "gluon.sm90.fold",
     "triton.fp8_block",
     "triton.mx",
     "triton.fp8_wgrad",

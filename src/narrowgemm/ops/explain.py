@@ -72,9 +72,10 @@ def describe(op: str, *, layout: str = "dense", groups: int = 1, m: int, n: int,
     sa, sb = [Operand(f, "k", "", f.scale if f.scaled else "", "mn" if f.scaled and i == 0 else "k" if f.scaled else "",
                     k * f.elem.bits // 8 % 16 == 0) for i, f in enumerate((fa, fb))]
     if packed:
-        sb = Operand(fb, "k", PREPACK, fb.scale, "")
+        sb = Operand(fb, "k", PREPACK, fb.scale, "", folds=fb.element == "e2m1")
     return Problem(op, layout, bucket(m), n, k, groups, sa, sb, rows=bucket(max(rows, 1)), out_dtype=out_dtype,
-                   out_aligned=n * (4 if out_dtype == "fp32" else 2) % 16 == 0, promote=promotion(fa, fb), max_sms=max_sms)
+                   out_aligned=n * (4 if out_dtype == "fp32" else 2) % 16 == 0, promote=promotion(fa, fb), max_sms=max_sms,
+                   alignment=128 if layout == "psum" else 1)
 
 
 def explain(op: str, *, layout: str = "dense", groups: int = 1, m: int, n: int, k: int, a: Format | str = "fp8_1x128",

@@ -133,7 +133,7 @@ def packed_gemm(a: ScaledTensor | Tensor, b: PackedWeight, layout: Layout | None
         out = empty.make()
     if plan is not None:
         run(plan, Operands(a, _plain(b), out, a.shape[-2], b.n, b.k, b.groups, index, alignment, packed=b, factor=b.factor,
-                           memo=memo), workspace)
+                           top=b.top, memo=memo), workspace)
     return out
 
 
@@ -187,7 +187,7 @@ def signature(a: ScaledTensor, b: PackedWeight | ScaledTensor, out: Tensor | Non
     if isinstance(b, ScaledTensor):
         return common.signature(a, b, out)
     return (a.format, _like(a.data), _like(a.scale), _like(out), b.format, b.shape, b.pair, b.prepack, _like(b.factor),
-            _like(b.data), _like(b.scale), common.env.choice())
+            _like(b.top), _like(b.data), _like(b.scale), common.env.choice())
 
 
 def _check_weights(b: PackedWeight | ScaledTensor, dims: int) -> None:
@@ -203,7 +203,7 @@ def weight_operand(b: PackedWeight | ScaledTensor) -> Operand:
     """The Problem's side of weights, packed or as they are."""
     if isinstance(b, ScaledTensor):
         return common.operand(b)
-    return Operand(b.format, "k", f"{b.prepack}:{b.pair}" if b.pair else b.prepack, "e8m0", "")
+    return Operand(b.format, "k", f"{b.prepack}:{b.pair}" if b.pair else b.prepack, "e8m0", "", folds=b.top is not None)
 
 
 def _routed_plan(a: ScaledTensor, b: PackedWeight | ScaledTensor, layout: Routed | Offsets, s: Slots, out: Tensor | None,
@@ -280,11 +280,14 @@ def packed_plan(a: ScaledTensor, b: PackedWeight, layout: Layout | None, out: Te
         return None
     even = out is None or not masked or out.shape[0] == 1 or out.stride(0) == m * out.stride(1)
     expect(even, "out, strides", None if out is None else out.stride(), "groups one behind the other, for a packed weight")
+    like = out if out is not None else torch.empty(shape, dtype=dtype, device="meta")
     hint = layout.expected_m if isinstance(layout, Masked | Psum) else 0
     rows = hint or (m if layout is None or masked else -(-m // b.groups))
     problem = Problem("gemm" if layout is None else "grouped_gemm", "dense" if layout is None else layout.kind, bucket(m), b.n, b.k,
                       b.groups, common.operand(a), weight_operand(b), rows=bucket(max(1, min(rows, m))),
-                      out_dtype=dtype_name(dtype), accumulate=accumulate, zero_padding=zero_padding, max_sms=options.max_sms)
+                      out_dtype=dtype_name(dtype), out_aligned=common._aligned(like), accumulate=accumulate,
+                      zero_padding=zero_padding, max_sms=options.max_sms,
+                      alignment=layout.alignment if isinstance(layout, Psum) else 1)
     return _select(problem, a, b, options)
 
 

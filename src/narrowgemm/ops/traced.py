@@ -16,24 +16,25 @@ from ..prepack import PackedWeight
 from ..problem import Config
 from . import common, library
 
-WEIGHT = "Tensor b, Tensor? b_scale, Tensor? b_factor, Tensor? b_codes, str b_format, SymInt[] b_shape, str b_pair, str b_prepack"
+WEIGHT = ("Tensor b, Tensor? b_scale, Tensor? b_factor, Tensor? b_codes, Tensor? b_top, str b_format, SymInt[] b_shape, "
+          "str b_pair, str b_prepack")
 TAIL = "str backend, int max_sms, str on_unsupported"
 
 
 def parts(b: PackedWeight | ScaledTensor) -> tuple:
     """What `WEIGHT` says, of a weight."""
     if isinstance(b, PackedWeight):
-        return b.data, b.scale, b.factor, b.codes, b.format.name, list(b.shape), b.pair, b.prepack
-    return b.data, b.scale, None, None, b.format.name, [], "", ""
+        return b.data, b.scale, b.factor, b.codes, b.top, b.format.name, list(b.shape), b.pair, b.prepack
+    return b.data, b.scale, None, None, None, b.format.name, [], "", ""
 
 
-def weight(b: Tensor, b_scale: Tensor | None, b_factor: Tensor | None, b_codes: Tensor | None, b_format: str,
+def weight(b: Tensor, b_scale: Tensor | None, b_factor: Tensor | None, b_codes: Tensor | None, b_top: Tensor | None, b_format: str,
            b_shape: list[int], b_pair: str, b_prepack: str) -> PackedWeight | ScaledTensor:
     """The weight that `parts` took apart."""
     if not b_prepack:
         return ScaledTensor(b, b_scale, get_format(b_format))
     assert b_scale is not None
-    return PackedWeight(b, b_scale, get_format(b_format), tuple(b_shape), b_pair, b_factor, b_codes, b_prepack)
+    return PackedWeight(b, b_scale, get_format(b_format), tuple(b_shape), b_pair, b_factor, b_codes, b_prepack, b_top)
 
 
 # ---------------------------------------------------------------- gemm and grouped_gemm with packed weights
@@ -52,12 +53,12 @@ def packed_gemm(a: ScaledTensor, b: PackedWeight, layout: Layout | None, out: Te
 
 
 def _packed_impl(a: Tensor, a_scale: Tensor | None, a_format: str, b: Tensor, b_scale: Tensor | None, b_factor: Tensor | None,
-                 b_codes: Tensor | None, b_format: str, b_shape: list[int], b_pair: str, b_prepack: str, index: Tensor | None,
-                 layout: str, expected_m: int, alignment: int, out: Tensor, accumulate: bool, zero_padding: bool, backend: str,
-                 max_sms: int, on_unsupported: str) -> None:
+                 b_codes: Tensor | None, b_top: Tensor | None, b_format: str, b_shape: list[int], b_pair: str, b_prepack: str,
+                 index: Tensor | None, layout: str, expected_m: int, alignment: int, out: Tensor, accumulate: bool,
+                 zero_padding: bool, backend: str, max_sms: int, on_unsupported: str) -> None:
     from .routed import packed_gemm as eager
 
-    w = weight(b, b_scale, b_factor, b_codes, b_format, b_shape, b_pair, b_prepack)
+    w = weight(b, b_scale, b_factor, b_codes, b_top, b_format, b_shape, b_pair, b_prepack)
     assert isinstance(w, PackedWeight)
     how: Layout | None = None
     if index is not None:
@@ -86,10 +87,10 @@ def routed_gemm(a: ScaledTensor, b: PackedWeight | ScaledTensor, layout: Routed 
 
 
 def _routed_impl(a: Tensor, a_scale: Tensor | None, a_format: str, b: Tensor, b_scale: Tensor | None, b_factor: Tensor | None,
-                 b_codes: Tensor | None, b_format: str, b_shape: list[int], b_pair: str, b_prepack: str, index: Tensor,
-                 expert_ids: Tensor | None, posted: Tensor | None, num_slots: int, block_m: int, row_map: Tensor | None,
-                 top_k: int, a_div: int, bias: Tensor | None, activation: str, alpha: float, limit: float, interleaved: bool,
-                 routing_weight: Tensor | None, combine: bool, add: Tensor | None, out: Tensor,
+                 b_codes: Tensor | None, b_top: Tensor | None, b_format: str, b_shape: list[int], b_pair: str, b_prepack: str,
+                 index: Tensor, expert_ids: Tensor | None, posted: Tensor | None, num_slots: int, block_m: int,
+                 row_map: Tensor | None, top_k: int, a_div: int, bias: Tensor | None, activation: str, alpha: float,
+                 limit: float, interleaved: bool, routing_weight: Tensor | None, combine: bool, add: Tensor | None, out: Tensor,
                  zero_padding: bool, backend: str, max_sms: int, on_unsupported: str) -> None:
     from .routed import routed_gemm as eager
 
@@ -98,7 +99,7 @@ def _routed_impl(a: Tensor, a_scale: Tensor | None, a_format: str, b: Tensor, b_
     if expert_ids is not None and posted is not None:
         layout, own = Routed(index, expert_ids, posted, num_slots, top_k, block_m, a_div), {}
     eager(ScaledTensor(a, a_scale, get_format(a_format)),
-          weight(b, b_scale, b_factor, b_codes, b_format, b_shape, b_pair, b_prepack), layout, bias=bias,
+          weight(b, b_scale, b_factor, b_codes, b_top, b_format, b_shape, b_pair, b_prepack), layout, bias=bias,
           activation=activation or None, alpha=alpha, limit=limit, interleaved=interleaved, routing_weight=routing_weight,
           combine=combine, add=add, out=out, zero_padding=zero_padding, backend=backend or None, max_sms=max_sms,
           on_unsupported=on_unsupported, **own)

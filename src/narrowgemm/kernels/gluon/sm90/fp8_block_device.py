@@ -22,8 +22,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from .fp8_block_parts_device import (
-    FP8_PLANE, FP8_TILE, ROW_OF_FLOATS, add_output, advance, load_a_scales, load_b_scales, load_blocks, multiply, parts, scale_bases,
-    store_part, store_zeros)
+    FP8_PLANE, FP8_TILE, ROW_OF_FLOATS, add_output, advance, column_scales, load_a_scales, load_b_scales, load_blocks, multiply,
+    parts, scale_bases, store_part, store_zeros)
 from .fp8_block_schedule_device import (
     DENSE, MASKED, OFFSETS, ROW_OF_INTS, fill_table, first_tile, fresh, has_products, is_live, next_tile,
     total_tiles)
@@ -64,17 +64,24 @@ def producer(descs, rings, bars, table, problem, sa_pitch, cfg: gl.constexpr):
 
 
 @gluon.jit
-def store_tile(acc, d_s, d_desc, out, problem, tile, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr, mma: gl.constexpr):
+def store_tile(acc, scales, d_s, d_desc, out, problem, tile, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr,
+               mma: gl.constexpr):
     index_ptr, M, N, KB, G, alignment = problem
     n, g, first, end, stop = tile
     MP: gl.constexpr = cfg.MP
     NP: gl.constexpr = cfg.NP
     PIECES: gl.constexpr = MP * NP
     SPLIT: gl.constexpr = cfg.OUT_SPLIT
+    of_columns = ()
+    if cfg.FOLD:
+        for j in gl.static_range(NP):
+            of_columns = of_columns + (column_scales(scales, tile, n * cfg.BN + (WN * NP + j) * cfg.WN, cfg, mma), )
     for i in gl.static_range(PIECES):
         row0 = first + (WM * MP + i // NP) * 64
         col0 = n * cfg.BN + (WN * NP + i % NP) * cfg.WN
         x = acc[i]
+        if cfg.FOLD:
+            x = x * gl.expand_dims(of_columns[i % NP], 0)
         if cfg.ACCUMULATE:
             x = add_output(x, out, index_ptr, tile, row0, col0, M, N, G, cfg, mma)
         part = parts(x, cfg)
@@ -105,7 +112,7 @@ def consumer(d_desc, out, scales, rings, d_s, bars, table, problem, cfg: gl.cons
     b_v = view_as(b_s, gl.float8e4nv, S * cfg.WGN * cfg.NP, cfg.WN, 128, FP8_TILE)
     sa_v = a_v
     if cfg.A_SCALE_TMA:
-        sa_v = view_rows(sa_s, gl.float32, S * cfg.WGM * MP, 64, ROW_OF_FLOATS)
+        sa_v = view_rows(sa_s, gl.float32, S * cfg.SUB * cfg.WGM * MP, 64, ROW_OF_FLOATS)
     views = (a_v, b_v, sa_v)
     total = total_tiles(table, M, N, cfg, 4)
     work = (index_ptr, table, M, N, KB, G, alignment, total)
@@ -135,9 +142,9 @@ def consumer(d_desc, out, scales, rings, d_s, bars, table, problem, cfg: gl.cons
             p = multiply(a_v, b_v, slot * cfg.KS + cfg.SKIP, zero, cfg, WM, WN, 0)
             if cfg.LATE_STORE:
                 if pending:
-                    store_tile(acc, d_s, d_desc, out, problem, done, cfg, WM, WN, mma)
+                    store_tile(acc, scales, d_s, d_desc, out, problem, done, cfg, WM, WN, mma)
             cursor, ahead = next_tile(cursor, tile, work, cfg, 4)
-            if PIECES == 1:
+            if PIECES == 1 and not cfg.SINGLE:
                 acc, p, sa, sb, slot, phase = blocks(acc, p, sa, sb, slot, phase, KB * 0, views, bars, problem, bases, scales, tile,
                                                      cfg, WM, WN, mma, cfg.HEAD, True)
                 for kb in range(cfg.HEAD, KB, cfg.UNROLL):
@@ -155,7 +162,7 @@ def consumer(d_desc, out, scales, rings, d_s, bars, table, problem, cfg: gl.cons
                 done = tile
                 pending = is_live(tile)
             else:
-                store_tile(acc, d_s, d_desc, out, problem, tile, cfg, WM, WN, mma)
+                store_tile(acc, scales, d_s, d_desc, out, problem, tile, cfg, WM, WN, mma)
         else:
             cursor, ahead = next_tile(cursor, tile, work, cfg, 4)
             if cfg.ZERO and cfg.LAYOUT != DENSE:
@@ -168,7 +175,7 @@ def consumer(d_desc, out, scales, rings, d_s, bars, table, problem, cfg: gl.cons
         live = is_live(tile)
     if cfg.LATE_STORE:
         if pending:
-            store_tile(acc, d_s, d_desc, out, problem, done, cfg, WM, WN, mma)
+            store_tile(acc, scales, d_s, d_desc, out, problem, done, cfg, WM, WN, mma)
     tma.store_wait(0)
 
 

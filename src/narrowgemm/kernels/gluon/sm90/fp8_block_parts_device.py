@@ -61,7 +61,8 @@ def scale_bases(scales, tile, N, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.con
         g = gl.where(g == NO_GROUP, 0, g)
     sb = ()
     NP: gl.constexpr = cfg.NP
-    for i in gl.static_range(NP):
+    COUNT: gl.constexpr = 0 if cfg.FOLD else NP
+    for i in gl.static_range(COUNT):
         block = gl.minimum((gl.maximum(n, 0) * cfg.BN + (WN * NP + i) * cfg.WN) // 128, (N - 1) // 128)
         if cfg.MP * NP > 1:
             block = of_lane(block)
@@ -79,7 +80,7 @@ def load_b_scales(bases, scales, kb, KB, cfg: gl.constexpr, INSIDE: gl.constexpr
     """B's scales of K block kb, one a piece along N. Past the last block, unless it is known to be INSIDE: its scales again."""
     sa_ptr, sag, sam, sak, sb_ptr, sbg, sbn, sbk = scales
     out = ()
-    NP: gl.constexpr = cfg.NP
+    NP: gl.constexpr = 0 if cfg.FOLD else cfg.NP
     for i in gl.static_range(NP):
         k = kb
         if not INSIDE:
@@ -104,7 +105,33 @@ def load_a_scales(base, scales, tile, M, kb, KB, cfg: gl.constexpr, WM: gl.const
     return out
 
 
+@gluon.jit
+def column_scales(scales, tile, col0, cfg: gl.constexpr, mma: gl.constexpr):
+    """What the sums of WN columns from col0 are multiplied by, where B's scales are folded into its payload: sb_ptr holds E8M0
+    codes, sbg a group, for a payload of 2^6 times the value; sbn is a pointer to factors."""
+    sa_ptr, sag, sam, sak, sb_ptr, sbg, sbn, sbk = scales
+    n, g, first, end, stop = tile
+    COLS: gl.constexpr = cfg.WN
+    col = col0 + fresh(gl.arange(0, COLS, gl.SliceLayout(0, mma)))
+    at = g.to(gl.int64) * sbg + col
+    s = as_float(gl.load(sb_ptr + at, mask=col < sbg, other=0)) * 0.015625
+    if cfg.FACTOR:
+        s = s * gl.load(sbn + at, mask=col < sbg, other=0.0)
+    return s
+
+
 # ---------------------------------------------------------------- sums
+@gluon.jit
+def promotion_scale(sa, sb, i: gl.constexpr, cfg: gl.constexpr):
+    """Of piece i's rows."""
+    if cfg.SUB > 1:
+        return sa
+    elif cfg.FOLD:
+        return sa[i // cfg.NP]
+    else:
+        return sa[i // cfg.NP] * sb[i % cfg.NP]
+
+
 @gluon.jit
 def promote(acc, p, s):
     """acc += p * s, a scale a row: one FMA an element."""
@@ -125,16 +152,20 @@ def fence(pending: gl.constexpr, acc, p):
 
 
 @gluon.jit
-def multiply(a_v, b_v, place, p, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr, PIECE: gl.constexpr):
-    """Start p = A . B^T over one K block; p comes in only to keep its registers. Pieces: along N first."""
+def multiply(a_v, b_v, place, p, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr, PIECE: gl.constexpr, PART: gl.constexpr = 0):
+    """Start p = A . B^T over one K block, or one of its SUB parts; p comes in only to keep its registers. Pieces: along N first."""
     a = a_v.index(place * (cfg.WGM * cfg.MP) + WM * cfg.MP + PIECE // cfg.NP)
-    b = b_v.index(place * (cfg.WGN * cfg.NP) + WN * cfg.NP + PIECE % cfg.NP).permute((1, 0))
+    b = b_v.index(place * (cfg.WGN * cfg.NP) + WN * cfg.NP + PIECE % cfg.NP)
+    if cfg.SUB > 1:
+        a = a.slice(PART * (128 // cfg.SUB), 128 // cfg.SUB, 1)
+        b = b.slice(PART * (128 // cfg.SUB), 128 // cfg.SUB, 1)
+    b = b.permute((1, 0))
     return warpgroup_mma(a, b, p, use_acc=False, is_async=True)
 
 
 @gluon.jit
-def read_a_scale(sa_v, place, cfg: gl.constexpr, WM: gl.constexpr, PIECE: gl.constexpr, rows: gl.constexpr):
-    return sa_v.index(place * (cfg.WGM * cfg.MP) + WM * cfg.MP + PIECE).load(rows)
+def read_a_scale(sa_v, place, cfg: gl.constexpr, WM: gl.constexpr, PIECE: gl.constexpr, rows: gl.constexpr, PART: gl.constexpr = 0):
+    return sa_v.index((place * cfg.SUB + PART) * (cfg.WGM * cfg.MP) + WM * cfg.MP + PIECE).load(rows)
 
 
 # ---------------------------------------------------------------- store

@@ -5,7 +5,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma_wait
 
 from .fp8_block_parts_device import (
-    advance, fence, load_a_scales, load_b_scales, multiply, promote, read_a_scale, scaled)
+    advance, fence, load_a_scales, load_b_scales, multiply, promote, promotion_scale, read_a_scale, scaled)
 
 
 @gluon.jit
@@ -51,9 +51,9 @@ def blocks(acc, p, sa, sb, slot, phase, kb, views, bars, problem, bases, scales,
         if (AT + j) % KS == KS - 1:
             mbarrier.arrive(empty.index(old), count=1)
         if HEAD and j == 0:
-            one = scaled(p, sa[0] * sb[0])
+            one = scaled(p, promotion_scale(sa, sb, 0, cfg))
         else:
-            one = promote(acc[0], p, sa[0] * sb[0])
+            one = promote(acc[0], p, promotion_scale(sa, sb, 0, cfg))
         one, p = fence(1 if j + 1 < COUNT else 0, one, p)
         acc = (one, )
         p, q = q, p
@@ -76,7 +76,8 @@ def piece_blocks(acc, p, sa, sb, slot, phase, kb, views, bars, problem, bases, s
     piece of this one runs, so the slot of block kb is known to be full.
 
     One partial sum: between two wgmma are the promotion's FMAs and nothing else, and the slot before is released once a wgmma of
-    this one is on its way: the last one of the tile is the caller's to release. DOUBLE: two, the next piece runs meanwhile."""
+    this one is on its way: the last one of the tile is the caller's to release. DOUBLE: two, the next piece runs meanwhile.
+    SUB: a piece is summed and promoted in so many steps, each with scales of its own."""
     a_v, b_v, sa_v = views
     full, empty = bars
     index_ptr, M, N, KB, G, alignment = problem
@@ -85,6 +86,8 @@ def piece_blocks(acc, p, sa, sb, slot, phase, kb, views, bars, problem, bases, s
     MP: gl.constexpr = cfg.MP
     NP: gl.constexpr = cfg.NP
     PIECES: gl.constexpr = MP * NP
+    SUB: gl.constexpr = cfg.SUB
+    STEPS: gl.constexpr = PIECES * SUB
     COLS: gl.constexpr = cfg.WN
     q = gl.zeros([64, COLS], gl.float32, mma)
     for j in gl.static_range(COUNT):
@@ -92,8 +95,9 @@ def piece_blocks(acc, p, sa, sb, slot, phase, kb, views, bars, problem, bases, s
             p = multiply(a_v, b_v, slot, p, cfg, WM, WN, 0)
         if cfg.A_SCALE_TMA:
             sa = ()
-            for i in gl.static_range(MP):
-                sa = sa + (read_a_scale(sa_v, slot, cfg, WM, i, rows), )
+            if SUB == 1:
+                for i in gl.static_range(MP):
+                    sa = sa + (read_a_scale(sa_v, slot, cfg, WM, i, rows), )
         if not (HEAD and j == 0) and not cfg.DOUBLE:
             mbarrier.arrive(empty.index(before(slot, cfg)), count=1)
         sb_next = load_b_scales(sb_base, scales, kb + (j + 1), KB, cfg, j + 1 < COUNT)
@@ -103,22 +107,27 @@ def piece_blocks(acc, p, sa, sb, slot, phase, kb, views, bars, problem, bases, s
         old = slot
         slot, phase = advance(slot, phase, cfg.STAGES)
         sums = ()
-        for i in gl.static_range(PIECES):
-            if i > 0 and not cfg.DOUBLE:
-                p = multiply(a_v, b_v, old, p, cfg, WM, WN, i)
-            if i == PIECES - 1:
+        for step in gl.static_range(STEPS):
+            if step > 0 and not cfg.DOUBLE:
+                p = multiply(a_v, b_v, old, p, cfg, WM, WN, step // SUB, step % SUB)
+            if SUB > 1:
+                sa = read_a_scale(sa_v, old, cfg, WM, step // SUB // NP, rows, step % SUB)
+            if step == STEPS - 1:
                 mbarrier.wait(full.index(slot), phase, pred=kb + (j + 1) < KB)
-            if cfg.DOUBLE and i + 1 < PIECES:
-                q = multiply(a_v, b_v, old, q, cfg, WM, WN, i + 1)
+            if cfg.DOUBLE and step + 1 < PIECES:
+                q = multiply(a_v, b_v, old, q, cfg, WM, WN, step + 1)
             elif cfg.DOUBLE and j + 1 < COUNT:
                 q = multiply(a_v, b_v, slot, q, cfg, WM, WN, 0)
-            p = warpgroup_mma_wait(1 if cfg.DOUBLE and i + j + 2 < PIECES + COUNT else 0, deps=(p, ))
-            if HEAD and j == 0:
-                one = scaled(p, sa[i // NP] * sb[i % NP])
+            p = warpgroup_mma_wait(1 if cfg.DOUBLE and step + j + 2 < PIECES + COUNT else 0, deps=(p, ))
+            if step % SUB > 0:
+                one = promote(one, p, promotion_scale(sa, sb, step // SUB, cfg))
+            elif HEAD and j == 0:
+                one = scaled(p, promotion_scale(sa, sb, step // SUB, cfg))
             else:
-                one = promote(acc[i], p, sa[i // NP] * sb[i % NP])
-            one, p = fence(1 if cfg.DOUBLE and i + j + 2 < PIECES + COUNT else 0, one, p)
-            sums = sums + (one, )
+                one = promote(acc[step // SUB], p, promotion_scale(sa, sb, step // SUB, cfg))
+            one, p = fence(1 if cfg.DOUBLE and step + j + 2 < PIECES + COUNT else 0, one, p)
+            if step % SUB == SUB - 1:
+                sums = sums + (one, )
             if cfg.DOUBLE:
                 p, q = q, p
         if cfg.DOUBLE:

@@ -41,6 +41,10 @@ class Tile:
     STORE_TMA: bool = True   # whole tiles leave by TMA
     LATE_STORE: bool = True  # a tile is stored while the first wgmma of the next one runs
     DOUBLE: bool = False     # of several pieces: two partial sums, the next piece runs while one is promoted
+    SINGLE: bool = False     # of one piece: one partial sum, as of several
+    FOLD: bool = False       # B's scales are in its payload but for one a column, which the store multiplies by: `fold.py`
+    FACTOR: bool = False     # and columns have factors beside
+    SUB: int = 1             # scales of A in a K block: 1, or 4, one every 32 (several pieces, one partial sum)
     CONSUMER_REGISTERS: int = 232
     PRODUCER_REGISTERS: int = 40
     BM: int = field(init=False)

@@ -1,0 +1,277 @@
+"""FP8 GEMM on Hopper with prepacked MXFP4 weights, dense and grouped, for problems with many rows: weights expanded to E4M3.
+
+Weights stay 4-bit in memory. A row's scales are folded into E4M3, losslessly where they lie within 15 powers of two of each
+other (`PackedWeight.top`), and the row's own power of two is applied to the sum. Activations are FP8 with 1x128 scales, or MXFP4,
+which a launch in front brings to FP8 with 1x128 scales; where the device finds that this would not be exact, a second product,
+which is launched behind and does nothing otherwise, takes K 32 at a time with all of A's scales. Device code: `fold_device.py`;
+what is fixed at compile time: `fold_tile.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ....arch import Arch
+from ....prepack import PREPACK
+from ....problem import Config, Problem, Step
+from ... import launching
+from ...launching import Launch, Pointer
+from ...operands import Operands
+from .fold_tile import SCALE_BYTES, UNIT_ROWS, FoldTile
+from .fp8_block import LAUNCH_SECONDS, MEMORY_EFFICIENCY, MEMORY_SECONDS, OUT_BYTES, tiles
+from .fp8_block_tile import LAYOUTS, MAX_GROUPS
+from .tensor_maps import output, planes, row_tiles, stride
+
+NAME = "gluon_sm90.fold"
+BACKEND = "gluon_sm90"
+BLOCK = 128             # of K
+MASKED_ELEMENTS = 1 << 30
+PREP_ROWS = 32          # of A that a program of the launch in front takes at a time
+PREP_PROGRAMS = 1024    # at most; each raises a flag of its own
+
+
+# ---------------------------------------------------------------- what it takes
+def supports(problem: Problem, arch: Arch) -> str | None:
+    p, a, b = problem, problem.a, problem.b
+    if arch.target != "sm90":
+        return f"runs on NVIDIA Hopper (sm90), not {arch.target}"
+    if p.op not in ("gemm", "grouped_gemm") or p.layout not in LAYOUTS:
+        return f"computes dense, contiguous, offsets, psum and masked products, not {p.op} ({p.layout})"
+    if b.format.element != "e2m1" or b.prepack.partition(":")[0] != PREPACK:
+        return f"takes MXFP4 weights that narrowgemm.prepack() brought to the order {PREPACK}, not {b.format.name} as they are"
+    if ":" in b.prepack:
+        return "stores rows in their order: weights packed with pair= are for an activation"
+    if not b.folds:
+        return "takes weights whose rows have scales within 15 powers of two of each other: others are not exact in E4M3"
+    if (a.format.element, a.format.group) not in (("e4m3", (1, 128)), ("e2m1", (1, 32))):
+        return f"takes FP8 1x128 and MXFP4 activations, not {a.format.name}"
+    if a.major != "k" or a.prepack:
+        return "needs A K-major, as it is"
+    if not a.aligned and a.format.element == "e4m3":
+        return "TMA needs A's base and outer strides in multiples of 16 bytes"
+    if p.k % 32 or not p.k:
+        return f"takes K in multiples of 32, not {p.k}"
+    if p.n < 8:
+        return f"takes at least 8 columns, not {p.n}"
+    if not p.epilogue.plain or p.gather:
+        return "has no fused gather and no epilogue beyond the sum"
+    if p.out_dtype not in OUT_BYTES:
+        return f"writes {', '.join(OUT_BYTES)}, not {p.out_dtype}"
+    if p.groups > MAX_GROUPS and p.layout not in ("dense", "contiguous"):
+        return f"counts tiles of up to {MAX_GROUPS} groups, not {p.groups}"
+    if p.layout == "masked" and a.format.element == "e2m1" and p.groups * p.m * p.k > MASKED_ELEMENTS:
+        return f"has room for all {p.groups * p.m} rows of a masked A in E4M3, up to {MASKED_ELEMENTS} elements"
+    if p.layout == "psum" and p.alignment % 4:
+        return f"TMA brings A's scales in fours of rows: groups have to start at multiples of 4, not {p.alignment}"
+    if p.wide:
+        return "offsets inside a tile pass 2^31 elements"
+    return None
+
+
+def direct(problem: Problem) -> bool:
+    """Whether TMA takes A and its scales as they are."""
+    return problem.a.format.element == "e4m3" and problem.a.scale_dtype == "fp32" and problem.a.scale_major == "mn"
+
+
+# ---------------------------------------------------------------- configs
+# block_m x block_n -> warpgroups along M and N, pieces of 64 x 128 of each along M
+_SHAPES = {(256, 128): (2, 1, 2), (128, 256): (1, 2, 2), (128, 128): (2, 1, 1)}
+_EXACT = (128, 128)     # tile of the product with all of A's scales
+_WARPS = 13             # two consumers, the expander, the producer
+
+
+def _config(bm: int, bn: int, strip: int, stages: int = 3) -> Config:
+    return Config(bm, bn, BLOCK, _WARPS, stages, strip, persistent=True)
+
+
+_CANDIDATES = (_config(256, 128, 8), _config(128, 256, 8), _config(256, 128, 16), _config(128, 256, 16),
+               _config(128, 128, 8, 4))
+
+
+def configs(problem: Problem, arch: Arch) -> list[Config]:
+    return [c for c in _CANDIDATES if legal(problem, c, arch) is None]
+
+
+def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
+    """Why `config` can't run the problem, or None."""
+    if (config.block_m, config.block_n) not in _SHAPES or config.block_k != BLOCK:
+        return f"tile {config.block_m}x{config.block_n}x{config.block_k}, expected one of {list(_SHAPES)}, and {BLOCK}"
+    if config.num_warps != _WARPS or not config.persistent or config.split_k != 1 or config.swap_ab:
+        return f"expected {_WARPS} warps and persistent, without split_k and swap_ab"
+    if config.extra or config.num_stages < 2 or config.group_m < 1:
+        return f"num_stages={config.num_stages}, group_m={config.group_m}, extra={config.extra}, expected at least 2, 1, and none"
+    if tile_of(problem, config, arch) is None:
+        return f"needs more shared memory than the {arch.smem} bytes of the device"
+    return None
+
+
+@lru_cache(maxsize=4096)
+def tile_of(problem: Problem, config: Config, arch: Arch, factor: bool = False, exact: bool = False) -> FoldTile | None:
+    """The compile-time constants of a config; None where it needs more shared memory than there is. factor: weight rows have
+    factors; exact: of the product with all of MXFP4's scales."""
+    shape = _EXACT if exact else (config.block_m, config.block_n)
+    wgm, wgn, mp = _SHAPES[shape]
+    counted = problem.layout not in ("dense", "contiguous")
+    groups = next(n for n in (32, 128, 512, MAX_GROUPS) if not counted or n >= problem.groups)
+    gate = 0 if problem.a.format.element == "e4m3" else 2 if exact else 1
+    # staging of the store and slots of 4-bit weights: as much as fits
+    for w_stages, split, buffers in ((3, 1, mp), (3, 2, 2), (3, 2, 1), (2, 2, 1)):
+        tile = FoldTile(
+            LAYOUTS[problem.layout], wgm, wgn, mp, 1, 128, config.num_stages, 1, 1, 1, 0, config.group_m, 1, buffers, split,
+            OUT_BYTES[problem.out_dtype], groups, A_SCALE_TMA=True,
+            ZERO=problem.zero_padding and problem.layout in ("contiguous", "psum"), ACCUMULATE=problem.accumulate,
+            STORE_TMA=problem.out_aligned, LATE_STORE=False, SINGLE=mp == 1, FACTOR=factor, SUB=4 if exact else 1,
+            CONSUMER_REGISTERS=208, PRODUCER_REGISTERS=24, W_STAGES=w_stages, GATE=gate, FLAGS=PREP_PROGRAMS if gate else 32)
+        if tile.shared_bytes <= arch.smem:
+            return tile
+    return None
+
+
+# ---------------------------------------------------------------- workspace
+class Regions(NamedTuple):
+    """Byte offsets of the parts of the workspace, and its size."""
+
+    x: int
+    scale: int
+    flags: int
+    size: int
+
+
+def regions(problem: Problem, m: int) -> Regions:
+    """`m`: rows of A, of one group where masked."""
+    if direct(problem):
+        return Regions(0, 0, 0, 0)
+    groups, blocks = problem.groups if problem.layout == "masked" else 1, -(-problem.k // BLOCK)
+    fp4 = problem.a.format.element == "e2m1"
+    sizes = (groups * m * blocks * BLOCK if fp4 else 0, 4 * groups * blocks * (4 if fp4 else 1) * column(m),
+             4 * PREP_PROGRAMS if fp4 else 0)
+    return Regions(*accumulate((-(-s // 256) * 256 for s in sizes), initial=0))
+
+
+def column(m: int) -> int:
+    """Of A's scales: m up to 16 bytes."""
+    return -(-m // 4) * 4
+
+
+def workspace(problem: Problem, config: Config) -> int:
+    return regions(problem, problem.m).size
+
+
+# ---------------------------------------------------------------- cost
+TILE_SECONDS = 0.9e-6       # of a tile, beyond its K blocks
+# microseconds of one K block of 128 on one SM of an H200, where every SM is busy: docs/measured.md
+_BLOCK_TIMES = {(256, 128): 0.80, (128, 256): 1.10, (128, 128): 0.52}
+_H200_RATE = 1.40e15
+COPY = 0.80                 # of the streaming rate, in the launch in front
+_NOT_HIDDEN = 0.15
+
+
+def estimate(problem: Problem, config: Config, arch: Arch) -> float:
+    """Seconds: waves of tiles, or the bytes at the streaming rate, whichever is longer, and what is launched around."""
+    counted = problem.layout not in ("dense", "contiguous")
+    works = {tiles(problem, config, spread) for spread in ((False, True) if counted else (False, ))}
+    sms = min(arch.sms, problem.max_sms or arch.sms)
+    blocks = -(-problem.k // BLOCK)
+    unit = blocks * 1e-6 * (_H200_RATE / 132) / (arch.fp8_flops / arch.sms) * _BLOCK_TIMES[config.block_m, config.block_n]
+    seconds = 0.0
+    for work in works:
+        waves = math.ceil(work / sms) if work < 8 * sms else work / sms + 0.5
+        seconds += waves * (unit + TILE_SECONDS) / len(works)
+    rate = arch.bandwidth * sms / arch.sms
+    memory = MEMORY_SECONDS + problem.bytes / (rate * MEMORY_EFFICIENCY)
+    front = 0.0
+    if not direct(problem):
+        rows = problem.m * (problem.groups if problem.layout == "masked" else 1)
+        live = problem.groups * problem.rows if problem.layout == "masked" else problem.m
+        fp4 = problem.a.format.element == "e2m1"
+        front = (1.6 * live * problem.k if fp4 else 8 * rows * blocks) / (rate * COPY) + LAUNCH_SECONDS * (2 if fp4 else 1)
+    return LAUNCH_SECONDS + max(seconds, memory) + _NOT_HIDDEN * min(seconds, memory) + front
+
+
+# ---------------------------------------------------------------- launch
+def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
+    launching.launch(launches, step, problem, operands, workspace)
+
+
+def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
+    """The launch in front, if there is one, the product, and the one that is exact where that isn't."""
+    from ....arch import detect
+    from . import fold_prep_device
+
+    arch = detect(x.out.device)
+    a, scale = x.a.data, x.a.scale
+    assert scale is not None
+    masked, blocks = problem.layout == "masked", -(-x.k // BLOCK)
+    groups, pitch = x.groups if masked else 1, column(x.m)
+    plain, exact = (tile_of(problem, step.config, arch, x.factor is not None, e) for e in (False, True))
+    assert plain is not None, f"{step.config} is not legal for {problem}"
+    if direct(problem):
+        pitch = stride(scale, -1, pitch)
+        return [_product(plain, problem, x, arch, planes(a, x.k, plain.BM), scale, (stride(scale, 0, pitch * blocks) if masked else
+                         pitch * blocks, pitch), None)]
+    assert workspace is not None and exact is not None
+    at = regions(problem, x.m)
+    scales = Pointer(workspace, torch.float32, at.scale)
+    ssg = scale.stride(0) if masked else 0
+    if problem.a.format.element == "e4m3":
+        prep = Launch(fold_prep_device.fold_scales_kernel, (groups * -(-x.m // 128),),
+                      (scale, scales, x.m, blocks, ssg, scale.stride(-2), scale.stride(-1), pitch),
+                      {"BM": 128, "BK": 32, "E8M0": scale.dtype == torch.uint8, "num_warps": 4})
+        return [prep, _product(plain, problem, x, arch, planes(a, x.k, plain.BM), scales, (pitch * blocks, pitch), None)]
+    rows = groups * -(-x.m // PREP_ROWS)
+    count = min(PREP_PROGRAMS, rows * blocks)
+    y, flags = Pointer(workspace, torch.float8_e4m3fn, at.x), Pointer(workspace, torch.int32, at.flags)
+    made = [Launch(fold_prep_device.fold_rows_kernel, (count,),
+                   (a, scale, flags if x.index is None else x.index, y, scales, flags, x.m, x.k, blocks, rows,
+                    a.stride(0) if masked else 0, a.stride(-2), ssg, scale.stride(-2), scale.stride(-1), pitch),
+                   {"BM": PREP_ROWS, "MASKED": masked, "num_warps": 4})]
+    for tile in (plain, exact):
+        # without SUB: the first of the four scales of a block, which are one
+        shape = (4 * pitch * blocks, pitch * 4 // tile.SUB)
+        made.append(_product(tile, problem, x, arch, _rows(y, groups, x.m, blocks * BLOCK, tile.BM), scales, shape, (flags, count)))
+    return made
+
+
+def _rows(y: Pointer, groups: int, m: int, k: int, box: int) -> Any:
+    """The TMA descriptor of A in the workspace."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from .fp8_block_parts_device import FP8_PLANE
+
+    return TensorDescriptor(y, [groups, m, k], [m * k, k, 1], [1, box, BLOCK], FP8_PLANE.value)
+
+
+def _product(tile: FoldTile, problem: Problem, x: Operands, arch: Arch, a_desc: Any, scales: Tensor | Pointer,
+             strides: tuple[int, int], flags: tuple[Pointer, int] | None) -> Launch:
+    """`strides`: of A's scales, from one group to the next and from one row of M scales to the next."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from . import fold_device as device
+
+    fields, top = x.b.scale, x.top
+    assert fields is not None and top is not None
+    masked = problem.layout == "masked"
+    blocks, units = -(-x.k // BLOCK), -(-x.n // UNIT_ROWS)
+    om = stride(x.out, -2, x.n)
+    og = stride(x.out, 0, om * x.m) if masked else 0
+    flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
+    descriptors = [a_desc, TensorDescriptor(scales, [x.groups if masked else 1, blocks * tile.SUB, x.m], [*strides, 1],
+                                            [1, tile.SUB, tile.BM], flat)]
+    for base, deep, box in ((Pointer(x.b.data, torch.int32), blocks * 4, [tile.UNITS, 4, 256]),
+                            (Pointer(fields, torch.int32), -(-blocks // 2), [tile.UNITS, 1, SCALE_BYTES // 4])):
+        descriptors.append(TensorDescriptor(base, [x.groups * units, deep, box[2]], [deep * box[2], box[2], 1], box,
+                                            device.PLANES.value))
+    descriptors.append(output(x, og, om, tile.OUT_COLS, tile.OUT_BYTES) if tile.STORE_TMA else None)
+    sms = min(problem.max_sms or arch.sms, arch.sms)
+    grid = max(1, min(sms, row_tiles(problem, x, tile.BM) * -(-x.n // tile.BN)))
+    pointer, count = flags or (top, 0)
+    return Launch(device.fold_kernel, (grid,),
+                  (*descriptors, x.out, top, top if x.factor is None else x.factor, x.index, pointer, x.m, x.n, blocks, x.groups,
+                   x.alignment, count, units, og, om, og // om, tile), {"num_warps": 4, "maxnreg": tile.max_registers})

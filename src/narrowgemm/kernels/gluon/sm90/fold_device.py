@@ -1,0 +1,171 @@
+"""Device code of the Hopper prefill kernel with MXFP4 weights folded into E4M3: dense, contiguous, offsets, psum, masked.
+
+    out[m, n] (+)= (sum over K blocks of  (A[m, kb] . B[g, n, kb]) * sa[m, kb]) * s[g, n]
+
+Schedule, consumers, promotion and store are the FP8 kernel's (`fp8_block_device.py`); A and its scales come as there. In between:
+
+    warps          does, for every tile of its block
+    producer (1)   TMA of A and its scales into the ring, and of 4-bit weights and their scales into a ring of their own
+    expander (4)   those weights to E4M3 (`fold_expand_device.py`), into the slot of the ring that wgmma reads
+    consumer (2x4) wgmma, promotion, release of the slot; the store, which multiplies by the column's power of two
+
+A slot is full when A's bytes have come and the expander has arrived.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from .fold_expand_device import FIELDS, WORDS, expand, lane_table
+from .fp8_block_device import consumer
+from .fp8_block_parts_device import FP8_PLANE, advance
+from .fp8_block_schedule_device import MASKED, OFFSETS, ROW_OF_INTS, fill_table, first_tile, has_products, next_tile, total_tiles
+from .shim import block_barrier, tma_load, view_as
+
+PLANES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3))
+WORDS_TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
+FP8_RING = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=3))
+ROWS_OF_INTS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+
+
+@gluon.jit
+def producer(descs, rings, bars, table, problem, NT, cfg: gl.constexpr):
+    a_desc, sa_desc, w_desc, s_desc = descs
+    a_s, sa_s, w_s, s_s = rings
+    full, empty, w_full, w_empty = bars
+    index_ptr, M, N, KB, G, alignment = problem
+    work = (index_ptr, table, M, N, KB, G, alignment, total_tiles(table, M, N, cfg, 1))
+    slot = gl.to_tensor(0)
+    phase = gl.to_tensor(1)
+    w_slot = gl.to_tensor(0)
+    w_phase = gl.to_tensor(1)
+    cursor, tile = first_tile(work, cfg, 1)
+    n, g, first, end, stop = tile
+    while n >= 0:
+        plane = g * 0
+        if cfg.LAYOUT == MASKED:
+            plane = g
+        unit = g * NT + n * cfg.UNITS
+        row = first
+        # the next tile is looked up first, so that its loads are off the path between two tiles
+        run = has_products((n, g, first, end, stop), cfg)
+        cursor, ahead = next_tile(cursor, (n, g, first, end, stop), work, cfg, 1)
+        if run:
+            for kb in range(KB):
+                mbarrier.wait(w_empty.index(w_slot), w_phase)
+                bar = w_full.index(w_slot)
+                mbarrier.expect(bar, cfg.W_BYTES)
+                tma_load(w_desc, [unit, kb * 4, 0], bar, w_s.index(w_slot))
+                tma_load(s_desc, [unit, kb // 2, 0], bar, s_s.index(w_slot))
+                w_slot, w_phase = advance(w_slot, w_phase, cfg.W_STAGES)
+                mbarrier.wait(empty.index(slot), phase)
+                bar = full.index(slot)
+                mbarrier.expect(bar, cfg.BLOCK_BYTES)
+                tma_load(a_desc, [plane, row, kb * 128], bar, a_s.index(slot))
+                tma_load(sa_desc, [plane, kb * cfg.SUB, row], bar, sa_s.index(slot))
+                slot, phase = advance(slot, phase, cfg.STAGES)
+        n, g, first, end, stop = ahead
+
+
+@gluon.jit
+def row_tops(top_ptr, at, rows):
+    """Of a unit's rows g and g + 8 of each 16, in bytes 0 and 1: the largest code + 14, [32, 4]."""
+    r = gl.arange(0, 32, gl.SliceLayout(1, FIELDS))
+    r = r // 8 * 16 + r % 8
+    a = gl.load(top_ptr + at + r, mask=r < rows, other=0).to(gl.int32) + 14
+    b = gl.load(top_ptr + at + r + 8, mask=r + 8 < rows, other=0).to(gl.int32) + 14
+    return gl.expand_dims((a & 255) | (b << 8), 1)
+
+
+@gluon.jit
+def expander(rings, bars, table, problem, top_ptr, NT, cfg: gl.constexpr):
+    b_s, w_s, s_s = rings
+    full, empty, w_full, w_empty = bars
+    index_ptr, M, N, KB, G, alignment = problem
+    UNITS: gl.constexpr = cfg.UNITS
+    b_v = view_as(b_s, gl.int32, cfg.STAGES * UNITS, 64, 32, WORDS_TILE)
+    w_v = view_as(w_s, gl.int32, cfg.W_STAGES * UNITS, 64, 16, ROWS_OF_INTS)
+    s_v = view_as(s_s, gl.int32, cfg.W_STAGES * UNITS, 32, 4, ROWS_OF_INTS)
+    work = (index_ptr, table, M, N, KB, G, alignment, total_tiles(table, M, N, cfg, 4))
+    slot = gl.to_tensor(0)
+    phase = gl.to_tensor(1)
+    w_slot = gl.to_tensor(0)
+    w_phase = gl.to_tensor(0)
+    tables = lane_table(slot)
+    cursor, tile = first_tile(work, cfg, 4)
+    n, g, first, end, stop = tile
+    while n >= 0:
+        unit = n * UNITS
+        group = g
+        run = has_products((n, g, first, end, stop), cfg)
+        cursor, ahead = next_tile(cursor, (n, g, first, end, stop), work, cfg, 4)
+        if run:
+            tops = ()
+            for u in gl.static_range(UNITS):
+                tops = tops + (row_tops(top_ptr, (group * NT + unit + u).to(gl.int64) * 64, (NT - unit - u) * 64), )
+            for kb in range(KB):
+                mbarrier.wait(w_full.index(w_slot), w_phase)
+                words = ()
+                fields = ()
+                for u in gl.static_range(UNITS):
+                    words = words + (w_v.index(w_slot * UNITS + u).load(WORDS), )
+                    fields = fields + (s_v.index(w_slot * UNITS + u).load(FIELDS) >> (16 * (kb % 2)), )
+                mbarrier.wait(empty.index(slot), phase)
+                for u in gl.static_range(UNITS):
+                    b_v.index(slot * UNITS + u).store(expand(words[u], fields[u], tops[u], tables))
+                fence_async_shared()
+                mbarrier.arrive(full.index(slot), count=1)
+                mbarrier.arrive(w_empty.index(w_slot), count=1)
+                slot, phase = advance(slot, phase, cfg.STAGES)
+                w_slot, w_phase = advance(w_slot, w_phase, cfg.W_STAGES)
+        n, g, first, end, stop = ahead
+
+
+@gluon.jit(do_not_specialize=["M", "KB", "G", "alignment", "flags", "NT", "out_pitch"])
+def fold_kernel(a_desc, sa_desc, w_desc, s_desc, d_desc, out_ptr, top_ptr, factor_ptr, index_ptr, flags_ptr, M, N, KB, G, alignment,
+                flags, NT, og, om, out_pitch, cfg: gl.constexpr):
+    """A persistent grid. M: rows of A, or rows a group can hold (masked). a_desc [1 or G, M, K] E4M3, sa_desc [1 or G, KB * SUB, M],
+    w_desc int32 [G * NT, KB * 4, 256] and s_desc int32 [G * NT, ceil(KB / 2), 128]: tiles of 64 weight rows, NT a group; d_desc
+    [M, N]; top, factor [G, NT * 64]; flags: their number; out_pitch: rows of d_desc from one group to the next (masked)."""
+    if cfg.GATE > 0:
+        # nothing to do is a product without rows
+        at = gl.arange(0, cfg.FLAGS, gl.BlockedLayout([cfg.FLAGS // 128 if cfg.FLAGS > 128 else 1], [32], [4], [0]))
+        up = gl.max(gl.load(flags_ptr + at, mask=at < flags, other=0), 0) > 0
+        M = gl.where(up == (cfg.GATE == 2), M, 0)
+    STAGES: gl.constexpr = cfg.STAGES
+    a_s = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, cfg.BM, 128], FP8_PLANE)
+    b_s = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * cfg.UNITS, 64, 128], FP8_RING)
+    W_STAGES: gl.constexpr = cfg.W_STAGES
+    w_s = gl.allocate_shared_memory(gl.int32, [W_STAGES, cfg.UNITS, 4, 256], PLANES)
+    s_s = gl.allocate_shared_memory(gl.int32, [W_STAGES, cfg.UNITS, 1, 128], PLANES)
+    staging: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, cfg.OUT_COLS], out_ptr.dtype.element_ty)
+    d_s = gl.allocate_shared_memory(out_ptr.dtype.element_ty, [cfg.CONSUMERS * cfg.OUT_BUFFERS, 64, cfg.OUT_COLS], staging)
+    sa_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1, cfg.SUB, cfg.BM], sa_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    w_full = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
+    w_empty = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=2)
+        mbarrier.init(empty.index(i), count=cfg.CONSUMERS)
+    for i in gl.static_range(W_STAGES):
+        mbarrier.init(w_full.index(i), count=1)
+        mbarrier.init(w_empty.index(i), count=1)
+    table = full
+    if cfg.LAYOUT >= OFFSETS:
+        table = gl.allocate_shared_memory(gl.int32, [cfg.GROUPS], ROW_OF_INTS)
+        fill_table(table, index_ptr, M, G, alignment, cfg, 4)
+        block_barrier()
+    fence_async_shared()
+
+    bars = (full, empty, w_full, w_empty)
+    problem = (index_ptr, M, N, KB, G, alignment)
+    scales = (top_ptr, 0, 0, 0, top_ptr, NT * 64, factor_ptr, 0)
+    out = (out_ptr, og, om, out_pitch)
+    views = (a_s, sa_s, b_s)
+    gl.warp_specialize([
+        (consumer, (d_desc, out, scales, views, d_s, (full, empty), table, problem, cfg, 0, 0)),
+        (consumer, (d_desc, out, scales, views, d_s, (full, empty), table, problem, cfg, cfg.WGM - 1, cfg.WGN - 1)),
+        (expander, ((b_s, w_s, s_s), bars, table, problem, top_ptr, NT, cfg)),
+        (producer, ((a_desc, sa_desc, w_desc, s_desc), (a_s, sa_s, w_s, s_s), bars, table, problem, NT, cfg)),
+    ], [4, 4, 1], [cfg.CONSUMER_REGISTERS, cfg.EXPANDER_REGISTERS, cfg.PRODUCER_REGISTERS])

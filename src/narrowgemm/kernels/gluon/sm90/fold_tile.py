@@ -1,0 +1,47 @@
+"""What is fixed when the Hopper prefill kernel with folded weights is compiled, and the shared memory that follows from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .fp8_block_tile import LAYOUTS, WARPGROUP_ROWS, Tile
+
+UNIT_ROWS = 64          # weight rows of a tile of the prepack
+UNIT_BYTES = 4096       # of such a tile, 128 of K
+SCALE_BYTES = 512       # of its scales, 256 of K
+_BARRIER_BYTES = 8
+
+
+@dataclass(frozen=True)
+class FoldTile(Tile):
+    """As the FP8 kernel's, with a second ring of 4-bit weights; one more warpgroup expands them into the first one."""
+
+    FOLD: bool = True
+    W_STAGES: int = 3        # slots of the ring of 4-bit weights
+    GATE: int = 0            # 0; 1: does nothing where a flag is up; 2: where none is
+    FLAGS: int = 32          # power of two, at least the number of flags
+    EXPANDER_REGISTERS: int = 72
+    UNITS: int = field(init=False)           # 64-row tiles of the prepack
+    W_BYTES: int = field(init=False)         # of weights and their scales in one slot
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        set_ = object.__setattr__
+        set_(self, "UNITS", self.BN // UNIT_ROWS)
+        set_(self, "W_BYTES", self.UNITS * (UNIT_BYTES + SCALE_BYTES))
+        set_(self, "BLOCK_BYTES", self.BM * 128 + self.SUB * self.BM * 4)
+
+    @property
+    def max_registers(self) -> int:
+        """Registers a thread starts with: two consumers, the expander, and the producer's warp, which counts as four."""
+        return 128
+
+    @property
+    def shared_bytes(self) -> int:
+        """Shared memory of one block: an upper bound."""
+        ring = self.STAGES * (self.BLOCK_BYTES + self.BN * 128 + 2 * _BARRIER_BYTES)
+        weights = self.W_STAGES * (self.W_BYTES + 2 * _BARRIER_BYTES)
+        staging = self.CONSUMERS * self.OUT_BUFFERS * WARPGROUP_ROWS * self.OUT_COLS * self.OUT_BYTES
+        table = 4 * self.GROUPS if LAYOUTS["offsets"] <= self.LAYOUT else 0
+        captures = 768
+        return ring + weights + staging + table + captures

@@ -1,0 +1,68 @@
+"""Launches of the Hopper prefill kernel with folded weights for the compile tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+
+import torch
+
+from narrowgemm.arch import get_arch
+from narrowgemm.formats import MXFP4, Format, FP8_1x128, ScaledTensor
+from narrowgemm.kernels.gluon.sm90 import fold
+from narrowgemm.kernels.operands import Operands
+from narrowgemm.prepack import PREPACK
+from narrowgemm.problem import Config, Operand, Problem, Step
+
+M, N, K, G = 512, 1528, 1056, 4
+LAYOUTS = ("dense", "contiguous", "offsets", "psum", "masked")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def describe(layout: str, a: Format = FP8_1x128, a_scale: str = "mn", **kw) -> Problem:
+    dtype = "fp32" if a.scale == "fp32" else "e8m0"
+    return Problem("gemm" if layout == "dense" else "grouped_gemm", layout, M, N, K, 1 if layout == "dense" else G,
+                   Operand(a, scale_dtype=dtype, scale_major=a_scale), Operand(MXFP4, prepack=PREPACK, scale_dtype="e8m0", folds=True),
+                   rows=M // G, alignment=128, **kw)
+
+
+def operands(p: Problem, factor: bool = False) -> Operands:
+    def new(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    tiles, chunks = -(-p.n // 64), -(-p.k // 128)
+    dims = (G, M) if p.layout == "masked" else (M,)
+    fmt = p.a.format
+    blocks = fmt.scale_shape((M, p.k))[1]
+    scale_type = torch.float32 if p.a.scale_dtype == "fp32" else torch.uint8
+    scale = new(*dims[:-1], blocks, M, dtype=scale_type).mT if p.a.scale_major == "mn" else new(*dims, blocks, dtype=scale_type)
+    index = {"dense": None, "contiguous": new(M, dtype=torch.int32), "offsets": new(G + 1, dtype=torch.int64)}
+    return Operands(
+        ScaledTensor(new(*dims, p.k // fmt.elem.per_byte, dtype=fmt.elem.dtype), scale, fmt),
+        ScaledTensor(new(p.groups, tiles, chunks, 64, 64), new(p.groups, tiles, -(-chunks // 2), 4, 8, 4, 2, 2), MXFP4),
+        new(*dims, p.n, dtype=DTYPES[p.out_dtype]), M, p.n, p.k, p.groups, index[p.layout] if p.layout in index else
+        new(G, dtype=torch.int32), 128, factor=new(p.groups, tiles * 64, dtype=torch.float32) if factor else None,
+        top=new(p.groups, tiles * 64))
+
+
+def call(p: Problem, config: Config, factor: bool = False) -> None:
+    work = torch.empty(fold.workspace(p, config), dtype=torch.uint8, device="meta")
+    for launch in fold.launches(Step(fold.NAME, config, len(work)), p, operands(p, factor), work):
+        launch.warm()
+
+
+def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], object]]]:
+    """'few': each tile, each way to A; 'all': every config in every layout and with every option."""
+    arch = get_arch(target)
+    dense, contiguous = describe("dense"), describe("contiguous")
+    runs = [(contiguous, 0, False), (describe("masked", MXFP4), 0, False), (dense, 1, False),
+            (describe("offsets", FP8_1x128.with_scale("e8m0"), "k", out_dtype="fp32"), 1, True)]
+    if which == "all":
+        kinds = [describe(layout, a, **kw) for layout in LAYOUTS for a in (FP8_1x128, MXFP4)
+                 for kw in ({}, {"out_dtype": "fp32"}, {"accumulate": True, "out_dtype": "fp16"}, {"out_aligned": False})]
+        runs = [(p, i, factor) for p in kinds for i in range(len(fold.configs(p, arch))) for factor in (False, True)]
+    for p, i, factor in runs:
+        c = fold.configs(p, arch)[i]
+        found = [fold.tile_of(p, c, arch, factor, exact) for exact in (False, True)]
+        stated = max(t.shared_bytes for t in found[: 1 if p.a.format.element == "e4m3" else 2] if t)
+        yield f"{p.layout} {p.a.format.name} {p.out_dtype} {c} | {stated}", partial(call, p, c, factor)

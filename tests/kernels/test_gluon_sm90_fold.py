@@ -1,0 +1,218 @@
+"""The Hopper prefill kernel with folded weights on the CPU: its device code emulated (tests/_gluon.py), its host part."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from narrowgemm import prepack
+from narrowgemm.arch import get_arch
+from narrowgemm.formats import BF16, MXFP4, MXFP8, FP8_1x128, ScaledTensor
+from narrowgemm.kernels.gluon.sm90 import fold
+from narrowgemm.kernels.gluon.sm90.fold_tile import FoldTile
+from narrowgemm.kernels.gluon.sm90.fp8_block_tile import LAYOUTS
+from narrowgemm.prepack import PREPACK
+from narrowgemm.problem import Config, Operand, Problem
+
+from .. import _gluon as emu
+from . import _ptx
+
+H200 = get_arch("h200")
+GUARD = 777.0
+TILES = {"256x128": dict(MP=2), "128x256": dict(WGM=1, WGN=2, MP=2, OUT_SPLIT=2, OUT_BUFFERS=2), "128x128": dict(SINGLE=True), "exact": dict(SINGLE=True, SUB=4)}
+
+
+@pytest.fixture(scope="module")
+def device():
+    """The device module, expansion by `_ptx` between the same bytes; E4M3 words are kept as the values that they hold."""
+    module = emu.load_device_module("fold_device")
+    names = module.expander.__globals__
+    own = names["expand"].__globals__
+    tables = [own["tables_of"](emu.wrap(np.int32(d))) for d in range(16)]
+    low, high = (np.array([int(emu.raw(t[i])) & 0xFFFFFFFF for t in tables], np.uint32) for i in (0, 1))
+
+    def expand(words, fields, tops, tables):
+        f, t = np.broadcast_arrays(fields.a, tops.a)
+        d = np.stack([(t - f) & 15, ((t >> 8) - (f >> 8)) & 15], 1).reshape(4, 8, 2, 4).transpose(0, 2, 1, 3).reshape(64, 4)
+        out = _ptx.run(own["FOLD_ASM"], words.a.view(np.uint32).reshape(64, 4, 4), low[d][..., None], high[d][..., None])
+        # rows of a warp: g, then g + 8
+        bytes_ = np.ascontiguousarray(np.stack(out, -1)).reshape(64, 32).view(np.uint8)
+        return emu.Tensor(torch.from_numpy(bytes_).view(torch.float8_e4m3fn).float().numpy(), emu.float8e4nv)
+
+    def view_as(buf, dtype, n, rows, cols, layout):
+        if dtype is emu.int32 and buf.dtype is emu.float8e4nv:
+            return buf.view(buf.dtype, [n, rows, cols * 4])
+        return buf.view(dtype, [n, rows, cols])
+
+    names["expand"], names["view_as"] = expand, view_as
+    return module
+
+
+class Case:
+    """Random operands of a layout, the kernel's output for them, and what is expected."""
+
+    def __init__(self, layout: str, m: int, n: int, blocks: int, groups: int, index: list[int], *, alignment: int = 1, seed: int = 0,
+                 accumulate: bool = False, factors: bool = False, out: emu.DType = emu.float32, gate: int = 0, flag: int = 0, **tile: int) -> None:
+        rng = np.random.default_rng(seed)
+        self.layout, self.m, self.n, self.blocks, self.groups, self.index, self.out = layout, m, n, blocks, groups, index, out
+        self.planes, self.alignment, self.accumulate, self.gate, self.flag = groups if layout == "masked" else 1, alignment, accumulate, gate, flag
+        k = blocks * 128
+        codes = rng.integers(113, 128, (groups, n, k // 32)) + rng.integers(-3, 2, (groups, n, 1))
+        payload = rng.integers(0, 256, (groups, n, k // 2))
+        # a block of zeros counts for nothing, whatever its scale
+        payload[:, ::7, :16], codes[:, ::7, 0] = rng.choice([0, 8, 128, 136], payload[:, ::7, :16].shape), 3
+        if factors:
+            codes[:, ::5] += 60
+        weights = ScaledTensor(torch.from_numpy(payload.astype(np.uint8)), torch.from_numpy(codes.astype(np.uint8)), MXFP4)
+        self.b = weights.dequantize().double().numpy()
+        self.packed = prepack(weights)
+        assert self.packed.top is not None and (self.packed.factor is not None) == factors
+        self.a = rng.integers(-4, 5, (self.planes, m, k)).astype(np.float32) / 4
+        sub = tile.get("SUB", 1)
+        self.sa = rng.uniform(0.5, 2, (self.planes, m, blocks * sub)).astype(np.float32)
+        self.memory = np.full(self.planes * m * n + 8192, GUARD, np.float32)
+        if accumulate:
+            self.memory[4096:-4096] = rng.integers(-8, 9, self.planes * m * n)
+        self.before = self.memory.copy()
+        options = {"STAGES": 3, "UNROLL": 1, "HEAD": 1, "LATE_STORE": False, "W_STAGES": 2, **tile}
+        self.tile = FoldTile(LAYOUTS[layout], ZERO=layout in ("contiguous", "psum"), ACCUMULATE=accumulate, FACTOR=factors,
+                             OUT_BYTES=out.size, GATE=gate, **options)
+
+    def run(self, device, grid: int = 3) -> np.ndarray:
+        t, p = self.tile, self.packed
+        body = self.memory[4096:-4096]
+        units = p.data.shape[1]
+        columns = -(-self.m // 4) * 4
+        sa = np.full((*self.sa.shape[::2], columns), np.nan, np.float32)
+        sa[..., :self.m] = self.sa.transpose(0, 2, 1)
+        words = p.data.numpy().reshape(-1).view(np.int32).reshape(self.groups * units, self.blocks * 4, 256)
+        fields = p.scale.numpy().reshape(-1).view(np.int32).reshape(self.groups * units, -1, 128)
+        at = np.asarray(self.index, np.int64 if self.layout == "offsets" else np.int32)
+        factor = p.factor.numpy().reshape(-1) if p.factor is not None else np.zeros(1, np.float32)
+        flags = np.array([0, self.flag, 0], np.int32)
+        emu.launch(device.fold_kernel, grid, emu.Descriptor(self.a, [1, t.BM, 128], emu.float8e4nv),
+                   emu.Descriptor(sa[..., :self.m], [1, t.SUB, t.BM], emu.float32), emu.Descriptor(words, [t.UNITS, 4, 256], emu.int32),
+                   emu.Descriptor(fields, [t.UNITS, 1, 128], emu.int32),
+                   emu.Descriptor(body.reshape(-1, self.n), [64, t.OUT_COLS], self.out), emu.Pointer(self.memory, 4096, self.out),
+                   emu.Pointer(p.top.numpy().reshape(-1)), emu.Pointer(factor), emu.Pointer(at), emu.Pointer(flags), self.m, self.n,
+                   self.blocks, self.groups, self.alignment, 3, units, self.m * self.n, self.n, self.m, t)
+        assert (np.concatenate([self.memory[:4096], self.memory[-4096:]]) == GUARD).all(), "wrote outside the output"
+        return body.reshape(self.planes, self.m, self.n)
+
+    def expected(self) -> np.ndarray:
+        out = self.before[4096:-4096].reshape(self.planes, self.m, self.n).astype(np.float64)
+        owner = np.full(out.shape[:2], -1)
+        for g in range(self.groups):
+            if self.layout == "dense":
+                owner[0] = 0
+            elif self.layout == "masked":
+                owner[g, :self.index[g]] = g
+            elif self.layout == "contiguous":
+                owner[0, np.asarray(self.index) == g] = g
+            else:
+                start = self.index[g] if self.layout == "offsets" else -(-(self.index[g - 1] if g else 0) // self.alignment) * self.alignment
+                owner[0, start:self.index[g + 1 if self.layout == "offsets" else g]] = g
+        a = self.a.astype(np.float64) * np.repeat(self.sa.astype(np.float64), 128 // self.tile.SUB, -1)
+        for p, r in itertools.product(*map(range, owner.shape)):
+            g = owner[p, r]
+            if g >= 0:
+                out[p, r] = a[p, r] @ self.b[g].T + (out[p, r] if self.accumulate else 0)
+            elif self.tile.ZERO:
+                out[p, r] = 0
+        return out
+
+    def check(self, device, grid: int = 3) -> None:
+        got, want = self.run(device, grid), self.expected()
+        scale = np.abs(want).max((0, 1))
+        np.testing.assert_allclose(got / scale, want / scale, rtol=1e-5 if self.out is emu.float32 else 1e-2, atol=1e-5)
+
+
+# ---------------------------------------------------------------- device code
+@pytest.mark.parametrize("name", TILES)
+def test_dense(device, name: str) -> None:
+    Case("dense", 130, 200, 3, 1, [0], **TILES[name]).check(device, 2)
+
+
+RUNS = {"contiguous": ([1] * 128 + [0] * 100 + [-1] * 28 + [1] * 30 + [9] * 4, {}), "offsets": ([3, 70, 70, 201], {"out": emu.bfloat16}),
+        "psum": ([100, 100, 130], {"alignment": 64}), "masked": ([150, 0, 65], {"factors": True})}
+
+
+@pytest.mark.parametrize("layout", RUNS)
+def test_grouped(device, layout: str) -> None:
+    index, options = RUNS[layout]
+    m = len(index) if layout == "contiguous" else 150 if layout == "masked" else 210
+    Case(layout, m, 136, 2, 3, index, **TILES["256x128"], **options).check(device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TILES)
+@pytest.mark.parametrize("layout", RUNS)
+@pytest.mark.parametrize("accumulate", [False, True])
+def test_every_tile(device, layout: str, name: str, accumulate: bool) -> None:
+    index, options = RUNS[layout]
+    m = len(index) if layout == "contiguous" else 150 if layout == "masked" else 210
+    Case(layout, m, 328, 3, 3, index, accumulate=accumulate, **TILES[name], **options).check(device)
+
+
+@pytest.mark.parametrize("layout, index", [("dense", [0]), ("masked", [40])])
+@pytest.mark.parametrize("gate, flag", [(1, 0), (1, 1), (2, 0), (2, 1)])
+def test_gate(device, layout: str, index: list[int], gate: int, flag: int) -> None:
+    """Of two products behind each other one does all, the other nothing."""
+    case = Case(layout, 40, 72, 1, 1, index, gate=gate, flag=flag, **TILES["128x128"])
+    if gate == flag + 1:
+        case.check(device, 1)
+    else:
+        assert (case.run(device, 1) == GUARD).all()
+
+
+# ---------------------------------------------------------------- host part
+def problem(layout: str = "dense", m: int = 4096, n: int = 4096, k: int = 7168, groups: int = 1, **kw) -> Problem:
+    a = Operand(FP8_1x128, scale_dtype="fp32", scale_major="mn")
+    b = Operand(MXFP4, prepack=PREPACK, scale_dtype="e8m0", folds=True)
+    return Problem("gemm" if layout == "dense" else "grouped_gemm", layout, m, n, k, groups, kw.pop("a", a), kw.pop("b", b),
+                   rows=max(1, m // groups), **kw)
+
+
+def test_supports() -> None:
+    assert fold.supports(problem(k=672), H200) is None
+    assert fold.supports(problem(a=Operand(MXFP4, scale_dtype="e8m0", scale_major="k", aligned=False)), H200) is None
+    for p in (problem(k=48), problem(n=4), problem(wide=True), problem("offsets", groups=5000), problem("psum", alignment=2),
+              problem(b=Operand(MXFP4, prepack=PREPACK, scale_dtype="e8m0")), problem(b=Operand(MXFP4)),
+              problem(b=Operand(MXFP4, prepack=f"{PREPACK}:halves", folds=True)), problem(a=Operand(BF16)), problem(a=Operand(MXFP8)),
+              problem(a=Operand(FP8_1x128.with_element("e5m2"))), problem(a=Operand(FP8_1x128, aligned=False))):
+        assert fold.supports(p, H200), p
+    assert "sm90" in fold.supports(problem(), get_arch("b200"))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("out_dtype", ["bf16", "fp32"])
+def test_configs_are_legal(layout: str, out_dtype: str) -> None:
+    for k in (32, 672, 7168):
+        p = problem(layout, k=k, groups=8, out_dtype=out_dtype)
+        found = fold.configs(p, H200)
+        assert len(found) >= 3
+        for c in found:
+            t = fold.tile_of(p, c, H200)
+            assert (c.block_m, c.block_n) == (t.BM, t.BN) and t.shared_bytes <= H200.smem
+            assert 0 < fold.estimate(p, c, H200) < 1
+
+
+def test_illegal_configs_say_why() -> None:
+    good = fold.configs(problem(), H200)[0]
+    for bad in (Config(96, 128, num_warps=13, num_stages=3, persistent=True), Config(256, 128, num_warps=13, num_stages=9, persistent=True),
+                Config(256, 128, num_warps=9, num_stages=3, persistent=True), Config(256, 128, num_warps=13, num_stages=3),
+                Config(256, 128, num_warps=13, num_stages=3, persistent=True, extra=(("late_store", 1),))):
+        assert fold.legal(problem(), bad, H200)
+    assert fold.legal(problem(), good, H200) is None
+
+
+def test_workspace_holds_what_is_brought_over() -> None:
+    c = fold.configs(problem(), H200)[0]
+    assert fold.workspace(problem(), c) == 0
+    fp4 = problem("masked", 100, k=672, groups=3, a=Operand(MXFP4, scale_dtype="e8m0", scale_major="k"))
+    assert fold.workspace(fp4, c) >= 3 * 100 * 768 + 3 * 24 * 100 * 4 + 4
+    e8m0 = problem(a=Operand(FP8_1x128.with_scale("e8m0"), scale_dtype="e8m0", scale_major="mn"))
+    assert fold.workspace(e8m0, c) >= 4096 * 56 * 4

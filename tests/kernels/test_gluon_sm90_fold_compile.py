@@ -1,0 +1,38 @@
+"""The Hopper prefill kernel with folded weights compiles: E4M3 wgmma, no spills, wgmma not serialised, TMA, and the shared memory
+that the host states is no less than the compiler's."""
+
+from __future__ import annotations
+
+import pytest
+
+from narrowgemm.arch import get_arch
+
+from .._compile import compile_jobs
+
+JOBS = "tests.kernels.gluon_sm90_fold_jobs:jobs"
+
+
+def check(reports: list[dict]) -> None:
+    for r in reports:
+        assert r["spills"] == 0, f"{r['job']}: {r['spills']} bytes spilled in {r['kernel']}"
+        assert not r["serialized"], f"{r['job']}: ptxas serialises wgmma"
+        if r["kernel"] != "fold_kernel":
+            continue
+        stated = int(r["job"].rsplit("|", 1)[1])
+        assert r["shared"] <= stated <= get_arch("h200").smem, f"{r['job']}: {r['shared']} bytes of shared memory, stated {stated}"
+        for op in ("m64n128k32.f32.e4m3.e4m3", "cp.async.bulk.tensor", "setmaxnreg"):
+            assert r["ops"][op], f"{r['job']}: no {op}"
+
+
+@pytest.mark.compile
+def test_few() -> None:
+    reports = compile_jobs("sm90", JOBS)
+    kernels = [r["kernel"] for r in reports]
+    assert [kernels.count(n) for n in ("fold_kernel", "fold_rows_kernel", "fold_scales_kernel")] == [5, 1, 1]
+    check(reports)
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+def test_whole_search_space() -> None:
+    check(compile_jobs("sm90", JOBS, "all"))
