@@ -190,6 +190,19 @@ def test_aiter_names_compute_and_replay_in_a_graph() -> None:
     assert calc_diff(out.double(), want()) <= 5e-6
 
 
+def test_aiter_names_on_many_rows_an_expert() -> None:
+    """The kernel for many tokens, over offsets made of the layout; slots of experts elsewhere come out zero."""
+    e, top_k, tokens = 6, 2, 400
+    a, b = mx((tokens, 384)), mx((e, 256, 384))
+    ids = torch.rand(tokens, e + 2, device=DEV).topk(top_k).indices.int()
+    lay = ng.moe_align_block_size(ids, 64, e)
+    out = aiter.grouped_gemm_mxfp8(a.data, a.scale, b.data, b.scale, lay.sorted_token_ids, lay.expert_ids, lay.num_tokens_post_padded,
+                                   tokens * top_k, top_k, 64, torch.bfloat16, top_k)
+    flat = ids.flatten().long()
+    want = torch.einsum("snk,sk->sn", double(b)[flat.clamp(max=e - 1)], double(a).repeat_interleave(top_k, 0)) * (flat < e)[:, None]
+    assert out is not None and calc_diff(out.double(), want) <= 5e-6 and not out[flat >= e].any()
+
+
 def test_aiter_declines_weights_first_seen_in_a_capture() -> None:
     x, w = mx((2, 64)), mx((64, 64))
     aiter.mxfp8_gemv(x.data, x.scale, mx((64, 64)).data, w.scale)

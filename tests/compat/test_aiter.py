@@ -192,6 +192,25 @@ def test_grouped_gemm_of_the_source(e, n, k, a_div, weighted, tokens, top_k):
     assert y.shape == (tokens * top_k, n) and calc_diff(y, want) < 5e-6
 
 
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_many_rows_of_an_expert_are_sorted_anew(monkeypatch, top_k):
+    """As many slots as make it worth while: by offsets, the same result, skipped blocks zero, bad weights refused as before."""
+    monkeypatch.setattr(mxfp8, "MANY_ROWS", 4)
+    tokens, e = 40, 5
+    a, sa, af = mx(tokens, 64)
+    w, sw, wf = mx(e, 48, 64)
+    ids = torch.stack([torch.randperm(e + 1)[:top_k] for _ in range(tokens)]).int()
+    layout = moe_align_block_size(ids, 16, e)
+    weight = torch.rand(tokens * top_k)
+    args = (a, sa, w, sw, layout.sorted_token_ids, layout.expert_ids, layout.num_tokens_post_padded, tokens * top_k, top_k, 16)
+    y = aiter.grouped_gemm_mxfp8(*args, torch.float32, top_k, weight, backend="reference")
+    live = (ids.flatten() < e)
+    want = torch.stack([wf[min(int(x), e - 1)] @ af[s // top_k] for s, x in enumerate(ids.flatten())]) * (weight * live)[:, None]
+    assert calc_diff(y, want) < 1e-6 and not y[~live].any()
+    monkeypatch.setattr(mxfp8, "MANY_ROWS", 10_000)
+    assert calc_diff(aiter.grouped_gemm_mxfp8(*args, torch.float32, top_k, weight, backend="reference"), want) < 1e-6
+
+
 def test_rows_of_skipped_blocks_are_zero():
     a, sa, af = mx(4, 64)
     w, sw, wf = mx(2, 48, 64)

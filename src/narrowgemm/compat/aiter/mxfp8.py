@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...errors import Unsupported, expect
 from ...formats import MXFP8, ScaledTensor, dtype_name
+from ...layout_convert import offsets_from_routed
 from ...layouts import Routed
 from ...ops.explain import can_run
 from ...ops.gemm import gemm
@@ -23,6 +24,7 @@ from ..notice import warn_once
 from ..packed_copies import packed_copy
 
 GEMV_ROWS = 16          # of the raw GEMV; `mxfp8_gemv` takes any
+MANY_ROWS = 64          # an expert, from which sorting the slots anew pays: the kernel for many tokens takes offsets
 
 
 def mxfp8_gemv(xq: Tensor, x_scale: Tensor, wq: Tensor | PackedWeight, w_scale: Tensor | None,
@@ -116,10 +118,16 @@ def _grouped(a_q: Tensor, a_scale: Tensor, w: Tensor | PackedWeight, w_scale: Te
     check_weight(w, w_scale, a.shape[-1], 3)
     layout = Routed(sorted_token_ids, expert_ids, num_tokens_post_padded, num_valid_tokens, top_k, block_m, a_div)
     e, n, k = tuple(w.shape)
+    many = num_valid_tokens >= MANY_ROWS * max(1, e)
     if num_valid_tokens and n and backend is None:
-        _allow("routed_gemm", "routed", e, num_valid_tokens, n, k, dtype_name(out_dtype), a.device, env.choice())
-    return routed_gemm(a, weight(w, w_scale), layout, routing_weight=mul_weight_by, out=out, out_dtype=out_dtype,
-                       zero_padding=out is None, backend=backend)
+        _allow("routed_gemm", "offsets" if many else "routed", e, num_valid_tokens, n, k, dtype_name(out_dtype), a.device,
+               env.choice())
+    if not many:
+        return routed_gemm(a, weight(w, w_scale), layout, routing_weight=mul_weight_by, out=out, out_dtype=out_dtype,
+                           zero_padding=out is None, backend=backend)
+    offsets, row_map = offsets_from_routed(layout, e)
+    return routed_gemm(a, weight(w, w_scale), offsets, row_map=row_map, top_k=top_k, a_div=a_div, routing_weight=mul_weight_by,
+                       out=out, out_dtype=out_dtype, zero_padding=out is None, backend=backend)
 
 
 @lru_cache(maxsize=4096)
