@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-import pytest
+from dataclasses import replace
 
+import pytest
+import torch
+
+from narrowgemm import gemm, quantize
+from narrowgemm.arch import get_arch
 from narrowgemm.errors import Unsupported
-from narrowgemm.formats import BF16, MXFP4, MXFP8, FP8_1x128
+from narrowgemm.formats import BF16, MXFP4, MXFP8, FP8_1x128, ScaledTensor
 from narrowgemm.kernels.triton import mx
+from narrowgemm.ops.explain import describe
 from narrowgemm.problem import Config
 from narrowgemm.testing.cases import Case, build, get_suite
+from narrowgemm.testing.numerics import calc_diff
 
 UE8M0 = FP8_1x128.with_scale("e8m0")
 PAIRS = ((BF16, MXFP4), (BF16, MXFP8), (MXFP8, MXFP8), (MXFP8, MXFP4), (MXFP4, MXFP4), (FP8_1x128, MXFP4))
@@ -48,6 +55,28 @@ def test_every_tile_is_right(device: str) -> None:
     inputs = build(Case("mx", "offsets", 3, 45, 144, 384, sizes=UNEVEN, a=BF16, b=MXFP4), device, seed=3)
     for bm, bn, warps, stages in mx.TILES:
         inputs.verify(backend="triton", config=Config(bm, bn, 128, warps, stages, persistent=True))
+
+
+def test_rows_off_sixteen_bytes_take_one_stage_on_nvidia() -> None:
+    aligned = describe("gemm", m=64, n=256, k=384, a="bf16", b="mxfp4")
+    off = replace(aligned, b=replace(aligned.b, aligned=False))
+    h100, mi350x = get_arch("h100"), get_arch("mi350x")
+    assert {c.num_stages for c in mx.configs(aligned, h100)} == {2, 3}
+    assert {c.num_stages for c in mx.configs(off, h100)} == {1}
+    assert {c.num_stages for c in mx.configs(off, mi350x)} == {2}
+    deep = Config(64, 128, 128, 8, 3, persistent=True)
+    assert mx.legal(aligned, deep, h100) is None and "expected 1" in mx.legal(off, deep, h100)
+
+
+@pytest.mark.gpu
+def test_weights_off_sixteen_bytes_are_right() -> None:
+    """A view of a wider tensor, whose rows begin on 8 bytes."""
+    x = torch.randn(33, 384, device="cuda").bfloat16()
+    q = quantize(torch.randn(256, 384, device="cuda"), MXFP4)
+    wide = torch.zeros(256, 192 + 8, dtype=torch.uint8, device="cuda")
+    wide[:, :192] = q.data
+    y = gemm(x, ScaledTensor(wide[:, :192], q.scale, MXFP4), backend="triton")
+    assert calc_diff(y, x.float() @ q.dequantize().T) < 5e-6
 
 
 def test_nan_scale_reaches_only_its_column(device: str) -> None:
