@@ -61,7 +61,7 @@ def problem_of(case: Case) -> Problem:
                        alignment=case.column_alignment)
     a = p.a if case.a.group[0] == 1 or not case.a.scaled else replace(p.a, scale_major="k")
     return replace(p, rows=min(p.rows, p.m), accumulate=case.accumulate, a=a,
-                   alignment=case.alignment if case.layout == "psum" else p.alignment,
+                   alignment=case.alignment if case.layout == "psum" and case.packed else 1,
                    zero_padding=case.zero_padding or case.op != "grouped_gemm")
 
 
