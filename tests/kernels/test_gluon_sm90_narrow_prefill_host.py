@@ -48,13 +48,13 @@ def test_says_what_it_does_not_take(change: dict, reason: str) -> None:
 def test_every_shape_fits(b: Format, epilogue: Epilogue) -> None:
     p = problem(b=b, pair="interleaved" if epilogue.activation else "", epilogue=epilogue)
     found = narrow_prefill.configs(p, ARCH)
-    assert {(c.block_m, c.block_n) for c in found} == {(t, 128 * u) for t, u in narrow_prefill.SHAPES}
+    assert {(c.block_m, c.block_n) for c in found} == {(t, 128 * u) for t, u in narrow_prefill.SHAPES if t > 32 or b == MXFP4}
     assert all(narrow_prefill.tile_of(p, c, True, True).shared_bytes <= ARCH.smem for c in found)
 
 
 @pytest.mark.parametrize("change, reason", [
     (dict(block_m=48), "tile"), (dict(block_n=192), "tile"), (dict(block_k=64), "tile"), (dict(num_warps=8), "9 warps"),
-    (dict(split_k=2), "split_k"), (dict(num_stages=9), "shared memory"), (dict(num_stages=1), "stages"), (dict(extra=(("unroll", 3),)), "unroll"),
+    (dict(split_k=2), "split_k"), (dict(num_stages=14), "shared memory"), (dict(num_stages=1), "stages"), (dict(extra=(("unroll", 3),)), "unroll"),
 ])
 def test_illegal_configs(change: dict, reason: str) -> None:
     good = narrow_prefill.configs(problem(), ARCH)[0]
@@ -86,7 +86,10 @@ def test_workspace_holds_everything() -> None:
 def test_many_tokens_choose_it_and_few_do_not() -> None:
     for m, kernel in ((4 * 4096, narrow_prefill.NAME), (4 * 16, "gluon_sm90.narrow")):
         assert dispatch.select(problem(m), ARCH).kernel == kernel
+    # eight rows an expert, or two where weights are long; what the kernel for few tokens is better at is fewer
+    assert dispatch.select(problem(4 * 256, n=5760), get_arch("h100")).kernel == narrow_prefill.NAME
+    assert dispatch.select(problem(4 * 16, n=5760), get_arch("h100")).kernel == "gluon_sm90.narrow"
     # sixteen rows an expert: narrow tiles; hundreds: wide ones
     few = min(narrow_prefill.configs(problem(2048), ARCH), key=lambda c: narrow_prefill.estimate(problem(2048), c, ARCH))
     many = min(narrow_prefill.configs(problem(65536), ARCH), key=lambda c: narrow_prefill.estimate(problem(65536), c, ARCH))
-    assert few.block_m == 64 and many.block_m == 192
+    assert few.block_m == 32 and many.block_m == 192

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from ....arch import Arch
 from ....problem import Config, Problem
-from . import narrow_dense_model
 from .narrow_tile import CHUNK, ITEMSIZE, ROWS, extra
 
 START = 8.0e-6               # two launches, the table, the first bytes, the pieces' sums
@@ -13,6 +12,7 @@ EFFICIENCY = 0.93            # of the peak bandwidth
 STEP = {"e2m1": 0.105e-6, "e4m3": 0.115e-6}       # of a chunk of 64 rows x 128 of K in one of an SM's CTAs, expansion and product
 INTAKE = 105e9               # bytes/s that one SM takes in
 LATENCY = 0.8e-6
+FROM_L2 = {"e2m1": 0.28, "e4m3": 0.0}      # of the time that bytes take from memory; not measured beside weights of 8 bits
 
 
 def slots_expected(problem: Problem) -> int:
@@ -49,8 +49,6 @@ def entries_expected(problem: Problem, tokens: int) -> float:
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds."""
-    if problem.layout == "dense" and problem.b.format.element == "e4m3":
-        return narrow_dense_model.estimate(problem, config, arch)
     sms = min(arch.sms, problem.max_sms or arch.sms)
     ctas = extra(config, "ctas", 1)
     chunks = -(-problem.k // CHUNK)
@@ -63,7 +61,11 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     # H100: 8192 rows of 7168, 16 tiles: 1.75 ms, 0.6 of it beyond the weights
     rows = 2.0 * (total // problem.a_div) * problem.k
     again = max(0.0, rows - arch.l2 / 2) * -(-problem.n // config.block_n)
-    memory = (weights + 2 * written + again) / (arch.bandwidth * EFFICIENCY * min(sms, arch.sms) / arch.sms)
+    rate = arch.bandwidth * EFFICIENCY * sms / arch.sms
+    memory = (weights + 2 * written + again) / rate
+    # and where L2 does keep it, distinct rows cost, too, as many as there are tiles of 64: a tenth of the time at eight rows an
+    # expert. Rows that slots share don't, nor does a tile of 128 help
+    memory += FROM_L2[problem.b.format.element] * rows * -(-problem.n // ROWS) / arch.bandwidth
     taken = tiles * chunks * (per_chunk + min(config.block_m, rows_expected(problem)) * CHUNK * 2)
     flight = config.num_stages * ctas * (config.block_k // CHUNK) * per_chunk
     intake = taken / sms / min(INTAKE, flight / LATENCY)

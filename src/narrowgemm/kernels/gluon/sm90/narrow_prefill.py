@@ -43,7 +43,10 @@ def supports(problem: Problem, arch: Arch) -> str | None:
 
 # ---------------------------------------------------------------- configs
 # most tokens of a tile, 64-row units of a consumer -> ring slots of E2M1 and of E4M3 weights
-SHAPES = {(64, 1): (7, 5), (64, 2): (5, 3), (128, 1): (4, 3), (128, 2): (3, 2), (192, 1): (3, 3)}
+SHAPES = {(32, 1): (12, 8), (64, 1): (7, 5), (64, 2): (5, 3), (128, 1): (4, 3), (128, 2): (3, 2), (192, 1): (3, 3)}
+
+
+FEWEST = {"e2m1": 0, "e4m3": 32}     # tiles of so many tokens and fewer are left to the kernel for few
 
 
 def _config(tokens: int, units: int, e4m3: bool) -> Config:
@@ -51,7 +54,8 @@ def _config(tokens: int, units: int, e4m3: bool) -> Config:
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
-    every = (_config(t, u, problem.b.format.element == "e4m3") for t, u in SHAPES)
+    every = (_config(t, u, problem.b.format.element == "e4m3") for t, u in SHAPES
+             if t > FEWEST[problem.b.format.element])
     return [c for c in every if legal(problem, c, arch) is None]
 
 
@@ -117,13 +121,15 @@ def workspace(problem: Problem, config: Config) -> int:
 
 
 # ---------------------------------------------------------------- cost
-# fitted to 13 products on an H100: docs/measured.md
-START = 8.0e-6              # launches, the table, the first bytes
+# fitted to 23 products on an H100: docs/measured.md
+# by weights: launches, the table, the first bytes, blocks that are idle at the end
+START = {"e2m1": 12.0e-6, "e4m3": 8.0e-6}
 TILE_CLOCKS = 900.0         # of a tile, beyond its K blocks
 EXPAND_CLOCKS = 520.0       # of one K block of two units: no less, however few the tokens
 # of the tensor cores' rate at CLOCK, by most tokens and units of a tile
-RATE = {(64, 1): 0.60, (64, 2): 0.605, (128, 1): 0.72, (128, 2): 0.72, (192, 1): 0.70}
-EFFICIENCY = {64: 0.90, 128: 0.83, 192: 0.80}    # of the streaming rate, by most tokens: they take the place of weights in flight
+RATE = {(32, 1): 0.60, (64, 1): 0.60, (64, 2): 0.605, (128, 1): 0.72, (128, 2): 0.72, (192, 1): 0.70}
+# of the streaming rate, by most tokens: they take the place of weights in flight
+EFFICIENCY = {"e2m1": {32: 0.98, 64: 0.96, 128: 0.83, 192: 0.80}, "e4m3": {32: 0.90, 64: 0.90, 128: 0.83, 192: 0.80}}
 COPY = 0.95                 # of the streaming rate, in the launch in front and the one behind
 CLOCK = 1.7e9
 _POWER = 6                  # of the norm that arithmetic and bytes are put together with
@@ -141,7 +147,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     experts, rows = active_experts(problem), rows_expected(problem)
     spread = rows**0.5 if problem.layout == "offsets" else 0.0
     sizes = [max(1.0, rows + spread * z) for z in (-1.3, -0.7, -0.3, 0.0, 0.3, 0.7, 1.3)]
-    chunks = chunks_of(problem)
+    chunks, element = chunks_of(problem), problem.b.format.element
     clocks = entries = 0.0
     for size in sizes:
         whole, rest = divmod(round(size), config.block_m)
@@ -155,10 +161,10 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     written = total * problem.n * ITEMSIZE[problem.out_dtype]
     weights = experts * -(-problem.n // ROWS) * chunks * ROWS * (CHUNK * problem.b.format.elem.bits / 8 + 4)
     rate = arch.bandwidth * sms / arch.sms
-    memory = (weights + 2 * written + 2.0 * total * problem.k) / (rate * EFFICIENCY[config.block_m])
+    memory = (weights + 2 * written + 2.0 * total * problem.k) / (rate * EFFICIENCY[element][config.block_m])
     gather = 2 * 2.0 * total * problem.k / (rate * COPY)
     combine = 3 * 4.0 * total * problem.n / (rate * COPY) if problem.epilogue.combine else 0.0
-    return START + (compute**_POWER + memory**_POWER) ** (1 / _POWER) + gather + combine
+    return START[element] + (compute**_POWER + memory**_POWER) ** (1 / _POWER) + gather + combine
 
 
 # ---------------------------------------------------------------- launch

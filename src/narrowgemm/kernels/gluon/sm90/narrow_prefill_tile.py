@@ -9,6 +9,7 @@ SCALE_BYTES = 512       # of 64 rows x 256 of K
 CONSUMERS = 2
 # token columns of a tile, by the most that there are: the narrowest pair that holds its tokens, a wgmma for each of the two
 WIDTHS = {
+    32: ((16, 0), (32, 0)),
     64: ((32, 0), (32, 16), (64, 0)),
     128: ((32, 0), (64, 0), (64, 32), (128, 0)),
     192: ((32, 0), (64, 0), (64, 32), (128, 0), (128, 16), (128, 32), (128, 64)),
