@@ -47,13 +47,16 @@ def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tensor, *, o
         return _traced(a, b, out, out_dtype, accumulate, backend, config, max_sms, on_unsupported, fast_accum)
     dtype = common.out_dtype_of(out, out_dtype, torch.bfloat16)
     common.check_config(config)
-    key, addresses = common.identify(a, b, out, None, dtype, accumulate, fast_accum, backend, config, max_sms, validate,
-                                     on_unsupported)
-    known = _plans.find(key)
+    rest = dtype, accumulate, fast_accum, backend, config, max_sms, validate, on_unsupported
+    known, addresses = _plans.recall(a, b, out, None, *rest)
     if known is None:
-        known = _plans.add(key, plan_of(a, b, out, dtype, accumulate,
-                                        Options(backend, config, max_sms, validate, on_unsupported, fast_accum)),
-                           common.empty((a.shape[0], b.shape[0]), dtype, a.device), validate)
+        key, addresses = common.identify(a, b, out, None, *rest)
+        known = _plans.find(key)
+        if known is None:
+            known = _plans.add(key, plan_of(a, b, out, dtype, accumulate,
+                                            Options(backend, config, max_sms, validate, on_unsupported, fast_accum)),
+                               common.empty((a.shape[0], b.shape[0]), dtype, a.device), validate)
+        _plans.remember(known, a, b, out, None, *rest)
     plan, memo, empty, sync = known
     if sync:
         validate_data.check_scales(a, b)

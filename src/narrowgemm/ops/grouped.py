@@ -49,13 +49,17 @@ def grouped_gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tens
     common.check_config(config)
     index = layout.index
     alignment, expected_m = _hints(layout)
-    key, addresses = common.identify(a, b, out, index, layout.kind, alignment, expected_m, zero_padding, dtype, accumulate,
-                                     fast_accum, backend, config, max_sms, validate, on_unsupported)
-    known = _plans.find(key)
+    rest = (layout.kind, alignment, expected_m, zero_padding, dtype, accumulate, fast_accum, backend, config, max_sms, validate,
+            on_unsupported)
+    known, addresses = _plans.recall(a, b, out, index, *rest)
     if known is None:
-        known = _plans.add(key, plan_of(a, b, layout, out, dtype, accumulate, zero_padding,
-                                        Options(backend, config, max_sms, validate, on_unsupported, fast_accum)),
-                           common.empty((*a.shape[:-1], b.shape[-2]), dtype, a.device), validate)
+        key, addresses = common.identify(a, b, out, index, *rest)
+        known = _plans.find(key)
+        if known is None:
+            known = _plans.add(key, plan_of(a, b, layout, out, dtype, accumulate, zero_padding,
+                                            Options(backend, config, max_sms, validate, on_unsupported, fast_accum)),
+                               common.empty((*a.shape[:-1], b.shape[-2]), dtype, a.device), validate)
+        _plans.remember(known, a, b, out, index, *rest)
     plan, memo, empty, sync = known
     if sync:
         validate_data.check_layout(layout, a.shape[-2], b.shape[0])

@@ -1,0 +1,46 @@
+"""Whether a call is one that was seen before, in one comparison: torch's own guards on tensors.
+
+`TensorGuards` are what torch.compile holds a graph's inputs against: made from some tensors, they compare others with those in
+C, each one's Python type, dispatch keys, dtype, device, sizes and strides. That is all of a call's signature that is in its
+tensors, for a fifth of what it takes to read it from Python. Nothing is assumed of a tensor: every call is compared whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Check = Callable[..., bool]
+
+
+def guard(tensors: Sequence[Tensor]) -> Check | None:
+    """What says whether other tensors have the signature of these; None where this torch has nothing for it."""
+    make = _maker()
+    return None if make is None else make(tensors)
+
+
+def _make(kind: Any, tensors: Sequence[Tensor]) -> Check:
+    sizes, strides = [list(t.shape) for t in tensors], [list(t.stride()) for t in tensors]
+    return kind(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check
+
+
+@lru_cache(maxsize=1)
+def _maker() -> Callable[[Sequence[Tensor]], Check] | None:
+    """Torch's guards, if they do what is relied upon: the interface is not a public one."""
+    kind = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
+    if kind is None:
+        return None
+    x, y = torch.empty_strided((4, 6), (8, 1)), torch.empty((5,), dtype=torch.uint8)
+    others = (torch.empty_strided((4, 6), (6, 1)), torch.empty_strided((4, 5), (8, 1)), x.double(), torch.nn.Parameter(x),
+              torch.empty_strided((4, 6), (8, 1), device="meta"), x.unsqueeze(0))
+    try:
+        check = _make(kind, (x, y))
+        right = check(x, y) and check(torch.empty_strided((4, 6), (8, 1)), y.clone())
+        right = right and not any(check(other, y) for other in others)
+    except (TypeError, ValueError, SystemError, RuntimeError, AttributeError):
+        return None
+    return (lambda tensors: _make(kind, tensors)) if right else None
