@@ -33,6 +33,7 @@ from ..formats import ScaledTensor
 from ..problem import Plan, Problem, Step
 from .operands import Operands
 from .step_operands import StepOperands
+from .tensor_map import widen
 
 MAPS = 256          # encoded descriptors kept for one argument of one signature
 READY = "ready"     # where `Operands.memo` holds a Plan's bound launches
@@ -68,6 +69,7 @@ class Launch(NamedTuple):
     arguments: Sequence[Any]
     keywords: dict[str, Any]
     cluster: int = 1        # blocks that run together; the grid is of clusters
+    by_256: Sequence[int] = ()      # which of its descriptors fetch into L2 by 256 bytes, once bound
 
     def run(self) -> Any:
         """Launch Triton's way; the compiled kernel, or None from the interpreter."""
@@ -321,11 +323,18 @@ def _bind(compiled: Any, x: Launch, slots: dict[int, int]) -> Bound | str:
         return "this Triton doesn't encode the kernel's descriptors on the host"
     template = [None if isinstance(v, Tensor | Pointer) or i in encoded else v for i, v in enumerate(arguments)]
     first = 0 if nested else len(outer)
-    maps = [(first + i, slot, Maps(lambda d, meta=meta: encode(d, meta), desc))  # type: ignore[misc, operator]
-            for (i, slot, desc), meta in zip(descriptors, metas)]
+    maps = [(first + i, slot, Maps(partial(_encode, encode, meta, which in x.by_256), desc))
+            for which, ((i, slot, desc), meta) in enumerate(zip(descriptors, metas))]
     if nested:
         return BoundNested(raw, template, at[0], pointers, maps, outer)
     return Bound(raw, [*outer, *template], at[0], [(first + i, slot, offset) for i, slot, offset in pointers], maps)
+
+
+def _encode(encode: Any, meta: Any, by_256: bool, descriptor: Any) -> Any:
+    made = encode(descriptor, meta)
+    if by_256:
+        widen(made, descriptor, meta)
+    return made
 
 
 def record(run: Any, *arguments: Any) -> tuple[Callable[..., None], tuple[Any, ...]] | str:
