@@ -410,7 +410,15 @@ _atomic = threading.Lock()
 def atomic_add(p: Pointer, value: int, **_: Any) -> Tensor:
     with _atomic:
         old = load(p)
-        store(p, wrap(np.asarray(old.a + value, old.a.dtype)))
+        store(p, wrap(np.asarray(old.a + raw(value), old.a.dtype)))
+    return old
+
+
+def atomic_cas(p: Pointer, expected: Any, value: Any, **_: Any) -> Tensor:
+    with _atomic:
+        old = load(p)
+        if old.a == raw(expected):
+            store(p, value)
     return old
 
 
@@ -509,7 +517,7 @@ gl.__dict__.update(
     SliceLayout=Layout, NVMMADistributedLayout=Layout, DistributedLinearLayout=Layout, load=load, store=store,
     allocate_shared_memory=allocate_shared_memory,
     warp_specialize=warp_specialize, static_range=range, static_assert=_static_assert, associative_scan=_scan, split=_split,
-    atomic_add=atomic_add, program_id=lambda axis: wrap(_local.block[0]), num_programs=lambda axis=0: wrap(_local.block[1]),
+    atomic_add=atomic_add, atomic_cas=atomic_cas, program_id=lambda axis: wrap(_local.block[0]), num_programs=lambda axis=0: wrap(_local.block[1]),
     to_tensor=wrap, where=_where, minimum=_keep(np.minimum), maximum=_keep(np.maximum),
     cdiv=lambda x, y: wrap((raw(x) + y - 1) // y), broadcast=_broadcast, expand_dims=_expand,
     arange=lambda start, end, layout=None: Tensor(np.arange(start, end, dtype=np.int32)),

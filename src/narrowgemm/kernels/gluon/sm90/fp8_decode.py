@@ -44,7 +44,9 @@ MAX_INDICES = 1 << 15        # rows of m_indices that every CTA goes through at 
 MAX_STAGES = 16
 Shape = tuple[int, int, int]
 SHAPES: tuple[Shape, ...] = ((64, 4, 3), (64, 4, 2), (128, 4, 2), (128, 8, 1))  # weight rows, warps of consumers, CTAs on an SM
-GUESS = 2                    # K blocks of weights fetched on a guess
+GUESS = 3                    # K blocks of weights fetched on a guess, before group sizes are known
+EARLY = 4                    # of a dense product, before the warps part
+SPLITS = (1, 2, 4, 8)
 KEEP_BYTES = 16e6            # an output of so many bytes and fewer is asked to stay in L2, where its reader finds it
 
 
@@ -98,33 +100,32 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
 
 def offers(problem: Problem, arch: Arch, config: Config, *, ctas: int, narrow: int, middle: int, keep: bool) -> list[Config]:
     """A tile with as many stages as fit, whole and cut along K."""
-    # overlapping wgmma and promotions of several K blocks pays where steps are what a CTA waits for
     two, dense = config.block_n > 16 * config.num_warps, problem.layout == "dense"
-    ahead = ctas < 3 and not narrow and (two or config.block_m <= 16 or (not dense and config.num_warps == 4))
-    wanted = {"ctas": ctas if ctas > 1 else 0, "narrow": narrow, "middle": middle, "keep": int(keep),
-              "trip": TRIPS[-1] if ahead else 0}
     sms = min(arch.sms, problem.max_sms or arch.sms)
+    wanted = {"ctas": ctas if ctas > 1 else 0, "narrow": narrow, "middle": middle, "keep": int(keep)}
     tiles = tiles_expected(problem, replace(config, extra=tuple(sorted((k, v) for k, v in wanted.items() if v))))
+    # overlapping wgmma and promotions of several K blocks pays where steps are what a CTA waits for
+    slow = two or config.block_m <= 16 or (tiles < sms * 3 // 4 if dense else config.num_warps == 4)
+    wanted["trip"] = TRIPS[-1] if ctas < 3 and not narrow and slow else 0
     # a wrong guess at a CTA's first tile, where groups are of several, costs what it fetched; in a single wave another CTA finds
     # that in L2. With one CTA of two consumers on an SM it gains nothing
-    if not dense and config.num_warps == 4 and (expected_rows(problem) <= config.block_m or tiles <= sms * ctas):
+    if dense:
+        wanted["guess"] = EARLY
+    elif config.num_warps == 4 and (expected_rows(problem) <= config.block_m or tiles <= sms * ctas):
         wanted["guess"] = GUESS
 
-    def made(split: int, **more: int) -> Config:
-        options = {k: v for k, v in (wanted | more).items() if v and not (split > 1 and k == "guess")}
-        if split > 1:
-            options |= {"sms": arch.sms}
-        c = replace(config, split_k=split, extra=tuple(sorted(options.items())))
-        return replace(c, num_stages=min(MAX_STAGES, (smem_budget(c, arch) - smem_bytes(problem, c)) // slot_bytes(c)))
+    def made(split: int) -> Config:
+        options = wanted | ({"sms": arch.sms} if split > 1 else {})
+        c = replace(config, split_k=split, extra=tuple(sorted((k, v) for k, v in options.items() if v)))
+        stages = min(MAX_STAGES, (smem_budget(c, arch) - smem_bytes(problem, c)) // slot_bytes(c))
+        options["guess"] = min(options.get("guess", 0), stages - 1)
+        return replace(c, num_stages=stages, extra=tuple(sorted((k, v) for k, v in options.items() if v)))
 
     # cut tiles along K where they are fewer than half the CTAs, to at least 4 K blocks. Two widths and partial sums are too
     # much for the registers
-    room = sms * ctas // tiles if ctas < 3 and not narrow else 1
+    room = sms * ctas // tiles if ctas == 2 and not two and not narrow else 1
     most = min(MAX_SPLIT, room, problem.k // 512)
-    out = [made(1)]
-    for split in sorted({most, most // 2} - {0, 1}):
-        # a dependent launch pays for the kernel behind it, the sum, and costs where there is none
-        out.append(made(split, pdl=1))
+    out = [made(split) for split in SPLITS if split <= max(1, most)]
     return [c for c in out if legal(problem, c, arch) is None]
 
 
@@ -139,10 +140,16 @@ def part_bytes(config: Config, ctas: int) -> int:
     return 4 * ctas * config.block_m * config.block_n if config.split_k > 1 else 0
 
 
+def count_bytes(config: Config, ctas: int) -> int:
+    """A counter for each consumer of a tile, of which there are no more than CTAs."""
+    return 8 * ctas * (config.num_warps // 4) if config.split_k > 1 else 0
+
+
 def workspace(problem: Problem, config: Config) -> int:
     """Partial sums, then the table of segments."""
     table = 4 * (4 + 3 * problem.m) if problem.layout == "contiguous" else 0
-    return part_bytes(config, programs(config, 1 << 20, problem.max_sms)) + table
+    ctas = programs(config, 1 << 20, problem.max_sms)
+    return part_bytes(config, ctas) + count_bytes(config, ctas) + table
 
 
 # ---------------------------------------------------------------- launch
@@ -151,7 +158,6 @@ def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor |
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
-    """The kernel, and behind it the sum of partial sums where K is split."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from . import fp8_decode_device as device
@@ -167,23 +173,20 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     index = Pointer(out, torch.int32) if x.index is None else x.index
     scratch = out if workspace is None else workspace
     parts = Pointer(scratch, torch.float32)
-    table = Pointer(scratch, torch.int32, 0 if workspace is None else part_bytes(config, programs(config, sms, problem.max_sms)))
+    most = programs(config, sms, problem.max_sms)
+    before = 0 if workspace is None else part_bytes(config, most)
+    counts = Pointer(scratch, torch.int64, before)
+    table = Pointer(scratch, torch.int32, before + (0 if workspace is None else count_bytes(config, most)))
     som, sog = out.stride(-2), out.stride(0) if masked else 0
-    pdl = {"launch_pdl": True} if cfg.PDL else {}
     descriptors = [TensorDescriptor(t, *_box(t, rows), layout) for (t, rows), layout in
                    zip(((b, cfg.BN), (a, cfg.BT), (a, cfg.MIDDLE or cfg.BT), (a, cfg.NARROW or cfg.BT)), device.layouts(cfg))]
     sizes = (x.m, x.n, x.k // 128, x.groups, x.alignment, x.m)
-    found = [Launch(
+    return [Launch(
         device.fp8_decode_kernel, (ctas,),
-        (*descriptors, out, sa, sb, index, parts, table, *sizes,
+        (*descriptors, out, sa, sb, index, parts, counts, table, *sizes,
          sa.stride(0) if masked else 0, sa.stride(-2), sa.stride(-1),
          sb.stride(0) if sb.dim() == 3 else 0, sb.stride(-2), sb.stride(-1), sog, som, cfg),
-        {"num_warps": 4, "maxnreg": max_registers(config), **pdl})]
-    if cfg.SPLIT > 1:
-        grid = max(1, min(tiles, ctas // 2)) * cfg.BN // 16
-        found.append(Launch(device.fp8_decode_sum_kernel, (grid,), (out, index, parts, table, *sizes, ctas, sog, som, cfg),
-                            {"num_warps": 4, **pdl}))
-    return found
+        {"num_warps": 4, "maxnreg": max_registers(config)}, () if problem.layout == "dense" else (0,))]     # dense: 1-2% slower
 
 
 def tiles_at_most(layout: str, x: Operands, tokens: int) -> int:

@@ -13,31 +13,39 @@ Operands are swapped: D^T = B . A^T, weights on wgmma's 64-row side, tokens on i
 The loaders run across tile boundaries, so the ring never drains between tiles. A tile of few rows (NARROW and fewer) loads
 and multiplies NARROW token columns instead of BT: skewed groups cost what they hold, whatever the width compiled for.
 
-With SPLIT, tiles that are too few for the grid are cut along K; every unit leaves FP32 partial sums in the workspace, and
-`fp8_decode_sum_kernel`, launched behind it, adds them in order.
+With SPLIT, tiles that are too few for the grid are cut along K; every unit leaves FP32 partial sums in the workspace, and the
+last unit of a tile to arrive adds them in the order of K. None waits for another.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
-from triton.language.extra.cuda import gdc_wait
 
-from .fp8_decode_parts_device import fetch_weights, scale_loader, store_part, store_tile, weight_loader, zero_filler
+from .fp8_decode_parts_device import (
+    fetch_weights, is_last, open_count, scale_loader, store_part, store_tile, sum_parts, weight_loader, zero_filler)
 from .fp8_decode_schedule_device import (
-    CONTIGUOUS, begin, fetched, k_range, left_over, list_pieces, locate, share, tile_table)
+    CONTIGUOUS, begin, fetched, k_range, left_over, list_pieces, locate)
 from .fp8_decode_sums_device import multiply
 from .shim import block_barrier
 
 
 @gluon.jit
 def finish(acc, t, split, outs, out_strides, where, N, cfg: gl.constexpr, CID: gl.constexpr, NT: gl.constexpr):
-    """Store a tile, or its partial sums: [token][weight row] in the unit's part of the workspace."""
-    out_ptr, part_ptr = outs
+    """Store a tile, or its partial sums in the unit's part of the workspace; the last unit of a tile to come here adds them."""
+    out_ptr, part_ptr, count_ptr = outs
+    g, row, rows, nb = where
     P: gl.constexpr = cfg.PIECES
+    TILE: gl.constexpr = cfg.BT * cfg.BN
     if cfg.SPLIT > 1:
         if split > 1:
             for i in gl.static_range(P):
-                store_part(acc[i], part_ptr + (t * (cfg.BT * cfg.BN) + (CID * P + i) * 64), cfg, NT)
+                store_part(acc[i], part_ptr + (t * TILE + (CID * P + i) * 64), cfg, NT)
+            tile = t // split
+            if is_last(count_ptr + (tile * cfg.CONSUMERS + CID), split):
+                for i in gl.static_range(P):
+                    n0 = (CID * P + i) * 64
+                    one = sum_parts(part_ptr + (tile * split * TILE + n0), split, cfg, NT)
+                    store_tile(one, out_ptr, out_strides, g, row, rows, nb * cfg.BN + n0, N, 64, NT, cfg)
         else:
             store_pieces(acc, out_ptr, out_strides, where, N, cfg, CID, NT)
     else:
@@ -92,6 +100,9 @@ def consumer(rings, bars, outs, out_strides, shape_args, index_ptr, table_ptr, c
         if cfg.GUESS > 0:
             there, vain = fetched(t, where, shape_args, index_ptr, KB, cfg)
             slot += pass_over(vain, bars)
+        if cfg.SPLIT > 1:
+            if split > 1:
+                open_count(outs[2] + (tile * cfg.CONSUMERS + CID), split)
         slot, phase = sized(rings, bars, slot, phase, k0, k1, t, split, outs, out_strides, where, N, cfg, CID)
     if cfg.GUESS > 0:
         pass_over(left_over(units, shape_args, index_ptr, KB, cfg), bars)
@@ -108,7 +119,7 @@ def pass_over(count, bars):
 
 
 @gluon.jit(do_not_specialize=["M", "KB", "G", "alignment", "cap", "sag", "sam", "sak", "sbg", "sbn", "sbk"])
-def fp8_decode_kernel(w_desc, x_desc, middle_desc, narrow_desc, out_ptr, sa_ptr, sb_ptr, index_ptr, part_ptr, table_ptr,
+def fp8_decode_kernel(w_desc, x_desc, middle_desc, narrow_desc, out_ptr, sa_ptr, sb_ptr, index_ptr, part_ptr, count_ptr, table_ptr,
                       M, N, KB, G, alignment, cap, sag, sam, sak, sbg, sbn, sbk, sog, som, cfg: gl.constexpr):
     """A persistent grid. M: rows of A, or rows a group can hold (masked). `cap`: entries of each column of the table."""
     S: gl.constexpr = cfg.STAGES
@@ -117,8 +128,18 @@ def fp8_decode_kernel(w_desc, x_desc, middle_desc, narrow_desc, out_ptr, sa_ptr,
     s_s = gl.allocate_shared_memory(gl.float32, [S, cfg.BT], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
+    # weights and tokens, together or apart; scales
+    ARRIVALS: gl.constexpr = 3 if cfg.GUESS > 0 else 2
+    EARLY: gl.constexpr = cfg.GUESS
+    for i in gl.static_range(EARLY):
+        mbarrier.init(full.index(i), count=ARRIVALS)
+    sh = (M, N, G, alignment)
+    if cfg.GUESS > 0:
+        fence_async_shared()
+        fetch_weights(w_desc, w_s, full, sh, index_ptr, KB, cfg)
     for i in gl.static_range(S):
-        mbarrier.init(full.index(i), count=3 if cfg.GUESS > 0 else 2)     # weights and tokens, together or apart; scales
+        if i >= EARLY:
+            mbarrier.init(full.index(i), count=ARRIVALS)
         mbarrier.init(empty.index(i), count=cfg.CONSUMERS)
     fence_async_shared()
 
@@ -127,14 +148,9 @@ def fp8_decode_kernel(w_desc, x_desc, middle_desc, narrow_desc, out_ptr, sa_ptr,
     bars = (full, empty)
     sa_sb = (sa_ptr, sb_ptr)
     strides = (sag, sam, sak, sbg, sbn, sbk)
-    outs = (out_ptr, part_ptr)
+    outs = (out_ptr, part_ptr, count_ptr)
     out_strides = (sog, som)
-    sh = (M, N, G, alignment)
-    if cfg.GUESS > 0:
-        fetch_weights(w_desc, w_s, full, sh, index_ptr, KB, cfg)
     if cfg.LAYOUT == CONTIGUOUS:
-        if cfg.PDL:
-            gdc_wait()
         list_pieces(sh, index_ptr, table_ptr, cap, cfg, 4)
         block_barrier()
     R: gl.constexpr = cfg.LOADER_REGS
@@ -167,39 +183,6 @@ def fp8_decode_kernel(w_desc, x_desc, middle_desc, narrow_desc, out_ptr, sa_ptr,
             (weight_loader, (descs, rings, bars, sh, index_ptr, table_ptr, cap, KB, cfg)),
             (scale_loader, (sa_sb, strides, rings, bars, sh, index_ptr, table_ptr, cap, KB, cfg)),
         ], [4, 1, 1], [C, R, R])
-
-
-@gluon.jit(do_not_specialize=["M", "KB", "G", "alignment", "cap", "ctas"])
-def fp8_decode_sum_kernel(out_ptr, index_ptr, part_ptr, table_ptr, M, N, KB, G, alignment, cap, ctas, sog, som,
-                          cfg: gl.constexpr):
-    """Adds the partial sums of split tiles, 16 weight rows a program. `ctas`: the grid that made them."""
-    V: gl.constexpr = cfg.STORE_VEC
-    lay: gl.constexpr = gl.BlockedLayout([V, 1], [16 // V, 2 * V], [1, 4], [0, 1])
-    if cfg.PDL:
-        gdc_wait()
-    sh = (M, N, G, alignment)
-    upto, tiles = tile_table(sh, index_ptr, table_ptr, cfg, 4)
-    units, split, chunk = share(tiles, KB, ctas, cfg)
-    if split > 1:
-        STRIPS: gl.constexpr = cfg.BN // 16
-        BT: gl.constexpr = cfg.BT
-        n = gl.arange(0, 16, gl.SliceLayout(1, lay))
-        tok = gl.arange(0, cfg.BT, gl.SliceLayout(0, lay))
-        for i in range(gl.program_id(0), tiles * STRIPS, gl.num_programs(0)):
-            tile = i // STRIPS
-            strip = (i - tile * STRIPS) * 16
-            g, row, rows, nb = locate(tile, upto, sh, index_ptr, table_ptr, cap, cfg, True)
-            base = part_ptr + tile * split * (cfg.BT * cfg.BN) + strip
-            ptrs = base + gl.expand_dims(tok * cfg.BN, 0) + gl.expand_dims(n, 1)
-            live = gl.expand_dims(tok < rows, 0)
-            acc = gl.zeros([16, BT], gl.float32, lay)
-            for s in range(0, split, 4):
-                parts = ()
-                for j in gl.static_range(4):
-                    parts = parts + (gl.load(ptrs + (s + j) * (cfg.BT * cfg.BN), mask=live & (s + j < split), other=0.0), )
-                for j in gl.static_range(4):
-                    acc += parts[j]
-            store_tile(acc, out_ptr, (sog, som), g, row, rows, nb * cfg.BN + strip, N, 16, cfg.BT, cfg)
 
 
 def layouts(cfg):

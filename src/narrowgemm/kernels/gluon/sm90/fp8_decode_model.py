@@ -22,9 +22,9 @@ from .fp8_decode_tile import pieces as pieces_of
 START = 3.5e-6               # launch, schedule, first bytes, drain
 TABLE = 1.0e-6               # group sizes are read and added up before the first byte
 FETCHED = 0.6e-6             # less of it where the first weights are fetched on a guess
-DEPENDENT = -0.5e-6          # less of START where the sum of the partial sums is launched ahead
+EARLY = 0.4e-6               # less of START where those of a dense product are fetched before the warps part
 EPILOGUE = 0.24e-9           # of an element of the last tile, from registers to memory
-SUM_SECONDS = 3.1e-6         # the kernel that adds partial sums
+LAST_SECONDS = 0.7e-6        # the last unit of a tile finds out that it is, and adds partial sums
 SEGMENTS_SECONDS = 0.8e-6    # listing 1024 rows of m_indices
 EFFICIENCY = 0.926           # of the peak bandwidth
 COLD = 0.36                  # of the time for the first COLD_BYTES, that reading them takes longer
@@ -123,7 +123,7 @@ def tiles_seconds(problem: Problem, config: Config, arch: Arch, tiles: Iterable[
     seconds = units // ctas * wave(ctas, columns) + (wave(units % ctas, columns) if units % ctas else 0.0)
     if split > 1:
         # partial sums are written and read, mostly in L2
-        seconds += SUM_SECONDS + units * config.block_n * columns * 8 / (arch.bandwidth * 1.2)
+        seconds += LAST_SECONDS + units * config.block_n * columns * 8 / (arch.bandwidth * 1.2)
     seconds += COLD * min(read, COLD_BYTES) / arch.bandwidth
     return seconds + EPILOGUE * config.block_n * columns
 
@@ -135,11 +135,13 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
 
 
 def fixed(problem: Problem, config: Config) -> float:
-    seconds = START + (DEPENDENT if extra(config, "pdl") else 0.0)
+    seconds = START
     if problem.layout == "contiguous":
         seconds += SEGMENTS_SECONDS * -(-problem.m // 1024)
     if problem.layout != "dense":
         seconds += TABLE - (FETCHED if extra(config, "guess") else 0.0)
+    elif extra(config, "guess"):
+        seconds -= EARLY
     return seconds
 
 

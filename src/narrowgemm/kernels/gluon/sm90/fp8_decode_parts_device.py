@@ -3,13 +3,14 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .fp8_decode_schedule_device import (
     CONTIGUOUS, MASKED, PSUM, advance, all_groups, begin, fetched, guess, k_range, left_over, locate)
 from .fp8_decode_sums_device import tile_layout
 from .scales_device import as_float
-from .shim import tma_load, view_boxes
+from .shim import block_barrier, tma_load, view_boxes
+
+OPEN = gl.constexpr(0x7FA5C3D17FB00000)      # as two floats: NaNs that no arithmetic makes
 
 
 @gluon.jit
@@ -31,9 +32,9 @@ def load_weights(w_desc, w_s, bar, slot, g, w_row, kb, cfg: gl.constexpr):
 @gluon.jit
 def fetch_weights(w_desc, w_s, full, shape_args, index_ptr, KB, cfg: gl.constexpr):
     """Start a CTA's first loads on a guess, before its warps part and before any group's size is read."""
-    g, nb, count = guess(gl.program_id(0), shape_args, index_ptr, KB, cfg)
+    g, nb, k0, count = guess(gl.program_id(0), shape_args, index_ptr, KB, cfg)
     for i in range(0, count):
-        load_weights(w_desc, w_s, full.index(i), i, g, nb * cfg.BN, i, cfg)
+        load_weights(w_desc, w_s, full.index(i), i, g, nb * cfg.BN, k0 + i, cfg)
 
 
 @gluon.jit
@@ -61,8 +62,6 @@ def weight_loader(descs, rings, bars, shape_args, index_ptr, table_ptr, cap, KB,
     middle = ((w_desc, middle_desc), (w_s, tokens_of(x_s, cfg, cfg.MIDDLE)))
     narrow = ((w_desc, narrow_desc), (w_s, tokens_of(x_s, cfg, cfg.NARROW)))
     upto, units, split, chunk, slot = begin(shape_args, index_ptr, table_ptr, KB, cfg, 1)
-    if cfg.PDL and cfg.SPLIT > 1:
-        gdc_launch_dependents()
     phase = gl.to_tensor(1)
     for t in range(gl.program_id(0), units, gl.num_programs(0)):
         tile, k0, k1 = k_range(t, split, chunk, KB, cfg)
@@ -71,6 +70,7 @@ def weight_loader(descs, rings, bars, shape_args, index_ptr, table_ptr, cap, KB,
         there = k0
         if cfg.GUESS > 0:
             there, vain = fetched(t, (g, row, rows, nb), shape_args, index_ptr, KB, cfg)
+            there += k0
             slot += give_up(vain, full)
         for kb in range(k0, k1):
             mbarrier.wait(empty.index(slot), phase)
@@ -202,11 +202,58 @@ def store_tile(acc, out_ptr, out_strides, g, row, rows, col, N, WR: gl.constexpr
 
 
 @gluon.jit
-def store_part(acc, base, cfg: gl.constexpr, NT: gl.constexpr):
-    """One piece of partial sums as [token][weight row] of a tile."""
+def part_pointers(base, cfg: gl.constexpr, NT: gl.constexpr):
+    """One piece of a tile's partial sums, which are [token][weight row]."""
     n = gl.arange(0, 64, gl.SliceLayout(1, tile_layout(NT)))
     tok = gl.arange(0, NT, gl.SliceLayout(0, tile_layout(NT)))
-    gl.store(base + gl.expand_dims(tok * cfg.BN, 0) + gl.expand_dims(n, 1), acc)
+    return base + gl.expand_dims(tok * cfg.BN, 0) + gl.expand_dims(n, 1)
+
+
+@gluon.jit
+def store_part(acc, base, cfg: gl.constexpr, NT: gl.constexpr):
+    gl.store(part_pointers(base, cfg, NT), acc)
+
+
+@gluon.jit
+def sum_parts(base, split, cfg: gl.constexpr, NT: gl.constexpr):
+    """Partial sums of one piece, added in the order of K. They come from other SMs: past the first cache."""
+    AT_ONCE: gl.constexpr = 8 if NT <= 32 else 256 // NT      # loads of one wait: as many as the registers hold
+    ptrs = part_pointers(base, cfg, NT)
+    acc = gl.zeros([64, NT], gl.float32, tile_layout(NT))
+    for s in range(0, split, AT_ONCE):
+        parts = ()
+        for j in gl.static_range(AT_ONCE):
+            parts = parts + (gl.load(ptrs + (s + j) * (cfg.BT * cfg.BN), mask=s + j < split, other=0.0, cache_modifier=".cg"), )
+        for j in gl.static_range(AT_ONCE):
+            acc += parts[j]
+    return acc
+
+
+@gluon.jit
+def open_count(count_ptr, split):
+    """Have a counter hold OPEN and the arrivals so far, whatever it holds: nobody has to clear it ahead. Each unit of a tile
+    does so at its start, in the shadow of its first loads. An atomic's answer is one thread's, handed to all of them."""
+    opened = gl.to_tensor(OPEN)
+    expected = opened * 0
+    again = gl.to_tensor(1)
+    while again != 0:
+        have = gl.atomic_cas(count_ptr, expected, opened, sem="relaxed", scope="gpu")
+        there = (have == expected) | ((have >= opened) & (have < opened + split))
+        again = gl.where(there, 0, 1)
+        expected = have
+
+
+@gluon.jit
+def is_last(count_ptr, split):
+    """Whether this is the last of `split` arrivals at a counter, which then is as if never used. Whoever is the last sees what
+    the others stored."""
+    block_barrier()
+    opened = gl.to_tensor(OPEN)
+    before = gl.atomic_add(count_ptr, opened * 0 + 1, sem="acq_rel", scope="gpu")
+    last = before - opened == split - 1
+    if last:
+        gl.store(count_ptr, opened * 0)
+    return last
 
 
 @gluon.jit
@@ -216,8 +263,6 @@ def zero_filler(out_ptr, som, shape_args, index_ptr, cfg: gl.constexpr):
     R: gl.constexpr = 8
     W: gl.constexpr = 32 * cfg.STORE_VEC
     lay: gl.constexpr = gl.BlockedLayout([cfg.STORE_VEC], [32], [1], [0])
-    if cfg.PDL:
-        gdc_wait()
     zero = gl.zeros([W], gl.float32, lay).to(out_ptr.dtype.element_ty)
     if cfg.LAYOUT == PSUM:
         starts, sizes = all_groups(shape_args, index_ptr, cfg, 1)

@@ -6,7 +6,6 @@ nothing: a tile number is looked up in the running count of tiles, which each wa
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.language.extra.cuda import gdc_wait
 
 DENSE = gl.constexpr(0)
 CONTIGUOUS = gl.constexpr(1)
@@ -161,43 +160,9 @@ def share(tiles, KB, ctas, cfg: gl.constexpr):
 @gluon.jit
 def begin(shape_args, index_ptr, table_ptr, KB, cfg: gl.constexpr, NW: gl.constexpr):
     """How every partition starts: (table of tiles, units of work, units a tile, K blocks a unit, the ring's first slot)."""
-    if cfg.PDL:
-        gdc_wait()
     upto, tiles = tile_table(shape_args, index_ptr, table_ptr, cfg, NW)
     units, split, chunk = share(tiles, KB, gl.num_programs(0), cfg)
     return upto, units, split, chunk, gl.to_tensor(0)
-
-
-@gluon.jit
-def guess(t, shape_args, index_ptr, KB, cfg: gl.constexpr):
-    """(group, n block, K blocks) whose weights are fetched before group sizes are known: of unit t, if every group has as
-    many rows as fit one tile, or (contiguous) every 128 rows are of one group. No K blocks where there is no such group."""
-    M, N, G, alignment = shape_args
-    num_n = gl.cdiv(N, cfg.BN)
-    if cfg.LAYOUT == CONTIGUOUS:
-        piece, nb = strip_of(t, num_n, STRIP)
-        g = gl.load(index_ptr + piece * 128, mask=piece * 128 < M, other=-1).to(gl.int32)
-    else:
-        g = t // num_n
-        nb = t - g * num_n
-    return g, nb, gl.where((g >= 0) & (g < G), gl.minimum(KB, cfg.GUESS), 0)
-
-
-@gluon.jit
-def fetched(t, where, shape_args, index_ptr, KB, cfg: gl.constexpr):
-    """K blocks of unit t's weights that were fetched on a guess: (rightly, in vain). Only a CTA's first unit has any."""
-    first = t == gl.program_id(0)
-    g, nb, count = guess(gl.where(first, t, 0), shape_args, index_ptr, KB, cfg)
-    count = gl.where(first, count, 0)
-    right = gl.where((where[0] == g) & (where[3] == nb), count, 0)
-    return right, count - right
-
-
-@gluon.jit
-def left_over(units, shape_args, index_ptr, KB, cfg: gl.constexpr):
-    """K blocks that were fetched for a first unit that there isn't."""
-    g, nb, count = guess(gl.program_id(0), shape_args, index_ptr, KB, cfg)
-    return gl.where(units <= gl.program_id(0), count, 0)
 
 
 @gluon.jit
@@ -209,6 +174,45 @@ def k_range(t, split, chunk, KB, cfg: gl.constexpr):
         tile = t // split
         k0 = (t - tile * split) * chunk
         return tile, k0, gl.minimum(k0 + chunk, KB)
+
+
+@gluon.jit
+def guess(t, shape_args, index_ptr, KB, cfg: gl.constexpr):
+    """(group, n block, first K block, K blocks) whose weights are fetched before group sizes are known: of unit t, if every
+    group has as many rows as fit one tile, or (contiguous) every 128 rows are of one group; dense, for sure. No K blocks
+    where there is no such group."""
+    M, N, G, alignment = shape_args
+    num_n = gl.cdiv(N, cfg.BN)
+    if cfg.LAYOUT == DENSE:
+        num_m = gl.cdiv(M, cfg.BT)
+        units, split, chunk = share(num_m * num_n, KB, gl.num_programs(0), cfg)
+        tile, k0, k1 = k_range(t, split, chunk, KB, cfg)
+        return t * 0, tile // num_m, k0, gl.where(t < units, gl.minimum(k1 - k0, cfg.GUESS), 0)
+    else:
+        if cfg.LAYOUT == CONTIGUOUS:
+            piece, nb = strip_of(t, num_n, STRIP)
+            g = gl.load(index_ptr + piece * 128, mask=piece * 128 < M, other=-1).to(gl.int32)
+        else:
+            g = t // num_n
+            nb = t - g * num_n
+        return g, nb, t * 0, gl.where((g >= 0) & (g < G), gl.minimum(KB, cfg.GUESS), 0)
+
+
+@gluon.jit
+def fetched(t, where, shape_args, index_ptr, KB, cfg: gl.constexpr):
+    """K blocks of unit t's weights that were fetched on a guess: (rightly, in vain). Only a CTA's first unit has any."""
+    first = t == gl.program_id(0)
+    g, nb, k0, count = guess(gl.where(first, t, 0), shape_args, index_ptr, KB, cfg)
+    count = gl.where(first, count, 0)
+    right = gl.where((where[0] == g) & (where[3] == nb), count, 0)
+    return right, count - right
+
+
+@gluon.jit
+def left_over(units, shape_args, index_ptr, KB, cfg: gl.constexpr):
+    """K blocks that were fetched for a first unit that there isn't."""
+    g, nb, k0, count = guess(gl.program_id(0), shape_args, index_ptr, KB, cfg)
+    return gl.where(units <= gl.program_id(0), count, 0)
 
 
 @gluon.jit

@@ -36,7 +36,6 @@ class Static:
     ACCUMULATE: bool
     ZERO: bool               # rows of no group are written as zero
     KEEP: bool               # output stays in L2
-    PDL: bool
     LOADER_REGS: int
     CONSUMER_REGS: int
 
@@ -101,7 +100,7 @@ def static(problem: Problem, config: Config, groups: int) -> Static:
     return Static(LAYOUT_IDS[problem.layout], config.block_m, middle, narrow, config.block_n,
                   config.num_warps // 4, pieces(config), wide_trip, middle_trip, narrow_trip, config.num_stages,
                   extra(config, "guess"), config.split_k, table, 16 // ITEMSIZE[problem.out_dtype],
-                  problem.accumulate, pads(problem), bool(extra(config, "keep")), bool(extra(config, "pdl")), loader, consumer)
+                  problem.accumulate, pads(problem), bool(extra(config, "keep")), loader, consumer)
 
 
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
@@ -119,10 +118,10 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     there = register_split(config, 32)[1]
     if need > there:
         return f"{columns} columns of sums take about {need} registers, {there} there"
-    if extra(config, "guess") and (problem.layout == "dense" or not 0 < extra(config, "guess") < config.num_stages):
-        return f"guess={extra(config, 'guess')}, expected fewer than the stages, of a grouped product"
-    if extra(config, "guess") and config.split_k > 1:
-        return "guess has no split_k"
+    if extra(config, "guess") and not 0 < extra(config, "guess") < config.num_stages:
+        return f"guess={extra(config, 'guess')}, expected fewer than the stages"
+    if extra(config, "guess") and config.split_k > 1 and problem.layout != "dense":
+        return "guess has no split_k where there are groups"
     if not 1 <= config.split_k <= MAX_SPLIT:
         return f"split_k={config.split_k}, expected 1 to {MAX_SPLIT}"
     if config.split_k > 1 and (extra(config, "narrow") or extra(config, "ctas", 1) > 2):

@@ -1,0 +1,59 @@
+"""The Hopper decode kernel on a GPU: split K with whatever is in its workspace, and weights fetched by 256 bytes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from narrowgemm.kernels import launching
+from narrowgemm.kernels.gluon.sm90.fp8_decode import NAME
+from narrowgemm.testing.cases import Case, build
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("m, n", [(1, 576), (64, 2112), (128, 576)])
+def test_split_k_takes_a_workspace_as_it_is(m: int, n: int) -> None:
+    """Nobody clears the counters, and each launch leaves them as if never used."""
+    x = build(Case("split", "dense", 1, m, n, 7168), "cuda")
+    plan = x.plan(backend=NAME)
+    assert plan.steps[0].config.split_k > 1, plan
+    work = torch.zeros(plan.workspace_bytes, dtype=torch.uint8, device="cuda")
+    x.call(backend=NAME, workspace=work)
+    assert x.check().ok
+    first = x.out.tensor.clone()
+    for i in range(60):
+        if i % 3 < 2:
+            work.random_(0, 256) if i % 3 else work.fill_(255)
+        x.reset_out()
+        x.call(backend=NAME, workspace=work)
+        assert torch.equal(first.view(torch.int16), x.out.tensor.view(torch.int16)), i
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x.call(backend=NAME, workspace=work)
+    for i in range(40):
+        if i % 2:
+            work.random_(0, 256)
+        x.reset_out()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(first.view(torch.int16), x.out.tensor.view(torch.int16)), i
+
+
+def test_weights_are_fetched_by_256_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This driver and this Triton are as `tensor_map` expects them, and results have the same bits."""
+    done: list[bool] = []
+    widen = launching.widen
+
+    def seen(*args: Any) -> bool:
+        done.append(widen(*args))
+        return done[-1]
+
+    monkeypatch.setattr(launching, "widen", seen)
+    x = build(Case("wide", "masked", 4, 8, 1088, 2304, max_m=40), "cuda")
+    first = x.call(backend=NAME).clone()        # Triton's own launch
+    x.reset_out()
+    assert torch.equal(first.view(torch.int16), x.call(backend=NAME).view(torch.int16))
+    assert done and all(done)
