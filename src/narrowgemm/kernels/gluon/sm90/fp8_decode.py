@@ -186,7 +186,8 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
         (*descriptors, out, sa, sb, index, parts, counts, table, *sizes,
          sa.stride(0) if masked else 0, sa.stride(-2), sa.stride(-1),
          sb.stride(0) if sb.dim() == 3 else 0, sb.stride(-2), sb.stride(-1), sog, som, cfg),
-        {"num_warps": 4, "maxnreg": max_registers(config)}, () if problem.layout == "dense" else (0,))]     # dense: 1-2% slower
+        {"num_warps": 4, "maxnreg": max_registers(config)},
+        by_256=() if problem.layout == "dense" else (0,))]      # weights; a dense product gets 1-2% slower
 
 
 def tiles_at_most(layout: str, x: Operands, tokens: int) -> int:
