@@ -58,6 +58,7 @@ def test_prepacked_weights(tmp_path):
         return Experts(prepack(up, pair=pair), prepack(down), top_k=2, interleaved=pair == "interleaved")
 
     one, two = packed(0, "halves"), packed(1, "halves")
+    assert one.weight("gate_up").top is not None and one.weight("gate_up").tensors().keys() == one.weight("down").tensors().keys()
     want = experts(X.view(10, 128), one.weight("gate_up"), one.weight("down"), router_logits=LOGITS, top_k=2)
     assert torch.equal(one(X, LOGITS), want.view(X.shape)) and "mxfp4" in repr(one)
     space = torch.empty(one.workspace_bytes(10), dtype=torch.uint8)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from narrowgemm import MXFP4, MXFP8, ScaledTensor, explain_experts, prepack, route
+from narrowgemm import MXFP4, MXFP8, FP8_1x128, ScaledTensor, explain_experts, prepack, route
 from narrowgemm.kernels.launching import READY
 from narrowgemm.ops import experts as experts_module
 from narrowgemm.ops.experts import experts, experts_workspace
@@ -53,17 +53,20 @@ def test_logits_shared_experts_and_a_range(where):  # noqa: F811
     assert experts(x[:0], *weights, router_logits=logits[:0], top_k=3).shape == (0, H)
 
 
-def test_narrow_activations(where):  # noqa: F811
+@pytest.mark.parametrize("fmt", [MXFP8, FP8_1x128, MXFP4], ids=lambda f: f.name)
+def test_narrow_activations(where, fmt):  # noqa: F811
     plain, weights = packed(MXFP4, "halves", where)
     x, (w, ids) = tokens(9, H, where), choices(9, 2, E, where)
-    got = experts(x, *weights, topk_weights=w, topk_ids=ids, activation_format=MXFP8)
-    assert calc_diff(got.float(), reference.experts(x, *plain, w, ids, activation_format=MXFP8)) <= 4e-4  # its h is not rounded
+    got = experts(x, *weights, topk_weights=w, topk_ids=ids, activation_format=fmt)
+    want = reference.experts(x, *plain, w, ids, activation_format=fmt)
+    assert calc_diff(got.float(), want) <= (4e-3 if fmt == MXFP4 else 4e-4)         # its h is not rounded
 
 
-@pytest.mark.parametrize("fmt", [None, MXFP8], ids=str)
+@pytest.mark.parametrize("fmt", [None, FP8_1x128], ids=["tokens", "fp8"])
 @pytest.mark.parametrize("shared", [False, True], ids=["routed", "shared"])
-def test_bit_for_bit_the_composition(where, fmt, shared):  # noqa: F811
-    _, weights = packed(MXFP4, "halves", where)
+@pytest.mark.parametrize("pair", ["halves", ""])
+def test_bit_for_bit_the_composition(where, fmt, shared, pair):  # noqa: F811
+    plain, weights = packed(MXFP4, pair, where)
     x, logits = tokens(19, H, where), torch.randn(19, E, generator=torch.Generator().manual_seed(7)).to(where)
     one = made(MXFP4, 1, H, 64, where, seed=9)
     options: dict = {"down_bias": torch.linspace(-1, 1, E * H, device=where).view(E, H)}
@@ -71,6 +74,10 @@ def test_bit_for_bit_the_composition(where, fmt, shared):  # noqa: F811
         options["shared"] = (one[0][0], one[1][0])
     got = experts(x, *weights, router_logits=logits, top_k=3, activation_format=fmt, **options)
     assert torch.equal(bits(got), bits(composed(x, *weights, router_logits=logits, top_k=3, fmt=fmt, **options)))
+    if not pair:        # the steps of weights as they are
+        w, ids = route(logits, 3)
+        want = reference.experts(x, *plain, w, ids, activation_format=fmt, **options)
+        assert calc_diff(got.float(), want) <= (1e-5 if fmt is None else 1e-4)
 
 
 def test_one_workspace_is_the_callers(where):  # noqa: F811

@@ -55,8 +55,8 @@ class Experts(torch.nn.Module):
             self.register_buffer(name, w.data)
             self.register_buffer(f"{name}_scale", w.scale)
             if isinstance(w, PackedWeight):
-                self.register_buffer(f"{name}_factor", w.factor)
-                self.register_buffer(f"{name}_codes", w.codes)
+                for part in ("factor", "codes", "top"):
+                    self.register_buffer(f"{name}_{part}", getattr(w, part))
         for name, extra in zip(EXTRAS, (gate_up_bias, down_bias, router_bias, expert_map)):
             self.register_buffer(name, extra)
         self.top_k, self.first_expert, self.routing = top_k, first_expert, routing
@@ -69,7 +69,7 @@ class Experts(torch.nn.Module):
         if name in self.packs:
             shape, pair, _ = self.packs[name]
             return PackedWeight(getattr(self, name), getattr(self, f"{name}_scale"), get_format(self.formats[name]), shape, pair,
-                                getattr(self, f"{name}_factor"), getattr(self, f"{name}_codes"))
+                                getattr(self, f"{name}_factor"), getattr(self, f"{name}_codes"), top=getattr(self, f"{name}_top"))
         return ScaledTensor(getattr(self, name), getattr(self, f"{name}_scale"), get_format(self.formats[name]))
 
     @property

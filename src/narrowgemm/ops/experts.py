@@ -1,7 +1,7 @@
 """`experts`: the whole expert layer in one op. Tokens and router output in, combined hidden states out.
 
     route -> sort -> gather + quantise -> gate_up -> activate + quantise -> down -> combine
-    route -> sort -> gate_up + activate -> down + combine                                       (prepacked weights)
+    route -> sort -> gate_up + activate -> down + combine                                       (packed with a pair)
 
 A launch a step, no read-back, every intermediate in one workspace. What is planned, and where it lies: `experts_plan.py`.
 """
@@ -20,7 +20,7 @@ from ..prepack import PackedWeight
 from ..runtime import env
 from . import common, experts_check, experts_warm, steps
 from .experts_call import Call, compose
-from .experts_plan import ExpertsPlan, Options, Recipe, Sizes, Weight, default_activations, make
+from .experts_plan import ExpertsPlan, Options, Recipe, Sizes, Weight, by_slot, default_activations, make
 
 _plans = common.PlanCache()
 Weights = ScaledTensor | Tensor | PackedWeight
@@ -41,7 +41,8 @@ def experts(x: Tensor, gate_up: Weights, down: Weights, *, router_logits: Tensor
 
     x: `[T, H]` BF16, FP16 or FP32; T = 0 is legal. The products, the activation and the result have its type.
     gate_up: `[E, 2I, H]`, down: `[E, H, I]`: ScaledTensors (FP8 in blocks, rows or whole; MXFP8; MXFP4), tensors of x's
-        type, or `prepack`ed MXFP4 / MXFP8 weights, gate_up with its `pair`. E are the experts of this rank.
+        type, or `prepack`ed MXFP4 / MXFP8 weights. E are the experts of this rank. gate_up packed with its `pair` has the
+        activation inside the product; without one, the steps are those of other weights, as FP8 activations of many tokens want it.
     Routing: `router_logits` `[T, E_all]` with `top_k`, `scoring`, `renormalize`, `router_bias`, `num_expert_group`,
         `topk_group`, `scaling_factor` as in `route`; or `topk_weights` fp32 and `topk_ids` int32 / int64 `[T, top_k]`.
     expert_map, first_expert: as in `sort_by_expert`: experts of other ranks are skipped, their choices count 0.
@@ -107,12 +108,12 @@ def weights_of(w: Weights, name: str) -> Weight:
 
 def weight_signs(*weights: Weight) -> tuple:
     return tuple((w.format, steps.sign(w.data), steps.sign(w.scale)) if isinstance(w, ScaledTensor) else
-                 (w.format, w.shape, w.pair, w.prepack, steps.sign(w.data), steps.sign(w.scale), steps.sign(w.factor))
+                 (w.format, w.shape, w.pair, w.prepack, *map(steps.sign, (w.data, w.scale, w.factor, w.top)))
                  for w in weights)
 
 
 def tensors_of(*weights: Weight) -> list[Tensor | None]:
-    return [t for w in weights for t in (w.data, w.scale, w.factor if isinstance(w, PackedWeight) else None)]
+    return [t for w in weights for t in (w.data, w.scale, *((w.factor, w.top) if isinstance(w, PackedWeight) else ()))]
 
 
 def plan_of(x: Tensor, gate_up: Weight, down: Weight, router_logits: Tensor | None, top_k: int,
@@ -128,7 +129,7 @@ def plan_of(x: Tensor, gate_up: Weight, down: Weight, router_logits: Tensor | No
     source = steps.PLAIN[x.dtype]
     recipe = Recipe(source, experts_check.activations(fmt or default_activations(gate_up, source), source, gate_up),
                     kind[0], kind[1], kind[2], router_logits is not None, routing["num_expert_group"] or 1,
-                    gate_up_bias is not None, down_bias is not None, isinstance(gate_up, PackedWeight),
+                    gate_up_bias is not None, down_bias is not None, by_slot(gate_up),
                     shared is not None or shared_output is not None)
     sizes = Sizes(x.shape[0], x.shape[1], down.shape[2], gate_up.shape[0], top_k, max(world, num_experts),
                   0 if shared is None else shared[1].shape[1])
@@ -168,7 +169,7 @@ def plan_for(tokens: int, gate_up: Weights, down: Weights, top_k: int, num_exper
     source = steps.PLAIN[dtype]
     fmt = get_format(activation_format) if activation_format is not None else default_activations(up, source)
     recipe = Recipe(source, experts_check.activations(fmt, source, up), *kind, True, num_expert_group or 1, bias, bias,
-                    isinstance(up, PackedWeight), both is not None)
+                    by_slot(up), both is not None)
     world = num_experts or up.shape[0]
     expect(1 <= top_k <= world, "top_k", top_k, f"in [1, {world}], the number of experts")
     sizes = Sizes(tokens, up.shape[-1], dn.shape[-1], up.shape[0], top_k, world, 0 if both is None else both[1].shape[1])

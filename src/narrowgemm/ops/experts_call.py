@@ -15,7 +15,7 @@ from ..runtime.launch import run
 from . import activate as activate_op
 from . import experts_warm, steps
 from . import gather as gather_op
-from .experts_plan import ExpertsPlan, Weight, default_activations
+from .experts_plan import ExpertsPlan, Weight, by_slot, default_activations
 from .gemm import gemm
 from .grouped import grouped_gemm
 from .quantize import quantize
@@ -59,7 +59,7 @@ class Call:
     def product(self, name: str, a: ScaledTensor, b: Weight, out: Tensor, offsets: Tensor | None = None, **more: Any) -> None:
         groups = 1 if offsets is None else b.shape[0]
         if isinstance(b, PackedWeight):
-            more |= {"packed": b, "factor": b.factor}
+            more |= {"packed": b, "factor": b.factor, "top": b.top}
             b = ScaledTensor(b.data, b.scale, b.format)
             n = more["packed"].n
         else:
@@ -147,7 +147,7 @@ def compose(x: Tensor, gate_up: Weight, down: Weight, *, router_logits: Tensor |
     if shared is not None:
         h = gemm(narrow(x), shared[0], out_dtype=x.dtype, backend=backend)
         shared_output = gemm(activate_op.activate(h, fmt=fmt, **gate), shared[1], out_dtype=x.dtype, backend=backend)
-    if isinstance(gate_up, PackedWeight):
+    if by_slot(gate_up):
         alpha, limit = args or OAI_ARGS
         slots: dict[str, Any] = {"row_map": where.row_map, "top_k": where.top_k, "backend": backend, "out_dtype": x.dtype}
         h = routed_gemm(narrow(x), gate_up, where.layout, a_div=where.top_k, bias=gate_up_bias, activation=name, alpha=alpha,

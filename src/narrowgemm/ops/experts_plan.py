@@ -3,7 +3,7 @@
 T tokens of H, top_k choices, R = T * top_k rows in E groups, I intermediate. Buffers whose lives don't meet share their
 bytes: the quantised rows with the quantised activation, the first product with the second.
 
-Prepacked weights have products that take rows by slot, with the activation and the combine inside them:
+gate_up weights that are prepacked with their pair have products that take rows by slot, activation and combine inside them:
 
     route -> sort -> gate_up with bias and activation -> down with bias, routing weight and the sum over a token's slots
 
@@ -71,7 +71,7 @@ class Recipe:
     groups: int = 1                  # of experts, in routing
     gate_up_bias: bool = False
     down_bias: bool = False
-    packed: bool = False             # weights are prepacked
+    packed: bool = False             # products take rows by slot: see `by_slot`
     added: bool = False              # something is added to the result (shared experts)
 
 
@@ -159,6 +159,11 @@ def activations_for(weights: Format, source: Format) -> Format:
     name = weights.name.split(":")[0].removesuffix("_ue8m0")
     expect(name in DEFAULTS, "format of the weights", weights.name, f"one of {sorted(DEFAULTS)}, mxfp4, bf16")
     return DEFAULTS[name]
+
+
+def by_slot(gate_up: Weight) -> bool:
+    """Whether the products of a layer take rows by slot, with the activation and the combine inside them."""
+    return isinstance(gate_up, PackedWeight) and bool(gate_up.pair)
 
 
 def default_activations(weights: Weight, source: Format) -> Format:

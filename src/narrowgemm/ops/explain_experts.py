@@ -77,13 +77,14 @@ def explain_experts(*, tokens: int, hidden: int, inter: int, experts: int, top_k
 
 
 def packed_operand(w: ScaledTensor, pair: str) -> PackedWeight:
-    """`prepack` without memory."""
+    """`prepack` without memory, of weights whose scales are as near to each other as they usually are."""
     groups, n, k = w.shape
     tiles, chunks = tiles_of(n, pair), -(-k // CHUNK)
     halves = (2,) if w.format.element == "e4m3" else ()
     data = torch.empty((groups, tiles, chunks, *halves, TILE, TILE), dtype=torch.uint8, device="meta")
     scale = torch.empty((groups, tiles, -(-chunks // 2), 4, 8, 4, 2, 2), dtype=torch.uint8, device="meta")
-    return PackedWeight(data, scale, w.format, tuple(w.shape), pair)
+    top = torch.empty((groups, tiles * TILE), dtype=torch.uint8, device="meta") if w.format.element == "e2m1" else None
+    return PackedWeight(data, scale, w.format, tuple(w.shape), pair, top=top)
 
 
 def operand(shape: tuple[int, ...], fmt: Format, dtype: torch.dtype) -> ScaledTensor:
