@@ -6,6 +6,7 @@ memory. How it works: `narrow_prefill_device.py`. It takes what the kernel for f
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -124,6 +125,7 @@ def workspace(problem: Problem, config: Config) -> int:
 # fitted to 23 products on an H100: docs/measured.md
 # by weights: launches, the table, the first bytes, blocks that are idle at the end
 START = {"e2m1": 12.0e-6, "e4m3": 8.0e-6}
+DENSE = 1.0e-6              # seen beside it on dense products of few tiles
 TILE_CLOCKS = 900.0         # of a tile, beyond its K blocks
 EXPAND_CLOCKS = 520.0       # of one K block of two units: no less, however few the tokens
 # of the tensor cores' rate at CLOCK, by most tokens and units of a tile
@@ -157,6 +159,8 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
             entries += count / len(sizes)
     work = experts * -(-problem.n // config.block_n)        # an expert's entries are dealt out one by one
     compute = clocks / CLOCK * max(work / sms, 1.0 / entries)
+    if problem.layout == "dense":       # the tiles are known, so the last wave counts whole
+        compute = clocks / CLOCK / entries * math.ceil(round(work * entries / sms, 3))
     total = slots_expected(problem)
     written = total * problem.n * ITEMSIZE[problem.out_dtype]
     weights = experts * -(-problem.n // ROWS) * chunks * ROWS * (CHUNK * problem.b.format.elem.bits / 8 + 4)
@@ -164,7 +168,8 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     memory = (weights + 2 * written + 2.0 * total * problem.k) / (rate * EFFICIENCY[element][config.block_m])
     gather = 2 * 2.0 * total * problem.k / (rate * COPY)
     combine = 3 * 4.0 * total * problem.n / (rate * COPY) if problem.epilogue.combine else 0.0
-    return START[element] + (compute**_POWER + memory**_POWER) ** (1 / _POWER) + gather + combine
+    start = START[element] + (DENSE if problem.layout == "dense" else 0.0)
+    return start + (compute**_POWER + memory**_POWER) ** (1 / _POWER) + gather + combine
 
 
 # ---------------------------------------------------------------- launch
