@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ....arch import Arch
 from ....problem import Config, Problem
+from . import narrow_dense_model
 from .narrow_tile import CHUNK, ITEMSIZE, ROWS, extra
 
 START = 8.0e-6               # two launches, the table, the first bytes, the pieces' sums
@@ -49,6 +50,8 @@ def entries_expected(problem: Problem, tokens: int) -> float:
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds."""
+    if problem.layout == "dense" and problem.b.format.element == "e4m3":
+        return narrow_dense_model.estimate(problem, config, arch)
     sms = min(arch.sms, problem.max_sms or arch.sms)
     ctas = extra(config, "ctas", 1)
     chunks = -(-problem.k // CHUNK)

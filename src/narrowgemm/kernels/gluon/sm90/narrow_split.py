@@ -12,7 +12,7 @@ from ....arch import Arch
 from ....problem import Config, Problem
 from .narrow_tile import CHUNK, chunks_of, extra
 
-PIECES = (8, 4, 2)
+PIECES = (8, 4)
 
 
 def ring_steps(problem: Problem, config: Config) -> int:
