@@ -87,6 +87,26 @@ def fused(timer: GraphTimer) -> list[dict]:
     return rows
 
 
+def both_ways(timer: GraphTimer) -> list[dict]:
+    """`quantize_both` of 8 groups. `of_copy` against a copy of what one read and two writes move; `of_bound`: where the maxima take
+    a read of their own, against a copy of that too."""
+    rows = []
+    for m, k in ((16384, 7168), (32768, 2048)):
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        offsets = torch.arange(9, device="cuda") * (m // 8)
+        target, scale = torch.empty_like(x), torch.ones(1, device="cuda")
+        for name, given in (*((f, None) for f in ("fp8_1x128", "fp8_1x128_ue8m0", "fp8_row", "fp8_tensor")), ("fp8_tensor", scale)):
+            times = timer.measure({"ours": lambda x=x, n=name, o=offsets, s=given: ng.quantize_both(x, n, o, scale=s),
+                                   "copy": lambda x=x, t=target: t.copy_(x)})
+            ours, copy = times["ours"].us, times["copy"].us
+            bound = copy * (1.5 if name in ("fp8_row", "fp8_tensor") and given is None else 1.0)
+            rows.append({"format": name, "given": given is not None, "m": m, "k": k, "us": ours, "copy_us": copy,
+                         "of_copy": copy / ours, "of_bound": bound / ours})
+            print(f"both {name:16s}{' given' if given is not None else '':6s} {m:6d} x {k}: {ours:7.1f} us, copy {copy:7.1f} us, "
+                  f"{copy / ours:.2f} of copy, {bound / ours:.2f} of the bound", flush=True)
+    return rows
+
+
 def host_us(call: Callable[[], object], batch: int = 50, rounds: int = 40) -> float:
     """CPU microseconds a call, the best of the rounds."""
     for _ in range(20):
@@ -168,7 +188,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--json", type=Path)
     parser.add_argument("--commit", default="")
-    parser.add_argument("--only", choices=("launches", "quantisation", "fused"))
+    parser.add_argument("--only", choices=("launches", "quantisation", "both", "fused"))
     parser.add_argument("--stub", action="store_true",
                         help="with no GPU: calls on CPU tensors, planned for an H200, with a C launcher that does nothing")
     args = parser.parse_args()
@@ -187,6 +207,8 @@ def main() -> None:
         doc["launches"] = launches(device)
     if args.only in (None, "quantisation") and not args.stub:
         doc["quantisation"] = quantisation(GraphTimer(torch.device("cuda"), rounds=5))
+    if args.only in (None, "both") and not args.stub:
+        doc["quantize_both"] = both_ways(GraphTimer(torch.device("cuda"), rounds=5))
     if args.only in (None, "fused") and not args.stub:
         doc["fused"] = fused(GraphTimer(torch.device("cuda"), rounds=5))
     if args.json:

@@ -342,17 +342,21 @@ def tma_load(desc: Descriptor, at: list[Any], bar: Barrier, out: Shared) -> None
     _run().submit(move)
 
 
-def tma_store(desc: Descriptor, at: list[Any], src: Shared) -> None:
+def tma_store(desc: Descriptor, at: list[Any], src: Shared, add: bool = False) -> None:
     assert list(src.a.shape) == desc.box and src.dtype is desc.dtype
     inside, boxed = desc.windows(at)
     done = threading.Event()
     _local.stores.append(done)
 
     def move() -> None:
-        desc.a[inside] = src.a[boxed]
+        desc.a[inside] = src.a[boxed] + (desc.a[inside] if add else 0)
         done.set()
 
     _run().submit(move)
+
+
+def tma_add(desc: Descriptor, at: list[Any], src: Shared) -> None:
+    tma_store(desc, at, src, add=True)
 
 
 def store_wait(pending: int) -> None:
@@ -552,7 +556,7 @@ def load_device_module(name: str) -> types.ModuleType:
     package.__path__ = [str(Path(sm90.__file__).parent)]
     shim = types.ModuleType("_emulated_sm90.shim")
     shim.__dict__.update(
-        tma_load=tma_load, tma_store=tma_store, block_barrier=lambda: None,
+        tma_load=tma_load, tma_store=tma_store, tma_add=tma_add, block_barrier=lambda: None,
         view_as=lambda buf, dtype, n, rows, cols, layout: buf.view(dtype, [n, rows, cols]),
         view_rows=lambda buf, dtype, n, cols, layout: buf.view(dtype, [n, cols]),
         view_boxes=lambda buf, dtype, n, rows, cols, layout: buf.view(dtype, [n, 1, rows, cols]))

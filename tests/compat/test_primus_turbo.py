@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+import narrowgemm as ng
 from narrowgemm import Unsupported
 from narrowgemm.compat.primus_turbo import (
     Float8QuantConfig,
@@ -92,6 +93,45 @@ def test_scaled_grouped_mm() -> None:
     assert calc_diff(dw, torch.stack([p @ q for p, q in zip(x.float().split(LENS, 1), y.float().split(LENS))])) < 1e-6
 
 
+def test_scaled_grouped_mm_of_stacked_operands() -> None:
+    """3-D x 2-D, whose columns are grouped, and 3-D x 3-D; MXFP8; the arguments in torch's order."""
+    ends, g = torch.tensor(LENS).cumsum(0).to(torch.int32), len(LENS)
+    a, b = torch.randn(g, N, K).to(torch.float8_e4m3fn), torch.randn(sum(LENS), K).to(torch.float8_e4m3fn)
+    sa, sb = torch.rand(g, N) + 0.5, torch.rand(sum(LENS)) + 0.5
+    out = scaled_grouped_mm(a, b.T, sa, "RowWise", sb, "RowWise", offs=ends, output_dtype=torch.float32)
+    want = torch.cat([p * s[:, None] @ q.T for p, s, q in zip(a.float(), sa, (b.float() * sb[:, None]).split(LENS))], 1)
+    assert out.shape == (N, sum(LENS)) and calc_diff(out, want) < 1e-6
+    w, sw = torch.randn(g, 48, K).to(torch.float8_e4m3fn), torch.rand(g, 48) + 0.5
+    out = scaled_grouped_mm(a, w.transpose(1, 2), sa, "RowWise", sw, "RowWise", None, None, None, None, torch.float32, (-1, -2), False)
+    assert calc_diff(out, (a.float() * sa[..., None]) @ (w.float() * sw[..., None]).mT) < 1e-6
+    x, q = (ng.quantize(torch.randn(*s, K), "mxfp8") for s in ((sum(LENS),), (g, 48)))
+    out = scaled_grouped_mm(x.data, q.data.mT, x.scale.view(torch.float8_e8m0fnu), "BlockWise1x32", q.scale, "BlockWise1x32", offs=ends,
+                            output_dtype=None)
+    want = torch.cat([p @ v.T for p, v in zip(x.dequantize().split(LENS), q.dequantize())])
+    assert out.dtype == torch.bfloat16 and calc_diff(out.float(), want) < 5e-6
+
+
+def test_scaled_grouped_mm_with_scales_of_each_group() -> None:
+    """torch's own convention for two 2-D operands, and by the native op, tensor-wise too."""
+    ends = torch.tensor(LENS).cumsum(0).to(torch.int32)
+    x, y = torch.randn(N, sum(LENS)).to(torch.float8_e4m3fn), torch.randn(sum(LENS), K).to(torch.float8_e4m3fn)
+    sx, sy = torch.rand(len(LENS), N) + 0.5, torch.rand(len(LENS), K) + 0.5
+    parts = [p @ q for p, q in zip(x.float().split(LENS, 1), y.float().split(LENS))]
+    want = torch.stack([p * s[:, None] * t for p, s, t in zip(parts, sx, sy)])
+    for backend_scales in ((sx.flatten(), sy.flatten()), ([sx.flatten()], [sy.flatten()])):
+        got = scaled_grouped_mm(x, y, backend_scales[0], "RowWise", backend_scales[1], ["RowWise"], offs=ends, output_dtype=torch.float32)
+        assert calc_diff(got, want) < 1e-6
+    layout = ng.KGrouped(torch.nn.functional.pad(ends, (1, 0)))
+    a = ng.ScaledTensor(x, sx[:, :1, None].contiguous(), ng.FP8_TENSOR)
+    b = ng.ScaledTensor(y.T, sy[:, :1, None].contiguous(), ng.FP8_TENSOR)
+    got = ng.grouped_gemm_wgrad(a, b, layout)
+    assert calc_diff(got, torch.stack([p * s[0] * t[0] for p, s, t in zip(parts, sx, sy)])) < 1e-6
+    with pytest.raises(ValueError, match="scale shape"):
+        ng.grouped_gemm_wgrad(ng.ScaledTensor(x, a.scale[:2], a.format), b, layout)
+    with pytest.raises(TypeError, match="float32"):
+        scaled_grouped_mm(x, y, sx.flatten().double(), "RowWise", sy.flatten(), "RowWise", offs=ends)
+
+
 def test_refusals() -> None:
     a, b, lens = torch.randn(8, 32).bfloat16(), torch.randn(1, 16, 32).bfloat16(), torch.tensor([8])
     for config in (Float8QuantConfig(block_size=64), Float8QuantConfig(scale_dtype=torch.float16)):
@@ -107,6 +147,10 @@ def test_refusals() -> None:
     for change in (dict(bias=one), dict(swizzle_a="SWIZZLE_32_4_4")):
         with pytest.raises(Unsupported):
             scaled_grouped_mm(f8, f8.T, one, "RowWise", one, "RowWise", offs=lens.int(), **change)
+    with pytest.raises(Unsupported, match="contraction_dim"):
+        scaled_grouped_mm(f8, f8.T, one, "RowWise", one, "RowWise", offs=lens.int(), contraction_dim=(0, 1))
+    with pytest.raises(ValueError, match="dimensions"):
+        scaled_grouped_mm(f8[0], f8.T, one, "RowWise", one, "RowWise", offs=lens.int())
     with pytest.raises(Unsupported, match="BlockWise1x16"):
         scaled_grouped_mm(f8, f8.T, one, "BlockWise1x16", one, "RowWise", offs=lens.int())
     with pytest.raises(ValueError, match="offs"):

@@ -138,7 +138,8 @@ def plan_of(offsets: list[int], groups: int, tiles: int, most: int = 1 << 30) ->
 
 @pytest.mark.parametrize("name, options", [
     *((t, {}) for t in TILES), ("128x192", dict(ACCUMULATE=True)), ("128x128", dict(SPLIT=True)), ("128x192", dict(SPLIT=True)),
-    ("128x128", dict(BLOCKS=True, PROMOTE=0)), ("64x256", dict(BLOCKS=True, PROMOTE=0, SPLIT=True, ACCUMULATE=True))])
+    ("128x128", dict(BLOCKS=True, PROMOTE=0)),
+    ("64x256", dict(BLOCKS=True, PROMOTE=0, SPLIT=True, ACCUMULATE=True))])
 def test_weight_gradient(wgrad_device, name: str, options: dict) -> None:
     """Groups of any length, empty ones too, shorter than their segments; NaN behind the last one; tiles cut along K."""
     rng = np.random.default_rng(1)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import narrowgemm as ng
+from narrowgemm.arch import detect
 from narrowgemm.formats import FP8_ROW, FP8_TENSOR, Format, FP8_1x128, FP8_128x128, ScaledTensor
 from narrowgemm.ops.quantize_both import Both, quantize_both
 
@@ -47,8 +48,18 @@ def offsets_of(sizes: list[int], device: str, first: int = 0, dtype: torch.dtype
     return torch.tensor([first, *sizes], device=device).cumsum(0).to(dtype)
 
 
+def hopper_takes(x: torch.Tensor, fmt: Format) -> bool:
+    """Whether the kernel of Hopper's own computes it here: it is not interpreted."""
+    return x.is_cuda and detect(x.device).target == "sm90" and fmt.group in ((1, 128), (1, 0))
+
+
 def check(x: torch.Tensor, fmt: Format, offsets: torch.Tensor | None = None, **options) -> Both:
-    got, want = (quantize_both(x, fmt, offsets, backend=b, **options) for b in ("triton", "reference"))
+    backends = ("triton", "gluon_sm90") if hopper_takes(x, fmt) and not options else ("triton",)
+    return [check_one(x, fmt, offsets, b, **options) for b in backends][-1]
+
+
+def check_one(x: torch.Tensor, fmt: Format, offsets: torch.Tensor | None, backend: str, **options) -> Both:
+    got, want = (quantize_both(x, fmt, offsets, backend=b, **options) for b in (backend, "reference"))
     if offsets is None:
         equal(got.rows, want.rows)
         equal(got.columns, want.columns)
@@ -83,6 +94,15 @@ def test_copies_hold_what_quantize_gives(on, fmt):
             error = (dense[:, at : at + size] - part).norm() / part.norm()
             assert error < (0.04 if fmt.element == "e4m3" else 0.08)
         start += size
+
+
+@pytest.mark.parametrize("fmt", [FP8_ROW, FP8_1x128, FP8_1x128.with_scale("e8m0")], ids=lambda f: f.name)
+def test_what_is_not_finite(on, fmt):
+    """NaN and infinity make their own blocks NaN, along the rows and along the columns, and never the fill of a segment."""
+    x = sample(sum(SIZES), 200, device=on)
+    x[130, 7], x[140, 150], x[1, 3], x[170, 9] = float("nan"), -float("inf"), float("inf"), 1e-30
+    both = check(x, fmt, offsets_of(SIZES, on))
+    assert not both.columns.data[:, 3:128].float().any() and both.rows.data[130].float().isnan().any()
 
 
 def test_rows_outside_the_groups(on):
@@ -126,7 +146,8 @@ def test_bad_sizes_stay_inside(on):
     """Sizes that lie are clamped: nothing outside the tensors is touched, and what fits is right."""
     x = sample(100, 128, device=on)
     for bad in ([-5, 50, 300], [0, 90, 20, 100], [200, 300, 400]):
-        both = quantize_both(x, FP8_1x128, torch.tensor(bad, device=on), backend="triton")
+        backend = "gluon_sm90" if hopper_takes(x, FP8_1x128) else "triton"
+        both = quantize_both(x, FP8_1x128, torch.tensor(bad, device=on), backend=backend)
         assert 0 <= int(both.layout.offsets[-1]) <= both.columns.shape[1]
 
 
@@ -167,3 +188,13 @@ def test_compiles_for_every_target(target):
     assert {"segments_kernel", "zero_kernel", "amax_kernel", "both_kernel"} == {r["kernel"] for r in reports}
     for r in reports:
         assert r["spills"] == 0 and r["shared"] <= 32768, r
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("triton", ["oldest", pytest.param("newest", marks=pytest.mark.slow)])
+def test_hopper_kernels_compile(triton):
+    """No spills, and two blocks an SM."""
+    reports = compile_jobs("sm90", "tests.kernels.gluon_sm90_quantize_both_jobs:jobs", triton=triton)
+    assert {"segments_kernel", "zero_kernel", "amax_kernel", "both_kernel"} == {r["kernel"] for r in reports}
+    for r in reports:
+        assert r["spills"] == 0 and r["shared"] <= 32768 and r["registers"] <= 128, r

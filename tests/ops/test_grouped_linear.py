@@ -68,6 +68,32 @@ def test_weight_quantised_once(recipe: str) -> None:
         grouped_linear(x, w[:, :64], lens, recipe=recipe, quantized=q)
 
 
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_weight_without_a_master(recipe: str) -> None:
+    """Quantised weights alone: the same values and input gradients; their own gradient goes to `main_grad`, or nowhere."""
+    x, w, lens = inputs()
+    q = quantize_weight(w, recipe)
+    dy = torch.randn(sum(LENS), N).bfloat16()
+    y = grouped_linear(x, w, lens, recipe=recipe)
+    y.backward(dy)
+    for main in (None, torch.zeros(w.shape)):
+        x2 = x.detach().clone().requires_grad_()
+        y2 = grouped_linear(x2, q, lens, recipe=recipe, main_grad=main)
+        y2.backward(dy)
+        assert torch.equal(y, y2) and torch.equal(x.grad, x2.grad)
+        if main is not None:
+            assert calc_diff(main, w.grad.float()) < 5e-6
+    x2 = x.detach().clone().requires_grad_()
+    f = lambda a: grouped_linear(a, q, lens, recipe=recipe)  # noqa: E731
+    y2 = torch.compile(f, fullgraph=True, backend="aot_eager")(x2)
+    y2.backward(dy)
+    assert torch.equal(y, y2) and torch.equal(x.grad, x2.grad)
+    with pytest.raises(ValueError, match="requires_grad"):
+        grouped_linear(x.detach(), q, lens, recipe=recipe, main_grad=torch.zeros(w.shape))
+    with pytest.raises(ValueError, match="quantize_weight"):
+        grouped_linear(x, quantize_weight(w, "tensorwise" if recipe == "rowwise" else "rowwise"), lens, recipe=recipe)
+
+
 def test_main_grad_is_added_to() -> None:
     x, w, lens = inputs()
     main = torch.ones(w.shape)
@@ -96,6 +122,29 @@ def test_checkpointing_gives_the_same() -> None:
     x2, w2, _ = inputs()
     checkpoint(f, x2, w2, use_reentrant=False).sum().backward()
     assert torch.equal(x.grad, x2.grad) and torch.equal(w.grad, w2.grad)
+
+
+@pytest.mark.parametrize("scaling", ["current", "delayed"])
+def test_checkpointed_and_compiled_with_either_scaling(scaling: str) -> None:
+    """Tensor-wise, E4M3 x E5M2 gradients: the recomputed forward takes the same scales, and so gives the same bits."""
+    dy = torch.randn(sum(LENS), N).bfloat16()
+    grads = []
+    for how in ("plain", "checkpointed", "compiled"):
+        x, w, lens = inputs()
+        scales = None
+        if scaling == "delayed":
+            scales = (x.detach().abs().max().float() / 448).reshape(1), (dy.abs().max().float() / 57344).reshape(1)
+        f = lambda a, b: grouped_linear(a, b, lens, recipe="tensorwise", grads="e5m2", scales=scales)  # noqa: E731, B023
+        if how == "checkpointed":
+            y = checkpoint(f, x, w, use_reentrant=False)
+        else:
+            y = f(x, w) if how == "plain" else torch.compile(f, fullgraph=True, backend="aot_eager")(x, w)
+        y.backward(dy)
+        grads.append((y.detach(), x.grad, w.grad))
+    for other in grads[1:]:
+        assert all(torch.equal(p, q) for p, q in zip(grads[0], other))
+    want = reference(*inputs()[:2], dy)
+    assert all(calc_diff(p.float(), q) < 1.1 * LIMIT["e5m2"] for p, q in zip(grads[0], want))
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

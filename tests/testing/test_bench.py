@@ -53,6 +53,7 @@ def test_a_result_has_every_row_and_every_column(whole: Path) -> None:
         assert r["error"] is None and r["us"] > 0
         assert r["peer"] is None or r["ratio"] == pytest.approx(r["peer_us"] / r["us"], abs=1e-3, rel=1e-3)
         assert r["calc_diff"] <= 5e-6 and r["recipe_diff"] <= 2e-3
+        assert r["calc_diff"] == 0 or (r["snr_db"] >= 50 and 23 <= r["recipe_snr_db"] < r["snr_db"])
     peers = {r["peer"] for r in data["rows"]}
     assert peers == {"torch_bf16", "floor", None}  # None: cases of no rows, which nobody is compared on
     assert len(whole.with_suffix(".csv").read_text().splitlines()) == len(data["rows"]) + 1

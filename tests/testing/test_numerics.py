@@ -17,6 +17,7 @@ from narrowgemm.testing.numerics import (
     check_gates,
     check_kernel,
     check_recipe,
+    decibel,
     recipe_gate,
     slack,
     snr_db,
@@ -38,6 +39,7 @@ def test_one_rounding_to_bf16_is_what_the_kernel_gate_leaves_room_for() -> None:
     d = calc_diff(x.bfloat16(), x)
     assert 1.2e-6 < d < 1.6e-6 < KERNEL_GATE["bf16"]
     assert snr_db(x.bfloat16(), x) == pytest.approx(-10 * math.log10(2 * d))
+    assert decibel(5e-6) == pytest.approx(50) and decibel(1e-3) == pytest.approx(27, abs=0.1) and decibel(0.0) == math.inf
     assert snr_db(x, x) == INF
 
 

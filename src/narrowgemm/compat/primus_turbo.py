@@ -87,8 +87,8 @@ def grouped_gemm_fp8_variable_k_tensorwise_flydsl_kernel(lhs: Tensor, rhs: Tenso
                                                          num_cu: int = -1) -> Tensor:
     """`out [G, OUT_M, OUT_N]`, `out[g] = lhs[rows of g].T @ rhs[rows of g] * lhs_scale * rhs_scale`; zero for an empty group.
 
-    lhs: FP8 `[M_total, OUT_M]`, rhs `[M_total, OUT_N]`. These run on the portable kernel: Hopper's tensor cores take FP8 with the
-    contracted axis contiguous, as `narrowgemm.quantize_both` writes it for `grouped_gemm_wgrad`.
+    lhs: FP8 `[M_total, OUT_M]`, rhs `[M_total, OUT_N]`. Hopper's tensor cores take FP8 with the contracted axis contiguous:
+    the kernel turns both in a workspace first. `narrowgemm.quantize_both` writes what `grouped_gemm_wgrad` takes without that.
     """
     return grouped_gemm_wgrad(_scaled(lhs.T, lhs_scale), _scaled(rhs.T, rhs_scale), KGrouped(group_offs), out_dtype=out_dtype,
                               max_sms=_sms(num_cu))

@@ -30,6 +30,7 @@ MODULES: tuple[str, ...] = (
     "gluon.sm90.fp8_wide",
     "gluon.sm90.fp8_scaled",
     "gluon.sm90.fp8_wgrad",
+    "gluon.sm90.quantize_both",
     "gluon.sm90.narrow",
     "gluon.sm90.narrow_prefill",
     "gluon.sm90.fold",

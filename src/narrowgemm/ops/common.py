@@ -211,8 +211,9 @@ class PlanCache:
         return next(reversed(self._known.values()))
 
 
-def check_operand(x: ScaledTensor, name: str, shape: str, dims: int) -> None:
-    """Payload and scale agree with the format and with each other, in dtype, shape, device and strides."""
+def check_operand(x: ScaledTensor, name: str, shape: str, dims: int, groups: int = 0) -> None:
+    """Payload and scale agree with the format and with each other, in dtype, shape, device and strides. `groups`: scales that don't
+    run along K may be there once for each of so many groups."""
     expect(isinstance(x.format, Format), f"{name}.format", type(x.format).__name__, "a Format", error=TypeError)
     fmt = x.format
     expect(x.data.dtype == fmt.elem.dtype, f"{name} ({fmt.name}), dtype", x.data.dtype, str(fmt.elem.dtype), error=TypeError)
@@ -228,14 +229,15 @@ def check_operand(x: ScaledTensor, name: str, shape: str, dims: int) -> None:
            "float32, or uint8 with E8M0 codes: ScaledTensor.make converts", error=TypeError)
     expect(x.scale.dtype == torch.float32 or fmt.scale == "e8m0", f"{name} ({fmt.name}): scale dtype", x.scale.dtype,
            "float32", error=TypeError)
-    expect(tuple(x.scale.shape) == want, f"{name} ({fmt.name}) of shape {tuple(x.shape)}: scale shape",
+    each = groups > 0 and fmt.group[1] == 0 and tuple(x.scale.shape) == (groups, *want)
+    expect(each or tuple(x.scale.shape) == want, f"{name} ({fmt.name}) of shape {tuple(x.shape)}: scale shape",
            tuple(x.scale.shape), f"{want}: ScaledTensor.make takes other layouts")
     expect(x.scale.device == x.data.device, f"{name}: scale device", x.scale.device, f"the payload's, {x.data.device}")
 
 
-def check_pair(a: ScaledTensor, b: ScaledTensor, a_shape: str, b_shape: str, a_dims: int, b_dims: int) -> None:
-    check_operand(a, "a", a_shape, a_dims)
-    check_operand(b, "b", b_shape, b_dims)
+def check_pair(a: ScaledTensor, b: ScaledTensor, a_shape: str, b_shape: str, a_dims: int, b_dims: int, groups: int = 0) -> None:
+    check_operand(a, "a", a_shape, a_dims, groups)
+    check_operand(b, "b", b_shape, b_dims, groups)
     expect(a.device == b.device, "b, device", b.device, f"a's, {a.device}")
     expect(a.shape[-1] == b.shape[-1], "K of b", f"{b.shape[-1]} (b is {tuple(b.shape)})",
            f"a's, {a.shape[-1]} (a is {tuple(a.shape)})")

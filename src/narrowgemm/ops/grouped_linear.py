@@ -48,13 +48,14 @@ def quantize_weight(w: Tensor, recipe: str = "block", element: str = "e4m3") -> 
     return quantize_both(w, _recipe(recipe, element)[1])
 
 
-def grouped_linear(x: Tensor, w: Tensor, group_lens: Tensor | None = None, *, group_offs: Tensor | None = None,
+def grouped_linear(x: Tensor, w: Tensor | Both, group_lens: Tensor | None = None, *, group_offs: Tensor | None = None,
                    recipe: str = "block", element: str = "e4m3", grads: str = "", quantized: Both | None = None,
                    scales: tuple[Tensor, Tensor] | None = None, main_grad: Tensor | None = None,
                    fast_accum: bool = False, max_sms: int = 0) -> Tensor:
     """`y [T, N]` with `y[rows of g] = x[rows of g] . w[g]^T`, in x's dtype. Differentiable in x and w.
 
-    x: `[T, K]` BF16, FP16 or FP32. w: `[G, N, K]`, the master weight, of any of these dtypes.
+    x: `[T, K]` BF16, FP16 or FP32. w: `[G, N, K]`, the master weight, of any of these dtypes; or what `quantize_weight` made of
+        one that isn't there any more: w's gradient then has nowhere to go but `main_grad`, and x must require one for it.
     group_lens: int32 / int64 `[G]`, rows of each group, or group_offs `[G + 1]`, their exclusive prefix sum; on the device, any
         sizes, empty groups too; every row belongs to a group. An empty group's gradient is zero.
     recipe: 'tensorwise' (one scale), 'rowwise' (one a row, of each copy along its own axis) or 'block' (1x128 activations and
@@ -69,9 +70,14 @@ def grouped_linear(x: Tensor, w: Tensor, group_lens: Tensor | None = None, *, gr
     fx, fw = _recipe(recipe, element)
     grads = grads or element
     expect(grads in ELEMENTS, "grads", repr(grads), f"one of {ELEMENTS}")
-    expect(isinstance(x, Tensor) and isinstance(w, Tensor), "x and w", f"{type(x).__name__} and {type(w).__name__}", "tensors",
-           error=TypeError)
+    expect(isinstance(x, Tensor) and isinstance(w, (Tensor, Both)), "x and w", f"{type(x).__name__} and {type(w).__name__}",
+           "tensors, or a quantised weight", error=TypeError)
     expect(x.dim() == 2, "x, shape", tuple(x.shape), "[T, K]")
+    master = w if isinstance(w, Tensor) else None
+    if isinstance(w, Both):
+        expect(quantized is None or quantized is w, "quantized with a quantised w", "another one", "None")
+        quantized = w
+        w = quantized.rows.data
     expect(w.dim() == 3 and w.shape[2] == x.shape[1], "w, shape", tuple(w.shape), f"[G, N, {x.shape[1]}]")
     expect((group_lens is None) != (group_offs is None), "group_lens and group_offs", "both or none", "one of them")
     offsets = group_offs if group_offs is not None else _offsets(group_lens)
@@ -81,18 +87,21 @@ def grouped_linear(x: Tensor, w: Tensor, group_lens: Tensor | None = None, *, gr
     how = How(fx.name, fx.with_element(grads).name, fast_accum, max_sms)
     if quantized is None:
         quantized = quantize_both(w, fw)
+    quiet = master is not None or main_grad is None or x.requires_grad or not torch.is_grad_enabled()
+    expect(quiet, "x with a quantised w and main_grad", "no gradient asked for", "requires_grad: main_grad is filled on its way")
     expect(quantized.rows.format == fw and quantized.rows.shape == w.shape, "quantized", f"{quantized.rows.format.name} "
            f"{tuple(quantized.rows.shape)}", f"quantize_weight(w, {recipe!r}, {element!r})")
     sx, sdy = scales or (None, None)
     r, c = quantized.rows, quantized.columns
     if torch.compiler.is_compiling():
         expect(main_grad is None, "main_grad under torch.compile", "a tensor", "None")
-        return torch.ops.narrowgemm.grouped_linear(x, w, r.data, r.scale, c.data, c.scale, offsets, sx, sdy, how.x, how.dy, fw.name,
-                                                   fast_accum, max_sms, w.requires_grad)[0]
+        keep = master is not None and master.requires_grad
+        return torch.ops.narrowgemm.grouped_linear(x, master, r.data, r.scale, c.data, c.scale, offsets, sx, sdy, how.x, how.dy,
+                                                   fw.name, fast_accum, max_sms, keep)[0]
     if main_grad is not None:
         expect(main_grad.dtype == torch.float32 and main_grad.shape == w.shape, "main_grad",
                f"{main_grad.dtype} {tuple(main_grad.shape)}", f"torch.float32 {tuple(w.shape)}")
-    return _GroupedLinear.apply(x, w, r, c, offsets, sx, sdy, how, main_grad)
+    return _GroupedLinear.apply(x, master, r, c, offsets, sx, sdy, how, main_grad)
 
 
 def _recipe(recipe: str, element: str) -> tuple[Format, Format]:
@@ -126,14 +135,15 @@ def weight_gradient(dy: Both, x: ScaledTensor, layout: KGrouped, out: Tensor | N
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor, rows: ScaledTensor, columns: ScaledTensor, offsets: Tensor, sx: Tensor | None,
-                sdy: Tensor | None, how: How, main_grad: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w: Tensor | None, rows: ScaledTensor, columns: ScaledTensor, offsets: Tensor,
+                sx: Tensor | None, sdy: Tensor | None, how: How, main_grad: Tensor | None) -> Tensor:
         y, q = forward(x, rows, offsets, sx, how)
         assert q.layout is not None
-        keep = q.columns if ctx.needs_input_grad[1] else None
+        ctx.wants_w = ctx.needs_input_grad[1] or (w is None and main_grad is not None)
+        keep = q.columns if ctx.wants_w else None
         ctx.save_for_backward(offsets, q.layout.offsets, columns.data, columns.scale, sdy, keep and keep.data, keep and keep.scale)
         ctx.formats, ctx.how, ctx.main_grad = (q.columns.format, columns.format), how, main_grad
-        ctx.dtypes = x.dtype, w.dtype
+        ctx.dtypes = x.dtype, x.dtype if w is None else w.dtype
         return y
 
     @staticmethod
@@ -144,27 +154,27 @@ class _GroupedLinear(torch.autograd.Function):
         dx = dw = None
         if ctx.needs_input_grad[0]:
             dx = input_gradient(q, ScaledTensor(wt, wts, ctx.formats[1]), offsets, ctx.dtypes[0], how)
-        if ctx.needs_input_grad[1]:
+        if ctx.wants_w:
             dw = weight_gradient(q, ScaledTensor(xt, xts, ctx.formats[0]), KGrouped(seg, 128), ctx.main_grad, ctx.dtypes[1], how)
             dw = None if ctx.main_grad is not None else dw
         return dx, dw, None, None, None, None, None, None, None
 
 
 # ---------------------------------------------------------------- the same as ops of torch, for torch.compile
-def _forward_op(x: Tensor, w: Tensor, wq: Tensor, wqs: Tensor, wt: Tensor, wts: Tensor, offsets: Tensor, sx: Tensor | None,
+def _forward_op(x: Tensor, w: Tensor | None, wq: Tensor, wqs: Tensor, wt: Tensor, wts: Tensor, offsets: Tensor, sx: Tensor | None,
                 sdy: Tensor | None, fx: str, fdy: str, fw: str, fast_accum: bool, max_sms: int, keep: bool) -> tuple[Tensor, ...]:
     y, q = forward(x, ScaledTensor(wq, wqs, get_format(fw)), offsets, sx, How(fx, fdy, fast_accum, max_sms))
     assert q.layout is not None and q.columns.scale is not None
     return y, q.columns.data, q.columns.scale, q.layout.offsets
 
 
-def _forward_fake(x: Tensor, w: Tensor, wq: Tensor, wqs: Tensor, wt: Tensor, wts: Tensor, offsets: Tensor, sx: Tensor | None,
+def _forward_fake(x: Tensor, w: Tensor | None, wq: Tensor, wqs: Tensor, wt: Tensor, wts: Tensor, offsets: Tensor, sx: Tensor | None,
                   sdy: Tensor | None, fx: str, fdy: str, fw: str, fast_accum: bool, max_sms: int, keep: bool) -> tuple[Tensor, ...]:
     from .quantize_both import _allocate
 
     _, columns, seg = _allocate(x, get_format(fx), offsets, sx)
     assert columns.scale is not None and seg is not None
-    return x.new_empty((x.shape[0], w.shape[1])), columns.data, columns.scale, seg
+    return x.new_empty((x.shape[0], wq.shape[1])), columns.data, columns.scale, seg
 
 
 def _backward_op(dy: Tensor, wt: Tensor, wts: Tensor, offsets: Tensor, sdy: Tensor | None, xt: Tensor, xts: Tensor, seg: Tensor,
@@ -190,7 +200,7 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
     x, w, _, _, wt, wts, offsets, _, sdy, fx, fdy, fw, fast_accum, max_sms, keep = inputs
     _, xt, xts, seg = output
     ctx.save_for_backward(wt, wts, offsets, sdy, xt, xts, seg)
-    ctx.arguments = fx, fdy, fw, fast_accum, max_sms, dtype_name(x.dtype), dtype_name(w.dtype), keep
+    ctx.arguments = fx, fdy, fw, fast_accum, max_sms, dtype_name(x.dtype), dtype_name((x if w is None else w).dtype), keep
     ctx.set_materialize_grads(False)
 
 
@@ -202,7 +212,7 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
     return dx, dw if ctx.arguments[-1] else None, *(None, ) * 13
 
 
-LIBRARY.define("grouped_linear(Tensor x, Tensor w, Tensor wq, Tensor wqs, Tensor wt, Tensor wts, Tensor offsets, Tensor? sx, "
+LIBRARY.define("grouped_linear(Tensor x, Tensor? w, Tensor wq, Tensor wqs, Tensor wt, Tensor wts, Tensor offsets, Tensor? sx, "
                "Tensor? sdy, str fx, str fdy, str fw, bool fast_accum, int max_sms, bool keep) -> (Tensor, Tensor, Tensor, Tensor)")
 LIBRARY.impl("grouped_linear", _forward_op, "CompositeExplicitAutograd")
 LIBRARY.define("grouped_linear_backward(Tensor dy, Tensor wt, Tensor wts, Tensor offsets, Tensor? sdy, Tensor xt, Tensor xts, "

@@ -24,7 +24,8 @@ def grouped_gemm_wgrad(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, layou
     """`out[g] [M, N] = A[:, ks] . B[:, ks]^T` over the columns ks of group g. An empty group gives zero.
 
     a: `[M, K_total]`, b: `[N, K_total]`; gradients stored `[K_total, M]` come as their transpose, a view. Scales: 1x128 along
-        K, taken by absolute column (column k has scale k // 128 whatever the groups), row-wise, tensor-wise.
+        K, taken by absolute column (column k has scale k // 128 whatever the groups), row-wise, tensor-wise; these two also with
+        scales of each group's own, `[G, M, 1]` or `[G, 1, 1]`.
     layout: where groups start at multiples of 128 and the gaps between them hold zeros (`quantize_both` writes that), say so by
         its `alignment`: Hopper's kernel needs it.
     out: `[G, M, N]`, FP32 by default. accumulate: add to `out` (a main gradient).
@@ -63,7 +64,7 @@ def plan_of(a: ScaledTensor, b: ScaledTensor, layout: KGrouped, out: Tensor | No
             options: Options) -> Plan | None:
     """Check the call and select its Plan; None where there is nothing to compute."""
     options.check()
-    common.check_pair(a, b, "[M, K_total]", "[N, K_total]", 2, 2)
+    common.check_pair(a, b, "[M, K_total]", "[N, K_total]", 2, 2, layout.num_groups)
     expect(layout.offsets.device == a.device, "k_grouped offsets, device", layout.offsets.device, f"the operands', {a.device}")
     shape = (layout.num_groups, a.shape[0], b.shape[0])
     common.check_out(out, shape, dtype, a.device, accumulate)

@@ -78,6 +78,11 @@ def take_columns(x: ScaledTensor, start: int, end: int) -> Tensor:
     return part.dequantize()[:, start - lo :]
 
 
+def own_scales(x: ScaledTensor, g: int) -> ScaledTensor:
+    """With the scales of group g, where each group has its own."""
+    return x if x.scale is None or x.scale.dim() == x.data.dim() else ScaledTensor(x.data, x.scale[g], x.format)
+
+
 def grouped_gemm_wgrad(a: ScaledTensor, b: ScaledTensor, out: Tensor, offsets: Tensor, *, accumulate: bool = False) -> Tensor:
     """`out[g] (+)= A[:, ks] . B[:, ks]^T` over group g's columns. A `[M, K]`, B `[N, K]`, out `[G, M, N]`; empty groups add 0."""
     k = a.shape[1]
@@ -88,6 +93,6 @@ def grouped_gemm_wgrad(a: ScaledTensor, b: ScaledTensor, out: Tensor, offsets: T
                 out[g] = 0
             continue
         with full_float32():
-            y = take_columns(a, start, end) @ take_columns(b, start, end).mT
+            y = take_columns(own_scales(a, g), start, end) @ take_columns(own_scales(b, g), start, end).mT
         out[g] = (y + out[g].float() if accumulate else y).to(out.dtype)
     return out

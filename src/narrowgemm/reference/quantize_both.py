@@ -61,7 +61,7 @@ def quantize_both(x: Tensor, fmt: Format, rows: ScaledTensor, columns: ScaledTen
             columns.data[:, start:end] = part.data
         else:
             columns.data[:, start : start + b - a] = transposed.data[:, a - lo : b - lo]
-            columns.data[:, start + b - a : end] = 0
+        columns.data[:, start + b - a : end] = 0    # under a NaN scale too
 
 
 def _pair(x: Tensor, fmt: Format, scale: Tensor | None, rounding: str, amax_clamp: float) -> tuple[ScaledTensor, ScaledTensor]:

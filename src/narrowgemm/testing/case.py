@@ -27,7 +27,7 @@ class Case:
     world. `max_m`: rows a group can hold (masked). `alignment`: a group's segment starts at a multiple of it
     (contiguous, psum). `order`: of the segments of a contiguous layout; 'repeated' cuts every group in two. `slack`:
     rows of A behind the last group. `e2e`: timed from BF16 tokens, see `tokens.py`. `packed`: B goes through
-    `narrowgemm.prepack` first.
+    `narrowgemm.prepack` first. `fast_accum`: partial sums are never promoted, ours and a peer's.
     """
 
     suite: str
@@ -49,6 +49,7 @@ class Case:
     slack: int = 0
     e2e: bool = False
     packed: bool = False
+    fast_accum: bool = False
 
     def __post_init__(self) -> None:
         expect(self.layout in LAYOUTS, "layout", self.layout, f"one of {LAYOUTS}")
@@ -77,7 +78,7 @@ class Case:
         for shown, text in ((self.out_dtype != "bf16", self.out_dtype), (not self.zero_padding, "nozero"),
                             (self.accumulate, "acc"), (self.alignment != 128, f"align{self.alignment}"),
                             (self.order != "sorted", self.order), (self.slack > 0, f"slack{self.slack}"), (self.e2e, "e2e"),
-                            (self.packed, "packed")):
+                            (self.packed, "packed"), (self.fast_accum, "fast")):
             if shown:
                 out += f"-{text}"
         return out

@@ -274,6 +274,12 @@ def train_wgrad(suite: str) -> list[Case]:
         *(Case(suite, "k_grouped", g, 2048, 2048, k, a=FP8_ROW, b=FP8_ROW) for g, k in ((64, 256), (256, 128), (1, 16384)))]
 
 
+def train_fast(suite: str) -> list[Case]:
+    """Forward and weight gradients that never promote their partial sums, beside torch at the same `use_fast_accum`."""
+    rows = [replace(c, fast_accum=True) for c in train_rows(suite, ((16384, ROW), (32768, TENSOR)), False, TRAINED[:2])]
+    return rows + [replace(c, fast_accum=True) for c in train_wgrad(suite)[:8]]
+
+
 BOTH = ("bf16", "fp16")
 _BUILDERS: dict[str, Callable[[str], list[Any]]] = {
     "portable-contiguous": lambda s: [*flydsl_contiguous(s, BOTH), *flat(s, "contiguous", (*SMALL, *LARGE))],
@@ -310,6 +316,7 @@ _BUILDERS: dict[str, Callable[[str], list[Any]]] = {
     "train-dgrad": lambda s: train_rows(s, ((8192, ROW), (16384, TENSOR), (32768, ROW)), True),
     "train-block": lambda s: [c for b in (False, True) for c in train_rows(s, ((16384, BLOCK), ), b, TRAINED[:2])],
     "train-wgrad": train_wgrad,
+    "train-fast": train_fast,
     "edge": edge,
     "large": large,
     "cpu-small": cpu_small,
@@ -324,7 +331,7 @@ SUITES: dict[str, tuple[Any, ...]] = {name: tuple(make(name)) for name, make in 
 
 # Whom a suite is measured against; adapters of these names are in `peers.py`.
 PEERS: dict[str, tuple[str, ...]] = {name: ("deepgemm", "floor") for name in SUITES} | {
-    **{f"train-{x}": ("torch_row", "floor") for x in ("fwd", "dgrad")}, "train-wgrad": ("torch_row", "deepgemm", "floor"),
+    **{f"train-{x}": ("torch_row", "floor") for x in ("fwd", "dgrad", "fast")}, "train-wgrad": ("torch_row", "deepgemm", "floor"),
     "experts-fp8": ("deepgemm_layer", "triton_moe", "floor"), "experts-cpu": ("floor",),
     "experts-mxfp4": ("triton_kernels_layer", "floor"),
     "a16w4-decode": ("triton_kernels", "humming", "floor"), "a16w4-mid": ("triton_kernels", "humming", "floor"),

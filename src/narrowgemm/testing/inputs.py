@@ -24,7 +24,7 @@ from ..reference.gemm import full_float32
 from ..scales import mn_major_tma_aligned
 from .case import Case
 from .guard import Guarded, guarded_empty
-from .numerics import KERNEL_GATE, GateResult, Sums, independent, recipe_gate
+from .numerics import FAST_ACCUM_GATE, KERNEL_GATE, GateResult, Sums, independent, recipe_gate
 from .tokens import Tokens, tokens_of
 from .values import NAN_BYTE, draw, poisoned
 
@@ -177,6 +177,7 @@ class Inputs:
         from ..ops.wgrad import grouped_gemm_wgrad
 
         c, out = self.case, self.out.tensor
+        options.setdefault("fast_accum", c.fast_accum)
         if self.tokens is not None:
             self.tokens.quantize_into(self.a)
         if c.packed and options.get("backend") != "triton":     # the portable kernel takes weights as they are
@@ -197,7 +198,7 @@ class Inputs:
         from ..ops import common, gemm, grouped, routed, wgrad
 
         c, out = self.case, self.out.tensor
-        chosen = common.Options(**options)
+        chosen = common.Options(**{"fast_accum": c.fast_accum, **options})
         if c.packed and chosen.backend != "triton":
             return routed.packed_plan(self.a, self.packed, self.layout, out, out.dtype, c.accumulate, chosen)
         if c.layout == "dense":
@@ -222,10 +223,10 @@ class Inputs:
                     for g in empty if not torch.equal(self.out.tensor[g], want(g))]
         return out
 
-    def check(self, out: Tensor | None = None, *, recipe: bool = True) -> GateResult:
+    def check(self, out: Tensor | None = None, *, recipe: bool = True, fast_accum: bool = False) -> GateResult:
         """Both gates for `out` (default: the case's own output), overall and per group."""
         y = self.out.tensor if out is None else out
-        return check_outputs(self, {"": (lambda g: self.rows(y, g), gate_limits(self.case, recipe))})[""]
+        return check_outputs(self, {"": (lambda g: self.rows(y, g), gate_limits(self.case, recipe, fast_accum))})[""]
 
     def verify(self, **options: Any) -> GateResult:
         """Poison, call, and assert that nothing outside was touched and both gates hold. For tests."""
@@ -233,12 +234,14 @@ class Inputs:
         self.call(**options)
         if bad := self.faults():
             raise AssertionError(f"{self.case.id}: {'; '.join(bad)}")
-        return self.check().assert_(self.case.id)
+        return self.check(fast_accum=bool(options.get("fast_accum"))).assert_(self.case.id)
 
 
-def gate_limits(case: Case, recipe: bool = True) -> dict[str, float]:
+def gate_limits(case: Case, recipe: bool = True, fast_accum: bool = False) -> dict[str, float]:
     """The limits that a result of ours has to keep."""
-    return {"kernel": KERNEL_GATE[case.out_dtype]} | ({"recipe": recipe_gate(case.a, case.b)} if recipe else {})
+    fast = fast_accum or case.fast_accum
+    limits = {"kernel": FAST_ACCUM_GATE if fast else KERNEL_GATE[case.out_dtype]}
+    return limits | ({"recipe": recipe_gate(case.a, case.b)} if recipe else {})
 
 
 def check_outputs(inputs: Inputs, outputs: Mapping[str, tuple[Callable[[int], Tensor], Mapping[str, float]]]

@@ -25,6 +25,8 @@ from ..formats import Format, dtype_name
 CHUNK = 1 << 24  # elements that are converted to float64 at a time
 
 KERNEL_GATE: dict[str, float] = {"bf16": 5e-6, "fp16": 5e-6, "fp32": 1e-6}
+# `fast_accum`: nothing is promoted, so that Hopper's 14 bits add up over K: normal values, K up to 32768
+FAST_ACCUM_GATE = 2e-5
 RECIPE_GATE: dict[str, float] = {"e4m3": 1e-3, "e5m2": 5e-3, "one 4-bit side": 1e-2, "both 4-bit": 2e-2,
                                  "unquantised": 5e-6}
 
@@ -73,8 +75,12 @@ def calc_diff(x: Tensor, y: Tensor) -> float:
 
 def snr_db(x: Tensor, y: Tensor) -> float:
     """Signal to noise of `x` against the reference `y` in dB, -10·log10(2·calc_diff); inf for equal tensors."""
-    d = calc_diff(x, y)
-    return math.inf if d == 0 else -10.0 * math.log10(2.0 * d)
+    return decibel(calc_diff(x, y))
+
+
+def decibel(diff: float) -> float:
+    """A calc_diff as signal to noise in dB: 27 for 1e-3, 50 for 5e-6."""
+    return math.inf if diff == 0 else -10.0 * math.log10(2.0 * diff)
 
 
 @dataclass(frozen=True, slots=True)

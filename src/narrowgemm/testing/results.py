@@ -1,13 +1,14 @@
 """Result files: one schema for every benchmark, and what makes a set of rows complete.
 
     {schema, device, arch, versions, commit, date, timer, ceilings, scale_transform, suites, peers,
-     rows: [{suite, case, asked, backend, config, us, tflops, gbs, calc_diff, recipe_diff,
-             peer, peer_us, peer_calc_diff, ratio, error, note}]}
+     rows: [{suite, case, asked, backend, config, us, tflops, gbs, calc_diff, recipe_diff, snr_db,
+             recipe_snr_db, peer, peer_us, peer_calc_diff, ratio, error, note}]}
 
 One row a (case, backend asked for, peer). `ratio = peer_us / us`, both from one interleaved measurement. `us` is kernel
 time in microseconds; `tflops` is 2·M·N·K over rows that belong to a group; `gbs` counts each operand in use and the
 output once. `calc_diff` is the worst of overall and every group, against the same bits; `recipe_diff` against the
-sources. `error` is null, or why a figure is missing: a row is always there.
+sources; `snr_db` and `recipe_snr_db` are the same as signal to noise. `error` is null, or why a figure is missing: a row is
+always there.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from .cases import PEERS, SUITES
 from .peers import computes
 
 SCHEMA = "narrowgemm-bench/1"
-COLUMNS = ("suite", "case", "asked", "backend", "config", "us", "tflops", "gbs", "calc_diff", "recipe_diff", "peer",
-           "peer_us", "peer_calc_diff", "ratio", "error", "note")
+COLUMNS = ("suite", "case", "asked", "backend", "config", "us", "tflops", "gbs", "calc_diff", "recipe_diff", "snr_db",
+           "recipe_snr_db", "peer", "peer_us", "peer_calc_diff", "ratio", "error", "note")
 HEADER = ("schema", "device", "arch", "versions", "commit", "date", "timer", "ceilings", "scale_transform", "suites",
           "peers")
 Row = dict[str, Any]
@@ -175,5 +176,6 @@ def perf_line(case: Case, rows: Sequence[Row]) -> str:
         return f" > Perf ({shape}): {r['asked']}: {r['error']}"
     failed = "".join(f" | {x['peer'] or 'error'}: {x['error']}" for x in rows if x["error"])
     diff = f" | diff {r['calc_diff']:.1e}" if r["calc_diff"] is not None else ""
+    diff += f" | {r['recipe_snr_db']:.1f} dB" if r.get("recipe_snr_db") is not None else ""
     return (f" > Perf ({shape}): {r['us']:7.1f} us | {r['tflops']:.4g} TFLOPS | {r['gbs']:.4g} GB/s{ratios}{diff}"
             f"{failed} | {r['backend']} {r['config']}")

@@ -30,8 +30,8 @@ def torch_row_refuses(case: Case) -> str | None:
 
 
 def torch_row(case: Case, inputs: Inputs) -> Call:
-    """torch._scaled_grouped_mm, partial sums promoted as ours are by default (use_fast_accum=False). Tensor-wise scales are spread
-    over rows: it has no others."""
+    """torch._scaled_grouped_mm, partial sums promoted (use_fast_accum=False) where ours are. Tensor-wise scales are spread over
+    rows: it has no others."""
     a, b = inputs.a, inputs.b
     index = inputs.layout.index  # type: ignore[union-attr]
     offs = index[1:].to(torch.int32).contiguous()
@@ -48,7 +48,8 @@ def torch_row(case: Case, inputs: Inputs) -> Call:
         other = b.data.transpose(1, 2)
 
     def run() -> None:
-        out[:] = [torch._scaled_grouped_mm(a.data, other, sa, sb, offs=offs, out_dtype=torch.bfloat16, use_fast_accum=False)]
+        out[:] = [torch._scaled_grouped_mm(a.data, other, sa, sb, offs=offs, out_dtype=torch.bfloat16,
+                                           use_fast_accum=case.fast_accum)]
 
     return run, lambda g: inputs.rows(out[0], g)
 

@@ -26,7 +26,7 @@ from . import peers as peers_
 from .case import Case
 from .cases import get_case
 from .inputs import Inputs, Weights
-from .numerics import GateResult
+from .numerics import GateResult, decibel
 from .results import make_row
 from .timers import GraphTimer, StreamRead, Timing, WallTimer, ceilings, make_timer
 
@@ -260,8 +260,11 @@ class Measurement:
         if (plan := self.plans.get(asked)) is not None:
             values |= {"backend": plan.backend, "config": str(plan.config)}
         if name in self.gates:
-            column = {"kernel": "calc_diff", "recipe": "recipe_diff"}
-            values |= {column[g.name]: float(f"{max(g.overall, g.worst):.4g}") for g in self.gates[name].gates}
+            columns = {"kernel": ("calc_diff", "snr_db"), "recipe": ("recipe_diff", "recipe_snr_db")}
+            for g in self.gates[name].gates:
+                diff, snr = columns[g.name]
+                worst = max(g.overall, g.worst)
+                values |= {diff: float(f"{worst:.4g}"), snr: round(decibel(worst), 2)}
         if name in self.times and self.times[name].us > 0:
             t = self.times[name]
             values |= {"us": round(t.us, 3), "tflops": float(f"{case.flops / t.us * 1e-6:.5g}"),

@@ -53,7 +53,8 @@ def k_grouped_fp8_gemm_tn_contiguous(a: Pair, b: Pair, d: Tensor, ks_cpu: Sequen
                                      use_psum_layout: bool = False) -> None:
     """`d[g] = c[g] + a_g.T @ b_g` for every group, written in place.
 
-    `a`: (FP8 `[sum(k), M]`, scales `[sum(k)/128, M]`), `b` the same with N; nothing is copied. With `use_psum_layout`
+    `a`: (FP8 `[sum(k), M]`, scales `[sum(k)/128, M]`), `b` the same with N; on Hopper the kernel turns both in a
+    workspace (its tensor cores take FP8 with K contiguous), nothing else is copied. With `use_psum_layout`
     `grouped_layout` int32 `[G]` holds the end of each group along K, groups start at multiples of
     `get_mk_alignment_for_contiguous_layout()` (a multiple of 128 here), gaps hold zeros, and `ks_cpu` may be None or
     empty. The rest as `k_grouped_fp8_gemm_nt_contiguous`.
@@ -85,8 +86,8 @@ def run(x: ScaledTensor, y: ScaledTensor, d: Tensor, c: Tensor | None, offsets: 
     check_out(d, (d.shape[0], m, n), x.data.device)
     expect(d.is_contiguous(), "d, strides", d.stride(), "contiguous")
     layout = KGrouped(offsets, GRANULARITY)
-    if x.major == "k":      # what Hopper's kernel takes, with scales as TMA loads them: a copy of the scales, where they aren't
-        x, y = (ScaledTensor(t.data, None if t.scale is None else mn_major_tma_aligned(t.scale), t.format) for t in (x, y))
+    # what Hopper's kernel takes: scales as TMA loads them, a copy of the scales where they aren't
+    x, y = (ScaledTensor(t.data, None if t.scale is None else mn_major_tma_aligned(t.scale), t.format) for t in (x, y))
     accumulate = c is not None and take_c(c, d)
     if state.settings.compile_mode and state.skips("k_grouped", x, y, d):
         return

@@ -56,15 +56,15 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     from . import fp8_wgrad_device as device
 
     c = step.config
-    sa, sa_e8m0, (_, sam, sak) = common.kernel_scale(x.a)
-    sb, sb_e8m0, (_, sbn, sbk) = common.kernel_scale(x.b)
+    sa, sa_e8m0, (sag, sam, sak) = common.kernel_scale(x.a)
+    sb, sb_e8m0, (sbg, sbn, sbk) = common.kernel_scale(x.b)
     a, b, out = x.a.data, x.b.data, x.out
     tiles = x.groups * -(-x.m // c.block_m) * -(-x.n // c.block_n)
     programs = min(tiles, problem.max_sms) if problem.max_sms else tiles
     return [Launch(
         device.fp8_wgrad_kernel, (programs,),
         (a, b, out, sa, sb, x.index, x.m, x.n, x.k, tiles, a.stride(-2), a.stride(-1), b.stride(-2), b.stride(-1),
-         out.stride(0), out.stride(1), sam, sak, sbn, sbk),
+         out.stride(0), out.stride(1), sag, sam, sak, sbg, sbn, sbk),
         dict(BM=c.block_m, BN=c.block_n, BK=128, GROUP_M=c.group_m, ACCUMULATE=problem.accumulate,
              EVEN=x.m % c.block_m == 0 and x.n % c.block_n == 0, SA_E8M0=sa_e8m0,
              SB_E8M0=sb_e8m0, WIDE=problem.wide, num_warps=c.num_warps, num_stages=c.num_stages))]

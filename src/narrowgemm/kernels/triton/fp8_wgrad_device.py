@@ -47,7 +47,7 @@ def k_range_sum(acc, kb0, kb1, start, end, a_ptrs, b_ptrs, sa_ptrs, sb_ptrs, str
 
 @triton.jit
 def wgrad_tile(tile, a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N, K, stride_am, stride_ak, stride_bn, stride_bk,
-               stride_og, stride_om, stride_sam, stride_sak, stride_sbn, stride_sbk,
+               stride_og, stride_om, stride_sag, stride_sam, stride_sak, stride_sbg, stride_sbn, stride_sbk,
                BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, ACCUMULATE: tl.constexpr, EVEN: tl.constexpr,
                SA_E8M0: tl.constexpr, SB_E8M0: tl.constexpr, WIDE: tl.constexpr):
     num_m = tl.cdiv(M, BM)
@@ -70,8 +70,8 @@ def wgrad_tile(tile, a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N, K, 
     b_ptr += n0.to(tl.int64) * stride_bn
     a_ptrs = a_ptr + (m_off[:, None] * stride_am + offs_k[None, :] * stride_ak)
     b_ptrs = b_ptr + (offs_k[:, None] * stride_bk + n_off[None, :] * stride_bn)
-    sa_ptrs = sa_ptr + (m0 + m_off) * stride_sam
-    sb_ptrs = sb_ptr + (n0 + n_off) * stride_sbn
+    sa_ptrs = sa_ptr + g.to(tl.int64) * stride_sag + (m0 + m_off) * stride_sam
+    sb_ptrs = sb_ptr + g.to(tl.int64) * stride_sbg + (n0 + n_off) * stride_sbn
     # [head | whole blocks | tail]; a group inside one block is all head
     start = group_bound(index_ptr, g, K)
     end = tl.maximum(group_bound(index_ptr, g + 1, K), start)
@@ -92,11 +92,11 @@ def wgrad_tile(tile, a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N, K, 
 
 @triton.jit
 def fp8_wgrad_kernel(a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N, K, tiles, stride_am, stride_ak, stride_bn,
-                     stride_bk, stride_og, stride_om, stride_sam, stride_sak, stride_sbn, stride_sbk,
+                     stride_bk, stride_og, stride_om, stride_sag, stride_sam, stride_sak, stride_sbg, stride_sbn, stride_sbk,
                      BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr,
                      ACCUMULATE: tl.constexpr, EVEN: tl.constexpr, SA_E8M0: tl.constexpr, SB_E8M0: tl.constexpr, WIDE: tl.constexpr):
     """Grid (programs,): tiles are dealt out round robin."""
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         wgrad_tile(tile, a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N, K, stride_am, stride_ak, stride_bn,
-                   stride_bk, stride_og, stride_om, stride_sam, stride_sak, stride_sbn, stride_sbk, BM, BN, BK, GROUP_M,
+                   stride_bk, stride_og, stride_om, stride_sag, stride_sam, stride_sak, stride_sbg, stride_sbn, stride_sbk, BM, BN, BK, GROUP_M,
                    ACCUMULATE, EVEN, SA_E8M0, SB_E8M0, WIDE)

@@ -1,5 +1,7 @@
 """FP8 GEMM on Hopper with row-wise or tensor-wise scales, dense and grouped: TMA, wgmma, warp specialisation, in Gluon.
 
+wgmma takes K-major FP8: an operand that lies the other way, or off 16 bytes, is copied into the workspace first (`k_major`).
+
 E4M3, E5M2 or one of each; scales in the epilogue; partial sums are promoted to FP32 every `Problem.promote` of K (512 by
 default, 0: never). Persistent: one block an SM takes tile after tile. Device code: `fp8_scaled_device.py`; what is fixed
 at compile time: `fp8_scaled_tile.py`.
@@ -18,6 +20,7 @@ from ....problem import Config, Operand, Problem, Step
 from ... import launching
 from ...launching import Launch
 from ...operands import Operands
+from ...triton import k_major
 from .fp8_scaled_tile import LAYOUTS, MAX_GROUPS, OUT_COLS, Tile
 from .tensor_maps import output, planes, row_tiles, stride
 
@@ -35,11 +38,7 @@ def refuse_operands(a: Operand, b: Operand) -> str | None:
         return f"takes FP8 on both sides, not {a.format.element} x {b.format.element}"
     if a.prepack or b.prepack:
         return "takes plain operands, not prepacked ones"
-    if a.major != "k" or b.major != "k":
-        return f"wgmma takes FP8 with K contiguous, not {a.major} x {b.major}"
-    if not a.aligned or not b.aligned:
-        return "TMA needs operands whose base and outer strides are multiples of 16 bytes"
-    return None
+    return k_major.refuse(a) or k_major.refuse(b)
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:
@@ -134,7 +133,15 @@ def tile_of(problem: Problem, config: Config, arch: Arch) -> Tile | None:
 
 
 def workspace(problem: Problem, config: Config) -> int:
-    return 0
+    return sum(_copies(problem))
+
+
+def _copies(problem: Problem) -> tuple[int, int]:
+    """Bytes of K-major copies of A and of B, 0 where they need none. B's come first."""
+    p = problem
+    columns = k_major.columns(p.k)
+    planes_a, planes_b = (p.groups if p.layout == "masked" else 1), (1 if p.layout == "dense" else p.groups)
+    return (planes_a * p.m * columns if k_major.needed(p.a) else 0, planes_b * p.n * columns if k_major.needed(p.b) else 0)
 
 
 # ---------------------------------------------------------------- cost
@@ -169,7 +176,8 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     waves = math.ceil(waves) if waves < 8 else waves + 0.5
     seconds = waves * (unit * BLOCK_TIMES[config.block_m, config.block_n] + TILE_SECONDS)
     memory = MEMORY_SECONDS + problem.bytes / (arch.bandwidth * MEMORY_EFFICIENCY * min(1.0, max(work, 1) / (0.6 * sms)))
-    return LAUNCH_SECONDS + max(seconds, memory) + NOT_HIDDEN * min(seconds, memory)
+    copies = sum(k_major.seconds(size, arch) for size in _copies(problem) if size)
+    return LAUNCH_SECONDS + max(seconds, memory) + NOT_HIDDEN * min(seconds, memory) + copies
 
 
 # ---------------------------------------------------------------- launch
@@ -196,8 +204,17 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
         out_desc = output(x, og, om, tile.OUT_COLS, tile.OUT_BYTES)
     sms = arch.sms if not problem.max_sms else min(problem.max_sms, arch.sms)
     grid = max(1, min(sms, row_tiles(problem, x, tile.BM) * -(-x.n // tile.BN)))
+    first, at = [], 0
+    copied: list[Tensor | k_major.Copied] = [a, b]
+    for i, size in ((1, _copies(problem)[1]), (0, _copies(problem)[0])):
+        if size:
+            assert workspace is not None
+            made, copied[i] = k_major.copy((a, b)[i], workspace, at, None, None, 0)
+            first.append(made)
+            at += size
+    a, b = copied  # type: ignore[assignment]
     arguments = (
         planes(a, x.k, tile.BM), planes(b, x.k, tile.WGN * tile.COLS0), planes(b, x.k, tile.COLS1) if tile.COLS1 else None,
         out_desc, out, sa, sb, x.index, x.m, x.n, -(-x.k // 128), x.groups, x.alignment, sa.stride(0) if masked else 0,
         sa.stride(-2), sb.stride(0) if sb.dim() == 3 else 0, sb.stride(-2), og, om, og // om, tile)
-    return [Launch(device.fp8_scaled_kernel, (grid,), arguments, {"num_warps": 4, "maxnreg": tile.max_registers})]
+    return [*first, Launch(device.fp8_scaled_kernel, (grid,), arguments, {"num_warps": 4, "maxnreg": tile.max_registers})]

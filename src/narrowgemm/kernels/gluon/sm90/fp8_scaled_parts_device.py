@@ -2,11 +2,12 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait)
 
-from .fp8_block_parts_device import advance, output_pointers, row_masks, store_part, vector_layout
-from .fp8_block_schedule_device import CONTIGUOUS, DENSE, MASKED, fresh
-from .shim import tma_load
+from .fp8_block_parts_device import advance, output_pointers, row_masks, store_masked, store_part, vector_layout
+from .fp8_block_schedule_device import CONTIGUOUS, DENSE, MASKED, OFFSETS, fresh
+from .shim import tma_add, tma_load
 
 
 # ---------------------------------------------------------------- producer
@@ -226,14 +227,14 @@ def store_tile(part, d_s, d_desc, out, scales, problem, tile, cfg: gl.constexpr,
     col0 = n * cfg.BN + WN * cfg.WN
     PARTS: gl.constexpr = cfg.WN // 64
     before = part[0]
-    if cfg.ACCUMULATE:
+    if cfg.ACCUMULATE and not cfg.ADD_TMA:
         before = held(out, index_ptr, tile, row0, col0, M, N, G, cfg, mma)
     for j in gl.static_range(PARTS):
         col = col0 + j * 64
         x = part[j]
         if not cfg.BLOCKS:
             x = apply_scales(x, scales, tile, row0, col, N, cfg, mma)
-        if cfg.ACCUMULATE:
+        if cfg.ACCUMULATE and not cfg.ADD_TMA:
             x += before.to(gl.float32)
             if j + 1 < PARTS:       # on its way while this part is stored
                 before = held(out, index_ptr, tile, row0, col + 64, M, N, G, cfg, mma)
@@ -244,7 +245,35 @@ def store_tile(part, d_s, d_desc, out, scales, problem, tile, cfg: gl.constexpr,
         elif j % cfg.OUT_BUFFERS == 0:
             tma.store_wait(0)
         buf = d_s.index((WM * cfg.WGN + WN) * cfg.OUT_BUFFERS + j % cfg.OUT_BUFFERS)
-        store_part(x, buf, d_desc, out, index_ptr, tile, row0, col, M, N, G, cfg)
+        if cfg.ADD_TMA:
+            add_part(x, buf, d_desc, out, index_ptr, tile, row0, col, M, N, G, cfg, mma)
+        else:
+            store_part(x, buf, d_desc, out, index_ptr, tile, row0, col, M, N, G, cfg)
+
+
+@gluon.jit
+def add_part(x, buf, d_desc, out, index_ptr, tile, row0, col0, M, N, G, cfg: gl.constexpr, mma: gl.constexpr):
+    """64 rows from row0 added to the FP32 output: in L2, by TMA, where all of them are the product's, so that nobody waits for what
+    the output held."""
+    out_ptr, og, om, pitch = out
+    n, g, first, end, stop = tile
+    whole = row0 + 64 <= end
+    shift = row0
+    if cfg.LAYOUT == DENSE:
+        whole = row0 >= 0       # what lies outside of the tensor TMA leaves out
+    if cfg.LAYOUT == CONTIGUOUS:
+        whole = stop == 1
+    if cfg.LAYOUT == OFFSETS:
+        whole = whole & (row0 >= stop)
+    if cfg.LAYOUT == MASKED:
+        shift += g * pitch
+    if whole:
+        buf.store(x)
+        fence_async_shared()
+        tma_add(d_desc, [shift, col0], buf)
+    else:
+        buf.store(x + held(out, index_ptr, tile, row0, col0, M, N, G, cfg, mma))
+        store_masked(buf, out, index_ptr, tile, row0, col0, M, N, G, cfg)
 
 
 @gluon.jit

@@ -48,6 +48,7 @@ class Tile:
     CONSUMERS: int = field(init=False)
     BLOCK_BYTES: int = field(init=False)    # that TMA brings for one K block
     OUT_COLS: int = field(init=False)
+    ADD_TMA: bool = field(init=False)       # whole tiles are added to the output in L2: FP32, which TMA adds as the kernel would
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
@@ -55,6 +56,7 @@ class Tile:
         set_(self, "WN", self.COLS0 + self.COLS1)
         set_(self, "BN", self.WGN * self.WN)
         set_(self, "OUT_COLS", OUT_COLS)
+        set_(self, "ADD_TMA", self.ACCUMULATE and self.STORE_TMA and self.OUT_BYTES == 4)
         set_(self, "CONSUMERS", self.WGM * self.WGN)
         set_(self, "BLOCK_BYTES", (self.BM + self.BN) * (128 + (4 if self.BLOCKS else 0)))
 

@@ -1,8 +1,9 @@
 """FP8 weight gradient on Hopper: K-grouped, group lengths on the device, in Gluon.
 
 Row-wise and tensor-wise scales with promotion as in `fp8_scaled`, or 1x128 scales on both sides; E4M3, E5M2 or one of each.
-Tiles of which a few would set the time are cut along K and added up in a fixed order. Takes groups whose columns start at
-multiples of 128, with zeros up to the next one, as `quantize_both` writes them. Device code: `fp8_wgrad_device.py`.
+Tiles of which a few would set the time are cut along K and added up in a fixed order. Groups' columns start at multiples of 128,
+with zeros up to the next one, as `quantize_both` writes them; operands that come otherwise are copied into the workspace so
+(`k_major`). Device code: `fp8_wgrad_device.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from ....problem import Config, Problem, Step
 from ... import launching
 from ...launching import Launch, Pointer
 from ...operands import Operands
+from ...triton import k_major
+from ...triton.k_major import Copied
 from . import fp8_scaled
 from .fp8_scaled_tile import LAYOUTS, MAX_GROUPS, OUT_COLS, Tile
 from .tensor_maps import planes, stride
@@ -41,8 +44,8 @@ def supports(problem: Problem, arch: Arch) -> str | None:
         return "TMA loads 1x128 scales in FP32, MN-major with columns on 16 bytes"
     if (reason := fp8_scaled.refuse_operands(a, b)) is not None:
         return reason
-    if p.alignment % 128:
-        return f"takes groups that start at multiples of 128, with zeros in between (KGrouped.alignment), not of {p.alignment}"
+    if p.alignment % 128 and blocks:
+        return f"takes 1x128 scales of groups that start at multiples of 128 (KGrouped.alignment), not of {p.alignment}"
     if p.n < 8 or not p.k:
         return f"takes at least 8 columns and something to contract, not {p.n} and {p.k}"
     if p.out_dtype not in fp8_scaled.OUT_BYTES:
@@ -93,6 +96,14 @@ def _cut(problem: Problem, config: Config) -> bool:
     return -(-problem.m // config.block_m) * -(-problem.n // config.block_n) < SHARE // 2
 
 
+def _copies(problem: Problem) -> tuple[int, int]:
+    """Bytes of K-major copies of A and of B, 0 where they need none."""
+    tight = problem.alignment % 128 != 0
+    columns = k_major.columns(problem.k, problem.groups if tight else 0)
+    return (problem.m * columns if tight or k_major.needed(problem.a) else 0,
+            problem.n * columns if tight or k_major.needed(problem.b) else 0)
+
+
 def _counts(problem: Problem, config: Config) -> tuple[int, int, int]:
     """int32 of the plan, arrivals at cut tiles, elements of their sums. Cut tiles make fewer than 2 * SHARE items: each is
     more than half as long as a chunk may be."""
@@ -103,7 +114,13 @@ def _counts(problem: Problem, config: Config) -> tuple[int, int, int]:
 
 
 def workspace(problem: Problem, config: Config) -> int:
-    return 4 * sum(_counts(problem, config))
+    return _own(problem, config) + sum(_copies(problem))
+
+
+def _own(problem: Problem, config: Config) -> int:
+    """Bytes without copies: plan, arrivals and sums, and where segments start."""
+    segments = 4 * (problem.groups + 1) if problem.alignment % 128 else 0
+    return -(-(4 * sum(_counts(problem, config)) + segments) // 128) * 128
 
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
@@ -115,7 +132,8 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     waves = math.ceil(work / sms) if work < 8 * sms else work / sms + 0.5
     seconds = waves * (unit * fp8_scaled.BLOCK_TIMES[config.block_m, config.block_n] + fp8_scaled.TILE_SECONDS)
     memory = fp8_scaled.MEMORY_SECONDS + problem.bytes / (arch.bandwidth * fp8_scaled.MEMORY_EFFICIENCY)
-    return 2 * fp8_scaled.LAUNCH_SECONDS + max(seconds, memory) + fp8_scaled.NOT_HIDDEN * min(seconds, memory)
+    copies = sum(k_major.seconds(size, arch) for size in _copies(problem) if size)
+    return 2 * fp8_scaled.LAUNCH_SECONDS + max(seconds, memory) + fp8_scaled.NOT_HIDDEN * min(seconds, memory) + copies
 
 
 def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
@@ -132,7 +150,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     from . import fp8_wgrad_plan_device as planner
 
     arch = detect(x.out.device)
-    a, b, sa, sb, out = x.a.data, x.b.data, x.a.scale, x.b.scale, x.out
+    sa, sb, out = x.a.scale, x.b.scale, x.out
     assert sa is not None and sb is not None and workspace is not None
     tile = tile_of(problem, step.config, arch)
     assert tile is not None, f"{step.config} is not legal for {problem}"
@@ -151,17 +169,41 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     planned, arrivals, _ = _counts(problem, step.config)
     plan, counts = Pointer(workspace, torch.int32), Pointer(workspace, torch.int32, 4 * planned)
     sums = Pointer(workspace, torch.float32, 4 * (planned + arrivals))
-    first = Launch(planner.plan_kernel, (1,), (x.index, plan, counts, x.k, x.groups, tiles, SHARE),
-                   {"GROUPS": tile.GROUPS, "COUNTS": arrivals, "SPLIT": tile.SPLIT, "num_warps": 4})
+    a, b, index, k, first = _k_major(problem, step.config, x, workspace)
+    first.append(Launch(planner.plan_kernel, (1,), (index, plan, counts, k, x.groups, tiles, SHARE),
+                        {"GROUPS": tile.GROUPS, "COUNTS": arrivals, "SPLIT": tile.SPLIT, "num_warps": 4}))
     sa_desc = sb_desc = None
     if tile.BLOCKS:
         flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
         sa_desc, sb_desc = (TensorDescriptor(s, [s.shape[1], s.shape[0]], [s.stride(1), 1], [1, box], flat)
                             for s, box in ((sa, tile.BM), (sb, tile.BN)))
     arguments = (
-        planes(a, x.k, tile.BM), planes(b, x.k, tile.WGN * tile.COLS0),
-        planes(b, x.k, tile.COLS1) if tile.COLS1 else None, sa_desc, sb_desc, out_desc, out, sa, sb, x.index, plan,
-        counts, sums, x.m, x.n, x.k,
-        0, sa.stride(-2), 0, sb.stride(-2), og, om, og // om, tile)
+        planes(a, k, tile.BM), planes(b, k, tile.WGN * tile.COLS0),
+        planes(b, k, tile.COLS1) if tile.COLS1 else None, sa_desc, sb_desc, out_desc, out, sa, sb, index, plan,
+        counts, sums, x.m, x.n, k,
+        sa.stride(0) if sa.dim() == 3 else 0, sa.stride(-2), sb.stride(0) if sb.dim() == 3 else 0, sb.stride(-2), og, om, og // om,
+        tile)
     grid = max(1, min(sms, tiles * x.groups))
-    return [first, Launch(device.fp8_wgrad_kernel, (grid,), arguments, {"num_warps": 4, "maxnreg": tile.max_registers})]
+    return [*first, Launch(device.fp8_wgrad_kernel, (grid,), arguments, {"num_warps": 4, "maxnreg": tile.max_registers})]
+
+
+def _k_major(problem: Problem, config: Config, x: Operands, workspace: Tensor
+             ) -> tuple[Tensor | Copied, Tensor | Copied, Tensor | Pointer, int, list[Launch]]:
+    """(A, B, where groups start, columns of K, launches) as the product takes them: the call's own, or copies."""
+    assert x.index is not None
+    out: list[Tensor | Copied] = []
+    launches: list[Launch] = []
+    index: Tensor | Pointer = x.index
+    segments, k = None, x.k
+    if problem.alignment % 128:
+        found, segments = k_major.find_segments(x.index, x.k, x.groups, workspace, 4 * sum(_counts(problem, config)))
+        launches.append(found)
+        index, k = segments, k_major.columns(x.k, x.groups)
+    at = _own(problem, config)
+    for t, size in zip((x.a.data, x.b.data), _copies(problem)):
+        if size:
+            made, copied = k_major.copy(t, workspace, at, x.index, segments, x.groups)
+            launches.append(made)
+            at += size
+        out.append(copied if size else t)
+    return out[0], out[1], index, k, launches

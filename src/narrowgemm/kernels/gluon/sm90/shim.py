@@ -1,7 +1,7 @@
 """Gluon names that changed between Triton 3.6 and 3.9, under one name each. Imports Triton: only device code imports this.
 
-3.7 renamed the TMA copies `async_copy_*` to `async_load` / `async_store` (3.9 dropped the old names); 3.9 renamed
-`shared_memory_descriptor._reinterpret` to `reinterpret`; `thread_barrier` became `barrier`.
+3.8 gave TMA's additions a name, and renamed the TMA copies `async_copy_*` to `async_load` / `async_store` (3.9 dropped the old
+names); 3.9 renamed `shared_memory_descriptor._reinterpret` to `reinterpret`; `thread_barrier` became `barrier`.
 """
 
 from triton.experimental import gluon
@@ -12,6 +12,18 @@ if hasattr(tma, "async_load"):
     tma_load, tma_store = tma.async_load, tma.async_store
 else:
     tma_load, tma_store = tma.async_copy_global_to_shared, tma.async_copy_shared_to_global
+
+if hasattr(tma, "async_atomic_add"):
+    tma_add = tma.async_atomic_add
+else:
+    from triton._C.libtriton import ir
+    from triton.experimental.gluon.language._core import builtin
+
+    @builtin
+    def tma_add(tensor_desc, coord, src, _semantic=None):
+        """What the box holds += shared memory `src`, in L2: nothing comes back."""
+        at = _semantic._convert_to_ir_values(coord, require_i64=False)
+        _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, at, src.handle)
 
 block_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 

@@ -8,14 +8,17 @@ from torch import Tensor
 
 from ....problem import Problem
 from ...operands import Operands
+from ...triton.k_major import Copied
 
 
-def planes(t: Tensor, k: int, box: int) -> Any:
+def planes(t: Tensor | Copied, k: int, box: int) -> Any:
     """The TMA descriptor of an operand as [1 or G, rows, K], moved in boxes of `box` rows by 128."""
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from .fp8_block_parts_device import FP8_PLANE
 
+    if isinstance(t, Copied):
+        return TensorDescriptor(t.base, list(t.shape), list(t.strides), [1, box, 128], FP8_PLANE.value)
     rows, outer = t.shape[-2], stride(t, -2, k)
     count = t.shape[0] if t.dim() == 3 else 1
     plane = stride(t, 0, outer * rows) if t.dim() == 3 else outer * rows
