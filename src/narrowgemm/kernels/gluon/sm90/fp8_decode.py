@@ -81,7 +81,7 @@ def widths(problem: Problem) -> list[tuple[int, int, int, tuple[Shape, ...]]]:
     rows = expected_rows(problem)
     token = next((t for t in TOKENS if t >= rows), TOKENS[-1])
     if problem.layout == "dense":
-        return [(t, 0, 0, SHAPES) for t in ((token, token // 2) if token >= 32 else (token,))]
+        return [(t, 0, 0, SHAPES[1:]) for t in ((token, token // 2) if token >= 32 else (token,))]      # two CTAs beat three
     if token <= 32:
         return [(64, token, 0, SHAPES[:3]), (128, 8, 32, SHAPES[3:])]
     return [(64, 0, 0, SHAPES[:3]), (128, 16, 64, SHAPES[3:])]
