@@ -284,3 +284,26 @@ def test_graph_capture_and_repeats(fmt):
     x.copy_(sample(512, 2048))
     for _ in range(10):
         same(quantize(x, fmt, backend="triton"), first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rounding", reference.ROUNDINGS)
+def test_e2m1_of_every_bf16(rounding: str) -> None:
+    """Every mantissa and sign below every mantissa of a block's maximum, at both ends and in the middle of the exponents; NaN, infinity."""
+    parts = []
+    for top in (1, 2, 120, 127, 133, 253, 254):
+        amax = (torch.arange(128) | (top << 7)).view(128, 1, 1)
+        low = max(0, top - 10)
+        values = torch.arange(low << 7, (top << 7) + 128).view(1, -1)
+        values = torch.nn.functional.pad(values, (0, -values.shape[1] % 31)).view(1, -1, 31).expand(128, -1, -1)
+        values = torch.where(values > amax, amax, values)
+        parts += [torch.cat((amax.expand(-1, values.shape[1], -1), v), 2).reshape(-1, 32) for v in (values, values | 0x8000)]
+    odd = torch.tensor([0x7F80, 0xFF80, 0x7FC0, 0xFFC1, 0x8000, 0x0001, 0x8001, 0x0000]).view(-1, 1)
+    parts.append(torch.cat((odd, torch.arange(8 * 31).view(8, 31) * 263 % 0x7F00), 1))
+    bits = torch.cat(parts)
+    bits = bits.view(-1, 32)[torch.arange(-(-len(bits) // 8) * 8) % len(bits)]
+    x = bits.to(torch.int32).to(torch.int16).view(torch.bfloat16).view(-1, 256).cuda()
+    for clamp in (1e-4, 0.0):
+        got = quantize(x, MXFP4, rounding=rounding, amax_clamp=clamp, backend="triton")
+        want = quantize(x, MXFP4, rounding=rounding, amax_clamp=clamp, backend="reference")
+        assert torch.equal(got.scale, want.scale) and torch.equal(got.data, want.data)

@@ -8,7 +8,7 @@ A program walks the tiles of the rows in [0, offsets[E]), which only the device 
 import triton
 import triton.language as tl
 
-from .quantize_device import block_scale, magnitude, narrow_e2m1, narrow_fp8, pack_e2m1
+from .quantize_device import block_e2m1, block_scale, magnitude, narrow_fp8
 
 
 @triton.jit
@@ -94,17 +94,20 @@ def activate_kernel(h_ptr, bias_ptr, offsets_ptr, out_ptr, scale_ptr, R, E, I, S
         at = out_ptr + (r.to(tl.int64) * orow)[:, None] + kh
         if KIND == "copy":
             tl.store(at, y, mask=out_mask)
+        elif E2M1:
+            if not EVEN:
+                y = tl.where(mask, y, tl.zeros([1, 1], y.dtype))
+            scale, y = block_e2m1(y, clamp, E2M1, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS, BR * BG, N)
+            tl.store(scale_ptr + r.to(tl.int64) * sr + g * ss, scale, mask=live)
+            tl.store(at, y, mask=out_mask)
         else:
             bits = magnitude(y)
             if not EVEN:
                 bits = tl.where(mask, bits, 0)
             scale, inverse, sign = block_scale(tl.max(bits, 1), clamp, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS)
             tl.store(scale_ptr + r.to(tl.int64) * sr + g * ss, scale, mask=live)
-            if E2M1:
-                tl.store(at, pack_e2m1(narrow_e2m1(y, inverse[:, None], SATURATE), BR * BG, N), mask=out_mask)
-            else:
-                tl.store(at, narrow_fp8(y, bits, inverse[:, None], sign[:, None], out_ptr.dtype.element_ty, TOP, SATURATE),
-                         mask=out_mask)
+            tl.store(at, narrow_fp8(y, bits, inverse[:, None], sign[:, None], out_ptr.dtype.element_ty, TOP, SATURATE),
+                     mask=out_mask)
 
 
 @triton.jit(do_not_specialize=["R"])

@@ -6,7 +6,7 @@ Skipped slots have rows from `offsets[E]` on; those are not written. Arithmetic:
 import triton
 import triton.language as tl
 
-from .quantize_device import block_scale, magnitude, narrow_e2m1, narrow_fp8, pack_e2m1
+from .quantize_device import block_e2m1, block_scale, magnitude, narrow_fp8
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -33,13 +33,12 @@ def gather_kernel(x_ptr, inverse_ptr, offsets_ptr, out_ptr, scale_ptr, T, K, S, 
     if KIND == "copy":
         y = x
         scale = i
+    elif E2M1:
+        scale, y = block_e2m1(x, clamp, E2M1, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS, BT * BG, N)
     else:
         bits = magnitude(x)
         scale, inverse, sign = block_scale(tl.max(bits, 1), clamp, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS)
-        if E2M1:
-            y = pack_e2m1(narrow_e2m1(x, inverse[:, None], SATURATE), BT * BG, N)
-        else:
-            y = narrow_fp8(x, bits, inverse[:, None], sign[:, None], out_ptr.dtype.element_ty, TOP, SATURATE)
+        y = narrow_fp8(x, bits, inverse[:, None], sign[:, None], out_ptr.dtype.element_ty, TOP, SATURATE)
     rows = tl.load(offsets_ptr + E)
     for j in range(TOP_K):
         row = tl.load(inverse_ptr + t * TOP_K + j, mask=t < T, other=0).to(tl.int64)

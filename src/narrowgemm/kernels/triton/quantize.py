@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...arch import Arch
+from ...arch import Arch, detect
 from ...formats import Format
 from ...problem import Config, Problem, Step
 from ...reference.quantize import MANTISSA_BITS, mantissa
@@ -122,6 +122,17 @@ def matrices(x: Tensor) -> Tensor:
     return x.unsqueeze(0) if x.dim() == 2 else x if x.dim() == 3 else x.flatten(0, -3)
 
 
+def e2m1_kind(fmt: Format, x: Tensor) -> int:
+    """How device code rounds to E2M1: 0 it doesn't, 1 an element at a time, 2 pairs of BF16 (see `quantize_device.PAIRS`)."""
+    from triton import knobs
+
+    if fmt.element != "e2m1":
+        return 0
+    arch = detect(x.device)
+    pairs = x.dtype == torch.bfloat16 and fmt.scale == "e8m0" and arch.vendor == "nvidia" and arch.capability >= 90
+    return 2 if pairs and not knobs.runtime.interpret else 1
+
+
 def merge(*tensors: Tensor) -> tuple[Tensor, ...]:
     """`[B, R, C]` tensors as `[1, B * R, C]`, where the strides of all of them allow it."""
     if tensors[0].shape[0] == 1 or any(t.stride(0) != t.shape[1] * t.stride(1) for t in tensors):
@@ -172,7 +183,7 @@ def launches(step: Step, problem: Problem, operands: Operands, workspace: Tensor
             device.groups_kernel, (grid,),
             (px, pout, pscale, r, k, s, clamp, x.stride(0), x.stride(1), x.stride(2), out.stride(0), out.stride(1),
              *scale.stride()),
-            dict(N=cols, BR=br, BG=bg, FLAT=flat, WIDE=is_wide(x, out, scale), E2M1=fmt.element == "e2m1",
+            dict(N=cols, BR=br, BG=bg, FLAT=flat, WIDE=is_wide(x, out, scale), E2M1=e2m1_kind(fmt, x),
                  TOP=elem.max, **e8m0, num_warps=c.num_warps, num_stages=1))]
     if how == "tiles":
         grid = b * -(-r // 128) * -(-k // 128)

@@ -81,6 +81,75 @@ def pack_e2m1(code, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     return ((both & 0x77) | ((both >> 6) & 0x88)).to(tl.uint8)
 
 
+PAIRS = tl.constexpr(2)      # of E2M1: BF16 on NVIDIA from sm_90 on, two elements an instruction
+# |low|, |high| and the larger of each pair, two BF16 a register
+PAIR_AMAX = tl.constexpr("""{
+and.b32 $0, $3, 0x7fff7fff;
+and.b32 $1, $4, 0x7fff7fff;
+max.u16x2 $2, $0, $1;
+}""")
+# $0: bytes of 4 low and 4 high elements; $1, $2 and $3, $4: magnitudes; $5, $6 and $7, $8: the elements, for their signs; $9, $10:
+# 1 / scale; $11, $12: which sign bits there are. A sum with 64, 128 and 256 rounds to halves, ones and twos, to nearest even, and what
+# lies above the sum's constant is the code, if the magnitude is below 2, 4 or any: the least of the three is the code.
+PAIR_CODES = tl.constexpr("""{
+.reg .b32 a, b, h, o, t, l0, h0, l1, h1, s0, s1, k1, k2, k3, c1, c2, c3;
+mov.b32 k1, 0x42804280;
+mov.b32 k2, 0x43004300;
+mov.b32 k3, 0x43804380;
+mov.b32 c1, 0xbd80bd80;
+mov.b32 c2, 0xbd02bd02;
+mov.b32 c3, 0xbc84bc84;
+mov.b32 o, 0x00070007;
+""" + "".join("""fma.rn.bf16x2 a, %s, %s, k3;
+add.s16x2 a, a, c3;
+min.s16x2 t, a, o;
+fma.rn.bf16x2 a, %s, %s, k2;
+add.s16x2 a, a, c2;
+min.s16x2 t, a, t;
+fma.rn.bf16x2 a, %s, %s, k1;
+add.s16x2 a, a, c1;
+min.s16x2 %s, a, t;
+""" % (x, s, x, s, x, s, y) for x, s, y in (("$1", "$9", "l0"), ("$2", "$10", "l1"), ("$3", "$9", "h0"), ("$4", "$10", "h1"))) + """
+mad.lo.u32 l0, h0, 16, l0;
+mad.lo.u32 l1, h1, 16, l1;
+shr.u32 s0, $5, 4;
+lop3.b32 s0, $7, s0, 0x80008000, 0xe4;
+shr.u32 s0, s0, 8;
+lop3.b32 l0, s0, $11, l0, 0xea;
+shr.u32 s1, $6, 4;
+lop3.b32 s1, $8, s1, 0x80008000, 0xe4;
+shr.u32 s1, s1, 8;
+lop3.b32 l1, s1, $12, l1, 0xea;
+prmt.b32 $0, l0, l1, 0x6420;
+}""")
+
+
+@triton.jit
+def pairs_e2m1(x, clamp, ROUNDING: tl.constexpr, TOP: tl.constexpr, EMAX: tl.constexpr, MANTISSA: tl.constexpr,
+               MANTISSA_BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(E8M0 scales, bytes [ROWS, COLUMNS / 2]) of BF16 x [ROWS, COLUMNS], the same bits as by `narrow_e2m1`."""
+    low, high = tl.split(tl.reshape(x.to(tl.int16, bitcast=True), (ROWS, COLUMNS // 2, 2)))
+    a, b, most = tl.inline_asm_elementwise(PAIR_AMAX, "=r,=r,=r,r,r", [low, high], dtype=(tl.int16, tl.int16, tl.int16), is_pure=True,
+                                           pack=2)
+    scale, inverse, sign = block_scale(tl.max(most.to(tl.int32), 1) << 16, clamp, ROUNDING, True, TOP, EMAX, MANTISSA, MANTISSA_BITS)
+    inverse = (inverse.to(tl.int32, bitcast=True) >> 16).to(tl.int16)[:, None]
+    keep = tl.where(sign == 0, 0, 0x88).to(tl.int16)[:, None]
+    y = tl.inline_asm_elementwise(PAIR_CODES, "=r,r,r,r,r,r,r,r,r,r,r,r,r", [a, b, low, high, inverse, keep], dtype=tl.uint8,
+                                  is_pure=True, pack=4)
+    return scale, y
+
+
+@triton.jit
+def block_e2m1(x, clamp, KIND: tl.constexpr, SATURATE: tl.constexpr, ROUNDING: tl.constexpr, E8M0: tl.constexpr, TOP: tl.constexpr,
+               EMAX: tl.constexpr, MANTISSA: tl.constexpr, MANTISSA_BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(scales, bytes [ROWS, COLUMNS / 2]) of x [ROWS, COLUMNS], a block a row."""
+    if KIND == PAIRS:
+        return pairs_e2m1(x, clamp, ROUNDING, TOP, EMAX, MANTISSA, MANTISSA_BITS, ROWS, COLUMNS)
+    else:
+        scale, inverse, sign = block_scale(tl.max(magnitude(x), 1), clamp, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS)
+        return scale, pack_e2m1(narrow_e2m1(x, inverse[:, None], SATURATE), ROWS, COLUMNS)
+
+
 @triton.jit(do_not_specialize=["R", "sb", "ss"])
 def groups_kernel(x_ptr, out_ptr, scale_ptr, R, K, S, clamp, xb, xr, xk, ob, orow, sb, sr, ss,
                   N: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
@@ -127,13 +196,14 @@ def groups_kernel(x_ptr, out_ptr, scale_ptr, R, K, S, clamp, xb, xr, xk, ob, oro
         mask = live[:, None] & (k < K)
         out_mask = live[:, None] & (kh < K // PER_BYTE)
     x = tl.load(x_ptr + x_off, mask=mask, other=0.0, eviction_policy="evict_first")
-    bits = magnitude(x)
-    scale, inverse, sign = block_scale(tl.max(bits, 1), clamp, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS)
-    tl.store(scale_ptr + scale_off, scale, mask=live)
     if E2M1:
-        code = narrow_e2m1(x, inverse[:, None], SATURATE)
-        tl.store(out_ptr + out_off, pack_e2m1(code, BR * BG, N), mask=out_mask)
+        scale, y = block_e2m1(x, clamp, E2M1, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS, BR * BG, N)
+        tl.store(scale_ptr + scale_off, scale, mask=live)
+        tl.store(out_ptr + out_off, y, mask=out_mask)
     else:
+        bits = magnitude(x)
+        scale, inverse, sign = block_scale(tl.max(bits, 1), clamp, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS)
+        tl.store(scale_ptr + scale_off, scale, mask=live)
         y = narrow_fp8(x, bits, inverse[:, None], sign[:, None], out_ptr.dtype.element_ty, TOP, SATURATE)
         tl.store(out_ptr + out_off, y, mask=out_mask)
 

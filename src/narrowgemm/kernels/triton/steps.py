@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from ...arch import Arch
 from ...formats import Format
 from ...problem import Config, Problem
 from ...reference.quantize import MANTISSA_BITS, mantissa
-from .quantize import GROUP_COLUMNS, LAUNCH_SECONDS, ROW_ONCE, next_pow2, warps
+from .quantize import GROUP_COLUMNS, LAUNCH_SECONDS, ROW_ONCE, e2m1_kind, next_pow2, warps
 
 FLOATS = ("bf16", "fp16", "fp32")
 COPY_COLUMNS = 128         # of a block where there are no scales
@@ -95,12 +97,12 @@ def split_blocks(block_m: int, blocks: int, scale_rows_contiguous: bool, itemsiz
     return block_m // bg, bg
 
 
-def scale_constants(fmt: Format, rounding: str) -> dict[str, Any]:
-    """What the device code of quantisation knows of a format at compile time; dummies where it is not scaled."""
+def scale_constants(fmt: Format, rounding: str, x: Tensor) -> dict[str, Any]:
+    """What the device code of quantisation knows of a format and of what is quantised; dummies where it is not scaled."""
     if not fmt.scaled:
-        return {"E2M1": False, "TOP": 1.0, "ROUNDING": "", "E8M0": False, "EMAX": 0, "MANTISSA": 0, "MANTISSA_BITS": 0,
+        return {"E2M1": 0, "TOP": 1.0, "ROUNDING": "", "E8M0": False, "EMAX": 0, "MANTISSA": 0, "MANTISSA_BITS": 0,
                 "SATURATE": False}
     e8m0 = fmt.scale == "e8m0"
-    return {"E2M1": fmt.element == "e2m1", "TOP": fmt.elem.max, "ROUNDING": rounding if e8m0 else "", "E8M0": e8m0,
+    return {"E2M1": e2m1_kind(fmt, x), "TOP": fmt.elem.max, "ROUNDING": rounding if e8m0 else "", "E8M0": e8m0,
             "EMAX": fmt.elem.emax, "MANTISSA": mantissa(fmt.elem.max), "MANTISSA_BITS": MANTISSA_BITS[fmt.element],
             "SATURATE": e8m0 and rounding != "rceil"}
