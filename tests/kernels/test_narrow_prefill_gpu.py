@@ -23,6 +23,9 @@ RUNS = [*((MAIN, shape) for shape in narrow_prefill.SHAPES),
         (Case("narrow-prefill", "offsets", 12, 150, 328, 640, sizes="uniform:0.3:1.7", a=MXFP8, b=MXFP8, packed=True), (128, 1)),
         (Case("narrow-prefill", "offsets", 40, 7, 192, 256, sizes="empty:0.4", a=MXFP4, b=MXFP4, packed=True, out_dtype="fp32"), (128, 2)),
         (Case("narrow-prefill", "dense", 1, 333, 320, 1152, a=BF16, b=MXFP4, packed=True), (128, 1)),
+        (Case("narrow-prefill", "contiguous", 6, 90, 320, 672, sizes="uniform:0.1:1.7", alignment=16, order="repeated", a=MXFP8, b=MXFP4,
+              packed=True), (64, 2)),
+        (Case("narrow-prefill", "psum", 6, 90, 320, 640, sizes="empty:0.3", a=MXFP4, b=MXFP4, packed=True), (128, 1)),
         (Case("narrow-prefill", "masked", 6, 50, 320, 640, max_m=100, sizes="uniform:0.3:1.7", a=BF16, b=MXFP4, packed=True), SMALL)]
 
 
