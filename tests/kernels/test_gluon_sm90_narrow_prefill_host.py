@@ -29,7 +29,7 @@ def problem(m: int = 16384, n: int = 2880, k: int = 2880, groups: int = 128, lay
     (dict(layout="routed", op="routed_gemm"), "routed layout"),
     (dict(b=Operand(MXFP4, scale_dtype="e8m0")), "prepack"),
     (dict(b=Operand(MXFP4, prepack=f"{PREPACK}:halves", scale_dtype="e8m0")), "activation"),
-    (dict(a=Operand(FP8_1x128, scale_dtype="fp32")), "E8M0|BF16"),
+    (dict(a=Operand(MXFP8, scale_dtype="fp32")), "E8M0|BF16"),
     (dict(accumulate=True), "accumulation"),
     (dict(epilogue=Epilogue(activation="swiglu")), "pair"),
 ])
@@ -81,6 +81,17 @@ def test_workspace_holds_everything() -> None:
     assert narrow_prefill.workspace(combine, config) == at.size
     masked = replace(problem(layout="masked", groups=8), m=100, rows=60)
     assert narrow_prefill.regions(masked, config, 800, 800).live >= 4 * (16 + 3 * 8)
+
+
+def test_fp32_scales_of_activations() -> None:
+    p = replace(problem(), a=Operand(FP8_1x128, scale_dtype="fp32"))
+    assert narrow_prefill.supports(p, ARCH) is None
+    for c in narrow_prefill.configs(p, ARCH):
+        tile = narrow_prefill.tile_of(p, c, True, True)
+        assert tile.CHUNKED and tile.XFACTOR and tile.shared_bytes <= ARCH.smem
+        at = narrow_prefill.regions(p, c, p.m, p.m)
+        assert at.weight - at.ratios >= 16 * p.m * 23 and at.ratios - at.xfactor >= 4 * p.m
+    assert {(c.block_m, c.block_n) for c in narrow_prefill.configs(p, ARCH)} >= {(64, 128), (64, 256), (128, 128)}
 
 
 def test_many_tokens_choose_it_and_few_do_not() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from narrowgemm.formats import MXFP4, MXFP8
+from narrowgemm.formats import MXFP4, MXFP8, FP8_1x128
 from narrowgemm.kernels.gluon.sm90.narrow_prefill import PREP_K, PrepStatic
 from narrowgemm.kernels.gluon.sm90.narrow_tile import KINDS, TABLE_HEAD
 from narrowgemm.reference.quantize import dequantize, quantize
@@ -38,7 +38,8 @@ def run(device: str, kind: str, xkind: int, x: torch.Tensor, xs: torch.Tensor | 
     order = index if slots is None else slots
     scale, ssm, ssk = (x, 0, 0) if xs is None else (xs, xs.stride(0), xs.stride(1))
     sxg, ssg = (positions * x.stride(0), positions * ssm) if kind == "masked" else (0, 0)
-    kernel[(1 + total,)](x, scale, out["x"], out["factor"], out["weight"] if weight is None else weight, out["weight"], index, order,
+    out["ratios"] = torch.full((total, kx // 128, 4), 7.0, device=device)
+    kernel[(1 + total,)](x, scale, out["x"], out["factor"], out["ratios"], out["weight"] if weight is None else weight, out["weight"], index, order,
                          order if blocks is None else experts, order if blocks is None else posted, out["table"], out["live"], K, kx,
                          sxg, x.stride(0), ssg, ssm, ssk, groups, num_slots, positions, block_m, cap,
                          A_DIV if slots is not None else 1, cfg)
@@ -115,3 +116,22 @@ def test_narrow_rows_are_exact(device: str, fmt, xkind: int) -> None:
     back = got["x"].float().cpu() * got["factor"].cpu()[:, None]
     assert torch.equal(back[:3], weight_order(want)[:3])
     assert bool(got["factor"][3].isnan())
+
+
+def test_ratios_of_scales_take_a_sum_from_block_to_block(device: str) -> None:
+    """sum = sum * ratio + payload sum, and at the end * factor, is the sum of payload * scale; zero scales, and NaN ones."""
+    g = torch.Generator().manual_seed(3)
+    q = quantize(torch.randn(5, K, generator=g) * torch.tensor([1.0, 1e-20, 1e20, 3.0, 1.0]).unsqueeze(1), FP8_1x128)
+    scale = q.scale.clone()
+    scale[1, 0], scale[2, 1], scale[3] = 0.0, 0.0, 0.0
+    scale[4, 1] = torch.nan
+    got = run(device, "dense", 3, q.data.to(device), scale.to(device), torch.zeros(1, dtype=torch.int32, device=device), None, None, 1, 5, 5)
+    x, ratios = got["x"].float().cpu(), got["ratios"].cpu()
+    assert torch.equal(ratios, ratios[..., :1].expand_as(ratios)) or bool(ratios.isnan().any())
+    total = torch.zeros(5)
+    for c in range(x.shape[1] // 128):
+        total = total * ratios[:, c, 0] + x[:, 128 * c: 128 * c + 128].sum(1)
+    total *= got["factor"].cpu()
+    want = sum(q.data[:, 128 * c: 128 * c + 128].float().sum(1) * scale[:, c] for c in range(scale.shape[1]))
+    assert bool(total[4].isnan()) and torch.allclose(total[:4], want[:4], rtol=1e-5)
+    assert not x[3].any() and not x[1, :128].any()

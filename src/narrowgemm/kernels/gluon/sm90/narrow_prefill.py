@@ -23,7 +23,7 @@ from ...operands import Operands
 from . import narrow
 from .narrow import XKINDS, combine, power_of_two, sms_of
 from .narrow_model import active_experts, rows_expected, slots_expected
-from .narrow_prefill_tile import BOXES, SCALE_BYTES, WIDTHS, Tile
+from .narrow_prefill_tile import BOXES, RATIO_BYTES, SCALE_BYTES, WIDTHS, Tile
 from .narrow_tile import ACT_IDS, CHUNK, ITEMSIZE, KINDS, PAIR_IDS, ROWS, TABLE_HEAD, chunks_of, entries_at_most, extra, promotes
 
 NAME = "gluon_sm90.narrow_prefill"
@@ -33,8 +33,6 @@ PREP_K = 2048           # of K that one program of the launch in front converts
 
 def supports(problem: Problem, arch: Arch) -> str | None:
     reason = narrow.supports(problem, arch)
-    if reason is None and promotes(problem):
-        return "takes E8M0 scales of A, not fp32"
     if reason is None and problem.layout == "routed":
         return "gathers tokens in the order of positions, of which it can't tell how many a routed layout has: use offsets"
     if reason is None and ":" in problem.b.prepack and not problem.epilogue.activation:
@@ -84,7 +82,7 @@ def tile_of(problem: Problem, config: Config, slots: bool = True, factor: bool =
     fp32 = e.combine or problem.out_dtype == "fp32"
     return Tile(config.block_m, config.block_n // (2 * ROWS), config.num_stages, unroll, chunks_of(problem) % unroll,
                 problem.b.format.element == "e4m3", slots, factor, problem.a.format.scaled, PAIR_IDS[pair], ACT_IDS[e.activation],
-                args[0], args[1], e.bias, e.routing_weight, ITEMSIZE["fp32" if fp32 else problem.out_dtype])
+                args[0], args[1], e.bias, e.routing_weight, promotes(problem), ITEMSIZE["fp32" if fp32 else problem.out_dtype])
 
 
 # ---------------------------------------------------------------- workspace
@@ -95,6 +93,7 @@ class Regions(NamedTuple):
     live: int
     x: int
     xfactor: int
+    ratios: int
     weight: int
     y: int
     size: int
@@ -106,6 +105,7 @@ def regions(problem: Problem, config: Config, slots: int, rows: int) -> Regions:
     n = problem.n // 2 if e.activation else problem.n
     sizes = (4 * (TABLE_HEAD + 3 * capacity(problem, config, rows)), slots if e.combine else 0,
              2 * rows * chunks_of(problem) * CHUNK, 4 * rows if problem.a.format.scaled else 0,
+             RATIO_BYTES * rows * chunks_of(problem) if promotes(problem) else 0,
              4 * rows if e.routing_weight else 0, 4 * slots * n if e.combine else 0)
     return Regions(*accumulate((-(-s // 256) * 256 for s in sizes), initial=0))
 
@@ -206,6 +206,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     i32, f32, bf16 = torch.int32, torch.float32, torch.bfloat16
     table, live = Pointer(workspace, i32, at.table), Pointer(workspace, torch.int8, at.live)
     xfactor, weight = Pointer(workspace, f32, at.xfactor), Pointer(workspace, f32, at.weight)
+    ratios = Pointer(workspace, f32, at.ratios)
     tokens, y = Pointer(workspace, bf16, at.x), Pointer(workspace, f32, at.y)
     a, scale, n = x.a.data, x.a.scale, x.n // 2 if e.activation else x.n
     chunks, tiles = chunks_of(problem), -(-x.n // ROWS)
@@ -220,15 +221,17 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     for base, deep, box in ((Pointer(x.b.data, i32), chunks * tile.WEIGHT_ROWS, [tile.UNITS, tile.WEIGHT_ROWS, 256]),
                             (Pointer(fields, i32), -(-chunks // 2), [tile.UNITS, 1, SCALE_BYTES // 4])):
         boxes.append(TensorDescriptor(base, [x.groups * tiles, deep, box[2]], [deep * box[2], box[2], 1], box, planes))
+    flat = narrow_prefill_parts_device.RATIO_TILE.value
+    boxes.append(TensorDescriptor(ratios, [rows, 4 * chunks], [4 * chunks, 1], [16, 4], flat) if tile.CHUNKED else boxes[0])
     out, om = (y, n) if e.combine else (x.out, x.out.stride(-2))
     sms = sms_of(x.out.device)
     grid = max(1, min(sms, problem.max_sms or sms, cap * -(-tiles // tile.UNITS)))
     made = [
         Launch(narrow_prefill_prep_device.narrow_prefill_prep_kernel, (1 + rows * -(-kx // PREP_K),),
-               (a, tokens if scale is None else scale, tokens, xfactor, weight if x.weight is None else x.weight, weight, index,
-                order, order if x.experts is None else x.experts, order if x.posted is None else x.posted, table, live, x.k, kx,
-                *narrow.a_strides(x, masked), x.groups, slots, each, x.alignment if problem.layout == "psum" else x.block_m, cap,
-                problem.a_div, prep), {"num_warps": 4}),
+               (a, tokens if scale is None else scale, tokens, xfactor, ratios, weight if x.weight is None else x.weight, weight,
+                index, order, order if x.experts is None else x.experts, order if x.posted is None else x.posted, table, live, x.k,
+                kx, *narrow.a_strides(x, masked), x.groups, slots, each, x.alignment if problem.layout == "psum" else x.block_m,
+                cap, problem.a_div, prep), {"num_warps": 4}),
         Launch(narrow_prefill_device.narrow_prefill_kernel, (grid,),
                (*boxes, out, order, xfactor if x.factor is None else x.factor, xfactor, xfactor if x.bias is None else x.bias,
                 weight, table, chunks, tiles, slots, cap, x.n, om, tile), {"num_warps": 4, "maxnreg": tile.max_registers})]

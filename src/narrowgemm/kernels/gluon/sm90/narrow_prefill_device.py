@@ -5,7 +5,8 @@
 
 Operands are swapped: weights are wgmma's register operand, expanded to BF16 on the way, tokens its columns in shared memory. The
 launch in front (`narrow_prefill_prep_device`) brought A to BF16, gathered, in the order of positions, and listed the entries:
-(expert, first position, at most BT tokens).
+(expert, first position, at most BT tokens). FP32 scales of tokens, one for 128 of K, have no place in BF16: the sums are kept in
+units of the K block's scale, and are multiplied by scale / next scale before the next one is added. They take no more registers.
 
     warps            does, for every tile of its block
     producer (1)     TMA of tokens, weights and scales into a ring of shared memory, 128 of K a slot
@@ -21,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .fp8_block_parts_device import ROW_OF_FLOATS, advance
 from .fp8_block_schedule_device import ROW_OF_INTS
-from .narrow_prefill_parts_device import PLANES, X_RING, finish, load_block, products, rows_vectors
+from .narrow_prefill_parts_device import PLANES, RATIO_RING, X_RING, finish, load_block, products, rows_vectors
 
 HEAD = gl.constexpr(16)      # of the table: see narrow_tile.TABLE_HEAD
 
@@ -129,10 +130,10 @@ def consumer(rings, bars, buf, vectors, pointers, table_ptr, sizes, cfg: gl.cons
 
 
 @gluon.jit(do_not_specialize=["KC", "NT", "R", "cap"])
-def narrow_prefill_kernel(x16_desc, x32_desc, x64_desc, x128_desc, w_desc, s_desc, out_ptr, slots_ptr, factor_ptr, xfactor_ptr,
+def narrow_prefill_kernel(x16_desc, x32_desc, x64_desc, x128_desc, w_desc, s_desc, f_desc, out_ptr, slots_ptr, factor_ptr, xfactor_ptr,
                           bias_ptr, weight_ptr, table_ptr, KC, NT, R, cap, N, om, cfg: gl.constexpr):
     """A persistent grid. x.._desc: tokens [positions, K] in boxes of so many tokens x 128; w_desc int32 [G * NT, KC * rows, 256];
-    s_desc int32 [G * NT, ceil(KC / 2), 128]. NT tiles of 64 weight rows, KC chunks of 128 of K, R rows of the output, om: their
+    s_desc int32 [G * NT, ceil(KC / 2), 128]; f_desc: tokens' ratios of scales [positions, 4 KC] in boxes of 16 x 4. NT tiles of 64 weight rows, KC chunks of 128 of K, R rows of the output, om: their
     stride, N: logical weight rows, cap: entries a column of the table holds."""
     STAGES: gl.constexpr = cfg.STAGES
     x0_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, cfg.T0, 128], X_RING)
@@ -141,6 +142,12 @@ def narrow_prefill_kernel(x16_desc, x32_desc, x64_desc, x128_desc, w_desc, s_des
         x1_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, cfg.T1, 128], X_RING)
     w_s = gl.allocate_shared_memory(gl.int32, [STAGES, cfg.UNITS, cfg.WEIGHT_ROWS, 256], PLANES)
     s_s = gl.allocate_shared_memory(gl.int32, [STAGES, cfg.UNITS, 1, 128], PLANES)
+    f0_s = x0_s
+    f1_s = x0_s
+    if cfg.CHUNKED:
+        f0_s = gl.allocate_shared_memory(gl.float32, [STAGES, cfg.T0, 4], RATIO_RING)
+        if cfg.T1 > 0:
+            f1_s = gl.allocate_shared_memory(gl.float32, [STAGES, cfg.T1, 4], RATIO_RING)
     staging: gl.constexpr = gl.NVMMASharedLayout.get_default_for([cfg.OUT_TOKENS, cfg.FEATURES], out_ptr.dtype.element_ty)
     d_s = gl.allocate_shared_memory(out_ptr.dtype.element_ty, [2, cfg.OUT_TOKENS, cfg.FEATURES], staging)
     slot_s = gl.allocate_shared_memory(gl.int32, [2, cfg.TP if cfg.SLOTS else 1], ROW_OF_INTS)
@@ -155,8 +162,8 @@ def narrow_prefill_kernel(x16_desc, x32_desc, x64_desc, x128_desc, w_desc, s_des
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
 
-    descs = ((x16_desc, x32_desc, x64_desc, x128_desc), w_desc, s_desc)
-    rings = (x0_s, x1_s, w_s, s_s)
+    descs = ((x16_desc, x32_desc, x64_desc, x128_desc), w_desc, s_desc, f_desc)
+    rings = (x0_s, x1_s, w_s, s_s, f0_s, f1_s)
     bars = ((w_full, x_full), empty)
     sizes = (KC, NT, N, R, cap)
     pointers = (out_ptr, om, slots_ptr, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr)

@@ -15,6 +15,8 @@ from .shim import tma_load, view_as
 X_TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 X_RING = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3))
 PLANES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3))
+RATIO_TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2))
+RATIO_RING = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3))
 ROWS_OF_BYTES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 BYTES3 = gl.constexpr(gl.DistributedLinearLayout(
     [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8], [8, 0, 0]], [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
@@ -41,17 +43,29 @@ def load_tokens(descs, ring, bar, slot, row, k, cfg: gl.constexpr, T: gl.constex
 
 
 @gluon.jit
+def load_ratios(desc, ring, bar, slot, row, kb, cfg: gl.constexpr, T: gl.constexpr, P: gl.constexpr):
+    """What the sums of P tokens are multiplied by before K block kb is added."""
+    boxes = view_as(ring, gl.float32, cfg.STAGES * (T // 16), 16, 4, RATIO_TILE)
+    for i in gl.static_range(P // 16):
+        tma_load(desc, [row + i * 16, kb * 4], bar, boxes.index(slot * (T // 16) + i))
+
+
+@gluon.jit
 def load_block(descs, rings, full, slot, unit, first, kb, cfg: gl.constexpr, P0: gl.constexpr, P1: gl.constexpr):
     """Fill a slot with K block kb: weights and scales of the tile's units, and P0 + P1 tokens from position `first`."""
-    x_descs, w_desc, s_desc = descs
-    x0_s, x1_s, w_s, s_s = rings
+    x_descs, w_desc, s_desc, f_desc = descs
+    x0_s, x1_s, w_s, s_s, f0_s, f1_s = rings
     w_full, x_full = full
     bar = w_full.index(slot)
     mbarrier.expect(bar, cfg.WEIGHT_BYTES)
     tma_load(w_desc, [unit, kb * cfg.WEIGHT_ROWS, 0], bar, w_s.index(slot))
     tma_load(s_desc, [unit, kb // 2, 0], bar, s_s.index(slot))
     bar = x_full.index(slot)
-    mbarrier.expect(bar, (P0 + P1) * 256)
+    mbarrier.expect(bar, (P0 + P1) * (272 if cfg.CHUNKED else 256))
+    if cfg.CHUNKED:
+        load_ratios(f_desc, f0_s, bar, slot, first, kb, cfg, cfg.T0, P0)
+        if P1 > 0:
+            load_ratios(f_desc, f1_s, bar, slot, first + P0, kb, cfg, cfg.T1, P1)
     load_tokens(x_descs, x0_s, bar, slot, first, kb * 128, cfg, cfg.T0, P0)
     if P1 > 0:
         load_tokens(x_descs, x1_s, bar, slot, first + P0, kb * 128, cfg, cfg.T1, P1)
@@ -97,13 +111,42 @@ def settle(sums, COUNT: gl.constexpr):
 
 
 @gluon.jit
+def ratios(ring, slot, cfg: gl.constexpr, T: gl.constexpr, P: gl.constexpr):
+    """[1, P] of a slot."""
+    f = view_as(ring, gl.float32, cfg.STAGES * (T // P), P, 4, ROWS_OF_BYTES).index(slot * (T // P))
+    return f.slice(0, 1, 1).permute((1, 0)).load(sums_layout(P))
+
+
+@gluon.jit
+def rescaled(sums, rings, slot, cfg: gl.constexpr, UNIT: gl.constexpr, P0: gl.constexpr, P1: gl.constexpr):
+    """Sums of one unit in units of the slot's scales: a token's sum is sum * scale of its last K block."""
+    x0_s, x1_s, w_s, s_s, f0_s, f1_s = rings
+    MP: gl.constexpr = cfg.MP
+    f = ratios(f0_s, slot, cfg, cfg.T0, P0)
+    new = ()
+    for j in gl.static_range(MP):
+        if j == UNIT:
+            new = new + (sums[j] * f, )
+        else:
+            new = new + (sums[j], )
+    if P1 > 0:
+        f = ratios(f1_s, slot, cfg, cfg.T1, P1)
+        for j in gl.static_range(MP):
+            if j == UNIT:
+                new = new + (sums[MP + j] * f, )
+            else:
+                new = new + (sums[MP + j], )
+    return new
+
+
+@gluon.jit
 def blocks(sums, slot, phase, kb, rings, bars, cfg: gl.constexpr, WG: gl.constexpr, P0: gl.constexpr, P1: gl.constexpr,
            COUNT: gl.constexpr):
     """COUNT K blocks from kb. Leaves with nothing in flight: ptxas serialises wgmma that are, across a loop's back edge.
 
     Weights are expanded while the products before run. The wait for tokens stands between the two for ptxas's sake: it doesn't
     move instructions over a branch, and would otherwise expand after it waited for the products."""
-    x0_s, x1_s, w_s, s_s = rings
+    x0_s, x1_s, w_s, s_s, f0_s, f1_s = rings
     full, empty = bars
     w_full, x_full = full
     MP: gl.constexpr = cfg.MP
@@ -124,6 +167,9 @@ def blocks(sums, slot, phase, kb, rings, bars, cfg: gl.constexpr, WG: gl.constex
                 mbarrier.wait(x_full.index(slot), phase)
                 if c + i + sub > 0:
                     sums = settle(sums, MP * PIECES)
+                if cfg.CHUNKED:
+                    if sub == 0:
+                        sums = rescaled(sums, rings, slot, cfg, i, P0, P1)
                 new = ()
                 for j in gl.static_range(MP):
                     if j == i:

@@ -7,7 +7,7 @@ BF16 with K in the order that the expanded weights have, zeros up to the next 12
 import triton
 import triton.language as tl
 
-from .narrow_prep_device import element, in_use, list_all, offset_of, power_of_two, row_shift
+from .narrow_prep_device import PLAIN_FP8, element, in_use, list_all, offset_of, power_of_two, row_shift
 
 
 @triton.jit
@@ -19,8 +19,26 @@ def narrow_weight_order(x_ptr, base, k0, K, BK: tl.constexpr):
     return tl.reshape(x, [BK])
 
 
+@triton.jit
+def unit_of(xs_ptr, i, count, ssk):
+    """The scale of K block i, 1 where that is zero, or there is none: a block of zeros is zeros in every unit."""
+    s = tl.load(xs_ptr + i * ssk, mask=(i >= 0) & (i < count), other=1.0)
+    return tl.where(s == 0.0, 1.0, s)
+
+
+@triton.jit
+def bring_ratios(xs_ptr, ratio_ptr, last_ptr, K, KX, ssk):
+    """Of each K block, four times: the unit of the block before over its own; and the unit of the last one. Finite where units are."""
+    count = (K + 127) // 128
+    for first in range(0, KX // 32, 256):
+        o = first + tl.arange(0, 256)
+        ratio = unit_of(xs_ptr, o // 4 - 1, count, ssk) / unit_of(xs_ptr, o // 4, count, ssk)
+        tl.store(ratio_ptr + o, tl.minimum(ratio, 3.0e38, propagate_nan=tl.PropagateNan.ALL), mask=o < KX // 32)
+    tl.store(last_ptr, unit_of(xs_ptr, count - 1, count, ssk))
+
+
 @triton.jit(do_not_specialize=["G", "R", "positions", "block_m", "cap", "a_div", "sxg", "ssg", "ssm", "ssk"])
-def narrow_prefill_prep_kernel(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, weight_ptr, of_position_ptr, index_ptr, slots_ptr, experts_ptr,
+def narrow_prefill_prep_kernel(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, ratio_ptr, weight_ptr, of_position_ptr, index_ptr, slots_ptr, experts_ptr,
                                posted_ptr, table_ptr, live_ptr, K, KX, sxg, sxm, ssg, ssm, ssk, G, R, positions, block_m, cap, a_div,
                                cfg: tl.constexpr):
     """positions: of the layout (masked: rows a group can hold); R: slots; weight_ptr: a slot's, of_position_ptr: where a position's
@@ -43,7 +61,14 @@ def narrow_prefill_prep_kernel(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, weight_ptr, o
             if cfg.WEIGHT:
                 if part == 0:
                     tl.store(of_position_ptr + at, tl.load(weight_ptr + slot))
-            if cfg.XKIND == 0:
+            if cfg.XKIND == PLAIN_FP8:
+                o = part * cfg.BK + tl.arange(0, cfg.BK)
+                y = narrow_weight_order(x_ptr, base, part * cfg.BK, K, cfg.BK)
+                scale = tl.load(xs_ptr + o // 128 * ssk, mask=o // 128 * 128 < K, other=0.0)
+                tl.store(to + o, tl.where(scale == 0.0, 0.0, y), mask=o < KX)
+                if part == 0:
+                    bring_ratios(xs_ptr, ratio_ptr + at.to(tl.int64) * (KX // 32), xfactor_ptr + at, K, KX, ssk)
+            elif cfg.XKIND == 0:
                 o = part * cfg.BK + tl.arange(0, cfg.BK)
                 tl.store(to + o, narrow_weight_order(x_ptr, base, part * cfg.BK, K, cfg.BK), mask=o < KX)
             else:

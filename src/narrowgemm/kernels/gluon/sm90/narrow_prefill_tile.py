@@ -15,6 +15,7 @@ WIDTHS = {
     192: ((32, 0), (64, 0), (64, 32), (128, 0), (128, 16), (128, 32), (128, 64)),
 }
 BOXES = (16, 32, 64, 128)       # tokens of a TMA box
+RATIO_BYTES = 16                # of a token in one slot: a number four times, the least that TMA moves
 _BARRIER_BYTES = 8
 
 
@@ -41,6 +42,7 @@ class Tile:
     LIMIT: float = 0.0
     BIAS: bool = False
     WEIGHT: bool = False     # routing weights
+    CHUNKED: bool = False    # tokens have FP32 scales, one for 128 of K: sums are rescaled from one to the next
     OUT_BYTES: int = 2
     OUT_TOKENS: int = 32     # tokens that a consumer stages at once for the store
     CONSUMER_REGISTERS: int = 232
@@ -75,7 +77,8 @@ class Tile:
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block: an upper bound."""
-        ring = self.STAGES * (self.WEIGHT_BYTES + (self.T0 + self.T1) * 256 + 3 * _BARRIER_BYTES)
+        token = 256 + (RATIO_BYTES if self.CHUNKED else 0)
+        ring = self.STAGES * (self.WEIGHT_BYTES + (self.T0 + self.T1) * token + 3 * _BARRIER_BYTES)
         staging = CONSUMERS * self.OUT_TOKENS * self.FEATURES * self.OUT_BYTES
         vectors = CONSUMERS * self.TP * 4 * (self.SLOTS + self.XFACTOR + self.WEIGHT)
         return ring + staging + vectors + 1024
