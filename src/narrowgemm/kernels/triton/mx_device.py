@@ -53,13 +53,14 @@ def chunk_scale(s):
 
 
 @triton.jit
-def mx_add(acc, a, sa, b, sb, A_KIND: tl.constexpr, B_KIND: tl.constexpr, CHUNKED: tl.constexpr):
+def mx_add(acc, a, sa, zero, b, sb, A_KIND: tl.constexpr, B_KIND: tl.constexpr, CHUNKED: tl.constexpr):
     """acc plus the product of one K block."""
     if A_KIND == "bf16":
         return tl.dot_scaled(a, None, "bf16", b, sb, B_KIND, acc)
     elif CHUNKED:
         one = tl.full([a.shape[0], sb.shape[1]], 127, tl.uint8)
-        return acc + tl.dot_scaled(a, one, A_KIND, b, sb, B_KIND) * chunk_scale(sa)[:, None]
+        part = tl.dot_scaled(a, one, A_KIND, b, sb, B_KIND, zero)
+        return acc + part * chunk_scale(sa)[:, None]
     else:
         return tl.dot_scaled(a, sa, A_KIND, b, sb, B_KIND, acc)
 
@@ -87,10 +88,13 @@ def mx_tile_sum(a_ptr, b_ptr, sa_ptr, sb_ptr, m_off, n_off, K, stride_am, stride
     else:
         sa_ptrs = sa_ptr + (m_off[:, None] * stride_sam + ks[None, :] * stride_sak)
     sb_ptrs = sb_ptr + (n_off[:, None] * stride_sbn + ks[None, :] * stride_sbk)
+    zero = None
+    if CHUNKED:     # made of offsets: Triton 3.6 fails on a constant sum of a scaled product in a loop, on Blackwell
+        zero = (tl.minimum(m_off, 0)[:, None] + tl.zeros([1, BN], tl.int32)).to(tl.float32)
     acc = tl.zeros([BM, BN], tl.float32)
     for kb in range(0, K // BK):
         sa = None if A_KIND == "bf16" else tl.load(sa_ptrs)
-        acc = mx_add(acc, tl.load(a_ptrs), sa, tl.load(b_ptrs), tl.load(sb_ptrs), A_KIND, B_KIND, CHUNKED)
+        acc = mx_add(acc, tl.load(a_ptrs), sa, zero, tl.load(b_ptrs), tl.load(sb_ptrs), A_KIND, B_KIND, CHUNKED)
         a_ptrs += AK
         b_ptrs += BKB
         sa_ptrs += stride_sak if CHUNKED else SF * stride_sak
@@ -107,7 +111,7 @@ def mx_tile_sum(a_ptr, b_ptr, sa_ptr, sb_ptr, m_off, n_off, K, stride_am, stride
             sa = tl.load(sa_ptrs)
         elif A_KIND != "bf16":
             sa = tl.load(sa_ptrs + (last * stride_sak)[None, :])
-        acc = mx_add(acc, a, sa, b, sb, A_KIND, B_KIND, CHUNKED)
+        acc = mx_add(acc, a, sa, zero, b, sb, A_KIND, B_KIND, CHUNKED)
     return acc
 
 
