@@ -7,16 +7,39 @@ BF16 with K in the order that the expanded weights have, zeros up to the next 12
 import triton
 import triton.language as tl
 
-from .narrow_prep_device import PLAIN_FP8, element, in_use, list_all, offset_of, power_of_two, row_shift
+from .narrow_prep_device import E2M1, PLAIN_FP8, in_use, list_all, offset_of, power_of_two, row_shift
+
+
+@triton.jit
+def weight_order(x, BK: tl.constexpr):
+    """BK elements of a row, permuted: out[m * 8 + q * 2 + r] = in[q * 32 + m * 2 + r] of every 128."""
+    return tl.reshape(tl.permute(tl.reshape(x, [BK // 128, 4, 16, 2]), (0, 2, 1, 3)), [BK])
 
 
 @triton.jit
 def narrow_weight_order(x_ptr, base, k0, K, BK: tl.constexpr):
-    """BK floats of a row from k0, permuted: out[m * 8 + q * 2 + r] = in[q * 32 + m * 2 + r] of every 128."""
+    """BK floats of a row from k0, permuted."""
     k = k0 + tl.arange(0, BK)
-    x = tl.load(x_ptr + base + k, mask=k < K, other=0.0).to(tl.bfloat16)
-    x = tl.permute(tl.reshape(x, [BK // 128, 4, 16, 2]), (0, 2, 1, 3))
-    return tl.reshape(x, [BK])
+    return weight_order(tl.load(x_ptr + base + k, mask=k < K, other=0.0).to(tl.bfloat16), BK)
+
+
+@triton.jit
+def e2m1_value(code):
+    """FP32. Exponent and mantissa lie where FP32 has its own, subnormals too, less a factor of 2^126."""
+    bits = ((code & 7) << 22) | ((code & 8) << 28)
+    return bits.to(tl.float32, bitcast=True) * 8.507059173023462e37
+
+
+@triton.jit
+def payload(x_ptr, k0, K, cfg: tl.constexpr):
+    """FP32 payload of BK columns of a row from k0, a piece of the row at a time rather than a column."""
+    if cfg.XKIND == E2M1:
+        h = k0 // 2 + tl.arange(0, cfg.BK // 2)
+        byte = tl.load(x_ptr + h, mask=2 * h < K, other=0).to(tl.int32)
+        return tl.reshape(tl.join(e2m1_value(byte), e2m1_value(byte >> 4)), [cfg.BK])
+    else:
+        k = k0 + tl.arange(0, cfg.BK)
+        return tl.load(x_ptr + k, mask=k < K, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -38,9 +61,9 @@ def bring_ratios(xs_ptr, ratio_ptr, last_ptr, K, KX, ssk):
 
 
 @triton.jit(do_not_specialize=["G", "R", "positions", "block_m", "cap", "a_div", "sxg", "ssg", "ssm", "ssk"])
-def narrow_prefill_prep_kernel(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, ratio_ptr, weight_ptr, of_position_ptr, index_ptr, slots_ptr, experts_ptr,
-                               posted_ptr, table_ptr, live_ptr, K, KX, sxg, sxm, ssg, ssm, ssk, G, R, positions, block_m, cap, a_div,
-                               cfg: tl.constexpr):
+def narrow_prefill_prep_kernel(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, ratio_ptr, weight_ptr, of_position_ptr, index_ptr, slots_ptr,
+                               experts_ptr, posted_ptr, table_ptr, live_ptr, K, KX, sxg, sxm, ssg, ssm, ssk, G, R, positions,
+                               block_m, cap, a_div, cfg: tl.constexpr):
     """positions: of the layout (masked: rows a group can hold); R: slots; weight_ptr: a slot's, of_position_ptr: where a position's
     goes. The rest as narrow_prep_kernel's."""
     pid = tl.program_id(0)
@@ -72,15 +95,12 @@ def narrow_prefill_prep_kernel(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, ratio_ptr, we
                 o = part * cfg.BK + tl.arange(0, cfg.BK)
                 tl.store(to + o, narrow_weight_order(x_ptr, base, part * cfg.BK, K, cfg.BK), mask=o < KX)
             else:
-                pair = part * (cfg.BK // 2) + tl.arange(0, cfg.BK // 2)
-                k = pair // 64 * 128 + pair % 4 * 32 + pair % 64 // 4 * 2
                 shift, nan = row_shift(xs_ptr, K, ssk, cfg)
-                code = tl.load(xs_ptr + k // cfg.GROUP * ssk, mask=k < K, other=127).to(tl.int32)
-                scale = power_of_two(code - shift - 127)
-                lo = element(x_ptr, base, k, K, cfg) * scale
-                hi = element(x_ptr, base, k + 1, K, cfg) * scale
+                block = part * (cfg.BK // cfg.GROUP) + tl.arange(0, cfg.BK // cfg.GROUP)
+                code = tl.load(xs_ptr + block * ssk, mask=block * cfg.GROUP < K, other=127).to(tl.int32)
+                x = tl.reshape(payload(x_ptr + base, part * cfg.BK, K, cfg), [cfg.BK // cfg.GROUP, cfg.GROUP])
+                x = tl.reshape(x * power_of_two(code - shift - 127)[:, None], [cfg.BK])
+                o = part * cfg.BK + tl.arange(0, cfg.BK)
+                tl.store(to + o, weight_order(x.to(tl.bfloat16), cfg.BK), mask=o < KX)
                 if part == 0:
                     tl.store(xfactor_ptr + at, tl.where(nan > 0, float("nan"), power_of_two(shift)))
-                both = tl.join(lo.to(tl.bfloat16), hi.to(tl.bfloat16))
-                o = 2 * pair[:, None] + tl.arange(0, 2)[None, :]
-                tl.store(to + o, both, mask=o < KX)
