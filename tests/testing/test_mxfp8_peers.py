@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from narrowgemm.arch import get_arch
-from narrowgemm.formats import MXFP8
+from narrowgemm.formats import MXFP4, MXFP8
 from narrowgemm.kernels.triton import mx
 from narrowgemm.testing import peers
 from narrowgemm.testing.case import Case
@@ -32,8 +32,12 @@ def test_deepgemm_gets_blocks_of_the_same_sources(monkeypatch: pytest.MonkeyPatc
     assert "second time" in peers.get_peer("deepgemm_block").supports(replace(case, layout="offsets", groups=256, n=4096, k=7168))
 
 
+FOUR_BITS = [Case("t", "contiguous", 2, 128, 64, 128, a=MXFP8, b=MXFP4, packed=True),
+             Case("t", "dense", 1, 24, 64, 160, a=MXFP4, b=MXFP4, packed=True)]
+
+
 @pytest.mark.interpret
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.id)
+@pytest.mark.parametrize("case", [*CASES, *FOUR_BITS], ids=lambda c: c.id)
 def test_dequantising_is_exact_and_the_product_is_of_the_same_bits(case: Case) -> None:
     from narrowgemm.testing.mxfp8_peers import dequantize
 

@@ -12,7 +12,7 @@ from ..problem import Config
 from .case import Case
 from .guard import Guarded
 from .inputs import Inputs, build
-from .mx_peers import hopper, import_error, sorted_rows
+from .mx_peers import hopper, import_error, sorted_rows, tight
 from .peer import Prepared
 
 # aiter 3783's baseline: BLOCK 64/128/128 with 8 warps, whatever the rows
@@ -42,7 +42,7 @@ class DotScaled:
 
 class DequantBf16:
     """Both operands to BF16 in every call, one kernel each, then cuBLAS or torch.nn.functional.grouped_mm: what a stack without
-    an MXFP8 kernel runs on weights that it keeps in MXFP8."""
+    an MX kernel runs on weights that it keeps in MXFP8 or MXFP4."""
 
     name = "dequant_bf16"
 
@@ -52,8 +52,9 @@ class DequantBf16:
         return None if hasattr(torch.nn.functional, "grouped_mm") else "this torch has no nn.functional.grouped_mm"
 
     def supports(self, case: Case) -> str | None:
-        if (case.a, case.b) != (MXFP8, MXFP8) or case.layout not in ("dense", "offsets") or case.accumulate or case.slack:
-            return "is compared on MXFP8 x MXFP8, dense and by offsets"
+        laid_out = case.layout == "dense" or tight(case)
+        if case.a not in (MXFP8, MXFP4) or case.b not in (MXFP8, MXFP4) or not laid_out or case.accumulate or case.slack:
+            return "is compared on MX operands, dense and with rows sorted by expert"
         return None if case.rows else "no rows"
 
     def prepare(self, case: Case, inputs: Inputs) -> Prepared:
@@ -61,7 +62,9 @@ class DequantBf16:
 
         a, b = (torch.empty(x.shape, dtype=torch.bfloat16, device=inputs.device) for x in (inputs.a, inputs.b))
         result: list[Tensor] = []
-        ends = None if inputs.layout is None else inputs.layout.index[1:].to(torch.int32).contiguous()
+        ends = None
+        if inputs.layout is not None:
+            ends = torch.tensor(case.group_sizes, device=inputs.device).cumsum(0).to(torch.int32)
 
         def run() -> None:
             dequantize(inputs.a, a)
@@ -73,13 +76,14 @@ class DequantBf16:
 
 
 def dequantize(x: ScaledTensor, out: Tensor) -> None:
-    """MXFP8 `[..., R, K]` into BF16 `out`, both contiguous."""
+    """MXFP8 or MXFP4 `[..., R, K]` into BF16 `out`, both contiguous."""
     from .mx_dequant_device import mx_to_bf16_kernel
 
     assert x.scale is not None
-    per_row, blocks, each = x.shape[-1] // 32, x.data.numel() // 32, 128
+    per_row, blocks, each = x.shape[-1] // 32, out.numel() // 32, 128
     scale = x.scale if x.scale.dim() == 2 else x.scale.flatten(0, -2)
-    mx_to_bf16_kernel[(-(-blocks // each),)](x.data, scale, out, blocks, scale.stride(0), scale.stride(1), per_row, BLOCKS=each)
+    mx_to_bf16_kernel[(-(-blocks // each),)](x.data, scale, out, blocks, scale.stride(0), scale.stride(1), per_row, BLOCKS=each,
+                                           E2M1=x.format == MXFP4)
 
 
 class DeepGemmBlock:
