@@ -64,6 +64,9 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     # H100: 8192 rows of 7168, 16 tiles: 1.75 ms, 0.6 of it beyond the weights
     rows = 2.0 * (total // problem.a_div) * problem.k
     again = max(0.0, rows - arch.l2 / 2) * -(-problem.n // config.block_n)
+    # an expert's second pass reads its weights again, from memory where L2 doesn't hold them all: 256 experts of 7168 x 2048 took
+    # 1.5 ms on 16 columns with 16 rows in the mean, 0.86 with 8
+    again += max(0.0, tiles * chunks * per_chunk - weights) if weights > arch.l2 else 0.0
     rate = arch.bandwidth * EFFICIENCY * sms / arch.sms
     memory = (weights + 2 * written + again) / rate
     # and where L2 does keep it, distinct rows cost, too, as many as there are tiles of 64: a tenth of the time at eight rows an
