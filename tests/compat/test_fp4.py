@@ -52,9 +52,12 @@ def close(d: torch.Tensor, want: torch.Tensor) -> None:
     assert calc_diff(d, want) <= LIMIT[d.dtype]
 
 
-@pytest.mark.parametrize("a", ["fp8", "mxfp8", "fp4"])
-@pytest.mark.parametrize("scales", ["packed", "fp32", "codes", "e8m0", "mn", "transposed", "required"])
-@pytest.mark.parametrize("payload", [torch.int8, torch.int32, torch.float4_e2m1fn_x2], ids=str)
+SCALES = ("packed", "fp32", "codes", "e8m0", "mn", "transposed", "required")
+WAYS = [*(("fp4", s, torch.int8) for s in SCALES), *((a, s, torch.int32) for a in ("fp8", "mxfp8") for s in ("packed", "fp32", "mn")),
+        ("fp4", "packed", torch.int32), ("fp8", "codes", torch.float4_e2m1fn_x2)]
+
+
+@pytest.mark.parametrize("a, scales, payload", WAYS, ids=str)
 def test_dense(deep_gemm, a: str, scales: str, payload: torch.dtype) -> None:
     kw = {"payload": payload, "scales": scales}
     pa, va = rows(deep_gemm, a, M, K, 1, **(kw if a == "fp4" else {}))

@@ -26,14 +26,15 @@ def operand(fmt: Format, *shape: int) -> ng.ScaledTensor:
 
 
 def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], object]]]:
-    """'few': the smallest and the largest tile; 'all': every config of the search space."""
+    """'few': the smallest and the largest tile (FP8 1x128: the largest); 'all': every config of the search space."""
     arch = get_arch(target)
     for a, b in PAIRS:
         p = Problem("gemm", "dense", 256, 512, 1024, 1, Operand(a, scale_dtype=a.scale if a.scaled else ""),
                     Operand(b, scale_dtype="e8m0"), rows=256)
         if mx.supports(p, arch) is None:
             every = mx.configs(p, arch)
-            for c in every if which == "all" else (every[0], max(every, key=lambda c: c.block_m * c.block_n)):
+            largest = max(every, key=lambda c: c.block_m * c.block_n)
+            for c in every if which == "all" else (largest,) if a.group == (1, 128) else (every[0], largest):
                 yield (f"{a.name} x {b.name} | {c} | {mx.smem_bytes(p, c)}",
                        lambda a=a, b=b, c=c: ng.gemm(operand(a, 256, 1024), operand(b, 512, 1024), backend="triton", config=c))
 
