@@ -91,7 +91,7 @@ def test_fp32_scales_of_activations() -> None:
         assert tile.CHUNKED and tile.XFACTOR and tile.shared_bytes <= ARCH.smem
         at = narrow_prefill.regions(p, c, p.m, p.m)
         assert at.weight - at.ratios >= 16 * p.m * 23 and at.ratios - at.xfactor >= 4 * p.m
-    assert {(c.block_m, c.block_n) for c in narrow_prefill.configs(p, ARCH)} >= {(64, 128), (64, 256), (128, 128)}
+    assert {(c.block_m, c.block_n // 128) for c in narrow_prefill.configs(p, ARCH)} == set(narrow_prefill.PROMOTED["e2m1"])
 
 
 def test_many_tokens_choose_it_and_few_do_not() -> None:

@@ -45,6 +45,7 @@ def supports(problem: Problem, arch: Arch) -> str | None:
 SHAPES = {(32, 1): (12, 8), (64, 1): (7, 5), (64, 2): (5, 3), (128, 1): (4, 3), (128, 2): (3, 2), (192, 1): (3, 3)}
 
 
+PROMOTED = {"e2m1": ((128, 1),), "e4m3": ()}     # those of them that have run with FP32 scales of A
 FEWEST = {"e2m1": 0, "e4m3": 32}     # tiles of so many tokens and fewer are left to the kernel for few
 
 
@@ -54,7 +55,7 @@ def _config(tokens: int, units: int, e4m3: bool) -> Config:
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     every = (_config(t, u, problem.b.format.element == "e4m3") for t, u in SHAPES
-             if t > FEWEST[problem.b.format.element])
+             if t > FEWEST[problem.b.format.element] and (not promotes(problem) or (t, u) in PROMOTED[problem.b.format.element]))
     return [c for c in every if legal(problem, c, arch) is None]
 
 
