@@ -24,7 +24,7 @@ test: lint
 	$(RUN) -m pytest -n $(JOBS) $(PYTEST_ARGS)
 
 lint: $(VENV)/.ready-dev
-	$(RUN) -m ruff check src tests tools benchmarks
+	$(RUN) -m ruff check src tests tools benchmarks examples
 	$(RUN) -m mypy
 
 docs: $(VENV)/.ready-docs

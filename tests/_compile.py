@@ -22,6 +22,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TRITONS = ("oldest", "newest")
+# R1 is the stack's pointer: bits taken from it as data stand for a value that nothing has written
+UNWRITTEN = re.compile(r"(?:LOP3\.LUT|SHF[A-Z0-9.]*) R\d+, [^;]*\bR1\b[^;]*;")
 NVIDIA_OPS = ("wgmma.mma_async", "mma.sync", "tcgen05.mma", "cp.async", "cp.async.bulk.tensor", "e4m3", "setmaxnreg",
               "block_scale",
               *(f"m64n{n}k32.f32.e4m3.e4m3" for n in (8, 16, 32, 64, 128, 192, 256)), "multicast::cluster")
@@ -91,10 +93,12 @@ def nvidia_report(kernel, target: str) -> dict:
         tool = get_ptxas(int(target[2:])) if get_ptxas.__code__.co_argcount else get_ptxas()
         log = subprocess.run([tool.path, "-v", f"--gpu-name={arch}", str(source), "-o", f"{d}/kernel.cubin"],
                              capture_output=True, text=True, check=True).stderr
+        dump = Path(tool.path).with_name("cuobjdump")
+        code = subprocess.run([dump, "-sass", f"{d}/kernel.cubin"], capture_output=True, text=True).stdout if dump.exists() else ""
     spill = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = re.search(r"Used (\d+) registers", log)
     return {"spills": int(spill[1]) + int(spill[2]) if spill else -1, "registers": int(registers[1]) if registers else -1,
-            "serialized": "C7514" in log, "ops": {op: ptx.count(op) for op in NVIDIA_OPS}}
+            "serialized": "C7514" in log, "unwritten": len(UNWRITTEN.findall(code)), "ops": {op: ptx.count(op) for op in NVIDIA_OPS}}
 
 
 def amd_report(kernel) -> dict:

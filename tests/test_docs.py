@@ -60,3 +60,8 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
                           cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "site" / "complaints.html").exists()
+
+
+def test_training_figures_are_those_of_the_committed_runs() -> None:
+    done = subprocess.run([sys.executable, "benchmarks/make_training.py", "--check"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

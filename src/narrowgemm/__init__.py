@@ -21,6 +21,8 @@ else:
     from .formats import BF16, FORMATS, FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, Format, FP8_1x128, FP8_128x128, ScaledTensor
     from .layouts import Contiguous, KGrouped, Layout, Masked, Offsets, Psum, Routed
     from .ops.activate import activate
+    from .ops.activate_both import activate_backward, activate_both
+    from .ops.expert_mlp import expert_mlp
     from .ops.experts import experts, experts_workspace
     from .ops.explain import Explanation, can_run, explain
     from .ops.explain_experts import explain_experts
@@ -40,8 +42,9 @@ else:
 __all__ = [
     "BF16", "FORMATS", "FP8_ROW", "FP8_TENSOR", "MXFP4", "MXFP8", "Both", "Config", "Contiguous", "Explanation",
     "FP8_1x128", "FP8_128x128", "Format", "KGrouped", "Layout", "Masked", "Offsets", "PackedWeight", "Plan", "Problem",
-    "Psum", "Routed", "Routing", "ScaledTensor", "Unsupported", "__version__", "activate", "can_run", "combine", "experts",
-    "experts_workspace", "explain", "explain_experts", "gather", "gather_quantize", "gemm", "grouped_gemm",
-    "grouped_gemm_wgrad", "grouped_linear", "moe_align_block_size", "prepack", "prepare", "quantize", "quantize_both",
+    "Psum", "Routed", "Routing", "ScaledTensor", "Unsupported", "__version__", "activate",
+    "activate_backward", "activate_both", "can_run", "combine", "expert_mlp", "experts", "experts_workspace",
+    "explain", "explain_experts", "gather", "gather_quantize", "gemm", "grouped_gemm", "grouped_gemm_wgrad", "grouped_linear",
+    "moe_align_block_size", "prepack", "prepare", "quantize", "quantize_both",
     "quantize_weight", "route", "routed_gemm", "sort_by_expert", "unpack",
 ]

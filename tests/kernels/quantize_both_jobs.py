@@ -20,6 +20,9 @@ def jobs(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
         yield fmt.name, lambda f=fmt: both(f)
     yield "weights", lambda: quantize_both(torch.zeros(2, 512, 2048, dtype=torch.bfloat16), FP8_128x128, backend="triton")
     yield "scale given", lambda: both(FP8_TENSOR, scale=torch.ones(1))
+    for fmt in (FP8_TENSOR, FP8_128x128):
+        yield f"FP32 weights {fmt.name}", lambda f=fmt: quantize_both(torch.zeros(2, 512, 2048), f, backend="triton")
+    yield "scale given, maxima", lambda: both(FP8_TENSOR, scale=torch.ones(1), amax=torch.ones(1))
 
 
 def k_major_jobs(target: str) -> Iterator[tuple[str, Callable[[], object]]]:

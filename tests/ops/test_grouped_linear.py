@@ -45,6 +45,15 @@ def test_values_and_gradients(recipe: str, grads: str) -> None:
     assert not w.grad[1].any(), "the gradient of an empty group is not zero"
 
 
+def test_tiny_gradients_are_not_flushed() -> None:
+    """Those of a mean over many tokens lie far below the least magnitude that activations are scaled by."""
+    x, w, lens = inputs()
+    dy = torch.randn(sum(LENS), N).bfloat16()
+    one, small = (torch.autograd.grad(grouped_linear(x, w, lens, recipe="rowwise"), (x, w), (dy.float() * s).bfloat16()) for s in (1.0, 2.0**-40))
+    for a, b in zip(one, small):
+        assert calc_diff(a.float(), b.float() * 2.0**40) < 1e-4
+
+
 def test_offsets_fp32_master_and_one_side_only() -> None:
     x, w, lens = inputs()
     master = w.detach().float().requires_grad_()

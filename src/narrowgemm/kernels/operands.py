@@ -45,12 +45,14 @@ class Operands:
     segments: Tensor | None = None        # quantise both: where each group's columns start, written
     add: Tensor | None = None
     top: Tensor | None = None             # packed weights: largest scale code of each row, where it folds
+    amax: Tensor | None = None            # quantise both: float32 [1], raised to the largest magnitude
     memo: dict | None = None              # launches bound to calls of the same signature (`kernels.launching`); None: bind none
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         """Every tensor of the call, in one order."""
         return (self.a.data, self.a.scale, self.b.data, self.b.scale, self.out, self.index, self.out_scale, self.factor, self.slots,
-                self.experts, self.posted, self.bias, self.weight, self.segments, self.add, self.top)
+                self.experts, self.posted, self.bias, self.weight, self.segments, self.add, self.top,
+                self.amax)
 
     def addresses(self, workspace: Tensor | None) -> tuple[int, ...]:
         """The workspace's, then those of `tensors`; 0 where there is none."""

@@ -44,6 +44,7 @@ MODULES: tuple[str, ...] = (
     "triton.sort",
     "triton.gather",
     "triton.activate",
+    "triton.activate_both",
     "triton.combine",
     "torch_steps",
     "torch_reference",

@@ -101,6 +101,31 @@ class ActivateOperands(Tensors):
 
 
 @dataclass(slots=True, eq=False)
+class ActivateBothOperands(Tensors):
+    h: Tensor                       # [T, 2I]
+    dy: Tensor | None               # [T, I]: the derivative is wanted
+    offsets: Tensor                 # [G + 1]
+    segments: Tensor                # int32 [G + 1], where each group's columns start
+    fresh_segments: bool            # they are to be written
+    rows: ScaledTensor              # [T, I] (derivative: 2I), written
+    columns: ScaledTensor | None    # [I (2I), P], written; None where rows are not scaled
+    amax: Tensor | None             # float32 [1], raised to the largest magnitude
+    activation: str
+    args: tuple[float, ...]
+    rounding: str
+    amax_clamp: float
+    memo: dict | None = None
+
+    @property
+    def out(self) -> Tensor:
+        return self.rows.data
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        data, scale = (None, None) if self.columns is None else (self.columns.data, self.columns.scale)
+        return self.h, self.dy, self.offsets, self.segments, self.rows.data, self.rows.scale, data, scale, self.amax
+
+
+@dataclass(slots=True, eq=False)
 class CombineOperands(Tensors):
     y: Tensor                       # [R, N]
     row_map: Tensor
@@ -116,4 +141,4 @@ class CombineOperands(Tensors):
         return self.y, self.row_map, self.offsets, self.inverse, self.weights, self.bias, self.add, self.out
 
 
-StepOperands = RouteOperands | SortOperands | GatherOperands | ActivateOperands | CombineOperands
+StepOperands = RouteOperands | SortOperands | GatherOperands | ActivateOperands | ActivateBothOperands | CombineOperands

@@ -11,7 +11,7 @@ from .operands import Operands
 
 NAME = "reference"
 BACKEND = "reference"
-OPS = ("gemm", "grouped_gemm", "grouped_gemm_wgrad", "quantize", "quantize_both", "cast_both", "routed_gemm")
+OPS = ("gemm", "grouped_gemm", "grouped_gemm_wgrad", "quantize", "quantize_both", "cast_both", "cast_both_amax", "routed_gemm")
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:
@@ -36,7 +36,7 @@ def workspace(problem: Problem, config: Config) -> int:
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     """Dequantised FP32 products: on a GPU an order of magnitude behind any kernel, by the bytes and the FP32 rate."""
-    if problem.op in ("quantize", "quantize_both", "cast_both"):
+    if problem.op in ("quantize", "quantize_both", "cast_both", "cast_both_amax"):
         return 50e-6 + 20.0 * problem.m * problem.k * 4 / arch.bandwidth
     per_group = 20e-6 * max(problem.groups, 1)
     return 100e-6 + per_group + problem.flops / (arch.bf16_flops / 16) + 8 * problem.bytes / arch.bandwidth
@@ -54,13 +54,15 @@ def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor |
         x.out.copy_(y.data)
         if x.out_scale is not None and y.scale is not None:
             x.out_scale.copy_(y.scale)
-    elif problem.op in ("quantize_both", "cast_both"):
+    elif problem.op in ("quantize_both", "cast_both", "cast_both_amax"):
         from ..formats import ScaledTensor
         from ..reference import quantize_both
 
         fmt = problem.b.format
         quantize_both.quantize_both(x.a.data, fmt, x.b, ScaledTensor(x.out, x.out_scale, fmt), x.index, x.segments,
-                                    problem.op == "cast_both", x.rounding, x.amax_clamp)
+                                    problem.op != "quantize_both", x.rounding, x.amax_clamp)
+        if x.amax is not None:
+            quantize_both.raise_amax(x.amax, x.a.data, x.index)
     elif problem.op == "gemm":
         gemm.gemm(x.a, b, x.out, accumulate=problem.accumulate)
     elif problem.op == "grouped_gemm":

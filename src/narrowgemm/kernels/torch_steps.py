@@ -7,6 +7,7 @@ from torch import Tensor
 from ..arch import Arch
 from ..problem import Config, Problem, Step
 from .step_operands import (
+    ActivateBothOperands,
     ActivateOperands,
     GatherOperands,
     RouteOperands,
@@ -16,8 +17,9 @@ from .step_operands import (
 
 NAME = "reference.steps"
 BACKEND = "reference"
-OPS = ("route", "sort_by_expert", "gather_quantize", "activate", "combine")
-LAUNCHES = {"route": 15, "sort_by_expert": 10, "gather_quantize": 20, "activate": 25, "combine": 60}  # about
+BOTH = ("activate_both", "activate_both_cast", "activate_backward", "activate_backward_cast")
+OPS = ("route", "sort_by_expert", "gather_quantize", "activate", "combine", *BOTH)
+LAUNCHES = {"route": 15, "sort_by_expert": 10, "gather_quantize": 20, "activate": 25, "combine": 60, **dict.fromkeys(BOTH, 100)}
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:
@@ -59,6 +61,22 @@ def launch(step: Step, problem: Problem, operands: StepOperands, workspace: Tens
         value = activate.activate(o.h, activation=o.activation, args=o.args, interleaved=o.interleaved, bias=o.bias,
                                   offsets=o.offsets, fmt=fmt, rounding=o.rounding, amax_clamp=o.amax_clamp)
         route.store_live(o.result, value, o.offsets)
+    elif isinstance(o, ActivateBothOperands):
+        _both(o, problem.op.endswith("_cast"))
     else:
         routing = route.Routing(o.row_map, o.offsets, o.inverse, o.weights.shape[1])
         o.out.copy_(route.combine(o.y, routing, o.weights, bias=o.bias, add=o.add, out_dtype=o.out.dtype))
+
+
+def _both(o: ActivateBothOperands, given: bool) -> None:
+    from ..reference import activate, quantize_both, route
+
+    value = activate.activate(o.h, activation=o.activation, args=o.args) if o.dy is None else \
+        activate.activate_backward(o.h, o.dy, activation=o.activation, args=o.args)
+    assert isinstance(value, Tensor)
+    if o.columns is None:
+        route.store_live(o.rows, value, o.offsets)
+        return
+    quantize_both.quantize_both(value, o.rows.format, o.rows, o.columns, o.offsets, o.segments, given, o.rounding, o.amax_clamp)
+    if o.amax is not None:
+        quantize_both.raise_amax(o.amax, value, o.offsets)

@@ -1,5 +1,6 @@
-"""The expert layer as a torch module."""
+"""Expert layers as torch modules: `Experts`, frozen and routed; `ExpertMLP`, trainable."""
 
+from .expert_mlp import ExpertMLP
 from .experts import Experts
 
-__all__ = ["Experts"]
+__all__ = ["ExpertMLP", "Experts"]

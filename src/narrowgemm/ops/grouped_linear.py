@@ -27,6 +27,7 @@ from .wgrad import grouped_gemm_wgrad
 RECIPES: dict[str, tuple[Format, Format]] = {
     "tensorwise": (FP8_TENSOR, FP8_TENSOR), "rowwise": (FP8_ROW, FP8_ROW), "block": (FP8_1x128, FP8_128x128)}
 ELEMENTS = ("e4m3", "e5m2")
+GRADIENT_CLAMP = 1e-20      # least amax: gradients of a mean over many tokens are far below the 1e-4 that activations have
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -150,7 +151,7 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         offsets, seg, wt, wts, sdy, xt, xts = ctx.saved_tensors
         how = ctx.how
-        q = quantize_both(dy.contiguous(), how.dy, offsets, scale=sdy)
+        q = quantize_both(dy.contiguous(), how.dy, offsets, scale=sdy, amax_clamp=GRADIENT_CLAMP)
         dx = dw = None
         if ctx.needs_input_grad[0]:
             dx = input_gradient(q, ScaledTensor(wt, wts, ctx.formats[1]), offsets, ctx.dtypes[0], how)
@@ -181,7 +182,7 @@ def _backward_op(dy: Tensor, wt: Tensor, wts: Tensor, offsets: Tensor, sdy: Tens
                  fx: str, fdy: str, fw: str, fast_accum: bool, max_sms: int, x_dtype: str, w_dtype: str, need_w: bool
                  ) -> tuple[Tensor, Tensor]:
     how = How(fx, fdy, fast_accum, max_sms)
-    q = quantize_both(dy.contiguous(), fdy, offsets, scale=sdy)
+    q = quantize_both(dy.contiguous(), fdy, offsets, scale=sdy, amax_clamp=GRADIENT_CLAMP)
     dx = input_gradient(q, ScaledTensor(wt, wts, get_format(fw)), offsets, DTYPES[x_dtype], how)
     if not need_w:
         return dx, dy.new_empty(0)

@@ -40,7 +40,8 @@ class Both:
 
 
 def quantize_both(x: Tensor, fmt: Format | str, offsets: Tensor | None = None, *, scale: Tensor | None = None,
-                  rounding: str = "rceil", amax_clamp: float = 1e-4, backend: str | None = None) -> Both:
+                  amax: Tensor | None = None, rounding: str = "rceil", amax_clamp: float = 1e-4,
+                  backend: str | None = None) -> Both:
     """`x` in FP8 twice: along its rows and, transposed, along its columns.
 
     x: `[T, C]` (activations, gradients) or `[B, T, C]` (stacked weights), BF16, FP16 or FP32, last stride 1.
@@ -50,6 +51,7 @@ def quantize_both(x: Tensor, fmt: Format | str, offsets: Tensor | None = None, *
         are, and what lies behind the last one is not written. Rows outside every group are not written either.
     scale: float32, one element (`[B]`: one a matrix), for tensor-wise: use it (delayed scaling: values beyond the range
         saturate) instead of finding the largest magnitude. Row-wise, a column's scale covers every group.
+    amax: float32 `[1]`, with a `scale`: raised to the largest magnitude in the same pass; not compiled.
     rounding, amax_clamp: as in `quantize`, which defines both copies bit for bit.
 
     Scales of more than one column are MN-major, as TMA loads them. Not differentiable. Raises TypeError / ValueError before
@@ -57,6 +59,7 @@ def quantize_both(x: Tensor, fmt: Format | str, offsets: Tensor | None = None, *
     """
     fmt = get_format(fmt)
     if torch.compiler.is_compiling():
+        expect(amax is None, "amax under torch.compile", "a tensor", "None")
         _check(x, fmt, offsets, scale, rounding, amax_clamp)
         rows, columns, seg = _allocate(x.detach(), fmt, offsets, scale)
         own = None if fmt.group[0] == fmt.group[1] else columns.scale
@@ -64,14 +67,14 @@ def quantize_both(x: Tensor, fmt: Format | str, offsets: Tensor | None = None, *
                                            scale is not None, rounding, amax_clamp, backend or "")
         return Both(rows, columns, None if seg is None else KGrouped(seg, ALIGNMENT))
     key = (fmt, x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15, rounding, amax_clamp, backend, env.choice(),
-           *(None if t is None else (t.shape, t.dtype, t.device, t.data_ptr() & 15) for t in (offsets, scale)))
+           *(None if t is None else (t.shape, t.dtype, t.device, t.data_ptr() & 15) for t in (offsets, scale, amax)))
     known = _plans.find(key)
     if known is None:
-        known = _plans.add(key, _plan(x, fmt, offsets, scale, rounding, amax_clamp, backend),
+        known = _plans.add(key, _plan(x, fmt, offsets, scale, rounding, amax_clamp, backend, amax),
                            common.empty((0,), fmt.elem.dtype, x.device))
     x = x.detach()
     rows, columns, seg = _allocate(x, fmt, offsets, scale)
-    _fill(known.plan, x, fmt, rows, columns, offsets, seg, scale is not None, rounding, amax_clamp, known.memo)
+    _fill(known.plan, x, fmt, rows, columns, offsets, seg, scale is not None, rounding, amax_clamp, known.memo, amax)
     return Both(rows, columns, None if seg is None else KGrouped(seg, ALIGNMENT))
 
 
@@ -97,13 +100,18 @@ def _check(x: Tensor, fmt: Format, offsets: Tensor | None, scale: Tensor | None,
 
 
 def _plan(x: Tensor, fmt: Format, offsets: Tensor | None, scale: Tensor | None, rounding: str, amax_clamp: float,
-          backend: str | None) -> Plan | None:
+          backend: str | None, amax: Tensor | None = None) -> Plan | None:
     """Check the call and select its Plan; None where there is nothing to launch."""
     _check(x, fmt, offsets, scale, rounding, amax_clamp)
+    if amax is not None:
+        expect(scale is not None, "amax without a scale", "a tensor", "None: the scales that are found say it")
+        expect(amax.dtype == torch.float32 and amax.numel() == 1 and amax.device == x.device, "amax",
+               f"{amax.dtype} {tuple(amax.shape)} on {amax.device}", f"torch.float32, one element, on {x.device}")
     if x.numel() == 0:
         return None
     groups = offsets.numel() - 1 if offsets is not None else x.shape[0] if x.dim() == 3 else 1
-    problem = Problem("quantize_both" if scale is None else "cast_both", "dense" if offsets is None else "offsets",
+    op = "quantize_both" if scale is None else "cast_both" if amax is None else "cast_both_amax"
+    problem = Problem(op, "dense" if offsets is None else "offsets",
                       bucket(x.shape[-2]), 0, x.shape[-1], groups, Operand(_SOURCE[x.dtype]), Operand(fmt, scale_dtype=fmt.scale))
     return dispatch.select(problem, detect(x.device), backend)
 
@@ -134,12 +142,13 @@ def _scales(shape: tuple[int, ...], fmt: Format, x: Tensor) -> Tensor:
 
 
 def _fill(plan: Plan | None, x: Tensor, fmt: Format, rows: ScaledTensor, columns: ScaledTensor, offsets: Tensor | None,
-          seg: Tensor | None, given: bool, rounding: str, amax_clamp: float, memo: dict | None = None) -> None:
+          seg: Tensor | None, given: bool, rounding: str, amax_clamp: float, memo: dict | None = None,
+          amax: Tensor | None = None) -> None:
     if plan is not None:
         groups = 1 if offsets is None else offsets.numel() - 1
         source = ScaledTensor(x, None, _SOURCE[x.dtype])
         run(plan, Operands(source, rows, columns.data, x.shape[-2], 0, x.shape[-1], groups, offsets, out_scale=columns.scale,
-                           rounding=rounding, amax_clamp=amax_clamp, segments=seg, memo=memo))
+                           rounding=rounding, amax_clamp=amax_clamp, segments=seg, amax=amax, memo=memo))
         return
     if seg is not None:
         seg.zero_()

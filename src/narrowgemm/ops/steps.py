@@ -77,6 +77,12 @@ def activate_problem(rows: int, inter: int, groups: int, expected: int, source: 
                    target(fmt, scale_layout), rows=bucket(expected), epilogue=epilogue)
 
 
+def activate_both_problem(op: str, rows: int, inter: int, groups: int, source: Format, fmt: Format, activation: str,
+                          args: tuple[float, ...]) -> Problem:
+    return Problem(op, "offsets", bucket(rows), 1, inter, groups, Operand(source), target(fmt),
+                   rows=bucket(-(-rows // max(groups, 1))), epilogue=Epilogue(activation=activation, activation_args=args))
+
+
 def combine_problem(tokens: int, n: int, top_k: int, experts: int, source: Format, bias: bool) -> Problem:
     return Problem("combine", "offsets", bucket(tokens), n, top_k, experts, Operand(source),
                    epilogue=Epilogue(bias=bias, routing_weight=True, combine=True))

@@ -30,6 +30,21 @@ def activate(h: Tensor, *, activation: str = "swiglu", args: tuple[float, ...] =
     return y if fmt is None else quantization.quantize(y, fmt, rounding, amax_clamp)
 
 
+def activate_backward(h: Tensor, dy: Tensor, *, activation: str = "swiglu", args: tuple[float, ...] = ()) -> Tensor:
+    """The gradient `[T, 2I]` of h, given that of its activation `[T, I]`: FP32 inside, rounded to h's type."""
+    gate, up = h.float().chunk(2, dim=-1)
+    d = dy.float()
+    if activation == "swiglu_oai":
+        alpha, limit = args or OAI_ARGS
+        low, inside = gate <= limit, up.abs() <= limit
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit) + 1.0
+        s = torch.sigmoid(alpha * gate)
+        dgate = torch.where(low, d * up * s * (1.0 + alpha * gate * (1.0 - s)), 0.0)
+        return torch.cat([dgate, torch.where(inside, d * gate * s, 0.0)], dim=-1).to(h.dtype)
+    s = torch.sigmoid(gate)
+    return torch.cat([d * up * s * (1.0 + gate * (1.0 - s)), d * gate * s], dim=-1).to(h.dtype)
+
+
 def expert_of_rows(offsets: Tensor | None, rows: int, experts: int) -> Tensor:
     """int64 `[rows]`: the group that each row lies in; a legal one for rows of no group. No offsets: one group."""
     if offsets is None:

@@ -64,6 +64,15 @@ def quantize_both(x: Tensor, fmt: Format, rows: ScaledTensor, columns: ScaledTen
         columns.data[:, start + b - a : end] = 0    # under a NaN scale too
 
 
+def raise_amax(amax: Tensor, x: Tensor, offsets: Tensor | None) -> None:
+    """Raise `amax` to the largest magnitude of the rows that belong to a group."""
+    if offsets is not None:
+        live = bounds(offsets, x.shape[0])
+        x = x[live[0][0]:live[-1][1]] if live else x[:0]
+    if x.numel():
+        amax.copy_(amax.maximum(x.abs().max().float()))
+
+
 def _pair(x: Tensor, fmt: Format, scale: Tensor | None, rounding: str, amax_clamp: float) -> tuple[ScaledTensor, ScaledTensor]:
     if scale is None:
         return quantize(x, fmt, rounding, amax_clamp), quantize(x.mT, fmt, rounding, amax_clamp)

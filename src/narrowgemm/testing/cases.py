@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from fnmatch import fnmatch
+from functools import partial
 from typing import Any
 
 from ..errors import expect
@@ -20,6 +21,7 @@ from .guard import Guarded, guarded_empty
 from .inputs import Inputs, build
 from .layer import LayerCase
 from .models import get_model
+from .step import StepCase
 
 __all__ = ["PEERS", "SUITES", "Case", "Guarded", "Inputs", "build", "find", "get_case", "get_suite", "guarded_empty"]
 
@@ -280,6 +282,22 @@ def train_fast(suite: str) -> list[Case]:
     return rows + [replace(c, fast_accum=True) for c in train_wgrad(suite)[:8]]
 
 
+def train_steps(suite: str, kinds: Iterable[str], tokens: Iterable[int], sizes: Iterable[str], micro: int = 0,
+                models: Iterable[str] = TRAINED) -> list[StepCase]:
+    """Steps of the same layers' experts; cases of the same tensors are neighbours. 1x128 scales don't fit gpt-oss's 2880."""
+    times, spreads, ways = tuple(tokens), tuple(sizes), tuple(kinds)
+    return [StepCase(suite, m, t, kind, s, micro) for m in models for t in times for s in spreads for kind in ways
+            if kind != "block" or get_model(m).inter % 128 == 0]
+
+
+def train_portable(suite: str, which: str) -> list[Case]:
+    """Tensor-wise products of the same layers, 16384 tokens; `which`: 'fwd', 'dgrad', 'wgrad'."""
+    if which != "wgrad":
+        return train_rows(suite, ((16384, TENSOR), ), which == "dgrad")
+    return [Case(suite, "k_grouped", 8, n, k, 2048, a=FP8_TENSOR, b=FP8_TENSOR)
+            for m in map(get_model, TRAINED) for n, k in (m.gate_up(), m.down())]
+
+
 BOTH = ("bf16", "fp16")
 _BUILDERS: dict[str, Callable[[str], list[Any]]] = {
     "portable-contiguous": lambda s: [*flydsl_contiguous(s, BOTH), *flat(s, "contiguous", (*SMALL, *LARGE))],
@@ -317,6 +335,11 @@ _BUILDERS: dict[str, Callable[[str], list[Any]]] = {
     "train-block": lambda s: [c for b in (False, True) for c in train_rows(s, ((16384, BLOCK), ), b, TRAINED[:2])],
     "train-wgrad": train_wgrad,
     "train-fast": train_fast,
+    "train-step": lambda s: train_steps(s, ("delayed", ), (8192, 16384, 32768), ("balanced", "skew128:30")),
+    "train-step-recipes": lambda s: [
+        *train_steps(s, ("tensorwise", "rowwise", "block"), (16384, ), ("balanced", )),
+        *train_steps(s, ("delayed", "block"), (16384, ), ("balanced", ), micro=1)],
+    **{f"train-portable-{w}": partial(train_portable, which=w) for w in ("fwd", "dgrad", "wgrad")},
     "edge": edge,
     "large": large,
     "cpu-small": cpu_small,
@@ -332,6 +355,8 @@ SUITES: dict[str, tuple[Any, ...]] = {name: tuple(make(name)) for name, make in 
 # Whom a suite is measured against; adapters of these names are in `peers.py`.
 PEERS: dict[str, tuple[str, ...]] = {name: ("deepgemm", "floor") for name in SUITES} | {
     **{f"train-{x}": ("torch_row", "floor") for x in ("fwd", "dgrad", "fast")}, "train-wgrad": ("torch_row", "deepgemm", "floor"),
+    "train-step": ("torch_step", "torch_step_fused"), "train-step-recipes": ("torch_step", "torch_step_fused"),
+    **{f"train-portable-{x}": ("triton_best",) for x in ("fwd", "dgrad", "wgrad")},
     "experts-fp8": ("deepgemm_layer", "triton_moe", "floor"), "experts-cpu": ("floor",),
     "experts-mxfp4": ("triton_kernels_layer", "floor"),
     "a16w4-decode": ("triton_kernels", "humming", "floor"), "a16w4-mid": ("triton_kernels", "humming", "floor"),

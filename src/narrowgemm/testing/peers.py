@@ -27,7 +27,9 @@ from .mx_peers import Humming, TritonKernels
 from .mxfp8_peers import DeepGemmBlock, DequantBf16, DotScaled
 from .numerics import RECIPE_GATE
 from .peer import Prepared
+from .step import StepCase
 from .tokens import Tokens
+from .training_peers import BestConfig, StepPeer
 
 
 class Peer(Protocol):
@@ -309,7 +311,8 @@ class Backend:
 ADAPTERS: dict[str, Peer] = {p.name: p for p in (DeepGemm(), OwnFp8(), Torch(), TorchRow(), TorchBf16(), TritonKernels(), Humming(),
                                                  DotScaled(), DequantBf16(), DeepGemmBlock(),
                                                  LayerPeer("deepgemm_layer"), LayerPeer("triton_moe"),
-                                                 LayerPeer("triton_kernels_layer"))}
+                                                 LayerPeer("triton_kernels_layer"), StepPeer("torch_step"),
+                                                 StepPeer("torch_step_fused"), BestConfig())}
 FLOOR = "floor"
 
 
@@ -334,8 +337,9 @@ def computes(peer: str, case: Case) -> bool:
     if peer == FLOOR:
         return case.flops > 0
     found = get_peer(peer)
-    if isinstance(case, LayerCase) and not isinstance(found, LayerPeer):
-        return False
+    for whole, kind in ((LayerCase, LayerPeer), (StepCase, StepPeer)):
+        if isinstance(case, whole) and not isinstance(found, kind):
+            return False
     return found.supports(case) is None
 
 

@@ -1,17 +1,25 @@
-"""Peers of the training products: torch's row-wise grouped product, and DeepGEMM's k-grouped one."""
+"""Peers in training: torch's row-wise grouped product, DeepGEMM's k-grouped one, our portable kernel at its best, whole steps."""
 
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..arch import detect
 from ..formats import FP8_ROW, FP8_TENSOR, FP8_1x128
+from ..kernels.registry import kernels
+from ..problem import Config
 from .case import Case
 from .guard import Guarded
 from .inputs import Inputs
+from .peer import Prepared
+from .step import PEERS, StepCase
 
 SCALED = (FP8_ROW, FP8_TENSOR)
 Call = tuple[Callable[[], object], Callable[[int], Tensor]]     # a run, and rows of a group after it
@@ -77,3 +85,59 @@ def deepgemm_k_grouped(case: Case, inputs: Inputs) -> Call:
 
     a, b = ((flat(x.data), x.scale) for x in (inputs.a, inputs.b))
     return (lambda: dg.k_grouped_fp8_gemm_nt_contiguous(a, b, y, sizes, device_sizes, c=y)), lambda g: own.rows(y, g)
+
+
+@dataclass(frozen=True)
+class StepPeer:
+    """A training step of the experts in BF16, see `step.py`."""
+
+    name: str
+
+    def available(self, device: torch.device) -> str | None:
+        return None if hasattr(torch.nn.functional, "grouped_mm") else "this torch has no nn.functional.grouped_mm"
+
+    def supports(self, case: Any) -> str | None:
+        return None if isinstance(case, StepCase) else "computes training steps"
+
+    def prepare(self, case: Any, inputs: Any) -> Prepared:
+        run = PEERS[self.name](inputs)
+        made: list[Any] = []
+
+        def keep() -> None:
+            made[:] = [run()]
+
+        return Prepared(keep, lambda i: inputs.part(made[0], i), "recipe", 5e-5)
+
+
+@dataclass(frozen=True)
+class BestConfig:
+    """Our portable kernel with the fastest of all its configs, tried one after the other before it is timed."""
+
+    name = "triton_best"
+    TRIES = 5
+
+    def available(self, device: torch.device) -> str | None:
+        return None
+
+    def supports(self, case: Case) -> str | None:
+        return None
+
+    def prepare(self, case: Case, inputs: Inputs) -> Prepared:
+        plan = inputs.plan(backend="triton")
+        assert plan is not None
+        own = Inputs(case, inputs.device, inputs.seed, inputs.a, inputs.b, inputs.layout,
+                     Guarded(torch.empty_like(inputs.out.tensor), inputs.out.buffer, inputs.out.guard))
+        own.write_base()
+        best = min(kernels()[plan.kernel].configs(plan.problem, detect(inputs.device)), key=lambda c: self.seconds(own, c))
+        return Prepared(lambda: own.call(backend="triton", config=best), lambda g: own.rows(own.out.tensor, g))
+
+    def seconds(self, inputs: Inputs, config: Config) -> float:
+        inputs.call(backend="triton", config=config)
+        if inputs.device.type == "cuda":
+            torch.cuda.synchronize(inputs.device)
+        start = time.perf_counter()
+        for _ in range(self.TRIES):
+            inputs.call(backend="triton", config=config)
+        if inputs.device.type == "cuda":
+            torch.cuda.synchronize(inputs.device)
+        return time.perf_counter() - start

@@ -21,7 +21,7 @@ import torch
 from ..arch import detect
 from ..version import __version__
 from . import inputs as products
-from . import layer
+from . import layer, step
 from . import peers as peers_
 from .case import Case
 from .cases import get_case
@@ -73,18 +73,22 @@ class Job:
 
 
 def build(case: Any, device: torch.device, seed: int, scale_layout: str, reuse: Any = None, hollow: bool = False) -> Any:
-    """Inputs of a product or of a whole layer."""
+    """Inputs of a product, of a whole layer or of a training step."""
     if isinstance(case, layer.LayerCase):
         return layer.build(case, device, seed, reuse, hollow)
+    if isinstance(case, step.StepCase):
+        return step.build(case, device, seed, reuse, hollow)
     return products.build(case, device, seed, scale_layout, reuse, hollow)
 
 
 def check_outputs(inputs: Any, outputs: Any) -> dict[str, GateResult]:
-    made = layer if isinstance(inputs, layer.LayerInputs) else products
+    made = layer if isinstance(inputs, layer.LayerInputs) else step if isinstance(inputs, step.StepInputs) else products
     return made.check_outputs(inputs, outputs)  # type: ignore[attr-defined]
 
 
 def gate_limits(case: Any) -> dict[str, float]:
+    if isinstance(case, step.StepCase):
+        return {"recipe": step.RECIPE_GATE}
     return {"kernel": layer.GATE[case.a.element]} if isinstance(case, layer.LayerCase) else products.gate_limits(case)
 
 
@@ -328,9 +332,9 @@ def warm(job: Job, case: Case) -> None:
     for p in job.peers_of(case):
         if p in peers_.ADAPTERS and peers_.ADAPTERS[p].available(device) is None:
             steps[p] = partial(_once, peers_.ADAPTERS[p], inputs)
-    for name, step in steps.items():
+    for name, once in steps.items():
         try:
-            step()
+            once()
         except FAILURES as e:
             emit("stage", stage=f"warm {name}: {failure(e)}")
 

@@ -20,7 +20,7 @@ from ..operands import Operands
 NAME = "triton.quantize_both"
 BACKEND = "triton"
 KINDS = {(1, 128): "blocks", (128, 128): "tiles", (1, 0): "rows", (0, 0): "tensor"}
-OPS = ("quantize_both", "cast_both")
+OPS = ("quantize_both", "cast_both", "cast_both_amax")     # with the scale given; and with the largest magnitude found on the way
 # of the streaming rate, measured on an H100: finding a tile's scales, many times over, takes longer than its bytes
 EFFICIENCY = {"blocks": 0.36, "tiles": 0.85, "rows": 0.68, "tensor": 0.9}
 LAUNCH_SECONDS = 3e-6
@@ -45,7 +45,7 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
 
 def workspace(problem: Problem, config: Config) -> int:
     """Maxima of rows and of columns, or of matrices. `groups` counts the matrices of a batch."""
-    if problem.op == "cast_both":
+    if problem.op != "quantize_both":
         return 0
     batch = 1 if problem.layout == "offsets" else problem.groups
     return {"rows": 4 * batch * (problem.m + problem.k), "tensor": 4 * batch}.get(KINDS[problem.b.format.group], 0)
@@ -107,7 +107,7 @@ def launches(step: Step, problem: Problem, operands: Operands, workspace: Tensor
 
     o, c, fmt = operands, step.config, problem.b.format
     x, elem, how = o.a.data, fmt.elem, KINDS[fmt.group]
-    grouped, given = problem.layout == "offsets", problem.op == "cast_both"
+    grouped, given = problem.layout == "offsets", problem.op != "quantize_both"
     batch, t, k = (1, *x.shape) if x.dim() == 2 else x.shape
     out, maxima, arguments = prepare(problem, o, workspace)
     out += maxima
@@ -117,9 +117,10 @@ def launches(step: Step, problem: Problem, operands: Operands, workspace: Tensor
             (x, arguments[7], *arguments[5:7], t, k, o.groups, -(-t // 128), arguments[14], x.stride(-2)),
             {"BT": 128, "BC": 128, "GROUPED": grouped, "ROWS": how == "rows", "num_warps": c.num_warps}))
     is_e8m0 = fmt.scale == "e8m0"
+    upcoming = Pointer(o.amax, torch.int32) if o.amax is not None else arguments[3]
     out.append(Launch(
-        device.both_kernel, (batch * arguments[12] * -(-k // c.block_k),), arguments,
-        dict(KIND=how, GROUPED=grouped, GIVEN=given, EVEN=t % 128 == 0, WIDE=wide(o), CHUNK=256,
+        device.both_kernel, (batch * arguments[12] * -(-k // c.block_k),), (*arguments[:7], upcoming, *arguments[7:]),
+        dict(KIND=how, GROUPED=grouped, GIVEN=given, NEXT=o.amax is not None, EVEN=t % 128 == 0, WIDE=wide(o), CHUNK=256,
              ROUNDING=o.rounding if is_e8m0 else "", E8M0=is_e8m0, TOP=elem.max, EMAX=elem.emax, MANTISSA=mantissa(elem.max),
              MANTISSA_BITS=MANTISSA_BITS[fmt.element], SATURATE=is_e8m0 and o.rounding != "rceil", num_warps=c.num_warps,
              num_stages=1)))

@@ -84,11 +84,12 @@ def amax_kernel(x_ptr, offs_ptr, row_ptr, col_ptr, T, C, G, tiles_t, xb, xr,
 
 
 @triton.jit(do_not_specialize=["T", "G", "tiles_t", "cr", "cb", "rsk", "csb"])
-def both_kernel(x_ptr, row_ptr, col_ptr, rs_ptr, cs_ptr, row_amax_ptr, col_amax_ptr, offs_ptr, seg_ptr, T, C, G, tiles_t, clamp,
+def both_kernel(x_ptr, row_ptr, col_ptr, rs_ptr, cs_ptr, row_amax_ptr, col_amax_ptr, next_ptr, offs_ptr, seg_ptr, T, C, G, tiles_t, clamp,
                 xb, xr, rb, rr, cb, cr, rsb, rsr, rsk, csb, csr, csk, KIND: tl.constexpr, GROUPED: tl.constexpr,
-                GIVEN: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr, ROUNDING: tl.constexpr, E8M0: tl.constexpr, TOP: tl.constexpr,
+                GIVEN: tl.constexpr, NEXT: tl.constexpr, EVEN: tl.constexpr, WIDE: tl.constexpr, CHUNK: tl.constexpr, ROUNDING: tl.constexpr, E8M0: tl.constexpr, TOP: tl.constexpr,
                 EMAX: tl.constexpr, MANTISSA: tl.constexpr, MANTISSA_BITS: tl.constexpr, SATURATE: tl.constexpr):
     """KIND: 'blocks' (1x128 on both copies), 'tiles' (128x128), 'rows', 'tensor'. GIVEN: the tensor's scale is in `rs_ptr`.
+    NEXT: the largest magnitude goes to `next_ptr`, for later scales.
     cb, cr: strides of `columns` in units of 16, whatever the number of rows: their stores stay wide. EVEN: T is whole tiles."""
     BC: tl.constexpr = 64       # columns done at a time: more take too many registers for two programs an SM
     SPAN: tl.constexpr = 128 if KIND == "blocks" or KIND == "tiles" else BC
@@ -168,6 +169,8 @@ def both_kernel(x_ptr, row_ptr, col_ptr, rs_ptr, cs_ptr, row_amax_ptr, col_amax_
             mask = live[:, None] & inside[None, :]
             x = tl.load(x_ptr + (w * xr)[:, None] + (h * BC + j)[None, :], mask=mask, other=0.0)
             bits = magnitude(x)
+            if NEXT:
+                most = tl.max(bits, 1)
             if KIND == "blocks":
                 col_scale, col_inverse, col_sign = block_scale(tl.max(bits, 0), clamp, ROUNDING, E8M0, TOP, EMAX, MANTISSA,
                                                                MANTISSA_BITS)
@@ -179,6 +182,14 @@ def both_kernel(x_ptr, row_ptr, col_ptr, rs_ptr, cs_ptr, row_amax_ptr, col_amax_
                 y = narrow_fp8(x, bits, row_inverse[:, None], row_sign[:, None], row_ptr.dtype.element_ty, TOP, SATURATE)
                 z = narrow_fp8(x, bits, col_inverse[None, :], col_sign[None, :], row_ptr.dtype.element_ty, TOP, SATURATE)
             tl.store(row_ptr + (w * rr)[:, None] + (h * BC + j)[None, :], y, mask=mask)
+            if (KIND == "tensor" or KIND == "tiles") and x_ptr.dtype.element_ty == tl.float32:
+                # made again from another read: where one conversion feeds both copies, the ptxas of Triton 3.6 takes bytes of the
+                # second from a register that nothing has written (sm_90; seen in the machine code)
+                x = tl.load(x_ptr + (w * xr)[:, None] + (h * BC + j)[None, :], mask=mask, other=0.0)
+                z = narrow_fp8(x, magnitude(x), row_inverse, row_sign, row_ptr.dtype.element_ty, TOP, SATURATE or GIVEN)
             if GROUPED:
                 z = tl.where(live[:, None], z, tl.zeros_like(z))    # a NaN scale must not reach the fill
             tl.store(col_ptr + ((h * BC + v) * cr * 16)[:, None] + i[None, :], tl.trans(z), mask=inside[:, None] & fill[None, :])
+            if NEXT:        # most tiles find it large enough
+                most = tl.max(most, 0)
+                tl.atomic_max(next_ptr, most, mask=most > tl.load(next_ptr, volatile=True), sem="relaxed")

@@ -1,0 +1,124 @@
+"""`ExpertMLP`: weights quantised once for as long as they last, delayed scales, main gradients, state."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from narrowgemm.nn import ExpertMLP
+from narrowgemm.nn import expert_mlp as module
+from narrowgemm.ops.expert_mlp import expert_mlp
+from narrowgemm.testing.numerics import calc_diff
+
+LENS = torch.tensor([5, 0, 27])
+E, H, I = 3, 64, 128
+
+
+def made(recipe: str = "block", **options) -> ExpertMLP:
+    torch.manual_seed(0)
+    return ExpertMLP(E, H, I, recipe=recipe, **options)
+
+
+def sample(seed: int = 1) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(seed)
+    return tuple(torch.randn(int(LENS.sum()), H, generator=g).bfloat16() for _ in range(2))
+
+
+@pytest.fixture
+def counted(monkeypatch) -> list:
+    """How often weights are quantised."""
+    calls: list = []
+    real = module.quantize_weight
+    monkeypatch.setattr(module, "quantize_weight", lambda *args: calls.append(args[0].shape) or real(*args))
+    return calls
+
+
+def test_micro_batches_share_the_quantised_weights(counted):
+    mlp = made("rowwise", dtype=torch.bfloat16)
+    for seed in range(3):
+        x, dy = sample(seed)
+        mlp(x, LENS).backward(dy)
+    assert len(counted) == 2 and mlp.gate_up.grad is not None
+    with torch.no_grad():
+        mlp.down.mul_(2)
+    y = mlp(x, LENS)
+    assert counted[2:] == [mlp.down.shape]
+    assert torch.equal(y, expert_mlp(x, mlp.gate_up, mlp.down, LENS, recipe="rowwise"))
+    mlp.down.data.fill_(1)      # its version says nothing
+    assert torch.equal(mlp(x, LENS), y)
+    mlp.invalidate()
+    assert not torch.equal(mlp(x, LENS), y) and len(counted) == 5
+
+
+def test_quantized_once_for_what_is_inside(counted):
+    mlp = made()
+    x, _ = sample()
+    want = mlp(x, LENS)
+    with mlp.quantized():
+        for _ in range(2):
+            mlp.gate_up.data.add_(0)
+            assert torch.equal(mlp(x, LENS), want)
+        assert len(counted) == 4
+    assert mlp._held is None and made("bf16")._weights() is None
+
+
+def test_a_capture_quantises_for_itself(counted, monkeypatch):
+    """What a graph uses must be made in it: the cache is neither read nor written."""
+    mlp = made()
+    monkeypatch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert mlp._weights() is None and not counted
+
+
+def test_delayed_scales_follow_the_largest_magnitudes():
+    mlp, plain = made("tensorwise", delayed=True, history=2, grads="e5m2"), made("tensorwise", grads="e5m2")
+    x, dy = sample()
+    seen = []
+    for factor in (1.0, 4.0, 1.0, 1.0):
+        for m in (mlp, plain):
+            m.zero_grad()
+            y = m((x * factor).bfloat16(), LENS)
+            y.backward(dy)
+        seen.append(mlp.amax[:, 0].clone())
+        mlp.update_scales()
+        past = torch.stack(seen[-2:]).amax(0)
+        torch.testing.assert_close(mlp.scale[:, 0], past / torch.tensor([448.0, 448.0, 57344.0, 57344.0]), rtol=1e-6, atol=0)
+        assert not mlp.amax.any()
+    # scales of the same magnitudes, or larger ones
+    assert calc_diff(mlp.gate_up.grad, plain.gate_up.grad) < 3e-2 and seen[1][0] == 4 * seen[0][0]
+    mlp.amax.fill_(float("inf"))        # an overflow is not remembered
+    mlp.update_scales()
+    assert mlp.scale.isfinite().all() and bool((mlp.scale[:, 0] > 0).all())
+    other = made("tensorwise", delayed=True, history=2, grads="e5m2")
+    other.load_state_dict(mlp.state_dict())
+    assert torch.equal(other(x, LENS), mlp(x, LENS)) and torch.equal(copy.deepcopy(mlp)(x, LENS), mlp(x, LENS))
+
+
+def test_main_gradients():
+    mlp, plain = made("block"), made("block")
+    x, dy = sample()
+    for w in (mlp.gate_up, mlp.down):
+        w.main_grad = torch.zeros(w.shape)
+    for _ in range(2):
+        mlp(x, LENS).backward(dy)
+    plain(x, LENS).backward(dy)
+    assert mlp.gate_up.grad is None
+    for name in ("gate_up", "down"):
+        assert calc_diff(getattr(mlp, name).main_grad, 2 * getattr(plain, name).grad) < 5e-6
+
+
+def test_compiled():
+    mlp = made("rowwise")
+    x, _ = sample()
+    y = torch.compile(lambda a: mlp(a, LENS) * 2, fullgraph=True, backend="aot_eager")(x)
+    assert torch.equal(y, mlp(x, LENS) * 2)
+
+
+def test_what_it_says_and_refuses():
+    assert "rowwise, e4m3, gradients e5m2" in repr(made("rowwise", grads="e5m2")) and "delayed" in repr(made("tensorwise", delayed=True))
+    for call in (lambda: made("int4"), lambda: made("block", delayed=True), lambda: made("tensorwise", delayed=True, history=0),
+                 lambda: made("block").update_scales()):
+        with pytest.raises(ValueError, match="expected"):
+            call()

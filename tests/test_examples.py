@@ -1,0 +1,42 @@
+"""The examples run on a CPU, for a few steps."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+@pytest.fixture(scope="module")
+def train_moe():
+    spec = importlib.util.spec_from_file_location("train_moe", EXAMPLES / "train_moe.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["train_moe"] = module       # dataclasses look their module up
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["train_moe"]
+
+
+def test_training_a_few_steps(train_moe, tmp_path):
+    """BF16 and FP8 start from the same loss, it falls, and the gradients agree as far as FP8 can."""
+    out, picture = tmp_path / "out.json", tmp_path / "out.png"
+    result = train_moe.main(["--small", "--device", "cpu", "--recipes", "bf16,rowwise", "--seeds", "0", "--steps", "3", "--lr", "3e-3",
+                             "--snr-every", "9", "--text-bytes", "100000", "--out", str(out), "--plot", str(picture)])
+    bf16, fp8 = result["runs"]
+    assert abs(fp8["losses"][0] / bf16["losses"][0] - 1) < 1e-2 and fp8["losses"][-1] < fp8["losses"][0]
+    assert len(fp8["snr_db"][0]) == 2 and all(15 < db < 40 for layer in fp8["snr_db"][0] for db in layer)
+    assert {c["loss"] for c in result["against_bf16"]} == {"final", "held_out"} and picture.stat().st_size > 10000
+    assert json.loads(out.read_text())["runs"][1]["recipe"] == "rowwise"
+
+
+def test_the_model_is_what_it_claims(train_moe):
+    size = train_moe.Size()
+    count = sum(p.numel() for p in train_moe.Model(size, "bf16").parameters())
+    assert count <= 50e6 and size.flops[0] >= 0.8 * size.flops[1]
+    with pytest.raises(SystemExit):
+        train_moe.main(["--recipes", "int4"])
