@@ -4,7 +4,8 @@
     python benchmarks/make_tables.py --check    exits with 1 where README.md is not what the files say
 
 Every folder of benchmarks/results is a device. A suite's rows are those of the newest commit that measured it; several
-files of that commit count as one result. A suite with a row missing or failed fails the script.
+files of that commit count as one result. A suite with a row missing or failed fails the script; peers that a run was not asked
+for are named below the table.
 """
 
 from __future__ import annotations
@@ -59,7 +60,18 @@ def table(device_files: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
     lines = [f"**{device_files[-1]['device']}** ({', '.join(f'{n} {v}' for n, v in versions.items())}; commits "
              f"{', '.join(sorted({'`' + str(d['commit'])[:10] + '`' for d in used}))}; measured "
              f"{', '.join(sorted({str(d['date'])[:10] for d in used}))})", ""]
-    return [*lines, *markdown_table(results.summarise(rows)), ""], results.check(rows)
+    without = {suite: missing for (suite, _), files in chosen.items() if (missing := results.left_out(suite, files))}
+    return [*lines, *markdown_table(results.summarise(rows)), "", *not_asked(without)], results.check(rows, without=without)
+
+
+def not_asked(without: dict[str, list[str]]) -> list[str]:
+    """What a table says of peers that were left out."""
+    by_peer: dict[str, list[str]] = {}
+    for suite, peers in without.items():
+        for p in peers:
+            by_peer.setdefault(p, []).append(f"`{suite}`")
+    text = "; ".join(f"{p} ({', '.join(suites)})" for p, suites in by_peer.items())
+    return [f"Not measured there: {text}.", ""] if text else []
 
 
 def render(paths: list[Path]) -> tuple[str, list[str]]:

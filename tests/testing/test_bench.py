@@ -275,6 +275,21 @@ def test_tables_come_from_the_files(whole: Path, tmp_path: Path, capsys: pytest.
     assert make.main([], tmp_path) == 1 and "MISSING cpu: cpu-small/" in capsys.readouterr().err
 
 
+def test_peers_that_a_run_was_not_asked_for_are_named(whole: Path, tmp_path: Path) -> None:
+    make = tables()
+    folder = tmp_path / "benchmarks" / "results" / "cpu"
+    folder.mkdir(parents=True)
+    data = json.loads(whole.read_text())
+    data["peers"] = ["floor"]
+    data["rows"] = [r for r in data["rows"] if r["peer"] != "torch_bf16"]
+    (folder / "r.json").write_text(json.dumps(data))
+    text, problems = make.render([folder / "r.json"])
+    assert not problems and "Not measured there: torch_bf16 (`cpu-small`)." in text
+    data["peers"] = ["torch_bf16", "floor"]
+    (folder / "r.json").write_text(json.dumps(data))
+    assert any("against torch_bf16: missing" in p for p in make.render([folder / "r.json"])[1])
+
+
 def test_the_performance_page_comes_from_the_files(whole: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     make = tables("make_performance")

@@ -18,7 +18,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -123,10 +123,18 @@ def expected(suite: str, peers: Sequence[str]) -> list[tuple[Case, str | None]]:
     return out
 
 
-def check(rows: Sequence[Row], suites: Iterable[str] = (), peers: Iterable[str] = ()) -> list[str]:
+def left_out(suite: str, files: Iterable[dict[str, Any]]) -> list[str]:
+    """The suite's own peers (`cases.PEERS`) that none of the runs in `files` was asked for."""
+    asked = {p for d in files for p in d["peers"]}
+    return [p for p in PEERS.get(suite, ()) if p not in asked]
+
+
+def check(rows: Sequence[Row], suites: Iterable[str] = (), peers: Iterable[str] = (),
+          without: Mapping[str, Iterable[str]] | None = None) -> list[str]:
     """What is missing or failed: an empty list where every suite of `rows` (and of `suites`) is whole.
 
-    A suite needs a row for every one of its peers (`cases.PEERS`) and every other peer that `rows` or `peers` name.
+    A suite needs a row for every one of its peers (`cases.PEERS`) and every other peer that `rows` or `peers` name; `without`: by
+    suite, peers that were left out on purpose (`left_out`).
     """
     problems = []
     by_key = {key(r): r for r in rows}
@@ -137,7 +145,8 @@ def check(rows: Sequence[Row], suites: Iterable[str] = (), peers: Iterable[str] 
         mine = [r for r in rows if r["suite"] == suite]
         known = {c.id for c in SUITES[suite]}
         problems += [f"{suite}/{i}: no such case" for i in dict.fromkeys(r["case"] for r in mine) if i not in known]
-        wanted = list(dict.fromkeys([*PEERS[suite], *peers, *(r["peer"] for r in mine if r["peer"])]))
+        own = [p for p in PEERS[suite] if p not in set((without or {}).get(suite, ()))]
+        wanted = list(dict.fromkeys([*own, *peers, *(r["peer"] for r in mine if r["peer"])]))
         for asked in dict.fromkeys(r["asked"] for r in mine) or ("auto",):
             for case, peer in expected(suite, wanted):
                 row = by_key.get((suite, case.id, asked, peer))
