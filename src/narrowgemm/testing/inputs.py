@@ -182,9 +182,10 @@ class Inputs:
             self.tokens.quantize_into(self.a)
         if c.packed and options.get("backend") != "triton":     # the portable kernel takes weights as they are
             if c.layout == "dense":
-                return gemm(self.a, self.packed, out=out, **options)
+                return gemm(self.a, self.packed, out=out, accumulate=c.accumulate, **options)
             assert self.layout is not None
-            return grouped_gemm(self.a, self.packed, self.layout, out=out, **options)
+            return grouped_gemm(self.a, self.packed, self.layout, zero_padding=c.zero_padding, out=out, accumulate=c.accumulate,
+                                **options)
         if c.layout == "dense":
             return gemm(self.a, self.b, out=out, accumulate=c.accumulate, **options)
         if isinstance(self.layout, KGrouped):
