@@ -37,6 +37,27 @@ def largest(x, axis: gl.constexpr):
 
 
 @gluon.jit
+def divided(x, TOP: gl.constexpr):
+    """x / TOP, correctly rounded (Markstein): a product, its exact remainder, one more product. Tests try every significand."""
+    ONE: gl.constexpr = 1.0 / TOP
+    q = x * ONE
+    return gl.fma(gl.fma(q, gl.full_like(q, -TOP), x), gl.full_like(q, ONE), q)
+
+
+@gluon.jit
+def inverted(s):
+    """1 / s, correctly rounded: two steps of Newton from within a few units of the last place. They leave out one significand, all
+    ones, of which the inverse is one unit above a power of two."""
+    one = gl.full_like(s, 1.0)
+    r = 1.0 / s
+    r = gl.fma(r, gl.fma(-s, r, one), r)
+    r = gl.fma(r, gl.fma(-s, r, one), r)
+    bits = s.to(gl.int32, bitcast=True)
+    near = (((253 - (bits >> 23)) << 23) + 1).to(gl.float32, bitcast=True)
+    return gl.where((bits & 0x7FFFFF) == 0x7FFFFF, near, r)
+
+
+@gluon.jit
 def scale_of(bits, clamp, ROUNDING: gl.constexpr, E8M0: gl.constexpr, TOP: gl.constexpr, EMAX: gl.constexpr, MANTISSA: gl.constexpr,
              MANTISSA_BITS: gl.constexpr):
     """(scale as stored, 1 / scale) of 128 largest magnitudes."""
@@ -54,8 +75,8 @@ def scale_of(bits, clamp, ROUNDING: gl.constexpr, E8M0: gl.constexpr, TOP: gl.co
         inverse = gl.where(finite, inverse, NAN_BITS).to(gl.float32, bitcast=True)
         scale = gl.where(finite, code, 255).to(gl.uint8)
     else:
-        scale = gl.maximum(gl.div_rn(amax, gl.full([128], TOP, gl.float32, ONE_EACH)), 1.1754943508222875e-38)
-        inverse = gl.div_rn(gl.full([128], 1.0, gl.float32, ONE_EACH), scale)
+        scale = gl.maximum(divided(amax, TOP), 1.1754943508222875e-38)
+        inverse = inverted(scale)
         scale = gl.where(finite, scale.to(gl.int32, bitcast=True), NAN_BITS).to(gl.float32, bitcast=True)
         inverse = gl.where(finite, inverse.to(gl.int32, bitcast=True), NAN_BITS).to(gl.float32, bitcast=True)
     return scale, inverse
