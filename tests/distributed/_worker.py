@@ -19,6 +19,7 @@ import torch.distributed as dist
 from narrowgemm import FP8_128x128, combine, experts, gather, quantize, sort_by_expert
 from narrowgemm.distributed import ExpertParallel, expert_layer, expert_mlp
 from narrowgemm.layouts import Offsets
+from narrowgemm.nn import ExpertMLP
 from narrowgemm.testing.numerics import calc_diff
 
 H, I, E, K = 128, 128, 7, 3
@@ -129,6 +130,35 @@ def backward(group: Any, ids: str) -> dict[str, float]:
     return found
 
 
+def trained(group: Any) -> dict[str, float]:
+    """`nn.ExpertMLP` as the compute, in BF16: its gradients and x's against one rank with all experts."""
+    def module(experts: slice) -> ExpertMLP:
+        made = ExpertMLP(len(range(E)[experts]), H, I, recipe="bf16", dtype=torch.float32)
+        with torch.no_grad():
+            for parameter, stack in zip((made.gate_up, made.down), stacks()):
+                parameter.copy_(stack[experts])
+        return made
+
+    ep = ExpertParallel(E, group)
+    mine = slice(ep.local_experts.start, ep.local_experts.stop)
+    local, whole = module(mine), module(slice(0, E))
+    x, topk, weights = case(ep.rank)
+    x = x.bfloat16().requires_grad_()
+    ep(x, topk, weights, lambda rows, layout: local(rows, group_offs=layout.offsets)).float().square().sum().backward()
+    found: dict[str, float] = {}
+    for rank in range(ep.ranks):
+        rx, rtopk, rweights = case(rank)
+        rx = rx.bfloat16().requires_grad_()
+        if tokens(rank):
+            alone(rx, rtopk, rweights, lambda rows, layout: whole(rows, group_offs=layout.offsets)).float().square().sum().backward()
+        if rank == ep.rank and tokens(rank):
+            found["x"] = calc_diff(x.grad, rx.grad)
+    for name in ("gate_up", "down"):
+        a, b = getattr(local, name).grad, getattr(whole, name).grad
+        found[name] = calc_diff(torch.zeros_like(getattr(local, name)) if a is None else a, b[mine])
+    return found
+
+
 def mesh(group: Any) -> float:
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -154,7 +184,7 @@ CHECKS: dict[str, Callable[[Any], Any]] = {
     "wire": lambda g: forward(g, "some", wire="fp8_1x128"), "micro": lambda g: forward(g, "random", micro_batches=2),
     "token": lambda g: by_token(g, "random"), "token-some": lambda g: by_token(g, "some"),
     "token-one": lambda g: by_token(g, "one", micro_batches=2), "micro-wire": lambda g: forward(g, "random", micro_batches=3, wire="fp8_1x128"), "wires": wires_agree,
-    "backward": lambda g: backward(g, "random"), "backward-one": lambda g: backward(g, "one"), "mesh": mesh,
+    "backward": lambda g: backward(g, "random"), "backward-one": lambda g: backward(g, "one"), "mesh": mesh, "trained": trained,
     "dies": lambda g: lost(g, "dies"), "hangs": lambda g: lost(g, "hangs"),
 }
 

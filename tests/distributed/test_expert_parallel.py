@@ -42,7 +42,7 @@ def launch(folder: Path, ranks: int, names: tuple[str, ...], wait_for: int | Non
 @pytest.fixture(scope="module", params=[2, 4])
 def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """Every check in one start of the processes: starting them is what takes time."""
-    return launch(tmp_path_factory.mktemp("ep"), request.param, (*FORWARD, "wires", "backward", "backward-one"))
+    return launch(tmp_path_factory.mktemp("ep"), request.param, (*FORWARD, "wires", "backward", "backward-one", "trained"))
 
 
 @pytest.mark.parametrize("check", FORWARD)
@@ -63,6 +63,12 @@ def test_backward(results: list[dict[str, Any]], check: str) -> None:
         assert set(found[check]) >= {"gate_up", "down"}
         for name, diff in found[check].items():
             assert diff < 1e-9, f"gradient of {name} on rank {rank} of {len(results)}"
+
+
+def test_the_trainable_module_is_a_compute(results: list[dict[str, Any]]) -> None:
+    """Each rank's sum of BF16 results is rounded once more than on one rank."""
+    for found in results:
+        assert {"gate_up", "down"} <= set(found["trained"]) and all(diff < 2e-5 for diff in found["trained"].values())
 
 
 @pytest.mark.parametrize("how, least", [("dies", 0), ("hangs", 1)])

@@ -18,7 +18,7 @@ def expert_mlp(gate_up: ScaledTensor | Tensor, down: ScaledTensor | Tensor, *, a
     """`down(silu(gate) * up)` of each row by its expert. gate_up `[E, 2I, H]`, gate's rows first; down `[E, H, I]`.
 
     activations: what inputs of both products are quantised to, 'bf16' for as they are. max_sms: see `grouped_gemm`.
-    Inference only: for training, a compute of differentiable products.
+    Inference only. For training, `lambda rows, layout: mlp(rows, group_offs=layout.offsets)` of a `narrowgemm.nn.ExpertMLP`.
     """
     fmt = get_format(activations)
 
