@@ -71,3 +71,14 @@ def test_packed_weights_have_tables_of_their_own() -> None:
     packed, plain = (problem_of(replace(CASES[0], packed=p)) for p in (True, False))
     assert store.table_name(packed) == "gemm-dense-mxfp8-mxfp8-packed.json"
     assert store.table_name(plain) == "gemm-dense-mxfp8-mxfp8.json"
+
+
+def test_the_h100_table_covers_the_points_of_the_source() -> None:
+    """Time, runner-up and error beside each choice; a row of 64 rows says nothing of 128."""
+    rows = store.read_rows(store.PACKAGED / "h100" / "gemm-dense-mxfp8-mxfp8-packed.json")
+    have = {store.row_key(r) for r in rows}
+    assert have >= {(c.n, c.k, c.m) for c in SUITES["mxfp8-dense-decode"]} and len(SUITES["mxfp8-dense-decode"]) == 105
+    assert all(r["us"] > 0 and r["runner_up_us"] > 0 and r["calc_diff"] <= 5e-6 for r in rows)
+    case = next(c for c in SUITES["mxfp8-dense-decode"] if (c.m, c.n, c.k) == (64, 768, 6144))
+    found = {m: store._found(problem_of(replace(case, m=m)), "h100", "") for m in (33, 64, 65, 128)}
+    assert found[64] is not None and found[33] is found[64] and found[65] is None and found[128] is None

@@ -75,7 +75,8 @@ def lookup(problem: Problem, device: str, extra: str = "") -> Tuned | None:
     """The tuned choice for the problem, or None where the cost model decides. `extra`: a folder read before the packaged one.
 
     A row of the problem's own bucket counts, wherever it is, before one of another bucket: the nearest within a factor of
-    `REACH`, the larger of two equally near. A row that is not `adopted` says that the cost model is right there.
+    `REACH`, the larger of two equally near (packed weights: larger ones alone). A row that is not `adopted` says that the cost
+    model is right there.
     """
     found = _found(problem, device, extra)
     return found if found is not None and found.adopted else None
@@ -86,7 +87,9 @@ def _found(problem: Problem, device: str, extra: str) -> Tuned | None:
     name = table_name(problem)
     n, k, rows = key(problem)
     tables = [_table(root, device, name).get((n, k), {}) for root in (extra, str(PACKAGED)) if root]
-    near = min((abs(math.log(b / rows)), -b) for t in tables for b in t) if rows and any(tables) else None
+    packed = bool(problem.b.prepack)    # few tokens and many have kernels of their own: a row of fewer rows says nothing of more
+    buckets = [b for t in tables for b in t if b >= rows or not packed] if rows else []
+    near = min(((abs(math.log(b / rows)), -b) for b in buckets), default=None)
     if near is None or near[0] > math.log(REACH) + 1e-9:
         return None
     return next(t[-near[1]] for t in tables if -near[1] in t)

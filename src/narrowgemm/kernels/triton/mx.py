@@ -40,9 +40,6 @@ def supports(problem: Problem, arch: Arch) -> str | None:
         return f"takes BF16, MXFP8, MXFP4 and FP8 1x128 activations, not {a.format.name} with {a.scale_dtype or 'no'} scales"
     if arch.target == "gfx942" and a.format.element != "bf16":
         return "gfx942 has no scaled product of two narrow operands"
-    if arch.vendor == "nvidia" and problem.k % 128:
-        # with one stage (`serial`) it is expected to be right; not trusted until it is run
-        return f"takes K in multiples of 128 on NVIDIA, not {problem.k}"
     if a.prepack or b.prepack:
         return "takes plain operands, not prepacked ones"
     if a.major != "k" or b.major != "k":
