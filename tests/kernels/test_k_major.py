@@ -40,8 +40,7 @@ def run(x: torch.Tensor, workspace: torch.Tensor, sizes: list[int] | None) -> tu
     return out, [] if segments is None else segments.view()[: groups + 1].tolist()
 
 
-@pytest.mark.parametrize("turned", [False, True])
-@pytest.mark.parametrize("shape", [(70, 200), (2, 130, 129)])
+@pytest.mark.parametrize("turned, shape", [(False, (70, 200)), (True, (2, 130, 129))])
 def test_copies(device, turned: bool, shape: tuple[int, ...]) -> None:
     """Rows off 16 bytes, or the other axis contiguous; nothing is written outside of the copy."""
     x = payload(*shape, device=device)
