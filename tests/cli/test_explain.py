@@ -74,8 +74,8 @@ def test_bad_input(args: list[str], message: str) -> None:
 
 
 def test_what_no_kernel_runs_is_an_error_that_says_why() -> None:
-    result = explain(*MASKED, "--device", "h200", "--backend", "triton", "--a", "fp8_1x128", "--b", "mxfp4")
-    assert result.exit_code == 1 and "no kernel runs grouped_gemm (masked, fp8_1x128 x mxfp4)" in result.output
+    result = explain(*MASKED, "--device", "h200", "--backend", "triton", "--a", "fp8_row", "--b", "mxfp4")
+    assert result.exit_code == 1 and "no kernel runs grouped_gemm (masked, fp8_row x mxfp4)" in result.output
 
 
 def test_an_expert_layer_step_by_step() -> None:
