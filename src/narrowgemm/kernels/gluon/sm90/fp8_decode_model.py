@@ -24,7 +24,9 @@ TABLE = 1.0e-6               # group sizes are read and added up before the firs
 FETCHED = 0.6e-6             # less of it where the first weights are fetched on a guess
 EARLY = 0.4e-6               # less of START where those of a dense product are fetched before the warps part
 EPILOGUE = 0.24e-9           # of an element of the last tile, from registers to memory
-LAST_SECONDS = 0.7e-6        # the last unit of a tile finds out that it is, and adds partial sums
+CUT_SECONDS = 0.4e-6         # of a product that is cut along K, what memory's time doesn't hide,
+LAST_SECONDS = 1.8e-6        # and what it may: the last unit of a tile finds out that it is,
+ADD_SECONDS = 6e-9           # and adds partial sums, for each column of each of them
 SEGMENTS_SECONDS = 0.8e-6    # listing 1024 rows of m_indices
 EFFICIENCY = 0.926           # of the peak bandwidth
 COLD = 0.36                  # of the time for the first COLD_BYTES, that reading them takes longer
@@ -117,13 +119,14 @@ def tiles_seconds(problem: Problem, config: Config, arch: Arch, tiles: Iterable[
     def wave(n: int, columns: float) -> float:
         on_one = min(per_sm, -(-n // sms))
         memory = n / units * read / (arch.bandwidth * EFFICIENCY)
-        return longest(memory, k_blocks * block_seconds(config, round(columns), on_one, arch))
+        last = LAST_SECONDS + ADD_SECONDS * split * columns if split > 1 else 0.0
+        return longest(memory, k_blocks * block_seconds(config, round(columns), on_one, arch) + last)
 
     columns = sum(t.number * t.columns for t in tiles) / sum(t.number for t in tiles)
     seconds = units // ctas * wave(ctas, columns) + (wave(units % ctas, columns) if units % ctas else 0.0)
     if split > 1:
         # partial sums are written and read, mostly in L2
-        seconds += LAST_SECONDS + units * config.block_n * columns * 8 / (arch.bandwidth * 1.2)
+        seconds += CUT_SECONDS + units * config.block_n * columns * 8 / (arch.bandwidth * 1.2)
     seconds += COLD * min(read, COLD_BYTES) / arch.bandwidth
     return seconds + EPILOGUE * config.block_n * columns
 
