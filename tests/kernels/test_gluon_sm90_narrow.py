@@ -11,7 +11,7 @@ from torch import Tensor
 
 import narrowgemm as ng
 from narrowgemm.arch import detect
-from narrowgemm.formats import MXFP4, MXFP8, Format, FP8_1x128, ScaledTensor
+from narrowgemm.formats import FP16, MXFP4, MXFP8, Format, FP8_1x128, ScaledTensor
 from narrowgemm.kernels.gluon.sm90 import narrow
 from narrowgemm.problem import Config
 from narrowgemm.testing.cases import Case, build, get_suite
@@ -30,7 +30,8 @@ PRODUCTS = (
     (MXFP8, (64, 256, 7168), 3, 8, MXFP8, "one"), (MXFP4, (4, 640, 256), 200, 4, None, "one"), (MXFP4, (1, 64, 32), 1, 1, None, "even"),
     (MXFP8, (3, 100, 96), 9, 1, MXFP8, "skipped"), (MXFP4, (48, 1440, 2880), 256, 4, MXFP8, "even"),
     (MXFP4, (24, 640, 1184), 37, 4, FP8_1x128, "even"), (MXFP8, (8, 192, 720), 19, 2, FP8_1x128, "skipped"),
-    (MXFP4, (4, 320, 3072), 150, 2, FP8_1x128, "one"))
+    (MXFP4, (4, 320, 3072), 150, 2, FP8_1x128, "one"),
+    (MXFP4, (24, 640, 1184), 37, 4, FP16, "even"), (MXFP8, (8, 192, 720), 5, 2, FP16, "skipped"))
 
 
 @pytest.fixture(autouse=True)
@@ -54,7 +55,7 @@ def weights(shape: tuple[int, ...], fmt: Format, wild: bool) -> ScaledTensor:
 
 def activations(rows: int, k: int, fmt: Format | None) -> ScaledTensor | Tensor:
     x = torch.randn(rows, k, device=DEV)
-    return x.bfloat16() if fmt is None else ng.quantize(x, fmt)
+    return x.bfloat16() if fmt is None else x.half() if fmt is FP16 else ng.quantize(x, fmt)
 
 
 def routing(tokens: int, experts: int, top_k: int, kind: str) -> tuple[Tensor, Tensor]:

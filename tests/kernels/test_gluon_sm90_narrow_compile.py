@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from narrowgemm.arch import get_arch
-from narrowgemm.formats import BF16, MXFP4, MXFP8, Format, FP8_1x128, ScaledTensor
+from narrowgemm.formats import BF16, FP16, MXFP4, MXFP8, Format, FP8_1x128, ScaledTensor
 from narrowgemm.kernels.gluon.sm90 import narrow
 from narrowgemm.kernels.operands import Operands
 from narrowgemm.prepack import PREPACK, PackedWeight
@@ -30,7 +30,8 @@ FEW = (("offsets", BF16, MXFP4, 128, 4, 5760, 2880, "interleaved", "swiglu_oai",
        ("masked", BF16, MXFP4, 8, 160, 7168, 2048, "", "", False, False),
        ("contiguous", FP8_1x128, MXFP4, 8, 320, 7168, 2048, "", "", False, False),
        ("psum", FP8_1x128, MXFP8, 16, 200, 2048, 1152, "", "", False, False),
-       ("masked", FP8_1x128, MXFP4, 8, 160, 7168, 2048, "", "", False, True))
+       ("masked", FP8_1x128, MXFP4, 8, 160, 7168, 2048, "", "", False, True),
+       ("offsets", FP16, MXFP4, 128, 64, 2880, 2880, "", "", False, False))
 
 
 def problem(layout: str, a: Format, b: Format, groups: int, slots: int, n: int, k: int, pair: str, activation: str,

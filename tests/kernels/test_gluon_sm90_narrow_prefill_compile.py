@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from narrowgemm.arch import get_arch
-from narrowgemm.formats import BF16, MXFP4, MXFP8, FP8_1x128
+from narrowgemm.formats import BF16, FP16, MXFP4, MXFP8, FP8_1x128
 from narrowgemm.kernels.gluon.sm90 import narrow_prefill
 from narrowgemm.kernels.operands import Operands
 from narrowgemm.problem import Config, Problem, Step
@@ -22,7 +22,7 @@ ARCH = get_arch("h200")
 # layout, A, B, groups, slots, N, K, pair, activation, combine, factors, most tokens and 64-row units of the tile that `few` compiles
 PROBLEMS = (("offsets", BF16, MXFP4, 128, 16384, 5760, 2880, "interleaved", "swiglu_oai", False, False, (128, 1)),
             ("offsets", MXFP8, MXFP8, 128, 4096, 1536, 6144, "halves", "swiglu", False, True, (64, 2)),
-            ("offsets", BF16, MXFP4, 256, 32768, 7168, 2048, "", "", True, True, (64, 1)),
+            ("offsets", FP16, MXFP4, 256, 32768, 7168, 2048, "", "", True, True, (64, 1)),
             ("dense", MXFP4, MXFP4, 1, 8192, 2304, 6144, "", "", False, False, None),
             ("contiguous", FP8_1x128, MXFP4, 8, 4096, 7168, 2048, "", "", False, False, (128, 1)),
             ("psum", FP8_1x128, MXFP8, 8, 4096, 2048, 1408, "", "", False, True, None),

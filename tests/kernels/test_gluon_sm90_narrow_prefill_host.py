@@ -94,6 +94,16 @@ def test_fp32_scales_of_activations() -> None:
     assert {(c.block_m, c.block_n // 128) for c in narrow_prefill.configs(p, ARCH)} == set(narrow_prefill.PROMOTED["e2m1"])
 
 
+def test_a_routed_layout_has_room_for_its_padding() -> None:
+    """4096 slots in blocks of 64 for 128 experts: up to 12160 positions are gathered, and the output has 4096 rows."""
+    slots = replace(problem(4096, layout="routed", epilogue=Epilogue(routing_weight=True, combine=True)), positions=12288)
+    assert narrow_prefill.supports(slots, ARCH) is None
+    config = Config(128, 128, 128, 9, 4, swap_ab=True, persistent=True)
+    at = narrow_prefill.regions(slots, config, 4096, 12160)
+    assert at.xfactor - at.x >= 2 * 12160 * 2944 and at.y - at.weight >= 4 * 12160 and 4 * 4096 * 2880 <= at.size - at.y < 4 * 5000 * 2880
+    assert narrow_prefill.workspace(slots, config) >= at.size
+
+
 def test_many_tokens_choose_it_and_few_do_not() -> None:
     for m, kernel in ((4 * 4096, narrow_prefill.NAME), (4 * 16, "gluon_sm90.narrow")):
         assert dispatch.select(problem(m), ARCH).kernel == kernel

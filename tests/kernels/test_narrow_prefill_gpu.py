@@ -8,6 +8,7 @@ import torch
 import narrowgemm as ng
 from narrowgemm import BF16, MXFP4, MXFP8, FP8_1x128, Offsets
 from narrowgemm.arch import detect
+from narrowgemm.formats import FP16
 from narrowgemm.kernels.gluon.sm90 import narrow_prefill
 from narrowgemm.problem import Config, Problem
 from narrowgemm.testing.cases import Case, build
@@ -22,6 +23,7 @@ RUNS = [*((MAIN, shape) for shape in narrow_prefill.SHAPES),
         (Case("narrow-prefill", "offsets", 12, 40, 328, 640, sizes="uniform:0.1:1.9", a=BF16, b=MXFP8, packed=True), (64, 2)),
         (Case("narrow-prefill", "offsets", 12, 150, 328, 640, sizes="uniform:0.3:1.7", a=MXFP8, b=MXFP8, packed=True), (128, 1)),
         (Case("narrow-prefill", "offsets", 40, 7, 192, 256, sizes="empty:0.4", a=MXFP4, b=MXFP4, packed=True, out_dtype="fp32"), (128, 2)),
+        (Case("narrow-prefill", "offsets", 12, 40, 328, 672, sizes="uniform:0.1:1.9", a=FP16, b=MXFP4, packed=True), SMALL),
         (Case("narrow-prefill", "dense", 1, 333, 320, 1152, a=BF16, b=MXFP4, packed=True), (128, 1)),
         (Case("narrow-prefill", "contiguous", 6, 90, 320, 672, sizes="uniform:0.1:1.7", alignment=16, order="repeated", a=MXFP8, b=MXFP4,
               packed=True), (64, 2)),
@@ -83,6 +85,26 @@ def test_epilogue(pair: str, activation: str | None, combine: bool) -> None:
     again = torch.full_like(got, 7.0)
     ng.routed_gemm(r["x"], packed, r["order"].layout, out=again, config=SMALL_CONFIG, **common)
     assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize("block_m", [16, 64])
+@pytest.mark.parametrize("combine", [False, True])
+def test_routed_layout(block_m: int, combine: bool) -> None:
+    """Slots in padded blocks, as vLLM has them."""
+    r = routed(6)
+    packed = ng.prepack(r["w"])
+    ids = torch.full((300, 4), -1, dtype=torch.int32, device="cuda")
+    where = r["order"]
+    for e in range(8):
+        mine = where.row_map[int(where.offsets[e]):int(where.offsets[e + 1])].long()
+        ids.view(-1)[mine] = e
+    layout = ng.moe_align_block_size(ids, block_m, 8)
+    shape = (300 if combine else 1200, 320)
+    common = {"routing_weight": r["weight"], "combine": combine, "bias": r["bias"]}
+    got, want = (torch.full(shape, 7.0, dtype=torch.bfloat16, device="cuda") for _ in range(2))
+    ng.routed_gemm(r["x"], packed, layout, out=got, config=SMALL_CONFIG, **common)
+    ng.routed_gemm(r["x"], r["w"], layout, out=want, backend="reference", **common)
+    assert calc_diff(got, want) <= 5e-6 and torch.equal((got == 7).all(1), (want == 7).all(1))
 
 
 def test_scales_at_the_ends_and_nan() -> None:

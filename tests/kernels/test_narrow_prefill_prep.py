@@ -29,8 +29,9 @@ def run(device: str, kind: str, xkind: int, x: torch.Tensor, xs: torch.Tensor | 
 
     total = positions * (groups if kind == "masked" else 1)
     kx = -(-K // 128) * 128
+    wide = 2 * kx if xkind == 4 else kx
     cap = total // BT + (total if blocks else groups)
-    out = {"x": torch.full((total, kx), 7.0, dtype=torch.bfloat16, device=device), "factor": torch.full((total,), 7.0, device=device),
+    out = {"x": torch.full((total, wide), 7.0, dtype=torch.bfloat16, device=device), "factor": torch.full((total,), 7.0, device=device),
            "weight": torch.full((total,), 7.0, device=device), "live": torch.full((num_slots,), 9, dtype=torch.int8, device=device),
            "table": torch.full((TABLE_HEAD + 3 * cap,), -9, dtype=torch.int32, device=device)}
     experts, posted, block_m = blocks or (index, index, 1)
@@ -89,6 +90,13 @@ def test_blocks_of_a_routed_layout(device: str) -> None:
     assert got["entries"].tolist() == [[2, 0, 2], [0, 4, 1], [2, 8, 3]] and got["live"].tolist() == [1] * 6
 
 
+def test_positions_behind_the_last_group_are_left_alone(device: str) -> None:
+    x = torch.randn(9, K, generator=torch.Generator().manual_seed(5)).bfloat16().to(device)
+    slots = torch.arange(18, dtype=torch.int32, device=device).flip(0)
+    got = run(device, "offsets", 0, x, None, torch.tensor([0, 2, 5], device=device), slots, None, 2, 18, 18)
+    assert torch.equal(got["x"][:5], weight_order(x[slots[:5].long() // A_DIV])) and bool((got["x"][5:] == 7).all())
+
+
 @pytest.mark.parametrize("kind", ["dense", "masked"])
 def test_positions_are_rows(device: str, kind: str) -> None:
     x = torch.randn(6, K, generator=torch.Generator().manual_seed(1)).bfloat16().to(device)
@@ -100,6 +108,19 @@ def test_positions_are_rows(device: str, kind: str) -> None:
     used = torch.tensor([0, 1, 4, 5] if kind == "masked" else range(6), device=device)
     assert torch.equal(got["x"][used], weight_order(x)[used])
     assert kind == "dense" or bool((got["x"][[2, 3]] == 7).all()), "rows that a group doesn't use are not brought"
+
+
+def test_fp16_is_two_bf16_numbers(device: str) -> None:
+    """Every 128 columns in BF16, then what BF16 leaves of them: together exact, from the smallest subnormal to the largest."""
+    x = torch.randn(5, K, generator=torch.Generator().manual_seed(4)).half()
+    x[1] = torch.linspace(-65504, 65504, K).half()
+    x[2] = torch.arange(1, K + 1).to(torch.int16).view(torch.float16)       # subnormals
+    x[3, :3] = torch.tensor([float("inf"), float("-inf"), 65504.0])
+    got = run(device, "dense", 4, x.to(device), None, torch.zeros(1, dtype=torch.int32, device=device), None, None, 1, 5, 5)
+    high, rest = got["x"].float().cpu().view(5, -1, 2, 128).unbind(2)
+    want = weight_order(x.float()).view(5, -1, 128)
+    assert torch.equal(high + rest, want) and torch.equal(high, want.bfloat16().float())
+    assert bool(rest[4].any()) and not bool(rest[3, want[3].isinf()].any())
 
 
 @pytest.mark.parametrize("fmt, xkind", [(MXFP8, 1), (MXFP4, 2)], ids=["mxfp8", "mxfp4"])

@@ -76,7 +76,7 @@ def module(log: Log, table: list[tuple[int, int, int]], program: int, programs: 
 def test_every_step_once_and_what_is_copied_is_what_is_computed(entries, tiles, steps, programs, stages, quantum):
     """`quantum`: steps that a block's stretch is a multiple of."""
     table = [(100 + b, 10 * b, 1 + b % 7) for b in range(entries)]
-    cfg = types.SimpleNamespace(BT=8, STAGES=stages, ROWS=64, CW=1, CH=1, PDL=True, XSCALE=False)
+    cfg = types.SimpleNamespace(BT=8, STAGES=stages, ROWS=64, CW=1, CH=1, PDL=True, XSCALE=False, DOUBLE=False)
     done: Counter = Counter()
     sums: Counter = Counter()
     places: set[int] = set()

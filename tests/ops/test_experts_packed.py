@@ -62,6 +62,15 @@ def test_narrow_activations(where, fmt):  # noqa: F811
     assert calc_diff(got.float(), want) <= (4e-3 if fmt == MXFP4 else 4e-4)         # its h is not rounded
 
 
+@pytest.mark.parametrize("t", [3, 70])
+def test_fp16_tokens(where, t):  # noqa: F811
+    """FP16 in, FP16 on the way and out, no bit of a token lost."""
+    plain, weights = packed(MXFP4, "halves", where)
+    x, (w, ids) = tokens(t, H, where).float().mul(1.001).half(), choices(t, 2, E, where)
+    got = experts(x, *weights, topk_weights=w, topk_ids=ids)
+    assert got.dtype == torch.float16 and calc_diff(got.float(), reference.experts(x, *plain, w, ids)) <= 1e-6
+
+
 @pytest.mark.parametrize("fmt", [None, FP8_1x128], ids=["tokens", "fp8"])
 @pytest.mark.parametrize("shared", [False, True], ids=["routed", "shared"])
 @pytest.mark.parametrize("pair", ["halves", ""])

@@ -1,8 +1,8 @@
 """Hopper products of few tokens with prepacked MXFP4 / MXFP8 weights, in every layout; bias, activation, combine.
 
-Activations are BF16, or MXFP8, MXFP4, FP8 1x128 with E8M0 scales, which a launch in front brings to BF16 without loss; FP32 scales
-of FP8 1x128 are left to the product, once for 128 of K. The launch also lists the experts that have rows. How it works:
-`narrow_device.py`; the order of the weights: `narrowgemm.prepack`.
+Activations are BF16, FP16 (two BF16 numbers), or MXFP8, MXFP4, FP8 1x128 with E8M0 scales, which a launch in front brings to BF16
+without loss; FP32 scales of FP8 1x128 are left to the product, once for 128 of K. The launch also lists the experts that have rows.
+How it works: `narrow_device.py`; the order of the weights: `narrowgemm.prepack`.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from .narrow_tile import (
     PrepStatic,
     Static,
     chunks_of,
+    doubles,
     entries_at_most,
     extra,
     legal,
@@ -53,14 +54,19 @@ MASKED_ELEMENTS = 1 << 26
 PREP_K = 2048                # of K that one program of the launch in front converts
 COMBINE_N = 1024
 # A's formats: element, scale -> how `narrow_prep_kernel` reads them
-XKINDS = {("bf16", ""): 0, ("e4m3", "e8m0"): 1, ("e2m1", "e8m0"): 2, ("e4m3", "fp32"): 3, ("e5m2", "fp32"): 3}
+XKINDS = {("bf16", ""): 0, ("e4m3", "e8m0"): 1, ("e2m1", "e8m0"): 2, ("e4m3", "fp32"): 3, ("e5m2", "fp32"): 3,
+          ("fp16", ""): 4}
 # (weight rows, block_k, stages, CTAs on an SM) by token columns
-SHAPES = {
+SHAPES: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
     "e2m1": {8: ((64, 512, 2, 4), (64, 256, 3, 5), (64, 256, 4, 4), (128, 512, 2, 2)),
              16: ((64, 512, 2, 3), (64, 256, 3, 4), (128, 256, 4, 2), (128, 512, 2, 2)),
              32: ((128, 256, 3, 2), (128, 256, 2, 2)), 64: ((64, 256, 2, 2),)},
     "e4m3": {8: ((64, 256, 2, 4), (64, 256, 3, 3), (128, 256, 2, 2)), 16: ((64, 256, 2, 4), (128, 256, 2, 2)),
              32: ((64, 256, 3, 2), (64, 256, 2, 3), (128, 256, 2, 2)), 64: ((64, 256, 2, 2),)}}
+# of FP16 tokens, which take twice the room
+DOUBLE_SHAPES: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
+    "e2m1": {8: ((64, 256, 2, 4), (128, 512, 2, 2)), 16: ((64, 256, 2, 3),), 32: ((64, 256, 2, 2),), 64: ((64, 256, 2, 1),)},
+    "e4m3": {8: ((64, 256, 2, 4),), 16: ((64, 256, 2, 3),), 32: ((64, 256, 2, 2),), 64: ((64, 256, 2, 1),)}}
 KEEP_BYTES = 16e6            # an output of so many bytes and fewer is asked to stay in L2, where its reader finds it
 
 
@@ -74,7 +80,8 @@ def supports(problem: Problem, arch: Arch) -> str | None:
     if order != PREPACK:
         return f"takes weights that narrowgemm.prepack() brought to the order {PREPACK}, not {b.format.name} as they are"
     if (a.format.element, a.scale_dtype) not in XKINDS or a.format.group not in ((0, 0), (1, 32), (1, 128)):
-        return f"brings BF16, MXFP8, MXFP4 and FP8 1x128 to BF16 without loss, not {a.format.name}, {a.scale_dtype or 'no'} scales"
+        return (f"brings BF16, FP16, MXFP8, MXFP4 and FP8 1x128 to BF16 without loss, not {a.format.name}, "
+                f"{a.scale_dtype or 'no'} scales")
     if a.scale_dtype == "fp32" and not promotes(problem):
         return f"takes E8M0 scales of {a.format.name}, not {a.scale_dtype}"
     if a.major != "k" or a.prepack:
@@ -107,7 +114,7 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
     slots = problem.m * (problem.groups if problem.layout == "masked" else 1)
     keep = slots * problem.n * ITEMSIZE[problem.out_dtype] <= KEEP_BYTES
     for bt in columns(problem):
-        for rows, bk, stages, ctas in SHAPES[problem.b.format.element][bt]:
+        for rows, bk, stages, ctas in (DOUBLE_SHAPES if doubles(problem) else SHAPES)[problem.b.format.element][bt]:
             c = make_config(bt, rows, bk, stages, ctas, keep, whole=problem.batch_invariant)
             if legal(problem, c, arch) is None:
                 out += [c, *splits(problem, c, arch)]
@@ -144,7 +151,8 @@ def regions(problem: Problem, config: Config, slots: int, rows: int) -> Regions:
     entries = entries_at_most(problem.layout, positions, problem.groups, config.block_m)
     sizes = (4 * (TABLE_HEAD + 3 * entries), 4 * MAX_CTAS, slots if e.combine else 0, 2 * rows * row_stride(problem.k),
              0 if promotes(problem) or not problem.a.format.scaled else 4 * rows,
-             4 * rows * (row_stride(problem.k) // CHUNK) if promotes(problem) else 0,
+             rows * row_stride(problem.k) * (2 if doubles(problem) else 0) + 4 * rows * (row_stride(problem.k) // CHUNK)
+             * promotes(problem),
              4 * 2 * MAX_CTAS * config.block_n * config.block_m, 4 * slots * n if e.combine else 0)
     ends = list(accumulate(-(-s // 256) * 256 for s in sizes))
     return Regions(0, *ends)
@@ -177,7 +185,7 @@ def statics(problem: Problem, config: Config, x: Operands) -> tuple[Static, Prep
         problem.b.format.element == "e4m3", config.block_m, config.block_n, ch, config.num_stages, even,
         x.slots is not None, x.factor is not None, kind in (1, 2), PAIR_IDS[x.packed.pair], ACT_IDS[e.activation], alpha, limit,
         x.bias is not None, x.weight is not None, True,
-        bool(extra(config, "keep")), bool(extra(config, "wide")), promotes(problem))
+        bool(extra(config, "keep")), bool(extra(config, "wide")), promotes(problem), doubles(problem))
     prep = PrepStatic(KINDS[problem.layout], config.block_m, power_of_two(problem.groups), kind, problem.a.format.group[1] or 32,
                       power_of_two(x.block_m), e.combine, PREP_K, True)
     return cfg, prep
@@ -198,7 +206,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     at = regions(problem, config, slots, rows)
     table, counts = Pointer(workspace, i32, at.table), Pointer(workspace, i32, at.counts)
     live, xfactor = Pointer(workspace, torch.int8, at.live), Pointer(workspace, f32, at.xfactor)
-    xscale = Pointer(workspace, f32, at.xscale)
+    xscale = Pointer(workspace, torch.bfloat16 if cfg.DOUBLE else f32, at.xscale)
     xp, parts, y = Pointer(workspace, torch.bfloat16, at.x), Pointer(workspace, f32, at.parts), Pointer(workspace, f32, at.y)
     a, scale, n = x.a.data, x.a.scale, x.n // 2 if e.activation else x.n
     chunks, tiles = chunks_of(problem), -(-x.n // ROWS)
@@ -213,7 +221,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     out, som = (y, n) if e.combine else (x.out, x.out.stride(-2))
     made = [
         Launch(narrow_prep_device.narrow_prep_kernel, (1 + rows * -(-kx // PREP_K),),
-               (a, xp if scale is None else scale, xp, xscale if cfg.XSCALE else xfactor, index, order,
+               (a, xp if scale is None else scale, xp, xscale if cfg.XSCALE or cfg.DOUBLE else xfactor, index, order,
                 table if x.experts is None else x.experts, table if x.posted is None else x.posted, table, counts, live, rows, x.k,
                 kx, *a_strides(x, masked), x.groups, slots,
                 x.positions or x.m, x.alignment if problem.layout == "psum" else x.block_m, cap, grid, prep), {"num_warps": 4}),

@@ -99,7 +99,13 @@ def issue_tokens(x_ptr, xs_ptr, xo, live, k, slot, rings, cfg: gl.constexpr, lay
     KS: gl.constexpr = cfg.CH * 128
     kk = gl.arange(0, KS, gl.SliceLayout(0, layout))
     xp = x_ptr + (gl.expand_dims(xo, 1) + gl.expand_dims(k * KS + kk, 0))
-    cp.async_copy_global_to_shared(x_s.index(slot), xp, mask=gl.expand_dims(live, 1) & gl.expand_dims(kk >= 0, 0))
+    mask = gl.expand_dims(live, 1) & gl.expand_dims(kk >= 0, 0)
+    if cfg.DOUBLE:       # what BF16 leaves of a row lies as the row does
+        lp = xs_ptr + (gl.expand_dims(xo, 1) + gl.expand_dims(k * KS + kk, 0))
+        cp.async_copy_global_to_shared(x_s.index(slot).slice(0, cfg.BT, 0), xp, mask=mask)
+        cp.async_copy_global_to_shared(x_s.index(slot).slice(cfg.BT, cfg.BT, 0), lp, mask=mask)
+    else:
+        cp.async_copy_global_to_shared(x_s.index(slot), xp, mask=mask)
     if cfg.XSCALE:      # a row's scales lie as its payload does, one for 128
         cc = gl.arange(0, cfg.CH, gl.SliceLayout(0, layout))
         fp = xs_ptr + (gl.expand_dims(xo // 128, 1) + gl.expand_dims(k * cfg.CH + cc, 0))
@@ -121,7 +127,11 @@ def multiply(acc, rings, slot, cfg: gl.constexpr):
             v = s_s.index(slot).slice(c // (2 * PER) * (ROWS // 2), ROWS // 2, 0).load(field_layout(ROWS))
         w = w_s.index(slot).slice(c * ROWS, ROWS, 0).load(byte_layout(ROWS))
         a = expand(w, v, c // PER % 2, ROWS, cfg.E4M3, operand)
-        x = x_s.index(slot).slice(c * KT, KT, 1).permute((1, 0))
+        x = x_s.index(slot).slice(c * KT, KT, 1)
+        if cfg.DOUBLE:
+            rest = x.slice(cfg.BT, cfg.BT, 0).permute((1, 0))
+            x = x.slice(0, cfg.BT, 0)
+        x = x.permute((1, 0))
         if cfg.XSCALE:
             if c == 0:
                 part = acc      # not added to: the first product of a chunk overwrites it
@@ -134,6 +144,8 @@ def multiply(acc, rings, slot, cfg: gl.constexpr):
             if c > 0:
                 acc = warpgroup_mma_wait(0, deps=(acc, ))
             acc = warpgroup_mma(a, x, acc, is_async=True)
+            if cfg.DOUBLE:
+                acc = warpgroup_mma(a, rest, acc, is_async=True)
     if cfg.XSCALE:
         part = warpgroup_mma_wait(0, deps=(part, ))
         acc += part * token_scales(f_s.index(slot), cfg.CH - 1, mma)
@@ -204,7 +216,7 @@ def narrow_kernel(w_ptr, s_ptr, x_ptr, xs_ptr, out_ptr, slots_ptr, factor_ptr, x
                   part_ptr, NT, KB, KC, R, a_div, cap, quantum, N, KX, som, cfg: gl.constexpr):
     """A persistent grid. NT tiles of 64 rows of a weight, KB ring steps and KC chunks of K, R slots, `cap` entries a column of the
     table, `quantum`: a CTA's stretch is a multiple of so many steps (KB: whole tiles), KX: row stride of A, som: of out.
-    xs: FP32 scales of A, row stride KX / 128."""
+    xs: FP32 scales of A, row stride KX / 128; DOUBLE: what BF16 leaves of A, as A."""
     BT: gl.constexpr = cfg.BT
     S: gl.constexpr = cfg.STAGES
     ROWS: gl.constexpr = cfg.ROWS
@@ -216,7 +228,7 @@ def narrow_kernel(w_ptr, s_ptr, x_ptr, xs_ptr, out_ptr, slots_ptr, factor_ptr, x
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     w_s = gl.allocate_shared_memory(gl.uint8, [S, cfg.CW * ROWS, 64], flat)
     s_s = gl.allocate_shared_memory(gl.int32, [S, cfg.CH * (ROWS // 4), 4], flat)
-    x_s = gl.allocate_shared_memory(gl.bfloat16, [S, BT, cfg.CH * 128],
+    x_s = gl.allocate_shared_memory(gl.bfloat16, [S, 2 * BT if cfg.DOUBLE else BT, cfg.CH * 128],
                                     gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
     f_s = s_s
     if cfg.XSCALE:

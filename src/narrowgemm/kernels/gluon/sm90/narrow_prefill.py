@@ -24,7 +24,20 @@ from . import narrow
 from .narrow import XKINDS, combine, power_of_two, sms_of
 from .narrow_model import active_experts, rows_expected, slots_expected
 from .narrow_prefill_tile import BOXES, RATIO_BYTES, SCALE_BYTES, WIDTHS, Tile
-from .narrow_tile import ACT_IDS, CHUNK, ITEMSIZE, KINDS, PAIR_IDS, ROWS, TABLE_HEAD, chunks_of, entries_at_most, extra, promotes
+from .narrow_tile import (
+    ACT_IDS,
+    CHUNK,
+    ITEMSIZE,
+    KINDS,
+    PAIR_IDS,
+    ROWS,
+    TABLE_HEAD,
+    chunks_of,
+    doubles,
+    entries_at_most,
+    extra,
+    promotes,
+)
 
 NAME = "gluon_sm90.narrow_prefill"
 BACKEND = "gluon_sm90"
@@ -33,8 +46,8 @@ PREP_K = 2048           # of K that one program of the launch in front converts
 
 def supports(problem: Problem, arch: Arch) -> str | None:
     reason = narrow.supports(problem, arch)
-    if reason is None and problem.layout == "routed":
-        return "gathers tokens in the order of positions, of which it can't tell how many a routed layout has: use offsets"
+    if reason is None and problem.layout == "routed" and not problem.positions:
+        return "gathers tokens in the order of positions: a routed layout has to say how many there are"
     if reason is None and ":" in problem.b.prepack and not problem.epilogue.activation:
         return "stores gate and up rows together: weights packed with pair= need their activation"
     return reason
@@ -75,6 +88,11 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     return None
 
 
+def k_blocks(problem: Problem) -> int:
+    """Blocks of 128 of K that the tokens are multiplied in: FP16 ones are two BF16 numbers, a block each."""
+    return chunks_of(problem) * (2 if doubles(problem) else 1)
+
+
 @lru_cache(maxsize=4096)
 def tile_of(problem: Problem, config: Config, slots: bool = True, factor: bool = False) -> Tile:
     """The compile-time constants of a config. `slots`: positions are mapped to slots; `factor`: weight rows have factors."""
@@ -82,9 +100,10 @@ def tile_of(problem: Problem, config: Config, slots: bool = True, factor: bool =
     args = (*e.activation_args, 0.0, 0.0)
     pair = problem.b.prepack.partition(":")[2]
     fp32 = e.combine or problem.out_dtype == "fp32"
-    return Tile(config.block_m, config.block_n // (2 * ROWS), config.num_stages, unroll, chunks_of(problem) % unroll,
+    return Tile(config.block_m, config.block_n // (2 * ROWS), config.num_stages, unroll, k_blocks(problem) % unroll,
                 problem.b.format.element == "e4m3", slots, factor, problem.a.format.scaled, PAIR_IDS[pair], ACT_IDS[e.activation],
-                args[0], args[1], e.bias, e.routing_weight, promotes(problem), ITEMSIZE["fp32" if fp32 else problem.out_dtype])
+                args[0], args[1], e.bias, e.routing_weight, promotes(problem), doubles(problem),
+                ITEMSIZE["fp32" if fp32 else problem.out_dtype])
 
 
 # ---------------------------------------------------------------- workspace
@@ -106,7 +125,7 @@ def regions(problem: Problem, config: Config, slots: int, rows: int) -> Regions:
     e = problem.epilogue
     n = problem.n // 2 if e.activation else problem.n
     sizes = (4 * (TABLE_HEAD + 3 * capacity(problem, config, rows)), slots if e.combine else 0,
-             2 * rows * chunks_of(problem) * CHUNK, 4 * rows if problem.a.format.scaled else 0,
+             2 * rows * k_blocks(problem) * CHUNK, 4 * rows if problem.a.format.scaled else 0,
              RATIO_BYTES * rows * chunks_of(problem) if promotes(problem) else 0,
              4 * rows if e.routing_weight else 0, 4 * slots * n if e.combine else 0)
     return Regions(*accumulate((-(-s // 256) * 256 for s in sizes), initial=0))
@@ -157,7 +176,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
         whole, rest = divmod(round(size), config.block_m)
         for columns, count in ((config.block_m, whole), (width(rest, config.block_m), rest > 0)):
             block = max(units / 2 * 8 * columns / RATE[config.block_m, units // 2], units / 2 * EXPAND_CLOCKS)
-            clocks += count * (chunks * block + TILE_CLOCKS * units / 2) / len(sizes)
+            clocks += count * (k_blocks(problem) * block + TILE_CLOCKS * units / 2) / len(sizes)
             entries += count / len(sizes)
     work = experts * -(-problem.n // config.block_n)        # an expert's entries are dealt out one by one
     compute = clocks / CLOCK * max(work / sms, 1.0 / entries)
@@ -219,7 +238,8 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
                       XKINDS[problem.a.format.element, problem.a.scale_dtype], problem.a.format.group[1] or 32, e.combine, PREP_K,
                       x.slots is not None, x.weight is not None, power_of_two(x.block_m))
     x_tile, planes = narrow_prefill_parts_device.X_TILE.value, narrow_prefill_parts_device.PLANES.value
-    boxes = [TensorDescriptor(tokens, [rows, kx], [kx, 1], [p, CHUNK], x_tile) for p in BOXES]
+    wide = k_blocks(problem) * CHUNK
+    boxes = [TensorDescriptor(tokens, [rows, wide], [wide, 1], [p, CHUNK], x_tile) for p in BOXES]
     for base, deep, box in ((Pointer(x.b.data, i32), chunks * tile.WEIGHT_ROWS, [tile.UNITS, tile.WEIGHT_ROWS, 256]),
                             (Pointer(fields, i32), -(-chunks // 2), [tile.UNITS, 1, SCALE_BYTES // 4])):
         boxes.append(TensorDescriptor(base, [x.groups * tiles, deep, box[2]], [deep * box[2], box[2], 1], box, planes))
@@ -236,7 +256,8 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
                 cap, problem.a_div, prep), {"num_warps": 4}),
         Launch(narrow_prefill_device.narrow_prefill_kernel, (grid,),
                (*boxes, out, order, xfactor if x.factor is None else x.factor, xfactor, xfactor if x.bias is None else x.bias,
-                weight, table, chunks, tiles, slots, cap, x.n, om, tile), {"num_warps": 4, "maxnreg": tile.max_registers})]
+                weight, table, k_blocks(problem), tiles, slots, cap, x.n, om, tile),
+               {"num_warps": 4, "maxnreg": tile.max_registers})]
     if problem.zero_padding and problem.layout in ("contiguous", "psum"):
         made.insert(0, narrow.zero_padding_rows(problem, x))
     if e.combine:

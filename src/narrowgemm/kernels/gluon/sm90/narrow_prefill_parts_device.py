@@ -51,6 +51,15 @@ def load_ratios(desc, ring, bar, slot, row, kb, cfg: gl.constexpr, T: gl.constex
 
 
 @gluon.jit
+def weight_block(kb, cfg: gl.constexpr):
+    """The K block of the weights that K block kb of the tokens is multiplied with: FP16 tokens come as two BF16 blocks each."""
+    if cfg.DOUBLE:
+        return kb // 2
+    else:
+        return kb
+
+
+@gluon.jit
 def load_block(descs, rings, full, slot, unit, first, kb, cfg: gl.constexpr, P0: gl.constexpr, P1: gl.constexpr):
     """Fill a slot with K block kb: weights and scales of the tile's units, and P0 + P1 tokens from position `first`."""
     x_descs, w_desc, s_desc, f_desc = descs
@@ -58,8 +67,8 @@ def load_block(descs, rings, full, slot, unit, first, kb, cfg: gl.constexpr, P0:
     w_full, x_full = full
     bar = w_full.index(slot)
     mbarrier.expect(bar, cfg.WEIGHT_BYTES)
-    tma_load(w_desc, [unit, kb * cfg.WEIGHT_ROWS, 0], bar, w_s.index(slot))
-    tma_load(s_desc, [unit, kb // 2, 0], bar, s_s.index(slot))
+    tma_load(w_desc, [unit, weight_block(kb, cfg) * cfg.WEIGHT_ROWS, 0], bar, w_s.index(slot))
+    tma_load(s_desc, [unit, weight_block(kb, cfg) // 2, 0], bar, s_s.index(slot))
     bar = x_full.index(slot)
     mbarrier.expect(bar, (P0 + P1) * (272 if cfg.CHUNKED else 256))
     if cfg.CHUNKED:
@@ -161,7 +170,7 @@ def blocks(sums, slot, phase, kb, rings, bars, cfg: gl.constexpr, WG: gl.constex
         mbarrier.wait(w_full.index(slot), phase)
         for i in gl.static_range(MP):
             unit = slot * cfg.UNITS + (WG * MP + i)
-            fields = s_v.index(unit).load(field_layout(64)) >> (16 * ((kb + c) % 2))
+            fields = s_v.index(unit).load(field_layout(64)) >> (16 * (weight_block(kb + c, cfg) % 2))
             for sub in gl.static_range(SUB):
                 a = expand(w_v.index(unit * SUB + sub).load(byte_layout(64)), fields, cfg.E4M3, A)
                 mbarrier.wait(x_full.index(slot), phase)

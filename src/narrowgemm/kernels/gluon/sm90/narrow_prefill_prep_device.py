@@ -7,7 +7,7 @@ BF16 with K in the order that the expanded weights have, zeros up to the next 12
 import triton
 import triton.language as tl
 
-from .narrow_prep_device import E2M1, PLAIN_FP8, in_use, list_all, offset_of, power_of_two, row_shift
+from .narrow_prep_device import E2M1, FP16, OFFSETS, PLAIN_FP8, in_use, list_all, offset_of, power_of_two, rest_of, row_shift
 
 
 @triton.jit
@@ -20,7 +20,7 @@ def weight_order(x, BK: tl.constexpr):
 def narrow_weight_order(x_ptr, base, k0, K, BK: tl.constexpr):
     """BK floats of a row from k0, permuted."""
     k = k0 + tl.arange(0, BK)
-    return weight_order(tl.load(x_ptr + base + k, mask=k < K, other=0.0).to(tl.bfloat16), BK)
+    return weight_order(tl.load(x_ptr + base + k, mask=k < K, other=0.0), BK)
 
 
 @triton.jit
@@ -77,23 +77,32 @@ def narrow_prefill_prep_kernel(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, ratio_ptr, we
         if cfg.SLOTS:
             slot = tl.load(slots_ptr + at)
         row = (tl.maximum(slot, 0) // a_div).to(tl.int64)
-        if (slot >= 0) & (slot < R) & in_use(index_ptr, row, positions, cfg):
+        used = in_use(index_ptr, row, positions, cfg)
+        if cfg.KIND == OFFSETS:     # behind the last group are slots that nobody here computes: under expert parallelism, most
+            used = used & (at < tl.load(index_ptr + G))
+        if (slot >= 0) & (slot < R) & used:
             base = offset_of(row, positions, sxg, sxm, cfg)
             xs_ptr += offset_of(row, positions, ssg, ssm, cfg)
-            to = xp_ptr + at.to(tl.int64) * KX
+            to = xp_ptr + at.to(tl.int64) * (2 * KX if cfg.XKIND == FP16 else KX)
             if cfg.WEIGHT:
                 if part == 0:
                     tl.store(of_position_ptr + at, tl.load(weight_ptr + slot))
             if cfg.XKIND == PLAIN_FP8:
                 o = part * cfg.BK + tl.arange(0, cfg.BK)
-                y = narrow_weight_order(x_ptr, base, part * cfg.BK, K, cfg.BK)
+                y = narrow_weight_order(x_ptr, base, part * cfg.BK, K, cfg.BK).to(tl.bfloat16)
                 scale = tl.load(xs_ptr + o // 128 * ssk, mask=o // 128 * 128 < K, other=0.0)
                 tl.store(to + o, tl.where(scale == 0.0, 0.0, y), mask=o < KX)
                 if part == 0:
                     bring_ratios(xs_ptr, ratio_ptr + at.to(tl.int64) * (KX // 32), xfactor_ptr + at, K, KX, ssk)
             elif cfg.XKIND == 0:
                 o = part * cfg.BK + tl.arange(0, cfg.BK)
-                tl.store(to + o, narrow_weight_order(x_ptr, base, part * cfg.BK, K, cfg.BK), mask=o < KX)
+                tl.store(to + o, narrow_weight_order(x_ptr, base, part * cfg.BK, K, cfg.BK).to(tl.bfloat16), mask=o < KX)
+            elif cfg.XKIND == FP16:
+                o = part * cfg.BK + tl.arange(0, cfg.BK)
+                x = narrow_weight_order(x_ptr, base, part * cfg.BK, K, cfg.BK).to(tl.float32)
+                two = to + o // 128 * 256 + o % 128       # every 128 columns in BF16, behind them what that leaves
+                tl.store(two, x.to(tl.bfloat16), mask=o < KX)
+                tl.store(two + 128, rest_of(x).to(tl.bfloat16), mask=o < KX)
             else:
                 shift, nan = row_shift(xs_ptr, K, ssk, cfg)
                 block = part * (cfg.BK // cfg.GROUP) + tl.arange(0, cfg.BK // cfg.GROUP)

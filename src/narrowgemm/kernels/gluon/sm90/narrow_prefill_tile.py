@@ -43,6 +43,7 @@ class Tile:
     BIAS: bool = False
     WEIGHT: bool = False     # routing weights
     CHUNKED: bool = False    # tokens have FP32 scales, one for 128 of K: sums are rescaled from one to the next
+    DOUBLE: bool = False     # tokens are FP16: two K blocks of BF16 for each of the weights
     OUT_BYTES: int = 2
     OUT_TOKENS: int = 32     # tokens that a consumer stages at once for the store
     CONSUMER_REGISTERS: int = 232

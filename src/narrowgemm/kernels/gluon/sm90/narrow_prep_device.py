@@ -18,6 +18,7 @@ ROUTED = tl.constexpr(3)
 E4M3 = tl.constexpr(1)
 E2M1 = tl.constexpr(2)
 PLAIN_FP8 = tl.constexpr(3)
+FP16 = tl.constexpr(4)
 HEAD = tl.constexpr(16)
 LOW = tl.constexpr(3)        # scale codes of A between which E4M3 values are exact in BF16
 HIGH = tl.constexpr(240)
@@ -172,10 +173,17 @@ def element(x_ptr, base, k, K, cfg: tl.constexpr):
 
 
 @triton.jit
+def rest_of(x):
+    """What BF16 leaves of FP16 values, held in FP32: exact in BF16, since it has three bits at most; 0 of infinities and NaN."""
+    rest = x - x.to(tl.bfloat16).to(tl.float32)
+    return tl.where((x == x) & (x < float("inf")) & (x > float("-inf")), rest, 0.0)
+
+
+@triton.jit
 def bring_row(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, row, part, K, KX, ssk, cfg: tl.constexpr):
     """BK columns of a row of A to BF16, K in the order of the expanded weights; part 0 leaves what the row is multiplied by.
 
-    xfactor_ptr: a factor a row; PLAIN_FP8: the scales as they are, [rows, KX / 128]."""
+    xfactor_ptr: a factor a row; PLAIN_FP8: the scales as they are, [rows, KX / 128]; FP16: what BF16 leaves, as xp_ptr."""
     pair = part * (cfg.BK // 2) + tl.arange(0, cfg.BK // 2)
     # out[m * 8 + q * 2 + r] = in[q * 32 + m * 2 + r] of every 128
     k = pair // 64 * 128 + pair % 4 * 32 + pair % 64 // 4 * 2
@@ -187,6 +195,9 @@ def bring_row(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, row, part, K, KX, ssk, cfg: tl
                 o = i + tl.arange(0, 64)
                 scale = tl.load(xs_ptr + o * ssk, mask=o < (K + 127) // 128, other=0.0)
                 tl.store(xfactor_ptr + row * (KX // 128) + o, scale, mask=o < KX // 128)
+    elif cfg.XKIND == FP16:
+        at = 2 * pair[:, None] + tl.arange(0, 2)[None, :]
+        tl.store(xfactor_ptr + row * KX + at, tl.join(rest_of(lo).to(tl.bfloat16), rest_of(hi).to(tl.bfloat16)), mask=at < KX)
     elif cfg.XKIND > 0:
         shift, nan = row_shift(xs_ptr, K, ssk, cfg)
         code = tl.load(xs_ptr + k // cfg.GROUP * ssk, mask=k < K, other=127).to(tl.int32)

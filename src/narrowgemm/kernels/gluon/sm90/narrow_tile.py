@@ -41,6 +41,7 @@ class Static:
     KEEP: bool               # output stays in L2
     WIDE: bool               # 16 bytes a store, through shared memory
     XSCALE: bool = False     # sums are scaled by FP32 scales of A, one for 128 of K
+    DOUBLE: bool = False      # A is FP16, the sum of two BF16 numbers, each multiplied
 
     @property
     def CW(self) -> int:
@@ -60,7 +61,7 @@ class PrepStatic:
     KIND: int
     BT: int
     GROUPS: int              # a power of two, no less than the groups
-    XKIND: int               # 0: floats, 1: E4M3, 2: E2M1, 3: FP8 whose scales go to the product
+    XKIND: int               # 0: BF16, 1: E4M3, 2: E2M1, 3: FP8 whose scales go to the product, 4: FP16
     GROUP: int               # of K, that share a scale of A
     BLOCK: int               # entries of a block (routed), a power of two no less
     LIVE: bool               # marks slots that an expert computes
@@ -71,6 +72,11 @@ class PrepStatic:
 def promotes(problem: Problem) -> bool:
     """Whether A has FP32 scales, one for 128 of K: a sum is scaled by them once a chunk."""
     return problem.a.format.group == (1, CHUNK) and problem.a.scale_dtype == "fp32"
+
+
+def doubles(problem: Problem) -> bool:
+    """Whether A is FP16, whose 11 bits are two BF16 numbers."""
+    return problem.a.format.element == "fp16"
 
 
 def extra(config: Config, name: str, default: int = 0) -> int:
@@ -85,7 +91,8 @@ def stage_bytes(problem: Problem, config: Config) -> int:
     """A ring stage: weights, their scales, tokens, and their FP32 scales."""
     ch = config.block_k // CHUNK
     row = (CHUNK if problem.b.format.element == "e4m3" else CHUNK // 2) + 4
-    return ch * (config.block_n * row + config.block_m * (CHUNK * 2 + (4 if promotes(problem) else 0)))
+    token = CHUNK * (4 if doubles(problem) else 2) + (4 if promotes(problem) else 0)
+    return ch * (config.block_n * row + config.block_m * token)
 
 
 def smem_bytes(problem: Problem, config: Config) -> int:
