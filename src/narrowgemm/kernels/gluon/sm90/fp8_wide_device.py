@@ -47,14 +47,13 @@ def own_tile(tile, cfg: gl.constexpr):
 
 
 @gluon.jit
-def has_rows(own, M, cfg: gl.constexpr):
-    """Whether any row of this block's part may be the group's. Where none is, it only passes on what others need."""
-    if cfg.CLUSTER_M == 1:
-        return own[0] >= 0
-    elif cfg.LAYOUT == CONTIGUOUS:
-        return own[2] < M
+def has_rows(own, M, cfg: gl.constexpr, FROM: gl.constexpr):
+    """Whether any row of this block's part from row FROM of it on may be the group's. A block without any only passes on what the
+    other needs, a warpgroup without any leaves the tensor cores to the other."""
+    if cfg.LAYOUT == DENSE or cfg.LAYOUT == CONTIGUOUS:
+        return own[2] + FROM < M
     else:
-        return own[2] < own[3]
+        return own[2] + FROM < own[3]
 
 
 # ---------------------------------------------------------------- the ring: [staging of the store][A][B][A's scales][barriers]
@@ -113,7 +112,7 @@ def producer(descs, table, problem, sa_pitch, cfg: gl.constexpr):
         if cfg.LAYOUT == MASKED:
             a_plane = g
         at = (a_plane, own[2], g, own[0] * cfg.BN, a_plane * sa_pitch, own[2])
-        rows = has_rows(own, M, cfg)
+        rows = has_rows(own, M, cfg, 0)
         # the next tile is looked up first, so that its loads are off the path between two tiles
         run = has_products((n, g, first, end, stop), cfg)
         cursor, ahead = next_tile(cursor, (n, g, first, end, stop), work, UNIT, 1)
@@ -306,7 +305,7 @@ def consumer(d_desc, out, scales, ring, d_s, table, problem, cfg: gl.constexpr, 
             cursor, ahead = next_tile(cursor, tile, work, UNIT, 4)
             if cfg.ZERO and cfg.LAYOUT != DENSE:
                 store_zeros(out, index_ptr, own, own[2] + WM * (cfg.MP * 64), own[0] * cfg.BN + WN * cfg.NP * cfg.WN, M, N, G, cfg)
-        elif has_rows(own, M, cfg):
+        elif has_rows(own, M, cfg, WM * cfg.MP * 64):
             cluster.wait(full + slot * 8, phase, 1)
             p = start_piece(slot, cfg, WM, WN, mma, 0)
             if cfg.LATE_STORE:
