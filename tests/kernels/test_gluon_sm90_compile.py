@@ -7,7 +7,7 @@ import pytest
 from .._compile import TRITONS, compile_jobs
 
 JOBS = "tests.kernels.gluon_sm90_prefill_jobs:jobs"
-WIDE_JOBS = "tests.kernels.gluon_sm90_wide_jobs:jobs"
+CLUSTER_JOBS = "tests.kernels.gluon_sm90_cluster_jobs:jobs"
 SHARED = 232448
 WORST_SPILL = 16    # bytes, of numbers read once a tile
 
@@ -39,7 +39,7 @@ def test_every_config() -> None:
 @pytest.mark.compile
 @pytest.mark.parametrize("triton", TRITONS)
 def test_clusters(triton: str) -> None:
-    reports = compile_jobs("sm90", WIDE_JOBS, triton=triton)
+    reports = compile_jobs("sm90", CLUSTER_JOBS, triton=triton)
     assert len({r["job"] for r in reports}) == 2 and reports[0]["ops"]["m64n192k32.f32.e4m3.e4m3"] and reports[0]["ops"]["multicast::cluster"]
     check(reports)
 
@@ -47,4 +47,4 @@ def test_clusters(triton: str) -> None:
 @pytest.mark.compile
 @pytest.mark.slow
 def test_every_config_on_clusters() -> None:
-    check(compile_jobs("sm90", WIDE_JOBS, "all"))
+    check(compile_jobs("sm90", CLUSTER_JOBS, "all"))

@@ -27,7 +27,7 @@ from ..problem import Config, Problem, Step
 MODULES: tuple[str, ...] = (
     "gluon.sm90.fp8_decode",
     "gluon.sm90.fp8_block",
-    "gluon.sm90.fp8_wide",
+    "gluon.sm90.fp8_cluster",
     "gluon.sm90.fp8_scaled",
     "gluon.sm90.fp8_wgrad",
     "gluon.sm90.quantize_both",

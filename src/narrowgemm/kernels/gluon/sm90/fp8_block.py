@@ -204,7 +204,7 @@ def _seconds(problem: Problem, config: Config, arch: Arch, work: float) -> float
     if problem.layout == "dense" and problem.m < config.block_m:
         outside = 1 + _OUTSIDE * (1 - problem.m / config.block_m)
         busy, alone = busy * outside, alone * outside
-    unit = problem.k // 128 * 1e-6 * (_H200_RATE / 132) / (arch.fp8_flops / arch.sms)
+    unit = problem.k // 128 * 1e-6 * rate(arch)
     if work <= sms:     # one tile an SM: the fewer, the faster
         seconds = unit * (alone + (busy / ctas - alone if ctas == 1 else 0.0) * work / sms) + TILE_SECONDS
     else:
@@ -215,6 +215,17 @@ def _seconds(problem: Problem, config: Config, arch: Arch, work: float) -> float
     if dict(config.extra).get("late_store"):
         # the store beside the next tile's first product: seen to pay where K is long and tiles are many
         seconds *= 0.98 if problem.k >= 4096 and work > 2 * sms else 1.005
+    return with_memory(seconds, work, problem, arch)
+
+
+def rate(arch: Arch) -> float:
+    """Time of one SM's arithmetic, in that of the device that the figures are from."""
+    return (_H200_RATE / 132) / (arch.fp8_flops / arch.sms)
+
+
+def with_memory(seconds: float, work: float, problem: Problem, arch: Arch) -> float:
+    """The launch's seconds, of the arithmetic's and of the bytes: `work` blocks are at it."""
+    sms = min(arch.sms, problem.max_sms or arch.sms)
     memory = MEMORY_SECONDS + problem.bytes / (arch.bandwidth * MEMORY_EFFICIENCY * min(1.0, max(work, 1) / (0.6 * sms)))
     return LAUNCH_SECONDS + max(seconds, memory) + _NOT_HIDDEN * min(seconds, memory)
 

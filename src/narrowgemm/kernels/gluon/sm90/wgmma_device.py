@@ -16,18 +16,20 @@ def multiply_code(PARTS, COLS):
     count = PARTS * each
     sums = ", ".join(f"${i}" for i in range(count))
     steps = "".join(f"""
-        add.u32 t, ${count}, {2 * k};
-        mov.b64 a, {{t, hi}};
-        add.u32 t, ${count + each}, {2 * k};
-        mov.b64 b, {{t, hi}};
-        wgmma.mma_async.sync.aligned.m64n{PARTS * COLS}k32.f32.e4m3.e4m3 {{{sums}}}, a, b, {"more" if k else "first"}, 1, 1;"""
+        wgmma.mma_async.sync.aligned.m64n{PARTS * COLS}k32.f32.e4m3.e4m3 {{{sums}}}, a{k}, b{k}, {"more" if k else "first"}, 1, 1;"""
                     for k in range(4))
+    # all of them in front of the first wgmma: written into the same registers in between, they wait for it to have read them
+    adds = "".join(f"""
+        add.s64 a{k}, a0, {2 * k};
+        add.s64 b{k}, b0, {2 * k};""" for k in range(1, 4))
     # 0x40000040: rows of 128 bytes swizzled, 8 of them in 1024 bytes
     return f"""{{
-        .reg .b64 a, b;
-        .reg .b32 t, hi;
+        .reg .b64 a<4>, b<4>;
+        .reg .b32 hi;
         .reg .pred first, more;
         mov.b32 hi, 0x40000040;
+        mov.b64 a0, {{${count}, hi}};
+        mov.b64 b0, {{${count + each}, hi}};{adds}
         setp.ne.b32 first, 0, 0;
         setp.ne.b32 more, 1, 0;
         wgmma.fence.sync.aligned;{steps}

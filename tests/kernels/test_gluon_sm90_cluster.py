@@ -5,19 +5,23 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from narrowgemm.arch import get_arch
+from narrowgemm.kernels.gluon.sm90 import fp8_cluster
 from narrowgemm.kernels.gluon.sm90.fp8_block_tile import LAYOUTS
-from narrowgemm.kernels.gluon.sm90.fp8_wide_tile import Tile
+from narrowgemm.kernels.gluon.sm90.fp8_cluster_tile import Tile
+from narrowgemm.problem import Config
+from narrowgemm.runtime import dispatch
 
 from .. import _gluon as emu
 from .. import _gluon_cluster
-from .test_gluon_sm90_prefill import Case, offsets
+from .test_gluon_sm90_prefill import H200, Case, offsets, problem
 
 PARTITIONS = 5
 
 
 @pytest.fixture(scope="module")
 def device():
-    return emu.load_device_module("fp8_wide_device")
+    return emu.load_device_module("fp8_cluster_device")
 
 
 TILES = {
@@ -30,7 +34,7 @@ TILES = {
 }
 
 
-class WideCase(Case):
+class ClusterCase(Case):
     """A case of `test_gluon_sm90_prefill`, on the other kernel. Its grid is of clusters."""
 
     def __init__(self, layout: str, *args, **kw) -> None:
@@ -41,18 +45,18 @@ class WideCase(Case):
                          OUT_BYTES=t.OUT_BYTES, GROUPS=t.GROUPS, **{"STAGES": 3, **mine})
 
     def launch(self, device, grid: int, *args, seed: int) -> None:
-        _gluon_cluster.launch(device.fp8_wide_kernel, grid, self.tile.CLUSTER, PARTITIONS, *args, seed=seed)
+        _gluon_cluster.launch(device.fp8_cluster_kernel, grid, self.tile.CLUSTER, PARTITIONS, *args, seed=seed)
 
 
 @pytest.mark.parametrize("name", TILES)
 def test_dense(device, name: str) -> None:
-    WideCase("dense", 200, 456, 4, 1, [0], **TILES[name]).check(device, grid=1)
+    ClusterCase("dense", 200, 456, 4, 1, [0], **TILES[name]).check(device, grid=1)
 
 
 @pytest.mark.parametrize("name", TILES)
 def test_contiguous(device, name: str) -> None:
     ids = [2] * 128 + [0] * 100 + [-1] * 28 + [1] * 30 + [0] * 5 + [99] * 10 + [1] * 20 + [2] * 3
-    WideCase("contiguous", len(ids), 72, 2, 3, ids, **TILES[name]).check(device, grid=2)
+    ClusterCase("contiguous", len(ids), 72, 2, 3, ids, **TILES[name]).check(device, grid=2)
 
 
 @pytest.mark.parametrize("layout, index", [("offsets", offsets([0, 70, 1, 290, 0, 64, 3], 5)), ("masked", [0, 300, 1, 64, 129, 0, 257]),
@@ -60,7 +64,7 @@ def test_contiguous(device, name: str) -> None:
 @pytest.mark.parametrize("name", TILES)
 def test_groups(device, name: str, layout: str, index: list[int]) -> None:
     m = {"offsets": 440, "masked": 300, "psum": 700}[layout]
-    WideCase(layout, m, 72, 2, 7, index, alignment=128, **TILES[name]).check(device, grid=2)
+    ClusterCase(layout, m, 72, 2, 7, index, alignment=128, **TILES[name]).check(device, grid=2)
 
 
 INDEX = {"dense": [0], "contiguous": [0] * 90 + [1] * 60 + [-1] * 50, "offsets": [3, 90, 150], "psum": [90, 150], "masked": [190, 7]}
@@ -72,12 +76,12 @@ INDEX = {"dense": [0], "contiguous": [0] * 90 + [1] * 60 + [-1] * 50, "offsets":
     ids=lambda x: x if isinstance(x, str) else "-".join(x))
 def test_options(device, layout: str, options: dict) -> None:
     groups = 1 if layout == "dense" else 2
-    WideCase(layout, 200, 40, 2, groups, INDEX[layout], alignment=32, **{"CLUSTER_M": 2, **options}).check(device, grid=1)
+    ClusterCase(layout, 200, 40, 2, groups, INDEX[layout], alignment=32, **{"CLUSTER_M": 2, **options}).check(device, grid=1)
 
 
 def test_emulator_sees_a_slot_released_for_one_block_only(device, monkeypatch) -> None:
     """A part of B comes from the other block: where a consumer doesn't tell it, that block overwrites or never goes on."""
-    case = WideCase("dense", 256, 192, 9, 1, [0], CLUSTER_M=2)
+    case = ClusterCase("dense", 256, 192, 9, 1, [0], CLUSTER_M=2)
     monkeypatch.setattr(emu, "TIMEOUT", 2.0)
     monkeypatch.setattr(device.cluster, "arrive", lambda bar, blocks: emu._run().by_address[int(emu.raw(bar))].update(arrivals=4))
     with pytest.raises(emu.EmulationError):
@@ -85,6 +89,35 @@ def test_emulator_sees_a_slot_released_for_one_block_only(device, monkeypatch) -
 
 
 def test_rows_of_another_group_are_not_summed_twice(device) -> None:
-    case = WideCase("offsets", 420, 72, 2, 3, offsets([130, 3, 270], 2), accumulate=True, CLUSTER_M=2)
+    case = ClusterCase("offsets", 420, 72, 2, 3, offsets([130, 3, 270], 2), accumulate=True, CLUSTER_M=2)
     case.check(device, grid=2)
     assert np.isfinite(case.memory).all()
+
+
+# ---------------------------------------------------------------- host part
+@pytest.mark.parametrize("layout", [x for x in LAYOUTS if x != "dense"])
+@pytest.mark.parametrize("out_dtype", ["bf16", "fp32"])
+def test_configs_are_legal(layout: str, out_dtype: str) -> None:
+    for k in (128, 384, 7168):
+        p = problem(layout, 16384, k=k, groups=8, out_dtype=out_dtype)
+        for c in fp8_cluster.configs(p, H200):
+            t = fp8_cluster.tile_of(p, c, H200)
+            assert (c.block_m, c.block_n) == (t.BM, t.BN) and t.shared_bytes <= H200.smem
+            assert t.A_AT % 1024 == 0 and t.B_AT % 1024 == 0 and t.SA_AT % 256 == 0 and t.BARS_AT % 128 == 0
+            assert 0 < fp8_cluster.estimate(p, c, H200) < 1
+
+
+def test_illegal_configs_say_why() -> None:
+    p, good = problem("contiguous", groups=4), fp8_cluster._config(128, 256, 4, cluster_n=2)
+    assert fp8_cluster.legal(p, good, H200) is None
+    for bad in (Config(128, 128, persistent=True), Config(128, 256, num_stages=9, persistent=True), Config(128, 256),
+                fp8_cluster._config(128, 256, 4, cluster_m=2, cluster_n=2), fp8_cluster._config(128, 256, 5, cluster_n=2),
+                fp8_cluster._config(128, 256, 4), fp8_cluster._config(128, 256, 4, cluster_n=2, colour=1)):
+        assert fp8_cluster.legal(p, bad, H200), bad
+    assert "SM" in fp8_cluster.legal(problem("contiguous", groups=4, max_sms=1), good, H200)
+
+
+def test_clusters_are_for_large_groups() -> None:
+    chosen = lambda *a: dispatch.select(problem(*a), get_arch("h100")).steps[0].kernel  # noqa: E731
+    assert chosen("contiguous", 32768, 6144, 7168, 4) == chosen("offsets", 32768, 4096, 2048, 8) == fp8_cluster.NAME
+    assert chosen("contiguous", 4096, 7168, 2048, 8) != fp8_cluster.NAME != chosen("dense", 8192, 4096, 7168)

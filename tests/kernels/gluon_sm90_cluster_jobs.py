@@ -6,14 +6,14 @@ import re
 from collections.abc import Callable, Iterator
 
 from narrowgemm.arch import get_arch
-from narrowgemm.kernels.gluon.sm90 import fp8_wide
+from narrowgemm.kernels.gluon.sm90 import fp8_cluster
 from narrowgemm.problem import Config, Problem, Step
 
 from .gluon_sm90_prefill_jobs import LAYOUTS, describe, operands
 
 
 def call(p: Problem, config: Config) -> None:
-    launch, = fp8_wide.launches(Step(fp8_wide.NAME, config), p, operands(p), None)
+    launch, = fp8_cluster.launches(Step(fp8_cluster.NAME, config), p, operands(p), None)
     compiled = launch.run()
     assert compiled.packed_metadata[1] == launch.cluster == launch.arguments[-1].CLUSTER
     check_places(compiled.asm["ptx"], launch.arguments[-1])
@@ -21,7 +21,7 @@ def call(p: Problem, config: Config) -> None:
 
 def check_places(ptx: str, tile) -> None:
     """The kernel takes descriptors by the numbers of their parameters, and its ring by where shared memory starts."""
-    maps = [int(i) for i in re.findall(r"\.param \.align 64 \.b8 fp8_wide_kernel_param_(\d+)\[128\]", ptx)]
+    maps = [int(i) for i in re.findall(r"\.param \.align 64 \.b8 fp8_cluster_kernel_param_(\d+)\[128\]", ptx)]
     numbers = [0, tile.SA_PARAMETER, tile.B_PARAMETER] if tile.A_SCALE_TMA else [0, tile.B_PARAMETER]
     assert maps[:len(numbers)] == numbers, (maps, numbers)
     if tile.A_SCALE_TMA:    # read by way of Gluon's view of the ring, written by TMA to an address
@@ -31,15 +31,15 @@ def check_places(ptx: str, tile) -> None:
 def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], object]]]:
     """'few': some kinds of tile; 'all': every config of the search space and every option."""
     arch = get_arch(target)
-    few = {"contiguous": fp8_wide._config(128, 192, 5, cluster_m=2), "masked": fp8_wide._config(128, 192, 4, cluster_n=2, late_store=1)}
+    few = {"contiguous": fp8_cluster._config(128, 192, 5, cluster_m=2), "masked": fp8_cluster._config(128, 192, 4, cluster_n=2, late_store=1)}
     for layout in LAYOUTS if which == "all" else few:
         p = describe(layout)
-        for c in fp8_wide.configs(p, arch) if which == "all" else [few[layout]]:
+        for c in fp8_cluster.configs(p, arch) if which == "all" else [few[layout]]:
             yield f"{layout} {c}", lambda p=p, c=c: call(p, c)
     if which == "all":
         options = {"E8M0": describe("masked", e8m0=True, a_scale="k"), "fp32": describe("dense", out_dtype="fp32"),
                    "accumulate": describe("contiguous", accumulate=True, out_dtype="fp16"),
                    "plain stores": describe("psum", out_aligned=False)}
         for name, p in options.items():
-            for c in fp8_wide.configs(p, arch):
+            for c in fp8_cluster.configs(p, arch):
                 yield f"{name} {c}", lambda p=p, c=c: call(p, c)

@@ -3,8 +3,8 @@
     out[m, n] (+)= sum over K blocks of  (A[m, kb] . B[g, n, kb]) * sa[m, kb] * sb[g, n / 128, kb]
 
 What `fp8_block_device.py` computes, by other means: two blocks may go from tile to tile together, and what both need of A or B comes
-from L2 once and to both by multicast; a wgmma may have 96, 160 or 192 columns, so A is read from shared memory less often; and every
-warp arrives at a barrier by itself. All of that is PTX (`cluster_device.py`, `wgmma_device.py`).
+from L2 once and to both by multicast; a wgmma may have 192 columns, so that A is read from shared memory less often; and every warp
+arrives at a barrier by itself. All of that is PTX (`cluster_device.py`, `wgmma_device.py`).
 
     warps                does, for every tile of its cluster
     producer (1)         TMA of A, B and A's scales into a ring of shared memory; of the shared operand, its part for both blocks
@@ -13,7 +13,7 @@ warp arrives at a barrier by itself. All of that is PTX (`cluster_device.py`, `w
 
 There are registers for one partial sum, and it is the other warpgroup that keeps the tensor cores busy during a promotion:
 
-    issue 0 | release the slot before, scales | wait for the next slot | promote 0 | issue 1 | ...
+    issue 0.0 | scales | promote 0.0, issue 0.1 | wait for the next slot | release this one, promote 0.1, issue 1.0 | ...
 """
 
 from triton.experimental import gluon
@@ -31,7 +31,7 @@ from .shim import block_barrier, view_as, view_rows
 from .wgmma_device import keep, multiply, wait
 
 BYTES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-KERNEL = gl.constexpr("fp8_wide_kernel")
+KERNEL = gl.constexpr("fp8_cluster_kernel")
 
 
 # ---------------------------------------------------------------- one block of a cluster
@@ -195,7 +195,7 @@ def start_piece(slot, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr, mma
 def sum_block(acc, p, sa, sb, slot, phase, kb, sa_v, bars, KB, M, sa_base, bases, scales, own, cfg: gl.constexpr, WM: gl.constexpr,
               WN: gl.constexpr, mma: gl.constexpr, HEAD: gl.constexpr):
     """One K block; that its slot is full is known. HEAD: the first of the tile, whose first piece is on its way. sa, sb: scales of
-    block kb (sa: by plain loads only). The slot is the caller's to release, after something of the next one has been started."""
+    block kb (sa: by plain loads only). The slot is released before its last promotion."""
     full, empty = bars
     rows: gl.constexpr = gl.SliceLayout(1, mma)
     MP: gl.constexpr = cfg.MP
@@ -206,8 +206,6 @@ def sum_block(acc, p, sa, sb, slot, phase, kb, sa_v, bars, KB, M, sa_base, bases
         sa = ()
         for i in gl.static_range(MP):
             sa = sa + (sa_v.index(slot * (cfg.WGM * MP) + (cfg.SA_AT // 256 + WM * MP + i)).load(rows), )
-    if not HEAD:
-        cluster.arrive(empty + gl.where(slot == 0, cfg.STAGES - 1, slot - 1) * 8, cfg.CLUSTER)
     sb_next = load_b_scales(bases, scales, gl.minimum(kb + 1, KB - 1), cfg)
     sa_next = sa
     if not cfg.A_SCALE_TMA:
@@ -221,6 +219,8 @@ def sum_block(acc, p, sa, sb, slot, phase, kb, sa_v, bars, KB, M, sa_base, bases
         if m == MP - 1:
             cluster.wait(full + slot * 8, phase, (kb + 1 < KB).to(gl.int32))
         p = wait(p, NP, cfg.WN)
+        if m == MP - 1:
+            cluster.arrive(empty + old * 8, cfg.CLUSTER)
         piece = ()
         for i in gl.static_range(NP):
             s = sa[m] * b_scale(sb, bases, cfg, i)
@@ -252,12 +252,12 @@ def store_tile(acc, d_s, d_desc, out, problem, own, cfg: gl.constexpr, WM: gl.co
             x = add_output(x, out, index_ptr, own, row0, col0, M, N, G, cfg, mma)
         part = parts(x, cfg)
         for j in gl.static_range(SPLIT):
-            # as in fp8_block_device: the buffers take turns
+            # as in fp8_block_device: the buffers take turns. `fresh`: else the addresses of all are kept from tile to tile
             if cfg.LAYOUT == DENSE and cfg.STORE_TMA:
                 tma.store_wait(cfg.OUT_BUFFERS - 1)
             elif (i * SPLIT + j) % cfg.OUT_BUFFERS == 0:
                 tma.store_wait(0)
-            buf = d_s.index(FIRST + (i * SPLIT + j) % cfg.OUT_BUFFERS)
+            buf = d_s.index(fresh(gl.to_tensor(FIRST + (i * SPLIT + j) % cfg.OUT_BUFFERS)))
             store_part(part[j], buf, d_desc, out, index_ptr, own, row0, col0 + j * cfg.OUT_COLS, M, N, G, cfg)
 
 
@@ -317,7 +317,6 @@ def consumer(d_desc, out, scales, ring, d_s, table, problem, cfg: gl.constexpr, 
             for kb in range(1, KB):
                 acc, p, sa, sb, slot, phase = sum_block(acc, p, sa, sb, slot, phase, kb, sa_v, bars, KB, M, sa_base, bases, scales,
                                                         own, cfg, WM, WN, mma, False)
-            cluster.arrive(empty + gl.where(slot == 0, cfg.STAGES - 1, slot - 1) * 8, cfg.CLUSTER)
             if cfg.LATE_STORE:
                 done = own
                 pending = is_live(tile)
@@ -342,7 +341,7 @@ def consumer(d_desc, out, scales, ring, d_s, table, problem, cfg: gl.constexpr, 
 
 @gluon.jit(do_not_specialize=["M", "KB", "G", "alignment", "sa_pitch", "sag", "sam", "sak", "sbg", "sbn",
                               "out_pitch"])
-def fp8_wide_kernel(a_desc, sa_desc, b_desc, d_desc, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N, KB, G, alignment,
+def fp8_cluster_kernel(a_desc, sa_desc, b_desc, d_desc, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N, KB, G, alignment,
                     sa_pitch, sag, sam, sak, sbg, sbn, sbk, og, om, out_pitch, cfg: gl.constexpr):
     """A persistent grid of clusters; arguments as `fp8_block_kernel` has them."""
     UNIT: gl.constexpr = cfg.UNIT

@@ -1,13 +1,14 @@
 """FP8 block-scaled GEMM on Hopper for problems with many rows, on clusters of two blocks: what `fp8_block.py` computes, by PTX
 where Gluon has no words for it.
 
-A pair of blocks shares A or B through TMA multicast, so less comes from L2; a wgmma has up to 192 columns, so A is read from shared
-memory less often. Device code: `fp8_wide_device.py`; what is fixed at compile time: `fp8_wide_tile.py`.
+A pair of blocks shares A or B through TMA multicast, so less comes from L2. Device code: `fp8_cluster_device.py`; what is fixed at
+compile time: `fp8_cluster_tile.py`.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from functools import lru_cache
 
 from torch import Tensor
@@ -21,10 +22,10 @@ from . import fp8_block
 from .fp8_block import BACKEND as BACKEND
 from .fp8_block import OUT_BYTES
 from .fp8_block_tile import LAYOUTS, MAX_GROUPS
-from .fp8_wide_tile import Tile
+from .fp8_cluster_tile import Tile
 from .tensor_maps import row_tiles
 
-NAME = "gluon_sm90.fp8_wide"
+NAME = "gluon_sm90.fp8_cluster"
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:
@@ -34,8 +35,7 @@ def supports(problem: Problem, arch: Arch) -> str | None:
 # ---------------------------------------------------------------- configs
 # block_m x block_n of one block -> warpgroups along M and N, pieces of a warpgroup, tensors of a piece, columns of one
 _SHAPES = {
-    (128, 192): (2, 1, 1, 3, 64), (128, 256): (1, 2, 2, 1, 128), (128, 160): (2, 1, 1, 5, 32), (128, 128): (2, 1, 1, 1, 128),
-    (128, 96): (2, 1, 1, 3, 32),
+    (128, 256): (1, 2, 2, 1, 128), (128, 192): (2, 1, 1, 3, 64),
 }
 _EXTRA = {"cluster_m": (1, 2), "cluster_n": (1, 2), "late_store": (0, 1)}
 
@@ -44,10 +44,13 @@ def _config(bm: int, bn: int, stages: int, strip: int = 16, **extra: int) -> Con
     return Config(bm, bn, 128, 9, stages, strip, persistent=True, extra=tuple(sorted(extra.items())))
 
 
-_CANDIDATES: tuple[Config, ...] = ()
+_CANDIDATES = (_config(128, 256, 4, cluster_n=2), )
+_ROWS = 1024    # of a group: with fewer, what clusters save is not what holds the product (measured: up to 4% lost)
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
+    if problem.layout == "dense" or problem.rows < _ROWS:
+        return []
     return [c for c in _CANDIDATES if legal(problem, c, arch) is None]
 
 
@@ -64,8 +67,8 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     if not 2 <= config.num_stages <= 8 or config.group_m < 1:
         return f"num_stages={config.num_stages}, group_m={config.group_m}, expected 2 to 8, and at least 1"
     cluster = extra.get("cluster_m", 1) * extra.get("cluster_n", 1)
-    if cluster > 2 or cluster > (problem.max_sms or cluster):
-        return f"clusters of {cluster} blocks, expected at most two, and an SM for each"
+    if cluster != 2 or cluster > (problem.max_sms or cluster):
+        return f"clusters of {cluster} blocks on {problem.max_sms or 'all'} SMs, expected two, and an SM for each"
     if tile_of(problem, config, arch) is None:
         return f"needs more shared memory than the {arch.smem} bytes of the device"
     return None
@@ -96,8 +99,31 @@ def workspace(problem: Problem, config: Config) -> int:
 
 
 # ---------------------------------------------------------------- cost
+# microseconds of one K block of 128 on one SM of an H200: where every SM is busy, and where only a few are: docs/measured.md
+_BLOCK_TIMES = {(128, 256): (0.757, 0.72), (128, 192): (0.640, 0.54)}
+_CLUSTER_SECONDS = 3.0e-6    # until a cluster's blocks know of each other
+
+
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
-    return math.inf
+    """Seconds: waves of the tiles that clusters share, or the bytes at the streaming rate, whichever is longer, and some of the
+    other. Where only the device knows the sizes of groups: the mean of equal and of spread ones, as for blocks that are alone."""
+    extra = dict(config.extra)
+    rows, columns = extra.get("cluster_m", 1), extra.get("cluster_n", 1)
+    unit = replace(config, block_m=config.block_m * rows, block_n=config.block_n * columns)
+    counted = problem.layout not in ("dense", "contiguous")
+    works = {fp8_block.tiles(problem, unit, spread) for spread in ((False, True) if counted else (False, ))}
+    clusters = min(arch.sms, problem.max_sms or arch.sms) // (rows * columns)
+    busy, alone = _BLOCK_TIMES[config.block_m, config.block_n]
+    block = problem.k // 128 * 1e-6 * fp8_block.rate(arch)
+    total = 0.0
+    for work in works:
+        if work <= clusters:
+            seconds = block * (alone + (busy - alone) * work / clusters) + fp8_block.TILE_SECONDS
+        else:
+            waves = work / clusters
+            seconds = (math.ceil(waves) if waves < 8 else waves + 0.5) * (block * busy + fp8_block.TILE_SECONDS)
+        total += fp8_block.with_memory(seconds, work * rows * columns, problem, arch)
+    return total / len(works) + _CLUSTER_SECONDS
 
 
 # ---------------------------------------------------------------- launch
@@ -107,7 +133,7 @@ def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor |
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
     from ....arch import detect
-    from . import fp8_wide_device as device
+    from . import fp8_cluster_device as device
 
     arch = detect(x.out.device)
     tile = tile_of(problem, step.config, arch)
@@ -115,4 +141,5 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     tile, given = fp8_block.arguments(problem, x, tile, tile.A_BOX)
     clusters = min(problem.max_sms or arch.sms, arch.sms) // tile.CLUSTER
     grid = max(1, min(clusters, row_tiles(problem, x, tile.UNIT.BM) * -(-x.n // tile.UNIT.BN)))
-    return [Launch(device.fp8_wide_kernel, (grid,), (*given, tile), {"num_warps": 4, "maxnreg": tile.max_registers}, tile.CLUSTER)]
+    options = {"num_warps": 4, "maxnreg": tile.max_registers}
+    return [Launch(device.fp8_cluster_kernel, (grid,), (*given, tile), options, tile.CLUSTER)]
