@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from narrowgemm.arch import get_arch
 from narrowgemm.kernels.gluon.sm90 import fp8_cluster
@@ -29,17 +30,19 @@ def check_places(ptx: str, tile) -> None:
 
 
 def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], object]]]:
-    """'few': some kinds of tile; 'all': every config of the search space and every option."""
+    """'few': what is chosen, and another kind of tile; 'all': every config of the search space and every option."""
     arch = get_arch(target)
-    few = {"contiguous": fp8_cluster._config(128, 192, 5, cluster_m=2), "masked": fp8_cluster._config(128, 192, 4, cluster_n=2, late_store=1)}
-    for layout in LAYOUTS if which == "all" else few:
-        p = describe(layout)
-        for c in fp8_cluster.configs(p, arch) if which == "all" else [few[layout]]:
-            yield f"{layout} {c}", lambda p=p, c=c: call(p, c)
-    if which == "all":
-        options = {"E8M0": describe("masked", e8m0=True, a_scale="k"), "fp32": describe("dense", out_dtype="fp32"),
-                   "accumulate": describe("contiguous", accumulate=True, out_dtype="fp16"),
-                   "plain stores": describe("psum", out_aligned=False)}
-        for name, p in options.items():
-            for c in fp8_cluster.configs(p, arch):
-                yield f"{name} {c}", lambda p=p, c=c: call(p, c)
+    chosen = fp8_cluster._CANDIDATES[0]
+    if which == "few":
+        e8m0 = describe("masked", e8m0=True, a_scale="k")
+        yield f"contiguous {chosen}", lambda: call(describe("contiguous"), chosen)
+        yield "masked, E8M0, 192 columns", lambda: call(e8m0, fp8_cluster._config(128, 192, 5, cluster_m=2))
+        return
+    problems = {layout: describe(layout) for layout in LAYOUTS if layout != "dense"} | {
+        "fp32": describe("offsets", out_dtype="fp32"), "accumulate": describe("contiguous", accumulate=True, out_dtype="fp16"),
+        "plain stores": describe("psum", out_aligned=False)}
+    for name, p in problems.items():
+        configs = fp8_cluster.configs(replace(p, rows=4096), arch)
+        assert configs
+        for c in configs:
+            yield f"{name} {c}", lambda p=p, c=c: call(p, c)

@@ -51,7 +51,8 @@ _ROWS = 1024    # of a group: with fewer, what clusters save is not what holds t
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     if problem.layout == "dense" or problem.rows < _ROWS:
         return []
-    return [c for c in _CANDIDATES if legal(problem, c, arch) is None]
+    # plain loads of A's scales beside 128 rows of sums a warpgroup: registers spill, as in fp8_block
+    return [c for c in _CANDIDATES if legal(problem, c, arch) is None and tile_of(problem, c, arch).A_SCALE_TMA]  # type: ignore[union-attr]
 
 
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:

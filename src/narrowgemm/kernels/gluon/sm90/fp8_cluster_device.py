@@ -252,12 +252,12 @@ def store_tile(acc, d_s, d_desc, out, problem, own, cfg: gl.constexpr, WM: gl.co
             x = add_output(x, out, index_ptr, own, row0, col0, M, N, G, cfg, mma)
         part = parts(x, cfg)
         for j in gl.static_range(SPLIT):
-            # as in fp8_block_device: the buffers take turns. `fresh`: else the addresses of all are kept from tile to tile
+            # as in fp8_block_device: the buffers take turns.
             if cfg.LAYOUT == DENSE and cfg.STORE_TMA:
                 tma.store_wait(cfg.OUT_BUFFERS - 1)
             elif (i * SPLIT + j) % cfg.OUT_BUFFERS == 0:
                 tma.store_wait(0)
-            buf = d_s.index(fresh(gl.to_tensor(FIRST + (i * SPLIT + j) % cfg.OUT_BUFFERS)))
+            buf = d_s.index(FIRST + (i * SPLIT + j) % cfg.OUT_BUFFERS)
             store_part(part[j], buf, d_desc, out, index_ptr, own, row0, col0 + j * cfg.OUT_COLS, M, N, G, cfg)
 
 
