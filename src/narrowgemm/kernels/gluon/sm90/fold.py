@@ -23,9 +23,11 @@ from ....problem import Config, Problem, Step
 from ... import launching
 from ...launching import Launch, Pointer
 from ...operands import Operands
+from . import refusals
 from .fold_tile import SCALE_BYTES, UNIT_ROWS, FoldTile
-from .fp8_block import LAUNCH_SECONDS, MEMORY_EFFICIENCY, MEMORY_SECONDS, OUT_BYTES, tiles
+from .fp8_block import LAUNCH_SECONDS, MEMORY_EFFICIENCY, MEMORY_SECONDS, tiles
 from .fp8_block_tile import LAYOUTS, MAX_GROUPS
+from .refusals import OUT_BYTES
 from .tensor_maps import output, planes, row_tiles, stride
 
 NAME = "gluon_sm90.fold"
@@ -39,10 +41,8 @@ PREP_PROGRAMS = 1024    # at most; each raises a flag of its own
 # ---------------------------------------------------------------- what it takes
 def supports(problem: Problem, arch: Arch) -> str | None:
     p, a, b = problem, problem.a, problem.b
-    if arch.target != "sm90":
-        return f"runs on NVIDIA Hopper (sm90), not {arch.target}"
-    if p.op not in ("gemm", "grouped_gemm") or p.layout not in LAYOUTS:
-        return f"computes dense, contiguous, offsets, psum and masked products, not {p.op} ({p.layout})"
+    if (reason := refusals.op(p, arch)) is not None:
+        return reason
     if b.format.element != "e2m1" or b.prepack.partition(":")[0] != PREPACK:
         return f"takes MXFP4 weights that narrowgemm.prepack() brought to the order {PREPACK}, not {b.format.name} as they are"
     if ":" in b.prepack:
@@ -55,23 +55,11 @@ def supports(problem: Problem, arch: Arch) -> str | None:
         return "needs A K-major, as it is"
     if not a.aligned and a.format.element == "e4m3":
         return "TMA needs A's base and outer strides in multiples of 16 bytes"
-    if p.k % 32 or not p.k:
-        return f"takes K in multiples of 32, not {p.k}"
-    if p.n < 8:
-        return f"takes at least 8 columns, not {p.n}"
-    if not p.epilogue.plain or p.gather:
-        return "has no fused gather and no epilogue beyond the sum"
-    if p.out_dtype not in OUT_BYTES:
-        return f"writes {', '.join(OUT_BYTES)}, not {p.out_dtype}"
-    if p.groups > MAX_GROUPS and p.layout not in ("dense", "contiguous"):
-        return f"counts tiles of up to {MAX_GROUPS} groups, not {p.groups}"
     if p.layout == "masked" and a.format.element == "e2m1" and p.groups * p.m * p.k > MASKED_ELEMENTS:
         return f"has room for all {p.groups * p.m} rows of a masked A in E4M3, up to {MASKED_ELEMENTS} elements"
     if p.layout == "psum" and p.alignment % 4:
         return f"TMA brings A's scales in fours of rows: groups have to start at multiples of 4, not {p.alignment}"
-    if p.wide:
-        return "offsets inside a tile pass 2^31 elements"
-    return None
+    return refusals.shape(p, 32)
 
 
 def direct(problem: Problem) -> bool:

@@ -19,22 +19,21 @@ from ....problem import Config, Problem, Step
 from ... import launching
 from ...launching import Launch
 from ...operands import Operands
+from . import refusals
 from .fp8_block_tile import LAYOUTS, MAX_GROUPS, Tile
+from .refusals import OUT_BYTES
 from .tensor_maps import output, planes, row_tiles, stride
 
 NAME = "gluon_sm90.fp8_block"
 BACKEND = "gluon_sm90"
-OUT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 RESERVED_SMEM = 1024    # of an SM's shared memory, a block
 
 
 # ---------------------------------------------------------------- what it takes
 def supports(problem: Problem, arch: Arch) -> str | None:
     p, a, b = problem, problem.a, problem.b
-    if arch.target != "sm90":
-        return f"runs on NVIDIA Hopper (sm90), not {arch.target}"
-    if p.op not in ("gemm", "grouped_gemm") or p.layout not in LAYOUTS:
-        return f"computes dense, contiguous, offsets, psum and masked products, not {p.op} ({p.layout})"
+    if (reason := refusals.op(p, arch)) is not None:
+        return reason
     if a.format.element != "e4m3" or b.format.element != "e4m3":
         return f"takes E4M3 on both sides, not {a.format.element} x {b.format.element}"
     if a.format.group != (1, 128) or b.format.group != (128, 128):
@@ -45,21 +44,7 @@ def supports(problem: Problem, arch: Arch) -> str | None:
         return f"wgmma takes FP8 with K contiguous, not {a.major} x {b.major}"
     if not a.aligned or not b.aligned:
         return "TMA needs operands whose base and outer strides are multiples of 16 bytes"
-    if p.k % 128 or not p.k:
-        return f"takes K in multiples of 128, not {p.k}"
-    if p.n < 8:
-        return f"takes at least 8 columns, not {p.n}"
-    if not p.epilogue.plain or p.gather:
-        return "has no fused gather and no epilogue beyond the sum"
-    if p.out_dtype not in OUT_BYTES:
-        return f"writes {', '.join(OUT_BYTES)}, not {p.out_dtype}"
-    if 0 < p.promote < 128:
-        return f"promotes every 128 of K, not every {p.promote}"
-    if p.groups > MAX_GROUPS and p.layout not in ("dense", "contiguous"):
-        return f"counts tiles of up to {MAX_GROUPS} groups, not {p.groups}"
-    if p.wide:
-        return "offsets inside a tile pass 2^31 elements"
-    return None
+    return refusals.shape(p, 128)
 
 
 # ---------------------------------------------------------------- configs

@@ -20,9 +20,9 @@ from ...launching import Launch
 from ...operands import Operands
 from . import fp8_block
 from .fp8_block import BACKEND as BACKEND
-from .fp8_block import OUT_BYTES
 from .fp8_block_tile import LAYOUTS, MAX_GROUPS
 from .fp8_cluster_tile import Tile
+from .refusals import OUT_BYTES
 from .tensor_maps import row_tiles
 
 NAME = "gluon_sm90.fp8_cluster"

@@ -21,12 +21,13 @@ from ... import launching
 from ...launching import Launch
 from ...operands import Operands
 from ...triton import k_major
+from . import refusals
 from .fp8_scaled_tile import LAYOUTS, MAX_GROUPS, OUT_COLS, Tile
+from .refusals import OUT_BYTES
 from .tensor_maps import output, planes, row_tiles, stride
 
 NAME = "gluon_sm90.fp8_scaled"
 BACKEND = "gluon_sm90"
-OUT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 FP8 = ("e4m3", "e5m2")
 GROUPS = ((1, 0), (0, 0))
 
@@ -43,29 +44,13 @@ def refuse_operands(a: Operand, b: Operand) -> str | None:
 
 def supports(problem: Problem, arch: Arch) -> str | None:
     p, a, b = problem, problem.a, problem.b
-    if arch.target != "sm90":
-        return f"runs on NVIDIA Hopper (sm90), not {arch.target}"
-    if p.op not in ("gemm", "grouped_gemm") or p.layout not in LAYOUTS:
-        return f"computes dense, contiguous, offsets, psum and masked products, not {p.op} ({p.layout})"
+    if (reason := refusals.op(p, arch)) is not None:
+        return reason
     if a.format.group not in GROUPS or b.format.group not in GROUPS:
         return f"takes row-wise and tensor-wise scales, not {a.format.group} x {b.format.group}"
     if (reason := refuse_operands(a, b)) is not None:
         return reason
-    if p.k % 16 or not p.k:
-        return f"takes K in multiples of 16, not {p.k}"
-    if p.n < 8:
-        return f"takes at least 8 columns, not {p.n}"
-    if not p.epilogue.plain or p.gather:
-        return "has no fused gather and no epilogue beyond the sum"
-    if p.out_dtype not in OUT_BYTES:
-        return f"writes {', '.join(OUT_BYTES)}, not {p.out_dtype}"
-    if 0 < p.promote < 128:
-        return f"promotes every 128 of K, not every {p.promote}"
-    if p.groups > MAX_GROUPS and p.layout not in ("dense", "contiguous"):
-        return f"counts tiles of up to {MAX_GROUPS} groups, not {p.groups}"
-    if p.wide:
-        return "offsets inside a tile pass 2^31 elements"
-    return None
+    return refusals.shape(p, 16)
 
 
 # ---------------------------------------------------------------- configs
