@@ -63,7 +63,7 @@ SIZES = {"m": 8, "n": 256, "k": 512, "device": "h100"}
 @pytest.mark.parametrize("change, match", [
     ({"packed": False}, "takes weights that narrowgemm.prepack"),
     ({"device": "mi350x"}, "runs on sm90"), ({"device": "b200"}, "runs on sm90"), ({"device": "cpu"}, "runs on sm90"),
-    ({"a": "fp8_row"}, "brings BF16, MXFP8, MXFP4 and FP8 1x128"),
+    ({"a": "fp8_row"}, "brings BF16, FP16, MXFP8, MXFP4 and FP8 1x128"),
     ({"op": "routed_gemm", "layout": "offsets", "groups": 2000}, "lists 1024 experts"),
     ({"m": 1 << 19, "k": 8192}, r"within 2\^31 elements"),
     ({"op": "grouped_gemm", "layout": "masked", "groups": 256, "m": 4096, "k": 7168}, r"within 2\^31|which pays up to"),

@@ -20,6 +20,8 @@ import torch
 from ..arch import ARCHS, Arch, detect
 from ..formats import BF16, FORMATS, FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, Format, FP8_1x128, FP8_128x128
 from ..kernels.registry import PRODUCTS, Kernel, kernels
+from ..layouts import Offsets
+from ..ops.activate_both import activate_both
 from ..ops.quantize import quantize
 from ..ops.quantize_both import quantize_both
 from ..problem import Problem
@@ -27,6 +29,7 @@ from ..reference import quantize as reference
 from . import selftest_steps
 from .case import Case
 from .inputs import build
+from .numerics import calc_diff
 from .worker import FAILURES, failure
 
 PAIRS = ((FP8_1x128, FP8_128x128), (FP8_ROW, FP8_ROW), (FP8_TENSOR, FP8_TENSOR), (MXFP8, MXFP8), (FP8_1x128, MXFP4),
@@ -54,7 +57,7 @@ def cases() -> list[Case]:
                 Case("selftest", "dense", 1, 40, 384, 512, a=a, b=b),
                 Case("selftest", "masked", 4, 12, 384, 512, max_m=32, a=a, b=b, sizes="uniform:0.3:1.7"),
                 Case("selftest", "offsets", 3, 300, 384, 512, a=a, b=b, sizes="uniform:0.7:1.3")]
-    for a, b in ((BF16, MXFP4), (MXFP8, MXFP8), (BF16, MXFP8)):
+    for a, b in ((BF16, MXFP4), (MXFP8, MXFP8), (BF16, MXFP8), (FP8_1x128, MXFP4), (MXFP4, MXFP4)):
         out += [Case("selftest", "offsets", 5, 24, 384, 512, a=a, b=b, sizes="empty:0.3", packed=True),
                 Case("selftest", "dense", 1, 5, 384, 512, a=a, b=b, packed=True)]
     # columns of each group at multiples of 128, as `quantize_both` writes them
@@ -75,7 +78,8 @@ class Check:
 
 def checks() -> list[Check]:
     """Everything there is to try. A kernel of another op needs checks of its own here."""
-    return [*product_checks(), *quantize_checks(), *both_checks(), *(Check(*c) for c in selftest_steps.checks())]
+    return [*product_checks(), *quantize_checks(), *both_checks(), *activate_both_checks(),
+            *(Check(*c) for c in selftest_steps.checks())]
 
 
 def product_checks() -> Iterator[Check]:
@@ -128,6 +132,29 @@ def _both(fmt: Format, kernel: str, device: torch.device) -> None:
         if not (torch.equal(q.data.cpu().view(torch.uint8), want.data.view(torch.uint8))
                 and torch.equal(q.scale.cpu(), want.scale)):
             raise AssertionError("other bits than the reference")
+
+
+def activate_both_checks() -> Iterator[Check]:
+    from ..ops.activate_both import _Call, _plan
+
+    for fmt in (FP8_1x128, FP8_ROW, FP8_TENSOR):
+        h, offsets = torch.empty((200, 512), dtype=torch.bfloat16, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
+        plan = _plan(_Call(h, None, Offsets(offsets), fmt, "swiglu", (), None, None, None, "rceil", 1e-4, "reference"))
+        assert plan is not None
+        yield Check(f"activate-both-{fmt.name}-200x256", plan.problem, partial(_activate_both, fmt))
+
+
+def _activate_both(fmt: Format, kernel: str, device: torch.device) -> float:
+    h = torch.randn((200, 512), generator=torch.Generator().manual_seed(0)).bfloat16()
+    offsets = torch.tensor([0, 80, 200])
+    got = activate_both(h.to(device), Offsets(offsets.to(device)), fmt, backend=kernel)
+    want = activate_both(h, Offsets(offsets), fmt, backend="reference")
+    end = int(want.layout.offsets[-1])     # past it, columns are room
+    diff = max(calc_diff(got.rows.dequantize().cpu(), want.rows.dequantize()),
+               calc_diff(got.columns.dequantize()[:, :end].cpu(), want.columns.dequantize()[:, :end]))
+    if not diff <= 1e-4:     # exponentials are the device's own, so a rounding may fall the other way
+        raise AssertionError(f"calc_diff {diff:.1e}")
+    return diff
 
 
 def checks_of(kernel: Kernel, arch: Arch) -> list[Check]:
