@@ -149,6 +149,7 @@ def _activate_both(fmt: Format, kernel: str, device: torch.device) -> float:
     offsets = torch.tensor([0, 80, 200])
     got = activate_both(h.to(device), Offsets(offsets.to(device)), fmt, backend=kernel)
     want = activate_both(h, Offsets(offsets), fmt, backend="reference")
+    assert want.layout is not None
     end = int(want.layout.offsets[-1])     # past it, columns are room
     diff = max(calc_diff(got.rows.dequantize().cpu(), want.rows.dequantize()),
                calc_diff(got.columns.dequantize()[:, :end].cpu(), want.columns.dequantize()[:, :end]))
