@@ -10,7 +10,6 @@ is decided as in `make_tables.py`.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Sequence
@@ -37,14 +36,13 @@ to have: no kernel is faster.
 
 
 def rows_of(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows that count of one device."""
-    from narrowgemm.testing import results
-    from narrowgemm.testing.cases import SUITES
+    """The rows that count of one device: what a call gets, without transforms inside."""
+    chosen = {key: members for key, members in make_tables.in_order(make_tables.newest(files)).items() if not key[1]}
+    return [r for r in make_tables.rows_of(chosen) if r["asked"] == "auto"]
 
-    order = {name: i for i, name in enumerate(SUITES)}
-    chosen = dict(sorted(make_tables.newest(files).items(), key=lambda x: order.get(x[0][0], len(order))))
-    return [r for (suite, transforms), members in chosen.items() if not transforms
-            for r in results.merge(members) if r["suite"] == suite and r["asked"] == "auto"]
+
+def newest(files: list[dict[str, Any]]) -> dict[str, Any]:
+    return max(files, key=lambda d: str(d["date"]))
 
 
 def shapes(rows: Sequence[dict[str, Any]]) -> dict[str, dict[int, dict[str, float]]]:
@@ -81,27 +79,21 @@ def place(case: Any) -> tuple[int, str]:
     return 0, ""
 
 
-def pages(paths: list[Path]) -> tuple[str, dict[str, list[dict[str, Any]]]]:
-    """(text of the page, rows by device)."""
+def page_of(devices: dict[str, list[dict[str, Any]]], rows: dict[str, list[dict[str, Any]]]) -> str:
+    """The text of the page. `devices`: result files by device; `rows`: those of each that count."""
     from narrowgemm.cli.report import markdown_table
     from narrowgemm.testing import results
 
-    devices: dict[str, list[dict[str, Any]]] = {}
-    for p in paths:
-        if json.loads(p.read_text()).get("schema") == results.SCHEMA:
-            devices.setdefault(p.parent.name, []).append(results.read(p))
-    parts, rows = [HEAD], {}
-    for name in sorted(devices):
-        files = devices[name]
-        mine = rows[name] = rows_of(files)
-        newest = max(files, key=lambda d: str(d["date"]))
-        c = newest["ceilings"] or {}
-        parts += [f"## {newest['device']}", "",
+    parts = [HEAD]
+    for name, files in devices.items():
+        header, mine = newest(files), rows[name]
+        c = header["ceilings"] or {}
+        parts += [f"## {header['device']}", "",
                   f"Measured in the newest of these runs: {c.get('read_gbs', 0):.0f} GB/s streaming read, "
                   f"{c.get('flops_8', 0):.0f} TFLOPS in FP8 and {c.get('flops_16', 0):.0f} in BF16 through torch.",
                   "", *markdown_table(results.summarise(mine)), ""]
         parts += [f"![{what}](pictures/performance-{name}-{kind}.svg)\n" for kind, what in drawn(mine)]
-    return "\n".join(parts).rstrip() + "\n", rows
+    return "\n".join(parts).rstrip() + "\n"
 
 
 def drawn(rows: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
@@ -183,9 +175,9 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing")
     args = parser.parse_args(argv)
     sys.path.insert(0, str(root / "src"))
-    paths = make_tables.committed(root)
-    text, rows = pages(paths)
-    page = root / PAGE
+    devices = make_tables.by_device(make_tables.committed(root))
+    rows = {name: rows_of(files) for name, files in devices.items()}
+    text, page = page_of(devices, rows), root / PAGE
     if args.check:
         missing = [name for name in rows for kind, _ in drawn(rows[name])
                    if not (root / PICTURES / f"performance-{name}-{kind}.svg").exists()]
@@ -195,8 +187,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         return int(bool(missing) or not same)
     page.write_text(text)
     for name, mine in rows.items():
-        files = [d for p in paths if p.parent.name == name for d in [json.loads(p.read_text())] if d.get("ceilings")]
-        draw(root / PICTURES, name, mine, max(files, key=lambda d: str(d["date"]), default={}))
+        draw(root / PICTURES, name, mine, newest(devices[name]))
     return 0
 
 

@@ -45,16 +45,39 @@ def newest(files: list[dict[str, Any]]) -> dict[tuple[str, bool], list[dict[str,
                 and any(r["suite"] == k[0] for r in d["rows"])] for k, commit in last.items()}
 
 
+def in_order(chosen: dict[tuple[str, bool], list[dict[str, Any]]]) -> dict[tuple[str, bool], list[dict[str, Any]]]:
+    """What `newest` gives, in the order of the suites; those with transforms last."""
+    from narrowgemm.testing.cases import SUITES
+
+    order = {name: i for i, name in enumerate(SUITES)}
+    return dict(sorted(chosen.items(), key=lambda x: (x[0][1], order.get(x[0][0], len(order)), x[0][0])))
+
+
+def rows_of(chosen: dict[tuple[str, bool], list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """The rows that count."""
+    from narrowgemm.testing import results
+
+    return [r for (suite, _), files in chosen.items() for r in results.merge(files) if r["suite"] == suite]
+
+
+def by_device(paths: list[Path]) -> dict[str, list[dict[str, Any]]]:
+    """Results by the name of their folder. Files of another schema (test summaries) are passed over."""
+    from narrowgemm.testing import results
+
+    devices: dict[str, list[dict[str, Any]]] = {}
+    for p in paths:
+        if json.loads(p.read_text()).get("schema") == results.SCHEMA:
+            devices.setdefault(p.parent.name, []).append(results.read(p))
+    return dict(sorted(devices.items()))
+
+
 def table(device_files: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
     """(lines of one device's section, problems)."""
     from narrowgemm.cli.report import markdown_table
     from narrowgemm.testing import results
-    from narrowgemm.testing.cases import SUITES
 
-    chosen = newest(device_files)
-    order = {name: i for i, name in enumerate(SUITES)}
-    rows = [r for key in sorted(chosen, key=lambda k: (k[1], order.get(k[0], len(order)), k[0]))
-            for r in results.merge(chosen[key]) if r["suite"] == key[0]]
+    chosen = in_order(newest(device_files))
+    rows = rows_of(chosen)
     used = {id(d): d for files in chosen.values() for d in files}.values()
     versions = {n: v for d in used for n, v in d["versions"].items() if v and n in ("torch", "triton", "deepgemm")}
     lines = [f"**{device_files[-1]['device']}** ({', '.join(f'{n} {v}' for n, v in versions.items())}; commits "
@@ -75,18 +98,13 @@ def not_asked(without: dict[str, list[str]]) -> list[str]:
 
 
 def render(paths: list[Path]) -> tuple[str, list[str]]:
-    """(text between the marks, problems). Files of another schema (test summaries) are passed over."""
-    from narrowgemm.testing import results
-
-    devices: dict[str, list[dict[str, Any]]] = {}
-    for p in paths:
-        if json.loads(p.read_text()).get("schema") == results.SCHEMA:
-            devices.setdefault(p.parent.name, []).append(results.read(p))
+    """(text between the marks, problems)."""
+    devices = by_device(paths)
     lines = ["Ratio = the peer's time / ours, from the same interleaved run: above 1 ours is faster. `floor` is the",
              "larger of a streaming read of the same bytes and the FLOPs over the measured ceiling.", ""]
     problems = []
-    for name in sorted(devices):
-        section, bad = table(devices[name])
+    for name, files in devices.items():
+        section, bad = table(files)
         lines += section
         problems += [f"{name}: {b}" for b in bad]
     if not devices:
