@@ -20,7 +20,7 @@ from ..formats import BF16, MXFP4, Format, ScaledTensor, get_format
 from ..prepack import PackedWeight, prepack
 from .guard import Guarded, guarded_empty
 from .inputs import draw, poisoned
-from .models import get_model
+from .models import ModelSizes, get_model
 from .numerics import GateResult, Sums, independent
 
 # calc_diff of a layer against FP32 over the same bits; last bits of the first product move roundings of the activation
@@ -28,7 +28,7 @@ GATE = {"bf16": 1e-5, "e4m3": 1e-4, "e2m1": 1e-3}
 
 
 @dataclass(frozen=True, slots=True)
-class LayerCase:
+class LayerCase(ModelSizes):
     """One layer of `model`, this rank's share of its experts under expert parallelism `ep`, `tokens` tokens.
 
     Routing is drawn evenly from the case's own seed, top_k distinct experts a token of all the model's; the rank is the first.
@@ -66,27 +66,11 @@ class LayerCase:
         return get_model(self.model).local_experts(self.ep)
 
     @property
-    def m(self) -> int:
-        return self.tokens
-
-    @property
-    def n(self) -> int:
-        return get_model(self.model).inter
-
-    @property
-    def k(self) -> int:
-        return get_model(self.model).hidden
-
-    @property
     def group_sizes(self) -> tuple[int, ...]:
         """Rows of each expert of this rank."""
         model = get_model(self.model)
         return tuple(torch.bincount(choices(self.tokens, model.experts, model.top_k)[1].flatten(),
                                     minlength=model.experts)[:self.groups].tolist())
-
-    @property
-    def rows(self) -> int:
-        return sum(self.group_sizes)
 
     @property
     def flops(self) -> float:

@@ -65,3 +65,31 @@ def get_model(name: str) -> MoEModel:
     """A model by name; ValueError names the ones there are."""
     expect(name in MODELS, "model", repr(name), f"one of {sorted(MODELS)}")
     return MODELS[name]
+
+
+class ModelSizes:
+    """What reports read of a case that is `tokens` tokens of a `model`'s layer, beside its own `group_sizes`."""
+
+    __slots__ = ()
+    model: str
+    tokens: int
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        raise NotImplementedError
+
+    @property
+    def m(self) -> int:
+        return self.tokens
+
+    @property
+    def n(self) -> int:
+        return get_model(self.model).inter
+
+    @property
+    def k(self) -> int:
+        return get_model(self.model).hidden
+
+    @property
+    def rows(self) -> int:
+        return sum(self.group_sizes)

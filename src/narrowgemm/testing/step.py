@@ -23,7 +23,7 @@ from ..ops.quantize_both import Both
 from ..reference.activate import activate
 from .case import spread
 from .inputs import draw
-from .models import get_model
+from .models import ModelSizes
 from .numerics import GateResult, Sums, independent
 
 KINDS = ("tensorwise", "delayed", "rowwise", "block")
@@ -34,7 +34,7 @@ PARTS = ("y", "dx", "d gate_up", "d down")
 
 
 @dataclass(frozen=True, slots=True)
-class StepCase:
+class StepCase(ModelSizes):
     """`tokens` rows over eight experts of `model`'s sizes, spread as `sizes` says (`case.spread`); SwiGLU, all in and out BF16.
 
     `kind`: of `KINDS`. `micro`: micro-batches that share the weights' quantisation, which is timed where it is 1; else it is not.
@@ -75,24 +75,8 @@ class StepCase:
         return GROUPS
 
     @property
-    def m(self) -> int:
-        return self.tokens
-
-    @property
-    def n(self) -> int:
-        return get_model(self.model).inter
-
-    @property
-    def k(self) -> int:
-        return get_model(self.model).hidden
-
-    @property
     def group_sizes(self) -> tuple[int, ...]:
         return spread(self.sizes, GROUPS, self.tokens // GROUPS)
-
-    @property
-    def rows(self) -> int:
-        return sum(self.group_sizes)
 
     @property
     def flops(self) -> float:
