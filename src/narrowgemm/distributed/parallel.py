@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -80,8 +81,7 @@ class ExpertParallel:
     def bounds(self, device: torch.device) -> Tensor:
         """int64 `[ranks + 1]`: rank r holds the experts `[bounds[r], bounds[r + 1])`."""
         if device not in self._bounds:
-            ends = [self.num_experts * r // self.ranks for r in range(self.ranks + 1)]
-            self._bounds[device] = torch.tensor(ends, device=device)
+            self._bounds[device] = torch.tensor([*accumulate(self.held, initial=0)], device=device)
         return self._bounds[device]
 
     def by_token(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, layer: by_token.Layer, *,
