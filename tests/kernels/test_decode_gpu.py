@@ -14,7 +14,7 @@ from narrowgemm.testing.cases import Case, build
 pytestmark = pytest.mark.gpu
 
 
-@pytest.mark.parametrize("m, n", [(1, 576), (64, 2112), (128, 576)])
+@pytest.mark.parametrize("m, n", [(1, 576), (64, 576), (128, 576)])
 def test_split_k_takes_a_workspace_as_it_is(m: int, n: int) -> None:
     """Nobody clears the counters, and each launch leaves them as if never used."""
     x = build(Case("split", "dense", 1, m, n, 7168), "cuda")

@@ -220,5 +220,5 @@ def test_graph_with_changed_routing() -> None:
 def test_suites(case: Case) -> None:
     inputs = build(case, DEV, seed=5)
     plan = inputs.plan()
-    assert plan is not None and plan.kernel == narrow.NAME
+    assert plan is not None and plan.kernel in (narrow.NAME, "gluon_sm90.narrow_prefill"), plan  # at 64 rows either is chosen
     inputs.verify()
