@@ -56,6 +56,20 @@ def build(name: str, dtype: torch.dtype = torch.float32, implementation: str = "
     return model.eval()
 
 
+def fp8_experts(config_: Any, block: tuple[int, int] | None, scale_fmt: str, expert_dtype: str) -> Any:
+    """transformers' module of experts of an FP8 checkpoint; since 5.2x the type of its weights is an argument."""
+    import inspect
+
+    from transformers.integrations.finegrained_fp8 import ALL_FP8_EXPERTS_FUNCTIONS, FP8Experts
+    from transformers.integrations.moe import use_experts_implementation
+
+    config_.expert_dtype, config_._experts_implementation = expert_dtype, "narrowgemm"
+    kind = FP8Experts if hasattr(FP8Experts.__init__, "__wrapped__") else \
+        use_experts_implementation(experts_class=FP8Experts, experts_interface=ALL_FP8_EXPERTS_FUNCTIONS)
+    own = {"expert_dtype": expert_dtype} if "expert_dtype" in inspect.signature(kind.__init__).parameters else {}
+    return kind(config_, block_size=block, scale_fmt=scale_fmt, **own)
+
+
 def prompt(batch: int = 2, length: int = 6) -> Tensor:
     return torch.arange(batch * length).reshape(batch, length) % (VOCABULARY - 3) + 3
 

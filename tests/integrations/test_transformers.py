@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from narrowgemm import Unsupported
+from narrowgemm import Unsupported, quantize
 from narrowgemm.formats import BF16, FP8_128x128, get_format
 from narrowgemm.integrations import transformers as narrow
 from narrowgemm.integrations.transformers import weights
@@ -182,15 +182,11 @@ def test_fp8_linears_run_without_kernels_from_the_hub(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("fp8_on_cpu")
 def test_fp8_scale_kinds() -> None:
     """One scale a matrix, E8M0 blocks and packed FP4, each against the module's own values."""
-    from transformers.integrations.finegrained_fp8 import FP8Experts
-
     config = models.config("qwen3_moe", hidden=128, inter=128, experts=2)
     torch.manual_seed(0)
     for block, fmt, fp4 in ((None, "float", False), ((128, 128), "ue8m0", False), ((128, 128), "float", False),
                             (None, "ue8m0", True)):
-        config.expert_dtype = "fp4" if fp4 else "fp8"
-        config._experts_implementation = "narrowgemm"
-        experts = FP8Experts(config, block_size=block, scale_fmt=fmt)
+        experts = models.fp8_experts(config, block, fmt, "fp4" if fp4 else "fp8")
         values = {}
         for name in ("gate_up_proj", "down_proj"):
             data, scale = getattr(experts, name), getattr(experts, f"{name}_scale_inv")
@@ -206,6 +202,70 @@ def test_fp8_scale_kinds() -> None:
         stored = weights.fp8(experts)
         assert torch.equal(stored.up.dequantize(), values["gate_up_proj"])
         assert torch.equal(stored.down.dequantize(), values["down_proj"])
+
+
+@pytest.mark.parametrize("gate", ["swiglu", "swiglu_oai", "limit", "softcap"])
+def test_fp4_experts_of_a_checkpoint_are_prepacked(gate: str) -> None:
+    """DeepSeek-V4's experts: the same numbers out of the order that the Hopper kernels read, whichever the module's gate is."""
+    from transformers.integrations.finegrained_fp8 import FP8Experts
+
+    from narrowgemm.integrations.transformers import experts as forward
+
+    config = models.config("qwen3_moe", hidden=128, inter=64, experts=4)
+    if gate in ("swiglu_oai", "limit"):
+        config.swiglu_limit = 1.5
+        config.swiglu_alpha = 1.702 if gate == "swiglu_oai" else None
+    if gate == "softcap":
+        if not hasattr(models.fp8_experts(config, None, "ue8m0", "fp4"), "gate_softcap"):
+            pytest.skip("this transformers has no such gate")
+        config.mlp_gate_softcap, config.mlp_up_softcap = 1.0, 2.0
+    layer = models.fp8_experts(config, None, "ue8m0", "fp4")
+    torch.manual_seed(0)
+    for name in ("gate_up_proj", "down_proj"):
+        data, scale = getattr(layer, name), getattr(layer, f"{name}_scale_inv")
+        data.data.copy_(torch.randint(-128, 127, data.shape, dtype=torch.int8))
+        scale.data.copy_((2.0 ** torch.randint(-7, -4, scale.shape)).to(scale.dtype))
+    kind = forward.fused(layer)
+    assert (None if kind is None else kind[0]) == {"swiglu": "swiglu", "swiglu_oai": "swiglu_oai"}.get(gate)
+    call = torch.randn(33, 128).bfloat16(), torch.rand(33, 4).argsort(1)[:, :2], torch.rand(33, 2)
+    with torch.no_grad():
+        want = forward.fp8_forward(layer, *call)
+        w = weights.fp8(layer)
+        up = (quantize_rows(call[0]) @ w.up.dequantize().mT).bfloat16()             # [E, T, 2I]
+        down = (quantize_rows(FP8Experts._apply_gate(layer, up)) @ w.down.dequantize().mT).bfloat16()
+        hit = torch.nn.functional.one_hot(call[1], 4).float()                       # [T, K, E]
+        assert calc_diff(want, torch.einsum("eth,tke,tk->th", down.float(), hit, call[2])) < 1e-4
+        state = layer.state_dict()
+        assert narrow.prepack(torch.nn.ModuleList([layer])) == 1 and narrow.prepack(torch.nn.ModuleList([layer])) == 0
+        assert weights.fp8(layer).up.pair == "" and weights.fp8(layer).up.top is not None
+        assert calc_diff(forward.fp8_forward(layer, *call), want) < 1e-5
+        layer.to(torch.float32)
+        assert calc_diff(forward.fp8_forward(layer, *call), want) < 1e-5
+    with pytest.raises(RuntimeError, match="narrow_sm90_v1"):
+        layer.load_state_dict(state)
+
+
+def quantize_rows(x: torch.Tensor) -> torch.Tensor:
+    return quantize(x, "fp8_1x128").dequantize()
+
+
+def test_a_prepacked_state_is_never_reinterpreted() -> None:
+    """It goes round, and one in another order, or in none, is refused, whichever of the two is the module's."""
+    def build(prepacked: bool) -> Any:
+        model = models.build("qwen3_moe", torch.bfloat16, implementation="narrowgemm", **SIZES)
+        narrow.quantize(model, "mxfp4", prepacked=prepacked)
+        return model
+
+    plain, one, two = build(False), build(True), build(True)
+    for p in two.parameters():
+        if not p.is_floating_point():
+            p.data.zero_()
+    two.load_state_dict(one.state_dict())
+    assert torch.equal(logits(two), logits(one))
+    older = {k.replace("_v1", "_v0"): v for k, v in one.state_dict().items()}
+    for module, state in ((plain, one.state_dict()), (one, plain.state_dict()), (one, older)):
+        with pytest.raises(RuntimeError, match="narrow_sm90_v1"):
+            module.load_state_dict(state)
 
 
 def unpack_fp4(data: torch.Tensor) -> torch.Tensor:

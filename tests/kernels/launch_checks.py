@@ -77,6 +77,27 @@ def without_pointers(calls: Any) -> Any:
     return None if type(calls) is int and calls > 1 << 32 else calls
 
 
+def a_wide_expert_layer_is_bound() -> None:
+    """Experts in BF16, FP16, and stored `[E, K, N]`: all steps of a decode call are bound, and launch what the first call launched."""
+    from narrowgemm.ops import experts as experts_op
+
+    ids, weights = torch.arange(8).view(4, 2), torch.full((4, 2), 0.5)
+    for dtype, transposed in ((torch.bfloat16, False), (torch.float16, False), (torch.bfloat16, True)):
+        gate_up, down = (torch.randn(8, n, k, dtype=dtype) for n, k in ((256, 128), (128, 128)))
+        if transposed:
+            gate_up, down = (w.mT.contiguous().mT for w in (gate_up, down))
+        x, out = torch.randn(4, 128, dtype=dtype), torch.empty(4, 128, dtype=dtype)
+
+        def call(x=x, gate_up=gate_up, down=down, out=out) -> Any:
+            return ng.experts(x, gate_up, down, topk_ids=ids, topk_weights=weights, out=out)
+
+        first, again = without_pointers(launched(call)), without_pointers(launched(call))
+        plan = experts_op._plans.newest().memo["plan"]
+        assert plan.notes, {name: p.kernel for name, p in plan.steps.items()}
+        assert {plan.steps[n].kernel for n in ("gate_up", "down")} == {"triton.bf16"}
+        assert first and first == again, f"{dtype}:\n{first}\n{again}"
+
+
 def addresses_are_the_call_s_own() -> None:
     """Other tensors of the same signature; one tensor that is two operands in the first call and one in the next."""
     q = ng.quantize(torch.randn(128, 128, dtype=torch.bfloat16), ng.FP8_128x128, backend="reference")
@@ -282,7 +303,7 @@ def unknown_launchers_are_left_alone() -> None:
     assert "made from operands" in launching.unbound()["k"]
 
 
-CHECKS = (every_kernel_again_as_first, addresses_are_the_call_s_own, freed_and_reallocated, keeps_no_memory,
+CHECKS = (every_kernel_again_as_first, a_wide_expert_layer_is_bound, addresses_are_the_call_s_own, freed_and_reallocated, keeps_no_memory,
           compiled_kernels_stay_loaded, descriptors_are_bounded, hooks_go_triton_s_way, other_stream, other_device, odd_pointers, threads,
           unknown_launchers_are_left_alone)
 

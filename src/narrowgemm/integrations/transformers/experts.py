@@ -84,8 +84,11 @@ def fused(module: Any) -> tuple[str, tuple[float, ...], bool] | None:
     if gate is _default_apply_gate:
         return ("swiglu", (), False) if silu else None
     if gate is FP8Experts._apply_gate:
+        if getattr(module, "gate_softcap", None) is not None:      # another gate, from transformers 5.2x on
+            return None
         if module.swiglu_alpha is not None:
-            return "swiglu_oai", (float(module.swiglu_alpha), float(module.swiglu_limit)), False
+            limit = module.swiglu_limit
+            return None if limit is None else ("swiglu_oai", (float(module.swiglu_alpha), float(limit)), False)
         return ("swiglu", (), False) if silu and module.limit is None else None
     if gate.__qualname__ == "GptOssExperts._apply_gate" and gate.__module__.startswith("transformers."):
         return "swiglu_oai", (float(module.alpha), float(module.limit)), True
@@ -93,7 +96,7 @@ def fused(module: Any) -> tuple[str, tuple[float, ...], bool] | None:
 
 
 def prepack(module: Any) -> bool:
-    """Prepack the module's weights, where they are MXFP4 or MXFP8 that we quantised; whether they are."""
+    """Prepack the module's weights, where they are MXFP4 or MXFP8; whether they are."""
     kind = fused(module)
     return weights.prepack_(module, "" if kind is None else "interleaved" if kind[2] else "halves")
 

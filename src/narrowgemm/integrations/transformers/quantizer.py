@@ -71,7 +71,7 @@ class NarrowGemmQuantizer(HfQuantizer):
     def get_weight_conversions(self) -> list[WeightConverter]:
         if self.quantization_config.stored != "blocks":
             return []
-        return [WeightConverter(source_patterns=[f"{p}_blocks", f"{p}_scales"], target_patterns=f"{p}$",
+        return [WeightConverter(source_patterns=[f"{p}_blocks", f"{p}_scales"], target_patterns=p,
                                 operations=[FromBlocks()]) for p in ("gate_up_proj", "down_proj")]
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from ...errors import Unsupported, expect
 from ...formats import BF16, FP8_ROW, MXFP4, Format, FP8_1x128, FP8_128x128, ScaledTensor, get_format
 from ...ops.quantize import quantize
-from ...prepack import PackedWeight, prepack
+from ...prepack import PREPACK, PackedWeight, prepack
 
 FORMATS = "narrowgemm_formats"
 PACKED = "narrowgemm_packed"        # of a prepacked module, by projection: what `_packed` needs beside the tensors
+ORDER = PREPACK.replace("/", "_v")  # an empty buffer's name: a state_dict in another order, or in none, has other keys
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,6 +68,8 @@ def fp8(module: Any) -> Weights:
     if module.activation_scheme != "dynamic":
         raise Unsupported(f"activation_scheme {module.activation_scheme!r} of {type(module).__name__}",
                           "narrowgemm quantises activations as they come: activation_scheme='dynamic'")
+    if getattr(module, PACKED, None) is not None:
+        return Weights(*(_packed(module, p) for p in projections(module)), None, None, FP8_1x128)
     up, down = (_fp8(getattr(module, p), getattr(module, f"{p}_scale_inv"), module.block_size)
                 for p in projections(module))
     activations = FP8_ROW if up.format == FP8_ROW else FP8_1x128
@@ -119,33 +122,42 @@ def put(module: Any, name: str, data: Tensor, scale: Tensor | None) -> None:
 
 
 def prepack_(module: Any, pair: str) -> bool:
-    """Bring MXFP4 / MXFP8 weights of a module that we quantised into the order of `narrowgemm.prepack`, in place, one projection
-    at a time; whether it holds such weights. pair: how gate and up rows lie, '' where the module's own gate runs behind.
+    """Bring MXFP4 / MXFP8 weights of a module (those that we quantised, and a checkpoint's FP4) into the order of
+    `narrowgemm.prepack`, in place, one projection at a time; whether it holds such weights that were not. pair: how gate and up
+    rows lie, '' where the module's own gate runs behind.
 
+    Weights that meet FP8 1x128 activations are packed without their pair: the kernel for many such rows has no activation.
     Raises Unsupported where a row's scales are too far apart to be packed: the module is then as it was.
     """
-    pair_of_formats = getattr(module, FORMATS, None)
-    if pair_of_formats is None or pair_of_formats[0].name not in ("mxfp4", "mxfp8") or getattr(module, PACKED, None) is not None:
+    own = getattr(module, FORMATS, None)
+    fp4 = own is None and hasattr(module, "down_proj_scale_inv") and module.down_proj.dtype in (torch.int8, torch.uint8)
+    if getattr(module, PACKED, None) is not None or not (fp4 or (own is not None and own[0].name in ("mxfp4", "mxfp8"))):
         return False
-    w = plain(module)
+    w = fp8(module) if fp4 else plain(module)
     names = projections(module)
     assert isinstance(w.up, ScaledTensor) and isinstance(w.down, ScaledTensor)
-    packed = {names[0]: prepack(w.up, pair=pair), names[1]: prepack(w.down)}
+    packed = {names[0]: prepack(w.up, pair="" if w.activations == FP8_1x128 else pair), names[1]: prepack(w.down)}
     del w
     for name, p in packed.items():
-        put(module, name, p.data, p.scale)
+        setattr(module, name, nn.Parameter(p.data, requires_grad=False))
+        setattr(module, _scale_of(module, name), nn.Parameter(p.scale, requires_grad=False))
         factor = None if p.factor is None else p.factor.view(torch.int32)  # what a `.to(dtype)` of the model leaves alone
-        module.register_buffer(f"{name}_factor", factor)
-        module.register_buffer(f"{name}_codes", p.codes)
+        for part, t in (("factor", factor), ("codes", p.codes), ("top", p.top), (ORDER, p.data.new_empty(0))):
+            module.register_buffer(f"{name}_{part}", t)
     setattr(module, PACKED, {name: (p.format, p.shape, p.pair) for name, p in packed.items()})
     return True
+
+
+def _scale_of(module: Any, name: str) -> str:
+    return f"{name}_scale_inv" if hasattr(module, f"{name}_scale_inv") else f"{name}_scale"
 
 
 def _packed(module: Any, name: str) -> PackedWeight:
     fmt, shape, pair = getattr(module, PACKED)[name]
     factor = getattr(module, f"{name}_factor")
-    return PackedWeight(getattr(module, name).data, getattr(module, f"{name}_scale").data, fmt, shape, pair,
-                        None if factor is None else factor.view(torch.float32), getattr(module, f"{name}_codes"))
+    return PackedWeight(getattr(module, name).data, getattr(module, _scale_of(module, name)).data, fmt, shape, pair,
+                        None if factor is None else factor.view(torch.float32), getattr(module, f"{name}_codes"),
+                        top=getattr(module, f"{name}_top"))
 
 
 def reserve(module: Any, weights: str, activations: str, *, payload: bool) -> None:
