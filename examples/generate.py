@@ -33,9 +33,9 @@ def write_model(folder: Path, steps: int = 60) -> Path:
     bytewise = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
     bytewise.pre_tokenizer, bytewise.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token="<end>", pad_token="<pad>")
-    config = Qwen3MoeConfig(hidden_size=128, intermediate_size=128, moe_intermediate_size=128, num_experts=8, num_experts_per_tok=2,
-                            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=32, vocab_size=len(tokenizer),
-                            bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    config = Qwen3MoeConfig(hidden_size=128, intermediate_size=128, moe_intermediate_size=128, num_experts=8,
+                            num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                            head_dim=32, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
     ids = torch.tensor([[*tokenizer.encode(TEXT), tokenizer.eos_token_id]])
@@ -45,7 +45,8 @@ def write_model(folder: Path, steps: int = 60) -> Path:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-    print(f"a model of {sum(p.numel() for p in model.parameters()) / 1e6:.1f} million parameters in {folder}, loss {loss.item():.3f}")
+    size = sum(p.numel() for p in model.parameters()) / 1e6
+    print(f"a model of {size:.1f} million parameters in {folder}, loss {loss.item():.3f}")
     model.to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -84,8 +85,8 @@ def main(argv: list[str] | None = None) -> dict[str, str]:
         else:
             model = AutoModelForCausalLM.from_pretrained(folder, experts_implementation=name, dtype="auto").to(args.device)
         texts[name], seconds = generate(model.eval(), tokenizer, args.prompt, args.tokens)
-        print(f"\n{name}{', ' + args.quantize if args.quantize and name == 'narrowgemm' else ''}, {seconds:.2f} s on {args.device}:\n"
-              f"{texts[name]}")
+        how = f", {args.quantize}" if args.quantize and name == "narrowgemm" else ""
+        print(f"\n{name}{how}, {seconds:.2f} s on {args.device}:\n{texts[name]}")
     print(f"\nthe same text: {'yes' if texts['eager'] == texts['narrowgemm'] else 'no'}")
     return texts
 

@@ -12,14 +12,34 @@ import pytest
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
 
-@pytest.fixture(scope="module")
-def train_moe():
-    spec = importlib.util.spec_from_file_location("train_moe", EXAMPLES / "train_moe.py")
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["train_moe"] = module       # dataclasses look their module up
+    sys.modules[name] = module       # dataclasses look their module up
     spec.loader.exec_module(module)
     yield module
-    del sys.modules["train_moe"]
+    del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def train_moe():
+    yield from example("train_moe")
+
+
+@pytest.fixture(scope="module")
+def generate():
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    yield from example("generate")
+
+
+def test_text_from_a_model_on_disk(generate, tmp_path, monkeypatch):
+    """The README's first step: what the small model learned comes back, from wide experts and from quantised ones."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    folder = generate.write_model(tmp_path / "model")
+    for arguments in ([], ["--quantize", "fp8"]):
+        texts = generate.main(["--model", str(folder), "--device", "cpu", "--tokens", "12", *arguments])
+        assert texts["eager"] == texts["narrowgemm"] == generate.TEXT[:len(generate.PROMPT) + 12]
 
 
 def test_training_a_few_steps(train_moe, tmp_path):

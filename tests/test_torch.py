@@ -15,6 +15,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import narrowgemm as ng
+import narrowgemm.nn
 from narrowgemm.testing.numerics import calc_diff
 
 ROOT = Path(__file__).parents[1]
@@ -109,6 +110,32 @@ def test_autocast_leaves_narrow_products_alone() -> None:
     assert got.dtype == want.dtype and calc_diff(got, want) < 1e-10
 
 
+@pytest.mark.parametrize("recipe", ["fp8", "mxfp4"])
+def test_autocast_leaves_the_expert_layer_alone(recipe: str) -> None:
+    gate_up, down = stacks(recipe)
+    x, logits = torch.randn(7, H).bfloat16(), torch.randn(7, E)
+    want = ng.experts(x, gate_up, down, router_logits=logits, top_k=K)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = ng.experts(x, gate_up, down, router_logits=logits, top_k=K)
+    assert torch.equal(got, want)
+
+
+def test_autocast_leaves_training_alone() -> None:
+    """Forward and backward of FP8 experts: same bits, and gradients of the parameters' own type."""
+    torch.manual_seed(0)
+    mlp = ng.nn.ExpertMLP(2, 128, 128, recipe="rowwise")
+    x, lens = torch.randn(20, 128).bfloat16(), torch.tensor([8, 12])
+    found = []
+    for enabled in (False, True):
+        a = x.clone().requires_grad_()
+        mlp.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            y = mlp(a, lens)
+        y.float().square().sum().backward()
+        found.append((y, a.grad, mlp.gate_up.grad, mlp.down.grad))
+    assert all(torch.equal(p, q) and p.dtype == q.dtype for p, q in zip(*found))
+
+
 def same(a: Any, b: Any) -> bool:
     if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and a.stride() == b.stride() and torch.equal(*(t.contiguous().view(torch.uint8) for t in (a, b)))
@@ -124,7 +151,7 @@ def objects() -> dict[str, Any]:
     return {"format": ng.FP8_1x128.with_scale("e8m0"), "scaled": q, "mn_major": ng.quantize(torch.randn(9, 256), "fp8_1x128",
             scale_layout="mn_major"), "offsets": ng.Offsets(torch.arange(5)), "masked": ng.Masked(torch.zeros(3, dtype=torch.int32), 7),
             "routing": ng.sort_by_expert(ids, 4), "routed": ng.moe_align_block_size(ids, 8, 4), "plan": plan, "config": plan.config,
-            "problem": plan.problem}
+            "problem": plan.problem, "packed": ng.prepack(q, pair="halves")}
 
 
 @pytest.mark.parametrize("name", objects())

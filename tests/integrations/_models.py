@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,23 @@ def write_fp8(folder: Path, model: Any, *, attention: bool = True) -> Path:
     return save(folder, model.config, tensors, {
         "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
         "modules_to_not_convert": ["lm_head"] + [r".*\.self_attn\..*"] * (not attention)})
+
+
+def write_fp8_experts(folder: Path, model: Any) -> Path:
+    """Any model, with its experts alone in 128 x 128 blocks: a tensor an expert and projection, by the names of its own checkpoints."""
+    from safetensors.torch import load_file
+
+    tensors = {}
+    for name, value in load_file(write_wide(folder, model) / "model.safetensors").items():
+        if re.search(r"\.experts\.\d+\.\w+\.weight$", name):
+            q = quantize(value, FP8_128x128)
+            tensors |= {name: q.data, f"{name}_scale_inv": q.scale}
+        else:
+            tensors[name] = value
+    assert any(t.dtype == torch.float8_e4m3fn for t in tensors.values())
+    return save(folder, model.config, tensors, {
+        "quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": [128, 128],
+        "modules_to_not_convert": [r".*(?<!\.experts)$"]})
 
 
 def write_mxfp4(folder: Path, model: Any) -> Path:

@@ -13,7 +13,8 @@ import torch
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
-from narrowgemm import Unsupported, quantize
+from narrowgemm import Unsupported
+from narrowgemm import quantize as quantised
 from narrowgemm.formats import BF16, FP8_128x128, get_format
 from narrowgemm.integrations import transformers as narrow
 from narrowgemm.integrations.transformers import weights
@@ -129,15 +130,19 @@ def test_prepacked(name: str, quantize: str, monkeypatch: pytest.MonkeyPatch) ->
         assert calc_diff(layer(*call), want) < 5e-4  # the module's own gate reads what was rounded to BF16
 
 
-@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "mixtral"])
+AT_LOAD = {"qwen3_moe": ("fp8", "mxfp8", "mxfp4"), "gpt_oss": ("fp8", "mxfp8", "mxfp4"), "mixtral": ("mxfp4",), "deepseek_v3": ("fp8",),
+           "minimax": ("mxfp8",), "minimax_m2": ("mxfp4",)}
+
+
+@pytest.mark.parametrize("name", models.NAMES)
 def test_quantised_at_load_equals_quantised_in_place(name: str, tmp_path: Path) -> None:
     model = models.build(name, torch.bfloat16, **SIZES)
     folder = models.write_wide(tmp_path / "wide", model)
-    for quantize in sorted(narrow.WEIGHTS):
+    for kind in AT_LOAD[name]:
         again = models.build(name, torch.bfloat16, **SIZES)
-        narrow.quantize(again, quantize)
-        loaded = narrow.from_pretrained(folder, quantize=quantize, dtype=torch.bfloat16)
-        assert not any(p.requires_grad for p in loaded.model.layers[0].mlp.experts.parameters() if p.element_size() == 1)
+        narrow.quantize(again, kind)
+        loaded = narrow.from_pretrained(folder, quantize=kind, dtype=torch.bfloat16)
+        assert not any(p.requires_grad for p in loaded.model.layers[1].mlp.experts.parameters() if p.element_size() == 1)
         assert torch.equal(logits(loaded), logits(again, "narrowgemm"))
 
 
@@ -163,6 +168,20 @@ def test_fp8_checkpoint(tmp_path: Path) -> None:
     assert 1e-7 < calc_diff(logits(loaded), logits(model, "eager")) < MODEL * recipe_gate(FP8_128x128, FP8_128x128)
     tokens, _ = models.greedy(loaded, models.prompt())
     assert tokens.shape == (2, 8)
+
+
+@pytest.mark.usefixtures("fp8_on_cpu")
+@pytest.mark.parametrize("name", [n for n in models.NAMES if n not in ("qwen3_moe", "gpt_oss")])
+def test_fp8_checkpoints_of_other_models(name: str, tmp_path: Path) -> None:
+    """Mixtral's and MiniMax's per-expert names, DeepSeek's dense first layer and shared experts."""
+    model = models.build(name, torch.bfloat16, **SIZES)
+    loaded = narrow.from_pretrained(models.write_fp8_experts(tmp_path / "fp8", model), dtype=torch.bfloat16)
+    ours, original = (m.model.layers[1].mlp.experts for m in (loaded, model))
+    assert type(ours).__name__ == "FP8Experts" and ours.gate_up_proj.dtype == torch.float8_e4m3fn
+    call = torch.randn(64, 128).bfloat16(), torch.rand(64, 4).argsort(1), torch.rand(64, 4)
+    with torch.no_grad():
+        assert 1e-7 < calc_diff(ours(*call), original(*call)) < LAYER * recipe_gate(FP8_128x128, FP8_128x128)
+    assert models.greedy(loaded, models.prompt(), 2)[0].shape == (2, 2)
 
 
 @pytest.mark.usefixtures("fp8_on_cpu")
@@ -246,7 +265,7 @@ def test_fp4_experts_of_a_checkpoint_are_prepacked(gate: str) -> None:
 
 
 def quantize_rows(x: torch.Tensor) -> torch.Tensor:
-    return quantize(x, "fp8_1x128").dequantize()
+    return quantised(x, "fp8_1x128").dequantize()
 
 
 def test_a_prepacked_state_is_never_reinterpreted() -> None:

@@ -10,18 +10,19 @@ VARIABLES: dict[str, str] = {
     "NARROWGEMM_ARCH": "pretend to run on this device ('h200', 'b200', 'mi350x', 'cpu', or a target such as 'sm90')",
     "NARROWGEMM_TABLES": "folder of tuned tables that are read before the packaged ones",
     "NARROWGEMM_VALIDATE": "'sync' reads ids, sizes and scales back and checks them on every call (slow; for debugging)",
+    "NARROWGEMM_DEEP_GEMM": "'1': in a process of vLLM or SGLang, `import deep_gemm` gives narrowgemm.compat.deep_gemm",
 }
 
 
-_KEYS = tuple(name.encode() for name in VARIABLES)
+_KEYS = tuple(name.encode() for name in VARIABLES)[:4]
 
 
 def choice() -> tuple[str | bytes | None, ...]:
-    """The variables as they are: they decide which kernel a call gets and what is checked, so they are part of every key under
+    """The first four as they are: they decide which kernel a call gets and what is checked, so they are part of every key under
     which a Plan is kept."""
     raw = getattr(os.environ, "_data", None)    # where os.environ keeps them: reading there takes 0.04 us, through it 1 us
     if raw is None or os.name != "posix":
-        return tuple([os.environ.get(name) for name in VARIABLES])
+        return tuple([os.environ.get(key.decode()) for key in _KEYS])
     read = raw.get
     return read(_KEYS[0]), read(_KEYS[1]), read(_KEYS[2]), read(_KEYS[3])
 

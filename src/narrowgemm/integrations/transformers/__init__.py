@@ -12,7 +12,7 @@ FP8 checkpoints. Nothing here imports transformers before it is called, and noth
 
 | model | experts | runs as |
 | --- | --- | --- |
-| BF16, FP16, FP32 | as they are | 16-bit product (BF16 on a GPU: torch's own grouped product, the baseline) |
+| BF16, FP16, FP32 | as they are | product in their type: on a GPU our 16-bit kernel for few rows, torch's for many BF16 ones |
 | block FP8 checkpoint (DeepSeek-V3, Qwen3-FP8, ...) | E4M3, 128 x 128 | FP8 product, activations 1 x 128 |
 | DeepSeek-V4 style `expert_dtype="fp4"` | MXFP4 | FP8 1 x 128 x MXFP4 |
 | GPT-OSS MXFP4 checkpoint, through `from_pretrained` | MXFP4, as on disk | BF16 x MXFP4 |
@@ -98,9 +98,9 @@ def from_pretrained(path: str, *, quantize: str | None = None, activations: str 
 
 
 def prepack(model: torch.nn.Module) -> int:
-    """Bring the MXFP4 / MXFP8 experts that `quantize` or `from_pretrained` made into the order that the Hopper kernels for
-    narrow weights read (`narrowgemm.prepack`), in place, a layer at a time; how many layers. It is a permutation: results
-    are those of the same bits. Layers whose scales spread too far for it stay as they are.
+    """Bring MXFP4 / MXFP8 experts (those that `quantize` or `from_pretrained` made, and a checkpoint's `expert_dtype="fp4"`) into
+    the order that the Hopper kernels for narrow weights read (`narrowgemm.prepack`), in place, a layer at a time; how many layers.
+    It is a permutation: results are those of the same bits. Layers whose scales spread too far for it stay as they are.
     """
     from ...errors import Unsupported
     from . import experts

@@ -69,7 +69,7 @@ def fp8(module: Any) -> Weights:
         raise Unsupported(f"activation_scheme {module.activation_scheme!r} of {type(module).__name__}",
                           "narrowgemm quantises activations as they come: activation_scheme='dynamic'")
     if getattr(module, PACKED, None) is not None:
-        return Weights(*(_packed(module, p) for p in projections(module)), None, None, FP8_1x128)
+        return Weights(_packed(module, projections(module)[0]), _packed(module, "down_proj"), None, None, FP8_1x128)
     up, down = (_fp8(getattr(module, p), getattr(module, f"{p}_scale_inv"), module.block_size)
                 for p in projections(module))
     activations = FP8_ROW if up.format == FP8_ROW else FP8_1x128
