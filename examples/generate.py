@@ -35,7 +35,8 @@ def write_model(folder: Path, steps: int = 60) -> Path:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bytewise, eos_token="<end>", pad_token="<pad>")
     config = Qwen3MoeConfig(hidden_size=128, intermediate_size=128, moe_intermediate_size=128, num_experts=8,
                             num_experts_per_tok=2, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                            head_dim=32, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+                            head_dim=32, vocab_size=len(tokenizer), bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
+                            pad_token_id=tokenizer.pad_token_id)
     torch.manual_seed(0)
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32, experts_implementation="eager")
     ids = torch.tensor([[*tokenizer.encode(TEXT), tokenizer.eos_token_id]])
