@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 
@@ -76,10 +76,11 @@ class Check:
     run: Callable[[str, torch.device], float | None]
 
 
-def checks() -> list[Check]:
+@lru_cache(maxsize=1)
+def checks() -> tuple[Check, ...]:
     """Everything there is to try. A kernel of another op needs checks of its own here."""
-    return [*product_checks(), *quantize_checks(), *both_checks(), *activate_both_checks(),
-            *(Check(*c) for c in selftest_steps.checks())]
+    return (*product_checks(), *quantize_checks(), *both_checks(), *activate_both_checks(),
+            *(Check(*c) for c in selftest_steps.checks()))
 
 
 def product_checks() -> Iterator[Check]:
