@@ -1,4 +1,4 @@
-"""Draw each layout from the package's own layout objects: `python tools/layout_pictures.py` writes docs/pictures/*.svg.
+"""Draw each layout and each format from the package's own objects: `python tools/layout_pictures.py` writes docs/pictures/*.svg.
 
 The same five rows of three groups (2, 0 and 3 rows) in every picture, so that they can be compared; four slots of two tokens for
 the routed layout. tests/test_docs.py fails where a committed picture is not what this draws.
@@ -113,7 +113,27 @@ def k_grouped() -> str:
     return svg([*parts, words(LEFT, y + 38, f"offsets = {bounds}; group 1 is empty and its product is zero")], 560, y + 50)
 
 
-PICTURES = {"contiguous": contiguous, "psum": psum, "offsets": offsets, "masked": masked, "routed": routed, "k-grouped": k_grouped}
+def formats() -> str:
+    """Which elements of a 256 x 256 operand share a scale: 32 stripes stand for the rows where each has its own."""
+    from narrowgemm import FORMATS
+
+    parts, cell, size = [], 18, 256
+    for i, name in enumerate(("fp8_tensor", "fp8_row", "fp8_1x128", "fp8_128x128", "mxfp8", "mxfp4")):
+        fmt = FORMATS[name]
+        x0, y0 = LEFT + i % 3 * 190, TOP + i // 3 * 230
+        rows, columns = fmt.scale_shape((size, size))
+        tall, wide = size // rows, size // columns              # elements that share a scale
+        height, width = cell / 4 if tall == 1 else cell * tall / 32, cell * wide / 32
+        parts += [f'<rect x="{x0 + c * width:g}" y="{y0 + r * height:g}" width="{width:g}" height="{height:g}" '
+                  f'fill="{COLORS[(r + c) % len(COLORS)]}"/>' for r in range(32 if tall == 1 else rows) for c in range(columns)]
+        scales = f"{rows} x {columns} scales, {fmt.scale.upper()}"
+        parts += [words(x0, y0 - 6, f"{name}: {fmt.element.upper()}", 13), words(x0, y0 + 8 * cell + 16, scales),
+                  words(x0, y0 + 8 * cell + 32, "two elements a byte" if fmt.elem.per_byte == 2 else "")]
+    return svg([*parts, words(LEFT, TOP + 462, "One colour in one piece: elements that share a scale, of an operand of 256 rows and K = 256.")],
+               580, TOP + 476)
+
+
+PICTURES = {"formats": formats, "contiguous": contiguous, "psum": psum, "offsets": offsets, "masked": masked, "routed": routed, "k-grouped": k_grouped}
 
 
 def main() -> int:

@@ -91,6 +91,28 @@ def test_gpt_oss_mxfp4_checkpoint_generates(tmp_path: Path) -> None:
     assert tokens.shape == (2, 8) and loaded.model.layers[0].mlp.experts.down_proj.dtype == torch.uint8
 
 
+def test_fp4_experts_of_a_checkpoint() -> None:
+    """DeepSeek-V4's experts, prepacked: few tokens and many, against themselves as they came, on the CPU."""
+    from narrowgemm.integrations.transformers import experts as forward
+
+    layer = models.fp8_experts(models.config("qwen3_moe", hidden=256, inter=128, experts=8), None, "ue8m0", "fp4")
+    torch.manual_seed(0)
+    for name in ("gate_up_proj", "down_proj"):
+        data, scale = getattr(layer, name), getattr(layer, f"{name}_scale_inv")
+        data.data.copy_(torch.randint(-128, 127, data.shape, dtype=torch.int8))
+        scale.data.copy_((2.0 ** torch.randint(-7, -4, scale.shape)).to(scale.dtype))
+    calls = [(torch.randn(t, 256).bfloat16(), torch.rand(t, 8).argsort(1)[:, :4], torch.rand(t, 4)) for t in (3, 2000)]
+    with torch.no_grad():
+        wants = [forward.fp8_forward(layer, *c) for c in calls]
+        layer.cuda()
+        assert narrow.prepack(torch.nn.ModuleList([layer])) == 1
+        for call, want in zip(calls, wants):
+            on_gpu = tuple(t.cuda() for t in call)
+            got = forward.fp8_forward(layer, *on_gpu)
+            assert calc_diff(got.cpu(), want) < 1e-4
+            assert torch.equal(got, forward.fp8_forward(layer, *on_gpu))
+
+
 @pytest.mark.parametrize("quantize", [None, "fp8"])
 def test_layer_in_a_graph_with_changed_routing(quantize: str | None) -> None:
     model = models.build("qwen3_moe", torch.bfloat16, implementation="narrowgemm", hidden=256, inter=128).cuda()

@@ -44,7 +44,7 @@ def test_gates(case: Case, device: str) -> None:
 
 @pytest.mark.parametrize("tile", [*bf16.FEW, *bf16.MANY], ids=str)
 def test_every_tile_is_right(tile: tuple, device: str) -> None:
-    if device == "cpu" and tile not in (bf16.FEW[0], bf16.MANY[-1]):
+    if device == "cpu" and tile not in (bf16.FEW[0], bf16.MANY[1]):
         pytest.skip("the interpreter does not know tiles apart")
     bm, bn, bk, warps, stages, swap = tile
     config = Config(bm, bn, bk, warps, stages, swap_ab=swap, persistent=True)

@@ -13,7 +13,7 @@ BF16 = {"a": "bf16", "b": "bf16"}
 
 @pytest.mark.parametrize("op, layout", [("gemm", "dense"), ("grouped_gemm", "offsets")])
 def test_takes_bf16_on_a_gpu(op: str, layout: str) -> None:
-    plan = explain(op, layout=layout, groups=8 if layout != "dense" else 1, m=256, n=512, k=512, device="h200", **BF16).plan
+    plan = explain(op, layout=layout, groups=8 if layout != "dense" else 1, m=65536, n=2048, k=2048, device="h200", **BF16).plan
     assert plan.kernel == "torch_bf16" and plan.backend == "torch"
 
 

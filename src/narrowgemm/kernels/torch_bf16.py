@@ -1,7 +1,8 @@
 """BF16 products by torch: `mm` and `nn.functional.grouped_mm`. The baseline that narrow formats are held against.
 
-No kernel of ours takes 16-bit operands on both sides: cuBLAS and torch's grouped product are what BF16 is served best by.
-`grouped_mm` allocates its result and leaves rows outside the groups undefined, so the rows of the groups are copied over.
+cuBLAS and torch's grouped product are what many rows of BF16 are served best by; few rows a group go to `triton.bf16`.
+`grouped_mm` allocates its result and leaves rows outside the groups undefined, so the rows of the groups are copied over. Neither is
+bound to a signature: every call goes through torch.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ BACKEND = "torch"
 MOST_GROUPS = 1023         # what torch's kernel sets its problems up for
 EFFICIENCY = 0.75          # of the BF16 rate, and of bandwidth
 LAUNCH_SECONDS = 12e-6     # grouped_mm sets its problems up on the device first
+DENSE, DENSE_SECONDS = 0.95, 2e-6      # cuBLAS
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:
@@ -47,7 +49,9 @@ def workspace(problem: Problem, config: Config) -> int:
 
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
-    copied = 3 * 2.0 * problem.m * problem.n if problem.layout == "offsets" else 0.0
+    if problem.layout == "dense":
+        return DENSE_SECONDS + max(problem.flops / arch.bf16_flops, problem.bytes / arch.bandwidth) / DENSE
+    copied = 3 * 2.0 * problem.m * problem.n
     return LAUNCH_SECONDS + max(problem.flops / arch.bf16_flops, problem.bytes / arch.bandwidth) / EFFICIENCY \
         + copied / arch.bandwidth
 

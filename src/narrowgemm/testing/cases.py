@@ -321,6 +321,9 @@ _BUILDERS: dict[str, Callable[[str], list[Any]]] = {
     "a16w4-decode": lambda s: a16w4(s, (1, 4, 8, 16)),
     "a16w4-mid": lambda s: a16w4(s, (64, 256)),
     "a16w4-prefill": lambda s: a16w4(s, (1024, 4096)),
+    # both stages of Qwen3-30B-A3B, weights as they are
+    "bf16-routed": lambda s: [replace(c, packed=False) for c in routed(s, BF16, BF16, (1, 16, 64, 512, 2048, 4096),
+                                                                       ((128, 8, 1536, 2048), (128, 8, 2048, 768)))],
     "mxfp8-routed": mxfp8_routed,
     "mxfp8-dense-decode": lambda s: mxfp8_dense(s, (1, 2, 4, 8, 16, 32, 64)),
     "mxfp4-contiguous": lambda s: fp4_contiguous(s, FP8_1x128),
@@ -360,7 +363,7 @@ PEERS: dict[str, tuple[str, ...]] = {name: ("deepgemm", "floor") for name in SUI
     "experts-fp8": ("deepgemm_layer", "triton_moe", "floor"), "experts-cpu": ("floor",),
     "experts-mxfp4": ("triton_kernels_layer", "floor"),
     "a16w4-decode": ("triton_kernels", "humming", "floor"), "a16w4-mid": ("triton_kernels", "humming", "floor"),
-    "a16w4-prefill": ("triton_kernels", "floor"),
+    "a16w4-prefill": ("triton_kernels", "floor"), "bf16-routed": ("torch_bf16", "floor"),
     "mxfp8-routed": ("dot_scaled", "triton", "humming", "deepgemm_block", "floor"),
     "mxfp8-dense-decode": ("dot_scaled", "triton", "humming", "torch_bf16", "deepgemm_block", "floor"),
     "mxfp8-bandwidth": ("floor",), "mxfp8-prefill": ("dequant_bf16", "torch_bf16", "deepgemm_block", "floor"),

@@ -19,11 +19,10 @@ NAME = "triton.bf16"
 BACKEND = "triton"
 LAYOUT_IDS = {"dense": 0, "offsets": 2, "masked": 4}
 ELEMENTS = ("bf16", "fp16")
-# of the BF16 rate on 128x128 tiles; of the read bandwidth where weights are the traffic; least time of 64 of K of one tile
-EFFICIENCY, STREAMING, BLOCK_SECONDS = 0.45, 0.7, 0.25e-6
-FEW = ((16, 64, 128, 4, 4, True), (16, 128, 64, 4, 6, True), (32, 64, 128, 4, 4, True), (32, 128, 64, 4, 6, True),
-       (64, 128, 64, 4, 5, True))
-MANY = ((128, 128, 64, 8, 4, False), (128, 128, 64, 8, 3, False), (64, 128, 64, 4, 4, False), (64, 64, 64, 4, 4, False))
+# of the BF16 rate on 128x128 tiles; of the read bandwidth; what a byte through L2 costs of one from memory (H100)
+EFFICIENCY, STREAMING, L2_COST = 0.43, 0.92, 0.03
+FEW = ((16, 64, 128, 4, 4, True), (16, 128, 128, 4, 5, True), (32, 64, 128, 4, 4, True), (64, 128, 64, 4, 5, True))
+MANY = ((128, 128, 64, 8, 4, False), (64, 128, 64, 4, 4, False), (128, 128, 64, 8, 3, False))
 AMD = ((128, 128, 64, 8, 2, False), (64, 128, 64, 4, 2, False), (32, 128, 64, 4, 2, False), (16, 64, 128, 4, 2, False))
 
 
@@ -76,16 +75,17 @@ def workspace(problem: Problem, config: Config) -> int:
 
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
-    """Seconds: whole waves of tiles at a share of the BF16 rate, the latency of their K blocks, or the bytes."""
+    """Seconds: whole waves of tiles at a share of the BF16 rate, or the bytes, by as many SMs as a last wave keeps busy."""
     sms = min(arch.sms, problem.max_sms or arch.sms)
-    tiles = common.tiles(problem, config)
-    resident = max(1, min(4, arch.smem // smem_bytes(config)))
+    tiles = max(1, common.tiles(problem, config))
+    waves = -(-tiles // sms)
     rate = arch.bf16_flops / arch.sms * EFFICIENCY * common.RATE.get((config.block_m, config.block_n), 0.55)
     bm, bn = (config.block_m, max(config.block_n, 64)) if config.swap_ab else (max(config.block_m, 64), config.block_n)
-    math = -(-tiles // sms) * 2.0 * bm * bn * problem.k / rate
-    latency = -(-tiles // (sms * resident)) * problem.k / 64 * BLOCK_SECONDS
-    memory = problem.bytes / (arch.bandwidth * STREAMING * max(min(1.0, tiles / sms), 0.1))
-    return common.LAUNCH_SECONDS + max(math, latency, memory)
+    math = waves * 2.0 * bm * bn * problem.k / rate
+    through_l2 = tiles * 2.0 * (config.block_m + config.block_n) * problem.k
+    busy = tiles / (waves * sms) if tiles > sms else min(1.0, 2 * tiles / sms)
+    memory = (problem.bytes / (STREAMING * busy) + L2_COST * through_l2) / arch.bandwidth * arch.sms / sms
+    return common.LAUNCH_SECONDS + max(math, memory)
 
 
 def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
