@@ -124,16 +124,19 @@ def formats() -> str:
         rows, columns = fmt.scale_shape((size, size))
         tall, wide = size // rows, size // columns              # elements that share a scale
         height, width = cell / 4 if tall == 1 else cell * tall / 32, cell * wide / 32
-        parts += [f'<rect x="{x0 + c * width:g}" y="{y0 + r * height:g}" width="{width:g}" height="{height:g}" '
-                  f'fill="{COLORS[(r + c) % len(COLORS)]}"/>' for r in range(32 if tall == 1 else rows) for c in range(columns)]
+        for r in range(32 if tall == 1 else rows):
+            parts += [f'<rect x="{x0 + c * width:g}" y="{y0 + r * height:g}" width="{width:g}" height="{height:g}" '
+                      f'fill="{COLORS[(r + c) % len(COLORS)]}"/>' for c in range(columns)]
         scales = f"{rows} x {columns} scales, {fmt.scale.upper()}"
+        packed = "two elements a byte" if fmt.elem.per_byte == 2 else ""
         parts += [words(x0, y0 - 6, f"{name}: {fmt.element.upper()}", 13), words(x0, y0 + 8 * cell + 16, scales),
-                  words(x0, y0 + 8 * cell + 32, "two elements a byte" if fmt.elem.per_byte == 2 else "")]
-    return svg([*parts, words(LEFT, TOP + 462, "One colour in one piece: elements that share a scale, of an operand of 256 rows and K = 256.")],
-               580, TOP + 476)
+                  words(x0, y0 + 8 * cell + 32, packed)]
+    note = "One colour in one piece: elements that share a scale, of an operand of 256 rows and K = 256."
+    return svg([*parts, words(LEFT, TOP + 462, note)], 580, TOP + 476)
 
 
-PICTURES = {"formats": formats, "contiguous": contiguous, "psum": psum, "offsets": offsets, "masked": masked, "routed": routed, "k-grouped": k_grouped}
+PICTURES = {"formats": formats, "contiguous": contiguous, "psum": psum, "offsets": offsets, "masked": masked, "routed": routed,
+            "k-grouped": k_grouped}
 
 
 def main() -> int:

@@ -1,8 +1,8 @@
 """BF16 products by torch: `mm` and `nn.functional.grouped_mm`. The baseline that narrow formats are held against.
 
 cuBLAS and torch's grouped product are what many rows of BF16 are served best by; few rows a group go to `triton.bf16`.
-`grouped_mm` allocates its result and leaves rows outside the groups undefined, so the rows of the groups are copied over. Neither is
-bound to a signature: every call goes through torch.
+`grouped_mm` allocates its result and leaves rows outside the groups undefined, so the rows of the groups are copied over. Neither
+is bound to a signature: every call goes through torch.
 """
 
 from __future__ import annotations
