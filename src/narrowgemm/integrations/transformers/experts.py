@@ -84,12 +84,11 @@ def fused(module: Any) -> tuple[str, tuple[float, ...], bool] | None:
     if gate is _default_apply_gate:
         return ("swiglu", (), False) if silu else None
     if gate is FP8Experts._apply_gate:
-        if getattr(module, "gate_softcap", None) is not None:      # another gate, from transformers 5.2x on
-            return None
-        if module.swiglu_alpha is not None:
-            limit = module.swiglu_limit
-            return None if limit is None else ("swiglu_oai", (float(module.swiglu_alpha), float(limit)), False)
-        return ("swiglu", (), False) if silu and module.limit is None else None
+        # what its gate is made of; releases differ in what there is
+        alpha, limit, softcap = (getattr(module, name, None) for name in ("swiglu_alpha", "limit", "gate_softcap"))
+        if alpha is not None and limit is not None and softcap is None:
+            return "swiglu_oai", (float(alpha), float(limit)), False
+        return ("swiglu", (), False) if silu and alpha is None and limit is None and softcap is None else None
     if gate.__qualname__ == "GptOssExperts._apply_gate" and gate.__module__.startswith("transformers."):
         return "swiglu_oai", (float(module.alpha), float(module.limit)), True
     return None
