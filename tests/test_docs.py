@@ -36,6 +36,18 @@ def test_tests_that_are_named_exist() -> None:
         assert re.search(rf"^def {name}\(", (ROOT / path).read_text(), re.MULTILINE), f"{path} has no {name}"
 
 
+def test_rows_that_say_gpu_name_tests_that_run_on_one() -> None:
+    named = [m for row in complaints().values() for m in re.findall(r"\*GPU\* `(tests/[\w/]+\.py)::(\w+)`", row)]
+    assert len(named) > 5
+    for path, name in named:
+        text = (ROOT / path).read_text()
+        decorators, _, rest = text.partition(f"\ndef {name}(")
+        decorators = decorators.rpartition("\n\n")[2]
+        signature = rest.partition(":\n")[0]
+        marked = "mark.gpu" in decorators or "device" in signature or re.search(r"^pytestmark = .*mark\.gpu", text, re.MULTILINE)
+        assert rest and marked, f"{path}::{name} does not run on a GPU"
+
+
 def test_pictures_are_what_the_tool_draws() -> None:
     spec = importlib.util.spec_from_file_location("layout_pictures", ROOT / "tools" / "layout_pictures.py")
     assert spec and spec.loader
