@@ -303,9 +303,33 @@ def unknown_launchers_are_left_alone() -> None:
     assert "made from operands" in launching.unbound()["k"]
 
 
+def a_whole_layer_as_its_steps() -> None:
+    """`experts`, all of whose launches are made as one, gives the C launcher what its steps did one by one, whatever tensors come."""
+    from narrowgemm.ops import experts as op
+
+    def layer() -> tuple[Any, ...]:
+        up, down = (ng.quantize(torch.randn(4, *s), ng.FP8_128x128, backend="reference") for s in ((256, 256), (256, 128)))
+        x, logits = torch.randn(3, 256).bfloat16(), torch.randn(3, 4)
+        space = torch.empty(op.experts_workspace(3, up, down, top_k=2) + 64, dtype=torch.uint8)
+        return x, up, down, logits, torch.empty_like(x), space[-space.data_ptr() % 64:]
+
+    def call(x: Any, up: Any, down: Any, logits: Any, out: Any, space: Any) -> None:
+        ng.experts(x, up, down, router_logits=logits, top_k=2, out=out, workspace=space)
+
+    one, two = layer(), layer()
+    first = {id(t): launched(lambda t=t: call(*t)) for t in (one, two)}
+    calls = op._calls
+    assert len(calls._known) == 1 and len(first[id(one)]) == op._plans.newest().memo["plan"].launches
+    for t in (two, one, two):
+        assert launched(lambda t=t: call(*t)) == first[id(t)]
+    op._calls = type(calls)()
+    assert launched(lambda: call(*one)) == first[id(one)]       # step by step
+    op._calls = calls
+
+
 CHECKS = (every_kernel_again_as_first, a_wide_expert_layer_is_bound, addresses_are_the_call_s_own, freed_and_reallocated, keeps_no_memory,
           compiled_kernels_stay_loaded, descriptors_are_bounded, hooks_go_triton_s_way, other_stream, other_device, odd_pointers, threads,
-          unknown_launchers_are_left_alone)
+          unknown_launchers_are_left_alone, a_whole_layer_as_its_steps)
 
 
 def main() -> None:

@@ -187,10 +187,17 @@ class Ready:
         return [partial(bound._raw, *bound.arguments(stream, addresses)) for bound in self._bound]
 
 
+def joined(parts: Sequence[tuple[Ready, Sequence[int]]], operands: int) -> Ready | None:
+    """All launches of several, over one table of addresses: operand i of each is at its i-th place. None if one is off 16 bytes."""
+    if any(ready._odd is not None for ready, _ in parts):
+        return None
+    return Ready([b.moved(at) for ready, at in parts for b in ready._bound], parts[0][0]._device, 0, (0,) * operands)
+
+
 class Bound:
     """One launch with everything fixed but addresses and stream. It keeps no tensor alive, but the compiled kernel."""
 
-    __slots__ = ("_given", "_maps", "_offsets", "_raw", "_runs", "_stream_at", "compiled")
+    __slots__ = ("_given", "_maps", "_offsets", "_pointers", "_raw", "_runs", "_stream_at", "compiled")
 
     def __init__(self, raw: Callable[..., None], given: list[Any], stream_at: int, pointers: Sequence[tuple[int, int, int]],
                  maps: Sequence[tuple[int, int, Maps]]) -> None:
@@ -200,8 +207,16 @@ class Bound:
         """
         self.compiled: Any = None       # Triton unloads a kernel that nothing holds
         self._raw, self._given, self._stream_at, self._maps = raw, given, stream_at, tuple(maps)
-        self._runs = tuple(_runs(pointers))
+        self._pointers, self._runs = tuple(pointers), tuple(_runs(pointers))
         self._offsets = tuple((at, offset) for at, _, offset in pointers if offset)
+
+    def moved(self, at: Sequence[int]) -> Bound:
+        """The same launch, operand i found at `at[i]` of the addresses."""
+        other = copy.copy(self)
+        other._pointers = tuple((place, at[operand], offset) for place, operand, offset in self._pointers)
+        other._runs = tuple(_runs(other._pointers))
+        other._maps = tuple((place, at[operand], maps) for place, operand, maps in self._maps)
+        return other
 
     def __call__(self, stream: int, addresses: Sequence[int]) -> None:
         self._raw(*self.arguments(stream, addresses))

@@ -21,8 +21,11 @@ from ..runtime import env
 from . import common, experts_check, experts_warm, steps
 from .experts_call import Call, compose
 from .experts_plan import ExpertsPlan, Options, Recipe, Sizes, Weight, by_slot, default_activations, make
+from .recall import Calls
 
+ROUTING = ("scoring", "renormalize", "num_expert_group", "topk_group", "scaling_factor")
 _plans = common.PlanCache()
+_calls: Calls[ExpertsPlan] = Calls()
 Weights = ScaledTensor | Tensor | PackedWeight
 Shared = tuple[Weights, Weights]
 
@@ -62,43 +65,74 @@ def experts(x: Tensor, gate_up: Weights, down: Weights, *, router_logits: Tensor
 
     Layer: Mixtral, Qwen3-MoE, DeepSeek-V3; GPT-OSS with 'swiglu_oai', interleaved and biases.
     """
-    fmt = None if activation_format is None else get_format(activation_format)
-    options = Options(backend, batch_invariant, max_sms, on_unsupported)
-    routing = dict(scoring=scoring, renormalize=renormalize, num_expert_group=num_expert_group, topk_group=topk_group,
-                   scaling_factor=scaling_factor)
+    options = (backend, batch_invariant, max_sms, on_unsupported)
+    routing_options = (scoring, renormalize, num_expert_group, topk_group, scaling_factor)
     kind = (activation, activation_args, interleaved)
+    tensors = (x, router_logits, topk_weights, topk_ids, router_bias, gate_up_bias, down_bias, shared_output, expert_map, out)
+    tracing = torch.compiler.is_compiling()
+    if not tracing:
+        names, weights = known_by(gate_up, down, *(shared or ()))
+        key = (getattr(x, "shape", None), *map(type, tensors), *names, type(workspace), top_k, first_expert, num_experts,
+               activation_format, *routing_options, *kind, *options, env.choice())
+        given = [t for t in (*tensors, *weights, workspace) if t is not None]
+        made = _calls.find(key, given)
+        if made is not None:
+            result = torch.empty_strided(x.shape, (x.shape[1], 1), dtype=x.dtype, device=x.device) if out is None else out
+            space = experts_warm.space(made, x.device) if workspace is None else workspace
+            if made.whole is not None and made.whole((*tensors[:-1], result, *weights), space):
+                return result
+    fmt = None if activation_format is None else get_format(activation_format)
+    routing = dict(zip(ROUTING, routing_options))
     up, dn = weights_of(gate_up, "gate_up"), weights_of(down, "down")
     both = None if shared is None else (weights_of(shared[0], "shared[0]"), weights_of(shared[1], "shared[1]"))
-    tensors = (x, router_logits, topk_weights, topk_ids, router_bias, gate_up_bias, down_bias, shared_output, expert_map, out)
-    if torch.compiler.is_compiling():
+    if tracing:
         return compose(x, up, dn, router_logits=router_logits, top_k=top_k, topk_weights=topk_weights, topk_ids=topk_ids,
                        routing=routing, router_bias=router_bias, kind=kind, fmt=fmt, gate_up_bias=gate_up_bias,
                        down_bias=down_bias, shared=both, shared_output=shared_output, expert_map=expert_map,
                        first_expert=first_expert, out=out, backend=backend)
-    key = (*map(steps.sign, tensors), *weight_signs(up, dn, *(both or ())), top_k, first_expert, num_experts,
-           tuple(routing.values()), kind, fmt, options, env.choice())
-    _, memo = steps.known(_plans, key, lambda: None)
-    made: ExpertsPlan | None = memo.get("plan")
+    signs = (*map(steps.sign, tensors), *weight_signs(up, dn, *(both or ())), top_k, first_expert, num_experts,
+             routing_options, kind, fmt, options, env.choice())
+    _, memo = steps.known(_plans, signs, lambda: None)
+    made = memo.get("plan")
     if made is None:
         made = memo["plan"] = plan_of(x, up, dn, router_logits, top_k, topk_weights, topk_ids, router_bias, routing, kind,
                                       fmt, gate_up_bias, down_bias, both, shared_output, expert_map, num_experts, out,
-                                      options)
-    if out is None:
-        out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+                                      Options(*options))
+    result = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     if x.shape[0] == 0:
-        return out
+        return result
     if workspace is None:
-        workspace = experts_warm.space(made, x.device)
+        space = experts_warm.space(made, x.device)
     else:
         experts_check.workspace(workspace, made.bytes, x.device)
-    outside = (*tensors[:-1], out, *tensors_of(up, dn, *(both or ())))
-    if not experts_warm.launch(made, outside, workspace):
-        call = Call(made, x, up, dn, out, both, shared_output, gate_up_bias, down_bias, workspace, outside)
-        if router_logits is not None:
-            topk_weights, topk_ids = call.route(router_logits, router_bias, routing)
-        assert topk_weights is not None and topk_ids is not None
-        call.layer(topk_weights, topk_ids, expert_map, first_expert)
-    return out
+        space = workspace
+    outside = (*tensors[:-1], result, *tensors_of(up, dn, *(both or ())))
+    call = Call(made, x, up, dn, result, both, shared_output, gate_up_bias, down_bias, space, outside)
+    if router_logits is not None:
+        topk_weights, topk_ids = call.route(router_logits, router_bias, routing)
+    assert topk_weights is not None and topk_ids is not None
+    call.layer(topk_weights, topk_ids, expert_map, first_expert)
+    if made.whole is not None:
+        _calls.add(key, given, made)
+    return result
+
+
+def known_by(*weights: Weights) -> tuple[list[object], list[Tensor | None]]:
+    """What is not in the tensors of weights, for a key, and the tensors. Weights of no known kind have none."""
+    names: list[object] = []
+    tensors: list[Tensor | None] = []
+    for w in weights:
+        if type(w) is ScaledTensor:
+            names += (w.format, type(w.scale))
+            tensors += (w.data, w.scale)
+        elif type(w) is PackedWeight:
+            names += (w.format, w.shape, w.pair, w.prepack, type(w.factor), type(w.top))
+            tensors += (w.data, w.scale, w.factor, w.top)
+        else:
+            names.append(type(w))
+            if isinstance(w, Tensor):
+                tensors += (w, None)
+    return names, tensors
 
 
 def weights_of(w: Weights, name: str) -> Weight:

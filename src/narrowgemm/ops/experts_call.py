@@ -88,7 +88,7 @@ class Call:
             self.packed(row_map, offsets, weights)
         else:
             self.plain(row_map, offsets, inverse, weights)
-        self.plan.notes = self.notes.result()
+        self.plan.whole = self.notes.result()
 
     def plain(self, row_map: Tensor, offsets: Tensor, inverse: Tensor, weights: Tensor) -> None:
         """Rows gathered, products, rows combined."""

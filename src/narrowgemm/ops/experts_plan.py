@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -141,7 +142,7 @@ class ExpertsPlan:
     bytes: int
     scratch: tuple[int, int]         # where the steps' own workspaces lie, and how long they are
     memos: dict[str, dict]
-    notes: list | None = None        # see `experts_warm`; None: warm calls make tensors
+    whole: Any = None                # every step's launches as one, see `experts_warm`; None: warm calls make tensors
 
     @property
     def launches(self) -> int:

@@ -7,14 +7,42 @@ tensors, for a fifth of what it takes to read it from Python. Nothing is assumed
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 Check = Callable[..., bool]
+T = TypeVar("T")
+LIMIT = 4096        # keys
+ALIKE = 4           # calls kept that differ in nothing but strides, dtypes, devices or modes of torch
+
+
+class Calls(Generic[T]):
+    """What is known of calls, by a key of all that is not a tensor and guards of the tensors. Safe with several threads."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple, tuple[tuple[Check, T], ...]] = {}
+        self._lock = threading.Lock()
+
+    def find(self, key: tuple, tensors: Sequence[Tensor]) -> T | None:
+        """What was added with a key that is equal, which says how many tensors there are, and tensors of the same signature."""
+        for check, known in self._known.get(key, ()):
+            if check(*tensors):
+                return known
+        return None
+
+    def add(self, key: tuple, tensors: Sequence[Tensor], known: T) -> None:
+        check = guard(tensors)
+        if check is None:
+            return
+        with self._lock:
+            if len(self._known) > LIMIT:
+                self._known.clear()
+            self._known[key] = ((check, known), *self._known.get(key, ()))[:ALIKE]
 
 
 def guard(tensors: Sequence[Tensor]) -> Check | None:
