@@ -8,9 +8,12 @@ import torch
 
 from narrowgemm import FP8_ROW, MXFP4, MXFP8, FP8_1x128, Offsets, combine, route, sort_by_expert
 from narrowgemm.formats import BF16, Format
+from narrowgemm.kernels.step_operands import SortGatherOperands
 from narrowgemm.ops.activate import activate
 from narrowgemm.ops.gather import gather_quantize
+from narrowgemm.ops.steps import allocate, scale_layout_of, select, sort_gather_problem
 from narrowgemm.reference.route import Routing
+from narrowgemm.runtime.launch import run
 
 FORMATS: tuple[Format, ...] = (FP8_1x128, FP8_1x128.with_scale("e8m0"), MXFP8, MXFP4, FP8_ROW, BF16)
 
@@ -18,6 +21,15 @@ FORMATS: tuple[Format, ...] = (FP8_1x128, FP8_1x128.with_scale("e8m0"), MXFP8, M
 def routing(tokens: int, top_k: int, experts: int) -> Routing:
     slots = torch.arange(tokens * top_k, dtype=torch.int32)
     return Routing(slots, torch.zeros(experts + 1, dtype=torch.int64), slots, top_k)
+
+
+def sort_gather(x: torch.Tensor, fmt: Format) -> None:
+    """The step of `experts` for few slots, top-8 of 256."""
+    r = routing(x.shape[0], 8, 256)
+    scales = scale_layout_of(fmt)
+    plan = select(sort_gather_problem(x.shape[0], x.shape[1], 8, 256, BF16, fmt, scales), x.device, "triton", None)
+    rows = allocate(8 * x.shape[0], x.shape[1], fmt, x.dtype, x.device, scales)
+    run(plan, SortGatherOperands(r.row_map.view(-1, 8), None, 0, 256, x, 8, r.row_map, r.offsets, r.inverse, rows, "rceil", 1e-4))
 
 
 def jobs(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
@@ -36,6 +48,9 @@ def jobs(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
     for fmt in FORMATS:
         yield f"gather {fmt.name}", lambda f=fmt: gather_quantize(x, r, f, **triton)
         yield f"activate {fmt.name}", lambda f=fmt: activate(h, fmt=f, layout=r.layout, **triton)
+    for fmt in FORMATS:
+        if fmt is not FP8_ROW:
+            yield f"sort and gather {fmt.name}", lambda f=fmt: sort_gather(x[:16], f)
     yield "combine", lambda: combine(y, r, torch.zeros(4096, 8), **triton)
     small = routing(16, 4, 128)
     rows, bias = torch.zeros(64, 5760, dtype=torch.bfloat16), torch.zeros(128, 5760, dtype=torch.bfloat16)

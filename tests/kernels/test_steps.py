@@ -12,9 +12,11 @@ from narrowgemm import FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, FP8_1x128, Offsets, Sc
 from narrowgemm.arch import get_arch
 from narrowgemm.formats import BF16, Format
 from narrowgemm.kernels.registry import kernels
+from narrowgemm.kernels.step_operands import SortGatherOperands
 from narrowgemm.ops.activate import activate
 from narrowgemm.ops.gather import gather_quantize
-from narrowgemm.problem import Config, Operand, Problem
+from narrowgemm.ops.steps import scale_layout_of, sort_gather_problem
+from narrowgemm.problem import Config, Operand, Problem, Step
 from narrowgemm.reference import activate as reference_activate
 from narrowgemm.reference import route as reference
 from narrowgemm.testing.numerics import calc_diff
@@ -181,6 +183,37 @@ def test_gather_quantize_input_types_and_strides(on, dtype):
         want = reference.gather_quantize(x, routing, fmt)
         assert torch.equal(raw(got.data)[:rows], raw(want.data)[:rows]) and got.scale.shape == want.scale.shape
         assert torch.equal(raw(got.scale)[:rows], raw(want.scale)[:rows])
+
+
+@pytest.mark.parametrize("fmt", [f for f in FORMATS if f is not FP8_ROW], ids=lambda f: f.name)
+@pytest.mark.parametrize(("tokens", "top_k", "k", "experts"), [(1, 8, 512, 20), (13, 3, 200, 6), (5, 16, 1024, 40), (3, 1, 96, 1)])
+def test_sort_gather_is_both_bit_for_bit(on, fmt, tokens, top_k, k, experts):
+    """Tables and live rows are those of the sort and the gather, with skipped slots and maps; nothing else is written."""
+    x = torch.randn(tokens, k + 16, generator=torch.Generator().manual_seed(4)).bfloat16()[:, :k]
+    x[0, :3] = torch.tensor([0.0, -0.0, float("nan")])
+    kernel, ids = kernels()["triton.sort_gather"], ids_of(tokens, top_k, experts)
+    table = torch.randint(-2, experts, (experts + 3,), generator=torch.Generator().manual_seed(3))
+    problem = sort_gather_problem(tokens, k, top_k, experts, BF16, fmt, scale_layout_of(fmt))
+    assert kernel.supports(problem, ARCH) is None
+    for expert_map, first, cast in ((None, 0, torch.int32), (table, 0, torch.int64), (None, experts // 3, torch.int64)):
+        routing = reference.sort_by_expert(ids, experts, expert_map=expert_map, first_expert=first)
+        want = reference.gather_quantize(x, routing, fmt)
+        for config in tried("triton.sort_gather", problem, on):
+            out = poisoned(tokens * top_k, k, fmt, x.dtype, on, scale_layout_of(fmt))
+            got = reference.Routing(*(torch.full_like(t, -7).to(on) for t in (routing.row_map, routing.offsets, routing.inverse)), top_k)
+            operands = SortGatherOperands(ids.to(on, cast), None if expert_map is None else expert_map.to(on), first, experts, x.to(on),
+                                          top_k, got.row_map, got.offsets, got.inverse, out, "rceil", 1e-4)
+            kernel.launch(Step(kernel.NAME, config), problem, operands, None)
+            equal_routing(got, routing)
+            live_equal(out, want, int(routing.offsets[-1]))
+
+
+def test_sort_gather_is_for_few_slots_and_blocks():
+    def reason(tokens: int, fmt: Format) -> str:
+        return kernels()["triton.sort_gather"].supports(sort_gather_problem(tokens, 7168, 8, 256, BF16, fmt, "mn_major"), ARCH) or ""
+
+    assert not reason(64, FP8_1x128)
+    assert "512 slots" in reason(65, FP8_1x128) and "whole rows" in reason(1, FP8_ROW)
 
 
 ACTIVATIONS = [("swiglu", (), False, False), ("swiglu_oai", (), True, True), ("swiglu_oai", (1.5, 3.0), False, True),

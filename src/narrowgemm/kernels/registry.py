@@ -44,6 +44,7 @@ MODULES: tuple[str, ...] = (
     "triton.route",
     "triton.sort",
     "triton.gather",
+    "triton.sort_gather",
     "triton.activate",
     "triton.activate_both",
     "triton.combine",

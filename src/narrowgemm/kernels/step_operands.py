@@ -80,6 +80,32 @@ class GatherOperands(Tensors):
 
 
 @dataclass(slots=True, eq=False)
+class SortGatherOperands(Tensors):
+    """Sort and gather in one: what `SortOperands` and `GatherOperands` have."""
+
+    ids: Tensor                     # int32 / int64 [T, k], contiguous
+    expert_map: Tensor | None
+    first_expert: int
+    experts: int
+    x: Tensor                       # [T, K]
+    top_k: int
+    row_map: Tensor                 # written, as offsets and inverse
+    offsets: Tensor
+    inverse: Tensor
+    rows: ScaledTensor              # [R, K], written
+    rounding: str
+    amax_clamp: float
+    memo: dict | None = None
+
+    @property
+    def out(self) -> Tensor:
+        return self.rows.data
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.ids, self.expert_map, self.x, self.row_map, self.offsets, self.inverse, self.rows.data, self.rows.scale
+
+
+@dataclass(slots=True, eq=False)
 class ActivateOperands(Tensors):
     h: Tensor                       # [R, 2I]
     bias: Tensor | None             # [E, 2I]
@@ -141,4 +167,5 @@ class CombineOperands(Tensors):
         return self.y, self.row_map, self.offsets, self.inverse, self.weights, self.bias, self.add, self.out
 
 
-StepOperands = RouteOperands | SortOperands | GatherOperands | ActivateOperands | ActivateBothOperands | CombineOperands
+StepOperands = (RouteOperands | SortOperands | GatherOperands | SortGatherOperands | ActivateOperands | ActivateBothOperands
+                | CombineOperands)

@@ -11,6 +11,7 @@ from .step_operands import (
     ActivateOperands,
     GatherOperands,
     RouteOperands,
+    SortGatherOperands,
     SortOperands,
     StepOperands,
 )
@@ -18,8 +19,9 @@ from .step_operands import (
 NAME = "reference.steps"
 BACKEND = "reference"
 BOTH = ("activate_both", "activate_both_cast", "activate_backward", "activate_backward_cast")
-OPS = ("route", "sort_by_expert", "gather_quantize", "activate", "combine", *BOTH)
-LAUNCHES = {"route": 15, "sort_by_expert": 10, "gather_quantize": 20, "activate": 25, "combine": 60, **dict.fromkeys(BOTH, 100)}
+OPS = ("route", "sort_by_expert", "gather_quantize", "sort_gather", "activate", "combine", *BOTH)
+LAUNCHES = {"route": 15, "sort_by_expert": 10, "gather_quantize": 20, "sort_gather": 30, "activate": 25, "combine": 60,
+            **dict.fromkeys(BOTH, 100)}
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:
@@ -56,6 +58,11 @@ def launch(step: Step, problem: Problem, operands: StepOperands, workspace: Tens
     elif isinstance(o, GatherOperands):
         routing = route.Routing(o.row_map, o.offsets, o.inverse, o.top_k)
         route.store_live(o.rows, route.gather_quantize(o.x, routing, o.rows.format, o.rounding, o.amax_clamp), o.offsets)
+    elif isinstance(o, SortGatherOperands):
+        made = route.sort_by_expert(o.ids, o.experts, expert_map=o.expert_map, first_expert=o.first_expert)
+        for target, source in ((o.row_map, made.row_map), (o.offsets, made.offsets), (o.inverse, made.inverse)):
+            target.copy_(source)
+        route.store_live(o.rows, route.gather_quantize(o.x, made, o.rows.format, o.rounding, o.amax_clamp), made.offsets)
     elif isinstance(o, ActivateOperands):
         fmt = o.result.format if o.result.format.scaled else None
         value = activate.activate(o.h, activation=o.activation, args=o.args, interleaved=o.interleaved, bias=o.bias,

@@ -8,7 +8,14 @@ from torch import Tensor
 
 from ..formats import Format, ScaledTensor
 from ..kernels.operands import Operands
-from ..kernels.step_operands import ActivateOperands, CombineOperands, GatherOperands, RouteOperands, SortOperands
+from ..kernels.step_operands import (
+    ActivateOperands,
+    CombineOperands,
+    GatherOperands,
+    RouteOperands,
+    SortGatherOperands,
+    SortOperands,
+)
 from ..prepack import PackedWeight
 from ..reference.activate import OAI_ARGS
 from ..runtime.launch import run
@@ -80,13 +87,18 @@ class Call:
     def layer(self, weights: Tensor, ids: Tensor, expert_map: Tensor | None, first_expert: int) -> None:
         at, memos = self.at, self.plan.memos
         row_map, offsets, inverse = at["row_map"], at["offsets"], at["inverse"]
-        self.run("sort", SortOperands(ids.contiguous(), expert_map, first_expert, self.gate_up.shape[0], row_map, offsets,
-                                      inverse, memos["sort"]))
+        ids, experts = ids.contiguous(), self.gate_up.shape[0]
+        if "sort" in self.plan.steps:
+            self.run("sort", SortOperands(ids, expert_map, first_expert, experts, row_map, offsets, inverse, memos["sort"]))
         if self.shared is not None:
             self.dense(*self.shared)
         if self.plan.recipe.packed:
             self.packed(row_map, offsets, weights)
         else:
+            if "sort gather" in self.plan.steps:
+                self.run("sort gather", SortGatherOperands(
+                    ids, expert_map, first_expert, experts, self.x, self.plan.sizes.top_k, row_map, offsets, inverse,
+                    self.scaled("x"), "rceil", 1e-4, memos["sort gather"]))
             self.plain(row_map, offsets, inverse, weights)
         self.plan.whole = self.notes.result()
 
@@ -94,8 +106,9 @@ class Call:
         """Rows gathered, products, rows combined."""
         at, memos = self.at, self.plan.memos
         x, act = self.scaled("x"), self.scaled("act")
-        self.run("gather", GatherOperands(self.x, row_map, offsets, inverse, self.plan.sizes.top_k, x, "rceil", 1e-4,
-                                          memos["gather"]))
+        if "gather" in self.plan.steps:
+            self.run("gather", GatherOperands(self.x, row_map, offsets, inverse, self.plan.sizes.top_k, x, "rceil", 1e-4,
+                                              memos["gather"]))
         self.product("gate_up", x, self.gate_up, at["h"], offsets)
         self.act("activate", at["h"], act, self.gate_up_bias, offsets)
         self.product("down", act, self.down, at["y"], offsets)

@@ -13,6 +13,7 @@ and, where activations are narrow, `quantize` and `requantize` in front of each 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -190,8 +191,8 @@ def make(sizes: Sizes, recipe: Recipe, gate_up: Weight, down: Weight, arch: Arch
         plans = _shared_plans(s, r, *shared, pool.buffers, arch, options) | plans
     need = max(p.workspace_bytes for p in plans.values())
     scratch = (pool.take(need), need)
-    order = ("route", "sort", "shared quantize", "shared gate_up", "shared activate", "shared down", "gather", "quantize",
-             "gate_up", "activate", "requantize", "down", "combine")
+    order = ("route", "sort", "shared quantize", "shared gate_up", "shared activate", "shared down", "sort gather", "gather",
+             "quantize", "gate_up", "activate", "requantize", "down", "combine")
     return ExpertsPlan(s, r, {name: plans[name] for name in order if name in plans}, pool.buffers, pool.bytes, scratch,
                        {name: {} for name in plans})
 
@@ -291,8 +292,7 @@ def _plans(s: Sizes, r: Recipe, gate_up: Weight, down: Weight, buffers: dict[str
     plans = {}
     if r.routed:
         plans["route"] = step(steps.route_problem(s.tokens, s.world, s.top_k, r.groups, r.source))
-    plans["sort"] = step(steps.sort_problem(s.rows, s.experts))
-    plans["gather"] = step(steps.gather_problem(s.tokens, s.hidden, s.top_k, s.experts, r.source, fmt, steps.scale_layout_of(fmt)))
+    plans |= _arranged(s, r.source, fmt, step)
     plans["gate_up"] = select_product(product(s.rows, s.experts, s.expected, _operand(buffers, "x", fmt), gate_up,
                                               buffers["h"], r.source, options), arch, options)
     plans["activate"] = step(steps.activate_problem(s.rows, s.inter, s.experts, s.expected, r.source, fmt,
@@ -302,6 +302,15 @@ def _plans(s: Sizes, r: Recipe, gate_up: Weight, down: Weight, buffers: dict[str
                                            buffers["y"], r.source, options), arch, options)
     plans["combine"] = step(steps.combine_problem(s.tokens, s.hidden, s.top_k, s.experts, r.source, r.down_bias))
     return plans
+
+
+def _arranged(s: Sizes, source: Format, fmt: Format, step: Callable[[Problem], Plan]) -> dict[str, Plan]:
+    """Sort, then gather; or both in one launch, where one is predicted to take less."""
+    scales = steps.scale_layout_of(fmt)
+    apart = {"sort": step(steps.sort_problem(s.rows, s.experts)),
+             "gather": step(steps.gather_problem(s.tokens, s.hidden, s.top_k, s.experts, source, fmt, scales))}
+    one = step(steps.sort_gather_problem(s.tokens, s.hidden, s.top_k, s.experts, source, fmt, scales))
+    return {"sort gather": one} if one.predicted_us < sum(p.predicted_us for p in apart.values()) else apart
 
 
 def _shared_plans(s: Sizes, r: Recipe, gate_up: Weight, down: Weight, buffers: dict[str, Buffer], arch: Arch,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -67,6 +68,11 @@ def sort_problem(slots: int, experts: int) -> Problem:
 def gather_problem(tokens: int, k: int, top_k: int, experts: int, source: Format, fmt: Format, scale_layout: str) -> Problem:
     return Problem("gather_quantize", "offsets", bucket(tokens), 1, k, experts, Operand(source), target(fmt, scale_layout),
                    gather=True, a_div=top_k)
+
+
+def sort_gather_problem(tokens: int, k: int, top_k: int, experts: int, source: Format, fmt: Format, scale_layout: str) -> Problem:
+    """Sort and gather in one."""
+    return replace(gather_problem(tokens, k, top_k, experts, source, fmt, scale_layout), op="sort_gather")
 
 
 def activate_problem(rows: int, inter: int, groups: int, expected: int, source: Format, fmt: Format, scale_layout: str,

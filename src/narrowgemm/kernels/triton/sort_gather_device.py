@@ -1,0 +1,65 @@
+"""Device code of `sort_gather`: few slots sorted, and their tokens quantised into the rows of their experts, in one launch.
+
+    programs of the table     how many slots lie below each of some experts: offsets
+    programs of a slot        the slot's row (slots of lower experts + earlier ones of its own), then some blocks of its token
+
+Nobody waits for anybody: each program reads all ids and works out what it needs. Bit for bit `place_kernel`, then `gather_kernel`.
+"""
+
+import triton
+import triton.language as tl
+
+from .quantize_device import block_e2m1, block_scale, magnitude, narrow_fp8
+from .sort_device import load_keys
+
+
+@triton.jit(do_not_specialize=["n"])
+def sort_gather_kernel(ids_ptr, map_ptr, x_ptr, row_map_ptr, inverse_ptr, offsets_ptr, out_ptr, scale_ptr, n, FIRST, E, ALL,
+                       K, S, clamp, xr, orow, sr, ss, MAP: tl.constexpr, SLOTS: tl.constexpr, TABLE: tl.constexpr,
+                       TOP_K: tl.constexpr, N: tl.constexpr, BG: tl.constexpr, EVEN: tl.constexpr, KIND: tl.constexpr,
+                       E2M1: tl.constexpr, SATURATE: tl.constexpr, ROUNDING: tl.constexpr, E8M0: tl.constexpr,
+                       TOP: tl.constexpr, EMAX: tl.constexpr, MANTISSA: tl.constexpr, MANTISSA_BITS: tl.constexpr):
+    """SLOTS >= n, padded. TABLE experts a program of the table; BG blocks of N columns a program of a slot."""
+    PER_BYTE: tl.constexpr = 2 if E2M1 else 1
+    i = tl.arange(0, SLOTS)
+    keys = load_keys(ids_ptr, map_ptr, i, n, FIRST, E, ALL, MAP)
+    p = tl.program_id(0)
+    tables = tl.cdiv(E + 1, TABLE)
+    if p < tables:
+        e = p * TABLE + tl.arange(0, TABLE)
+        below = tl.sum((keys[None, :] < e[:, None]).to(tl.int32), 1)
+        tl.store(offsets_ptr + e, below.to(tl.int64), mask=e <= E)
+        return
+    p -= tables
+    across = tl.cdiv(S, BG)
+    slot = p // across
+    g = p % across * BG + tl.arange(0, BG)
+    live = g < S
+    k = (g * N)[:, None] + tl.arange(0, N)[None, :]
+    kh = (g * (N // PER_BYTE))[:, None] + tl.arange(0, N // PER_BYTE)[None, :]
+    mask = live[:, None]
+    out_mask = live[:, None]
+    if not EVEN:
+        mask = mask & (k < K)
+        out_mask = out_mask & (kh < K // PER_BYTE)
+    x = tl.load(x_ptr + (slot // TOP_K).to(tl.int64) * xr + k, mask=mask, other=0.0)     # on the way while ids are looked at
+    key = load_keys(ids_ptr, map_ptr, slot, n, FIRST, E, ALL, MAP)
+    row = tl.sum(((keys < key) | ((keys == key) & (i < slot))).to(tl.int32), 0)
+    if p % across == 0:
+        tl.store(row_map_ptr + row, slot)
+        tl.store(inverse_ptr + slot, row)
+    if key == E:
+        return
+    at = row.to(tl.int64)
+    if KIND == "copy":
+        tl.store(out_ptr + at * orow + kh, x, mask=out_mask)
+    elif E2M1:
+        scale, y = block_e2m1(x, clamp, E2M1, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS, BG, N)
+        tl.store(out_ptr + at * orow + kh, y, mask=out_mask)
+        tl.store(scale_ptr + at * sr + g * ss, scale, mask=live)
+    else:
+        bits = magnitude(x)
+        scale, inverse, sign = block_scale(tl.max(bits, 1), clamp, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS)
+        y = narrow_fp8(x, bits, inverse[:, None], sign[:, None], out_ptr.dtype.element_ty, TOP, SATURATE)
+        tl.store(out_ptr + at * orow + kh, y, mask=out_mask)
+        tl.store(scale_ptr + at * sr + g * ss, scale, mask=live)
