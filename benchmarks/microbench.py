@@ -174,6 +174,7 @@ def launches(device: str) -> list[dict]:
             x = Operands(i.a, i.b, out, 0, 0, 0, index=None if i.layout is None else i.layout.index)
             bare = bare_us(gemm_op._plans if i.layout is None else grouped_op._plans, x.addresses(work))
             add(f"{case.id} {backend}", plan.kernel, bare, us=us, allocating_us=host_us(caller(i, None, backend=backend)))
+    rows += layers(device)
     x = torch.randn(16, 256, device=device, dtype=torch.bfloat16)
     for layout in ("row_major", "mn_major"):
         us = host_us(lambda layout=layout: ng.quantize(x, ng.FP8_1x128, scale_layout=layout))
@@ -182,6 +183,24 @@ def launches(device: str) -> list[dict]:
         addresses = Operands(source, q, q.data, 0, 0, 0, out_scale=q.scale).addresses(None)
         add(f"quantize 16x256 fp8_1x128 {layout}", "triton.quantize", bare_us(quantize_op._plans, addresses), us=us)
     return rows
+
+
+def layers(device: str) -> list[dict]:
+    """CPU time of a warm `experts` at one token: a launch a step, from logits and from ids."""
+    from narrowgemm.ops import experts as op
+
+    up, down = (ng.quantize(torch.randn(4, *s, device=device), ng.FP8_128x128) for s in ((512, 512), (512, 256)))
+    x, logits = torch.randn(1, 512, device=device).bfloat16(), torch.randn(1, 4, device=device)
+    weights, ids = ng.route(logits, 2)
+    space = torch.empty(op.experts_workspace(1, up, down, top_k=2), dtype=torch.uint8, device=device)
+    out, found = torch.empty_like(x), []
+    for name, routing in (("logits", {"router_logits": logits, "top_k": 2}), ("ids", {"topk_weights": weights, "topk_ids": ids})):
+        us = host_us(lambda r=routing: ng.experts(x, up, down, out=out, workspace=space, **r))
+        allocating = host_us(lambda r=routing: ng.experts(x, up, down, **r))
+        count = op._plans.newest().memo["plan"].launches
+        found.append({"call": f"experts, one token, from {name}", "launches": count, "us": us, "allocating_us": allocating})
+        print(f"launch {found[-1]['call']:48s} {count} launches {us:14.1f} us of CPU; allocating {allocating:.1f}", flush=True)
+    return found
 
 
 def main() -> None:

@@ -57,9 +57,12 @@ def test_mxfp4_layers_run_on_prepacked_weights():
     inputs.call()
     result = layer.check_outputs(inputs, {"ours": (lambda g: inputs.out.tensor, {"kernel": GATE["bf16"]})})
     assert result["ours"].ok and not inputs.faults() and inputs.plan().backend == "reference"
-    logits = layer.scores(9, 8).log()
-    chosen, ids = logits.topk(2)
+    chosen, ids = inputs.logits.topk(2)
     assert torch.equal(ids.int(), inputs.topk_ids) and torch.allclose(chosen.softmax(1), inputs.topk_weights)
+    routed = layer.build(LayerCase("t", "tiny", 1, 9, "mxfp4", logits=True), "cpu", seed=5, reuse=inputs.weights)
+    routed.call()
+    assert calc_diff(routed.out.tensor.float(), inputs.out.tensor.float()) <= 1e-6
+    assert all(c.logits for c in get_suite("experts-mxfp4"))        # the peer starts there, too
 
 
 def test_weights_are_taken_over():

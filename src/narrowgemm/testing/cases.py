@@ -249,9 +249,9 @@ def cpu_formats(suite: str) -> list[Case]:
 
 
 def layers(suite: str, models: Iterable[str], ep: Iterable[int], tokens: Iterable[int],
-           weights: str = "fp8_128x128") -> list[LayerCase]:
+           weights: str = "fp8_128x128", logits: bool = False) -> list[LayerCase]:
     """Whole layers; cases of the same weights are neighbours."""
-    return [LayerCase(suite, m, e, t, weights) for m in models for e in ep for t in tokens]
+    return [LayerCase(suite, m, e, t, weights, logits=logits) for m in models for e in ep for t in tokens]
 
 
 TRAINED = ("deepseek-v3", "qwen3-235b", "gpt-oss-20b")
@@ -349,7 +349,7 @@ _BUILDERS: dict[str, Callable[[str], list[Any]]] = {
     "cpu-formats": cpu_formats,
     "experts-fp8": lambda s: layers(s, ("deepseek-v3", "qwen3-235b", "minimax-m3"), (1, 8),
                                     (1, 16, 256, 4096, 16384)),
-    "experts-mxfp4": lambda s: layers(s, ("gpt-oss-120b",), (1,), (1, 4, 16, 64, 256, 1024, 4096), "mxfp4"),
+    "experts-mxfp4": lambda s: layers(s, ("gpt-oss-120b",), (1,), (1, 4, 16, 64, 256, 1024, 4096), "mxfp4", logits=True),
     "experts-cpu": lambda s: layers(s, ("tiny",), (1, 2), (0, 1, 24)),
 }
 # Any: a Case, or a LayerCase with what the reports read of one

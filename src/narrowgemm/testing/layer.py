@@ -32,6 +32,7 @@ class LayerCase(ModelSizes):
     """One layer of `model`, this rank's share of its experts under expert parallelism `ep`, `tokens` tokens.
 
     Routing is drawn evenly from the case's own seed, top_k distinct experts a token of all the model's; the rank is the first.
+    `logits`: the call starts at the router's logits, as a peer does that routes for itself; else at weights and ids.
     """
 
     suite: str
@@ -43,6 +44,7 @@ class LayerCase(ModelSizes):
     layout: str = "layer"
     sizes: str = "balanced"
     out_dtype: str = "bf16"
+    logits: bool = False
 
     def __post_init__(self) -> None:
         expect(self.ep >= 1 and self.tokens >= 0, "ep and tokens", (self.ep, self.tokens), "at least 1 and 0")
@@ -131,6 +133,11 @@ class LayerInputs:
         return {"activation": model.activation, "interleaved": model.name.startswith("gpt-oss")}
 
     @cached_property
+    def logits(self) -> Tensor:
+        """Logits that `route` makes `topk_weights` and `topk_ids` of."""
+        return scores(self.case.tokens, get_model(self.case.model).experts).log().to(self.device)
+
+    @cached_property
     def space(self) -> Tensor:
         from ..ops.experts import experts_workspace
 
@@ -144,8 +151,10 @@ class LayerInputs:
         from ..ops.experts import experts
 
         gate_up, down = self.given(options.get("backend"))
-        return experts(self.x, gate_up, down, topk_weights=self.topk_weights, topk_ids=self.topk_ids,
-                       num_experts=get_model(self.case.model).experts, out=self.out.tensor,
+        model = get_model(self.case.model)
+        routing = {"router_logits": self.logits, "top_k": model.top_k} if self.case.logits else \
+            {"topk_weights": self.topk_weights, "topk_ids": self.topk_ids}
+        return experts(self.x, gate_up, down, **routing, num_experts=model.experts, out=self.out.tensor,
                        workspace=None if options.get("backend") else self.space, **self.options, **options)
 
     def plan(self, **options: Any) -> Any:

@@ -19,7 +19,7 @@ from ..ops.activate import activate
 from ..ops.quantize import quantize
 from ..ops.route import sort_by_expert
 from ..reference.activate import OAI_ARGS
-from .layer import LayerCase, LayerInputs, scores
+from .layer import LayerCase, LayerInputs
 from .models import get_model
 
 LIMIT = 1e-3   # calc_diff of a peer: only another layer fails
@@ -166,8 +166,7 @@ def triton_kernels_layer(inputs: LayerInputs) -> Callable[[], Tensor]:
     ogs = importlib.import_module("triton_kernels.matmul_ogs")
     swiglu = importlib.import_module("triton_kernels.swiglu")
     routing = importlib.import_module("triton_kernels.routing")
-    model = get_model(inputs.case.model)
-    logits = scores(inputs.case.tokens, model.experts).log().to(inputs.device)
+    model, logits = get_model(inputs.case.model), inputs.logits
     (up, up_config), (down, down_config) = (ogs_weights(ogs, w) for w in (inputs.gate_up, inputs.down))
     act = ogs.FusedActivation(ogs.FnSpecs("swiglu", swiglu.swiglu_fn, ("alpha", "limit")), OAI_ARGS, 2)
 
