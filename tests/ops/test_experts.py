@@ -14,11 +14,12 @@ from narrowgemm.ops import common, experts_warm, recall
 from narrowgemm.ops import experts as experts_module
 from narrowgemm.ops.experts import compose, experts, experts_workspace
 from narrowgemm.ops.experts_plan import activations_for
+from narrowgemm.ops.steps import PLAIN
 from narrowgemm.reference import experts as reference
 from narrowgemm.testing.numerics import calc_diff
 
 # A last bit of the first product moves a few roundings of the activation: a step of E4M3 is 2^-4 of a value, of E2M1 2^-2.
-LIMITS = {"bf16": 1e-5, "e4m3": 1e-4, "e2m1": 1e-3}
+LIMITS = {"bf16": 1e-5, "fp16": 1e-5, "fp32": 1e-5, "e4m3": 1e-4, "e2m1": 1e-3}
 WEIGHTS = [FP8_128x128, FP8_ROW, FP8_TENSOR, MXFP8, MXFP4, BF16]
 HERE = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -102,6 +103,32 @@ def test_routing_from_logits(where, options):
     top_k = options["top_k"]
     weights, ids = route(logits, top_k, bias=bias, **{k: v for k, v in options.items() if k != "top_k"})
     assert torch.equal(bits(got), bits(experts(x, up, down, topk_weights=weights, topk_ids=ids)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_types_of_tokens(where, dtype):
+    """Products, activation and result have the tokens' type; narrow weights, and weights of that type."""
+    gen = torch.Generator().manual_seed(8)
+    plain = [torch.randn(s, generator=gen).div(11).to(where, dtype) for s in ((4, 256, 128), (4, 128, 128))]
+    weights, ids = choices(7, 2, 4, where)
+    x = torch.randn(7, 128, generator=gen).to(where, dtype)
+    for up, down in (made(FP8_128x128, 4, 128, 128, where), made(MXFP4, 4, 128, 128, where), plain):
+        got = experts(x, up, down, topk_weights=weights, topk_ids=ids)
+        up, down = common.as_operand(up, "up"), common.as_operand(down, "down")
+        want = reference.experts(x, up, down, weights, ids, activation_format=activations_for(up.format, PLAIN[dtype]))
+        assert got.dtype == dtype
+        close(got, want, activations_for(up.format, PLAIN[dtype]))
+
+
+@pytest.mark.parametrize(("experts_", "top_k"), [(1024, 16), (1024, 1), (16, 16), (1, 1)])
+def test_many_experts_and_choices(where, experts_, top_k):
+    up, down = made(FP8_128x128, experts_, 128, 128, where) if experts_ < 100 else (
+        ScaledTensor(w.data.repeat(128, 1, 1), w.scale.repeat(128, 1, 1), w.format) for w in made(FP8_128x128, 8, 128, 128, where))
+    x = tokens(3, 128, where)
+    logits = torch.randn(3, experts_, generator=torch.Generator().manual_seed(3)).to(where)
+    got = experts(x, up, down, router_logits=logits, top_k=top_k)
+    weights, ids = route(logits, top_k)
+    close(got, reference.experts(x, up, down, weights, ids, activation_format=FP8_1x128), FP8_1x128)
 
 
 def test_gpt_oss_layer(where):

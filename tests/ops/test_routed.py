@@ -166,9 +166,9 @@ def test_plan_says_what_prepack_would_do() -> None:
     from narrowgemm.problem import Operand, Problem
     from narrowgemm.runtime import dispatch
 
-    plain = Problem("routed_gemm", "offsets", 4, 2880, 2880, 128, b=Operand(MXFP4), rows=1)
+    plain = Problem("routed_gemm", "offsets", 4, 2880, 2880, 128, b=Operand(MXFP4, scale_dtype="e8m0"), rows=1)
     plan = dispatch.select(plain, get_arch("h200"))
-    assert plan.kernel == "reference" and "prepack()" in dict(plan.passed_over)["gluon_sm90.narrow"]
+    assert plan.kernel == "triton.routed" and "prepack()" in dict(plan.passed_over)["gluon_sm90.narrow"]
     packed = Problem("routed_gemm", "offsets", 4, 2880, 2880, 128, b=Operand(MXFP4, prepack=ng.prepack(
         ScaledTensor(torch.zeros(64, 32, dtype=torch.uint8), torch.zeros(64, 2, dtype=torch.uint8), MXFP4)).prepack), rows=1)
     assert dispatch.select(packed, get_arch("h200")).kernel == "gluon_sm90.narrow"

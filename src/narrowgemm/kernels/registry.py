@@ -36,6 +36,7 @@ MODULES: tuple[str, ...] = (
     "gluon.sm90.fold",
     "triton.fp8_block",
     "triton.mx",
+    "triton.routed",
     "triton.bf16",
     "triton.fp8_wgrad",
     "triton.quantize",

@@ -28,9 +28,16 @@ TILES = ((16, 128, 4, 3), (32, 128, 8, 3), (64, 128, 8, 3), (128, 128, 8, 3), (6
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:
-    a, b = problem.a, problem.b
     if problem.op not in ("gemm", "grouped_gemm") or problem.layout not in LAYOUT_IDS:
         return f"computes gemm and grouped_gemm, not {problem.op} with layout {problem.layout}"
+    if not problem.epilogue.plain or problem.gather:
+        return "has no fused gather and no epilogue beyond the sum"
+    return refuse_operands(problem, arch)
+
+
+def refuse_operands(problem: Problem, arch: Arch) -> str | None:
+    """Why the products of this source can't take the operands on this device, or None."""
+    a, b = problem.a, problem.b
     if arch.vendor == "cpu" or (arch.vendor == "nvidia" and arch.capability < 89):
         return f"runs on GPUs with FP8 conversions, not {arch.target}"
     if b.format.element not in B_KINDS or b.format.group != (1, 32) or b.scale_dtype != "e8m0":
@@ -44,8 +51,6 @@ def supports(problem: Problem, arch: Arch) -> str | None:
         return "takes plain operands, not prepacked ones"
     if a.major != "k" or b.major != "k":
         return "needs both operands K-major"
-    if not problem.epilogue.plain or problem.gather:
-        return "has no fused gather and no epilogue beyond the sum"
     return None
 
 
