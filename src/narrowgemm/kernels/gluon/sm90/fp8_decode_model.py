@@ -32,6 +32,7 @@ EFFICIENCY = 0.926           # of the peak bandwidth
 COLD = 0.36                  # of the time for the first COLD_BYTES, that reading them takes longer
 COLD_BYTES = 60e6
 INTAKE = 114e9               # bytes/s that one SM takes in
+L2_RATE = 9.2e12             # and all of them together, where every tile of tokens reads the weights again
 LATENCY = 0.84e-6
 STEP = 0.108e-6              # of one K block in a consumer: barriers, first wgmma to last
 PROMOTE = 0.33e-9            # of one column of one piece: wgmma and its promotion, one after the other
@@ -116,9 +117,11 @@ def tiles_seconds(problem: Problem, config: Config, arch: Arch, tiles: Iterable[
     k_blocks = -(-problem.k // 128 // split)
     units = total * split
 
+    taken = sum(t.number * (config.block_n + t.columns) for t in tiles) * blocks_n * problem.k
+
     def wave(n: int, columns: float) -> float:
         on_one = min(per_sm, -(-n // sms))
-        memory = n / units * read / (arch.bandwidth * EFFICIENCY)
+        memory = n / units * max(read / (arch.bandwidth * EFFICIENCY), taken / L2_RATE)
         last = LAST_SECONDS + ADD_SECONDS * split * columns if split > 1 else 0.0
         return longest(memory, k_blocks * block_seconds(config, round(columns), on_one, arch) + last)
 
