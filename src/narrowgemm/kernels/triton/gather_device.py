@@ -1,12 +1,21 @@
 """Device code of `gather_quantize`: a token is read and quantised once, and written to each of its rows.
 
-Skipped slots have rows from `offsets[E]` on; those are not written. Arithmetic: `quantize_device.py`.
+Skipped slots have rows from `offsets[E]` on; those are not written, and a token that has no others is not read. Arithmetic: `quantize_device.py`.
 """
 
 import triton
 import triton.language as tl
 
 from .quantize_device import block_e2m1, block_scale, magnitude, narrow_fp8
+
+
+@triton.jit
+def wanted(inverse_ptr, t, live, rows, TOP_K: tl.constexpr):
+    """Whether some row of each token is written."""
+    found = live & (t < 0)
+    for j in range(TOP_K):
+        found |= live & (tl.load(inverse_ptr + t * TOP_K + j, mask=live, other=0).to(tl.int64) < rows)
+    return found
 
 
 @triton.jit(do_not_specialize=["T"])
@@ -21,7 +30,8 @@ def gather_kernel(x_ptr, inverse_ptr, offsets_ptr, out_ptr, scale_ptr, T, K, S, 
     i = tl.arange(0, BT * BG)
     t = tl.program_id(0) // tiles * BT + i // BG
     g = tl.program_id(0) % tiles * BG + i % BG
-    live = (t < T) & (g < S)
+    rows = tl.load(offsets_ptr + E)
+    live = wanted(inverse_ptr, t, (t < T) & (g < S), rows, TOP_K)
     k = (g * N)[:, None] + tl.arange(0, N)[None, :]
     kh = (g * (N // PER_BYTE))[:, None] + tl.arange(0, N // PER_BYTE)[None, :]
     mask = live[:, None]
@@ -39,9 +49,8 @@ def gather_kernel(x_ptr, inverse_ptr, offsets_ptr, out_ptr, scale_ptr, T, K, S, 
         bits = magnitude(x)
         scale, inverse, sign = block_scale(tl.max(bits, 1), clamp, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS)
         y = narrow_fp8(x, bits, inverse[:, None], sign[:, None], out_ptr.dtype.element_ty, TOP, SATURATE)
-    rows = tl.load(offsets_ptr + E)
     for j in range(TOP_K):
-        row = tl.load(inverse_ptr + t * TOP_K + j, mask=t < T, other=0).to(tl.int64)
+        row = tl.load(inverse_ptr + t * TOP_K + j, mask=live, other=0).to(tl.int64)
         there = live & (row < rows)
         tl.store(out_ptr + (row * orow)[:, None] + kh, y, mask=there[:, None] & out_mask)
         if KIND == "blocks":
@@ -54,13 +63,13 @@ def gather_rows_kernel(x_ptr, inverse_ptr, offsets_ptr, out_ptr, scale_ptr, T, K
     """One FP32 scale a row: BT tokens a program, BK holds a row."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     k = tl.arange(0, BK)
-    live = t < T
+    rows = tl.load(offsets_ptr + E)
+    live = wanted(inverse_ptr, t, t < T, rows, TOP_K)
     mask = live[:, None] & (k < K)[None, :]
     x = tl.load(x_ptr + (t.to(tl.int64) * xr)[:, None] + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
     bits = magnitude(x)
     scale, inverse, sign = block_scale(tl.max(bits, 1), clamp, "", False, TOP, 0, 0, 0)
     y = narrow_fp8(x, bits, inverse[:, None], sign[:, None], out_ptr.dtype.element_ty, TOP, False)
-    rows = tl.load(offsets_ptr + E)
     for j in range(TOP_K):
         row = tl.load(inverse_ptr + t * TOP_K + j, mask=live, other=0).to(tl.int64)
         there = live & (row < rows)
