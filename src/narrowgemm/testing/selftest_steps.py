@@ -9,16 +9,21 @@ import torch
 from torch import Tensor
 
 from ..formats import BF16, FP8_ROW, MXFP4, MXFP8, Format, FP8_1x128, ScaledTensor
+from ..kernels.step_operands import SortGatherOperands
 from ..ops import steps
 from ..ops.activate import activate
 from ..ops.gather import gather_quantize
+from ..ops.quantize import quantize
 from ..ops.route import combine, route, sort_by_expert
-from ..problem import Problem
+from ..ops.routed import routed_gemm
+from ..problem import Epilogue, Operand, Problem, bucket
 from ..reference import activate as reference_activate
 from ..reference import route as reference
+from ..reference.activate import OAI_ARGS
+from ..runtime.launch import run
 from .numerics import calc_diff
 
-TOKENS, EXPERTS, TOP_K, K = 37, 24, 3, 512
+TOKENS, EXPERTS, TOP_K, K, N = 37, 24, 3, 512, 192
 FORMATS = (FP8_1x128, MXFP8, MXFP4, FP8_ROW, BF16)
 Run = Callable[[str, torch.device], float | None]
 
@@ -32,6 +37,14 @@ def checks() -> Iterator[tuple[str, Problem, Run]]:
         yield f"gather-{fmt.name}", steps.gather_problem(TOKENS, K, TOP_K, EXPERTS, BF16, fmt, layout), partial(_gather, fmt)
         yield f"activate-{fmt.name}", steps.activate_problem(rows, K, EXPERTS, TOP_K, BF16, fmt, layout, "swiglu_oai", (),
                                                              True, True), partial(_activate, fmt)
+        if fmt is not FP8_ROW:
+            problem = steps.sort_gather_problem(TOKENS, K, TOP_K, EXPERTS, BF16, fmt, layout)
+            yield f"sort-gather-{fmt.name}", problem, partial(_sort_gather, problem, fmt)
+    for combined in (False, True):
+        epilogue = Epilogue(True, "" if combined else "swiglu_oai", () if combined else OAI_ARGS, not combined, combined, combined)
+        problem = Problem("routed_gemm", "offsets", bucket(rows), N, K, EXPERTS, Operand(BF16), Operand(MXFP4, scale_dtype="e8m0"),
+                          rows=bucket(-(-rows // EXPERTS)), epilogue=epilogue, gather=True, a_div=TOP_K, zero_padding=False)
+        yield f"routed-{'down' if combined else 'gate-up'}", problem, partial(_routed, combined)
     yield "combine", steps.combine_problem(TOKENS, K, TOP_K, EXPERTS, BF16, True), _combine
 
 
@@ -41,6 +54,15 @@ def tensors() -> tuple[Tensor, Tensor, reference.Routing]:
     logits = torch.stack([torch.randperm(EXPERTS, generator=gen) for _ in range(TOKENS)]) / 16
     ids = torch.where(torch.rand(TOKENS, TOP_K, generator=gen) < 0.2, -1, logits.argsort(1)[:, :TOP_K]).to(torch.int32)
     return logits.bfloat16(), torch.randn(TOKENS, K, generator=gen).bfloat16(), reference.sort_by_expert(ids, EXPERTS)
+
+
+def ids_of(routing: reference.Routing) -> Tensor:
+    """`[T, top_k]` ids that are sorted like this."""
+    ids = torch.empty(TOKENS * TOP_K, dtype=torch.int32)
+    for e in range(EXPERTS):
+        ids[routing.row_map[int(routing.offsets[e]):int(routing.offsets[e + 1])].long()] = e
+    ids[routing.row_map[int(routing.offsets[-1]):].long()] = -1
+    return ids.view(TOKENS, TOP_K)
 
 
 def there(routing: reference.Routing, device: torch.device) -> reference.Routing:
@@ -65,11 +87,7 @@ def _route(kernel: str, device: torch.device) -> float:
 
 def _sort(kernel: str, device: torch.device) -> None:
     _, _, want = tensors()
-    ids = torch.empty(TOKENS * TOP_K, dtype=torch.int32)
-    for e in range(EXPERTS):
-        ids[want.row_map[int(want.offsets[e]):int(want.offsets[e + 1])].long()] = e
-    ids[want.row_map[int(want.offsets[-1]):].long()] = -1
-    got = sort_by_expert(ids.view(TOKENS, TOP_K).to(device), EXPERTS, backend=kernel)
+    got = sort_by_expert(ids_of(want).to(device), EXPERTS, backend=kernel)
     for a, b in ((got.row_map, want.row_map), (got.offsets, want.offsets), (got.inverse, want.inverse)):
         equal(a, b)
 
@@ -82,6 +100,39 @@ def _gather(fmt: Format, kernel: str, device: torch.device) -> None:
     equal(got.data[:rows], want.data[:rows])
     if got.scale is not None and want.scale is not None:
         equal(got.scale[:rows], want.scale[:rows])
+
+
+def _sort_gather(problem: Problem, fmt: Format, kernel: str, device: torch.device) -> None:
+    _, x, want = tensors()
+    rows, slots = int(want.offsets[-1]), TOKENS * TOP_K
+    out = steps.allocate(slots, K, fmt, x.dtype, device, steps.scale_layout_of(fmt))
+    row_map, offsets, inverse = (torch.empty_like(t, device=device) for t in (want.row_map, want.offsets, want.inverse))
+    run(steps.select(problem, device, kernel, None), SortGatherOperands(
+        ids_of(want).to(device), None, 0, EXPERTS, x.to(device), TOP_K, row_map, offsets, inverse, out, "rceil", 1e-4))
+    for a, b in ((row_map, want.row_map), (offsets, want.offsets), (inverse, want.inverse)):
+        equal(a, b)
+    exact = reference.gather_quantize(x, want, fmt)
+    equal(out.data[:rows], exact.data[:rows])
+    if out.scale is not None and exact.scale is not None:
+        equal(out.scale[:rows], exact.scale[:rows])
+
+
+def _routed(combined: bool, kernel: str, device: torch.device) -> float:
+    _, x, routing = tensors()
+    gen = torch.Generator().manual_seed(3)
+    w, bias = quantize(torch.randn(EXPERTS, N, K, generator=gen), MXFP4), torch.randn(EXPERTS, N, generator=gen)
+    weights = torch.rand(TOKENS, TOP_K, generator=gen) if combined else None
+
+    def call(where: torch.device, backend: str) -> Tensor:
+        r, b = there(routing, where), ScaledTensor(w.data.to(where), w.scale.to(where), w.format)     # type: ignore[union-attr]
+        return routed_gemm(x.to(where), b, r.layout, row_map=r.row_map, top_k=TOP_K, a_div=TOP_K, bias=bias.to(where),
+                           activation=None if combined else "swiglu_oai", interleaved=not combined, combine=combined, zero_padding=True,
+                           routing_weight=None if weights is None else weights.to(where), backend=backend)
+
+    diff = calc_diff(call(device, kernel).cpu(), call(torch.device("cpu"), "reference"))
+    if not diff <= 5e-6:
+        raise AssertionError(f"calc_diff {diff:.1e}")
+    return diff
 
 
 def _activate(fmt: Format, kernel: str, device: torch.device) -> float:
