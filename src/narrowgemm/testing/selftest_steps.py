@@ -126,8 +126,8 @@ def _routed(combined: bool, kernel: str, device: torch.device) -> float:
     def call(where: torch.device, backend: str) -> Tensor:
         r, b = there(routing, where), ScaledTensor(w.data.to(where), w.scale.to(where), w.format)     # type: ignore[union-attr]
         return routed_gemm(x.to(where), b, r.layout, row_map=r.row_map, top_k=TOP_K, a_div=TOP_K, bias=bias.to(where),
-                           activation=None if combined else "swiglu_oai", interleaved=not combined, combine=combined, zero_padding=True,
-                           routing_weight=None if weights is None else weights.to(where), backend=backend)
+                           activation=None if combined else "swiglu_oai", interleaved=not combined, combine=combined,
+                           routing_weight=None if weights is None else weights.to(where), zero_padding=True, backend=backend)
 
     diff = calc_diff(call(device, kernel).cpu(), call(torch.device("cpu"), "reference"))
     if not diff <= 5e-6:
