@@ -82,11 +82,13 @@ def test_an_expert_layer_step_by_step() -> None:
     args = ("--op", "experts", "-G", "32", "-M", "64", "-N", "2048", "-K", "7168", "--top-k", "8", "--device", "h200")
     result = explain(*args)
     assert result.exit_code == 0, result.output
-    steps = ("route", "sort", "gather", "gate_up", "activate", "down", "combine")
+    steps = ("route", "sort gather", "gate_up", "activate", "down", "combine")
     for name in steps:
         assert f"\n  {name} " in result.output
     assert "top-8 of 32" in result.output and "not reference.steps: predicted" in result.output
     doc = json.loads(explain(*args, "--json").output)
     assert tuple(doc["steps"]) == steps and doc["workspace_bytes"] > 64 * 8 * 7168
     assert doc["steps"]["gate_up"]["kernel"].startswith("gluon_sm90") and doc["steps"]["route"]["kernel"] == "triton.route"
+    many = json.loads(explain(*args[:5], "4096", *args[6:], "--json").output)
+    assert tuple(many["steps"]) == ("route", "sort", "gather", "gate_up", "activate", "down", "combine")
     assert explain(*args[:-1], "nothing").exit_code == 2

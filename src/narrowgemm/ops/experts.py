@@ -3,7 +3,8 @@
     route -> sort -> gather + quantise -> gate_up -> activate + quantise -> down -> combine
     route -> sort -> gate_up + activate -> down + combine                                       (packed with a pair)
 
-A launch a step, no read-back, every intermediate in one workspace. What is planned, and where it lies: `experts_plan.py`.
+A launch a step (one for sort and gather where there are few slots), no read-back, every intermediate in one workspace. What is
+planned, and where it lies: `experts_plan.py`.
 """
 
 from __future__ import annotations
