@@ -14,6 +14,8 @@ pytest.importorskip("safetensors")
 from narrowgemm.cli import moe_block
 from narrowgemm.cli.group import cli
 from narrowgemm.integrations.checkpoints import load_moe_layer, write_fp8_checkpoint
+from narrowgemm.ops import experts, experts_plan, steps
+from narrowgemm.ops.common import PlanCache
 from narrowgemm.testing.models import MODELS, MoEModel
 from narrowgemm.testing.timers import make_timer
 
@@ -45,6 +47,17 @@ def test_json() -> None:
         assert (step["error"] is None) == (step["name"] in ("route", "sort"))
     assert doc["same_bits"] and doc["total_us"]["fp8"] == doc["fp8"][-1]["us"]
     assert doc["gates_ok"] and {g["gate"] for g in doc["gates"]["down"]} == {"kernel", "recipe"}
+
+
+def test_steps_that_the_layer_makes_in_one_launch(monkeypatch) -> None:
+    """The demo runs them one by one, whatever `experts` does; and both have the same bits."""
+    whole = {"sort gather": lambda s, source, fmt: steps.sort_gather_problem(s.tokens, s.hidden, s.top_k, s.experts, source, fmt,
+                                                                             steps.scale_layout_of(fmt))}
+    monkeypatch.setattr(experts_plan, "_arranged", lambda s, source, fmt, step: {n: step(p(s, source, fmt)) for n, p in whole.items()})
+    monkeypatch.setattr(experts, "_plans", PlanCache())
+    doc = document(*TINY, "--model", "qwen3-235b")
+    assert [s["name"] for s in doc["fp8"]] == FP8_STEPS and doc["same_bits"]
+    assert list(experts._plans.newest().memo["plan"].steps)[:2] == ["route", "sort gather"]
 
 
 def test_errors_are_those_of_the_formats() -> None:

@@ -19,9 +19,10 @@ from ..ops import grouped
 from ..ops.activate import activate as activate_op
 from ..ops.experts import experts as experts_op
 from ..ops.experts import plan_for
-from ..ops.experts_plan import Options
+from ..ops.experts_plan import Options, arranged_apart
 from ..ops.gather import gather_quantize
 from ..ops.route import Routing, combine, gather, route, sort_by_expert
+from ..ops.steps import select
 from ..problem import Plan
 from ..reference.gemm import full_float32
 from ..testing.numerics import GateResult, calc_diff, check_gates
@@ -114,6 +115,7 @@ def run_block(layer: MoELayer, x: Tensor, *, top_k: int, activation: str, timer:
 
     plan = plan_for(t, layer.gate_up, layer.down, top_k, experts, options.get("num_expert_group"), x.dtype,
                     (activation, (), False), FP8_1x128, False, None, Options(), x.device)
+    plans = arranged_apart(plan.sizes, plan.recipe.source, FP8_1x128, lambda p: select(p, x.device, None, None)) | plan.steps
     space = torch.empty(plan.bytes, dtype=torch.uint8, device=x.device)
     fp8 = Steps(roof, True, on_step)
 
@@ -121,7 +123,7 @@ def run_block(layer: MoELayer, x: Tensor, *, top_k: int, activation: str, timer:
         return x.float() @ router.T
 
     def step(name: str, fn: Callable[[], T], nbytes: float, flops: float = 0.0) -> T:
-        return fp8(name, fn, nbytes, flops, **_choice(plan.steps["activate" if name == "swiglu" else name]))
+        return fp8(name, fn, nbytes, flops, **_choice(plans["activate" if name == "swiglu" else name]))
 
     weights, ids = step("route", lambda: route(logits(), top_k, bias=bias, **options), x.nbytes + router.nbytes + 8 * r,
                         2.0 * t * hidden * experts)

@@ -304,12 +304,16 @@ def _plans(s: Sizes, r: Recipe, gate_up: Weight, down: Weight, buffers: dict[str
     return plans
 
 
+def arranged_apart(s: Sizes, source: Format, fmt: Format, step: Callable[[Problem], Plan]) -> dict[str, Plan]:
+    """Sort, then gather."""
+    return {"sort": step(steps.sort_problem(s.rows, s.experts)),
+            "gather": step(steps.gather_problem(s.tokens, s.hidden, s.top_k, s.experts, source, fmt, steps.scale_layout_of(fmt)))}
+
+
 def _arranged(s: Sizes, source: Format, fmt: Format, step: Callable[[Problem], Plan]) -> dict[str, Plan]:
-    """Sort, then gather; or both in one launch, where one is predicted to take less."""
-    scales = steps.scale_layout_of(fmt)
-    apart = {"sort": step(steps.sort_problem(s.rows, s.experts)),
-             "gather": step(steps.gather_problem(s.tokens, s.hidden, s.top_k, s.experts, source, fmt, scales))}
-    one = step(steps.sort_gather_problem(s.tokens, s.hidden, s.top_k, s.experts, source, fmt, scales))
+    """Both in one launch, where one is predicted to take less."""
+    apart = arranged_apart(s, source, fmt, step)
+    one = step(steps.sort_gather_problem(s.tokens, s.hidden, s.top_k, s.experts, source, fmt, steps.scale_layout_of(fmt)))
     return {"sort gather": one} if one.predicted_us < sum(p.predicted_us for p in apart.values()) else apart
 
 
