@@ -43,6 +43,19 @@ def test_a_self_test_that_dies_is_a_finding(tmp_path: Path, monkeypatch: pytest.
     assert first.status == "ok" and last.status == "failed" and "7" in last.detail and "CUDA error" in last.detail
 
 
+def test_a_self_test_in_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU several processes take part; one that dies is a finding, and the others' results are there."""
+    (tmp_path / "shares.py").write_text(
+        "import os, sys; i, n = sys.argv[3].split('/'); print('{\"kernel\": \"' + i + ' of ' + n + '\", \"status\": \"ok\", "
+        "\"case\": \"\", \"detail\": \"\"}', flush=True); i == '1' and os._exit(9)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(doctor, "SELFTEST", "shares")
+    monkeypatch.setattr(doctor.os, "cpu_count", lambda: 6)
+    found = list(doctor.selftest("cuda:0", 1.0))
+    assert {f.what for f in found if f.status == "ok"} == {"0 of 3", "1 of 3", "2 of 3"}
+    assert [f.detail for f in found if f.status == "failed"] == ["its process ended with 9: "]
+
+
 def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
     there = {"torch": "2.9.1", "transformers": "5.6.0"}
 

@@ -17,6 +17,11 @@ def test_every_kernel_has_a_check(name: str) -> None:
     assert any(selftest.checks_of(kernel, arch) for arch in ARCHS.values())
 
 
+def test_shares_are_all_kernels() -> None:
+    every = {r.kernel for share in range(3) for r in selftest.run(torch.device("cpu"), 0.0, (share, 3))}
+    assert every == set(kernels())
+
+
 def test_checks_of_a_kernel_differ() -> None:
     names = [c.name for c in selftest.checks_of(kernels()["triton.quantize"], get_arch("h200"))]
     assert len(set(names)) == selftest.PER_KERNEL

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import queue
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -25,6 +27,7 @@ LEAST = {"torch": (2, 10), "triton": (3, 6)}
 OPTIONAL_LEAST = {"transformers": (5, 7)}
 FREE_BYTES = 1 << 30
 SELFTEST = "narrowgemm.testing.selftest"
+PROCESSES = 6        # of the self-test on a GPU, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,20 +135,42 @@ def tables() -> Iterator[Finding]:
 
 
 def selftest(device: str, budget: float) -> Iterator[Finding]:
-    """In a process of its own: a kernel that takes the device with it is a line here, and no end of the report."""
-    failed = False
-    with tempfile.TemporaryFile("w+", errors="replace") as err:
-        child = subprocess.Popen([sys.executable, "-m", SELFTEST, device, str(budget)], stdout=subprocess.PIPE, stderr=err,
-                                 text=True, env={k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"})
-        assert child.stdout is not None
-        for line in child.stdout:
-            if not line.startswith("{"):
-                continue
-            r = json.loads(line)
-            failed |= r["status"] == "failed"
-            detail = f"{r['case']}: {r['detail']}, {r['seconds']:.1f} s" if r["case"] else r["detail"]
-            yield Finding(r["kernel"], r["status"], detail)
-        if child.wait() and not failed:
-            err.seek(0)
-            said = err.read()[-2000:].strip().splitlines()
-            yield Finding("self-test", "failed", f"its process ended with {child.returncode}: {said[-1] if said else ''}")
+    """In processes of their own: a kernel that takes the device with it is a line here, and no end of the report. On a GPU several,
+    each with its share of the kernels, because what takes time is compiling them."""
+    count = 1 if device == "cpu" else max(1, min(PROCESSES, (os.cpu_count() or 1) // 2))
+    lines: queue.Queue[tuple[int, str | None]] = queue.Queue()
+    children: list[subprocess.Popen[str]] = []
+    said = [tempfile.TemporaryFile("w+", errors="replace") for _ in range(count)]  # noqa: SIM115 - closed below
+    env_ = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+
+    def read(i: int) -> None:
+        for line in children[i].stdout or ():
+            lines.put((i, line))
+        lines.put((i, None))
+
+    try:
+        for i in range(count):
+            children.append(subprocess.Popen([sys.executable, "-m", SELFTEST, device, str(budget), f"{i}/{count}"],
+                                             stdout=subprocess.PIPE, stderr=said[i], text=True, env=env_))
+            threading.Thread(target=read, args=(i,), daemon=True).start()
+        failed, running = set(), count
+        while running:
+            i, line = lines.get()
+            if line is None:
+                running -= 1
+                if children[i].wait() and i not in failed:
+                    said[i].seek(0)
+                    last = said[i].read()[-2000:].strip().splitlines()
+                    why = f"its process ended with {children[i].returncode}: {last[-1] if last else ''}"
+                    yield Finding("self-test", "failed", why)
+            elif line.startswith("{"):
+                r = json.loads(line)
+                if r["status"] == "failed":
+                    failed.add(i)
+                detail = f"{r['case']}: {r['detail']}, {r['seconds']:.1f} s" if r["case"] else r["detail"]
+                yield Finding(r["kernel"], r["status"], detail)
+    finally:
+        for child, file in zip(children, said):
+            child.kill()
+            child.wait()
+            file.close()

@@ -1,6 +1,7 @@
 """Every kernel of the registry on this device, against the reference: `narrowgemm doctor`.
 
     python -m narrowgemm.testing.selftest cuda 45          # a JSON object a line, in a process of its own
+    python -m narrowgemm.testing.selftest cuda 45 0/4      # the first of four shares of the kernels
 
 Products are held to both numeric gates with poisoned padding and guards; quantisers to the reference, bit for bit. A kernel
 that this device can't run is listed with the reason. After the budget of seconds only kernels without a result yet run.
@@ -175,10 +176,11 @@ def why_not(kernel: Kernel, arch: Arch) -> str:
     return "no check tries it"
 
 
-def run(device: torch.device, budget: float = 45.0) -> Iterator[Result]:
-    """A result a kernel and check, as they come: first one of every kernel, then more while the budget lasts."""
+def run(device: torch.device, budget: float = 45.0, share: tuple[int, int] = (0, 1)) -> Iterator[Result]:
+    """A result a kernel and check, as they come: first one of every kernel, then more while the budget lasts. `share` (i, n): of
+    every n-th kernel from the i-th on."""
     arch, start = detect(device), time.monotonic()
-    chosen = {name: checks_of(kernel, arch) for name, kernel in kernels().items()}
+    chosen = {name: checks_of(kernel, arch) for name, kernel in list(kernels().items())[share[0]::share[1]]}
     for turn in range(PER_KERNEL):
         for name, able in chosen.items():
             if turn == 0 and not able:
@@ -199,8 +201,9 @@ def attempt(name: str, check: Check, device: torch.device) -> Result:
 
 def main(argv: list[str]) -> int:
     device, budget = torch.device(argv[0]), float(argv[1])
+    which, _, of = (argv[2] if len(argv) > 2 else "0/1").partition("/")
     failed = False
-    for result in run(device, budget):
+    for result in run(device, budget, (int(which), int(of))):
         failed |= result.status == "failed"
         print(json.dumps(asdict(result)), flush=True)
     return int(failed)
