@@ -191,6 +191,28 @@ def test_vllm_mxfp8(deep_gemm, where, pack):
         assert deep_gemm.testing.calc_diff(d[ids == g], x[ids == g] @ w[g].t()) < caller.LIMIT
 
 
+@pytest.mark.parametrize("psum", [False, True])
+def test_vllm_fp4_experts(deep_gemm, where, psum):
+    """FP8 tokens with 1x128 scales on MXFP4 experts: payload as int8, scales as float8_e8m0fnu."""
+    pair, _, d, layout, _, sizes, starts = caller.contiguous(deep_gemm, G, 60, N, K, where, psum=psum)
+    w = caller.randn(G, N, K, device=where)
+    parts = [deep_gemm.per_token_cast_to_fp4(x, True, 32) for x in w]
+    b, sb = torch.stack([x for x, _ in parts]), torch.stack([codes(x) for _, x in parts]).view(torch.float8_e8m0fnu)
+    deep_gemm.m_grouped_fp8_fp4_gemm_nt_contiguous(pair, (b.view(torch.int8), sb), d, layout, use_psum_layout=psum, recipe_a=(1, 128),
+                                                   recipe_b=(1, 32))
+    a = pair[0].float() * pair[1].repeat_interleave(128, -1)[:, :K]
+    for g, (start, size) in enumerate(zip(starts, sizes)):
+        values = deep_gemm.cast_back_from_fp4(*parts[g], 32)
+        assert calc_diff(d[start:start + size], a[start:start + size] @ values.t()) < KERNEL_GATE["bf16"]
+
+
+def test_names_that_are_optional_to_their_callers(deep_gemm):
+    """vLLM takes symbols by getattr and lives without those that an older DeepGEMM lacks; the older arity is taken, too."""
+    for name in ("fp8_einsum", "fp8_mqa_logits", "fp8_paged_mqa_logits", "fp8_fp4_mega_moe", "cublaslt_gemm_nt"):
+        assert getattr(deep_gemm, name, None) is None
+    assert deep_gemm.get_theoretical_mk_alignment_for_contiguous_layout(64) == 128
+
+
 def test_sglang(deep_gemm, where):
     from deep_gemm.utils.layout import get_mn_major_tma_aligned_tensor
 
