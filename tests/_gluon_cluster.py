@@ -7,6 +7,7 @@ of one array of floats. Blocks of a cluster run at the same time; a box that is 
 from __future__ import annotations
 
 import threading
+import time
 import types
 from typing import Any
 
@@ -96,6 +97,14 @@ def _load(desc: emu.Descriptor, kernel: str, parameter: int, at: tuple[Any, ...]
         other.submit(move)
 
 
+def _await_count(counter: emu.Pointer, count: Any) -> None:
+    end = time.monotonic() + emu.TIMEOUT
+    while emu.load(counter).a < emu.raw(count):
+        if time.monotonic() > end:
+            raise emu.EmulationError("deadlock: a count that never comes")
+        time.sleep(0.001)
+
+
 def _multiply(a: Any, b: Any, parts: int, columns: int, mma: Any) -> tuple[emu.Pending, ...]:
     memory, a, b = emu._run().memory, int(emu.raw(a)), int(emu.raw(b))
     x = emu.Shared(memory.at(a, 64 * 128).reshape(64, 128), emu.float8e4nv)
@@ -120,7 +129,9 @@ def stand_ins(package: str) -> dict[str, types.ModuleType]:
         load_rows=lambda desc, kernel, parameter, at, bar, to: _load(desc, kernel, parameter, at, bar, to, 1))
     wgmma = types.ModuleType(f"{package}.wgmma_device")
     wgmma.__dict__.update(multiply=_multiply, wait=_wait_sums, keep=lambda sums, parts, columns: sums)
-    return {m.__name__: m for m in (cluster, wgmma)}
+    counters = types.ModuleType(f"{package}.counters_device")
+    counters.__dict__.update(take=lambda p: emu.atomic_add(p, 1), finish=lambda p: emu.atomic_add(p, 1), await_count=_await_count)
+    return {m.__name__: m for m in (cluster, wgmma, counters)}
 
 
 def launch(kernel: Any, grid: int, blocks: int, partitions: int, *args: Any, seed: int = 0) -> None:

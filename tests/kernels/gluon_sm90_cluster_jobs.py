@@ -22,7 +22,7 @@ def call(p: Problem, config: Config) -> None:
 
 def check_places(ptx: str, tile) -> None:
     """The kernel takes descriptors by the numbers of their parameters, and its ring by where shared memory starts."""
-    maps = [int(i) for i in re.findall(r"\.param \.align 64 \.b8 fp8_cluster_kernel_param_(\d+)\[128\]", ptx)]
+    maps = [int(i) for i in re.findall(rf"\.param \.align 64 \.b8 {tile.KERNEL}_param_(\d+)\[128\]", ptx)]
     numbers = [0, tile.SA_PARAMETER, tile.B_PARAMETER] if tile.A_SCALE_TMA else [0, tile.B_PARAMETER]
     assert maps[:len(numbers)] == numbers, (maps, numbers)
     if tile.A_SCALE_TMA:    # read by way of Gluon's view of the ring, written by TMA to an address

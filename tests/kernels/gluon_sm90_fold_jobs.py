@@ -9,10 +9,12 @@ import torch
 
 from narrowgemm.arch import get_arch
 from narrowgemm.formats import MXFP4, Format, FP8_1x128, ScaledTensor
-from narrowgemm.kernels.gluon.sm90 import fold
+from narrowgemm.kernels.gluon.sm90 import fold, fold_whole
 from narrowgemm.kernels.operands import Operands
 from narrowgemm.prepack import PREPACK
 from narrowgemm.problem import Config, Operand, Problem, Step
+
+from .gluon_sm90_cluster_jobs import check_places
 
 M, N, K, G = 512, 1528, 1056, 4
 LAYOUTS = ("dense", "contiguous", "offsets", "psum", "masked")
@@ -48,14 +50,16 @@ def operands(p: Problem, factor: bool = False) -> Operands:
 def call(p: Problem, config: Config, factor: bool = False) -> None:
     work = torch.empty(fold.workspace(p, config), dtype=torch.uint8, device="meta")
     for launch in fold.launches(Step(fold.NAME, config, len(work)), p, operands(p, factor), work):
-        launch.warm()
+        compiled = launch.warm()
+        if launch.cluster > 1:
+            check_places(compiled.asm["ptx"], launch.arguments[-1])
 
 
 def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], object]]]:
     """'few': each tile, each way to A; 'all': every config in every layout and with every option."""
     arch = get_arch(target)
     dense, contiguous = describe("dense"), describe("contiguous")
-    runs = [(contiguous, 0, False), (describe("masked", MXFP4), 0, False), (dense, 1, False),
+    runs = [(contiguous, 0, False), (describe("masked", MXFP4), -3, True), (dense, 1, False),
             (describe("offsets", FP8_1x128.with_scale("e8m0"), "k", out_dtype="fp32"), 1, True)]
     if which == "all":
         kinds = [describe(layout, a, **kw) for layout in LAYOUTS for a in (FP8_1x128, MXFP4)
@@ -63,6 +67,7 @@ def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], ob
         runs = [(p, i, factor) for p in kinds for i in range(len(fold.configs(p, arch))) for factor in (False, True)]
     for p, i, factor in runs:
         c = fold.configs(p, arch)[i]
-        found = [fold.tile_of(p, c, arch, factor, exact) for exact in (False, True)]
+        plain = fold_whole.tile_of(p, c, arch, factor) if fold.whole(c) else fold.tile_of(p, c, arch, factor)
+        found = [plain, fold.tile_of(p, c, arch, factor, True)]
         stated = max(t.shared_bytes for t in found[: 1 if p.a.format.element == "e4m3" else 2] if t)
         yield f"{p.layout} {p.a.format.name} {p.out_dtype} {c} | {stated}", partial(call, p, c, factor)

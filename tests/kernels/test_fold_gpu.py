@@ -8,7 +8,7 @@ import torch
 import narrowgemm as ng
 from narrowgemm import MXFP4, FP8_1x128, Masked, Offsets
 from narrowgemm.arch import detect
-from narrowgemm.kernels.gluon.sm90 import fold
+from narrowgemm.kernels.gluon.sm90 import fold, fold_whole
 from narrowgemm.problem import Config
 from narrowgemm.testing.cases import Case, build
 from narrowgemm.testing.numerics import calc_diff
@@ -18,6 +18,7 @@ NAME = fold.NAME
 FP8_E8M0 = FP8_1x128.with_scale("e8m0")
 TILES = (Config(256, 128, 128, 13, 3, 8, persistent=True), Config(128, 256, 128, 13, 3, 8, persistent=True),
          Config(128, 128, 128, 13, 4, 8, persistent=True))
+AHEAD, WHOLE, ALONE = fold_whole.CANDIDATES
 
 
 def case(layout: str, m: int = 200, n: int = 336, k: int = 672, **kw) -> Case:
@@ -26,7 +27,13 @@ def case(layout: str, m: int = 200, n: int = 336, k: int = 672, **kw) -> Case:
     return Case("fold", layout, groups, m, n, k, b=MXFP4, packed=True, max_m=2 * m if layout == "masked" else 0, **kw)
 
 
-RUNS = [*((case(layout), tile) for layout in ("dense", "contiguous", "masked") for tile in TILES), (case("offsets"), TILES[0]),
+GROUPED = ("contiguous", "offsets", "psum", "masked")
+RUNS = [*((case(layout, a=a), AHEAD) for layout in GROUPED for a in (FP8_1x128, MXFP4)),
+        *((case(layout), WHOLE) for layout in GROUPED), (case("masked", a=FP8_E8M0, out_dtype="fp32"), WHOLE),
+        *((case(layout), ALONE) for layout in ("dense", "contiguous", "masked")), (case("dense", a=MXFP4), ALONE),
+        (case("contiguous", sizes="empty:0.5", order="repeated", alignment=1, slack=128, m=300, out_dtype="fp16"), AHEAD),
+        (case("offsets", m=300, groups=40, sizes="empty:0.4", k=1184, out_dtype="fp32"), AHEAD),
+        *((case(layout), tile) for layout in ("dense", "contiguous", "masked") for tile in TILES), (case("offsets"), TILES[0]),
         (case("psum"), TILES[0]), *((case(layout, a=MXFP4), TILES[0]) for layout in ("contiguous", "offsets", "masked")),
         (case("contiguous", a=FP8_E8M0), TILES[1]), (case("masked", a=FP8_E8M0, out_dtype="fp32"), TILES[0]),
         (case("contiguous", order="repeated", alignment=1, accumulate=True, n=328), TILES[2]),
@@ -41,7 +48,11 @@ def hopper() -> None:
         pytest.skip("runs on Hopper")
 
 
-@pytest.mark.parametrize("case, tile", RUNS, ids=lambda x: x.id if isinstance(x, Case) else f"{x.block_m}x{x.block_n}")
+def name_of(x: Case | Config) -> str:
+    return x.id if isinstance(x, Case) else "-".join([f"{x.block_m}x{x.block_n}", *(f"{k}{v}" for k, v in x.extra)])
+
+
+@pytest.mark.parametrize("case, tile", RUNS, ids=name_of)
 def test_gates(case: Case, tile: Config) -> None:
     inputs = build(case, "cuda", seed=3)
     inputs.verify(backend=NAME, config=tile)
@@ -55,15 +66,16 @@ def test_row_major_scales() -> None:
     build(case("contiguous"), "cuda", seed=4, scale_layout="row_major").verify(backend=NAME)
 
 
+@pytest.mark.parametrize("tile", [TILES[0], AHEAD], ids=name_of)
 @pytest.mark.parametrize("layout", ["contiguous", "masked"])
-def test_activations_outside_of_the_window(layout: str) -> None:
+def test_activations_outside_of_the_window(layout: str, tile: Config) -> None:
     """Scales of A too far apart for E4M3 within 128 of K: the device takes the other product. No block is rounded."""
     inputs = build(case(layout, a=MXFP4, out_dtype="fp32"), "cuda", seed=5)
     scale = inputs.a.scale if layout == "contiguous" else inputs.a.scale[1]
     scale[3, 1], scale[5, 2], scale[0, 20] = 100, 150, 60
     scale[1, 3] = 255
     inputs.reset_out()
-    inputs.call(backend=NAME)
+    inputs.call(backend=NAME, config=tile)
     assert not inputs.faults()
     for g in inputs.groups:
         got, want = inputs.rows(inputs.out.tensor, g), inputs.same_bits(g)
@@ -72,7 +84,8 @@ def test_activations_outside_of_the_window(layout: str) -> None:
             assert calc_diff(got[row].nan_to_num(), want[row].nan_to_num()) <= 1e-6, (g, row)
 
 
-def test_weights_at_the_ends() -> None:
+@pytest.mark.parametrize("tile", [TILES[0], AHEAD], ids=name_of)
+def test_weights_at_the_ends(tile: Config) -> None:
     """Rows with the smallest and largest scales, rows with factors, a NaN scale, blocks of zeros under any scale."""
     g = torch.Generator(device="cuda").manual_seed(2)
     w = ng.quantize(torch.randn(2, 200, 384, generator=g, device="cuda"), MXFP4, backend="reference")
@@ -84,7 +97,7 @@ def test_weights_at_the_ends() -> None:
     a = ng.quantize(torch.randn(150, 384, generator=g, device="cuda"), FP8_1x128, backend="reference")
     layout = Offsets(torch.tensor([0, 70, 150], device="cuda"))
     want = ng.grouped_gemm(a, w, layout, out_dtype=torch.float32, backend="reference").double()
-    got = ng.grouped_gemm(a, packed, layout, out_dtype=torch.float32, backend=NAME).double()
+    got = ng.grouped_gemm(a, packed, layout, out_dtype=torch.float32, backend=NAME, config=tile).double()
     assert torch.equal(got.isnan(), want.isnan()) and bool(got[:70, 9].isnan().all())
     for rows in (slice(0, 70), slice(70, 150)):
         for n in (4, 5, 7, 11, 64, 199):
@@ -104,14 +117,14 @@ def test_rows_that_do_not_fold_go_elsewhere() -> None:
     assert calc_diff(got[1].float(), want[1].float()) <= 5e-6
 
 
-@pytest.mark.parametrize("a", [FP8_1x128, MXFP4])
-def test_graph_replay_with_changed_sizes(a) -> None:
+@pytest.mark.parametrize("a, tile", [(FP8_1x128, TILES[0]), (MXFP4, TILES[0]), (FP8_1x128, AHEAD), (MXFP4, AHEAD)], ids=["fp8", "mxfp4", "fp8-ahead", "mxfp4-ahead"])
+def test_graph_replay_with_changed_sizes(a, tile: Config) -> None:
     inputs = build(case("offsets", a=a), "cuda", seed=6)
     index = inputs.layout.index
     out = torch.zeros_like(inputs.out.tensor)
 
     def call(to: torch.Tensor) -> None:
-        ng.grouped_gemm(inputs.a, inputs.packed, Offsets(index), out=to, backend=NAME)
+        ng.grouped_gemm(inputs.a, inputs.packed, Offsets(index), out=to, backend=NAME, config=tile)
 
     call(out)
     graph = torch.cuda.CUDAGraph()

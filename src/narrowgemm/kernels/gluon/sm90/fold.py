@@ -4,13 +4,15 @@ Weights stay 4-bit in memory. A row's scales are folded into E4M3, losslessly wh
 other (`PackedWeight.top`), and the row's own power of two is applied to the sum. Activations are FP8 with 1x128 scales, or MXFP4,
 which a launch in front brings to FP8 with 1x128 scales; where the device finds that this would not be exact, a second product,
 which is launched behind and does nothing otherwise, takes K 32 at a time with all of A's scales. Device code: `fold_device.py`;
-what is fixed at compile time: `fold_tile.py`.
+what is fixed at compile time: `fold_tile.py`. To expand a tile anew for every 256 rows costs more instructions than there are
+beside wgmma: where groups have so many rows that it pays, all weights are expanded once a call instead (`fold_whole.py`).
 """
 
 from __future__ import annotations
 
 import math
-from functools import lru_cache
+from collections.abc import Callable
+from functools import lru_cache, partial
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -23,19 +25,19 @@ from ....problem import Config, Problem, Step
 from ... import launching
 from ...launching import Launch, Pointer
 from ...operands import Operands
-from . import refusals
-from .fold_tile import SCALE_BYTES, UNIT_ROWS, FoldTile
+from . import fold_whole, refusals
+from .fold_tile import MAX_FLAGS, SCALE_BYTES, UNIT_ROWS, FoldTile
 from .fp8_block import LAUNCH_SECONDS, MEMORY_EFFICIENCY, MEMORY_SECONDS, tiles
 from .fp8_block_tile import LAYOUTS, MAX_GROUPS
 from .refusals import OUT_BYTES
 from .tensor_maps import output, planes, row_tiles, stride
 
 NAME = "gluon_sm90.fold"
+Flags = tuple[Pointer, int]      # where they are, and their number
 BACKEND = "gluon_sm90"
 BLOCK = 128             # of K
 MASKED_ELEMENTS = 1 << 30
 PREP_ROWS = 32          # of A that a program of the launch in front takes at a time
-PREP_PROGRAMS = 1024    # at most; each raises a flag of its own
 
 
 # ---------------------------------------------------------------- what it takes
@@ -79,15 +81,22 @@ def _config(bm: int, bn: int, strip: int, stages: int = 3) -> Config:
 
 
 _CANDIDATES = (_config(256, 128, 8), _config(128, 256, 8), _config(256, 128, 16), _config(128, 256, 16),
-               _config(128, 128, 8, 4))
+               _config(128, 128, 8, 4), *fold_whole.CANDIDATES)
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     return [c for c in _CANDIDATES if legal(problem, c, arch) is None]
 
 
+def whole(config: Config) -> int:
+    """Whether all weights are expanded once a call."""
+    return dict(config.extra).get("whole", 0)
+
+
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     """Why `config` can't run the problem, or None."""
+    if whole(config):
+        return fold_whole.legal(problem, config, arch)
     if (config.block_m, config.block_n) not in _SHAPES or config.block_k != BLOCK:
         return f"tile {config.block_m}x{config.block_n}x{config.block_k}, expected one of {list(_SHAPES)}, and {BLOCK}"
     if config.num_warps != _WARPS or not config.persistent or config.split_k != 1 or config.swap_ab:
@@ -117,7 +126,7 @@ def tile_of(problem: Problem, config: Config, arch: Arch, factor: bool = False, 
             OUT_BYTES[problem.out_dtype], groups, A_SCALE_TMA=True,
             ZERO=problem.zero_padding and problem.layout in ("contiguous", "psum"), ACCUMULATE=problem.accumulate,
             STORE_TMA=problem.out_aligned, LATE_STORE=False, SINGLE=mp == 1, FACTOR=factor, SUB=4 if exact else 1,
-            CONSUMER_REGISTERS=208, PRODUCER_REGISTERS=24, W_STAGES=w_stages, GATE=gate, FLAGS=PREP_PROGRAMS if gate else 32)
+            CONSUMER_REGISTERS=208, PRODUCER_REGISTERS=24, W_STAGES=w_stages, GATE=gate, FLAGS=MAX_FLAGS if gate else 32)
         if tile.shared_bytes <= arch.smem:
             return tile
     return None
@@ -140,7 +149,7 @@ def regions(problem: Problem, m: int) -> Regions:
     groups, blocks = problem.groups if problem.layout == "masked" else 1, -(-problem.k // BLOCK)
     fp4 = problem.a.format.element == "e2m1"
     sizes = (groups * m * blocks * BLOCK if fp4 else 0, 4 * groups * blocks * (4 if fp4 else 1) * column(m),
-             4 * PREP_PROGRAMS if fp4 else 0)
+             4 * MAX_FLAGS if fp4 else 0)
     return Regions(*accumulate((-(-s // 256) * 256 for s in sizes), initial=0))
 
 
@@ -150,7 +159,7 @@ def column(m: int) -> int:
 
 
 def workspace(problem: Problem, config: Config) -> int:
-    return regions(problem, problem.m).size
+    return regions(problem, problem.m).size + (fold_whole.workspace(problem, config) if whole(config) else 0)
 
 
 # ---------------------------------------------------------------- cost
@@ -164,6 +173,17 @@ _NOT_HIDDEN = 0.15
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds: waves of tiles, or the bytes at the streaming rate, whichever is longer, and what is launched around."""
+    front, rate = 0.0, arch.bandwidth * min(arch.sms, problem.max_sms or arch.sms) / arch.sms
+    blocks = -(-problem.k // BLOCK)
+    if not direct(problem):
+        rows = problem.m * (problem.groups if problem.layout == "masked" else 1)
+        live = problem.groups * problem.rows if problem.layout == "masked" else problem.m
+        fp4 = problem.a.format.element == "e2m1"
+        front = (1.6 * live * problem.k if fp4 else 8 * rows * blocks) / (rate * COPY) + LAUNCH_SECONDS * (2 if fp4 else 1)
+    return front + (fold_whole.estimate(problem, config, arch) if whole(config) else _product_seconds(problem, config, arch))
+
+
+def _product_seconds(problem: Problem, config: Config, arch: Arch) -> float:
     counted = problem.layout not in ("dense", "contiguous")
     works = {tiles(problem, config, spread) for spread in ((False, True) if counted else (False, ))}
     sms = min(arch.sms, problem.max_sms or arch.sms)
@@ -175,13 +195,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
         seconds += waves * (unit + TILE_SECONDS) / len(works)
     rate = arch.bandwidth * sms / arch.sms
     memory = MEMORY_SECONDS + problem.bytes / (rate * MEMORY_EFFICIENCY)
-    front = 0.0
-    if not direct(problem):
-        rows = problem.m * (problem.groups if problem.layout == "masked" else 1)
-        live = problem.groups * problem.rows if problem.layout == "masked" else problem.m
-        fp4 = problem.a.format.element == "e2m1"
-        front = (1.6 * live * problem.k if fp4 else 8 * rows * blocks) / (rate * COPY) + LAUNCH_SECONDS * (2 if fp4 else 1)
-    return LAUNCH_SECONDS + max(seconds, memory) + _NOT_HIDDEN * min(seconds, memory) + front
+    return LAUNCH_SECONDS + max(seconds, memory) + _NOT_HIDDEN * min(seconds, memory)
 
 
 # ---------------------------------------------------------------- launch
@@ -199,13 +213,11 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     assert scale is not None
     masked, blocks = problem.layout == "masked", -(-x.k // BLOCK)
     groups, pitch = x.groups if masked else 1, column(x.m)
-    plain, exact = (tile_of(problem, step.config, arch, x.factor is not None, e) for e in (False, True))
-    assert plain is not None, f"{step.config} is not legal for {problem}"
     if direct(problem):
         pitch = stride(scale, -1, pitch)
-        return [_product(plain, problem, x, arch, planes(a, x.k, plain.BM), scale, (stride(scale, 0, pitch * blocks) if masked else
-                         pitch * blocks, pitch), None)]
-    assert workspace is not None and exact is not None
+        group = stride(scale, 0, pitch * blocks) if masked else pitch * blocks
+        return _products(step.config, problem, x, arch, partial(planes, a, x.k), scale, (group, pitch), workspace, 0)
+    assert workspace is not None
     at = regions(problem, x.m)
     scales = Pointer(workspace, torch.float32, at.scale)
     ssg = scale.stride(0) if masked else 0
@@ -213,33 +225,41 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
         prep = Launch(fold_prep_device.fold_scales_kernel, (groups * -(-x.m // 128),),
                       (scale, scales, x.m, blocks, ssg, scale.stride(-2), scale.stride(-1), pitch),
                       {"BM": 128, "BK": 32, "E8M0": scale.dtype == torch.uint8, "num_warps": 4})
-        return [prep, _product(plain, problem, x, arch, planes(a, x.k, plain.BM), scales, (pitch * blocks, pitch), None)]
+        own = partial(planes, a, x.k)
+        return [prep, *_products(step.config, problem, x, arch, own, scales, (pitch * blocks, pitch), workspace, at.size)]
     rows = groups * -(-x.m // PREP_ROWS)
-    count = min(PREP_PROGRAMS, rows * blocks)
+    count = min(MAX_FLAGS, rows * blocks)
     y, flags = Pointer(workspace, torch.float8_e4m3fn, at.x), Pointer(workspace, torch.int32, at.flags)
-    made = [Launch(fold_prep_device.fold_rows_kernel, (count,),
-                   (a, scale, flags if x.index is None else x.index, y, scales, flags, x.m, x.k, blocks, rows,
-                    a.stride(0) if masked else 0, a.stride(-2), ssg, scale.stride(-2), scale.stride(-1), pitch),
-                   {"BM": PREP_ROWS, "MASKED": masked, "num_warps": 4})]
-    for tile in (plain, exact):
-        # without SUB: the first of the four scales of a block, which are one
-        shape = (4 * pitch * blocks, pitch * 4 // tile.SUB)
-        made.append(_product(tile, problem, x, arch, _rows(y, groups, x.m, blocks * BLOCK, tile.BM), scales, shape, (flags, count)))
-    return made
+    prep = Launch(fold_prep_device.fold_rows_kernel, (count,),
+                  (a, scale, flags if x.index is None else x.index, y, scales, flags, x.m, x.k, blocks, rows,
+                   a.stride(0) if masked else 0, a.stride(-2), ssg, scale.stride(-2), scale.stride(-1), pitch),
+                  {"BM": PREP_ROWS, "MASKED": masked, "num_warps": 4})
+    tile = tile_of(problem, step.config, arch, x.factor is not None, True)
+    assert tile is not None
+    made, group, up = partial(fold_whole.fp8_rows, y, groups, x.m, blocks * BLOCK), 4 * pitch * blocks, (flags, count)
+    # without SUB: the first of the four scales of a block, which are one
+    return [prep, *_products(step.config, problem, x, arch, made, scales, (group, 4 * pitch), workspace, at.size, up),
+            _product(tile, problem, x, arch, made(tile.BM), scales, (group, pitch), up)]
 
 
-def _rows(y: Pointer, groups: int, m: int, k: int, box: int) -> Any:
-    """The TMA descriptor of A in the workspace."""
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    from .fp8_block_parts_device import FP8_PLANE
-
-    return TensorDescriptor(y, [groups, m, k], [m * k, k, 1], [1, box, BLOCK], FP8_PLANE.value)
+def _products(config: Config, problem: Problem, x: Operands, arch: Arch, a: Callable[[int], Any], scales: Tensor | Pointer,
+              strides: tuple[int, int], workspace: Tensor | None, at: int, flags: Flags | None = None) -> list[Launch]:
+    """The product with one scale of A every 128 of K. `a`: makes A's TMA descriptor for boxes of so many rows; `at`: bytes of
+    the workspace that are taken; `strides`, `flags`: see `_product`."""
+    if whole(config):
+        if not strides[0] % strides[1]:
+            assert workspace is not None
+            return fold_whole.launches(problem, config, x, arch, a, scales, strides, workspace, at, flags)
+        config = _CANDIDATES[0]     # the FP8 kernels take A's scales as rows of one matrix
+    tile = tile_of(problem, config, arch, x.factor is not None)
+    assert tile is not None, f"{config} is not legal for {problem}"
+    return [_product(tile, problem, x, arch, a(tile.BM), scales, strides, flags)]
 
 
 def _product(tile: FoldTile, problem: Problem, x: Operands, arch: Arch, a_desc: Any, scales: Tensor | Pointer,
-             strides: tuple[int, int], flags: tuple[Pointer, int] | None) -> Launch:
-    """`strides`: of A's scales, from one group to the next and from one row of M scales to the next."""
+             strides: tuple[int, int], flags: Flags | None) -> Launch:
+    """`strides`: of A's scales, from one group to the next and from one row of M scales to the next; `flags`: of what is not exact,
+    and their number."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 

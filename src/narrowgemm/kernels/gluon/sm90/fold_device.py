@@ -16,7 +16,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from .fold_expand_device import FIELDS, WORDS, expand, lane_table
+from .fold_expand_device import FIELDS, WORDS, expand, lane_table, row_tops
 from .fp8_block_device import consumer
 from .fp8_block_parts_device import FP8_PLANE, advance
 from .fp8_block_schedule_device import MASKED, OFFSETS, ROW_OF_INTS, fill_table, first_tile, has_products, next_tile, total_tiles
@@ -68,16 +68,6 @@ def producer(descs, rings, bars, table, problem, NT, cfg: gl.constexpr):
 
 
 @gluon.jit
-def row_tops(top_ptr, at, rows):
-    """Of a unit's rows g and g + 8 of each 16, in bytes 0 and 1: the largest code + 14, [32, 4]."""
-    r = gl.arange(0, 32, gl.SliceLayout(1, FIELDS))
-    r = r // 8 * 16 + r % 8
-    a = gl.load(top_ptr + at + r, mask=r < rows, other=0).to(gl.int32) + 14
-    b = gl.load(top_ptr + at + r + 8, mask=r + 8 < rows, other=0).to(gl.int32) + 14
-    return gl.expand_dims((a & 255) | (b << 8), 1)
-
-
-@gluon.jit
 def expander(rings, bars, table, problem, top_ptr, NT, cfg: gl.constexpr):
     b_s, w_s, s_s = rings
     full, empty, w_full, w_empty = bars
@@ -121,17 +111,23 @@ def expander(rings, bars, table, problem, top_ptr, NT, cfg: gl.constexpr):
         n, g, first, end, stop = ahead
 
 
+@gluon.jit
+def gated(M, flags_ptr, flags, cfg: gl.constexpr):
+    """M, or 0 where another product does the work: a product without rows is nothing to do."""
+    if cfg.GATE > 0:
+        at = gl.arange(0, cfg.FLAGS, gl.BlockedLayout([cfg.FLAGS // 128 if cfg.FLAGS > 128 else 1], [32], [4], [0]))
+        up = gl.max(gl.load(flags_ptr + at, mask=at < flags, other=0), 0) > 0
+        M = gl.where(up == (cfg.GATE == 2), M, 0)
+    return M
+
+
 @gluon.jit(do_not_specialize=["M", "KB", "G", "alignment", "flags", "NT", "out_pitch"])
 def fold_kernel(a_desc, sa_desc, w_desc, s_desc, d_desc, out_ptr, top_ptr, factor_ptr, index_ptr, flags_ptr, M, N, KB, G, alignment,
                 flags, NT, og, om, out_pitch, cfg: gl.constexpr):
     """A persistent grid. M: rows of A, or rows a group can hold (masked). a_desc [1 or G, M, K] E4M3, sa_desc [1 or G, KB * SUB, M],
     w_desc int32 [G * NT, KB * 4, 256] and s_desc int32 [G * NT, ceil(KB / 2), 128]: tiles of 64 weight rows, NT a group; d_desc
     [M, N]; top, factor [G, NT * 64]; flags: their number; out_pitch: rows of d_desc from one group to the next (masked)."""
-    if cfg.GATE > 0:
-        # nothing to do is a product without rows
-        at = gl.arange(0, cfg.FLAGS, gl.BlockedLayout([cfg.FLAGS // 128 if cfg.FLAGS > 128 else 1], [32], [4], [0]))
-        up = gl.max(gl.load(flags_ptr + at, mask=at < flags, other=0), 0) > 0
-        M = gl.where(up == (cfg.GATE == 2), M, 0)
+    M = gated(M, flags_ptr, flags, cfg)
     STAGES: gl.constexpr = cfg.STAGES
     a_s = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, cfg.BM, 128], FP8_PLANE)
     b_s = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * cfg.UNITS, 64, 128], FP8_RING)

@@ -6,6 +6,7 @@ holds the table of d, so a shuffle brings the one that a block wants.
 """
 
 from triton.experimental import gluon
+from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
 
 # a word of 8 codes (their bits: `narrowgemm.prepack._E2M1`) and its block's table to two words of 4 E4M3 each, K ascending.
@@ -33,12 +34,31 @@ prmt.b32 u, r, s, 0x7340;
 lop3.b32 $0, p, 0x80808080, t, 0xea;
 lop3.b32 $1, q, 0x80808080, u, 0xea;
 }""")
-WORDS = gl.constexpr(gl.DistributedLinearLayout(
-    [[0, 1], [0, 2], [8, 0]], [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 16]))
-WORDS3 = gl.constexpr(gl.DistributedLinearLayout(
-    [[0, 0, 1], [0, 0, 2], [8, 0, 0]], [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]], [[16, 0, 0], [32, 0, 0]], [],
-    [64, 4, 4]))
-FIELDS = gl.constexpr(gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0]))      # scale fields int32 [32, 4]
+
+
+@constexpr_function
+def words_layout(warps):
+    """Of the words of a unit's first `warps` * 16 rows [rows, 16]: 16 bytes, and those 8 rows down, a thread."""
+    rows = [[16, 0], [32, 0]][:warps.bit_length() - 1]
+    return gl.DistributedLinearLayout([[0, 1], [0, 2], [8, 0]], [[0, 4], [0, 8], [1, 0], [2, 0], [4, 0]], rows, [], [16 * warps, 16])
+
+
+@constexpr_function
+def blocks_layout(warps):
+    """The same as [rows, block of 32, word]."""
+    rows = [[16, 0, 0], [32, 0, 0]][:warps.bit_length() - 1]
+    return gl.DistributedLinearLayout([[0, 0, 1], [0, 0, 2], [8, 0, 0]], [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]], rows, [],
+                                      [16 * warps, 4, 4])
+
+
+@constexpr_function
+def fields_layout(warps):
+    """Of scale fields int32 [rows / 2, 4]."""
+    return gl.BlockedLayout([1, 1], [8, 4], [warps, 1], [1, 0])
+
+
+WORDS = gl.constexpr(words_layout(4))
+FIELDS = gl.constexpr(fields_layout(4))
 
 
 @gluon.jit
@@ -69,22 +89,33 @@ def of_lane(table, d):
 
 
 @gluon.jit
-def of_blocks(upper, lower):
-    """Two int32 [32, 4], of rows g and g + 8 of each 16, as [64, 4, 1] beside a unit's words."""
-    x = gl.permute(gl.reshape(gl.join(upper, lower), [4, 8, 4, 2]), (0, 3, 1, 2))
-    return gl.expand_dims(gl.convert_layout(gl.reshape(x, [64, 4]), gl.SliceLayout(2, WORDS3), assert_trivial=True), 2)
+def of_blocks(upper, lower, WARPS: gl.constexpr):
+    """Two int32 [rows / 2, 4], of rows g and g + 8 of each 16, as [rows, 4, 1] beside a unit's words."""
+    x = gl.permute(gl.reshape(gl.join(upper, lower), [WARPS, 8, 4, 2]), (0, 3, 1, 2))
+    of_rows: gl.constexpr = gl.SliceLayout(2, blocks_layout(WARPS))
+    return gl.expand_dims(gl.convert_layout(gl.reshape(x, [WARPS * 16, 4]), of_rows, assert_trivial=True), 2)
 
 
 @gluon.jit
-def expand(words, fields, tops, table):
-    """Words [64, 16] of a unit, the scale fields of their chunk, and (their rows' largest code + 14), to E4M3 words [64, 32].
+def expand(words, fields, tops, table, WARPS: gl.constexpr = 4):
+    """Words [rows, 16] of a unit, the scale fields of their chunk, and (their rows' largest code + 14), to E4M3 words [rows, 32].
 
-    fields, tops: int32 [32, 4], bytes 0 and 1 are rows g and g + 8."""
+    fields, tops: int32 [rows / 2, 4], bytes 0 and 1 are rows g and g + 8; 16 rows a warp."""
     low, high = table
     d0 = (tops - fields) & 15
     d1 = ((tops >> 8) - (fields >> 8)) & 15
-    lows = of_blocks(of_lane(low, d0), of_lane(low, d1))
-    highs = of_blocks(of_lane(high, d0), of_lane(high, d1))
-    w = gl.convert_layout(gl.reshape(words, [64, 4, 4]), WORDS3, assert_trivial=True)
+    lows = of_blocks(of_lane(low, d0), of_lane(low, d1), WARPS)
+    highs = of_blocks(of_lane(high, d0), of_lane(high, d1), WARPS)
+    w = gl.convert_layout(gl.reshape(words, [WARPS * 16, 4, 4]), blocks_layout(WARPS), assert_trivial=True)
     lo, hi = gl.inline_asm_elementwise(FOLD_ASM, "=&r,=&r,r,r,r", [w, lows, highs], dtype=(gl.int32, gl.int32), is_pure=True, pack=1)
-    return gl.reshape(gl.join(lo, hi), [64, 32])
+    return gl.reshape(gl.join(lo, hi), [WARPS * 16, 32])
+
+
+@gluon.jit
+def row_tops(top_ptr, at, rows, WARPS: gl.constexpr = 4):
+    """Of a unit's rows g and g + 8 of each 16, in bytes 0 and 1: the largest code + 14, [16 * WARPS / 2, 4]."""
+    r = gl.arange(0, 8 * WARPS, gl.SliceLayout(1, fields_layout(WARPS)))
+    r = r // 8 * 16 + r % 8
+    a = gl.load(top_ptr + at + r, mask=r < rows, other=0).to(gl.int32) + 14
+    b = gl.load(top_ptr + at + r + 8, mask=r + 8 < rows, other=0).to(gl.int32) + 14
+    return gl.expand_dims((a & 255) | (b << 8), 1)

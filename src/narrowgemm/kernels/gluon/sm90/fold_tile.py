@@ -9,6 +9,7 @@ from .fp8_block_tile import LAYOUTS, WARPGROUP_ROWS, Tile
 UNIT_ROWS = 64          # weight rows of a tile of the prepack
 UNIT_BYTES = 4096       # of such a tile, 128 of K
 SCALE_BYTES = 512       # of its scales, 256 of K
+MAX_FLAGS = 1024        # that the launch in front may raise, a program of it each
 _BARRIER_BYTES = 8
 
 

@@ -21,8 +21,9 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
 
 from . import cluster_device as cluster
+from .counters_device import await_count
 from .fp8_block_parts_device import (
-    ROW_OF_FLOATS, add_output, advance, load_a_scales, of_lane, parts, promote, scaled, store_part, store_zeros)
+    ROW_OF_FLOATS, add_output, advance, column_scales, load_a_scales, of_lane, parts, promote, scaled, store_part, store_zeros)
 from .fp8_block_schedule_device import (
     CONTIGUOUS, DENSE, MASKED, NO_GROUP, OFFSETS, PSUM, ROW_OF_INTS, fill_table, first_tile, fresh, has_products, is_live, next_tile,
     total_tiles)
@@ -31,7 +32,6 @@ from .shim import block_barrier, view_as, view_rows
 from .wgmma_device import keep, multiply, wait
 
 BYTES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-KERNEL = gl.constexpr("fp8_cluster_kernel")
 
 
 # ---------------------------------------------------------------- one block of a cluster
@@ -71,6 +71,7 @@ def load_block(descs, full, slot, at, kb, rows, cfg: gl.constexpr):
     a_plane, a_row, b_plane, b_row, sa_row, sa_col = at
     BOXES: gl.constexpr = cfg.BN // cfg.CLUSTER_M // cfg.B_BOX
     SKIPS: gl.constexpr = cfg.CLUSTER_M > 1
+    KERNEL: gl.constexpr = cfg.KERNEL
     start = full - cfg.BARS_AT
     bar = full + slot * 8
     a_share = gl.to_tensor(0)
@@ -96,7 +97,8 @@ def load_block(descs, full, slot, at, kb, rows, cfg: gl.constexpr):
 
 
 @gluon.jit
-def producer(descs, table, problem, sa_pitch, cfg: gl.constexpr):
+def producer(descs, table, problem, sa_pitch, cfg: gl.constexpr, sync_ptr=None, NT=0):
+    """sync_ptr, NT: where the weights of groups to come are expanded meanwhile, see `fold_whole_device.py`."""
     index_ptr, M, N, KB, G, alignment = problem
     UNIT: gl.constexpr = cfg.UNIT
     full, empty = barriers(cfg)
@@ -104,6 +106,7 @@ def producer(descs, table, problem, sa_pitch, cfg: gl.constexpr):
     work = (index_ptr, table, M, N, KB, G, alignment, total_tiles(table, M, N, UNIT, 1))
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)
+    made = gl.to_tensor(-1)     # the group whose weights are known to be there
     cursor, tile = first_tile(work, UNIT, 1)
     n, g, first, end, stop = tile
     while n >= 0:
@@ -117,6 +120,10 @@ def producer(descs, table, problem, sa_pitch, cfg: gl.constexpr):
         run = has_products((n, g, first, end, stop), cfg)
         cursor, ahead = next_tile(cursor, (n, g, first, end, stop), work, UNIT, 1)
         if run:
+            if cfg.PIECE > 0:
+                if g != made:
+                    await_count(sync_ptr + 1 + g, NT * ((KB + cfg.PIECE - 1) // cfg.PIECE))
+                    made = g
             for kb in range(0, KB):
                 cluster.wait(empty + slot * 8, phase, 1)
                 load_block(descs, full, slot, at, kb, rows, cfg)
@@ -164,11 +171,12 @@ def a_scale_base(scales, own, cfg: gl.constexpr, WM: gl.constexpr):
 
 @gluon.jit
 def load_b_scales(bases, scales, kb, cfg: gl.constexpr):
-    """Of K block kb: one scale or two."""
+    """Of K block kb: one scale or two; none where they are in the store."""
     sa_ptr, sag, sam, sak, sb_ptr, sbg, sbn, sbk = scales
-    out = (as_float(gl.load(bases[0] + kb * sbk)), )
-    if cfg.B_SCALES > 1:
-        out = out + (as_float(gl.load(bases[1] + kb * sbk)), )
+    out = ()
+    COUNT: gl.constexpr = 0 if cfg.FOLD else cfg.B_SCALES
+    for i in gl.static_range(COUNT):
+        out = out + (as_float(gl.load(bases[i] + kb * sbk)), )
     return out
 
 
@@ -223,7 +231,9 @@ def sum_block(acc, p, sa, sb, slot, phase, kb, sa_v, bars, KB, M, sa_base, bases
             cluster.arrive(empty + old * 8, cfg.CLUSTER)
         piece = ()
         for i in gl.static_range(NP):
-            s = sa[m] * b_scale(sb, bases, cfg, i)
+            s = sa[m]
+            if not cfg.FOLD:
+                s = s * b_scale(sb, bases, cfg, i)
             if HEAD:
                 piece = piece + (scaled(p[i], s), )
             else:
@@ -237,17 +247,23 @@ def sum_block(acc, p, sa, sb, slot, phase, kb, sa_v, bars, KB, M, sa_base, bases
 
 
 @gluon.jit
-def store_tile(acc, d_s, d_desc, out, problem, own, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr, mma: gl.constexpr):
+def store_tile(acc, scales, d_s, d_desc, out, problem, own, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr, mma: gl.constexpr):
     index_ptr, M, N, KB, G, alignment = problem
     MP: gl.constexpr = cfg.MP
     NP: gl.constexpr = cfg.NP
     PIECES: gl.constexpr = MP * NP
     SPLIT: gl.constexpr = cfg.OUT_SPLIT
     FIRST: gl.constexpr = (WM * cfg.WGN + WN) * cfg.OUT_BUFFERS
+    of_columns = ()
+    if cfg.FOLD:
+        for j in gl.static_range(NP):
+            of_columns = of_columns + (column_scales(scales, own, own[0] * cfg.BN + (WN * NP + j) * cfg.WN, cfg, mma), )
     for i in gl.static_range(PIECES):
         row0 = own[2] + (WM * MP + i // NP) * 64
         col0 = own[0] * cfg.BN + (WN * NP + i % NP) * cfg.WN
         x = acc[i]
+        if cfg.FOLD:
+            x = x * gl.expand_dims(of_columns[i % NP], 0)
         if cfg.ACCUMULATE:
             x = add_output(x, out, index_ptr, own, row0, col0, M, N, G, cfg, mma)
         part = parts(x, cfg)
@@ -294,7 +310,9 @@ def consumer(d_desc, out, scales, ring, d_s, table, problem, cfg: gl.constexpr, 
     while live:
         work = (index_ptr, table, fresh(M), fresh(N), KB, fresh(G), alignment, total)
         own = own_tile(tile, cfg)
-        bases = b_scale_bases(scales, own, N, cfg, WN)
+        bases = ()
+        if not cfg.FOLD:
+            bases = b_scale_bases(scales, own, N, cfg, WN)
         sb = load_b_scales(bases, scales, slot * 0, cfg)
         sa = ()
         sa_base = scales[4]     # stands in, where TMA brings A's
@@ -310,7 +328,7 @@ def consumer(d_desc, out, scales, ring, d_s, table, problem, cfg: gl.constexpr, 
             p = start_piece(slot, cfg, WM, WN, mma, 0)
             if cfg.LATE_STORE:
                 if pending:
-                    store_tile(acc, d_s, d_desc, out, problem, done, cfg, WM, WN, mma)
+                    store_tile(acc, scales, d_s, d_desc, out, problem, done, cfg, WM, WN, mma)
             cursor, ahead = next_tile(cursor, tile, work, UNIT, 4)
             acc, p, sa, sb, slot, phase = sum_block(acc, p, sa, sb, slot, phase, KB * 0, sa_v, bars, KB, M, sa_base, bases, scales, own,
                                                     cfg, WM, WN, mma, True)
@@ -321,7 +339,7 @@ def consumer(d_desc, out, scales, ring, d_s, table, problem, cfg: gl.constexpr, 
                 done = own
                 pending = is_live(tile)
             else:
-                store_tile(acc, d_s, d_desc, out, problem, own, cfg, WM, WN, mma)
+                store_tile(acc, scales, d_s, d_desc, out, problem, own, cfg, WM, WN, mma)
         else:
             cursor, ahead = next_tile(cursor, tile, work, UNIT, 4)
             if cfg.ZERO and cfg.LAYOUT == PSUM:
@@ -334,7 +352,7 @@ def consumer(d_desc, out, scales, ring, d_s, table, problem, cfg: gl.constexpr, 
         live = is_live(tile)
     if cfg.LATE_STORE:
         if pending:
-            store_tile(acc, d_s, d_desc, out, problem, done, cfg, WM, WN, mma)
+            store_tile(acc, scales, d_s, d_desc, out, problem, done, cfg, WM, WN, mma)
     tma.store_wait(0)
     cluster.wait_all(cfg.CLUSTER)
 

@@ -53,6 +53,12 @@ class Tile:
     ACCUMULATE: bool = False
     STORE_TMA: bool = True   # whole tiles leave by TMA
     LATE_STORE: bool = False  # a tile is stored while the first wgmma of the next one runs
+    FOLD: bool = False       # B's scales are in its payload but for one a column, which the store multiplies by: `fold_whole.py`
+    FACTOR: bool = False     # and columns have factors beside
+    PIECE: int = 0           # K blocks of a piece of the weights of groups to come, which are expanded meanwhile; 0: none are
+    GATE: int = 0            # as of `FoldTile`
+    FLAGS: int = 32
+    KERNEL: str = "fp8_cluster_kernel"      # whose parameters the descriptors are
     CONSUMER_REGISTERS: int = 232
     PRODUCER_REGISTERS: int = 40
     CLUSTER: int = field(init=False)        # blocks that share a tile

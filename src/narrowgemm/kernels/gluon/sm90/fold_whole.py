@@ -1,0 +1,197 @@
+"""Folded MXFP4 weights that are brought to E4M3 once a call, into the workspace, for groups with so many rows that it pays: then
+the FP8 kernels multiply, which have no instructions to spare for the expansion of every tile anew (`fold.py`).
+
+All weights in a launch in front (`whole=1`), or those of the first group, and the others while the product runs (`whole=2`, on
+clusters). Device code: `fold_whole_device.py`, `fold_cluster_device.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ....arch import Arch
+from ....problem import Config, Problem
+from ...launching import Launch, Pointer
+from ...operands import Operands
+from . import fp8_block, fp8_cluster_tile
+from .fold_tile import MAX_FLAGS, UNIT_ROWS
+from .fp8_block_tile import LAYOUTS, MAX_GROUPS, Tile
+from .refusals import OUT_BYTES
+from .tensor_maps import output, row_tiles, stride
+
+BLOCK = 128             # of K
+PROGRAM_BLOCKS = 8      # of K that a program of the launch in front takes, at most
+PROGRAMS = 8            # of it an SM, where there is enough to do
+PIECE = 4               # that a warp takes at a time while the product runs
+_WARPS = 9
+_TILE = (128, 256)
+_EXTRA = {"whole": (1, 2), "cluster_n": (1, 2)}
+
+
+# ---------------------------------------------------------------- configs
+def _config(stages: int, strip: int, **extra: int) -> Config:
+    return Config(*_TILE, BLOCK, _WARPS, stages, strip, persistent=True, extra=tuple(sorted(extra.items())))
+
+
+CANDIDATES = (_config(4, 16, whole=2, cluster_n=2), _config(4, 16, whole=1, cluster_n=2), _config(4, 16, whole=1))
+
+
+def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
+    """Why `config`, which has whole=, can't run the problem, or None."""
+    extra = dict(config.extra)
+    for name, value in extra.items():
+        if value not in _EXTRA.get(name, ()):
+            return f"{name}={value!r}, expected one of {_EXTRA.get(name, 'no such option')}"
+    clustered = extra.get("cluster_n", 1) > 1
+    if (config.block_m, config.block_n) != _TILE or config.block_k != BLOCK or config.num_warps != _WARPS:
+        tile = f"{config.block_m}x{config.block_n}x{config.block_k} by {config.num_warps} warps"
+        return f"tile {tile}, expected {_TILE}, {BLOCK}, {_WARPS}"
+    if not config.persistent or config.split_k != 1 or config.swap_ab:
+        return "the kernel is persistent, without split_k and swap_ab"
+    if not 2 <= config.num_stages <= 8 or config.group_m < 1:
+        return f"num_stages={config.num_stages}, group_m={config.group_m}, expected 2 to 8, and at least 1"
+    if problem.accumulate:
+        return "has no registers to add to the output beside the scales of columns"
+    if clustered and (problem.layout == "dense" or problem.max_sms == 1):
+        return "clusters of two blocks are for grouped products on two SMs or more"
+    if extra["whole"] == 2 and not clustered:
+        return "weights are expanded while the product runs on clusters only: other blocks have no warps idle"
+    if tile_of(problem, config, arch) is None:
+        return f"needs more shared memory than the {arch.smem} bytes of the device"
+    return None
+
+
+@lru_cache(maxsize=4096)
+def tile_of(problem: Problem, config: Config, arch: Arch, factor: bool = False) -> Tile | fp8_cluster_tile.Tile | None:
+    """The compile-time constants of the product; None where it needs more shared memory than there is."""
+    extra = dict(config.extra)
+    counted = problem.layout not in ("dense", "contiguous")
+    groups = next(n for n in (32, 128, 512, MAX_GROUPS) if not counted or n >= problem.groups)
+    layout, zero = LAYOUTS[problem.layout], problem.zero_padding and problem.layout in ("contiguous", "psum")
+    size = OUT_BYTES[problem.out_dtype]
+    tile: Tile | fp8_cluster_tile.Tile
+    for split, buffers in (1, 2), (2, 2), (2, 1):
+        if extra.get("cluster_n", 1) > 1:
+            ahead = extra["whole"] == 2
+            tile = fp8_cluster_tile.Tile(
+                layout, 1, 2, 2, 1, 128, 1, 2, config.num_stages, config.group_m, buffers, split, size, groups, A_SCALE_TMA=True,
+                ZERO=zero, STORE_TMA=problem.out_aligned, FOLD=True, FACTOR=factor, PIECE=PIECE if ahead else 0,
+                GATE=0 if problem.a.format.element == "e4m3" else 1, FLAGS=MAX_FLAGS, KERNEL="fold_cluster_kernel",
+                PRODUCER_REGISTERS=48 if ahead else 40)
+        else:
+            tile = Tile(layout, 1, 2, 2, 1, 128, config.num_stages, 1, 1, 1, 0, config.group_m, 1, buffers, split, size, groups,
+                        A_SCALE_TMA=True, ZERO=zero, STORE_TMA=problem.out_aligned, LATE_STORE=False, FOLD=True, FACTOR=factor,
+                        CONSUMER_REGISTERS=232, PRODUCER_REGISTERS=40)
+        if tile.shared_bytes <= arch.smem:
+            return tile
+    return None
+
+
+# ---------------------------------------------------------------- workspace
+def weight_bytes(problem: Problem) -> int:
+    """Of all weights in E4M3."""
+    return problem.groups * -(-problem.n // UNIT_ROWS) * UNIT_ROWS * -(-problem.k // BLOCK) * BLOCK
+
+
+def workspace(problem: Problem, config: Config) -> int:
+    """Weights, and counters."""
+    return weight_bytes(problem) + (4 * (1 + problem.groups) if dict(config.extra)["whole"] == 2 else 0)
+
+
+# ---------------------------------------------------------------- cost
+_BLOCK_TIMES = {1: 0.80, 2: 0.770}      # microseconds of a K block of a tile, by blocks of a cluster: docs/measured.md
+RATE = 0.85                             # of the streaming rate, in the launch in front
+_CLUSTER_SECONDS = 3.0e-6
+_AHEAD = 1.015                          # what the expansion beside the product costs it
+_AHEAD_RATE = 0.12                      # of the streaming rate that it may take, without holding up the product
+
+
+def estimate(problem: Problem, config: Config, arch: Arch) -> float:
+    """Seconds of the product and the launch in front of it."""
+    extra = dict(config.extra)
+    columns = extra.get("cluster_n", 1)
+    unit = replace(config, block_n=config.block_n * columns)
+    counted = problem.layout not in ("dense", "contiguous")
+    works = {fp8_block.tiles(problem, unit, spread) for spread in ((False, True) if counted else (False, ))}
+    clusters = min(arch.sms, problem.max_sms or arch.sms) // columns
+    block = -(-problem.k // BLOCK) * 1e-6 * fp8_block.rate(arch) * _BLOCK_TIMES[columns]
+    total = 0.0
+    for work in works:
+        waves = work / clusters
+        seconds = (math.ceil(waves) if waves < 8 else waves + 0.5) * (block + fp8_block.TILE_SECONDS)
+        total += fp8_block.with_memory(seconds, work * columns, problem, arch)
+    seconds = total / len(works) + _CLUSTER_SECONDS * (columns > 1)
+    rate = arch.bandwidth * clusters * columns / arch.sms
+    moved = 1.55 * problem.active_groups * problem.n * problem.k
+    if extra["whole"] == 2:
+        first = moved / problem.active_groups
+        return max(seconds * _AHEAD, (moved - first) / (rate * _AHEAD_RATE)) + first / (rate * RATE) + fp8_block.LAUNCH_SECONDS
+    return seconds + moved / (rate * RATE) + fp8_block.LAUNCH_SECONDS
+
+
+# ---------------------------------------------------------------- launch
+def launches(problem: Problem, config: Config, x: Operands, arch: Arch, a: Any, scales: Tensor | Pointer, strides: tuple[int, int],
+             workspace: Tensor, at: int, flags: tuple[Pointer, int] | None) -> list[Launch]:
+    """The expansion and the product. `a`: makes A's TMA descriptor for boxes of so many rows; `strides`: of A's scales, from one
+    group to the next and from one row of M scales to the next; `at`: bytes of the workspace that are taken; `flags`: where one is
+    up, a product behind does all (one here that is not on clusters doesn't look, and is overwritten)."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from . import fold_cluster_device, fold_whole_device, fp8_block_device
+
+    fields, top = x.b.scale, x.top
+    assert fields is not None and top is not None
+    tile = tile_of(problem, config, arch, x.factor is not None)
+    assert tile is not None, f"{config} is not legal for {problem}"
+    masked, columns = problem.layout == "masked", dict(config.extra).get("cluster_n", 1)
+    blocks, units = -(-x.k // BLOCK), -(-x.n // UNIT_ROWS)
+    om = stride(x.out, -2, x.n)
+    og = stride(x.out, 0, om * x.m) if masked else 0
+    if tile.STORE_TMA and og % om:
+        tile = replace(tile, STORE_TMA=False)
+    piece = getattr(tile, "PIECE", 0)
+    size = x.groups * units * UNIT_ROWS * blocks * BLOCK
+    words, sync = Pointer(workspace, torch.int32, at), Pointer(workspace, torch.int32, at + size)
+    packed = (Pointer(x.b.data, torch.int32), Pointer(fields, torch.int32), top, words)
+    expanded = units * (1 if piece else x.groups)
+    count = max(1, min(PROGRAM_BLOCKS, expanded * blocks // (PROGRAMS * arch.sms)))
+    front = Launch(fold_whole_device.fold_whole_kernel, (expanded * -(-blocks // count), ),
+                   (*packed, sync if piece else None, x.index, x.m, x.groups, x.alignment, units, blocks, count, tile, piece),
+                   {"num_warps": 4})
+
+    pitch = strides[0] // strides[1] if masked else 0
+    rows = (x.groups - 1) * pitch + blocks if masked else blocks
+    sa_desc = TensorDescriptor(scales, [rows, x.m], [strides[1], 1], [1, tile.BM],
+                               gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2))
+    b_desc = fp8_rows(Pointer(workspace, torch.float8_e4m3fn, at), x.groups, units * UNIT_ROWS, blocks * BLOCK, tile.B_BOX)
+    out_desc = output(x, og, om, tile.OUT_COLS, tile.OUT_BYTES) if tile.STORE_TMA else None
+    factor = top if x.factor is None else x.factor
+    clusters = min(problem.max_sms or arch.sms, arch.sms) // columns
+    grid = max(1, min(clusters, row_tiles(problem, x, tile.BM) * -(-x.n // (tile.BN * columns))))
+    options = {"num_warps": 4, "maxnreg": tile.max_registers}
+    sizes, to = (x.index, x.m, x.n, blocks, x.groups, x.alignment), (og, om, og // om, tile)
+    given: tuple[Any, ...]
+    if columns > 1:
+        pointer, up = flags or (top, 0)
+        given = (x.out, *packed[:3], factor, words, sync if piece else None, pointer, *sizes, up, units, pitch, *to)
+        kernel = fold_cluster_device.fold_cluster_kernel
+    else:
+        given = (x.out, None, top, *sizes, pitch, None, None, None, units * UNIT_ROWS, factor, 0, *to)
+        kernel = fp8_block_device.fp8_block_kernel
+    return [front, Launch(kernel, (grid, ), (a(tile.BM // columns), sa_desc, b_desc, out_desc, *given), options, columns)]
+
+
+def fp8_rows(y: Pointer, planes: int, rows: int, k: int, box: int) -> Any:
+    """The TMA descriptor of E4M3 rows in the workspace."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from .fp8_block_parts_device import FP8_PLANE
+
+    return TensorDescriptor(y, [planes, rows, k], [rows * k, k, 1], [1, box, BLOCK], FP8_PLANE.value)

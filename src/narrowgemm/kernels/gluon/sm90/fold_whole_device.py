@@ -1,0 +1,115 @@
+"""Packed MXFP4 weights to E4M3 in memory, once a call, for products whose groups have so many rows that it pays.
+
+`fold_whole_kernel` does it in front of the product, for all groups that have rows, or for the first of them alone: the others then come
+while the product runs, by warps of its blocks that have nothing else to do (`ahead`). These take pieces of work from one counter, in
+the order of groups, so only blocks that run have any, and whoever waits for a group waits for blocks that run: it counts pieces.
+
+    sync    int32: [pieces taken, pieces of group 0 done, of group 1, ...]
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from .counters_device import finish, take
+from .fold_expand_device import expand, fields_layout, lane_table, row_tops, words_layout
+from .fp8_block_schedule_device import CONTIGUOUS, OFFSETS, fresh, rows_of_group
+
+# words [64, 32]: as they come out of `expand`, and with 128 bytes of a row next to each other in one store
+MADE = gl.constexpr(gl.DistributedLinearLayout(
+    [[0, 1], [0, 2], [0, 4], [8, 0]], [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 32]))
+STORED = gl.constexpr(gl.DistributedLinearLayout(
+    [[0, 1], [0, 2], [4, 0], [8, 0]], [[0, 8], [0, 16], [1, 0], [2, 0], [0, 4]], [[16, 0], [32, 0]], [], [64, 32]))
+MADE_16 = gl.constexpr(gl.DistributedLinearLayout(
+    [[0, 1], [0, 2], [0, 4], [8, 0]], [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]], [], [], [16, 32]))
+
+
+@gluon.jit
+def expand_rows(pointers, unit, slab, kb, KB, tops, tables, WARPS: gl.constexpr, made: gl.constexpr, stored: gl.constexpr):
+    """16 * WARPS rows of a unit, from the slab-th 16 on, over K block kb: from memory to memory."""
+    w_ptr, s_ptr, top_ptr, out_ptr = pointers
+    ROWS: gl.constexpr = 16 * WARPS
+    words_of: gl.constexpr = words_layout(WARPS)
+    fields_of: gl.constexpr = fields_layout(WARPS)
+    row = gl.expand_dims(fresh(gl.arange(0, ROWS, gl.SliceLayout(1, words_of))), 1)
+    word = gl.expand_dims(gl.arange(0, 16, gl.SliceLayout(0, words_of)), 0)
+    words = gl.load(w_ptr + (unit * KB + kb) * 1024 + slab * 256 + (row * 16 + word))
+    r = gl.expand_dims(fresh(gl.arange(0, ROWS // 2, gl.SliceLayout(1, fields_of))), 1)
+    q = gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, fields_of)), 0)
+    fields = gl.load(s_ptr + (unit * ((KB + 1) // 2) + kb // 2) * 128 + slab * 32 + (r * 4 + q)) >> (16 * (kb % 2))
+    y = gl.convert_layout(expand(words, fields, tops, tables, WARPS), made, assert_trivial=True)
+    y = gl.convert_layout(y, stored)
+    to = gl.expand_dims(fresh(gl.arange(0, ROWS, gl.SliceLayout(1, stored))) * (KB * 32), 1)
+    column = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, stored)), 0)
+    gl.store(out_ptr + (unit * 64 + slab * 16) * KB * 32 + kb * 32 + (to + column), y)
+
+
+@gluon.jit
+def has_rows(index_ptr, g, M, G, alignment, cfg: gl.constexpr):
+    """Whether group g may have any. Contiguous: only a look at all ids would tell, so yes."""
+    if cfg.LAYOUT < OFFSETS:
+        return M > 0
+    else:
+        start, end, stop = rows_of_group(index_ptr, g, g < G, M, G, alignment, cfg)
+        return end > start
+
+
+@gluon.jit
+def first_group(index_ptr, M, G, alignment, cfg: gl.constexpr):
+    """The group that the product begins with."""
+    g = G * 0
+    if cfg.LAYOUT == CONTIGUOUS:
+        g = gl.load(index_ptr)
+        g = gl.where((g < 0) | (g >= G), 0, g)
+    elif cfg.LAYOUT >= OFFSETS:
+        while (g < G - 1) & (has_rows(index_ptr, g, M, G, alignment, cfg) == 0):
+            g += 1
+    return g
+
+
+@gluon.jit(do_not_specialize=["M", "G", "alignment", "NT", "KB", "count"])
+def fold_whole_kernel(w_ptr, s_ptr, top_ptr, out_ptr, sync_ptr, index_ptr, M, G, alignment, NT, KB, count, cfg: gl.constexpr,
+                      PIECE: gl.constexpr):
+    """w int32 [G * NT, KB, 1024], s int32 [G * NT, ceil(KB / 2), 128], top [G * NT * 64] to out int32 [G * NT * 64, KB * 32]; a
+    program takes `count` K blocks of a unit. PIECE > 0: of the first group alone, and `sync` is made, for pieces of so many blocks."""
+    parts = (KB + count - 1) // count
+    item = gl.program_id(0)
+    g = item // (parts * NT)
+    if PIECE > 0:
+        begin = first_group(index_ptr, M, G, alignment, cfg)
+        pieces = NT * ((KB + PIECE - 1) // PIECE)
+        for i in range(item, G + 1, gl.num_programs(0)):
+            gl.store(sync_ptr + i, gl.where(i == begin + 1, pieces, 0))
+        g = begin
+    live = has_rows(index_ptr, g, M, G, alignment, cfg)
+    if live:
+        unit = (g * NT + item // parts % NT).to(gl.int64)
+        first = item % parts * count
+        tables = lane_table(first)
+        tops = row_tops(top_ptr, unit * 64, 64)
+        for kb in range(first, gl.minimum(first + count, KB)):
+            expand_rows((w_ptr, s_ptr, top_ptr, out_ptr), unit, 0, kb, KB, tops, tables, 4, MADE, STORED)
+
+
+# ---------------------------------------------------------------- while the product runs
+@gluon.jit
+def ahead(pointers, sync_ptr, problem, NT, cfg: gl.constexpr):
+    """One warp: piece after piece, 64 rows over cfg.PIECE K blocks, of groups that have rows and are not done."""
+    index_ptr, M, N, KB, G, alignment = problem
+    w_ptr, s_ptr, top_ptr, out_ptr = pointers
+    parts = (KB + cfg.PIECE - 1) // cfg.PIECE
+    pieces = NT * parts
+    tables = lane_table(KB)
+    t = take(sync_ptr)
+    while t < G * pieces:
+        g = t // pieces
+        done = sync_ptr + 1 + g
+        todo = has_rows(index_ptr, g, M, G, alignment, cfg)
+        if todo & (gl.load(done) < pieces):
+            unit = (g * NT + t % pieces // parts).to(gl.int64)
+            first = t % parts * cfg.PIECE
+            for slab in range(4):
+                tops = row_tops(top_ptr, unit * 64 + slab * 16, 64, 1)
+                for kb in range(first, gl.minimum(first + cfg.PIECE, KB)):
+                    expand_rows(pointers, unit, slab, kb, KB, tops, tables, 1, MADE_16, MADE_16)
+        finish(done)
+        t = take(sync_ptr)
