@@ -83,25 +83,34 @@ RUNS = {"dense": (130, 1, [0], {}), "contiguous": (290, 3, [1] * 128 + [0] * 100
         "masked": (150, 3, [0, 150, 65], {"factors": True})}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("layout", RUNS)
-def test_product(modules, kind: str, layout: str) -> None:
-    if layout == "dense" and kind != "alone":
-        return      # clusters are for groups: `legal`
+def check(modules: dict, kind: str, layout: str, blocks: int) -> None:
     m, groups, index, options = RUNS[layout]
-    WholeCase(kind, layout, m, 136, 3, groups, index, **options).check(modules, 2)
+    WholeCase(kind, layout, m, 136, blocks, groups, index, **options).check(modules, 2)
+
+
+FEW = [("alone", "dense"), ("clusters", "masked"), *(("ahead", layout) for layout in RUNS if layout != "dense")]
+
+
+@pytest.mark.parametrize("kind, layout", FEW)
+def test_product(modules, kind: str, layout: str) -> None:
+    check(modules, kind, layout, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, layout", [(kind, layout) for kind in KINDS for layout in RUNS if "dense" not in layout])
+def test_every_product(modules, kind: str, layout: str) -> None:
+    check(modules, kind, layout, 5)
 
 
 def test_weights_come_bit_for_bit_and_only_of_groups_with_rows(modules) -> None:
-    for kind in ("clusters", "ahead"):
-        case = WholeCase(kind, "offsets", 90, 72, 3, 4, [0, 0, 40, 40, 90])
-        case.check(modules, 1)
-        units = case.packed.data.shape[1]
-        got = torch.from_numpy(case.made.view(np.uint8).reshape(4, units * 64, -1)).view(torch.float8_e4m3fn).double().numpy()
-        scale = np.exp2(case.packed.top.numpy().astype(np.float64) - 133)
-        for g in (1, 3):
-            assert (got[g, :72] * scale[g, :72, None] == case.b[g]).all() and not got[g, 72:].any()
-        assert (case.made.reshape(4, -1)[[0, 2]] == -1).all(), "a group without rows was expanded"
+    case = WholeCase("ahead", "offsets", 90, 72, 3, 4, [0, 0, 40, 40, 90])
+    case.check(modules, 1)
+    units = case.packed.data.shape[1]
+    got = torch.from_numpy(case.made.view(np.uint8).reshape(4, units * 64, -1)).view(torch.float8_e4m3fn).double().numpy()
+    scale = np.exp2(case.packed.top.numpy().astype(np.float64) - 133)
+    for g in (1, 3):
+        assert (got[g, :72] * scale[g, :72, None] == case.b[g]).all() and not got[g, 72:].any()
+    assert (case.made.reshape(4, -1)[[0, 2]] == -1).all(), "a group without rows was expanded"
 
 
 def test_first_group_is_expanded_in_front(modules) -> None:
@@ -113,7 +122,7 @@ def test_first_group_is_expanded_in_front(modules) -> None:
                emu.Pointer(p.top.numpy().reshape(-1)), emu.Pointer(case.made), emu.Pointer(case.sync),
                emu.Pointer(np.asarray(case.index, np.int32)), case.m, 3, 1, units, 2, 2, case.product, 1)
     done = (case.made.reshape(3, -1) != -1).all(1)
-    assert done.tolist() == [False, True, False] and case.sync.tolist() == [0, 0, units * 2, 0]
+    assert done.tolist() == [False, True, False] and case.sync.tolist() == [0, 0, units * 4 * 2, 0]
 
 
 # ---------------------------------------------------------------- host part

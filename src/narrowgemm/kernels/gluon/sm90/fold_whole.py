@@ -28,7 +28,7 @@ from .tensor_maps import output, row_tiles, stride
 BLOCK = 128             # of K
 PROGRAM_BLOCKS = 8      # of K that a program of the launch in front takes, at most
 PROGRAMS = 8            # of it an SM, where there is enough to do
-PIECE = 4               # that a warp takes at a time while the product runs
+PIECE = 16              # that a warp takes of 16 rows at a time while the product runs
 _WARPS = 9
 _TILE = (128, 256)
 _EXTRA = {"whole": (1, 2), "cluster_n": (1, 2)}
@@ -83,7 +83,7 @@ def tile_of(problem: Problem, config: Config, arch: Arch, factor: bool = False) 
                 layout, 1, 2, 2, 1, 128, 1, 2, config.num_stages, config.group_m, buffers, split, size, groups, A_SCALE_TMA=True,
                 ZERO=zero, STORE_TMA=problem.out_aligned, FOLD=True, FACTOR=factor, PIECE=PIECE if ahead else 0,
                 GATE=0 if problem.a.format.element == "e4m3" else 1, FLAGS=MAX_FLAGS, KERNEL="fold_cluster_kernel",
-                PRODUCER_REGISTERS=48 if ahead else 40)
+                CONSUMER_REGISTERS=224 if ahead else 232, PRODUCER_REGISTERS=64 if ahead else 40)
         else:
             tile = Tile(layout, 1, 2, 2, 1, 128, config.num_stages, 1, 1, 1, 0, config.group_m, 1, buffers, split, size, groups,
                         A_SCALE_TMA=True, ZERO=zero, STORE_TMA=problem.out_aligned, LATE_STORE=False, FOLD=True, FACTOR=factor,

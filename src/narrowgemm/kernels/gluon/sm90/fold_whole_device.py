@@ -24,8 +24,8 @@ MADE_16 = gl.constexpr(gl.DistributedLinearLayout(
 
 
 @gluon.jit
-def expand_rows(pointers, unit, slab, kb, KB, tops, tables, WARPS: gl.constexpr, made: gl.constexpr, stored: gl.constexpr):
-    """16 * WARPS rows of a unit, from the slab-th 16 on, over K block kb: from memory to memory."""
+def load_rows(pointers, unit, slab, kb, KB, WARPS: gl.constexpr):
+    """(words, scale fields) of 16 * WARPS rows of a unit, from the slab-th 16 on, in K block kb."""
     w_ptr, s_ptr, top_ptr, out_ptr = pointers
     ROWS: gl.constexpr = 16 * WARPS
     words_of: gl.constexpr = words_layout(WARPS)
@@ -35,12 +35,30 @@ def expand_rows(pointers, unit, slab, kb, KB, tops, tables, WARPS: gl.constexpr,
     words = gl.load(w_ptr + (unit * KB + kb) * 1024 + slab * 256 + (row * 16 + word))
     r = gl.expand_dims(fresh(gl.arange(0, ROWS // 2, gl.SliceLayout(1, fields_of))), 1)
     q = gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, fields_of)), 0)
-    fields = gl.load(s_ptr + (unit * ((KB + 1) // 2) + kb // 2) * 128 + slab * 32 + (r * 4 + q)) >> (16 * (kb % 2))
-    y = gl.convert_layout(expand(words, fields, tops, tables, WARPS), made, assert_trivial=True)
-    y = gl.convert_layout(y, stored)
-    to = gl.expand_dims(fresh(gl.arange(0, ROWS, gl.SliceLayout(1, stored))) * (KB * 32), 1)
+    return words, gl.load(s_ptr + (unit * ((KB + 1) // 2) + kb // 2) * 128 + slab * 32 + (r * 4 + q))
+
+
+@gluon.jit
+def store_rows(y, pointers, unit, slab, kb, KB, WARPS: gl.constexpr, made: gl.constexpr, stored: gl.constexpr):
+    """E4M3 words of the same rows [16 * WARPS, 32]."""
+    w_ptr, s_ptr, top_ptr, out_ptr = pointers
+    y = gl.convert_layout(gl.convert_layout(y, made, assert_trivial=True), stored)
+    to = gl.expand_dims(fresh(gl.arange(0, 16 * WARPS, gl.SliceLayout(1, stored))) * (KB * 32), 1)
     column = gl.expand_dims(gl.arange(0, 32, gl.SliceLayout(0, stored)), 0)
     gl.store(out_ptr + (unit * 64 + slab * 16) * KB * 32 + kb * 32 + (to + column), y)
+
+
+@gluon.jit
+def expand_rows(pointers, unit, slab, first, end, KB, tables, WARPS: gl.constexpr, made: gl.constexpr, stored: gl.constexpr):
+    """16 * WARPS rows of a unit over K blocks [first, end), from memory to memory; the next block is on its way meanwhile."""
+    tops = row_tops(pointers[2], unit * 64 + slab * 16, 64, WARPS)
+    words, fields = load_rows(pointers, unit, slab, first, KB, WARPS)
+    for kb in range(first, end):
+        words_next, fields_next = load_rows(pointers, unit, slab, gl.minimum(kb + 1, end - 1), KB, WARPS)
+        y = expand(words, fields >> (16 * (kb % 2)), tops, tables, WARPS)
+        store_rows(y, pointers, unit, slab, kb, KB, WARPS, made, stored)
+        words = words_next
+        fields = fields_next
 
 
 @gluon.jit
@@ -76,7 +94,7 @@ def fold_whole_kernel(w_ptr, s_ptr, top_ptr, out_ptr, sync_ptr, index_ptr, M, G,
     g = item // (parts * NT)
     if PIECE > 0:
         begin = first_group(index_ptr, M, G, alignment, cfg)
-        pieces = NT * ((KB + PIECE - 1) // PIECE)
+        pieces = NT * 4 * ((KB + PIECE - 1) // PIECE)
         for i in range(item, G + 1, gl.num_programs(0)):
             gl.store(sync_ptr + i, gl.where(i == begin + 1, pieces, 0))
         g = begin
@@ -84,20 +102,17 @@ def fold_whole_kernel(w_ptr, s_ptr, top_ptr, out_ptr, sync_ptr, index_ptr, M, G,
     if live:
         unit = (g * NT + item // parts % NT).to(gl.int64)
         first = item % parts * count
-        tables = lane_table(first)
-        tops = row_tops(top_ptr, unit * 64, 64)
-        for kb in range(first, gl.minimum(first + count, KB)):
-            expand_rows((w_ptr, s_ptr, top_ptr, out_ptr), unit, 0, kb, KB, tops, tables, 4, MADE, STORED)
+        expand_rows((w_ptr, s_ptr, top_ptr, out_ptr), unit, 0, first, gl.minimum(first + count, KB), KB, lane_table(first), 4, MADE,
+                    STORED)
 
 
 # ---------------------------------------------------------------- while the product runs
 @gluon.jit
 def ahead(pointers, sync_ptr, problem, NT, cfg: gl.constexpr):
-    """One warp: piece after piece, 64 rows over cfg.PIECE K blocks, of groups that have rows and are not done."""
+    """One warp: piece after piece, 16 rows over cfg.PIECE K blocks, of groups that have rows and are not done."""
     index_ptr, M, N, KB, G, alignment = problem
-    w_ptr, s_ptr, top_ptr, out_ptr = pointers
     parts = (KB + cfg.PIECE - 1) // cfg.PIECE
-    pieces = NT * parts
+    pieces = NT * 4 * parts
     tables = lane_table(KB)
     t = take(sync_ptr)
     while t < G * pieces:
@@ -105,11 +120,9 @@ def ahead(pointers, sync_ptr, problem, NT, cfg: gl.constexpr):
         done = sync_ptr + 1 + g
         todo = has_rows(index_ptr, g, M, G, alignment, cfg)
         if todo & (gl.load(done) < pieces):
-            unit = (g * NT + t % pieces // parts).to(gl.int64)
+            slab = t % pieces // parts
+            unit = (g * NT + slab // 4).to(gl.int64)
             first = t % parts * cfg.PIECE
-            for slab in range(4):
-                tops = row_tops(top_ptr, unit * 64 + slab * 16, 64, 1)
-                for kb in range(first, gl.minimum(first + cfg.PIECE, KB)):
-                    expand_rows(pointers, unit, slab, kb, KB, tops, tables, 1, MADE_16, MADE_16)
+            expand_rows(pointers, unit, slab % 4, first, gl.minimum(first + cfg.PIECE, KB), KB, tables, 1, MADE_16, MADE_16)
         finish(done)
         t = take(sync_ptr)

@@ -122,7 +122,7 @@ def producer(descs, table, problem, sa_pitch, cfg: gl.constexpr, sync_ptr=None, 
         if run:
             if cfg.PIECE > 0:
                 if g != made:
-                    await_count(sync_ptr + 1 + g, NT * ((KB + cfg.PIECE - 1) // cfg.PIECE))
+                    await_count(sync_ptr + 1 + g, NT * 4 * ((KB + cfg.PIECE - 1) // cfg.PIECE))
                     made = g
             for kb in range(0, KB):
                 cluster.wait(empty + slot * 8, phase, 1)
