@@ -81,7 +81,7 @@ def expander(rings, bars, table, problem, top_ptr, NT, cfg: gl.constexpr):
     phase = gl.to_tensor(1)
     w_slot = gl.to_tensor(0)
     w_phase = gl.to_tensor(0)
-    tables = lane_table(slot)
+    tables = lane_table()
     cursor, tile = first_tile(work, cfg, 4)
     n, g, first, end, stop = tile
     while n >= 0:

@@ -74,10 +74,9 @@ def tables_of(d):
 
 
 @gluon.jit
-def lane_table(zero):
-    """The table for d = lane mod 16. `zero`: an int32 scalar."""
-    lane = gl.inline_asm_elementwise("{ .reg .b32 m; mov.u32 m, %laneid; add.u32 $0, $1, m; }", "=r,r", [zero], dtype=gl.int32,
-                                     is_pure=True, pack=1)
+def lane_table():
+    """The table for d = lane mod 16."""
+    lane = gl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=True, pack=1)
     return tables_of(lane & 15)
 
 

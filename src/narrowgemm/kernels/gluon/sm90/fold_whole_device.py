@@ -102,7 +102,7 @@ def fold_whole_kernel(w_ptr, s_ptr, top_ptr, out_ptr, sync_ptr, index_ptr, M, G,
     if live:
         unit = (g * NT + item // parts % NT).to(gl.int64)
         first = item % parts * count
-        expand_rows((w_ptr, s_ptr, top_ptr, out_ptr), unit, 0, first, gl.minimum(first + count, KB), KB, lane_table(first), 4, MADE,
+        expand_rows((w_ptr, s_ptr, top_ptr, out_ptr), unit, 0, first, gl.minimum(first + count, KB), KB, lane_table(), 4, MADE,
                     STORED)
 
 
@@ -113,7 +113,7 @@ def ahead(pointers, sync_ptr, problem, NT, cfg: gl.constexpr):
     index_ptr, M, N, KB, G, alignment = problem
     parts = (KB + cfg.PIECE - 1) // cfg.PIECE
     pieces = NT * 4 * parts
-    tables = lane_table(KB)
+    tables = lane_table()
     t = take(sync_ptr)
     while t < G * pieces:
         g = t // pieces
