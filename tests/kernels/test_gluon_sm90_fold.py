@@ -192,7 +192,7 @@ def test_supports() -> None:
 def test_configs_are_legal(layout: str, out_dtype: str) -> None:
     for k in (32, 672, 7168):
         p = problem(layout, k=k, groups=8, out_dtype=out_dtype)
-        found = fold.configs(p, H200)
+        found = [c for c in fold.configs(p, H200) if not fold.whole(c)]
         assert len(found) >= 3
         for c in found:
             t = fold.tile_of(p, c, H200)
