@@ -146,6 +146,7 @@ def test_illegal_configs_say_why() -> None:
     assert "registers" in fold.legal(problem("contiguous", 32768, groups=8, accumulate=True), good, H200)
     assert "clusters" in fold.legal(problem("contiguous", 32768, groups=8, max_sms=1), good, H200)
     assert "clusters" in fold.legal(problem(), good, H200)
+    assert "bytes" in fold.legal(problem("contiguous", 1 << 20, groups=128), good, H200)
 
 
 def test_many_rows_are_worth_the_expansion() -> None:

@@ -27,6 +27,7 @@ from .tensor_maps import output, row_tiles, stride
 
 BLOCK = 128             # of K
 PROGRAM_BLOCKS = 8      # of K that a program of the launch in front takes, at most
+MAX_BYTES = 1 << 31     # of the workspace, for weights
 PROGRAMS = 8            # of it an SM, where there is enough to do
 PIECE = 16              # that a warp takes of 16 rows at a time while the product runs
 _WARPS = 9
@@ -56,6 +57,8 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
         return "the kernel is persistent, without split_k and swap_ab"
     if not 2 <= config.num_stages <= 8 or config.group_m < 1:
         return f"num_stages={config.num_stages}, group_m={config.group_m}, expected 2 to 8, and at least 1"
+    if weight_bytes(problem) > MAX_BYTES:
+        return f"has room for weights of {MAX_BYTES} bytes in E4M3, not of {weight_bytes(problem)}"
     if problem.accumulate:
         return "has no registers to add to the output beside the scales of columns"
     if clustered and (problem.layout == "dense" or problem.max_sms == 1):
