@@ -3,11 +3,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
 from narrowgemm.formats import MXFP4, ScaledTensor
 from narrowgemm.reference.quantize import dequantize
+
+from .. import _gluon as emu
+from . import _ptx
 
 BM = 32
 
@@ -26,6 +30,41 @@ def rows(x: ScaledTensor, device: str, programs: int = 3, index: torch.Tensor | 
                         data.stride(0), data.stride(1), scale.stride(0), scale.stride(1), scale.stride(2), column, BM=BM,
                         MASKED=index is not None)
     return y.float().cpu(), ys[..., :m].cpu(), flags.tolist()
+
+
+def words(x: ScaledTensor, programs: int = 3, index: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+    """As `rows`, by the Gluon kernel, emulated; its PTX runs in `_ptx`."""
+    device = emu.load_device_module("fold_words_device")
+    names = device.fold_words_kernel.__globals__
+    names["look_up"] = lambda x, low, high: emu.Tensor(np.ascontiguousarray(np.stack(_ptx.run(
+        names["WORD_ASM"], x.a.view(np.uint32), low.a.view(np.uint32), high.a.view(np.uint32)), -1)).reshape(32, 32).view(np.int32))
+    planes, m, k = x.shape
+    blocks, column = -(-k // 128), -(-m // 4) * 4
+    y = torch.full((planes, m, blocks * 128), 1.0).to(torch.float8_e4m3fn).view(torch.uint8)
+    ys = torch.full((planes, blocks, 4, column), 7.0)
+    flags = torch.full((programs,), 9, dtype=torch.int32)
+    data = x.data.contiguous()
+    emu.launch(device.fold_words_kernel, programs, emu.Pointer(data.numpy().reshape(-1).view(np.int32)),
+               emu.Pointer(x.scale.contiguous().numpy().reshape(-1)), emu.Pointer((flags if index is None else index).numpy()),
+               emu.Pointer(y.numpy().reshape(-1).view(np.int32)), emu.Pointer(ys.numpy().reshape(-1)), emu.Pointer(flags.numpy()), m,
+               k // 32, blocks, planes * -(-m // BM), data.stride(0) // 4, data.stride(1) // 4, *x.scale.contiguous().stride(), column,
+               index is not None)
+    return y.view(torch.float8_e4m3fn).float(), ys[..., :m], flags.tolist()
+
+
+@pytest.mark.parametrize("m, k, planes, index", [(37, 160, 2, None), (70, 128, 3, [70, 40, 0]), (33, 256, 1, None)])
+def test_words_give_the_same_bits(device: str, m: int, k: int, planes: int, index: list[int] | None) -> None:
+    """Scales near and far, NaN, zeros under any scale."""
+    x = activations(m, k, 14, planes)
+    x.scale[0, 7, 1], x.scale[-1, 3, 2], x.scale[0, 5, 0], x.scale[0, 9] = 0, 250, 255, 0
+    x.data[0, 3, 16:32], x.scale[0, 3, 1] = 0x80, 254
+    x.data[0, 4] = 0
+    end = None if index is None else torch.tensor(index, dtype=torch.int32)
+    got, want = words(x, 4, end), rows(x, device, 4, end if end is None else end.to(device))
+    for g, w in zip(got[:2], want[:2]):
+        torch.testing.assert_close(g, w, rtol=0, atol=0, equal_nan=True)
+        assert torch.equal(g.signbit() & ~g.isnan(), w.signbit() & ~w.isnan())
+    assert got[2] == want[2]
 
 
 def activations(m: int, k: int, spread: int, planes: int = 1, seed: int = 0) -> ScaledTensor:

@@ -230,16 +230,30 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     rows = groups * -(-x.m // PREP_ROWS)
     count = min(MAX_FLAGS, rows * blocks)
     y, flags = Pointer(workspace, torch.float8_e4m3fn, at.x), Pointer(workspace, torch.int32, at.flags)
-    prep = Launch(fold_prep_device.fold_rows_kernel, (count,),
-                  (a, scale, flags if x.index is None else x.index, y, scales, flags, x.m, x.k, blocks, rows,
-                   a.stride(0) if masked else 0, a.stride(-2), ssg, scale.stride(-2), scale.stride(-1), pitch),
-                  {"BM": PREP_ROWS, "MASKED": masked, "num_warps": 4})
+    prep = _rows_to_fp8(problem, x, y, scales, flags, count, rows, pitch)
     tile = tile_of(problem, step.config, arch, x.factor is not None, True)
     assert tile is not None
     made, group, up = partial(fold_whole.fp8_rows, y, groups, x.m, blocks * BLOCK), 4 * pitch * blocks, (flags, count)
     # without SUB: the first of the four scales of a block, which are one
     return [prep, *_products(step.config, problem, x, arch, made, scales, (group, 4 * pitch), workspace, at.size, up),
             _product(tile, problem, x, arch, made(tile.BM), scales, (group, pitch), up)]
+
+
+def _rows_to_fp8(problem: Problem, x: Operands, y: Pointer, scales: Pointer, flags: Pointer, count: int, rows: int,
+                 pitch: int) -> Launch:
+    """MXFP4 activations to E4M3: word by word where rows lie on 16 bytes, else byte by byte, which takes several times as long."""
+    from . import fold_prep_device, fold_words_device
+
+    a, scale, masked, blocks = x.a.data, x.a.scale, problem.layout == "masked", -(-x.k // BLOCK)
+    assert scale is not None
+    words = problem.a.aligned
+    each, k = (4, x.k // 32) if words else (1, x.k)
+    source, to = (Pointer(a, torch.int32), Pointer(y.tensor, torch.int32, y.offset)) if words else (a, y)
+    kernel: Any = fold_words_device.fold_words_kernel if words else fold_prep_device.fold_rows_kernel
+    given = (source, scale, flags if x.index is None else x.index, to, scales, flags, x.m, k, blocks, rows,
+             a.stride(0) // each if masked else 0, a.stride(-2) // each, scale.stride(0) if masked else 0, scale.stride(-2),
+             scale.stride(-1), pitch)
+    return Launch(kernel, (count,), given, {**({} if words else {"BM": PREP_ROWS}), "MASKED": masked, "num_warps": 4})
 
 
 def _products(config: Config, problem: Problem, x: Operands, arch: Arch, a: Callable[[int], Any], scales: Tensor | Pointer,

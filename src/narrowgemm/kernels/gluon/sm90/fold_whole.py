@@ -32,6 +32,7 @@ PROGRAMS = 8            # of it an SM, where there is enough to do
 PIECE = 16              # that a warp takes of 16 rows at a time while the product runs
 _WARPS = 9
 _TILE = (128, 256)
+_PIECES_K = 1024        # from here on
 _EXTRA = {"whole": (1, 2), "cluster_n": (1, 2)}
 
 
@@ -63,6 +64,8 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
         return "has no registers to add to the output beside the scales of columns"
     if clustered and (problem.layout == "dense" or problem.max_sms == 1):
         return "clusters of two blocks are for grouped products on two SMs or more"
+    if extra["whole"] == 2 and problem.k < _PIECES_K:
+        return f"brings weights to E4M3 beside the product from K = {_PIECES_K} on: for less, taking pieces is most of the work"
     if extra["whole"] == 2 and not clustered:
         return "weights are expanded while the product runs on clusters only: other blocks have no warps idle"
     if tile_of(problem, config, arch) is None:
@@ -109,10 +112,11 @@ def workspace(problem: Problem, config: Config) -> int:
 
 # ---------------------------------------------------------------- cost
 _BLOCK_TIMES = {1: 0.80, 2: 0.770}      # microseconds of a K block of a tile, by blocks of a cluster: docs/measured.md
-RATE = 0.85                             # of the streaming rate, in the launch in front
+RATE = 0.88                             # of the streaming rate, in the launch in front
 _CLUSTER_SECONDS = 3.0e-6
-_AHEAD = 1.015                          # what the expansion beside the product costs it
-_AHEAD_RATE = 0.12                      # of the streaming rate that it may take, without holding up the product
+_COST = 1.3                             # of the streaming rate: what expansion beside the product costs that, in instructions
+_AHEAD_RATE = 0.28                      # and its own rate, where the product waits for it
+_AHEAD_HIDDEN = 0.65                    # of the product, which is done meanwhile then
 
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
@@ -134,7 +138,9 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     moved = 1.55 * problem.active_groups * problem.n * problem.k
     if extra["whole"] == 2:
         first = moved / problem.active_groups
-        return max(seconds * _AHEAD, (moved - first) / (rate * _AHEAD_RATE)) + first / (rate * RATE) + fp8_block.LAUNCH_SECONDS
+        rest = (moved - first) / rate
+        seconds = max(seconds + rest / _COST, rest / _AHEAD_RATE + (1 - _AHEAD_HIDDEN) * seconds)
+        moved = first
     return seconds + moved / (rate * RATE) + fp8_block.LAUNCH_SECONDS
 
 

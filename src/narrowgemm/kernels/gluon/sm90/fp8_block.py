@@ -160,8 +160,8 @@ def tiles(problem: Problem, config: Config, spread: bool) -> float:
     if problem.layout == "dense":
         return -(-problem.m // config.block_m) * num_n
     if problem.layout == "contiguous":
-        # a tile that two segments share is worked on twice; segments are taken to be aligned to 128 rows
-        shared = min(1.0, problem.groups * config.block_m / max(problem.m, 1)) if config.block_m > 128 else 0.0
+        # a tile that two segments share is worked on twice; segments are taken to be aligned to 128 rows, half of them to 256
+        shared = min(1.0, problem.groups * config.block_m / max(problem.m, 1)) / 2 if config.block_m > 128 else 0.0
         return -(-problem.m // config.block_m) * num_n * (1 + shared)
     groups = problem.groups if problem.layout == "masked" else problem.active_groups
     rows = max(problem.rows, 1)
