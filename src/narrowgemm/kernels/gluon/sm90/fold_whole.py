@@ -114,6 +114,7 @@ def workspace(problem: Problem, config: Config) -> int:
 _BLOCK_TIMES = {1: 0.80, 2: 0.770}      # microseconds of a K block of a tile, by blocks of a cluster: docs/measured.md
 RATE = 0.88                             # of the streaming rate, in the launch in front
 _CLUSTER_SECONDS = 3.0e-6
+_ROWS, _FEWER_ROWS = 1024, 1.08         # of a group: with fewer, sizes of groups decide, and the launch in front is most of it
 _COST = 1.3                             # of the streaming rate: what expansion beside the product costs that, in instructions
 _AHEAD_RATE = 0.28                      # and its own rate, where the product waits for it
 _AHEAD_HIDDEN = 0.65                    # of the product, which is done meanwhile then
@@ -133,7 +134,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
         waves = work / clusters
         seconds = (math.ceil(waves) if waves < 8 else waves + 0.5) * (block + fp8_block.TILE_SECONDS)
         total += fp8_block.with_memory(seconds, work * columns, problem, arch)
-    seconds = total / len(works) + _CLUSTER_SECONDS * (columns > 1)
+    seconds = (total / len(works) + _CLUSTER_SECONDS * (columns > 1)) * (_FEWER_ROWS if problem.rows < _ROWS else 1.0)
     rate = arch.bandwidth * clusters * columns / arch.sms
     moved = 1.55 * problem.active_groups * problem.n * problem.k
     if extra["whole"] == 2:
