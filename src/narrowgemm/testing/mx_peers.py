@@ -121,6 +121,8 @@ class Humming:
         layer.transform()
         kind = config.GemmType.DENSE if experts is None else config.GemmType.GROUPED_CONTIGUOUS
         tuning = humming.HummingLayerMethod.get_default_tuning_configs(layer, gemm_type=kind)
+        # (from, to, config): what it takes for these rows; the others would only be compiled
+        tuning = [t for t in tuning if t[0] <= case.rows <= t[1]] or tuning
         options: dict[str, Any] = {"compute_config": {"gemm_type": kind.value}, "tuning_config": tuning}
         if experts is not None:
             options["expert_layout"] = torch.tensor((0, *case.group_sizes), device=inputs.device).cumsum(0).to(torch.int32)

@@ -81,11 +81,11 @@ def _config(bm: int, bn: int, strip: int, stages: int = 3) -> Config:
 
 
 _CANDIDATES = (_config(256, 128, 8), _config(128, 256, 8), _config(256, 128, 16), _config(128, 256, 16),
-               _config(128, 128, 8, 4), *fold_whole.CANDIDATES)
+               _config(128, 128, 8, 4))
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
-    return [c for c in _CANDIDATES if legal(problem, c, arch) is None]
+    return [*(c for c in _CANDIDATES if legal(problem, c, arch) is None), *fold_whole.configs(problem, arch)]
 
 
 def whole(config: Config) -> int:

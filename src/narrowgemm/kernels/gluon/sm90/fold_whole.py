@@ -32,7 +32,7 @@ PROGRAMS = 8            # of it an SM, where there is enough to do
 PIECE = 16              # that a warp takes of 16 rows at a time while the product runs
 _WARPS = 9
 _TILE = (128, 256)
-_PIECES_K = 1024        # from here on
+_PIECES_K = 1024
 _EXTRA = {"whole": (1, 2), "cluster_n": (1, 2)}
 
 
@@ -42,6 +42,11 @@ def _config(stages: int, strip: int, **extra: int) -> Config:
 
 
 CANDIDATES = (_config(4, 16, whole=2, cluster_n=2), _config(4, 16, whole=1, cluster_n=2), _config(4, 16, whole=1))
+
+
+def configs(problem: Problem, arch: Arch) -> list[Config]:
+    """Where K is short, to take pieces is most of the work: no candidate."""
+    return [c for c in CANDIDATES if legal(problem, c, arch) is None and (dict(c.extra)["whole"] == 1 or problem.k >= _PIECES_K)]
 
 
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
@@ -64,8 +69,6 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
         return "has no registers to add to the output beside the scales of columns"
     if clustered and (problem.layout == "dense" or problem.max_sms == 1):
         return "clusters of two blocks are for grouped products on two SMs or more"
-    if extra["whole"] == 2 and problem.k < _PIECES_K:
-        return f"brings weights to E4M3 beside the product from K = {_PIECES_K} on: for less, taking pieces is most of the work"
     if extra["whole"] == 2 and not clustered:
         return "weights are expanded while the product runs on clusters only: other blocks have no warps idle"
     if tile_of(problem, config, arch) is None:
