@@ -137,3 +137,16 @@ def test_graph_replay_with_changed_sizes(a, tile: Config) -> None:
         eager = torch.zeros_like(out)
         call(eager)
         assert torch.equal(out, eager) and bool(out.any())
+
+
+@pytest.mark.parametrize("a", [FP8_1x128, MXFP4], ids=["fp8", "mxfp4"])
+def test_no_rows(a) -> None:
+    """Nothing to do: the product begins with no group, waits for none and writes nothing."""
+    packed = ng.prepack(ng.quantize(torch.randn(2, 128, 256, device="cuda"), MXFP4, backend="reference"))
+    out = torch.full((64, 128), 7.0, dtype=torch.bfloat16, device="cuda")
+    rows = ng.quantize(torch.randn(64, 256, device="cuda"), a, backend="reference")
+    ng.grouped_gemm(rows, packed, Offsets(torch.zeros(3, dtype=torch.int64, device="cuda")), out=out, backend=NAME, config=AHEAD)
+    assert bool((out == 7).all())
+    none = ng.quantize(torch.randn(0, 256, device="cuda"), a, backend="reference")
+    ids = torch.empty(0, dtype=torch.int32, device="cuda")
+    assert ng.grouped_gemm(none, packed, ng.Contiguous(ids), backend=NAME).shape == (0, 128)

@@ -76,7 +76,7 @@ def first_group(index_ptr, M, G, alignment, cfg: gl.constexpr):
     """The group that the product begins with."""
     g = G * 0
     if cfg.LAYOUT == CONTIGUOUS:
-        g = gl.load(index_ptr)
+        g = gl.load(index_ptr, mask=M > 0, other=0)
         g = gl.where((g < 0) | (g >= G), 0, g)
     elif cfg.LAYOUT >= OFFSETS:
         while (g < G - 1) & (has_rows(index_ptr, g, M, G, alignment, cfg) == 0):
