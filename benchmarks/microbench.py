@@ -26,17 +26,18 @@ from narrowgemm.kernels.operands import Operands
 from narrowgemm.ops import gemm as gemm_op
 from narrowgemm.ops import grouped as grouped_op
 from narrowgemm.ops import quantize as quantize_op
+from narrowgemm.ops.activate_both import activate_backward, activate_both
 from narrowgemm.ops.common import PlanCache
 from narrowgemm.testing.cases import Case, build
 from narrowgemm.testing.inputs import Inputs
 from narrowgemm.testing.models import get_model
-from narrowgemm.testing.timers import GraphTimer
+from narrowgemm.testing.timers import GraphTimer, Timing
 
 SHAPES = ((512, 7168), (4096, 7168), (16384, 7168), (16384, 2048))
 FORMATS = ("fp8_1x128", "fp8_1x128_ue8m0", "mxfp8", "mxfp4", "fp8_128x128", "fp8_row", "fp8_tensor")
 
 
-def quantisation(timer: GraphTimer) -> list[dict]:
+def quantisation(timer: GraphTimer | Once) -> list[dict]:
     rows = []
     for m, k in SHAPES:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
@@ -56,11 +57,29 @@ def quantisation(timer: GraphTimer) -> list[dict]:
     return rows
 
 
-FUSED = (("minimax-m3", "mxfp8"), ("minimax-m3", "fp8_1x128"), ("deepseek-v3", "mxfp8"))
+FUSED = (("minimax-m3", "mxfp8"), ("deepseek-v3", "mxfp8"), ("minimax-m3", "fp8_1x128"), ("deepseek-v3", "fp8_1x128"),
+         ("gpt-oss-120b", "mxfp8"), ("gpt-oss-120b", "mxfp4"), ("deepseek-v3", "mxfp4"))
 TOKENS = (256, 4096, 16384)
 
 
-def fused(timer: GraphTimer) -> list[dict]:
+class Once:
+    """In place of a timer: every call is made, so compiled, and none is timed."""
+
+    def measure(self, calls: dict[str, Callable[[], object]]) -> dict[str, Timing]:
+        for call in calls.values():
+            call()
+        synchronize()
+        return {name: Timing(1.0, 0.0, 1) for name in calls}
+
+
+def copy_of(nbytes: int) -> Callable[[], object]:
+    """A copy that reads and writes so many bytes."""
+    source = torch.empty(nbytes // 512 * 256, dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def fused(timer: GraphTimer | Once) -> list[dict]:
     """`gather_quantize` and `activate` of a model's layer: each reads its input once and writes a narrow row a slot."""
     rows = []
     for model, name in FUSED:
@@ -76,9 +95,7 @@ def fused(timer: GraphTimer) -> list[dict]:
                                 2 * x.numel() + fmt.storage_bytes(slots, m.hidden)),
                      "swiglu": (lambda h=h, a=act: ng.activate(h, **a), 2 * h.numel() + fmt.storage_bytes(slots, m.inter))}
             for step, (call, nbytes) in steps.items():
-                source = torch.empty(nbytes // 512 * 256, dtype=torch.uint8, device="cuda")
-                target = torch.empty_like(source)
-                times = timer.measure({"ours": call, "copy": lambda s=source, t=target: t.copy_(s)})
+                times = timer.measure({"ours": call, "copy": copy_of(nbytes)})
                 ours, copy = times["ours"].us, times["copy"].us
                 rows.append({"step": step, "model": model, "format": name, "tokens": tokens, "us": ours, "copy_us": copy,
                              "gbs": nbytes / ours / 1e3, "of_copy": copy / ours})
@@ -87,23 +104,45 @@ def fused(timer: GraphTimer) -> list[dict]:
     return rows
 
 
-def both_ways(timer: GraphTimer) -> list[dict]:
-    """`quantize_both` of 8 groups. `of_copy` against a copy of what one read and two writes move; `of_bound`: where the maxima take
-    a read of their own, against a copy of that too."""
+# rows and columns of training's tensors: DeepSeek-V3, Qwen3-235B, GPT-OSS
+BOTH = ((16384, 7168), (32768, 2048), (8192, 7168), (8192, 4096), (16384, 4096), (8192, 1536), (16384, 1536), (16384, 2880))
+ACTIVATED = ((16384, 2048), (32768, 2048), (8192, 1536), (16384, 1536), (32768, 2880))
+
+
+def both_ways(timer: GraphTimer | Once) -> list[dict]:
+    """`quantize_both`, `activate_both` and `activate_backward` of 8 groups. `of_copy` against a copy of what one read and the
+    writes move; `of_bound`: where the maxima take a read of their own, against a copy of that too."""
     rows = []
-    for m, k in ((16384, 7168), (32768, 2048)):
+    one, amax = torch.ones(1, device="cuda"), torch.ones(1, device="cuda")
+    kinds: tuple[tuple[str, dict], ...] = (
+        *((f, {}) for f in ("fp8_1x128", "fp8_1x128_ue8m0", "fp8_row", "fp8_tensor")), ("fp8_tensor", {"scale": one}),
+        ("fp8_tensor", {"scale": one, "amax": amax}))
+
+    def add(step: str, name: str, options: dict, m: int, k: int, call: Callable[[], object], read: int, written: int) -> None:
+        times = timer.measure({"ours": call, "copy": copy_of((read + written) * m * k)})
+        ours, copy = times["ours"].us, times["copy"].us
+        twice = name in ("fp8_row", "fp8_tensor") and not options
+        bound = copy * (2 * read + written) / (read + written) if twice else copy
+        given = " and ".join(options)
+        rows.append({"step": step, "format": name, "given": given, "m": m, "k": k, "us": ours, "copy_us": copy,
+                     "of_copy": copy / ours, "of_bound": bound / ours})
+        print(f"{step:9s}{name:16s}{given:15s} {m:6d} x {k}: {ours:7.1f} us, copy {copy:7.1f} us, {copy / ours:.2f} of copy, "
+              f"{bound / ours:.2f} of the bound", flush=True)
+
+    for m, k in BOTH:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         offsets = torch.arange(9, device="cuda") * (m // 8)
-        target, scale = torch.empty_like(x), torch.ones(1, device="cuda")
-        for name, given in (*((f, None) for f in ("fp8_1x128", "fp8_1x128_ue8m0", "fp8_row", "fp8_tensor")), ("fp8_tensor", scale)):
-            times = timer.measure({"ours": lambda x=x, n=name, o=offsets, s=given: ng.quantize_both(x, n, o, scale=s),
-                                   "copy": lambda x=x, t=target: t.copy_(x)})
-            ours, copy = times["ours"].us, times["copy"].us
-            bound = copy * (1.5 if name in ("fp8_row", "fp8_tensor") and given is None else 1.0)
-            rows.append({"format": name, "given": given is not None, "m": m, "k": k, "us": ours, "copy_us": copy,
-                         "of_copy": copy / ours, "of_bound": bound / ours})
-            print(f"both {name:16s}{' given' if given is not None else '':6s} {m:6d} x {k}: {ours:7.1f} us, copy {copy:7.1f} us, "
-                  f"{copy / ours:.2f} of copy, {bound / ours:.2f} of the bound", flush=True)
+        for name, options in kinds:
+            add("both", name, options, m, k, lambda x=x, n=name, s=offsets, o=options: ng.quantize_both(x, n, s, **o), 2, 2)
+    for m, k in ACTIVATED:
+        h, dy = (torch.randn(m, n, device="cuda", dtype=torch.bfloat16) for n in (2 * k, k))
+        layout = ng.Offsets(torch.arange(9, device="cuda") * (m // 8))
+        for name, options in kinds:
+            if name == "fp8_1x128_ue8m0" or (name == "fp8_tensor" and len(options) == 1):
+                continue
+            add("forward", name, options, m, k, lambda h=h, s=layout, n=name, o=options: activate_both(h, s, n, **o), 4, 2)
+            add("backward", name, options, m, k, lambda h=h, d=dy, s=layout, n=name, o=options: activate_backward(h, d, s, n, **o),
+                6, 4)
     return rows
 
 
@@ -210,6 +249,8 @@ def main() -> None:
     parser.add_argument("--only", choices=("launches", "quantisation", "both", "fused"))
     parser.add_argument("--stub", action="store_true",
                         help="with no GPU: calls on CPU tensors, planned for an H200, with a C launcher that does nothing")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--once", action="store_true", help="make every call once, which compiles it, and time none")
     args = parser.parse_args()
     import triton
 
@@ -225,11 +266,11 @@ def main() -> None:
     if args.only in (None, "launches"):
         doc["launches"] = launches(device)
     if args.only in (None, "quantisation") and not args.stub:
-        doc["quantisation"] = quantisation(GraphTimer(torch.device("cuda"), rounds=5))
+        doc["quantisation"] = quantisation(Once() if args.once else GraphTimer(torch.device("cuda"), rounds=args.rounds))
     if args.only in (None, "both") and not args.stub:
-        doc["quantize_both"] = both_ways(GraphTimer(torch.device("cuda"), rounds=5))
+        doc["quantize_both"] = both_ways(Once() if args.once else GraphTimer(torch.device("cuda"), rounds=args.rounds))
     if args.only in (None, "fused") and not args.stub:
-        doc["fused"] = fused(GraphTimer(torch.device("cuda"), rounds=5))
+        doc["fused"] = fused(Once() if args.once else GraphTimer(torch.device("cuda"), rounds=args.rounds))
     if args.json:
         args.json.parent.mkdir(parents=True, exist_ok=True)
         args.json.write_text(json.dumps(doc, indent=1) + "\n")

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import narrowgemm as ng
+from narrowgemm.arch import detect
 from narrowgemm.formats import FP8_ROW, FP8_TENSOR, Format, FP8_1x128
 from narrowgemm.ops.activate_both import activate_backward, activate_both
 from narrowgemm.ops.quantize_both import Both
@@ -35,6 +36,12 @@ def inputs(on: str, inter: int, sizes: list[int] = SIZES, before: int = 0, after
     return h.to(on, dtype), dy.to(on, dtype), ng.Offsets(offsets.to(on))
 
 
+def backends(on: str, fmt: Format, inter: int) -> tuple[str, ...]:
+    """Hopper's own kernel is not interpreted."""
+    hopper = on == "cuda" and detect(torch.device(on)).target == "sm90"
+    return ("triton", "gluon_sm90") if hopper and not (fmt.group[1] and inter % 128) else ("triton",)
+
+
 def same(got: torch.Tensor, want: torch.Tensor, fmt: Format | None = None) -> None:
     """Exponentials are the device's own: values agree to the last bits of what they were rounded to before."""
     got, want = got.float().cpu(), want.float().cpu()
@@ -60,8 +67,10 @@ def check(got: Both, want: torch.Tensor, layout: ng.Offsets, fmt: Format) -> Non
 @pytest.mark.parametrize("options", [{}, OAI], ids=["swiglu", "oai"])
 def test_both_copies(on, fmt, options):
     h, dy, layout = inputs(on, 128)
-    check(activate_both(h, layout, fmt, backend="triton", **options), reference.activate(h, **options), layout, fmt)
-    check(activate_backward(h, dy, layout, fmt, backend="triton", **options), reference.activate_backward(h, dy, **options), layout, fmt)
+    for backend in backends(on, fmt, 128):
+        check(activate_both(h, layout, fmt, backend=backend, **options), reference.activate(h, **options), layout, fmt)
+        got = activate_backward(h, dy, layout, fmt, backend=backend, **options)
+        check(got, reference.activate_backward(h, dy, **options), layout, fmt)
 
 
 @pytest.mark.parametrize("fmt", [FP8_TENSOR, FP8_ROW, FP8_1x128], ids=lambda f: f.name)
@@ -70,9 +79,9 @@ def test_odd_widths_and_rows_outside_the_groups(on, fmt):
     h, dy, layout = inputs(on, 72, [130, 5], before=3, after=4)
     h[:3] = 1e30
     h[-4:] = float("nan")
-    backend = "triton"
-    check(activate_both(h, layout, fmt, backend=backend), reference.activate(h), layout, fmt)
-    check(activate_backward(h, dy, layout, fmt, backend=backend), reference.activate_backward(h, dy), layout, fmt)
+    for backend in backends(on, fmt, 72):
+        check(activate_both(h, layout, fmt, backend=backend), reference.activate(h), layout, fmt)
+        check(activate_backward(h, dy, layout, fmt, backend=backend), reference.activate_backward(h, dy), layout, fmt)
 
 
 @pytest.mark.parametrize("options", [{}, OAI], ids=["swiglu", "oai"])
@@ -92,23 +101,26 @@ def test_delayed_scaling(on):
     """The scale is taken as it is, what is beyond it saturates, and the largest magnitude is found on the way."""
     h, dy, layout = inputs(on, 128)
     want = reference.activate_backward(h, dy)
-    scale, amax = want.float().abs().max().reshape(1) / 448 / 4, torch.full((1,), 0.5, device=on)
-    got = activate_backward(h, dy, layout, FP8_TENSOR, scale=scale, amax=amax, backend="triton")
-    assert got.rows.data.float().abs().max() == 448 and torch.equal(got.rows.scale.reshape(1), scale)
-    assert abs(float(amax) / float(want.float().abs().max()) - 1) < 2**-7
-    again = torch.zeros(1, device=on)
-    activate_backward(h, dy, layout, FP8_TENSOR, amax=again, backend="triton")
-    assert torch.equal(again, amax)
-    activate_both(h, layout, FP8_TENSOR, scale=scale, amax=amax, backend="triton")
-    assert float(amax) >= float(again)
+    scale = want.float().abs().max().reshape(1) / 448 / 4
+    for backend in backends(on, FP8_TENSOR, 128):
+        amax = torch.full((1,), 0.5, device=on)
+        got = activate_backward(h, dy, layout, FP8_TENSOR, scale=scale, amax=amax, backend=backend)
+        assert got.rows.data.float().abs().max() == 448 and torch.equal(got.rows.scale.reshape(1), scale)
+        assert abs(float(amax) / float(want.float().abs().max()) - 1) < 2**-7
+        again = torch.zeros(1, device=on)
+        activate_backward(h, dy, layout, FP8_TENSOR, amax=again, backend="triton")
+        assert torch.equal(again, amax)
+        activate_both(h, layout, FP8_TENSOR, scale=scale, amax=amax, backend=backend)
+        assert float(amax) >= float(again)
 
 
 def test_segments_of_an_earlier_call(on):
     h, dy, layout = inputs(on, 128)
-    first = activate_both(h, layout, FP8_ROW, backend="triton")
-    second = activate_backward(h, dy, layout, FP8_ROW, segments=first.layout, backend="triton")
-    assert second.layout.offsets.data_ptr() == first.layout.offsets.data_ptr()
-    check(second, reference.activate_backward(h, dy), layout, FP8_ROW)
+    for backend in backends(on, FP8_ROW, 128):
+        first = activate_both(h, layout, FP8_ROW, backend=backend)
+        second = activate_backward(h, dy, layout, FP8_ROW, segments=first.layout, backend=backend)
+        assert second.layout.offsets.data_ptr() == first.layout.offsets.data_ptr()
+        check(second, reference.activate_backward(h, dy), layout, FP8_ROW)
 
 
 def test_nothing_to_do(on):
@@ -146,3 +158,13 @@ def test_compiles_for_every_target(target):
     assert {"both_kernel", "maxima_kernel", "scales_kernel", "segments_kernel", "zero_kernel"} == {r["kernel"] for r in reports}
     for r in reports:
         assert r["spills"] <= 8 and r["shared"] <= 65536 and not r.get("unwritten"), r
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("triton", ["oldest", pytest.param("newest", marks=pytest.mark.slow)])
+def test_hopper_kernels_compile(triton):
+    """Two blocks an SM."""
+    reports = compile_jobs("sm90", "tests.kernels.gluon_sm90_quantize_both_jobs:activation_jobs", triton=triton)
+    assert {"front_kernel", "scales_kernel", "both_kernel"} == {r["kernel"] for r in reports}
+    for r in reports:
+        assert r["spills"] <= 24 and r["registers"] <= 128 and 2 * (r["shared"] + 1024) <= 228 << 10 and not r["unwritten"], r

@@ -98,6 +98,16 @@ def test_nan_infinity_and_extremes(on, fmt):
     check(x[3:8].contiguous().to(on), fmt, amax_clamp=0.0)
 
 
+@pytest.mark.parametrize("fmt", SCALED, ids=lambda f: f.name)
+def test_every_bf16_value(on, fmt):
+    """NaNs, infinities, subnormals and zeros too: next to their neighbours, and next to any others. Interpreted, one in 16."""
+    every = torch.arange(-32768, 32768, 1 if on == "cuda" else 16, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    mixed = every[torch.randperm(every.numel(), generator=torch.Generator().manual_seed(1))]
+    for x in (every, mixed):
+        check(x.view(-1, 256).to(on), fmt)
+    check(every[every.isfinite()].view(255, -1).to(on), fmt, amax_clamp=0.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_e2m1_ties_and_neighbours(on, dtype):
     """Every halfway point of E2M1 and the values next to it, over a scale of one."""

@@ -31,6 +31,7 @@ MODULES: tuple[str, ...] = (
     "gluon.sm90.fp8_scaled",
     "gluon.sm90.fp8_wgrad",
     "gluon.sm90.quantize_both",
+    "gluon.sm90.activate_both",
     "gluon.sm90.narrow",
     "gluon.sm90.narrow_prefill",
     "gluon.sm90.fold",

@@ -193,7 +193,8 @@ def _plan(c: _Call) -> Plan | None:
     op = ("activate_both" if c.dy is None else "activate_backward") + ("" if c.scale is None else "_cast")
     source = steps.PLAIN[c.h.dtype]
     problem = steps.activate_both_problem(op, c.h.shape[0], c.h.shape[1] // 2, c.layout.offsets.numel() - 1, source,
-                                          c.fmt or source, c.activation, c.args)
+                                          c.fmt or source, c.activation, c.args,
+                                          steps.aligned(c.h) and (c.dy is None or steps.aligned(c.dy)))
     return steps.select(problem, c.h.device, c.backend, c.config)
 
 

@@ -22,7 +22,7 @@ from ..reference.quantize_both import ALIGNMENT
 from ..runtime import dispatch, env
 from ..runtime.launch import run
 from ..scales import tma_aligned_rows
-from . import common, library
+from . import common, library, steps
 from .quantize import _SOURCE
 
 GROUPS = ((1, 128), (128, 128), (1, 0), (0, 0))
@@ -112,7 +112,8 @@ def _plan(x: Tensor, fmt: Format, offsets: Tensor | None, scale: Tensor | None, 
     groups = offsets.numel() - 1 if offsets is not None else x.shape[0] if x.dim() == 3 else 1
     op = "quantize_both" if scale is None else "cast_both" if amax is None else "cast_both_amax"
     problem = Problem(op, "dense" if offsets is None else "offsets",
-                      bucket(x.shape[-2]), 0, x.shape[-1], groups, Operand(_SOURCE[x.dtype]), Operand(fmt, scale_dtype=fmt.scale))
+                      bucket(x.shape[-2]), 0, x.shape[-1], groups, Operand(_SOURCE[x.dtype], aligned=steps.aligned(x)),
+                      Operand(fmt, scale_dtype=fmt.scale))
     return dispatch.select(problem, detect(x.device), backend)
 
 
@@ -121,7 +122,8 @@ def _allocate(x: Tensor, fmt: Format, offsets: Tensor | None, scale: Tensor | No
     *lead, t, c = x.shape
     p = t if offsets is None else -(-t // ALIGNMENT) * ALIGNMENT + ALIGNMENT * (offsets.numel() - 1)
     rows = ScaledTensor(x.new_empty((*lead, t, c), dtype=fmt.elem.dtype), _scales((*lead, t, c), fmt, x), fmt)
-    data = x.new_empty((*lead, c, -(-p // 16) * 16), dtype=fmt.elem.dtype)[..., :p]    # TMA: rows on 16 bytes
+    # TMA: rows on 16 bytes; zeros may be written up to there
+    data = x.new_empty((*lead, c, -(-p // 16) * 16), dtype=fmt.elem.dtype)[..., :p]
     if fmt.group[0] == fmt.group[1]:        # one scale serves both orientations
         assert rows.scale is not None
         columns = ScaledTensor(data, rows.scale.mT, fmt)

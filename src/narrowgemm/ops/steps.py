@@ -30,6 +30,11 @@ def sign(x: Tensor | None) -> object:
     return x.shape, x.stride(), x.dtype, at if at >= 0 else x.device, x.data_ptr() & 15
 
 
+def aligned(x: Tensor) -> bool:
+    """Whether all rows begin on 16 bytes."""
+    return x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s, n in zip(x.stride()[:-1], x.shape) if n > 1)
+
+
 def known(cache: common.PlanCache, key: tuple, make: Callable[[], Plan | None]) -> tuple[Plan | None, dict]:
     """Plan and bound launches of a signature; `make` checks a call that is the first of its kind and plans it."""
     found = cache.find(key)
@@ -84,8 +89,8 @@ def activate_problem(rows: int, inter: int, groups: int, expected: int, source: 
 
 
 def activate_both_problem(op: str, rows: int, inter: int, groups: int, source: Format, fmt: Format, activation: str,
-                          args: tuple[float, ...]) -> Problem:
-    return Problem(op, "offsets", bucket(rows), 1, inter, groups, Operand(source), target(fmt),
+                          args: tuple[float, ...], aligned: bool = True) -> Problem:
+    return Problem(op, "offsets", bucket(rows), 1, inter, groups, Operand(source, aligned=aligned), target(fmt),
                    rows=bucket(-(-rows // max(groups, 1))), epilogue=Epilogue(activation=activation, activation_args=args))
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from ...arch import Arch
@@ -10,6 +12,7 @@ from .. import launching
 from ..launching import Launch
 from ..step_operands import ActivateOperands
 from . import steps
+from .quantize import native
 from .steps import legal, tile_configs
 
 NAME = "triton.activate"
@@ -29,7 +32,10 @@ def supports(problem: Problem, arch: Arch) -> str | None:
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
-    return tile_configs(problem, arch, (2048, 4096, 1024))
+    """As `steps.tile_configs`; first those with 32 elements a thread, over which what is done once is spread."""
+    few = tile_configs(problem, arch, (2048, 4096, 1024))
+    many = [] if steps.by_rows(problem.b.format) else [replace(c, num_warps=c.num_warps // 2) for c in few if c.num_warps > 1]
+    return [*many, *few]
 
 
 def workspace(problem: Problem, config: Config) -> int:
@@ -58,7 +64,8 @@ def launches(step: Step, problem: Problem, operands: ActivateOperands, workspace
     arch = detect(h.device)
     resident = arch.sms * max(1, 2048 // (c.num_warps * arch.warp)) * WAVES
     common = {"GROUPED": o.offsets is not None, "STEPS": experts.bit_length(), "CLAMPED": o.activation == "swiglu_oai",
-              "INTERLEAVED": o.interleaved, "BIAS": o.bias is not None, "num_warps": c.num_warps, "num_stages": 1}
+              "INTERLEAVED": o.interleaved, "BIAS": o.bias is not None, "NATIVE": native(h), "num_warps": c.num_warps,
+              "num_stages": 1}
     if steps.by_rows(fmt):
         assert scale is not None
         return [Launch(device.activate_rows_kernel, (min(-(-r // c.block_m), resident),), (

@@ -11,6 +11,7 @@ from .. import launching
 from ..launching import Launch, Pointer
 from ..step_operands import ActivateBothOperands
 from . import steps
+from .quantize import native
 
 NAME = "triton.activate_both"
 BACKEND = "triton"
@@ -56,14 +57,35 @@ def workspace(problem: Problem, config: Config) -> int:
 
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
+    return seconds(problem, config, arch, EFFICIENCY)
+
+
+def seconds(problem: Problem, config: Config, arch: Arch, efficiency: float) -> float:
     parts = 2 if problem.op.startswith("activate_backward") else 1
     read = (1 + parts) * problem.a.format.storage_bytes(problem.m, problem.k) * (2 if workspace(problem, config) else 1)
     written = parts * (2 if problem.b.format.scaled else 1) * problem.b.format.storage_bytes(problem.m, problem.k)
-    return 2 * steps.LAUNCH_SECONDS + (read + written) / (arch.bandwidth * EFFICIENCY)
+    return 2 * steps.LAUNCH_SECONDS + (read + written) / (arch.bandwidth * efficiency)
 
 
 def launch(step: Step, problem: Problem, operands: ActivateBothOperands, workspace: Tensor | None) -> None:
     launching.launch(launches, step, problem, operands, workspace)
+
+
+def arguments(o: ActivateBothOperands) -> tuple[float, float]:
+    """alpha and limit."""
+    return (o.args[0], o.args[1]) if o.activation == "swiglu_oai" else (1.0, 0.0)
+
+
+def maxima(o: ActivateBothOperands, rows: Tensor | Pointer, columns: Tensor | Pointer, by_rows: bool) -> Launch:
+    """The pass that finds the largest magnitudes of rows and of columns, or the one of all."""
+    from . import activate_both_device as device
+
+    h, d = o.h, o.h if o.dy is None else o.dy
+    t, inter = h.shape[0], h.shape[1] // 2
+    return Launch(device.maxima_kernel, (-(-t // 128) * -(-inter // 64),),
+                  (h, d, o.offsets, rows, columns, t, o.offsets.numel() - 1, inter, *arguments(o), h.stride(0), d.stride(0)),
+                  {"ROWS": by_rows, "BACKWARD": o.dy is not None, "CLAMPED": o.activation == "swiglu_oai", "NATIVE": native(h),
+                   "num_warps": 8})
 
 
 def launches(step: Step, problem: Problem, operands: ActivateBothOperands, workspace: Tensor | None) -> list[Launch]:
@@ -77,8 +99,8 @@ def launches(step: Step, problem: Problem, operands: ActivateBothOperands, works
     backward = o.dy is not None
     d = o.dy if o.dy is not None else h
     width = inter * (2 if backward else 1)
-    alpha, limit = o.args if o.activation == "swiglu_oai" else (1.0, 0.0)
-    common = {"BACKWARD": backward, "CLAMPED": o.activation == "swiglu_oai", "num_warps": c.num_warps}
+    common = {"BACKWARD": backward, "CLAMPED": o.activation == "swiglu_oai", "NATIVE": native(h),
+              "num_warps": c.num_warps}
     out: list[Launch] = []
     capacity = -(-t // 128) * 128 + 128 * groups
     if o.fresh_segments:
@@ -91,23 +113,21 @@ def launches(step: Step, problem: Problem, operands: ActivateBothOperands, works
         col_amax = Pointer(workspace, torch.int32, 4 * t if kind == "rows" else 0)
         count = t + width if kind == "rows" else 1
         out.append(Launch(quantise.zero_kernel, (-(-count // 1024),), (row_amax, count), {"BLOCK": 1024, "num_warps": 4}))
-        out.append(Launch(device.maxima_kernel, (-(-t // 128) * -(-inter // 64),),
-                          (h, d, o.offsets, row_amax, col_amax, t, groups, inter, alpha, limit, h.stride(0), d.stride(0)),
-                          {"ROWS": kind == "rows", **common, "num_warps": 8}))
+        out.append(maxima(o, row_amax, col_amax, kind == "rows"))
     columns = o.columns
     rs, cs, cd = (h, h, h) if columns is None else (rows.scale, columns.scale, columns.data)
     assert rs is not None and cs is not None
     if kind == "rows":
         assert columns is not None
-        out.append(Launch(device.scales_kernel, (-(-max(t, width) // 1024),),
+        out.append(Launch(quantise.scales_kernel, (-(-max(t, width) // 1024),),
                           (row_amax, col_amax, rs, cs, t, width, o.amax_clamp, rs.stride(0), cs.stride(0)),
                           {"BLOCK": 1024, "TOP": fmt.elem.max, "num_warps": 4}))
     upcoming: Tensor | Pointer = Pointer(o.amax, torch.int32) if o.amax is not None else h
     strides = (0, 0, 0, 0, 0) if columns is None else (cd.stride(0) // 16, rs.stride(0), rs.stride(1), cs.stride(0), cs.stride(1))
     out.append(Launch(
         device.both_kernel, (capacity // 128 * -(-inter // (c.group_m * (128 if kind == "blocks" else c.block_k))),),
-        (h, d, rows.data, cd, rs, cs, row_amax, col_amax, upcoming, o.offsets, o.segments, t, groups, inter, o.amax_clamp, alpha,
-         limit, h.stride(0), d.stride(0), rows.data.stride(0), *strides),
+        (h, d, rows.data, cd, rs, cs, row_amax, col_amax, upcoming, o.offsets, o.segments, t, groups, inter, o.amax_clamp,
+         *arguments(o), h.stride(0), d.stride(0), rows.data.stride(0), *strides),
         {"BC": c.block_k, "LOOP": c.group_m, "STAGES": c.num_stages, "KIND": kind, "GIVEN": given, "NEXT": o.amax is not None,
          "CHUNK": 256, "num_stages": 1, **common,
          **{k: v for k, v in steps.scale_constants(fmt, o.rounding, h).items() if k != "E2M1"}}))

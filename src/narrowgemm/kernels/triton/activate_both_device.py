@@ -11,7 +11,7 @@ activation. Row- and tensor-wise scales that are not given take a pass before, w
 import triton
 import triton.language as tl
 
-from .activate_device import swiglu
+from .activate_device import rounded, sigmoid, swiglu
 from .quantize_both_device import find_tile, group_rows
 from .quantize_device import block_scale, magnitude, narrow_fp8
 
@@ -19,7 +19,7 @@ CHUNK = tl.constexpr(256)
 
 
 @triton.jit
-def swiglu_backward(gate, up, d, alpha, limit, CLAMPED: tl.constexpr):
+def swiglu_backward(gate, up, d, alpha, limit, CLAMPED: tl.constexpr, NATIVE: tl.constexpr):
     """(d gate, d up) of `activate_device.swiglu`, given d of its result."""
     if CLAMPED:
         low = gate <= limit
@@ -27,24 +27,25 @@ def swiglu_backward(gate, up, d, alpha, limit, CLAMPED: tl.constexpr):
         gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
         up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
         up = tl.maximum(up, 0.0 - limit, propagate_nan=tl.PropagateNan.ALL) + 1.0
-        s = 1.0 / (1.0 + tl.exp(0.0 - alpha * gate))
+        s = sigmoid(gate, alpha, NATIVE)
         dgate = d * up * s * (1.0 + alpha * gate * (1.0 - s))
         return tl.where(low, dgate, 0.0), tl.where(inside, d * gate * s, 0.0)
-    s = 1.0 / (1.0 + tl.exp(0.0 - gate))
+    s = sigmoid(gate, 1.0, NATIVE)
     return d * up * s * (1.0 + gate * (1.0 - s)), d * gate * s
 
 
 @triton.jit
-def make(h_ptr, d_ptr, at, d_at, mask, I, alpha, limit, BACKWARD: tl.constexpr, CLAMPED: tl.constexpr):
+def make(h_ptr, d_ptr, at, d_at, mask, I, alpha, limit, BACKWARD: tl.constexpr, CLAMPED: tl.constexpr,
+         NATIVE: tl.constexpr):
     """A tile of the result, rounded to h's type: (y, y), or (d gate, d up). Zero where `mask` is not set."""
     gate = tl.load(h_ptr + at, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(h_ptr + at + I, mask=mask, other=0.0).to(tl.float32)
     if BACKWARD:
         d = tl.load(d_ptr + d_at, mask=mask, other=0.0).to(tl.float32)
-        a, b = swiglu_backward(gate, up, d, alpha, limit, CLAMPED)
-        return a.to(h_ptr.dtype.element_ty), b.to(h_ptr.dtype.element_ty)
+        a, b = swiglu_backward(gate, up, d, alpha, limit, CLAMPED, NATIVE)
+        return rounded(a, h_ptr.dtype.element_ty, NATIVE), rounded(b, h_ptr.dtype.element_ty, NATIVE)
     else:
-        y = swiglu(gate, up, alpha, limit, CLAMPED).to(h_ptr.dtype.element_ty)
+        y = rounded(swiglu(gate, up, alpha, limit, CLAMPED, NATIVE), h_ptr.dtype.element_ty, NATIVE)
         return y, y
 
 
@@ -88,7 +89,7 @@ def raise_to(ptr, bits):
 
 @triton.jit(do_not_specialize=["T", "G"])
 def maxima_kernel(h_ptr, d_ptr, offs_ptr, row_ptr, col_ptr, T, G, I, alpha, limit, hr, dr, BACKWARD: tl.constexpr,
-                  CLAMPED: tl.constexpr, ROWS: tl.constexpr):
+                  CLAMPED: tl.constexpr, NATIVE: tl.constexpr, ROWS: tl.constexpr):
     """Largest magnitudes of each row and each column (ROWS), or of all, in `row_ptr`, by atomic maxima: their order does not matter."""
     BC: tl.constexpr = 64
     tiles_c = tl.cdiv(I, BC)
@@ -98,7 +99,7 @@ def maxima_kernel(h_ptr, d_ptr, offs_ptr, row_ptr, col_ptr, T, G, I, alpha, limi
     none, last = group_rows(offs_ptr, tl.maximum(G - 1, 0), G > 0, T)
     live = (t >= first) & (t < last)
     mask = live[:, None] & (c < I)[None, :]
-    a, b = make(h_ptr, d_ptr, (t * hr)[:, None] + c[None, :], (t * dr)[:, None] + c[None, :], mask, I, alpha, limit, BACKWARD, CLAMPED)
+    a, b = make(h_ptr, d_ptr, (t * hr)[:, None] + c[None, :], (t * dr)[:, None] + c[None, :], mask, I, alpha, limit, BACKWARD, CLAMPED, NATIVE)
     bits = magnitude(a)
     most = bits
     if BACKWARD:
@@ -113,19 +114,6 @@ def maxima_kernel(h_ptr, d_ptr, offs_ptr, row_ptr, col_ptr, T, G, I, alpha, limi
         raise_to(row_ptr, tl.max(tl.max(most, 1), 0))
 
 
-@triton.jit(do_not_specialize=["R", "C"])
-def scales_kernel(row_ptr, col_ptr, rs_ptr, cs_ptr, R, C, clamp, rsr, csr, BLOCK: tl.constexpr, TOP: tl.constexpr):
-    """Scales of R rows and C columns from their largest magnitudes, which become 1 / scale: divisions once each, and not by every
-    thread of every tile."""
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    scale, inverse, sign = block_scale(tl.load(row_ptr + i, mask=i < R, other=0), clamp, "", False, TOP, 0, 0, 0)
-    tl.store(rs_ptr + i * rsr, scale, mask=i < R)
-    tl.store(row_ptr + i, inverse.to(tl.int32, bitcast=True), mask=i < R)
-    scale, inverse, sign = block_scale(tl.load(col_ptr + i, mask=i < C, other=0), clamp, "", False, TOP, 0, 0, 0)
-    tl.store(cs_ptr + i * csr, scale, mask=i < C)
-    tl.store(col_ptr + i, inverse.to(tl.int32, bitcast=True), mask=i < C)
-
-
 @triton.jit
 def stored_inverse(ptr, mask):
     """What `scales_kernel` has left: (1 / scale, mask of the sign bits to keep)."""
@@ -136,8 +124,8 @@ def stored_inverse(ptr, mask):
 @triton.jit(do_not_specialize=["T", "G", "cr", "rsk"])
 def both_kernel(h_ptr, d_ptr, row_ptr, col_ptr, rs_ptr, cs_ptr, row_amax_ptr, col_amax_ptr, next_ptr, offs_ptr, seg_ptr, T, G, I,
                 clamp, alpha, limit, hr, dr, rr, cr, rsr, rsk, csr, csk, BC: tl.constexpr, LOOP: tl.constexpr, STAGES: tl.constexpr,
-                KIND: tl.constexpr, BACKWARD: tl.constexpr, CLAMPED: tl.constexpr, GIVEN: tl.constexpr, NEXT: tl.constexpr,
-                CHUNK: tl.constexpr, ROUNDING: tl.constexpr, E8M0: tl.constexpr, TOP: tl.constexpr, EMAX: tl.constexpr,
+                KIND: tl.constexpr, BACKWARD: tl.constexpr, CLAMPED: tl.constexpr, NATIVE: tl.constexpr, GIVEN: tl.constexpr,
+                NEXT: tl.constexpr, CHUNK: tl.constexpr, ROUNDING: tl.constexpr, E8M0: tl.constexpr, TOP: tl.constexpr, EMAX: tl.constexpr,
                 MANTISSA: tl.constexpr, MANTISSA_BITS: tl.constexpr, SATURATE: tl.constexpr):
     """KIND: 'copy' (the input's type, rows only), 'blocks' (1x128 on both copies), 'rows', 'tensor'. GIVEN: the scale is in `rs_ptr`.
     NEXT: the largest magnitude goes to `next_ptr` too. cr: stride of `columns` in units of 16, whatever the number of rows.
@@ -185,8 +173,8 @@ def both_kernel(h_ptr, d_ptr, row_ptr, col_ptr, rs_ptr, cs_ptr, row_amax_ptr, co
                 # two tiles of 64 columns share their rows' scales; gate's and up's gradients are made one after the other, the inputs
                 # being in L1 by then: all four at once are more than the registers hold
                 for part in tl.static_range(2 if BACKWARD else 1):
-                    a, b = make(h_ptr, d_ptr, at, d_at, mask, I, alpha, limit, BACKWARD, CLAMPED)
-                    a2, b2 = make(h_ptr + BC, d_ptr + BC, at, d_at, mask, I, alpha, limit, BACKWARD, CLAMPED)
+                    a, b = make(h_ptr, d_ptr, at, d_at, mask, I, alpha, limit, BACKWARD, CLAMPED, NATIVE)
+                    a2, b2 = make(h_ptr + BC, d_ptr + BC, at, d_at, mask, I, alpha, limit, BACKWARD, CLAMPED, NATIVE)
                     if part == 1:
                         a = b
                         a2 = b2
@@ -199,7 +187,7 @@ def both_kernel(h_ptr, d_ptr, row_ptr, col_ptr, rs_ptr, cs_ptr, row_amax_ptr, co
                     put(a2, row_inverse, row_sign, k * 128, BC + j, inside, mask, live, row_inverse, row_sign, row_ptr, col_ptr, cs_ptr,
                         clamp, rr, cr, csr, KIND, GIVEN, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS, SATURATE)
             else:
-                a, b = make(h_ptr, d_ptr, at, d_at, mask, I, alpha, limit, BACKWARD, CLAMPED)
+                a, b = make(h_ptr, d_ptr, at, d_at, mask, I, alpha, limit, BACKWARD, CLAMPED, NATIVE)
             if KIND == "copy":
                 tl.store(row_ptr + (i * rr)[:, None] + c[None, :], a, mask=mask)
                 tl.store(row_ptr + (i * rr)[:, None] + (I + c)[None, :], b, mask=mask)

@@ -10,6 +10,7 @@ from .. import launching
 from ..launching import Launch
 from ..step_operands import GatherOperands
 from . import steps
+from .quantize import native
 from .steps import legal, tile_configs
 
 NAME = "triton.gather_quantize"
@@ -48,7 +49,7 @@ def launches(step: Step, problem: Problem, operands: GatherOperands, workspace: 
     o, c, fmt = operands, step.config, problem.b.format
     x, out, scale = o.x, o.rows.data, o.rows.scale
     (t, k), experts = x.shape, o.offsets.numel() - 1
-    common = {"TOP_K": o.top_k, "num_warps": c.num_warps, "num_stages": 1}
+    common = {"TOP_K": o.top_k, "NATIVE": native(x), "num_warps": c.num_warps, "num_stages": 1}
     if steps.by_rows(fmt):
         assert scale is not None
         return [Launch(device.gather_rows_kernel, (-(-t // c.block_m),), (

@@ -6,7 +6,7 @@ Skipped slots have rows from `offsets[E]` on; those are not written, and a token
 import triton
 import triton.language as tl
 
-from .quantize_device import block_e2m1, block_scale, magnitude, narrow_fp8
+from .quantize_device import block_e2m1, block_fp8
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def gather_kernel(x_ptr, inverse_ptr, offsets_ptr, out_ptr, scale_ptr, T, K, S, 
                   TOP_K: tl.constexpr, N: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, EVEN: tl.constexpr,
                   KIND: tl.constexpr, E2M1: tl.constexpr, SATURATE: tl.constexpr, ROUNDING: tl.constexpr,
                   E8M0: tl.constexpr, TOP: tl.constexpr, EMAX: tl.constexpr, MANTISSA: tl.constexpr,
-                  MANTISSA_BITS: tl.constexpr):
+                  MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr):
     """BT tokens x BG blocks of N columns. KIND 'copy': no scales, the bits as they are; 'blocks': a scale a block."""
     PER_BYTE: tl.constexpr = 2 if E2M1 else 1
     tiles = tl.cdiv(S, BG)
@@ -46,20 +46,19 @@ def gather_kernel(x_ptr, inverse_ptr, offsets_ptr, out_ptr, scale_ptr, T, K, S, 
     elif E2M1:
         scale, y = block_e2m1(x, clamp, E2M1, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS, BT * BG, N)
     else:
-        bits = magnitude(x)
-        scale, inverse, sign = block_scale(tl.max(bits, 1), clamp, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS)
-        y = narrow_fp8(x, bits, inverse[:, None], sign[:, None], out_ptr.dtype.element_ty, TOP, SATURATE)
+        scale, y = block_fp8(x, clamp, out_ptr.dtype.element_ty, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS, NATIVE)
     for j in range(TOP_K):
         row = tl.load(inverse_ptr + t * TOP_K + j, mask=live, other=0).to(tl.int64)
         there = live & (row < rows)
-        tl.store(out_ptr + (row * orow)[:, None] + kh, y, mask=there[:, None] & out_mask)
+        # MN-major scales of rows next to each other come from tokens that are not: L2 keeps them until their sectors are full
+        tl.store(out_ptr + (row * orow)[:, None] + kh, y, mask=there[:, None] & out_mask, eviction_policy="evict_first")
         if KIND == "blocks":
-            tl.store(scale_ptr + row * sr + g * ss, scale, mask=there)
+            tl.store(scale_ptr + row * sr + g * ss, scale, mask=there, eviction_policy="evict_last")
 
 
 @triton.jit(do_not_specialize=["T"])
 def gather_rows_kernel(x_ptr, inverse_ptr, offsets_ptr, out_ptr, scale_ptr, T, K, E, clamp, xr, orow, sr,
-                       TOP_K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, TOP: tl.constexpr):
+                       TOP_K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, TOP: tl.constexpr, NATIVE: tl.constexpr):
     """One FP32 scale a row: BT tokens a program, BK holds a row."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     k = tl.arange(0, BK)
@@ -67,9 +66,7 @@ def gather_rows_kernel(x_ptr, inverse_ptr, offsets_ptr, out_ptr, scale_ptr, T, K
     live = wanted(inverse_ptr, t, t < T, rows, TOP_K)
     mask = live[:, None] & (k < K)[None, :]
     x = tl.load(x_ptr + (t.to(tl.int64) * xr)[:, None] + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
-    bits = magnitude(x)
-    scale, inverse, sign = block_scale(tl.max(bits, 1), clamp, "", False, TOP, 0, 0, 0)
-    y = narrow_fp8(x, bits, inverse[:, None], sign[:, None], out_ptr.dtype.element_ty, TOP, False)
+    scale, y = block_fp8(x, clamp, out_ptr.dtype.element_ty, False, "", False, TOP, 0, 0, 0, NATIVE)
     for j in range(TOP_K):
         row = tl.load(inverse_ptr + t * TOP_K + j, mask=live, other=0).to(tl.int64)
         there = live & (row < rows)

@@ -124,13 +124,18 @@ def matrices(x: Tensor) -> Tensor:
 
 def e2m1_kind(fmt: Format, x: Tensor) -> int:
     """How device code rounds to E2M1: 0 it doesn't, 1 an element at a time, 2 pairs of BF16 (see `quantize_device.PAIRS`)."""
-    from triton import knobs
-
     if fmt.element != "e2m1":
         return 0
+    pairs = x.dtype == torch.bfloat16 and fmt.scale == "e8m0" and detect(x.device).capability >= 90
+    return 2 if pairs and native(x) else 1
+
+
+def native(x: Tensor) -> bool:
+    """Whether device code may use NVIDIA's own instructions: they are not interpreted."""
+    from triton import knobs
+
     arch = detect(x.device)
-    pairs = x.dtype == torch.bfloat16 and fmt.scale == "e8m0" and arch.vendor == "nvidia" and arch.capability >= 90
-    return 2 if pairs and not knobs.runtime.interpret else 1
+    return arch.vendor == "nvidia" and arch.capability >= 89 and not knobs.runtime.interpret
 
 
 def merge(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -184,7 +189,7 @@ def launches(step: Step, problem: Problem, operands: Operands, workspace: Tensor
             (px, pout, pscale, r, k, s, clamp, x.stride(0), x.stride(1), x.stride(2), out.stride(0), out.stride(1),
              *scale.stride()),
             dict(N=cols, BR=br, BG=bg, FLAT=flat, WIDE=is_wide(x, out, scale), E2M1=e2m1_kind(fmt, x),
-                 TOP=elem.max, **e8m0, num_warps=c.num_warps, num_stages=1))]
+                 TOP=elem.max, NATIVE=native(x), **e8m0, num_warps=c.num_warps, num_stages=1))]
     if how == "tiles":
         grid = b * -(-r // 128) * -(-k // 128)
         far = 128 * max(x.stride(1), x.stride(2), out.stride(1)) >= 2**31

@@ -11,7 +11,7 @@ matrix. Bit for bit what `reference/quantize_both.py` defines.
 import triton
 import triton.language as tl
 
-from .quantize_device import block_scale, magnitude, narrow_fp8
+from .quantize_device import NAN_BITS, block_scale, magnitude, narrow_fp8
 
 CHUNK = tl.constexpr(256)
 
@@ -36,6 +36,62 @@ def segments_kernel(offs_ptr, seg_ptr, T, G, capacity, CHUNK: tl.constexpr):
         ends = tl.minimum(total + tl.cumsum(width, 0), capacity)
         tl.store(seg_ptr + 1 + g, ends.to(tl.int32), mask=g < G)
         total += tl.sum(width)
+
+
+@triton.jit(do_not_specialize=["T", "G", "capacity", "tiles", "count", "B"])
+def front_kernel(offs_ptr, seg_ptr, table_ptr, zero_ptr, scale_ptr, inverse_ptr, T, G, capacity, tiles, count, B, GROUPED: tl.constexpr,
+                 FRESH: tl.constexpr, GIVEN: tl.constexpr, UNSEEN: tl.constexpr, CHUNK: tl.constexpr, TILES: tl.constexpr):
+    """What Hopper's kernels want beforehand. GROUPED: (first row, end of the group's rows) of each tile of 128 columns of the grouped
+    copy, in `table_ptr` [tiles, 2]; FRESH: segments, as `segments_kernel`. Zeros, `count` of them (UNSEEN: -1). GIVEN: 1 / scale of B matrices."""
+    p = tl.program_id(0)
+    if GROUPED:
+        tile = p * TILES + tl.arange(0, TILES)
+        pos = tile * 128
+        first = tl.zeros((TILES, ), tl.int32)
+        stop = tl.zeros((TILES, ), tl.int32)
+        total = tl.cast(0, tl.int64)
+        if FRESH:
+            if p == 0:
+                tl.store(seg_ptr, 0)
+        for base in range(0, G, CHUNK):
+            g = base + tl.arange(0, CHUNK)
+            start, end = group_rows(offs_ptr, g, g < G, T)
+            width = tl.where(g < G, (end - start + 127) // 128 * 128, 0)
+            behind = total + tl.cumsum(width, 0)
+            begins = tl.minimum(behind - width, capacity).to(tl.int32)
+            ends = tl.minimum(behind, capacity).to(tl.int32)
+            if FRESH:
+                tl.store(seg_ptr + 1 + g, ends, mask=(g < G) & (p == 0))
+            here = (begins[None, :] <= pos[:, None]) & (pos[:, None] < ends[None, :])
+            first += tl.sum(tl.where(here, (start.to(tl.int32) - begins)[None, :] + pos[:, None], 0), 1)
+            stop += tl.sum(tl.where(here, end.to(tl.int32)[None, :], 0), 1)
+            total += tl.sum(width)
+        tl.store(table_ptr + 2 * tile, first, mask=tile < tiles)
+        tl.store(table_ptr + 2 * tile + 1, stop, mask=tile < tiles)
+    for base in range(p * 1024, count, tl.num_programs(0) * 1024):
+        i = base + tl.arange(0, 1024)
+        tl.store(zero_ptr + i, tl.full((1024, ), -1 if UNSEEN else 0, tl.int32), mask=i < count)
+    if GIVEN:
+        for base in range(p * 128, B, tl.num_programs(0) * 128):
+            i = base + tl.arange(0, 128)
+            scale = tl.load(scale_ptr + i, mask=i < B, other=1.0)
+            good = tl.abs(scale) < float("inf")
+            inverse = tl.where(good, tl.div_rn(tl.full((128, ), 1.0, tl.float32), scale).to(tl.int32, bitcast=True), NAN_BITS)
+            tl.store(inverse_ptr + i, inverse, mask=i < B)
+
+
+@triton.jit(do_not_specialize=["R", "C"])
+def scales_kernel(row_ptr, col_ptr, rs_ptr, cs_ptr, R, C, clamp, rsr, csr, BLOCK: tl.constexpr, TOP: tl.constexpr):
+    """Scales of R rows and C columns from their largest magnitudes, which become 1 / scale: divisions once each, and not by every
+    thread of every tile. A row of no group may have -1: its scale is not written."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    most = tl.load(row_ptr + i, mask=i < R, other=-1)
+    scale, inverse, sign = block_scale(tl.maximum(most, 0), clamp, "", False, TOP, 0, 0, 0)
+    tl.store(rs_ptr + i * rsr, scale, mask=most >= 0)
+    tl.store(row_ptr + i, inverse.to(tl.int32, bitcast=True), mask=i < R)
+    scale, inverse, sign = block_scale(tl.maximum(tl.load(col_ptr + i, mask=i < C, other=0), 0), clamp, "", False, TOP, 0, 0, 0)
+    tl.store(cs_ptr + i * csr, scale, mask=i < C)
+    tl.store(col_ptr + i, inverse.to(tl.int32, bitcast=True), mask=i < C)
 
 
 @triton.jit

@@ -22,9 +22,36 @@ def magnitude(x):
 
 
 @triton.jit
+def over_top(x, TOP: tl.constexpr, NATIVE: tl.constexpr):
+    """x / TOP, correctly rounded. NATIVE: a product, its exact remainder, one more product (Markstein); tests try every significand."""
+    if NATIVE:
+        ONE: tl.constexpr = 1.0 / TOP
+        q = x * ONE
+        return tl.fma(tl.fma(q, 0.0 - TOP, x), ONE, q)
+    else:
+        return tl.div_rn(x, tl.full(x.shape, TOP, tl.float32))
+
+
+@triton.jit
+def inverse_of(s, NATIVE: tl.constexpr):
+    """1 / s, correctly rounded. NATIVE: two steps of Newton from within a few units of the last place. They leave out one significand,
+    all ones, of which the inverse is one unit above a power of two."""
+    if NATIVE:
+        r = 1.0 / s
+        r = tl.fma(r, tl.fma(0.0 - s, r, 1.0), r)
+        r = tl.fma(r, tl.fma(0.0 - s, r, 1.0), r)
+        bits = s.to(tl.int32, bitcast=True)
+        near = (((253 - (bits >> 23)) << 23) + 1).to(tl.float32, bitcast=True)
+        return tl.where((bits & 0x7FFFFF) == 0x7FFFFF, near, r)
+    else:
+        return tl.div_rn(tl.full(s.shape, 1.0, tl.float32), s)
+
+
+@triton.jit
 def block_scale(bits, clamp, ROUNDING: tl.constexpr, E8M0: tl.constexpr, TOP: tl.constexpr, EMAX: tl.constexpr,
-                MANTISSA: tl.constexpr, MANTISSA_BITS: tl.constexpr):
-    """(scale as stored, 1 / scale, mask of the sign bits to keep) from the largest magnitudes of blocks."""
+                MANTISSA: tl.constexpr, MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr = False):
+    """(scale as stored, 1 / scale, mask of the sign bits to keep) from the largest magnitudes of blocks. Gluon's kernels call it,
+    too: nothing that makes a tensor."""
     finite = bits < INF_BITS
     amax = tl.maximum(bits.to(tl.float32, bitcast=True), clamp)
     if E8M0:
@@ -39,8 +66,8 @@ def block_scale(bits, clamp, ROUNDING: tl.constexpr, E8M0: tl.constexpr, TOP: tl
         inverse = tl.where(finite, inverse, NAN_BITS).to(tl.float32, bitcast=True)
         scale = tl.where(finite, code, 255).to(tl.uint8)
     else:
-        scale = tl.maximum(tl.div_rn(amax, tl.full(amax.shape, TOP, tl.float32)), 1.1754943508222875e-38)
-        inverse = tl.div_rn(tl.full(amax.shape, 1.0, tl.float32), scale)
+        scale = tl.maximum(over_top(amax, TOP, NATIVE), 1.1754943508222875e-38)
+        inverse = inverse_of(scale, NATIVE)
         scale = tl.where(finite, scale.to(tl.int32, bitcast=True), NAN_BITS).to(tl.float32, bitcast=True)
         inverse = tl.where(finite, inverse.to(tl.int32, bitcast=True), NAN_BITS).to(tl.float32, bitcast=True)
     return scale, inverse, tl.where(finite, 1, 0) << 31
@@ -54,6 +81,32 @@ def narrow_fp8(x, bits, inverse, sign, DTYPE: tl.constexpr, TOP: tl.constexpr, S
         y = tl.minimum(y, TOP, propagate_nan=tl.PropagateNan.ALL)
     y = y.to(tl.int32, bitcast=True) | (x.to(tl.float32).to(tl.int32, bitcast=True) & sign)
     return y.to(tl.float32, bitcast=True).to(DTYPE)
+
+
+@triton.jit
+def larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def row_amax(x, NATIVE: tl.constexpr):
+    """Bits of the largest magnitude of each row."""
+    if NATIVE:
+        return tl.reduce(tl.abs(x.to(tl.float32)), 1, larger).to(tl.int32, bitcast=True) & ABS_BITS
+    else:
+        return tl.max(magnitude(x), 1)
+
+
+@triton.jit
+def block_fp8(x, clamp, DTYPE: tl.constexpr, SATURATE: tl.constexpr, ROUNDING: tl.constexpr, E8M0: tl.constexpr, TOP: tl.constexpr,
+              EMAX: tl.constexpr, MANTISSA: tl.constexpr, MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr):
+    """(scales, FP8) of x [ROWS, COLUMNS], a block a row. NATIVE: NVIDIA's conversion, which saturates, keeps the sign of a zero and
+    has one NaN."""
+    scale, inverse, sign = block_scale(row_amax(x, NATIVE), clamp, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS, NATIVE)
+    if NATIVE:
+        return scale, (x.to(tl.float32) * inverse[:, None]).to(DTYPE)
+    else:
+        return scale, narrow_fp8(x, magnitude(x), inverse[:, None], sign[:, None], DTYPE, TOP, SATURATE)
 
 
 @triton.jit
@@ -154,7 +207,8 @@ def block_e2m1(x, clamp, KIND: tl.constexpr, SATURATE: tl.constexpr, ROUNDING: t
 def groups_kernel(x_ptr, out_ptr, scale_ptr, R, K, S, clamp, xb, xr, xk, ob, orow, sb, sr, ss,
                   N: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr, FLAT: tl.constexpr, WIDE: tl.constexpr,
                   E2M1: tl.constexpr, SATURATE: tl.constexpr, ROUNDING: tl.constexpr, E8M0: tl.constexpr,
-                  TOP: tl.constexpr, EMAX: tl.constexpr, MANTISSA: tl.constexpr, MANTISSA_BITS: tl.constexpr):
+                  TOP: tl.constexpr, EMAX: tl.constexpr, MANTISSA: tl.constexpr, MANTISSA_BITS: tl.constexpr,
+                  NATIVE: tl.constexpr):
     """1xN blocks along K. A program does BR rows of BG blocks; FLAT: BR * BG blocks in a row of one contiguous tensor."""
     PER_BYTE: tl.constexpr = 2 if E2M1 else 1
     pid = tl.program_id(0)
@@ -201,10 +255,8 @@ def groups_kernel(x_ptr, out_ptr, scale_ptr, R, K, S, clamp, xb, xr, xk, ob, oro
         tl.store(scale_ptr + scale_off, scale, mask=live)
         tl.store(out_ptr + out_off, y, mask=out_mask)
     else:
-        bits = magnitude(x)
-        scale, inverse, sign = block_scale(tl.max(bits, 1), clamp, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS)
+        scale, y = block_fp8(x, clamp, out_ptr.dtype.element_ty, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS, NATIVE)
         tl.store(scale_ptr + scale_off, scale, mask=live)
-        y = narrow_fp8(x, bits, inverse[:, None], sign[:, None], out_ptr.dtype.element_ty, TOP, SATURATE)
         tl.store(out_ptr + out_off, y, mask=out_mask)
 
 
