@@ -121,7 +121,7 @@ def launches(step: Step, problem: Problem, operands: ActivateBothOperands, works
         assert columns is not None
         out.append(Launch(quantise.scales_kernel, (-(-max(t, width) // 1024),),
                           (row_amax, col_amax, rs, cs, t, width, o.amax_clamp, rs.stride(0), cs.stride(0)),
-                          {"BLOCK": 1024, "TOP": fmt.elem.max, "num_warps": 4}))
+                          {"BLOCK": 1024, "TOP": fmt.elem.max, "NATIVE": native(h), "num_warps": 4}))
     upcoming: Tensor | Pointer = Pointer(o.amax, torch.int32) if o.amax is not None else h
     strides = (0, 0, 0, 0, 0) if columns is None else (cd.stride(0) // 16, rs.stride(0), rs.stride(1), cs.stride(0), cs.stride(1))
     out.append(Launch(

@@ -81,15 +81,16 @@ def front_kernel(offs_ptr, seg_ptr, table_ptr, zero_ptr, scale_ptr, inverse_ptr,
 
 
 @triton.jit(do_not_specialize=["R", "C"])
-def scales_kernel(row_ptr, col_ptr, rs_ptr, cs_ptr, R, C, clamp, rsr, csr, BLOCK: tl.constexpr, TOP: tl.constexpr):
+def scales_kernel(row_ptr, col_ptr, rs_ptr, cs_ptr, R, C, clamp, rsr, csr, BLOCK: tl.constexpr, TOP: tl.constexpr,
+                  NATIVE: tl.constexpr):
     """Scales of R rows and C columns from their largest magnitudes, which become 1 / scale: divisions once each, and not by every
     thread of every tile. A row of no group may have -1: its scale is not written."""
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     most = tl.load(row_ptr + i, mask=i < R, other=-1)
-    scale, inverse, sign = block_scale(tl.maximum(most, 0), clamp, "", False, TOP, 0, 0, 0)
+    scale, inverse, sign = block_scale(tl.maximum(most, 0), clamp, "", False, TOP, 0, 0, 0, NATIVE)
     tl.store(rs_ptr + i * rsr, scale, mask=most >= 0)
     tl.store(row_ptr + i, inverse.to(tl.int32, bitcast=True), mask=i < R)
-    scale, inverse, sign = block_scale(tl.maximum(tl.load(col_ptr + i, mask=i < C, other=0), 0), clamp, "", False, TOP, 0, 0, 0)
+    scale, inverse, sign = block_scale(tl.maximum(tl.load(col_ptr + i, mask=i < C, other=0), 0), clamp, "", False, TOP, 0, 0, 0, NATIVE)
     tl.store(cs_ptr + i * csr, scale, mask=i < C)
     tl.store(col_ptr + i, inverse.to(tl.int32, bitcast=True), mask=i < C)
 

@@ -61,8 +61,8 @@ def grouping(grouped: bool, groups: int) -> int:
 
 def front(offsets: Place, segments: Place, table: Place, maxima: Place, scale: Place, rows: int, groups: int, capacity: int,
           count_tiles: int, count_maxima: int, unseen: bool, matrices: int, grouped: bool, fresh: bool, given: bool) -> Launch:
-    """The launch in front: tiles of groups; maxima set to zero (`unseen`: below, so that rows of no group are told), or the inverses
-    of `given` scales where maxima would be."""
+    """The launch in front: tiles of groups; maxima set to zero (`unseen`: below, so that rows of no group are told), or the
+    inverses of `given` scales where maxima would be."""
     from ...triton.quantize_both_device import front_kernel
 
     chunk = next((n for n in CHUNKS if n >= groups), CHUNKS[-1])
@@ -77,5 +77,5 @@ def scales(rows_in: Place, columns_in: Place, rs: Tensor, cs: Tensor, counts: tu
     """Scales from the maxima of so many rows and columns, which become 1 / scale."""
     from ...triton.quantize_both_device import scales_kernel
 
-    return Launch(scales_kernel, (-(-max(counts) // 1024),), (rows_in, columns_in, rs, cs, *counts, clamp, 1, 1),
-                  {"BLOCK": 1024, "TOP": top, "num_warps": 4})
+    return Launch(scales_kernel, (-(-max(counts) // 256),), (rows_in, columns_in, rs, cs, *counts, clamp, 1, 1),
+                  {"BLOCK": 256, "TOP": top, "NATIVE": True, "num_warps": 4})
