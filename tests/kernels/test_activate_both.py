@@ -123,6 +123,15 @@ def test_segments_of_an_earlier_call(on):
         check(second, reference.activate_backward(h, dy), layout, FP8_ROW)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("fmt", [FP8_TENSOR, FP8_ROW, FP8_1x128], ids=lambda f: f.name)
+@pytest.mark.parametrize("groups", [32, 33])
+def test_many_groups(groups, fmt):
+    h, dy, layout = inputs("cuda", 128, [i % 3 for i in range(groups)])
+    for backend in backends("cuda", fmt, 128):
+        check(activate_backward(h, dy, layout, fmt, backend=backend), reference.activate_backward(h, dy), layout, fmt)
+
+
 def test_nothing_to_do(on):
     h, dy, layout = inputs(on, 128, [0, 0])
     for fmt in (FP8_TENSOR, FP8_ROW, FP8_1x128):

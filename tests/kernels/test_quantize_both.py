@@ -11,6 +11,7 @@ from narrowgemm.arch import detect
 from narrowgemm.formats import FP8_ROW, FP8_TENSOR, Format, FP8_1x128, FP8_128x128, ScaledTensor
 from narrowgemm.ops.quantize_both import Both, quantize_both
 from narrowgemm.ops.steps import aligned
+from narrowgemm.reference import quantize as reference
 
 from .._compile import compile_jobs
 
@@ -191,6 +192,14 @@ def test_many_groups(on):
     check(sample(sum(sizes), 128, device=on), FP8_ROW, offsets_of(sizes, on))
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("groups", [31, 32, 33, 300])
+def test_as_many_groups_as_a_warp_knows(groups):
+    sizes = [(i * 7) % 5 for i in range(groups)]
+    for fmt in KINDS:
+        check(sample(sum(sizes), 128, device="cuda"), fmt, offsets_of(sizes, "cuda"))
+
+
 @pytest.mark.parametrize(("sizes", "first"), [(SIZES, 0), ([300, 7], 5), ([0, 0], 3), ([1] * 40, 0), ([5000], 0), ([], 0)])
 def test_tiles_of_groups(on, sizes, first):
     """What Hopper's kernels have looked up for them: segments, and each tile's first row and its group's end. And zeros, and 1 / scale."""
@@ -236,7 +245,7 @@ def test_refusals():
 
 
 def test_quotients_without_divisions():
-    """What Hopper's kernel makes of fused multiply-adds, in FP64, for every significand: x / top and 1 / x, correctly rounded."""
+    """What NVIDIA kernels make of fused multiply-adds (`quantize_device.over_top`, `inverse_of`), in FP64, for every significand: x / top and 1 / x, correctly rounded."""
     f32, f64 = np.float32, np.float64
     x = (np.arange(1 << 23, dtype=np.int32) | (127 << 23)).view(f32)
     wide = x.astype(f64)
@@ -268,8 +277,9 @@ def test_scales_of_many_significands():
     x[..., 5] = most.view(1 << 17, 8)
     x = x.flatten(1)
     for fmt in (FP8_1x128, FP8_1x128.with_element("e5m2")):
-        got, want = quantize_both(x, fmt, backend="gluon_sm90").rows, ng.quantize(x, fmt, backend="triton")
-        assert torch.equal(got.scale, want.scale) and torch.equal(raw(got.data), raw(want.data))
+        want = reference.quantize(x, fmt)
+        for got in (quantize_both(x, fmt, backend="gluon_sm90").rows, ng.quantize(x, fmt, backend="triton")):
+            assert torch.equal(got.scale, want.scale) and torch.equal(raw(got.data), raw(want.data))
 
 
 @pytest.mark.compile
