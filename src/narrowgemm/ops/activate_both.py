@@ -89,11 +89,11 @@ class _Call(NamedTuple):
 
     @property
     def in_two(self) -> bool:
-        """The result is made first and quantised then: where blocks of scales would straddle gate and up; and FP32 tensor-wise, of
-        which `quantize_both` alone makes two copies."""
+        """The result is made first and quantised then: where blocks of scales would straddle gradients of gate and of up; and FP32
+        tensor-wise, of which `quantize_both` alone makes two copies."""
         if self.fmt is None:
             return False
-        across = self.fmt.group[1] > 0 and self.h.shape[1] // 2 % self.fmt.group[1] != 0
+        across = self.dy is not None and self.fmt.group[1] > 0 and self.h.shape[1] // 2 % self.fmt.group[1] != 0
         return across or (self.fmt.group == (0, 0) and self.h.dtype == torch.float32)
 
 

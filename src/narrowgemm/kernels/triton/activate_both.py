@@ -32,8 +32,8 @@ def supports(problem: Problem, arch: Arch) -> str | None:
         return f"{arch.target} converts no FP8"
     if fmt.element not in ("e4m3", "e5m2") or fmt.group not in KINDS:
         return f"has no {fmt.element} with {fmt.scale} scales of {fmt.group}"
-    if fmt.group[1] == 128 and problem.k % 128:
-        return f"needs I in blocks of 128, not {problem.k}"
+    if fmt.group[1] == 128 and problem.k % 128 and problem.op.startswith("activate_backward"):
+        return f"needs I in blocks of 128, not {problem.k}, where blocks of gate's and of up's gradients follow each other"
     return None
 
 

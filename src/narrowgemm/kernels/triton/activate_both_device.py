@@ -172,9 +172,11 @@ def both_kernel(h_ptr, d_ptr, row_ptr, col_ptr, rs_ptr, cs_ptr, row_amax_ptr, co
             if KIND == "blocks":
                 # two tiles of 64 columns share their rows' scales; gate's and up's gradients are made one after the other, the inputs
                 # being in L1 by then: all four at once are more than the registers hold
+                inside2 = c + BC < I
+                mask2 = live[:, None] & inside2[None, :]
                 for part in tl.static_range(2 if BACKWARD else 1):
                     a, b = make(h_ptr, d_ptr, at, d_at, mask, I, alpha, limit, BACKWARD, CLAMPED, NATIVE)
-                    a2, b2 = make(h_ptr + BC, d_ptr + BC, at, d_at, mask, I, alpha, limit, BACKWARD, CLAMPED, NATIVE)
+                    a2, b2 = make(h_ptr + BC, d_ptr + BC, at, d_at, mask2, I, alpha, limit, BACKWARD, CLAMPED, NATIVE)
                     if part == 1:
                         a = b
                         a2 = b2
@@ -184,7 +186,7 @@ def both_kernel(h_ptr, d_ptr, row_ptr, col_ptr, rs_ptr, cs_ptr, row_amax_ptr, co
                     tl.store(rs_ptr + k.to(tl.int64) * rsk + i * rsr, row_scale, mask=live)
                     put(a, row_inverse, row_sign, k * 128, j, inside, mask, live, row_inverse, row_sign, row_ptr, col_ptr, cs_ptr, clamp, rr,
                         cr, csr, KIND, GIVEN, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS, SATURATE)
-                    put(a2, row_inverse, row_sign, k * 128, BC + j, inside, mask, live, row_inverse, row_sign, row_ptr, col_ptr, cs_ptr,
+                    put(a2, row_inverse, row_sign, k * 128, BC + j, inside2, mask2, live, row_inverse, row_sign, row_ptr, col_ptr, cs_ptr,
                         clamp, rr, cr, csr, KIND, GIVEN, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS, SATURATE)
             else:
                 a, b = make(h_ptr, d_ptr, at, d_at, mask, I, alpha, limit, BACKWARD, CLAMPED, NATIVE)
