@@ -46,7 +46,7 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
     """`block_k`: columns of a tile; `group_m`: tiles of rows done side by side."""
     kind = portable.KINDS[problem.b.format.group]
     columns = (128, 64) if kind == "tensor" else (128, )
-    return [both_tile.config(bc, 1, band) for bc in columns for band in (8, 1)]
+    return [both_tile.config(bc, 1, band) for bc in columns for band in (1, 8)]
 
 
 def workspace(problem: Problem, config: Config) -> int:

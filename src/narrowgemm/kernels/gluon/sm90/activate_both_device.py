@@ -72,13 +72,13 @@ def both_kernel(h_desc, d_desc, row_ptr, col_ptr, rs_ptr, cs_ptr, row_in_ptr, co
     else:
         tiles_t = gl.load(seg_ptr + G) // 128
         groups = (tiles_t, tiles_t, tiles_t, tiles_t)
-    if GIVEN:
-        one = given_inverse(rs_ptr)
     tiles_c = gl.cdiv(I, BC)
     total = tiles_t * tiles_c
     step = gl.num_programs(0)
     id = gl.program_id(0)
     fetch(h_desc, d_desc, ring, bar, id, total, groups, table_ptr, tiles_t, tiles_c, GROUPED, BC, BAND, AGAIN, BACKWARD)
+    if GIVEN:       # the first loads are on their way
+        one = given_inverse(rs_ptr)
     most = no_maxima(BC, BITS)
     ONE: gl.constexpr = KIND == "tensor"
     phase = gl.to_tensor(0)

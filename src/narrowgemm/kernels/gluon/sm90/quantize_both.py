@@ -41,7 +41,7 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
     """`block_k`: columns of a tile; `group_m`: tiles of rows done side by side; `num_stages`: tiles in flight or at work."""
     kind, size = portable.KINDS[problem.b.format.group], both_tile.BYTES[problem.a.format.name]
     columns = (128, 64) if kind == "tensor" else (128, )
-    return [c for bc in columns for band in (8, 1) for s in (2, 1)
+    return [c for bc in columns for band in (1, 8) for s in (2, 1)
             if both_tile.resident(c := both_tile.config(bc, s, band), both_tile.shared(bc, s, size), arch) > 0]
 
 

@@ -50,8 +50,6 @@ def both_kernel(x_desc, row_ptr, col_ptr, rs_ptr, cs_ptr, row_in_ptr, col_in_ptr
         groups, tiles_t = few_groups(offs_ptr, seg_ptr, T, G, capacity, gl.program_id(0) == 0, BC // 16)
     elif GROUPED == MANY:
         tiles_t = gl.load(seg_ptr + G) // 128
-    if GIVEN:
-        one = given_inverse(rs_ptr)
     total = tiles_t * matrices * tiles_c
     step = gl.num_programs(0)
     id = gl.program_id(0)
@@ -59,6 +57,8 @@ def both_kernel(x_desc, row_ptr, col_ptr, rs_ptr, cs_ptr, row_in_ptr, col_in_ptr
         fetch(x_desc, ring, bars, s, id + s * step, total, matrices, groups, table_ptr, T, tiles_t, tiles_c, GROUPED, BATCH, BC, BAND, AGAIN)
     DTYPE: gl.constexpr = x_desc.dtype
     BITS: gl.constexpr = DTYPE.primitive_bitwidth
+    if GIVEN:       # the first loads are on their way
+        one = given_inverse(rs_ptr)
     views = view_as(ring, DTYPE, STAGES, 128, BC, shared_layout(BITS))
     word_views = view_as(ring, gl.int32, STAGES, 128, BC * BITS // 32, shared_layout(32))
     most = no_maxima(BC, BITS)
