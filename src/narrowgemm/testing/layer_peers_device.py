@@ -107,7 +107,7 @@ def activate_rows_kernel(h_ptr, row_ptr, out_ptr, scale_ptr, I, S, clamp, alpha,
     step: tl.constexpr = 2 if INTERLEAVED else 1
     gate = tl.load(at + k * step, mask=mask, other=0.0).to(tl.float32)
     up = tl.load(at + (k * 2 + 1 if INTERLEAVED else I + k), mask=mask, other=0.0).to(tl.float32)
-    y = swiglu(gate, up, alpha, limit, CLAMPED, False).to(tl.bfloat16)
+    y = swiglu(gate, up, alpha, limit, CLAMPED).to(tl.bfloat16)
     bits = magnitude(y)
     scale, inverse, sign = block_scale(tl.max(bits, 1), clamp, "", False, 448.0, 8, 0, 3)
     tl.store(scale_ptr + scale_at(row, g, S, ROOM), scale, mask=g < S)

@@ -126,15 +126,16 @@ def given_inverse(ptr):
 # ---------------------------------------------------------------- stores
 @gluon.jit
 def put_rows(x, inverse, out_ptr, pitch, live, inside, BC: gl.constexpr, ONE: gl.constexpr, MASKED: gl.constexpr, WIDE: gl.constexpr):
-    """Along the rows, to out_ptr on; inverse: 1 / scale, ONE for all or one a row."""
+    """Along the rows, to out_ptr on; inverse: 1 / scale of the rows; ONE: x is scaled already."""
     TILE: gl.constexpr = tile_layout(BC)
     i = gl.arange(0, 128, gl.SliceLayout(1, TILE))
     j = gl.arange(0, BC, gl.SliceLayout(0, TILE))
     if WIDE:
         i = i.to(gl.int64)
+    y = x.to(gl.float32)
     if not ONE:
-        inverse = gl.expand_dims(inverse, 1)
-    y = (x.to(gl.float32) * inverse).to(out_ptr.dtype.element_ty)
+        y = y * gl.expand_dims(inverse, 1)
+    y = y.to(out_ptr.dtype.element_ty)
     at = out_ptr + (gl.expand_dims(i * pitch, 1) + gl.expand_dims(j, 0))
     if MASKED:
         gl.store(at, y, mask=gl.expand_dims(live, 1) & gl.expand_dims(inside, 0))
@@ -149,10 +150,10 @@ def put_columns(x, inverse, out_ptr, pitch, columns, rows, fill, BC: gl.constexp
     tile count; behind them zeros are written, up to `fill`, a multiple of 16. inverse: as in `put_rows`, of columns."""
     TURNED: gl.constexpr = turned_layout(BC)
     STORED: gl.constexpr = stored_layout(BC)
-    if not ONE:
-        inverse = gl.expand_dims(inverse, 1)
     z = gl.convert_layout(gl.permute(x, (1, 0)), TURNED, assert_trivial=True).to(gl.float32)
-    z = gl.convert_layout((z * inverse).to(out_ptr.dtype.element_ty), STORED)
+    if not ONE:
+        z = z * gl.expand_dims(inverse, 1)
+    z = gl.convert_layout(z.to(out_ptr.dtype.element_ty), STORED)
     v = gl.arange(0, BC, gl.SliceLayout(1, STORED))
     r = gl.arange(0, 128, gl.SliceLayout(0, STORED))
     w = v
@@ -169,12 +170,18 @@ def put_columns(x, inverse, out_ptr, pitch, columns, rows, fill, BC: gl.constexp
 @gluon.jit
 def put_both(view, row_inverse, column_inverse, row_ptr, row_pitch, column_ptr, column_pitch, rows, columns, fill, BC: gl.constexpr,
              ONE: gl.constexpr, MASKED: gl.constexpr, WIDE: gl.constexpr):
-    """Both copies of a tile in shared memory, read once for each: held, it would take the registers that conversions want."""
+    """Both copies of a tile in shared memory. ONE scale: its values are made once. Else it is read once for each: held, it would take
+    the registers that conversions want."""
     TILE: gl.constexpr = tile_layout(BC)
     live = gl.arange(0, 128, gl.SliceLayout(1, TILE)) < rows
     inside = gl.arange(0, BC, gl.SliceLayout(0, TILE)) < columns
-    put_rows(view.load(TILE), row_inverse, row_ptr, row_pitch, live, inside, BC, ONE, MASKED, WIDE)
-    put_columns(view.load(TILE), column_inverse, column_ptr, column_pitch, columns, rows, fill, BC, ONE, MASKED, WIDE)
+    x = view.load(TILE)
+    if ONE:
+        x = x.to(gl.float32) * row_inverse
+    put_rows(x, row_inverse, row_ptr, row_pitch, live, inside, BC, ONE, MASKED, WIDE)
+    if not ONE:
+        x = view.load(TILE)
+    put_columns(x, column_inverse, column_ptr, column_pitch, columns, rows, fill, BC, ONE, MASKED, WIDE)
 
 
 # ---------------------------------------------------------------- maxima
