@@ -12,7 +12,7 @@ from .. import launching
 from ..launching import Launch
 from ..step_operands import ActivateOperands
 from . import steps
-from .quantize import native
+from .quantize import native, next_pow2
 from .steps import legal, tile_configs
 
 NAME = "triton.activate"
@@ -32,10 +32,13 @@ def supports(problem: Problem, arch: Arch) -> str | None:
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
-    """As `steps.tile_configs`; first those with 32 elements a thread, over which what is done once is spread."""
-    few = tile_configs(problem, arch, (2048, 4096, 1024))
-    many = [] if steps.by_rows(problem.b.format) else [replace(c, num_warps=c.num_warps // 2) for c in few if c.num_warps > 1]
-    return [*many, *few]
+    """As `steps.tile_configs`; first those with 32 elements a thread, over which what is done once is spread, and of these the one
+    that holds two rows."""
+    if steps.by_rows(problem.b.format):
+        return tile_configs(problem, arch)
+    two_rows = min(max(2 * next_pow2(problem.k), 1024), 8192)
+    many = tile_configs(problem, arch, tuple(dict.fromkeys((two_rows, 2048, 4096, 8192))))
+    return [*(replace(c, num_warps=max(1, c.num_warps // 2)) for c in many), *tile_configs(problem, arch, (2048, 4096, 1024))]
 
 
 def workspace(problem: Problem, config: Config) -> int:

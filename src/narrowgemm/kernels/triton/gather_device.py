@@ -50,9 +50,9 @@ def gather_kernel(x_ptr, inverse_ptr, offsets_ptr, out_ptr, scale_ptr, T, K, S, 
     for j in range(TOP_K):
         row = tl.load(inverse_ptr + t * TOP_K + j, mask=live, other=0).to(tl.int64)
         there = live & (row < rows)
-        # MN-major scales of rows next to each other come from tokens that are not: L2 keeps them until their sectors are full
-        tl.store(out_ptr + (row * orow)[:, None] + kh, y, mask=there[:, None] & out_mask, eviction_policy="evict_first")
+        tl.store(out_ptr + (row * orow)[:, None] + kh, y, mask=there[:, None] & out_mask)
         if KIND == "blocks":
+            # MN-major scales of rows next to each other come from tokens that are not: L2 keeps them until their sectors are full
             tl.store(scale_ptr + row * sr + g * ss, scale, mask=there, eviction_policy="evict_last")
 
 
