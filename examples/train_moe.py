@@ -3,8 +3,9 @@
     python examples/train_moe.py --recipes bf16,block --seeds 0,1,2 --steps 300 --out training.json --plot training.png
 
 The text is the Python standard library's own sources (PSF licence), which every machine with Python has. A seed fixes the
-weights and the order of the text, so two runs of one seed differ in the recipe alone. On a GPU a step is one CUDA graph, and
-the runs are processes side by side. Every `--snr-every` steps the gradients of every layer's experts are held against BF16's,
+weights and the order of the text, so two runs of one seed differ in the recipe alone. `bf16-moved` is BF16 from weights moved by a
+quarter of a BF16 number's last place: what it differs by from BF16 is chance, and what FP8 is to be held against. On a GPU a step
+is one CUDA graph. Every `--snr-every` steps the gradients of every layer's experts are held against BF16's,
 on the same weights and text.
 """
 
@@ -31,8 +32,9 @@ from torch.nn.functional import cross_entropy, linear, rms_norm, scaled_dot_prod
 import narrowgemm as ng
 from narrowgemm.nn import ExpertMLP
 
-RECIPES = ("bf16", "tensorwise", "delayed", "rowwise", "block")
+RECIPES = ("bf16", "bf16-moved", "tensorwise", "delayed", "rowwise", "block")
 HELD_OUT = 1 / 16       # of the text, its end, is not trained on
+MOVED = 2.0**-10        # of a weight, at most about: BF16 keeps 8 bits
 AVERAGED = 20           # last steps whose mean is a run's final training loss
 
 
@@ -84,7 +86,8 @@ class Block(nn.Module):
         self.router = nn.Parameter(torch.randn(size.experts, size.hidden) * size.hidden**-0.5)
         self.norms = nn.Parameter(torch.ones(2, size.hidden))
         delayed = recipe == "delayed"
-        self.mlp = ExpertMLP(size.experts, size.hidden, size.inter, recipe="tensorwise" if delayed else recipe, delayed=delayed)
+        recipe = {"delayed": "tensorwise", "bf16-moved": "bf16"}.get(recipe, recipe)
+        self.mlp = ExpertMLP(size.experts, size.hidden, size.inter, recipe=recipe, delayed=delayed)
         with torch.no_grad():
             self.mlp.down.mul_((2 * size.layers) ** -0.5)
 
@@ -153,6 +156,10 @@ class Training:
         torch.manual_seed(seed)
         self.size, self.recipe, self.steps, self.device, self.lr = size, recipe, steps, device, lr
         self.model = Model(size, recipe).to(device)
+        if recipe == "bf16-moved":
+            with torch.no_grad():
+                for p in self.model.parameters():
+                    p.mul_(1 + MOVED * (2 * torch.rand_like(p) - 1))
         self.text = text.to(device)
         self.cut = int(len(text) * (1 - HELD_OUT))
         self.starts = batches(steps, size, 0, self.cut, seed).to(device)
@@ -172,7 +179,7 @@ class Training:
     def step(self) -> None:
         at = self.at.float()
         decay = 0.55 + 0.45 * torch.cos(math.pi * at / self.steps)
-        self.rate.copy_(self.lr * torch.minimum((at + 1) / 20, decay))
+        self.rate.copy_(self.lr * torch.minimum((at + 1) / max(20, self.steps // 10), decay))
         loss, balance = self.model(self.batch(self.starts.index_select(0, self.at[None])[0]))
         (loss + 0.01 * balance).backward()
         torch.nn.utils.clip_grad_norm_(self.params, 1.0)
@@ -256,7 +263,7 @@ def run(size: Size, recipe: str, seed: int, steps: int, device: str, lr: float, 
     started = time.perf_counter()
     for i in range(steps):
         if snr_every and i % snr_every == 0:
-            if recipe != "bf16":
+            if not recipe.startswith("bf16"):
                 snr[i] = training.snr(i)
             last = float(training.losses[i - 1]) if i else math.nan
             print(f"{recipe}, seed {seed}: step {i}, loss {last:.4f}, {time.perf_counter() - started:.1f} s", flush=True)
@@ -273,7 +280,8 @@ def run(size: Size, recipe: str, seed: int, steps: int, device: str, lr: float, 
 
 # ---------------------------------------------------------------- several runs
 def compare(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each recipe against BF16, seed by seed and in the mean: relative differences of the final losses."""
+    """Each recipe against BF16, by seed and in the mean: relative differences of the final losses, and their standard deviation
+    over the seeds."""
     base = {r["seed"]: r for r in runs if r["recipe"] == "bf16"}
     out = []
     for recipe in dict.fromkeys(r["recipe"] for r in runs if r["recipe"] != "bf16"):
@@ -283,7 +291,8 @@ def compare(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if pairs:
                 mean = sum(r[figure] for r in mine.values()) / sum(base[s][figure] for s in mine) - 1
                 seeds = {s: round(v, 5) for s, v in pairs.items()}
-                out.append({"recipe": recipe, "loss": figure, "seeds": seeds, "mean": round(mean, 5)})
+                spread = round(statistics.stdev(pairs.values()), 5) if len(pairs) > 1 else None
+                out.append({"recipe": recipe, "loss": figure, "seeds": seeds, "mean": round(mean, 5), "spread": spread})
     return out
 
 
