@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from narrowgemm.formats import FP8_1x128, FP8_128x128, ScaledTensor
+from narrowgemm.formats import FP8_ROW, FP8_TENSOR, FP8_1x128, FP8_128x128, ScaledTensor
 from narrowgemm.testing import peers
 from narrowgemm.testing.case import Case
 from narrowgemm.testing.cases import SUITES, build
@@ -60,6 +60,16 @@ def fake_deep_gemm(transformed: bool) -> types.ModuleType:
                 assert (ids[: live.numel()] >= 0).all()
                 d[block : block + 128] = (x[block : block + 128] @ w[int(ids[0])].mT).to(d.dtype)
 
+    def k_grouped(a, b, d, ks, ks_device, c):
+        assert ks == ks_device.tolist() and c is d and mn_major(a[1]) and mn_major(b[1])
+        at = 0
+        for g, k in enumerate(ks):
+            x, y = (ScaledTensor(flat[rows * at : rows * (at + k)].view(rows, k), s[:, at // 128 : (at + k) // 128], FP8_1x128)
+                    for (flat, s), rows in ((a, d.shape[1]), (b, d.shape[2])))
+            d[g] += x.dequantize() @ y.dequantize().T
+            at += k
+
+    module.k_grouped_fp8_gemm_nt_contiguous = k_grouped
     module.fp8_gemm_nt, module.m_grouped_fp8_gemm_nt_masked = fp8_gemm_nt, masked
     module.m_grouped_fp8_gemm_nt_contiguous = contiguous
     return module
@@ -77,6 +87,15 @@ def test_deepgemm_gets_what_it_takes(monkeypatch: pytest.MonkeyPatch, case: Case
     monkeypatch.setitem(sys.modules, "deep_gemm", fake_deep_gemm(scale_layout == "mn_major"))
     assert peers.computes("deepgemm", case)
     checked(case, build(case, scale_layout=scale_layout), "deepgemm")
+
+
+@pytest.mark.parametrize("fmt", [FP8_1x128, FP8_ROW, FP8_TENSOR], ids=lambda f: f.name)
+def test_deepgemm_weight_gradient(monkeypatch: pytest.MonkeyPatch, fmt) -> None:
+    """Row- and tensor-wise scales are written for every K block: DeepGEMM has 1x128 alone."""
+    monkeypatch.setitem(sys.modules, "deep_gemm", fake_deep_gemm(True))
+    case = Case("t", "k_grouped", 3, 64, 96, 256, a=fmt, b=fmt, sizes="skew128:3", out_dtype="fp32", accumulate=True)
+    assert peers.computes("deepgemm", case)
+    checked(case, build(case), "deepgemm")
 
 
 def test_deepgemm_end_to_end_quantises_padded_rows_of_the_same_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..arch import detect
-from ..formats import FP8_ROW, FP8_TENSOR, FP8_1x128
+from ..formats import FP8_ROW, FP8_TENSOR, FP8_1x128, ScaledTensor
 from ..kernels.registry import kernels
 from ..problem import Config
 from .case import Case
@@ -63,15 +63,16 @@ def torch_row(case: Case, inputs: Inputs) -> Call:
 
 
 def deepgemm_k_grouped_refuses(case: Case) -> str | None:
-    if (case.a, case.b) != (FP8_1x128, FP8_1x128):
-        return f"its k-grouped product takes 1x128 scales on both sides, not {case.a.name} x {case.b.name}"
+    if (case.a, case.b) != (FP8_1x128, FP8_1x128) and not (case.a in SCALED and case.b in SCALED):
+        return f"its k-grouped product takes E4M3 with 1x128 scales on both sides, not {case.a.name} x {case.b.name}"
     if case.out_dtype != "fp32" or not case.accumulate:
         return "its k-grouped product adds to an FP32 output"
     return "its groups are multiples of 128 columns" if any(s % 128 for s in case.group_sizes) else None
 
 
 def deepgemm_k_grouped(case: Case, inputs: Inputs) -> Call:
-    """Every group's columns copied together, K-major, which is what its user's quantiser would write."""
+    """Every group's columns copied together, K-major, which is what its user's quantiser would write. It has 1x128 scales alone, so
+    row-wise and tensor-wise ones are written for every K block: the same product."""
     dg = importlib.import_module("deep_gemm")
     own = Inputs(case, inputs.device, inputs.seed, inputs.a, inputs.b, inputs.layout,
                  Guarded(torch.empty_like(inputs.out.tensor), inputs.out.buffer, inputs.out.guard))
@@ -83,7 +84,12 @@ def deepgemm_k_grouped(case: Case, inputs: Inputs) -> Call:
         parts = x.view(torch.uint8).split(sizes, 1)
         return torch.cat([p.contiguous().view(-1) for p in parts]).view(x.dtype)
 
-    a, b = ((flat(x.data), x.scale) for x in (inputs.a, inputs.b))
+    def spread(x: ScaledTensor) -> Tensor:
+        assert x.scale is not None
+        blocks = sum(sizes) // 128
+        return x.scale if x.format == FP8_1x128 else x.scale.expand(x.shape[0], 1).mT.expand(blocks, -1).contiguous().mT
+
+    a, b = ((flat(x.data), spread(x)) for x in (inputs.a, inputs.b))
     return (lambda: dg.k_grouped_fp8_gemm_nt_contiguous(a, b, y, sizes, device_sizes, c=y)), lambda g: own.rows(y, g)
 
 
