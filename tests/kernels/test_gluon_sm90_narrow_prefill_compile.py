@@ -16,7 +16,7 @@ from narrowgemm.kernels.operands import Operands
 from narrowgemm.problem import Config, Problem, Step
 
 from .._compile import compile_jobs
-from .test_gluon_sm90_narrow_compile import operands, problem
+from .test_gluon_sm90_narrow_compile import WHICH, operands, problem
 
 ARCH = get_arch("h200")
 # layout, A, B, groups, slots, N, K, pair, activation, combine, factors, most tokens and 64-row units of the tile that `few` compiles
@@ -37,20 +37,20 @@ def compile_step(p: Problem, config: Config, x: Operands) -> None:
 
 
 def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], object]]]:
-    """'few': one small tile of some problems; 'all': every config of each."""
+    """'few': one small tile of some problems; 'some': of one, whose slots are no power of two; 'all': every config of each."""
     for layout, a, b, groups, slots, n, k, pair, activation, combine, factors, shape in PROBLEMS:
         p = problem(layout, a, b, groups, slots, n, k, pair, activation, combine)
         assert narrow_prefill.supports(p, ARCH) is None
         for c in narrow_prefill.configs(p, ARCH):
-            if which == "all" or (c.block_m, c.block_n // 128) == shape:
+            if which == "all" or ((c.block_m, c.block_n // 128) == shape and (which == "few" or c.num_stages == 3)):
                 stated = narrow_prefill.tile_of(p, c, p.op == "routed_gemm", factors).shared_bytes
                 yield (f"{layout} {a.name} x {b.name} {activation} | {c} | {stated}",
                        partial(compile_step, p, c, operands(p, pair, factors)))
 
 
-def check(reports: list[dict]) -> None:
+def check(reports: list[dict], spills: int = 0) -> None:
     for r in reports:
-        assert r["spills"] == 0, f"{r['job']}: {r['spills']} bytes spilled in {r['kernel']}"
+        assert r["spills"] <= spills * (r["kernel"] == "narrow_prefill_kernel"), f"{r['job']}: {r['spills']} bytes spilled in {r['kernel']}"
         assert not r["serialized"], f"{r['job']}: ptxas serialises wgmma"
         if r["kernel"] != "narrow_prefill_kernel":
             continue
@@ -61,11 +61,13 @@ def check(reports: list[dict]) -> None:
 
 
 @pytest.mark.compile
-def test_small_tiles() -> None:
-    reports = compile_jobs("sm90", f"{__name__}:jobs")
+@pytest.mark.parametrize("triton, which", WHICH)
+def test_small_tiles(triton: str, which: str) -> None:
+    reports = compile_jobs("sm90", f"{__name__}:jobs", which, triton=triton)
     kernels = [r["kernel"] for r in reports]
-    assert kernels.count("narrow_prefill_kernel") == kernels.count("narrow_prefill_prep_kernel") == 4
-    check(reports)
+    assert kernels.count("narrow_prefill_kernel") == kernels.count("narrow_prefill_prep_kernel") == (4 if which == "few" else 1)
+    # the newest keeps the grid's size and the number of tiles, worked out once, beyond the registers: none in the loop over K
+    check(reports, 0 if triton == "oldest" else 48)
 
 
 @pytest.mark.compile

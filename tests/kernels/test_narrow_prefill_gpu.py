@@ -30,7 +30,7 @@ RUNS = [*((MAIN, shape) for shape in narrow_prefill.SHAPES),
         *((Case("narrow-prefill", layout, 6, 100, 328, 672, sizes="uniform:0.1:2.0", alignment=1, a=FP8_1x128, b=b, packed=True,
                 max_m=200 if layout == "masked" else 0, out_dtype="fp32" if layout == "masked" else "bf16"), shape)
           for layout, b, shape in (("contiguous", MXFP4, (128, 1)), ("offsets", MXFP8, (64, 2)), ("masked", MXFP4, (192, 1)),
-                                   ("offsets", MXFP4, (32, 1)))),
+                                   ("offsets", MXFP4, (32, 1)), ("offsets", MXFP4, (64, 1)))),
         (Case("narrow-prefill", "psum", 6, 90, 320, 640, sizes="empty:0.3", a=MXFP4, b=MXFP4, packed=True), (128, 1)),
         (Case("narrow-prefill", "masked", 6, 50, 320, 640, max_m=100, sizes="uniform:0.3:1.7", a=BF16, b=MXFP4, packed=True), SMALL)]
 

@@ -36,14 +36,14 @@ def module(log: Log, table: list[tuple[int, int, int]], program: int, programs: 
         return table[row][column] if mask else other
 
     gl = types.SimpleNamespace(
-        constexpr=lambda x: x, where=lambda c, a, b: a if c else b, minimum=min, maximum=max, to_tensor=lambda x: x,
+        constexpr=lambda x: x, where=lambda c, a, b: a if c else b, minimum=min, maximum=max, cdiv=lambda a, b: -(-a // b), to_tensor=lambda x: x,
         static_range=range, load=load, program_id=lambda _: program, num_programs=lambda _: programs, zeros=lambda *_: 0,
         float32=None, uint8=None, int32=None, bfloat16=None, allocate_shared_memory=lambda *_: None,
         **{n: (lambda *a, **k: None) for n in ("NVMMADistributedLayout", "SliceLayout", "BlockedLayout", "SwizzledSharedLayout",
                                                "NVMMASharedLayout")})
     source = Path(sm90.__path__[0], "narrow_device.py").read_text()
     body = "\n".join(line for line in source.split("\n\n\n", 1)[1].splitlines() if not line.startswith("@gluon"))
-    names: dict[str, Any] = {"gl": gl, "HEAD": 16, "WAYS": 4, "gdc_wait": lambda: None, "block_barrier": lambda: None,
+    names: dict[str, Any] = {"gl": gl, "HEAD": 16, "gdc_wait": lambda: None, "block_barrier": lambda: None,
                              "fence_async_shared": lambda: None, "warpgroup_mma_wait": lambda n, deps: deps[0],
                              "cp": types.SimpleNamespace(commit_group=lambda: None, wait_group=lambda n: None)}
     exec(compile(body, "narrow_device", "exec"), names)
@@ -62,21 +62,30 @@ def module(log: Log, table: list[tuple[int, int, int]], program: int, programs: 
         log.pieces.append((first_cta, piece, acc))
         return -1
 
-    def finish(acc, e, nt, slots, *_: Any) -> None:
-        log.stored.append((e, nt, slots, acc))
+    def vectors(e, nt, slots, *_: Any) -> tuple:
+        return e, nt, slots
 
-    names |= {"issue_weights": issue_weights, "issue_tokens": issue_tokens, "multiply": multiply, "leave": leave, "finish": finish,
+    def finish(acc, nt, slots, given, *_: Any) -> None:
+        assert given[1:] == (nt, slots)
+        log.stored.append((*given, acc))
+
+    names |= {"issue_weights": issue_weights, "issue_tokens": issue_tokens, "multiply": multiply, "leave": leave, "vectors": vectors, "finish": finish,
               "load_slots": lambda p, first, rows, cfg, layout: (first, rows), "x_offsets": lambda slots, *_: (slots, 1)}
     return names
 
 
+@pytest.mark.parametrize("kind", ("gathered", "in order", "dense"))
 @pytest.mark.parametrize(("entries", "tiles", "steps", "programs", "stages", "quantum"), [
     (3, 5, 4, 7, 2, 1), (1, 3, 6, 8, 3, 1), (9, 4, 3, 5, 4, 1), (2, 2, 2, 30, 2, 1), (5, 1, 7, 3, 3, 7), (0, 4, 4, 4, 2, 1),
     (4, 45, 6, 132, 2, 1), (40, 3, 2, 16, 3, 2)])
-def test_every_step_once_and_what_is_copied_is_what_is_computed(entries, tiles, steps, programs, stages, quantum):
-    """`quantum`: steps that a block's stretch is a multiple of."""
+def test_every_step_once_and_what_is_copied_is_what_is_computed(entries, tiles, steps, programs, stages, quantum, kind):
+    """`quantum`: steps that a block's stretch is a multiple of. `kind`: slots are looked up, or follow from positions; dense: so do
+    the entries of the one expert, and nothing is read of a table."""
     table = [(100 + b, 10 * b, 1 + b % 7) for b in range(entries)]
-    cfg = types.SimpleNamespace(BT=8, STAGES=stages, ROWS=64, CW=1, CH=1, PDL=True, XSCALE=False, DOUBLE=False)
+    if kind == "dense":
+        table = [(0, 8 * b, 8 if b < entries - 1 else 3) for b in range(entries)]
+    cfg = types.SimpleNamespace(BT=8, STAGES=stages, ROWS=64, CW=1, CH=1, PDL=True, XSCALE=False, DOUBLE=False, WAYS=4,
+                                SLOTS=kind == "gathered", DENSE=kind == "dense", EARLY=stages == 2)
     done: Counter = Counter()
     sums: Counter = Counter()
     places: set[int] = set()
@@ -84,12 +93,17 @@ def test_every_step_once_and_what_is_copied_is_what_is_computed(entries, tiles, 
         log = Log()
         names = module(log, table, program, programs)
         kernel = names["narrow_kernel"]
-        given = {"table_ptr": TABLE, "NT": tiles, "KB": steps, "KC": steps, "R": 99, "a_div": 1, "cap": CAP, "quantum": quantum,
+        given = {"table_ptr": TABLE, "NT": tiles, "KB": steps, "KC": steps, "R": max(0, 8 * entries - 5), "a_div": 1, "cap": CAP, "quantum": quantum,
                  "N": 64 * tiles, "KX": 64, "som": 64, "cfg": cfg}
+        if kind == "dense":
+            names["gl"].load = None
         kernel(**dict.fromkeys(inspect.signature(kernel).parameters) | given)
         assert [(x[2], x[3]) for x in log.weights] == [(k, slot) for _, _, k, slot in log.tokens]
         assert [x[3] for x in log.weights] == log.computed == [i % stages for i in range(len(log.weights))]
-        rows = {e: (first, n) for e, first, n in table}
+        # a dense entry is told by its tokens
+        log.weights = [(tokens[0] if kind == "dense" else e, *rest) for (e, *rest), (tokens, *_) in zip(log.weights, log.tokens)]
+        log.stored = [(slots[0] if kind == "dense" else e, nt, slots, acc) for e, nt, slots, acc in log.stored]
+        rows = {first if kind == "dense" else e: (first, n) for e, first, n in table}
         assert all(tokens == rows[e] and live for (e, *_), (tokens, live, *_) in zip(log.weights, log.tokens))
         runs: list[list[tuple]] = []
         for e, nt, k, _ in log.weights:
@@ -105,5 +119,5 @@ def test_every_step_once_and_what_is_copied_is_what_is_computed(entries, tiles, 
             sums[first] += acc
             assert piece not in places and piece // 2 == program
             places.add(piece)
-    assert done == Counter({(e, nt, k): 1 for e, *_ in table for nt in range(tiles) for k in range(steps)})
+    assert done == Counter({(first if kind == "dense" else e, nt, k): 1 for e, first, _ in table for nt in range(tiles) for k in range(steps)})
     assert all(n == steps for n in sums.values())          # the pieces that one counter counts are one whole tile

@@ -16,7 +16,7 @@ from ..problem import Plan
 def run(plan: Plan, operands: Operands | StepOperands, workspace: Tensor | None = None) -> None:
     """Launch every step of `plan` on the current stream of `out`'s device.
 
-    `workspace`: uint8 on 8 bytes, at least `plan.workspace_bytes`; allocated where None.
+    `workspace`: uint8 on 16 bytes, at least `plan.workspace_bytes`; allocated where None.
     """
     out, memo = operands.out, operands.memo
     if out.is_cuda and out.get_device() != torch.cuda.current_device():
@@ -30,8 +30,8 @@ def run(plan: Plan, operands: Operands | StepOperands, workspace: Tensor | None 
                    "workspace", f"{workspace.dtype} on {workspace.device}",
                    f"contiguous uint8 on {out.device}")
             expect(workspace.numel() >= need, "workspace bytes", workspace.numel(), f"at least {need}")
-            expect(workspace.data_ptr() % 8 == 0, "workspace, address modulo 8", workspace.data_ptr() % 8,
-                   "0: kernels keep 64-bit counters in it")
+            expect(workspace.data_ptr() % 16 == 0, "workspace, address modulo 16", workspace.data_ptr() % 16,
+                   "0: kernels copy 16 bytes of it at a time")
     ready = None if memo is None else memo.get(READY)
     if ready is not None and ready(operands.addresses(workspace)):
         return

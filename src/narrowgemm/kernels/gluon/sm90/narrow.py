@@ -61,12 +61,15 @@ SHAPES: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
     "e2m1": {8: ((64, 512, 2, 4), (64, 256, 3, 5), (64, 256, 4, 4), (128, 512, 2, 2)),
              16: ((64, 512, 2, 3), (64, 256, 3, 4), (128, 256, 4, 2), (128, 512, 2, 2)),
              32: ((128, 256, 3, 2), (128, 256, 2, 2)), 64: ((64, 256, 2, 2),)},
-    "e4m3": {8: ((64, 256, 2, 4), (64, 256, 3, 3), (128, 256, 2, 2)), 16: ((64, 256, 2, 4), (128, 256, 2, 2)),
+    "e4m3": {8: ((64, 256, 2, 4), (64, 256, 3, 3), (128, 256, 2, 2)),
+             16: ((64, 256, 2, 4), (64, 256, 2, 3), (64, 256, 3, 2), (128, 256, 2, 2)),
              32: ((64, 256, 3, 2), (64, 256, 2, 3), (128, 256, 2, 2)), 64: ((64, 256, 2, 2),)}}
 # of FP16 tokens, which take twice the room
 DOUBLE_SHAPES: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
     "e2m1": {8: ((64, 256, 2, 4), (128, 512, 2, 2)), 16: ((64, 256, 2, 3),), 32: ((64, 256, 2, 2),), 64: ((64, 256, 2, 1),)},
     "e4m3": {8: ((64, 256, 2, 4),), 16: ((64, 256, 2, 3),), 32: ((64, 256, 2, 2),), 64: ((64, 256, 2, 1),)}}
+# of dense products whose tiles about fill the SMs: a deep ring, and no tile is cut
+WHOLE: dict[int, tuple[tuple[int, int, int, int], ...]] = {8: ((64, 256, 5, 2),), 16: ((64, 256, 4, 2),)}
 KEEP_BYTES = 16e6            # an output of so many bytes and fewer is asked to stay in L2, where its reader finds it
 
 
@@ -118,6 +121,10 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
             c = make_config(bt, rows, bk, stages, ctas, keep, whole=problem.batch_invariant)
             if legal(problem, c, arch) is None:
                 out += [c, *splits(problem, c, arch)]
+        tiles = -(-problem.m // bt) * -(-problem.n // ROWS)
+        if problem.layout == "dense" and problem.b.format.element == "e4m3" and arch.sms // 2 <= tiles <= 2 * arch.sms:
+            made = [make_config(bt, *shape, keep, whole=True) for shape in WHOLE.get(bt, ())]
+            out += [c for c in made if legal(problem, c, arch) is None and c not in out]
     return out
 
 
@@ -185,7 +192,9 @@ def statics(problem: Problem, config: Config, x: Operands) -> tuple[Static, Prep
         problem.b.format.element == "e4m3", config.block_m, config.block_n, ch, config.num_stages, even,
         x.slots is not None, x.factor is not None, kind in (1, 2), PAIR_IDS[x.packed.pair], ACT_IDS[e.activation], alpha, limit,
         x.bias is not None, x.weight is not None, True,
-        bool(extra(config, "keep")), bool(extra(config, "wide")), promotes(problem), doubles(problem))
+        bool(extra(config, "keep")), bool(extra(config, "wide")), promotes(problem), doubles(problem),
+        DENSE=problem.layout == "dense", WAYS=8 if config.block_m <= 16 else 4,
+        EARLY=config.block_m <= 16 and registers(config) > 96)
     prep = PrepStatic(KINDS[problem.layout], config.block_m, power_of_two(problem.groups), kind, problem.a.format.group[1] or 32,
                       power_of_two(x.block_m), e.combine, PREP_K, True)
     return cfg, prep

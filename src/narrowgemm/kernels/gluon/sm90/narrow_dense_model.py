@@ -27,7 +27,10 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     steps, tiles = ring_steps(problem, config), -(-problem.m // config.block_m) * -(-problem.n // config.block_n)
     grid = min(sms * extra(config, "ctas", 1), ctas_at_most(tiles, steps, config))
     units = -(-tiles * steps // grid)           # ring steps of a CTA
-    whole = tiles * steps % grid == 0 and units % steps == 0
+    whole = extra(config, "whole") or (tiles * steps % grid == 0 and units % steps == 0)
+    if extra(config, "whole"):
+        grid = min(grid, tiles)
+        units = -(-tiles // grid) * steps
     pieces = 1 if whole else min(steps, -(-grid // tiles) + 1)
     high = config.block_n // ROWS
     memory = (problem.b.format.storage_bytes(problem.n, problem.k) + 2.0 * problem.m * problem.k) / (

@@ -22,20 +22,22 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy as cp
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_wait
 
-from .narrow_epilogue_device import finish
+from .narrow_epilogue_device import finish, vectors
 from .narrow_expand_device import byte_layout, expand, field_layout
-from .shim import block_barrier
+from .shim import block_barrier, copy_to_shared
 
 HEAD = gl.constexpr(16)      # of the table: see narrow_tile.TABLE_HEAD
-WAYS = gl.constexpr(4)       # pieces that are loaded at a time
 
 
 @gluon.jit
-def lookup(table_ptr, b, blocks, cap):
+def lookup(table_ptr, b, blocks, cap, R, cfg: gl.constexpr):
     """(expert, first position, rows) of entry b; zeros past the end."""
     live = b < blocks
-    p = table_ptr + HEAD + b
-    return gl.load(p, mask=live, other=0), gl.load(p + cap, mask=live, other=0), gl.load(p + 2 * cap, mask=live, other=0)
+    if cfg.DENSE:       # one expert, whose entries nobody has to list
+        return 0, b * cfg.BT, gl.where(live, gl.minimum(R - b * cfg.BT, cfg.BT), 0)
+    else:
+        p = table_ptr + HEAD + b
+        return gl.load(p, mask=live, other=0), gl.load(p + cap, mask=live, other=0), gl.load(p + 2 * cap, mask=live, other=0)
 
 
 @gluon.jit
@@ -79,8 +81,8 @@ def issue_weights(w_ptr, s_ptr, e, nt, k, slot, rings, NT, KC, cfg: gl.constexpr
     wp = w_ptr + (tile * KC + k * cfg.CH) * (PER * 4096)
     sp = s_ptr + (tile * KS + k * (cfg.CH // 2)) * 128
     if cfg.EVEN:
-        cp.async_copy_global_to_shared(w_s.index(slot), wp + wo)
-        cp.async_copy_global_to_shared(s_s.index(slot), sp + so)
+        copy_to_shared(w_s.index(slot), wp + wo)
+        copy_to_shared(s_s.index(slot), sp + so)
     else:
         left = KC - k * cfg.CH
         wm = wr // (ROWS * PER) < left
@@ -89,8 +91,8 @@ def issue_weights(w_ptr, s_ptr, e, nt, k, slot, rings, NT, KC, cfg: gl.constexpr
             tiles = NT - nt * (ROWS // 64)
             wm = wm & (wr % ROWS // 64 < tiles)
             sm = sm & (sr % (ROWS // 2) // 32 < tiles)
-        cp.async_copy_global_to_shared(w_s.index(slot), wp + wo, mask=gl.expand_dims(wm, 1) & (wo >= 0))
-        cp.async_copy_global_to_shared(s_s.index(slot), sp + so, mask=gl.expand_dims(sm, 1) & (so >= 0))
+        copy_to_shared(w_s.index(slot), wp + wo, mask=gl.expand_dims(wm, 1) & (wo >= 0))
+        copy_to_shared(s_s.index(slot), sp + so, mask=gl.expand_dims(sm, 1) & (so >= 0))
 
 
 @gluon.jit
@@ -98,18 +100,20 @@ def issue_tokens(x_ptr, xs_ptr, xo, live, k, slot, rings, cfg: gl.constexpr, lay
     w_s, s_s, x_s, f_s = rings
     KS: gl.constexpr = cfg.CH * 128
     kk = gl.arange(0, KS, gl.SliceLayout(0, layout))
-    xp = x_ptr + (gl.expand_dims(xo, 1) + gl.expand_dims(k * KS + kk, 0))
+    # rows come round a loop, where it can't be worked out that they begin on 16 bytes, as the workspace and the rows in it do
+    columns = gl.multiple_of(gl.expand_dims(xo, 1) + gl.expand_dims(k * KS + kk, 0), [1, 8])
+    xp = x_ptr + columns
     mask = gl.expand_dims(live, 1) & gl.expand_dims(kk >= 0, 0)
     if cfg.DOUBLE:       # what BF16 leaves of a row lies as the row does
-        lp = xs_ptr + (gl.expand_dims(xo, 1) + gl.expand_dims(k * KS + kk, 0))
-        cp.async_copy_global_to_shared(x_s.index(slot).slice(0, cfg.BT, 0), xp, mask=mask)
-        cp.async_copy_global_to_shared(x_s.index(slot).slice(cfg.BT, cfg.BT, 0), lp, mask=mask)
+        lp = xs_ptr + columns
+        copy_to_shared(x_s.index(slot).slice(0, cfg.BT, 0), xp, mask=mask)
+        copy_to_shared(x_s.index(slot).slice(cfg.BT, cfg.BT, 0), lp, mask=mask)
     else:
-        cp.async_copy_global_to_shared(x_s.index(slot), xp, mask=mask)
+        copy_to_shared(x_s.index(slot), xp, mask=mask)
     if cfg.XSCALE:      # a row's scales lie as its payload does, one for 128
         cc = gl.arange(0, cfg.CH, gl.SliceLayout(0, layout))
         fp = xs_ptr + (gl.expand_dims(xo // 128, 1) + gl.expand_dims(k * cfg.CH + cc, 0))
-        cp.async_copy_global_to_shared(f_s.index(slot), fp, mask=gl.expand_dims(live, 1) & gl.expand_dims(cc >= 0, 0))
+        copy_to_shared(f_s.index(slot), fp, mask=gl.expand_dims(live, 1) & gl.expand_dims(cc >= 0, 0))
 
 
 @gluon.jit
@@ -192,7 +196,7 @@ def leave(acc, part_ptr, count_ptr, piece, first_cta, ROWS: gl.constexpr, BT: gl
 
 
 @gluon.jit
-def gather_pieces(acc, part_ptr, first_cta, pieces, ROWS: gl.constexpr, BT: gl.constexpr):
+def gather_pieces(acc, part_ptr, first_cta, pieces, ROWS: gl.constexpr, BT: gl.constexpr, WAYS: gl.constexpr):
     """The sum over a tile's pieces, in the order of K: the first lies in its CTA's second place, the others in the first."""
     mma: gl.constexpr = acc.type.layout
     n = gl.arange(0, ROWS, gl.SliceLayout(1, mma))
@@ -234,9 +238,12 @@ def narrow_kernel(w_ptr, s_ptr, x_ptr, xs_ptr, out_ptr, slots_ptr, factor_ptr, x
     if cfg.XSCALE:
         f_s = gl.allocate_shared_memory(gl.float32, [S, BT, cfg.CH], flat)
     rings = (w_s, s_s, x_s, f_s)
-    if cfg.PDL:
-        gdc_wait()
-    blocks = gl.load(table_ptr)
+    if cfg.DENSE:
+        blocks = gl.cdiv(R, BT)
+    else:
+        if cfg.PDL:
+            gdc_wait()
+        blocks = gl.load(table_ptr)
     NU = (NT + (ROWS // 64 - 1)) // (ROWS // 64)
     total = blocks * NU * KB // quantum
     each = total // gl.num_programs(0)
@@ -249,9 +256,9 @@ def narrow_kernel(w_ptr, s_ptr, x_ptr, xs_ptr, out_ptr, slots_ptr, factor_ptr, x
         b = tile // NU
         nt = tile - b * NU
         # table entries are looked up two experts ahead, slots one: nothing waits for a dependent load later on
-        e0, r0, c0 = lookup(table_ptr, b, blocks, cap)
-        e1, r1, c1 = lookup(table_ptr, b + 1, blocks, cap)
-        e2, r2, c2 = lookup(table_ptr, b + 2, blocks, cap)
+        e0, r0, c0 = lookup(table_ptr, b, blocks, cap, R, cfg)
+        e1, r1, c1 = lookup(table_ptr, b + 1, blocks, cap, R, cfg)
+        e2, r2, c2 = lookup(table_ptr, b + 2, blocks, cap, R, cfg)
         # the ring's first steps; they may reach into the next tile, and the next expert
         ik = k
         it = nt
@@ -260,6 +267,8 @@ def narrow_kernel(w_ptr, s_ptr, x_ptr, xs_ptr, out_ptr, slots_ptr, factor_ptr, x
             if u + i < end:
                 issue_weights(w_ptr, s_ptr, gl.where(ib == b, e0, e1), it, ik, i, rings, NT, KC, cfg)
             ik, it, ib = advance(ik, it, ib, KB, NU)
+        if cfg.DENSE and cfg.PDL:       # the first weights come while the launch in front brings the tokens
+            gdc_wait()
         xo0, live0 = x_offsets(load_slots(slots_ptr, r0, c0, cfg, xr), R, a_div, KX)
         xo1, live1 = x_offsets(load_slots(slots_ptr, r1, c1, cfg, xr), R, a_div, KX)
         ik = k
@@ -279,17 +288,22 @@ def narrow_kernel(w_ptr, s_ptr, x_ptr, xs_ptr, out_ptr, slots_ptr, factor_ptr, x
         live = (live0 & same) | (live1 & (same == 0))
         en = gl.where(same, e1, e2)
         xn = load_slots(slots_ptr, gl.where(same, r1, r2), gl.where(same, c1, c2), cfg, xr)
-        ea, ra, ca = lookup(table_ptr, ib + 2, blocks, cap)
+        ea, ra, ca = lookup(table_ptr, ib + 2, blocks, cap, R, cfg)
         # what is computed: tile `nt` of the expert `ec`, table entry `b`. Looked up anew: Triton 3.6 drops what starts as another
         # variable's alias and is assigned in a branch
-        ec, rd, cd = lookup(table_ptr, b, blocks, cap)
-        slots = load_slots(slots_ptr, rd, cd, cfg, cols)
-        ed, rd, cd = lookup(table_ptr, b + 1, blocks, cap)
+        ec, rc, cc = lookup(table_ptr, b, blocks, cap, R, cfg)
+        if cfg.SLOTS:
+            slots = load_slots(slots_ptr, rc, cc, cfg, cols)
+        ed, rd, cd = lookup(table_ptr, b + 1, blocks, cap, R, cfg)
         slot = gl.to_tensor(0)
         islot = gl.to_tensor(S - 1)
         while u < end:
             steps = gl.minimum(KB - k, end - u)
             acc = gl.zeros([ROWS, BT], gl.float32, mma)
+            if cfg.EARLY:       # what the end of the tile needs is asked for ahead of it: every copy of its own waits there
+                if cfg.SLOTS == 0:
+                    slots = load_slots(slots_ptr, rc, cc, cfg, cols)
+                given = vectors(ec, nt * (ROWS // 64), slots, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr, NT, N, R, a_div, mma, cfg)
             for _ in range(steps):
                 cp.wait_group(S - 2)
                 fence_async_shared()
@@ -309,7 +323,7 @@ def narrow_kernel(w_ptr, s_ptr, x_ptr, xs_ptr, out_ptr, slots_ptr, factor_ptr, x
                         xo, live = x_offsets(xn, R, a_div, KX)
                         en = ea
                         xn = load_slots(slots_ptr, ra, ca, cfg, xr)
-                        ea, ra, ca = lookup(table_ptr, ib + 2, blocks, cap)
+                        ea, ra, ca = lookup(table_ptr, ib + 2, blocks, cap, R, cfg)
                 acc = multiply(acc, rings, slot, cfg)
                 slot = gl.where(slot == S - 1, 0, slot + 1)
                 islot = gl.where(islot == S - 1, 0, islot + 1)
@@ -323,9 +337,14 @@ def narrow_kernel(w_ptr, s_ptr, x_ptr, xs_ptr, out_ptr, slots_ptr, factor_ptr, x
                                ROWS, BT)
                 last = gl.where(before == pieces - 1, 1, 0)
                 if last == 1:
-                    acc = gather_pieces(acc, part_ptr, first_cta, pieces, ROWS, BT)
+                    acc = gather_pieces(acc, part_ptr, first_cta, pieces, ROWS, BT, cfg.WAYS)
             if last == 1:
-                finish(acc, ec, nt * (ROWS // 64), slots, out_ptr, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr, NT, N, R, a_div, som, cfg)
+                if cfg.SLOTS == 0:      # two numbers are kept instead of a thread's columns
+                    slots = load_slots(slots_ptr, rc, cc, cfg, cols)
+                if cfg.EARLY == 0:
+                    given = vectors(ec, nt * (ROWS // 64), slots, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr, NT, N, R, a_div,
+                                    mma, cfg)
+                finish(acc, nt * (ROWS // 64), slots, given, out_ptr, N, R, som, cfg)
             u += steps
             k = gl.to_tensor(0)
             nt += 1
@@ -333,6 +352,10 @@ def narrow_kernel(w_ptr, s_ptr, x_ptr, xs_ptr, out_ptr, slots_ptr, factor_ptr, x
                 nt = gl.to_tensor(0)
                 b += 1
                 ec = ed
-                slots = load_slots(slots_ptr, rd, cd, cfg, cols)
-                ed, rd, cd = lookup(table_ptr, b + 1, blocks, cap)
+                if cfg.SLOTS:
+                    slots = load_slots(slots_ptr, rd, cd, cfg, cols)
+                else:
+                    rc = rd
+                    cc = cd
+                ed, rd, cd = lookup(table_ptr, b + 1, blocks, cap, R, cfg)
         cp.wait_group(0)

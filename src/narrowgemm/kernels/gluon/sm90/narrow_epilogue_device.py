@@ -69,20 +69,39 @@ def store(y, slots, nt, out_ptr, N, R, som, cfg: gl.constexpr):
 
 
 @gluon.jit
-def finish(acc, e, nt, slots, out_ptr, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr, NT, N, R, a_div, som, cfg: gl.constexpr):
-    """Store a tile, packed rows from 64 nt on. acc [ROWS, BT tokens]; slots [BT] in its columns' layout, outside [0, R): nothing is
-    stored."""
-    ROWS: gl.constexpr = cfg.ROWS
-    mma: gl.constexpr = acc.type.layout
-    row = gl.arange(0, ROWS, gl.SliceLayout(1, mma))
+def vectors(e, nt, slots, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr, NT, N, R, a_div, mma: gl.constexpr, cfg: gl.constexpr):
+    """What `finish` needs of a tile's rows and tokens: (factors, biases [ROWS], token factors, routing weights [BT]); 1 where there
+    are none."""
+    row = gl.arange(0, cfg.ROWS, gl.SliceLayout(1, mma))
     live = (slots >= 0) & (slots < R)
+    factor = 1.0
+    xfactor = 1.0
+    bias = 1.0
+    weight = 1.0
     if cfg.FACTOR:
-        acc = acc * gl.expand_dims(gl.load(factor_ptr + (e * NT + nt) * 64 + row, mask=row < (NT - nt) * 64, other=1.0), 1)
+        factor = gl.load(factor_ptr + (e * NT + nt) * 64 + row, mask=row < (NT - nt) * 64, other=1.0)
     if cfg.XFACTOR:
-        acc = acc * gl.expand_dims(gl.load(xfactor_ptr + gl.where(live, slots, 0) // a_div, mask=live, other=0.0), 0)
+        xfactor = gl.load(xfactor_ptr + gl.where(live, slots, 0) // a_div, mask=live, other=0.0)
     if cfg.BIAS:
         n, there = columns(row, nt, N, cfg.PAIR)
-        acc = acc + gl.expand_dims(gl.load(bias_ptr + e * N + n, mask=there, other=0.0).to(gl.float32), 1)
+        bias = gl.load(bias_ptr + e * N + n, mask=there, other=0.0)
+    if cfg.WEIGHT:
+        weight = gl.load(weight_ptr + slots, mask=live, other=0.0)
+    return factor, bias, xfactor, weight
+
+
+@gluon.jit
+def finish(acc, nt, slots, given, out_ptr, N, R, som, cfg: gl.constexpr):
+    """Store a tile, packed rows from 64 nt on. acc [ROWS, BT tokens]; slots [BT] in its columns' layout, outside [0, R): nothing is
+    stored; given: the tile's `vectors`."""
+    ROWS: gl.constexpr = cfg.ROWS
+    factor, bias, xfactor, weight = given
+    if cfg.FACTOR:
+        acc = acc * gl.expand_dims(factor, 1)
+    if cfg.XFACTOR:
+        acc = acc * gl.expand_dims(xfactor, 0)
+    if cfg.BIAS:
+        acc = acc + gl.expand_dims(bias.to(gl.float32), 1)
     if cfg.ACT > 0:
         # rows g and g + 8 of a slab of 16 are gate and up of one feature, in the same thread
         pairs = gl.permute(gl.reshape(acc, [ROWS // 16, 2, 8, cfg.BT]), (0, 2, 3, 1))
@@ -91,6 +110,5 @@ def finish(acc, e, nt, slots, out_ptr, factor_ptr, xfactor_ptr, bias_ptr, weight
     else:
         y = acc
     if cfg.WEIGHT:
-        s = gl.convert_layout(slots, gl.SliceLayout(0, y.type.layout))
-        y = y * gl.expand_dims(gl.load(weight_ptr + s, mask=(s >= 0) & (s < R), other=0.0), 0)
+        y = y * gl.expand_dims(gl.convert_layout(weight, gl.SliceLayout(0, y.type.layout)), 0)
     store(y, slots, nt, out_ptr, N, R, som, cfg)

@@ -59,7 +59,7 @@ SHAPES = {(32, 1): (12, 8), (64, 1): (7, 5), (64, 2): (5, 3), (128, 1): (4, 3), 
 
 
 # those of them that have run with FP32 scales of A
-PROMOTED = {"e2m1": ((32, 1), (128, 1), (192, 1)), "e4m3": ((64, 2),)}
+PROMOTED = {"e2m1": ((32, 1), (64, 1), (128, 1), (192, 1)), "e4m3": ((64, 2),)}
 FEWEST = {"e2m1": 0, "e4m3": 32}     # tiles of so many tokens and fewer are left to the kernel for few
 
 

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .fp8_block_parts_device import ROW_OF_FLOATS, advance
 from .fp8_block_schedule_device import ROW_OF_INTS
-from .narrow_prefill_parts_device import PLANES, RATIO_RING, X_RING, finish, load_block, products, rows_vectors
+from .narrow_prefill_parts_device import PLANES, RATIO_TILE, X_TILE, finish, load_block, products, rows_vectors
 
 HEAD = gl.constexpr(16)      # of the table: see narrow_tile.TABLE_HEAD
 
@@ -136,18 +136,18 @@ def narrow_prefill_kernel(x16_desc, x32_desc, x64_desc, x128_desc, w_desc, s_des
     s_desc int32 [G * NT, ceil(KC / 2), 128]; f_desc: tokens' ratios of scales [positions, 4 KC] in boxes of 16 x 4. NT tiles of 64 weight rows, KC chunks of 128 of K, R rows of the output, om: their
     stride, N: logical weight rows, cap: entries a column of the table holds."""
     STAGES: gl.constexpr = cfg.STAGES
-    x0_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, cfg.T0, 128], X_RING)
+    x0_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, cfg.T0, 128], X_TILE)
     x1_s = x0_s
     if cfg.T1 > 0:
-        x1_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, cfg.T1, 128], X_RING)
+        x1_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, cfg.T1, 128], X_TILE)
     w_s = gl.allocate_shared_memory(gl.int32, [STAGES, cfg.UNITS, cfg.WEIGHT_ROWS, 256], PLANES)
     s_s = gl.allocate_shared_memory(gl.int32, [STAGES, cfg.UNITS, 1, 128], PLANES)
     f0_s = x0_s
     f1_s = x0_s
     if cfg.CHUNKED:
-        f0_s = gl.allocate_shared_memory(gl.float32, [STAGES, cfg.T0, 4], RATIO_RING)
+        f0_s = gl.allocate_shared_memory(gl.float32, [STAGES, cfg.T0, 4], RATIO_TILE)
         if cfg.T1 > 0:
-            f1_s = gl.allocate_shared_memory(gl.float32, [STAGES, cfg.T1, 4], RATIO_RING)
+            f1_s = gl.allocate_shared_memory(gl.float32, [STAGES, cfg.T1, 4], RATIO_TILE)
     staging: gl.constexpr = gl.NVMMASharedLayout.get_default_for([cfg.OUT_TOKENS, cfg.FEATURES], out_ptr.dtype.element_ty)
     d_s = gl.allocate_shared_memory(out_ptr.dtype.element_ty, [2, cfg.OUT_TOKENS, cfg.FEATURES], staging)
     slot_s = gl.allocate_shared_memory(gl.int32, [2, cfg.TP if cfg.SLOTS else 1], ROW_OF_INTS)

@@ -41,7 +41,10 @@ class Static:
     KEEP: bool               # output stays in L2
     WIDE: bool               # 16 bytes a store, through shared memory
     XSCALE: bool = False     # sums are scaled by FP32 scales of A, one for 128 of K
-    DOUBLE: bool = False      # A is FP16, the sum of two BF16 numbers, each multiplied
+    DOUBLE: bool = False     # A is FP16, the sum of two BF16 numbers, each multiplied
+    DENSE: bool = False      # one expert: entries follow from the number of rows
+    WAYS: int = 4            # pieces of a tile that are loaded at a time
+    EARLY: bool = False      # factors, biases and routing weights are loaded ahead of a tile's products
 
     @property
     def CW(self) -> int:

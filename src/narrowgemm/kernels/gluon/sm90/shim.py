@@ -1,12 +1,15 @@
 """Gluon names that changed between Triton 3.6 and 3.9, under one name each. Imports Triton: only device code imports this.
 
-3.8 gave TMA's additions a name, and renamed the TMA copies `async_copy_*` to `async_load` / `async_store` (3.9 dropped the old
-names); 3.9 renamed `shared_memory_descriptor._reinterpret` to `reinterpret`; `thread_barrier` became `barrier`.
+3.8 gave TMA's additions a name, and renamed the TMA copies `async_copy_*` to `async_load` / `async_store`, cp.async's likewise (3.9
+dropped the old names); 3.9 renamed `shared_memory_descriptor._reinterpret` to `reinterpret`; `thread_barrier` became `barrier`.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import tma
+
+copy_to_shared = async_copy.async_load if hasattr(async_copy, "async_load") else async_copy.async_copy_global_to_shared
 
 if hasattr(tma, "async_load"):
     tma_load, tma_store = tma.async_load, tma.async_store
