@@ -31,7 +31,7 @@ def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tensor, *, o
         Hopper, instead of promoting it to FP32 every 512 of K.
     backend: run on this one only ('triton', 'gluon_sm90', 'reference'). config: with this Config. max_sms: on so many SMs, 0 = all.
     validate: 'sync' reads scales back and raises on NaN (slow). on_unsupported: 'raise' refuses the portable kernels.
-    workspace: uint8 scratch of at least `explain(...).plan.workspace_bytes` bytes; allocated if None.
+    workspace: uint8 scratch of at least `explain(...).plan.workspace_bytes` bytes, on 16 bytes; allocated if None.
 
     Returns `out`. Empty operands are legal; K = 0 gives zeros. Raises TypeError (dtype, type), ValueError (shape, device, stride,
     option), both before anything is written; Unsupported where no kernel takes the problem.
