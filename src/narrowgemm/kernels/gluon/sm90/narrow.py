@@ -193,8 +193,7 @@ def statics(problem: Problem, config: Config, x: Operands) -> tuple[Static, Prep
         x.slots is not None, x.factor is not None, kind in (1, 2), PAIR_IDS[x.packed.pair], ACT_IDS[e.activation], alpha, limit,
         x.bias is not None, x.weight is not None, True,
         bool(extra(config, "keep")), bool(extra(config, "wide")), promotes(problem), doubles(problem),
-        DENSE=problem.layout == "dense", WAYS=8 if config.block_m <= 16 else 4,
-        EARLY=config.block_m <= 16 and registers(config) > 96)
+        DENSE=problem.layout == "dense", WAYS=8 if config.block_m <= 16 else 4, EARLY=registers(config) > 96)
     prep = PrepStatic(KINDS[problem.layout], config.block_m, power_of_two(problem.groups), kind, problem.a.format.group[1] or 32,
                       power_of_two(x.block_m), e.combine, PREP_K, True)
     return cfg, prep
