@@ -189,6 +189,12 @@ def fp4_masked(suite: str) -> list[Case]:
             for g, m in FP4_MASKED for n, k in FP4_SHAPES for draw in range(10)]
 
 
+def fp4_masked_few(suite: str) -> list[Case]:
+    """Few rows a group, as in decode: time is the weights' bytes."""
+    return [Case(suite, "masked", g, m, n, k, max_m=128, sizes=UNEVEN, a=FP8_1x128, b=MXFP4, packed=True)
+            for g in (8, 32) for m in (4, 16) for n, k in FP4_SHAPES]
+
+
 def mxfp8_prefill(suite: str) -> list[Case]:
     """Many rows on prepacked weights: dense ones of MiniMax-M3 (qkv, o_proj), then eight local experts of it and of DeepSeek-V3."""
     experts = [nk for m in map(get_model, ("minimax-m3", "deepseek-v3")) for nk in (m.gate_up(), m.down())]
@@ -330,7 +336,7 @@ _BUILDERS: dict[str, Callable[[str], list[Any]]] = {
     "mxfp4-a4w4": lambda s: fp4_contiguous(s, MXFP4),
     "mxfp4-mx8": lambda s: fp4_contiguous(s, MXFP8),
     "mxfp4-256": fp4_experts,
-    "mxfp4-masked": fp4_masked,
+    "mxfp4-masked": fp4_masked, "mxfp4-masked-few": fp4_masked_few,
     "mxfp8-bandwidth": lambda s: mxfp8_dense(s, (1, 2, 4, 8, 16), 30_000_000),
     "mxfp8-prefill": mxfp8_prefill,
     "train-fwd": lambda s: train_rows(s, ((8192, ROW), (16384, TENSOR), (32768, ROW)), False),
@@ -369,7 +375,7 @@ PEERS: dict[str, tuple[str, ...]] = {name: ("deepgemm", "floor") for name in SUI
     "mxfp8-bandwidth": ("floor",), "mxfp8-prefill": ("dequant_bf16", "torch_bf16", "deepgemm_block", "floor"),
     "mxfp4-contiguous": ("deepgemm", "triton_kernels", "humming", "humming_w4a8", "floor"), "mxfp4-a4w4": ("deepgemm", "floor"),
     "mxfp4-mx8": ("dequant_bf16", "torch_bf16", "floor"), "mxfp4-256": ("triton_kernels", "deepgemm", "humming", "floor"),
-    "mxfp4-masked": ("own_fp8", "floor"),
+    "mxfp4-masked": ("own_fp8", "floor"), "mxfp4-masked-few": ("own_fp8", "floor"),
     "edge": (), "large": (), "cpu-small": ("torch_bf16", "floor"), "cpu-formats": ("torch_bf16", "floor")}
 
 
