@@ -68,7 +68,8 @@ SHAPES: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
 DOUBLE_SHAPES: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
     "e2m1": {8: ((64, 256, 2, 4), (128, 512, 2, 2)), 16: ((64, 256, 2, 3),), 32: ((64, 256, 2, 2),), 64: ((64, 256, 2, 1),)},
     "e4m3": {8: ((64, 256, 2, 4),), 16: ((64, 256, 2, 3),), 32: ((64, 256, 2, 2),), 64: ((64, 256, 2, 1),)}}
-# of dense products whose tiles about fill the SMs: a deep ring, and no tile is cut
+# of dense products of short K whose tiles about fill the SMs: a deep ring, and no tile is cut
+SHORT_K = 1024
 WHOLE: dict[int, tuple[tuple[int, int, int, int], ...]] = {8: ((64, 256, 5, 2),), 16: ((64, 256, 4, 2),)}
 KEEP_BYTES = 16e6            # an output of so many bytes and fewer is asked to stay in L2, where its reader finds it
 
@@ -122,7 +123,8 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
             if legal(problem, c, arch) is None:
                 out += [c, *splits(problem, c, arch)]
         tiles = -(-problem.m // bt) * -(-problem.n // ROWS)
-        if problem.layout == "dense" and problem.b.format.element == "e4m3" and arch.sms // 2 <= tiles <= 2 * arch.sms:
+        short = problem.layout == "dense" and problem.b.format.element == "e4m3" and problem.k <= SHORT_K
+        if short and arch.sms // 2 <= tiles <= 2 * arch.sms:
             made = [make_config(bt, *shape, keep, whole=True) for shape in WHOLE.get(bt, ())]
             out += [c for c in made if legal(problem, c, arch) is None and c not in out]
     return out

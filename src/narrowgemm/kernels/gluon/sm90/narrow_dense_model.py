@@ -10,14 +10,14 @@ from ....problem import Config, Problem
 from .narrow_split import ctas_at_most, ring_steps
 from .narrow_tile import CHUNK, ROWS, extra
 
-START = 5.3e-6              # launches, first bytes, the store
-READ = 0.80                 # of the bandwidth
-PIECE = 2.0e-6              # a tile that is cut: its sums are left, counted, and read back
+START = 4.5e-6              # launches, first bytes, the store
+READ = 0.795                # of the bandwidth
+PIECE = 1.1e-6              # a tile that is cut: its sums are left, counted, and read back
 # by token columns: reading and adding four pieces of 64 rows; a chunk of 64 rows x 128 of K in an SM
-FOUR = {8: 0.19e-6, 16: 0.60e-6, 32: 1.35e-6, 64: 2.94e-6}
-BLOCK = {8: 0.24e-6, 16: 0.28e-6, 32: 0.41e-6, 64: 0.70e-6}
+FOUR = {8: 0.05e-6, 16: 0.37e-6, 32: 1.32e-6, 64: 3.11e-6}
+BLOCK = {8: 0.25e-6, 16: 0.30e-6, 32: 0.41e-6, 64: 0.61e-6}
 SHARED = 0.89               # of that, where two warpgroups share the tokens
-LATENCY = 1.0e-6            # of a ring step, over those in flight
+LATENCY = 0.9e-6            # of a ring step, over those in flight
 _POWER = 4
 
 
