@@ -373,7 +373,7 @@ PEERS: dict[str, tuple[str, ...]] = {name: ("deepgemm", "floor") for name in SUI
     "mxfp8-routed": ("dot_scaled", "triton", "humming", "deepgemm_block", "floor"),
     "mxfp8-dense-decode": ("dot_scaled", "triton", "humming", "torch_bf16", "deepgemm_block", "floor"),
     "mxfp8-bandwidth": ("floor",), "mxfp8-prefill": ("dequant_bf16", "torch_bf16", "deepgemm_block", "floor"),
-    "mxfp4-contiguous": ("deepgemm", "triton_kernels", "humming", "humming_w4a8", "floor"), "mxfp4-a4w4": ("deepgemm", "floor"),
+    "mxfp4-contiguous": ("deepgemm", "triton_kernels", "humming", "floor"), "mxfp4-a4w4": ("deepgemm", "floor"),
     "mxfp4-mx8": ("dequant_bf16", "torch_bf16", "floor"), "mxfp4-256": ("triton_kernels", "deepgemm", "humming", "floor"),
     "mxfp4-masked": ("own_fp8", "floor"), "mxfp4-masked-few": ("own_fp8", "floor"),
     "edge": (), "large": (), "cpu-small": ("torch_bf16", "floor"), "cpu-formats": ("torch_bf16", "floor")}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..formats import MXFP4, MXFP8, FP8_1x128
+from ..formats import MXFP4, MXFP8
 from .case import Case
 from .inputs import Inputs
 from .peer import Prepared
@@ -92,7 +91,6 @@ class Humming:
 
     name = "humming"
     BLOCK = 256
-    INPUT: Mapping[str, Any] = {}
 
     def available(self, device: torch.device) -> str | None:
         return hopper(device) or import_error("humming.layer")
@@ -115,42 +113,17 @@ class Humming:
         scale = pad(b.scale, (0, k // 32 - b.scale.shape[-1], 0, n - case.n), value=127)
         layer: Any = humming.HummingLayer(
             shape_n=n, shape_k=k, num_experts=experts, torch_dtype=torch.bfloat16,
-            weight_config={"dtype": element, "group_size": 32, "scale_dtype": "float8e8m0"}, input_config=dict(self.INPUT))
+            weight_config={"dtype": element, "group_size": 32, "scale_dtype": "float8e8m0"})
         layer = layer.to(inputs.device)
         layer.load_from_tensors({"weight": data.view(torch.int32), "weight_scale": scale.view(torch.float8_e8m0fnu)})
         layer.transform()
         kind = config.GemmType.DENSE if experts is None else config.GemmType.GROUPED_CONTIGUOUS
         tuning = humming.HummingLayerMethod.get_default_tuning_configs(layer, gemm_type=kind)
-        # (from, to, config): what it takes for these rows; the others would only be compiled
-        tuning = [t for t in tuning if t[0] <= case.rows <= t[1]] or tuning
         options: dict[str, Any] = {"compute_config": {"gemm_type": kind.value}, "tuning_config": tuning}
         if experts is not None:
             options["expert_layout"] = torch.tensor((0, *case.group_sizes), device=inputs.device).cumsum(0).to(torch.int32)
-        x, given = self.activations(case, inputs, k)
+        # activations in BF16, which is what the library does fastest for few rows
+        x = pad(bf16_rows(case, inputs), (0, k - case.k)).contiguous()
         y = torch.full((case.rows, n), float("nan"), dtype=torch.bfloat16, device=inputs.device)
         rows = sorted_rows(case) if experts is not None else {0: slice(0, case.rows)}
-        return Prepared(lambda: layer(x, outputs=y, **given, **options), lambda g: y[rows[g], : case.n])
-
-    def activations(self, case: Case, inputs: Inputs, k: int) -> tuple[Tensor, dict[str, Any]]:
-        """A in BF16, which is what the library does fastest for few rows, padded to `k` columns."""
-        return pad(bf16_rows(case, inputs), (0, k - case.k)).contiguous(), {}
-
-
-class HummingFp8(Humming):
-    """The same with FP8 activations (W4A8), 1x128 as ours: the same payloads and scales. It folds scales of weights into E4M3, too,
-    over a window of 11 powers of two for a whole expert."""
-
-    name = "humming_w4a8"
-    INPUT: Mapping[str, Any] = {"dtype": "float8e4m3", "group_size": 128}
-
-    def supports(self, case: Case) -> str | None:
-        if (case.a, case.b) != (FP8_1x128, MXFP4):
-            return "is compared on FP8 1x128 activations and MXFP4 weights"
-        return super().supports(case)
-
-    def activations(self, case: Case, inputs: Inputs, k: int) -> tuple[Tensor, dict[str, Any]]:
-        a = inputs.a
-        assert a.scale is not None
-        data = pad(a.data[: case.rows].view(torch.uint8), (0, k - case.k)).contiguous().view(a.data.dtype)
-        scale = pad(a.scale[: case.rows], (0, k // 128 - a.scale.shape[1]), value=1.0).contiguous()
-        return data, {"input_scale": scale}
+        return Prepared(lambda: layer(x, outputs=y, **options), lambda g: y[rows[g], : case.n])

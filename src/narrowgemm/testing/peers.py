@@ -23,7 +23,7 @@ from .case import Case
 from .guard import Guarded
 from .inputs import Inputs, Weights, build
 from .layer import LayerCase
-from .mx_peers import Humming, HummingFp8, TritonKernels
+from .mx_peers import Humming, TritonKernels
 from .mxfp8_peers import DeepGemmBlock, DequantBf16, DotScaled
 from .numerics import RECIPE_GATE
 from .peer import Prepared
@@ -309,7 +309,7 @@ class Backend:
 
 
 ADAPTERS: dict[str, Peer] = {p.name: p for p in (DeepGemm(), OwnFp8(), Torch(), TorchRow(), TorchBf16(), TritonKernels(), Humming(),
-                                                 HummingFp8(), DotScaled(), DequantBf16(), DeepGemmBlock(),
+                                                 DotScaled(), DequantBf16(), DeepGemmBlock(),
                                                  LayerPeer("deepgemm_layer"), LayerPeer("triton_moe"),
                                                  LayerPeer("triton_kernels_layer"), StepPeer("torch_step"),
                                                  StepPeer("torch_step_fused"), BestConfig())}
