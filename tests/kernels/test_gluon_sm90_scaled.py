@@ -13,6 +13,7 @@ from narrowgemm.arch import get_arch
 from narrowgemm.formats import FP8_ROW, FP8_TENSOR, FP8_1x128
 from narrowgemm.kernels.gluon.sm90 import fp8_scaled, fp8_wgrad
 from narrowgemm.kernels.gluon.sm90.fp8_scaled_tile import LAYOUTS, Tile
+from narrowgemm.kernels.launching import Launch
 from narrowgemm.problem import Config, Operand, Problem, promotion
 
 from .. import _gluon as emu
@@ -21,6 +22,7 @@ H200 = get_arch("h200")
 GUARD, MARK = 4096, 777.0
 TILES = {
     "128x128": dict(), "128x192": dict(COLS1=64, STAGES=3), "128x256": dict(COLS0=256, STAGES=2, PROMOTE=0),
+    "two pieces": dict(WGM=1, WGN=2, MP=2, STAGES=3, PROMOTE=0, BLOCKS=True),
     "64x256": dict(WGM=1, WGN=2), "64x128": dict(WGM=1, WGN=2, COLS0=64, OUT_BUFFERS=1), "every-block": dict(PROMOTE=1),
 }
 
@@ -100,7 +102,7 @@ CASES = {"dense": (200, [0]), "contiguous": (340, [1] * 128 + [0] * 70 + [-1] * 
          "offsets": (300, [5, 75, 75, 76, 206, 270]), "psum": (400, [100, 100, 129, 385]), "masked": (150, [0, 150, 1, 64])}
 
 
-@pytest.mark.parametrize("layout, name", [*(("offsets", t) for t in TILES), *((x, "128x128") for x in CASES if x != "offsets")])
+@pytest.mark.parametrize("layout, name", [*(("offsets", t) for t in TILES if t != "two pieces"), *((x, "128x128") for x in CASES if x != "offsets")])
 def test_tiles(device, layout: str, name: str) -> None:
     """Every tile, every layout, K in blocks that are more than the ring holds, the last one cut short."""
     m, index = CASES[layout]
@@ -139,7 +141,8 @@ def plan_of(offsets: list[int], groups: int, tiles: int, most: int = 1 << 30) ->
 @pytest.mark.parametrize("name, options", [
     *((t, {}) for t in TILES), ("128x192", dict(ACCUMULATE=True)), ("128x128", dict(SPLIT=True)), ("128x192", dict(SPLIT=True)),
     ("128x128", dict(BLOCKS=True, PROMOTE=0)),
-    ("64x256", dict(BLOCKS=True, PROMOTE=0, SPLIT=True, ACCUMULATE=True))])
+    ("64x256", dict(BLOCKS=True, PROMOTE=0, SPLIT=True, ACCUMULATE=True)),
+    ("two pieces", dict(SPLIT=True, ACCUMULATE=True)), ("two pieces", dict(STAGES=2, OUT_BUFFERS=1))])
 def test_weight_gradient(wgrad_device, name: str, options: dict) -> None:
     """Groups of any length, empty ones too, shorter than their segments; NaN behind the last one; tiles cut along K."""
     rng = np.random.default_rng(1)
@@ -205,13 +208,14 @@ def test_configs_fit(layout: str, out: str, promote: int) -> None:
     assert found and (promote == 0) == any((c.block_m, c.block_n) == (128, 256) for c in found)
     for c in found:
         t = kernel.tile_of(p, c, H200)
+        assert (c.block_m, c.block_n) == (t.BM, t.BN) and t.MP == 1
         assert t.shared_bytes <= H200.smem and t.OUT_BUFFERS * 64 <= t.WN and promote // 128 == t.PROMOTE
         assert 0 < kernel.estimate(p, c, H200) < 1
 
 
 @pytest.mark.parametrize("change, words", [
     (dict(k=2056), "multiples of 16"), (dict(a=FP8_1x128), "row-wise and tensor-wise"), (dict(b=FP8_1x128), "row-wise and tensor-wise"),
-    (dict(promote=64), "every 128"), (dict(layout="k_grouped", alignment=16), "alignment"), (dict(wide=True), "2.31")])
+    (dict(promote=64), "every 128"), (dict(layout="k_grouped", a=FP8_1x128, b=FP8_1x128), "MN-major"), (dict(wide=True), "2.31")])
 def test_refusals(change: dict, words: str) -> None:
     p = problem(**change)
     kernel = fp8_wgrad if p.layout == "k_grouped" else fp8_scaled
@@ -225,6 +229,32 @@ def test_illegal_configs_say_why() -> None:
     for bad in (Config(96, 128, persistent=True), Config(128, 128, num_stages=9, persistent=True), Config(128, 128),
                 Config(128, 256, num_stages=4, persistent=True), Config(128, 128, persistent=True, extra=(("colour", 1),))):
         assert fp8_scaled.legal(p, bad, H200) and fp8_wgrad.legal(problem("k_grouped"), bad, H200)
+
+
+def test_wide_tiles_of_blocks_add_by_tma() -> None:
+    p = problem("k_grouped", a=FP8_1x128, b=FP8_1x128, out_dtype="fp32", accumulate=True)
+    wide = next(c for c in fp8_wgrad.configs(p, H200) if c.block_n == 256 and c.block_m == 128)
+    assert fp8_wgrad.tile_of(p, wide, H200).MP == 2
+    for change in (dict(out_dtype="fp16"), dict(out_aligned=False)):
+        assert "TMA adds" in str(fp8_wgrad.legal(replace(p, **change), wide, H200))
+
+
+@pytest.mark.parametrize("kernel", [fp8_scaled, fp8_wgrad], ids=lambda k: k.NAME.split(".")[-1])
+@pytest.mark.parametrize("max_sms", [0, 24])
+def test_the_grid_is_within_max_sms(kernel, max_sms: int, monkeypatch) -> None:
+    """Forward and dgrad, or the weight gradient."""
+    from . import gluon_sm90_scaled_jobs, gluon_sm90_wgrad_jobs
+
+    monkeypatch.setenv("NARROWGEMM_ARCH", "h200")
+    grids = []
+    monkeypatch.setattr(Launch, "run", lambda self: grids.append(self.grid))
+    if kernel is fp8_scaled:
+        p = gluon_sm90_scaled_jobs.describe("offsets", max_sms=max_sms)
+        gluon_sm90_scaled_jobs.call(p, kernel.configs(p, H200)[0])
+    else:
+        p = gluon_sm90_wgrad_jobs.describe(max_sms=max_sms)
+        gluon_sm90_wgrad_jobs.call(p, kernel.configs(p, H200)[0])
+    assert 0 < grids[-1][0] <= (max_sms or H200.sms) and (not max_sms or grids[-1][0] == max_sms)
 
 
 @pytest.mark.interpret

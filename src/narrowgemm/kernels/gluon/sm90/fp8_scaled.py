@@ -60,14 +60,14 @@ SHAPES = {(128, 128): (2, 1, 128, 0), (128, 192): (2, 1, 128, 64), (128, 256): (
 _LARGEST_PROMOTED = 192     # columns of a warpgroup whose sums and partial sums fit into registers
 
 
-def _config(bm: int, bn: int, stages: int, strip: int = 16) -> Config:
+def config(bm: int, bn: int, stages: int, strip: int = 16) -> Config:
     return Config(bm, bn, 128, 9, stages, strip, persistent=True)
 
 
 CANDIDATES = (
-    _config(128, 256, 4, 8), _config(128, 256, 4), _config(128, 192, 5, 8), _config(128, 192, 5), _config(128, 192, 4, 8),
-    _config(128, 128, 6, 8), _config(128, 128, 6), _config(128, 128, 5, 8), _config(64, 256, 5), _config(64, 256, 4),
-    _config(64, 128, 8), _config(64, 128, 6),
+    config(128, 256, 4, 8), config(128, 256, 4), config(128, 192, 5, 8), config(128, 192, 5), config(128, 192, 4, 8),
+    config(128, 128, 6, 8), config(128, 128, 6), config(128, 128, 5, 8), config(64, 256, 5), config(64, 256, 4),
+    config(64, 128, 8), config(64, 128, 6),
 )
 
 
@@ -104,7 +104,7 @@ def tile_of(problem: Problem, config: Config, arch: Arch) -> Tile | None:
     wgm, wgn, cols0, cols1 = SHAPES[config.block_m, config.block_n]
     counted = problem.layout not in ("dense", "contiguous")
     groups = next(n for n in (32, 128, 512, MAX_GROUPS) if not counted or n >= problem.groups)
-    for buffers in (4, 2, 1):       # staging of the store: as much as fits
+    for buffers in (4, 3, 2, 1):       # staging of the store: as much as fits
         if buffers * OUT_COLS > cols0 + cols1:
             continue
         tile = Tile(
@@ -133,10 +133,11 @@ def _copies(problem: Problem) -> tuple[int, int]:
 LAUNCH_SECONDS = 3.0e-6
 MEMORY_SECONDS = 5.0e-6     # to fill the pipes and drain them, where bytes decide
 MEMORY_EFFICIENCY = 0.85    # of the streaming rate
-TILE_SECONDS = 0.8e-6       # of a tile, beyond its K blocks
+TILE_SECONDS = 0.8e-6       # of a tile, beyond its K blocks and waits for staging
+STORE_SECONDS = 0.7e-6      # until what was stored from staging has been read, at least
 NOT_HIDDEN = 0.15          # of the shorter of arithmetic and bytes
 # microseconds of one K block of 128 on one SM of an H200, where every SM is busy
-BLOCK_TIMES = {(128, 128): 0.400, (128, 192): 0.590, (128, 256): 0.770, (64, 256): 0.430, (64, 128): 0.270}
+BLOCK_TIMES = {(128, 128): 0.386, (128, 192): 0.550, (128, 256): 0.700, (64, 256): 0.415, (64, 128): 0.260}
 H200_RATE = 1.40e15        # FP8 rate of the device that the figures are from
 
 
@@ -152,6 +153,14 @@ def tiles(problem: Problem, config: Config) -> float:
     return groups * max(1.0, per_group) * num_n
 
 
+def store_seconds(problem: Problem, tile: Tile | None, arch: Arch) -> float:
+    """What a tile's store waits for: staging is written again once all that is in it has been read."""
+    assert tile is not None
+    rounds = -(-(tile.MP * tile.WN // OUT_COLS) // tile.OUT_BUFFERS)
+    size = tile.OUT_BUFFERS * tile.CONSUMERS * 64 * OUT_COLS * tile.OUT_BYTES * (2 if problem.accumulate else 1)
+    return (rounds - 1) * max(STORE_SECONDS, size * arch.sms / arch.bandwidth)
+
+
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds: waves of tiles, or the bytes at the streaming rate, whichever is longer, and some of the other."""
     sms = min(arch.sms, problem.max_sms or arch.sms)
@@ -159,7 +168,8 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     unit = -(-problem.k // 128) * 1e-6 * (H200_RATE / 132) / (arch.fp8_flops / arch.sms)
     waves = work / sms
     waves = math.ceil(waves) if waves < 8 else waves + 0.5
-    seconds = waves * (unit * BLOCK_TIMES[config.block_m, config.block_n] + TILE_SECONDS)
+    tile = TILE_SECONDS + store_seconds(problem, tile_of(problem, config, arch), arch)
+    seconds = waves * (unit * BLOCK_TIMES[config.block_m, config.block_n] + tile)
     memory = MEMORY_SECONDS + problem.bytes / (arch.bandwidth * MEMORY_EFFICIENCY * min(1.0, max(work, 1) / (0.6 * sms)))
     copies = sum(k_major.seconds(size, arch) for size in _copies(problem) if size)
     return LAUNCH_SECONDS + max(seconds, memory) + NOT_HIDDEN * min(seconds, memory) + copies

@@ -16,7 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from .fp8_block_parts_device import FP8_PLANE, FP8_TILE, advance
 from .fp8_block_schedule_device import (
     DENSE, MASKED, OFFSETS, ROW_OF_INTS, fill_table, first_tile, fresh, has_products, is_live, next_tile, total_tiles)
-from .fp8_scaled_parts_device import cut_all, load_block, products, store_padding, store_tile
+from .fp8_scaled_parts_device import fetch_scales, load_block, store_padding, store_tile
+from .fp8_scaled_sums_device import cut_all, products
 from .shim import block_barrier, view_as
 
 
@@ -67,8 +68,9 @@ def consumer(d_desc, out, scales, rings, d_s, bars, table, problem, cfg: gl.cons
     while live:
         work = (index_ptr, table, fresh(M), fresh(N), KB, fresh(G), alignment, total)
         if has_products(tile, cfg):
+            fetched = fetch_scales(scales, tile, N, cfg, WM, WN)
             acc, slot, phase = products((a_v, b0_v, b1_v), bars, slot, phase, KB, cfg, WM, WN, mma0, mma1)
-            store_tile(cut_all(acc, cfg), d_s, d_desc, out, scales, problem, tile, cfg, WM, WN)
+            store_tile(cut_all(acc, cfg), d_s, d_desc, out, fetched, problem, tile, cfg, WM, WN)
         elif cfg.ZERO and cfg.LAYOUT != DENSE:
             store_padding(out, tile, tile[2] + WM * 64, tile[0] * cfg.BN + WN * cfg.WN, N, cfg)
         cursor, tile = next_tile(cursor, tile, work, cfg, 4)

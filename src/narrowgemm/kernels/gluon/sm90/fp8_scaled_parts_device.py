@@ -1,11 +1,10 @@
-"""Parts of the Hopper FP8 kernels with row-wise, tensor-wise or 1x128 x 1x128 scales: sums of K blocks, scales, the store."""
+"""Parts of the Hopper FP8 kernels with row-wise, tensor-wise or 1x128 x 1x128 scales: the ring of K blocks, scales, the store."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_init, warpgroup_mma_wait)
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from .fp8_block_parts_device import advance, output_pointers, row_masks, store_masked, store_part, vector_layout
+from .fp8_block_parts_device import output_pointers, row_masks, store_masked, store_part, vector_layout
 from .fp8_block_schedule_device import CONTIGUOUS, DENSE, MASKED, OFFSETS, fresh
 from .shim import tma_add, tma_load
 
@@ -24,186 +23,52 @@ def load_block(descs, rings, bar, slot, at, kb, cfg: gl.constexpr):
         tma_load(b1_desc, [b_plane, b_row + cfg.COLS0, kb * 128], bar, b1_s.index(slot))
 
 
-# ---------------------------------------------------------------- sums
-@gluon.jit
-def zeros(cfg: gl.constexpr, mma0: gl.constexpr, mma1: gl.constexpr):
-    """A warpgroup's sums, one a wgmma."""
-    COLS0: gl.constexpr = cfg.COLS0
-    COLS1: gl.constexpr = cfg.COLS1
-    out = (gl.zeros([64, COLS0], gl.float32, mma0), )
-    if cfg.COLS1 > 0:
-        out = out + (gl.zeros([64, COLS1], gl.float32, mma1), )
-    return out
-
-
-@gluon.jit
-def pending(p, cfg: gl.constexpr):
-    """Sums as what a wgmma in flight may hold."""
-    out = (warpgroup_mma_init(p[0]), )
-    if cfg.COLS1 > 0:
-        out = out + (warpgroup_mma_init(p[1]), )
-    return out
-
-
-@gluon.jit
-def settle(p, blocks: gl.constexpr, cfg: gl.constexpr):
-    """Wait until no more than `blocks` K blocks are in flight."""
-    if cfg.COLS1 > 0:
-        return warpgroup_mma_wait(2 * blocks, deps=(p[0], p[1]))
-    else:
-        return (warpgroup_mma_wait(blocks, deps=(p[0], )), )
-
-
-@gluon.jit
-def multiply(views, place, p, use, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr):
-    """Start p (+)= A . B^T over one K block; `use`: p is added to."""
-    a_v, b0_v, b1_v = views
-    a = a_v.index(place * cfg.WGM + WM)
-    b = b0_v.index(place * cfg.WGN + WN).permute((1, 0))
-    out = (warpgroup_mma(a, b, p[0], use_acc=use, is_async=True), )
-    if cfg.COLS1 > 0:
-        b = b1_v.index(place * cfg.WGN + WN).permute((1, 0))
-        out = out + (warpgroup_mma(a, b, p[1], use_acc=use, is_async=True), )
-    return out
-
-
-@gluon.jit
-def run(views, bars, slot, phase, p, n, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr):
-    """The tensor core's sum of the next n > 0 K blocks. p comes in only to keep its registers. Leaves nothing in flight:
-    (sums, slot, phase)."""
-    full, empty = bars
-    p = pending(p, cfg)
-    old = fresh(slot)
-    for j in range(n):
-        mbarrier.wait(full.index(slot), phase)
-        p = multiply(views, slot, p, j > 0, cfg, WM, WN)
-        # the block before is done once this one is the only one in flight
-        p = pending(settle(p, 1, cfg), cfg)
-        mbarrier.arrive(empty.index(old), count=1, pred=j > 0)
-        old = fresh(slot)
-        slot, phase = advance(slot, phase, cfg.STAGES)
-    p = settle(p, 0, cfg)
-    mbarrier.arrive(empty.index(old), count=1)
-    return p, slot, phase
-
-
-@gluon.jit
-def add(acc, p, cfg: gl.constexpr):
-    """acc + p, in front of the wgmma that takes p's registers next."""
-    if cfg.COLS1 > 0:
-        x, y, u, v = warpgroup_mma_wait(0, deps=(acc[0] + p[0], acc[1] + p[1], p[0], p[1]))
-        return (x, y), (u, v)
-    else:
-        x, u = warpgroup_mma_wait(0, deps=(acc[0] + p[0], p[0]))
-        return (x, ), (u, )
-
-
-@gluon.jit
-def products(views, bars, slot, phase, count, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr, mma0: gl.constexpr,
-             mma1: gl.constexpr):
-    """FP32 sums over the next `count` K blocks, promoted every PROMOTE of them: (sums, slot, phase)."""
-    acc = zeros(cfg, mma0, mma1)
-    if cfg.PROMOTE == 0:
-        if count > 0:
-            acc, slot, phase = run(views, bars, slot, phase, acc, count, cfg, WM, WN)
-    else:
-        p = zeros(cfg, mma0, mma1)
-        for first in range(0, count, cfg.PROMOTE):
-            p, slot, phase = run(views, bars, slot, phase, p, gl.minimum(count - first, cfg.PROMOTE), cfg, WM, WN)
-            acc, p = add(acc, p, cfg)
-    return acc, slot, phase
-
-
-# ---------------------------------------------------------------- sums of blocks that have scales of their own
-@gluon.jit
-def block_scales(scale_views, slot, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr, mma: gl.constexpr):
-    sa_v, sb_v = scale_views
-    return (sa_v.index(slot * cfg.WGM + WM).load(gl.SliceLayout(1, mma)),
-            sb_v.index(slot * cfg.WGN + WN).load(gl.SliceLayout(0, mma)))
-
-
-@gluon.jit
-def promote_block(acc, p, scales):
-    """acc += p * sa[m] * sb[n], in front of the wgmma that takes p's registers next."""
-    sa, sb = scales
-    sa, p = gl.broadcast(gl.expand_dims(sa, 1), p)
-    sb, p = gl.broadcast(gl.expand_dims(sb, 0), p)
-    return gl.fma(p, sa * sb, acc)
-
-
-@gluon.jit
-def scaled_products(views, scale_views, bars, slot, phase, count, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr,
-                    mma: gl.constexpr):
-    """FP32 sums over the next `count` K blocks, each times the scales of its rows and columns: (sums, slot, phase). There are no
-    registers for a second partial sum: it is the other warpgroup that keeps the tensor cores busy during a promotion."""
-    full, empty = bars
-    acc, = zeros(cfg, mma, mma)
-    p, = zeros(cfg, mma, mma)
-    for j in range(count):
-        mbarrier.wait(full.index(slot), phase)
-        q, = multiply(views, slot, (p, ), False, cfg, WM, WN)
-        s = block_scales(scale_views, slot, cfg, WM, WN, mma)
-        p = warpgroup_mma_wait(0, deps=(q, ))
-        mbarrier.arrive(empty.index(slot), count=1)
-        acc, p = warpgroup_mma_wait(0, deps=(promote_block(acc, p, s), p))
-        slot, phase = advance(slot, phase, cfg.STAGES)
-    return (acc, ), slot, phase
-
-
 # ---------------------------------------------------------------- scales and the store
-@gluon.jit
-def halves(x, HALF: gl.constexpr):
-    """[64, 2 * HALF] in two along N. They are different registers of each thread: nothing moves."""
-    lay: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HALF, 32])
-    left, right = gl.split(gl.permute(gl.reshape(x, [64, 2, HALF]), (0, 2, 1)))
-    return gl.convert_layout(left, lay, assert_trivial=True), gl.convert_layout(right, lay, assert_trivial=True)
+LANES = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
 
 @gluon.jit
-def cut(x, COLS: gl.constexpr):
-    """[64, COLS] in parts of 64 columns."""
-    gl.static_assert(COLS == 64 or COLS == 128 or COLS == 256)
-    if COLS == 64:
-        return (x, )
-    elif COLS == 128:
-        return halves(x, 64)
-    else:
-        left, right = halves(x, 128)
-        return halves(left, 64) + halves(right, 64)
-
-
-@gluon.jit
-def cut_all(acc, cfg: gl.constexpr):
-    out = cut(acc[0], cfg.COLS0)
-    if cfg.COLS1 > 0:
-        out = out + cut(acc[1], cfg.COLS1)
-    return out
-
-
-@gluon.jit
-def apply_scales(x, scales, tile, row0, col0, N, cfg: gl.constexpr, mma: gl.constexpr):
-    """x [64, 64] times the scales of its rows and columns. Scales of rows that aren't the tile's are not read."""
+def fetch_scales(scales, tile, N, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr):
+    """Scales of a warpgroup's rows and of its columns, 64 at a time: asked for in front of the sums, a register each until they are
+    wanted behind: (rows, (64 columns, ...)). Scales of rows that aren't the tile's are not read."""
     sa_ptr, sag, sam, sb_ptr, sbg, sbn = scales
     n, g, first, end, stop = tile
+    PARTS: gl.constexpr = cfg.WN // 64 if cfg.B_ROWS else 1
     sb_ptr += g.to(gl.int64) * sbg
     if cfg.LAYOUT == MASKED:
         sa_ptr += g.to(gl.int64) * sag
+    i = gl.arange(0, 64, LANES)
     if cfg.A_ROWS:
-        row = row0 + gl.arange(0, 64, gl.SliceLayout(1, mma))
+        row = first + WM * 64 + i
         sa = gl.load(sa_ptr + row.to(gl.int64) * sam, mask=row < end, other=0)
-        sa, x = gl.broadcast(gl.expand_dims(sa, 1), x)
+    else:
+        sa = gl.load(sa_ptr)
+    sb = ()
+    for j in gl.static_range(PARTS):
+        if cfg.B_ROWS:
+            col = n * cfg.BN + (WN * cfg.WN + j * 64) + i
+            sb = sb + (gl.load(sb_ptr + col.to(gl.int64) * sbn, mask=(n >= 0) & (col < N), other=0), )
+        else:
+            sb = sb + (gl.load(sb_ptr), )
+    return sa, sb
+
+
+@gluon.jit
+def apply_scales(x, fetched, cfg: gl.constexpr, mma: gl.constexpr, PART: gl.constexpr):
+    """x [64, 64], part PART of the columns, times the scales of its rows and columns."""
+    sa, sb = fetched
+    if cfg.A_ROWS:
+        sa, x = gl.broadcast(gl.expand_dims(gl.convert_layout(sa, gl.SliceLayout(1, mma)), 1), x)
         x = x * sa
     if cfg.B_ROWS:
-        col = col0 + gl.arange(0, 64, gl.SliceLayout(0, mma))
-        sb = gl.load(sb_ptr + col.to(gl.int64) * sbn, mask=col < N, other=0)
-        sb, x = gl.broadcast(gl.expand_dims(sb, 0), x)
+        sb, x = gl.broadcast(gl.expand_dims(gl.convert_layout(sb[PART], gl.SliceLayout(0, mma)), 0), x)
         x = x * sb
     if not cfg.A_ROWS and not cfg.B_ROWS:
-        x = x * (gl.load(sa_ptr) * gl.load(sb_ptr))
+        x = x * (sa * sb[0])
     elif not cfg.A_ROWS:
-        x = x * gl.load(sa_ptr)
+        x = x * sa
     elif not cfg.B_ROWS:
-        x = x * gl.load(sb_ptr)
+        x = x * sb[0]
     return x
 
 
@@ -218,12 +83,13 @@ def held(out, index_ptr, tile, row0, col0, M, N, G, cfg: gl.constexpr, mma: gl.c
 
 
 @gluon.jit
-def store_tile(part, d_s, d_desc, out, scales, problem, tile, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr):
-    """`part`: the warpgroup's sums, 64 columns each."""
+def store_tile(part, d_s, d_desc, out, fetched, problem, tile, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr,
+               PIECE: gl.constexpr = 0):
+    """`part`: the warpgroup's sums of a piece, 64 columns each; `fetched`: their scales."""
     index_ptr, M, N, KB, G, alignment = problem
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
     n, g, first, end, stop = tile
-    row0 = first + WM * 64
+    row0 = first + (WM * cfg.MP + PIECE) * 64
     col0 = n * cfg.BN + WN * cfg.WN
     PARTS: gl.constexpr = cfg.WN // 64
     before = part[0]
@@ -233,7 +99,7 @@ def store_tile(part, d_s, d_desc, out, scales, problem, tile, cfg: gl.constexpr,
         col = col0 + j * 64
         x = part[j]
         if not cfg.BLOCKS:
-            x = apply_scales(x, scales, tile, row0, col, N, cfg, mma)
+            x = apply_scales(x, fetched, cfg, mma, j)
         if cfg.ACCUMULATE and not cfg.ADD_TMA:
             x += before.to(gl.float32)
             if j + 1 < PARTS:       # on its way while this part is stored

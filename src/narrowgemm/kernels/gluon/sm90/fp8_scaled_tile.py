@@ -15,7 +15,7 @@ _BARRIER_BYTES = 8
 class Tile:
     """Passed to the kernel as one compile-time constant.
 
-    A tile is WGM * 64 rows by WGN * (COLS0 + COLS1) columns: WGM x WGN consumer warpgroups, each with one wgmma of COLS0
+    A tile is WGM * MP * 64 rows by WGN * (COLS0 + COLS1) columns: WGM x WGN consumer warpgroups, each with one wgmma of COLS0
     columns and, where COLS1 is not 0, one of COLS1. Triton caches a compiled kernel under this object's repr, so whatever
     device code reads is a field, not a property.
     """
@@ -39,6 +39,7 @@ class Tile:
     STORE_TMA: bool = True   # whole tiles leave by TMA
     SPLIT: bool = False      # weight gradient: long tiles are cut into chunks along K
     TABLES: int = 1          # tables of GROUPS integers
+    MP: int = 1              # pieces of 64 rows of a warpgroup, one after another with one partial sum: BLOCKS alone
     A_SCALE_TMA: bool = False  # for the schedule: tiles start where their group does
     CONSUMER_REGISTERS: int = 232
     PRODUCER_REGISTERS: int = 40
@@ -52,7 +53,7 @@ class Tile:
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
-        set_(self, "BM", self.WGM * WARPGROUP_ROWS)
+        set_(self, "BM", self.WGM * self.MP * WARPGROUP_ROWS)
         set_(self, "WN", self.COLS0 + self.COLS1)
         set_(self, "BN", self.WGN * self.WN)
         set_(self, "OUT_COLS", OUT_COLS)

@@ -28,6 +28,11 @@ from .tensor_maps import planes, stride
 
 NAME = "gluon_sm90.fp8_wgrad"
 BACKEND = "gluon_sm90"
+# 1x128 scales, block_m x block_n -> warpgroups along M and N, columns of a warpgroup's wgmma, its pieces of 64 rows: as many
+# sums as leave registers for one partial sum beside its scales
+BLOCK_SHAPES = {(128, 256): (1, 2, 128, 2), (128, 128): (2, 1, 128, 1), (64, 256): (1, 2, 128, 1), (64, 128): (1, 2, 64, 1)}
+_WIDE = fp8_scaled.config(128, 256, 3, 8)      # FP32 outputs leave room for three slots
+BLOCK_TIMES = {(128, 256): 1.12, (128, 128): 0.600, (64, 256): 0.640, (64, 128): 0.360}     # with 1x128 scales
 SHARE = 4 * 132         # a tile longer than two of this many parts of the work is cut into chunks no longer than one
 
 
@@ -60,32 +65,47 @@ def supports(problem: Problem, arch: Arch) -> str | None:
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
-    return [c for c in fp8_scaled.CANDIDATES if legal(problem, c, arch) is None]
+    found = (_WIDE, *fp8_scaled.CANDIDATES) if _blocks(problem) else fp8_scaled.CANDIDATES
+    return [c for c in found if legal(problem, c, arch) is None]
+
+
+def _blocks(problem: Problem) -> bool:
+    return problem.a.format.group[1] == 128
+
+
+def _shape(problem: Problem, config: Config) -> tuple[int, int, int, int, int]:
+    """Warpgroups along M and N, columns of the one or two wgmma of one, its pieces."""
+    if _blocks(problem):
+        wgm, wgn, cols, pieces = BLOCK_SHAPES[config.block_m, config.block_n]
+        return wgm, wgn, cols, 0, pieces
+    return *fp8_scaled.SHAPES[config.block_m, config.block_n], 1
 
 
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     """Why `config` can't run the problem, or None."""
-    blocks = problem.a.format.group[1] == 128
-    if blocks and sum(fp8_scaled.SHAPES.get((config.block_m, config.block_n), (0, 0, 256, 0))[2:]) > 128:
-        return f"{config.block_n} columns leave no registers for two partial sums with scales"
-    return fp8_scaled.legal_tile(problem, config) or (
+    if _blocks(problem) and (config.block_m, config.block_n) not in BLOCK_SHAPES:
+        return f"with 1x128 scales tiles are {list(BLOCK_SHAPES)}, not {config.block_m}x{config.block_n}"
+    pieces = BLOCK_SHAPES[config.block_m, config.block_n][3] if _blocks(problem) else 1
+    if pieces > 1 and problem.accumulate and not (problem.out_dtype == "fp32" and problem.out_aligned):
+        return f"{config.block_n} columns leave no registers for what the output held; TMA adds to it where it is FP32 and aligned"
+    return fp8_scaled.legal_tile(replace(problem, promote=0) if _blocks(problem) else problem, config) or (
         f"needs more shared memory than the {arch.smem} bytes of the device" if tile_of(problem, config, arch) is None else None)
 
 
 @lru_cache(maxsize=4096)
 def tile_of(problem: Problem, config: Config, arch: Arch) -> Tile | None:
     """The compile-time constants of a legal config; None where it needs more shared memory than there is."""
-    wgm, wgn, cols0, cols1 = fp8_scaled.SHAPES[config.block_m, config.block_n]
+    wgm, wgn, cols0, cols1, pieces = _shape(problem, config)
     groups = next(n for n in (32, 128, 512, MAX_GROUPS) if n >= problem.groups)
-    for buffers in (4, 2, 1):       # staging of the store: as much as fits
+    for buffers in (4, 3, 2, 1):       # staging of the store: as much as fits
         if buffers * OUT_COLS > cols0 + cols1:
             continue
         tile = Tile(
             LAYOUTS["masked"], wgm, wgn, cols0, cols1, config.num_stages,
-            0 if problem.a.format.group[1] else problem.promote // 128, config.group_m, buffers,
+            0 if _blocks(problem) else problem.promote // 128, config.group_m, buffers,
             fp8_scaled.OUT_BYTES[problem.out_dtype], groups, problem.a.format.group[0] == 1, problem.b.format.group[0] == 1,
-            problem.a.format.group[1] == 128, ZERO=False, ACCUMULATE=problem.accumulate, STORE_TMA=problem.out_aligned,
-            SPLIT=_cut(problem, config), TABLES=2)
+            _blocks(problem), ZERO=False, ACCUMULATE=problem.accumulate, STORE_TMA=problem.out_aligned,
+            SPLIT=_cut(problem, config), TABLES=2, MP=pieces)
         if tile.shared_bytes <= arch.smem:
             return tile
     return None
@@ -130,7 +150,9 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     work = groups * -(-problem.m // config.block_m) * -(-problem.n // config.block_n)
     unit = -(-problem.k // groups // 128) * 1e-6 * (fp8_scaled.H200_RATE / 132) / (arch.fp8_flops / arch.sms)
     waves = math.ceil(work / sms) if work < 8 * sms else work / sms + 0.5
-    seconds = waves * (unit * fp8_scaled.BLOCK_TIMES[config.block_m, config.block_n] + fp8_scaled.TILE_SECONDS)
+    times = BLOCK_TIMES if _blocks(problem) else fp8_scaled.BLOCK_TIMES
+    tile = fp8_scaled.TILE_SECONDS + fp8_scaled.store_seconds(problem, tile_of(problem, config, arch), arch)
+    seconds = waves * (unit * times[config.block_m, config.block_n] + tile)
     memory = fp8_scaled.MEMORY_SECONDS + problem.bytes / (arch.bandwidth * fp8_scaled.MEMORY_EFFICIENCY)
     copies = sum(k_major.seconds(size, arch) for size in _copies(problem) if size)
     return 2 * fp8_scaled.LAUNCH_SECONDS + max(seconds, memory) + fp8_scaled.NOT_HIDDEN * min(seconds, memory) + copies

@@ -17,7 +17,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .fp8_block_parts_device import FP8_PLANE, FP8_TILE, ROW_OF_FLOATS, advance
 from .fp8_block_schedule_device import NO_GROUP, ROW_OF_INTS, clip, entries, fresh, strip_order
-from .fp8_scaled_parts_device import cut_all, load_block, products, scaled_products, store_tile
+from .fp8_scaled_parts_device import fetch_scales, load_block, store_tile
+from .fp8_scaled_sums_device import cut_all, piece_of, piece_products, products, scaled_products
 from .shim import block_barrier, tma_load, view_as, view_rows
 
 
@@ -64,7 +65,7 @@ def find_item(t, chunk, before, work, cfg: gl.constexpr, WARPS: gl.constexpr):
 def partial_pointers(sums_ptr, at, part: gl.constexpr, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr):
     """Where a warpgroup keeps 64 of its columns of item `at`."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
-    base = sums_ptr + ((at.to(gl.int64) * cfg.CONSUMERS + (WM * cfg.WGN + WN)) * (cfg.WN // 64) + part) * (64 * 64)
+    base = sums_ptr + ((at.to(gl.int64) * cfg.CONSUMERS + (WM * cfg.WGN + WN)) * (cfg.MP * cfg.WN // 64) + part) * (64 * 64)
     row = gl.arange(0, 64, gl.SliceLayout(1, mma))
     col = gl.arange(0, 64, gl.SliceLayout(0, mma))
     return base + (gl.expand_dims(row * 64, 1) + gl.expand_dims(col, 0))
@@ -72,7 +73,7 @@ def partial_pointers(sums_ptr, at, part: gl.constexpr, cfg: gl.constexpr, WM: gl
 
 @gluon.jit
 def keep(parts, sums_ptr, at, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr):
-    PARTS: gl.constexpr = cfg.WN // 64
+    PARTS: gl.constexpr = cfg.MP * cfg.WN // 64
     for j in gl.static_range(PARTS):
         gl.store(partial_pointers(sums_ptr, at, j, cfg, WM, WN), parts[j])
 
@@ -80,7 +81,7 @@ def keep(parts, sums_ptr, at, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.conste
 @gluon.jit
 def collect(sums_ptr, at, tiles, chunks, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr):
     """The sums of a tile's chunks, always in the same order. They are other SMs': read past L1."""
-    PARTS: gl.constexpr = cfg.WN // 64
+    PARTS: gl.constexpr = cfg.MP * cfg.WN // 64
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 32])
     out = ()
     for j in gl.static_range(PARTS):
@@ -120,21 +121,23 @@ def producer(descs, rings, bars, work, cfg: gl.constexpr):
 
 @gluon.jit
 def consumer(d_desc, out, scales, cut, rings, d_s, bars, work, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr):
-    """Rows [WM * 64, +64) and columns [WN * cfg.WN, +cfg.WN) of every tile."""
+    """Rows [WM * MP * 64, +MP * 64) and columns [WN * cfg.WN, +cfg.WN) of every tile."""
     a_s, b0_s, b1_s, sa_s, sb_s = rings
     plan_ptr, offs_ptr, order, ends, M, N, K, total = work
     S: gl.constexpr = cfg.STAGES
+    MP: gl.constexpr = cfg.MP
     mma0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, cfg.COLS0, 32])
     mma1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, cfg.COLS1 if cfg.COLS1 > 0 else cfg.COLS0, 32])
-    a_v = view_as(a_s, a_s.dtype, S * cfg.WGM, 64, 128, FP8_TILE)
+    a_v = view_as(a_s, a_s.dtype, S * cfg.WGM * MP, 64, 128, FP8_TILE)
     b0_v = view_as(b0_s, b0_s.dtype, S * cfg.WGN, cfg.COLS0, 128, FP8_TILE)
     b1_v = b0_v
     if cfg.COLS1 > 0:
         b1_v = view_as(b1_s, b1_s.dtype, S * cfg.WGN, cfg.COLS1, 128, FP8_TILE)
     scale_views = (a_v, b0_v)
     if cfg.BLOCKS:
-        scale_views = (view_rows(sa_s, gl.float32, S * cfg.WGM, 64, ROW_OF_FLOATS),
-                       view_rows(sb_s, gl.float32, S * cfg.WGN, cfg.COLS0, ROW_OF_FLOATS))
+        COLS: gl.constexpr = cfg.COLS0 if MP == 1 else 64      # that scales are read of at a time
+        scale_views = (view_rows(sa_s, gl.float32, S * cfg.WGM * MP, 64, ROW_OF_FLOATS),
+                       view_rows(sb_s, gl.float32, S * cfg.WGN * cfg.COLS0 // COLS, COLS, ROW_OF_FLOATS))
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     t = gl.program_id(0)
@@ -142,16 +145,27 @@ def consumer(d_desc, out, scales, cut, rings, d_s, bars, work, cfg: gl.constexpr
     live = item[0] >= 0
     while live:
         n, g, first, end, at, r, kb0, count = item
-        if cfg.BLOCKS:
+        fetched = scales     # stands in, where scales are summed up with
+        if not cfg.BLOCKS:
+            fetched = fetch_scales(scales, (n, g, first, end, end), N, cfg, WM, WN)
+        chunks = 1
+        if cfg.SPLIT:
+            chunks = gl.load(plan_ptr + 2 * cfg.GROUPS + at)
+        if MP > 1:
+            parts, slot, phase = piece_products((a_v, b0_v, b1_v), scale_views, bars, slot, phase, count, cfg, WM, WN, mma0)
+        elif cfg.BLOCKS:
             acc, slot, phase = scaled_products((a_v, b0_v, b1_v), scale_views, bars, slot, phase, count, cfg, WM, WN, mma0)
+            parts = cut_all(acc, cfg)
         else:
             acc, slot, phase = products((a_v, b0_v, b1_v), bars, slot, phase, count, cfg, WM, WN, mma0, mma1)
-        parts = cut_all(acc, cfg)
+            parts = cut_all(acc, cfg)
+        # the next item is looked up in front of the store, which what it loads is on its way beside
+        t += gl.num_programs(0)
+        chunk, before, ahead = find_item(t, chunk, before, (plan_ptr, offs_ptr, order, ends, fresh(M), fresh(N), K, total), cfg, 4)
         done = n >= 0
         if cfg.ACCUMULATE:
             done = count > 0
         if cfg.SPLIT:
-            chunks = gl.load(plan_ptr + 2 * cfg.GROUPS + at)
             if chunks > 1:
                 tiles = gl.cdiv(M, cfg.BM) * gl.cdiv(N, cfg.BN)
                 base = gl.load(plan_ptr + 3 * cfg.GROUPS + at)
@@ -163,9 +177,10 @@ def consumer(d_desc, out, scales, cut, rings, d_s, bars, work, cfg: gl.constexpr
                 if done:
                     parts = collect(cut[1], base + tile, tiles, chunks, cfg, WM, WN)
         if done:
-            store_tile(parts, d_s, d_desc, out, scales, (plan_ptr, M, N, count, g, g), (n, g, first, end, end), cfg, WM, WN)
-        t += gl.num_programs(0)
-        chunk, before, item = find_item(t, chunk, before, (plan_ptr, offs_ptr, order, ends, fresh(M), fresh(N), K, total), cfg, 4)
+            for i in gl.static_range(MP):
+                store_tile(piece_of(parts, cfg, i), d_s, d_desc, out, fetched, (plan_ptr, M, N, count, g, g), (n, g, first, end, end), cfg,
+                           WM, WN, i)
+        item = ahead
         live = item[0] >= 0
     tma.store_wait(0)
 
