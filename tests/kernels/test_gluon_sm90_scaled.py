@@ -231,6 +231,19 @@ def test_illegal_configs_say_why() -> None:
         assert fp8_scaled.legal(p, bad, H200) and fp8_wgrad.legal(problem("k_grouped"), bad, H200)
 
 
+def test_wide_tiles_are_for_long_groups() -> None:
+    """Short ones are held by the store, of which a wide tile has half in its staging."""
+    import narrowgemm as ng
+
+    for k, columns in ((8192, 256), (2048, 128)):
+        groups = 32768 // k
+        p = replace(problem("k_grouped", a=FP8_1x128, b=FP8_1x128, out_dtype="fp32", accumulate=True), m=4096, n=7168, k=32768, groups=groups)
+        best = min(fp8_wgrad.configs(p, get_arch("h100")), key=lambda c: fp8_wgrad.estimate(p, c, get_arch("h100")))
+        assert (best.block_m, best.block_n) == (128, columns)
+    assert ng.explain("grouped_gemm_wgrad", layout="k_grouped", groups=64, m=2048, n=2048, k=16384, a="fp8_row", b="fp8_row",
+                      device="h100").plan.steps[0].config.num_stages == 4
+
+
 def test_wide_tiles_of_blocks_add_by_tma() -> None:
     p = problem("k_grouped", a=FP8_1x128, b=FP8_1x128, out_dtype="fp32", accumulate=True)
     wide = next(c for c in fp8_wgrad.configs(p, H200) if c.block_n == 256 and c.block_m == 128)

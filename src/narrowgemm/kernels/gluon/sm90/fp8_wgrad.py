@@ -32,7 +32,8 @@ BACKEND = "gluon_sm90"
 # sums as leave registers for one partial sum beside its scales
 BLOCK_SHAPES = {(128, 256): (1, 2, 128, 2), (128, 128): (2, 1, 128, 1), (64, 256): (1, 2, 128, 1), (64, 128): (1, 2, 64, 1)}
 _WIDE = fp8_scaled.config(128, 256, 3, 8)      # FP32 outputs leave room for three slots
-BLOCK_TIMES = {(128, 256): 1.12, (128, 128): 0.600, (64, 256): 0.640, (64, 128): 0.360}     # with 1x128 scales
+BLOCK_TIMES = {(128, 256): 1.12, (128, 128): 0.600, (64, 256): 0.640, (64, 128): 0.400}     # with 1x128 scales
+WIDE_SECONDS = 0.5e-6   # of a tile of two pieces, a byte of an output element: half of it waits for the other half's store
 SHARE = 4 * 132         # a tile longer than two of this many parts of the work is cut into chunks no longer than one
 
 
@@ -152,6 +153,8 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     waves = math.ceil(work / sms) if work < 8 * sms else work / sms + 0.5
     times = BLOCK_TIMES if _blocks(problem) else fp8_scaled.BLOCK_TIMES
     tile = fp8_scaled.TILE_SECONDS + fp8_scaled.store_seconds(problem, tile_of(problem, config, arch), arch)
+    if _blocks(problem) and _shape(problem, config)[4] > 1:
+        tile += WIDE_SECONDS * fp8_scaled.OUT_BYTES[problem.out_dtype] * (2 if problem.accumulate else 1)
     seconds = waves * (unit * times[config.block_m, config.block_n] + tile)
     memory = fp8_scaled.MEMORY_SECONDS + problem.bytes / (arch.bandwidth * fp8_scaled.MEMORY_EFFICIENCY)
     copies = sum(k_major.seconds(size, arch) for size in _copies(problem) if size)
