@@ -26,7 +26,8 @@ def test_portable_kernels(name, monkeypatch):
 
 @pytest.mark.parametrize("name", CHECKS)
 def test_reference(name):
-    diff = CHECKS[name][1]("reference.steps", torch.device("cpu"))
+    problem, run = CHECKS[name]
+    diff = run("reference.steps" if "reference.steps" in candidates(problem.op) else "reference", torch.device("cpu"))
     assert diff is None or diff < 5e-6
 
 
