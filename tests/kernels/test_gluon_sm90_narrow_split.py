@@ -7,10 +7,13 @@ import torch
 
 import narrowgemm as ng
 from narrowgemm.arch import get_arch
-from narrowgemm.kernels.gluon.sm90 import narrow
+from narrowgemm.formats import BF16, MXFP4
+from narrowgemm.kernels.gluon.sm90 import narrow, narrow_model
 from narrowgemm.kernels.gluon.sm90.narrow_split import PIECES, ctas_at_most, ring_steps, splits
 from narrowgemm.kernels.gluon.sm90.narrow_tile import extra
 from narrowgemm.ops.explain import describe
+from narrowgemm.prepack import PREPACK
+from narrowgemm.problem import Operand, Problem
 from narrowgemm.testing.numerics import calc_diff
 
 ARCH = get_arch("h100")
@@ -49,3 +52,12 @@ def test_every_config_and_split_is_right_and_repeats(m: int, n: int, k: int) -> 
         y = ng.gemm(x, packed, config=c, backend=narrow.NAME)
         assert calc_diff(y.double(), want) <= 5e-6
         assert torch.equal(ng.gemm(x, packed, config=c, backend=narrow.NAME), y)
+
+
+def test_masked_groups_are_as_uneven_as_others() -> None:
+    """Groups of 16 rows in the mean take more than a pass of 16 columns, but where they can hold no more."""
+    def passes(m: int) -> float:
+        p = Problem("grouped_gemm", "masked", m, 4096, 7168, 8, Operand(BF16), Operand(MXFP4, prepack=PREPACK, scale_dtype="e8m0"), rows=16)
+        return narrow_model.entries_expected(p, 16) / 8
+
+    assert passes(16) == 1.0 and 1.2 < passes(128) < 2.0

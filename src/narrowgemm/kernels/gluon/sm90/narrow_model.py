@@ -39,12 +39,13 @@ def rows_expected(problem: Problem) -> float:
 
 
 def entries_expected(problem: Problem, tokens: int) -> float:
-    """Passes over an expert's weights, over all experts that have rows. Sizes spread as a Poisson's do."""
+    """Passes over an expert's weights, over all experts that have rows. Sizes spread as a Poisson's do, up to what there can be."""
     rows = rows_expected(problem)
-    if problem.layout in ("dense", "masked"):
+    if problem.layout == "dense":
         return active_experts(problem) * -(-int(rows) // tokens)
     spread = rows ** 0.5
-    sizes = [max(1.0, rows + spread * z) for z in (-1.3, -0.7, -0.3, 0.0, 0.3, 0.7, 1.3)]
+    most = float(problem.m if problem.layout == "masked" else slots_expected(problem))
+    sizes = [min(most, max(1.0, rows + spread * z)) for z in (-1.3, -0.7, -0.3, 0.0, 0.3, 0.7, 1.3)]
     return active_experts(problem) * sum(-(-int(s + 0.5) // tokens) for s in sizes) / len(sizes)
 
 
