@@ -157,6 +157,13 @@ def test_weights_fetched_on_a_guess(device, case: Case, config: Config, grid: in
     case.check(device, config, grid)
 
 
+@pytest.mark.parametrize("config", [tile(8, 64, trip=4, stages=5, guess=3), tile(8, 64, split=4, trip=4), tile(8, 64, split=2, trip=4)])
+@pytest.mark.parametrize("sizes, grid", [((0, 0, 1, 0), 9), ((0, 1, 0, 2), 9), ((3, 0, 11, 1), 3), ((0, 0, 0, 0), 9)])
+def test_few_experts_with_tokens(device, config: Config, sizes: tuple[int, ...], grid: int) -> None:
+    """One or two groups of a rank have rows: tiles are cut along K where the grid has room for the parts, which only the device knows."""
+    Case("offsets", 16, 72, 9, 4, offsets(*sizes, 0)[:5]).check(device, config, grid)
+
+
 def test_any_order_of_arrival(device) -> None:
     case, config = Case("offsets", 70, 136, 5, 3, offsets(40, 2, 28)), tile(32, 128, 8, narrow=8, trip=4, stages=4)
     first = case.run(device, config, 2, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -9,7 +11,9 @@ from narrowgemm import MXFP4, MXFP8, FP8_1x128, ScaledTensor, explain_experts, p
 from narrowgemm.kernels.launching import READY
 from narrowgemm.ops import experts as experts_module
 from narrowgemm.ops import recall
-from narrowgemm.ops.experts import experts, experts_workspace
+from narrowgemm.ops.experts import experts, experts_workspace, plan_for
+from narrowgemm.ops.experts_plan import Options
+from narrowgemm.ops.explain_experts import operand, packed_operand
 from narrowgemm.reference import experts as reference
 from narrowgemm.testing.numerics import calc_diff
 
@@ -185,6 +189,21 @@ def test_explained():
     assert all(fixed[0][n].plan.steps[0].config == fixed[1][n].plan.steps[0].config for n in ("gate_up", "down"))
     with pytest.raises(ValueError, match="weights, packed"):
         explain_experts(tokens=4, **sizes | {"weights": "bf16"})
+
+
+@pytest.mark.parametrize("weights, pair", [(MXFP4, ""), (MXFP4, "halves"), (MXFP8, "")], ids=str)
+def test_one_rank_may_get_all_rows(weights, pair):
+    """Products are chosen for the rows that are expected here, but their workspaces hold all that can come."""
+    from narrowgemm.kernels.registry import kernels
+    from narrowgemm.problem import bucket
+
+    up, down = (packed_operand(operand((8, *s), weights, torch.bfloat16), p) for s, p in (((512, 256), pair), ((256, 256), "")))
+    plan = plan_for(300, up, down, 4, 64, None, torch.bfloat16, ("swiglu", (), False), FP8_1x128, False, None, Options(), "h100")
+    for name in ("gate_up", "down"):
+        chosen = plan.steps[name]
+        room = replace(chosen.problem, m=bucket(1200))
+        assert chosen.workspace_bytes >= kernels()[chosen.kernel].workspace(room, chosen.config) > 0
+        assert pair or chosen.problem.m == bucket(150)
 
 
 def test_bad_input():

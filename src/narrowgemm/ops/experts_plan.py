@@ -23,6 +23,7 @@ from torch import Tensor
 from ..arch import Arch
 from ..errors import expect
 from ..formats import FP8_ROW, MXFP4, MXFP8, Format, FP8_1x128, ScaledTensor
+from ..kernels.registry import kernels
 from ..prepack import PackedWeight
 from ..problem import Epilogue, Operand, Plan, Problem, bucket
 from ..reference.activate import OAI_ARGS
@@ -58,6 +59,11 @@ class Sizes:
     def expected(self) -> int:
         """Rows a group is expected to have, when this rank holds `experts` of `world`."""
         return max(1, min(self.rows, -(-self.rows // max(self.world, self.experts, 1))))
+
+    @property
+    def here(self) -> int:
+        """Rows that this rank is expected to have in all."""
+        return max(1, min(self.rows, -(-self.rows * self.experts // max(self.world, self.experts, 1))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,14 +234,12 @@ def _operand(buffers: dict[str, Buffer], name: str, fmt: Format) -> Operand:
     return Operand(fmt, "k", "", fmt.scale if fmt.scaled else "", major, data.strides[0] * data.dtype.itemsize % 16 == 0)
 
 
-def product(s_rows: int, groups: int, expected: int, a: Operand, b: Weight, out: Buffer, source: Format,
+def product(rows: int, groups: int, expected: int, a: Operand, b: Weight, out: Buffer, source: Format,
             options: Options) -> Problem:
-    """A product of the layer; under expert parallelism `m` is what this rank expects of the `s_rows` that it has room for."""
+    """A product of the layer over the `rows` that are expected here, which may be fewer than there is room for."""
     n, k = b.shape[-2:]
-    if groups:
-        s_rows = min(s_rows, groups * expected)
     wide = 256 * max(n, k) >= 2**31
-    return Problem("grouped_gemm" if groups else "gemm", "offsets" if groups else "dense", bucket(s_rows), n, k,
+    return Problem("grouped_gemm" if groups else "gemm", "offsets" if groups else "dense", bucket(rows), n, k,
                    groups or 1, a, weight_operand(b), rows=bucket(expected), out_dtype=source.name,
                    out_aligned=out.strides[0] * out.dtype.itemsize % 16 == 0, batch_invariant=options.batch_invariant,
                    max_sms=options.max_sms, wide=wide)
@@ -249,13 +253,18 @@ def slot_product(s: Sizes, r: Recipe, a: Operand, b: Weight, epilogue: Epilogue,
                    batch_invariant=options.batch_invariant, max_sms=options.max_sms)
 
 
-def select_product(problem: Problem, arch: Arch, options: Options) -> Plan:
-    """The Plan of a product; batch-invariant: kernel and config of a fixed number of rows, so that they never change."""
-    if not options.batch_invariant:
-        return dispatch.select(problem, arch, options.backend, None, options.on_unsupported)
-    usual = replace(problem, m=bucket(INVARIANT_ROWS * problem.groups), rows=INVARIANT_ROWS)
-    chosen = dispatch.select(usual, arch, options.backend, None, options.on_unsupported)
-    return dispatch.select(problem, arch, chosen.kernel, chosen.config)
+def select_product(problem: Problem, room: int, arch: Arch, options: Options) -> Plan:
+    """The Plan of a product, its workspace large enough for all the rows that there is room for: one rank may get them all.
+    Batch-invariant: kernel and config of a fixed number of rows, so that they never change."""
+    if options.batch_invariant:
+        usual = replace(problem, m=bucket(INVARIANT_ROWS * problem.groups), rows=INVARIANT_ROWS)
+        chosen = dispatch.select(usual, arch, options.backend, None, options.on_unsupported)
+        plan = dispatch.select(problem, arch, chosen.kernel, chosen.config)
+    else:
+        plan = dispatch.select(problem, arch, options.backend, None, options.on_unsupported)
+    most, table = replace(problem, m=max(problem.m, bucket(room))), kernels()
+    sized = tuple(replace(x, workspace_bytes=table[x.kernel].workspace(most, x.config)) for x in plan.steps)
+    return replace(plan, steps=sized)
 
 
 def quantize_problem(rows: int, k: int, source: Format, fmt: Format) -> Problem:
@@ -277,8 +286,8 @@ def _packed_plans(s: Sizes, r: Recipe, gate_up: Weight, down: Weight, buffers: d
         plans["quantize"] = dispatch.select(quantize_problem(s.tokens, s.hidden, r.source, fmt), arch, backend)
         plans["requantize"] = dispatch.select(quantize_problem(s.rows, s.inter, r.source, fmt), arch, backend)
         x, act = _operand(buffers, "x", fmt), _operand(buffers, "act", fmt)
-    plans["gate_up"] = select_product(slot_product(s, r, x, gate_up, first, s.top_k, options), arch, options)
-    plans["down"] = select_product(slot_product(s, r, act, down, last, 1, options), arch, options)
+    plans["gate_up"] = select_product(slot_product(s, r, x, gate_up, first, s.top_k, options), s.rows, arch, options)
+    plans["down"] = select_product(slot_product(s, r, act, down, last, 1, options), s.rows, arch, options)
     return plans
 
 
@@ -293,13 +302,13 @@ def _plans(s: Sizes, r: Recipe, gate_up: Weight, down: Weight, buffers: dict[str
     if r.routed:
         plans["route"] = step(steps.route_problem(s.tokens, s.world, s.top_k, r.groups, r.source))
     plans |= _arranged(s, r.source, fmt, step)
-    plans["gate_up"] = select_product(product(s.rows, s.experts, s.expected, _operand(buffers, "x", fmt), gate_up,
-                                              buffers["h"], r.source, options), arch, options)
+    plans["gate_up"] = select_product(product(s.here, s.experts, s.expected, _operand(buffers, "x", fmt), gate_up,
+                                              buffers["h"], r.source, options), s.rows, arch, options)
     plans["activate"] = step(steps.activate_problem(s.rows, s.inter, s.experts, s.expected, r.source, fmt,
                                                     steps.scale_layout_of(fmt), r.activation, r.args, r.interleaved,
                                                     r.gate_up_bias))
-    plans["down"] = select_product(product(s.rows, s.experts, s.expected, _operand(buffers, "act", fmt), down,
-                                           buffers["y"], r.source, options), arch, options)
+    plans["down"] = select_product(product(s.here, s.experts, s.expected, _operand(buffers, "act", fmt), down,
+                                           buffers["y"], r.source, options), s.rows, arch, options)
     plans["combine"] = step(steps.combine_problem(s.tokens, s.hidden, s.top_k, s.experts, r.source, r.down_bias))
     return plans
 
@@ -326,11 +335,11 @@ def _shared_plans(s: Sizes, r: Recipe, gate_up: Weight, down: Weight, buffers: d
         plans["shared quantize"] = dispatch.select(quantize_problem(s.tokens, s.hidden, r.source, fmt), arch, backend)
     a = _operand(buffers, "shared.x", fmt)
     plans["shared gate_up"] = select_product(product(s.tokens, 0, s.tokens, a, gate_up, buffers["shared.h"], r.source,
-                                                     options), arch, options)
+                                                     options), s.tokens, arch, options)
     plans["shared activate"] = dispatch.select(
         steps.activate_problem(s.tokens, s.shared, 0, s.tokens, r.source, fmt, steps.scale_layout_of(fmt), r.activation, r.args,
                                r.interleaved, False), arch, backend)
     a = _operand(buffers, "shared.act", fmt)
     plans["shared down"] = select_product(product(s.tokens, 0, s.tokens, a, down, buffers["shared.y"], r.source, options),
-                                          arch, options)
+                                          s.tokens, arch, options)
     return plans

@@ -97,6 +97,10 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
         for bn, warps, ctas in shapes:
             c = Config(bt, bn, 128, warps, 0, swap_ab=True, persistent=True)
             found += offers(problem, arch, c, ctas=ctas, narrow=narrow, middle=middle, keep=kept)
+    few = Config(8, 64, 128, 4, 0, swap_ab=True, persistent=True)
+    if problem.layout == "offsets" and expected_rows(problem) <= 8 and tiles_expected(problem, few) <= 2 * arch.sms:
+        # one or two experts with tokens, as a rank of many has them at one token: steps are what a CTA waits for
+        found += offers(problem, arch, few, ctas=2, narrow=0, middle=0, keep=kept)
     return found
 
 
@@ -118,6 +122,8 @@ def offers(problem: Problem, arch: Arch, config: Config, *, ctas: int, narrow: i
 
     def made(split: int) -> Config:
         options = wanted | ({"sms": arch.sms} if split > 1 else {})
+        if split > 1 and not dense:
+            options["guess"] = 0        # which part of K a CTA has, only the sizes of groups say
         c = replace(config, split_k=split, extra=tuple(sorted((k, v) for k, v in options.items() if v)))
         stages = min(MAX_STAGES, (smem_budget(c, arch) - smem_bytes(problem, c)) // slot_bytes(c))
         options["guess"] = min(options.get("guess", 0), stages - 1)
