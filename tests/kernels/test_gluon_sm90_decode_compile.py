@@ -25,7 +25,7 @@ INDEX = {"contiguous": torch.int32, "offsets": torch.int64, "psum": torch.int32,
 # layout, rows a group, token columns, in between, of few rows, weight rows, warps, most units a tile, K blocks of a trip
 FEW = (("dense", 64, 64, 0, 0, 64, 4, 2, 4), ("dense", 16, 16, 0, 0, 64, 4, 2, 4), ("masked", 20, 64, 0, 32, 64, 4, 1, 1),
        ("offsets", 8, 64, 0, 8, 64, 4, 1, 1), ("psum", 16, 64, 0, 16, 128, 4, 1, 1), ("contiguous", 64, 64, 0, 0, 128, 4, 1, 4),
-       ("offsets", 20, 128, 32, 8, 128, 8, 1, 1), ("offsets", 1, 8, 0, 0, 64, 4, 1, 4), ("offsets", 1, 8, 0, 0, 64, 4, 2, 4))
+       ("offsets", 20, 128, 32, 8, 128, 8, 1, 1), ("offsets", 1, 8, 0, 0, 64, 4, 2, 4))
 
 
 def problem(layout: str, rows: int, out_dtype: str = "bf16") -> Problem:

@@ -66,3 +66,11 @@ def test_groups_of_128_rows_read_their_weights_from_l2_again(n: int, k: int, us:
     found = {(c.block_n, c.block_m): fp8_decode.estimate(p, c, arch) * 1e6 for c in configs}
     assert all(0.8 < found[shape] / us[shape] < 1.1 for shape in us), found
     assert min(found, key=found.__getitem__) == (128, 64)
+
+
+@pytest.mark.parametrize("n, k, split", [(4096, 7168, 4), (7168, 2048, 2), (6144, 6144, 2)])
+def test_one_expert_of_a_rank_is_cut_along_k(n: int, k: int, split: int) -> None:
+    p = replace(grouped("offsets", 32, 1, n, k), rows=1)
+    assert {c.split_k for c in fp8_decode.configs(p, ARCH)} == {s for s in (2, 4) if s <= split}
+    for other in (replace(p, batch_invariant=True), replace(p, m=32)):
+        assert {c.split_k for c in fp8_decode.configs(other, ARCH)} == {1}
