@@ -44,7 +44,7 @@ def test_dense_of_any_size(out_dtype: str) -> None:
     for k, n in sizes:
         for m in (*range(1, 19), 33, 64, 65, 129, 1000, 100_000):
             ok, why = can_run("gemm", m=m, n=n, k=k, out_dtype=out_dtype, device="h100", **MX)
-            assert ok and why.startswith("gluon_sm90.narrow"), (m, n, k, why)
+            assert ok and why.startswith(("gluon_sm90.narrow", "gluon_sm90.expand")), (m, n, k, why)
 
 
 def test_experts_are_no_key_and_weights_may_pass_two_gib() -> None:
@@ -55,6 +55,17 @@ def test_experts_are_no_key_and_weights_may_pass_two_gib() -> None:
         chosen.add(explain("routed_gemm", layout="routed", groups=groups, m=groups * 2, n=6144, k=6144, device="h100", **MX).plan.kernel)
         assert ok
     assert chosen == {narrow.NAME}
+
+
+@pytest.mark.parametrize("b, m, n, k, groups, kernel", [
+    ("mxfp8", 64, 6144, 6144, 1, "narrow"), ("mxfp8", 512, 9216, 6144, 1, "narrow_prefill"), ("mxfp8", 8192, 9216, 6144, 1, "expand"),
+    ("mxfp8", 8192, 6144, 6144, 8, "narrow_prefill"), ("mxfp4", 32768, 4096, 7168, 4, "fold_mixed")])
+def test_the_more_rows_a_weight_meets_the_earlier_it_is_expanded(b: str, m: int, n: int, k: int, groups: int, kernel: str) -> None:
+    """In registers for each tile, once a call to BF16, or to FP8 where MXFP4 folds."""
+    given = {"op": "gemm"} if groups == 1 else {"op": "grouped_gemm", "layout": "contiguous", "groups": groups}
+    problem = describe(m=m, n=n, k=k, a="mxfp8", b=b, packed=True, **given)
+    problem = replace(problem, b=replace(problem.b, folds=b == "mxfp4"))
+    assert dispatch.select(problem, get_arch("h100")).kernel == f"gluon_sm90.{kernel}"
 
 
 SIZES = {"m": 8, "n": 256, "k": 512, "device": "h100"}
@@ -77,7 +88,7 @@ def test_each_guard_says_why(change: dict, match: str) -> None:
 
 
 @pytest.mark.parametrize("change, match", [
-    ({"accumulate": True}, "no accumulation"),
+    ({"accumulate": True, "wide": True}, "no accumulation"),
     ({"epilogue": Epilogue(activation="swiglu")}, "weights packed with pair="),
     ({"epilogue": Epilogue(quantize=describe("gemm", m=1, n=1, k=32, a="mxfp8", b="mxfp8").a.format)}, "no quantised output"),
     ({"a": Operand(describe("gemm", m=1, n=1, k=32, a="mxfp8", b="mxfp8").a.format, "mn", "", "e8m0", "mn")}, "K-major"),

@@ -34,6 +34,8 @@ MODULES: tuple[str, ...] = (
     "gluon.sm90.activate_both",
     "gluon.sm90.narrow",
     "gluon.sm90.narrow_prefill",
+    "gluon.sm90.expand",
+    "gluon.sm90.fold_mixed",
     "gluon.sm90.fold",
     "triton.fp8_block",
     "triton.mx",

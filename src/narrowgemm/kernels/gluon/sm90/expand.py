@@ -1,0 +1,321 @@
+"""Hopper products of many rows with prepacked MXFP4 / MXFP8 weights: both sides to BF16 once a call, then a BF16 product.
+
+Where each weight meets hundreds of rows, expanding it anew for every tile costs more than writing it out once: a launch in front
+brings weights of experts that have rows, and A, to BF16 in the workspace, without loss; the product behind runs at the BF16 rate,
+on this package's kernel (dense, contiguous, offsets, psum, masked) or, dense and plain, on cuBLAS. Device code:
+`expand_device.py`, `bf16_device.py`; the product's compile-time constants are those of `fp8_scaled_tile.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ....arch import Arch
+from ....problem import Config, Problem, Step
+from ... import launching
+from ...launching import Launch, Pointer
+from ...operands import Operands
+from . import narrow, refusals
+from .fp8_scaled import SHAPES, tiles
+from .fp8_scaled_tile import LAYOUTS, MAX_GROUPS, OUT_COLS
+from .fp8_scaled_tile import Tile as ScaledTile
+from .narrow_tile import CHUNK, KINDS, ROWS, extra
+from .refusals import OUT_BYTES
+from .tensor_maps import output, row_tiles, stride
+
+NAME = "gluon_sm90.expand"
+BACKEND = "gluon_sm90"
+BLOCK = 64                  # of K, BF16: 128 bytes
+PREP_ROWS, PREP_K = 8, 1024     # of A that a program of the launch in front brings
+PREP_PROGRAMS = 1056        # that share rows of A, where there are so many: each reads all scales of its rows
+WEIGHT_ROWS, CHUNKS = 16, 4     # of weights, of 128 of K, that one expands
+RESCALE_ROWS = 64           # that a program of the launch behind cuBLAS looks at
+LARGEST = 1 << 32           # bytes that all weights of a call may take in BF16
+
+
+@dataclass(frozen=True)
+class Tile(ScaledTile):
+    """As the kernel's for row-wise scales. GATE: a count on the device says whether the product is wanted."""
+
+    GATE: bool = False
+    BLOCKS: bool = True      # for the store: sums come to it scaled
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "BLOCK_BYTES", (self.BM + self.BN) * 2 * BLOCK)
+
+
+class Gate(NamedTuple):
+    """The launches do nothing where what `counter` holds is no more than `limit`."""
+
+    counter: Pointer
+    limit: int
+
+
+# ---------------------------------------------------------------- what it takes
+def supports(problem: Problem, arch: Arch) -> str | None:
+    p = problem
+    if (reason := refusals.op(p, arch) or narrow.supports(replace(p, accumulate=False), arch)) is not None:
+        return reason
+    if not p.a.format.scaled or p.a.scale_dtype != "e8m0":
+        return f"brings activations with E8M0 scales to BF16, not {p.a.format.name}"
+    if ":" in p.b.prepack:
+        return "stores rows in their order: weights packed with pair= are for an activation"
+    if (size := 2 * p.groups * unit_rows(p.n) * columns(p.k)) > LARGEST:
+        return f"would write {size} bytes of weights in BF16, over {LARGEST}"
+    return refusals.shape(replace(p, promote=0), 32)
+
+
+def columns(k: int) -> int:
+    """Of an operand in BF16: K up to whole chunks."""
+    return -(-k // CHUNK) * CHUNK
+
+
+def unit_rows(n: int) -> int:
+    """Rows of an expert's weights, in whole packed tiles."""
+    return -(-n // ROWS) * ROWS
+
+
+# ---------------------------------------------------------------- configs
+def _config(bm: int, bn: int, stages: int, strip: int = 16, **more: int) -> Config:
+    return Config(bm, bn, BLOCK, 9, stages, strip, persistent=True, extra=tuple(more.items()))
+
+
+CUBLAS = _config(128, 256, 4, cublas=1)
+CANDIDATES = (_config(128, 256, 4, 8), _config(128, 256, 4), _config(128, 192, 5, 8), _config(128, 128, 6, 8), _config(64, 256, 5),
+              _config(64, 128, 8), CUBLAS)
+
+
+def configs(problem: Problem, arch: Arch) -> list[Config]:
+    return [c for c in CANDIDATES if legal(problem, c, arch) is None]
+
+
+def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
+    """Why `config` can't run the problem, or None."""
+    p, shape = problem, (config.block_m, config.block_n)
+    if shape not in SHAPES or config.block_k != BLOCK:
+        return f"tile {config.block_m}x{config.block_n}x{config.block_k}, expected one of {list(SHAPES)} x {BLOCK}"
+    if not config.persistent or config.split_k != 1 or config.swap_ab or dict(config.extra).keys() - {"cublas"}:
+        return "the kernel is persistent, without split_k, swap_ab and extra options but cublas"
+    if config.num_stages < 2 or config.group_m < 1:
+        return f"num_stages={config.num_stages}, group_m={config.group_m}, expected at least 2 and 1"
+    if extra(config, "cublas") and (p.layout != "dense" or p.out_dtype != "bf16" or p.accumulate or p.max_sms or p.batch_invariant
+                                    or p.n % 8):
+        return "cuBLAS takes dense products into BF16, with N in multiples of 8 and all SMs"
+    if tile_of(p, config, arch) is None:
+        return f"needs more shared memory than the {arch.smem} bytes of the device"
+    return None
+
+
+@lru_cache(maxsize=4096)
+def tile_of(problem: Problem, config: Config, arch: Arch, factor: bool = False, gate: bool = False) -> Tile | None:
+    """The product's compile-time constants; None where it needs more shared memory than there is. factor: columns have factors."""
+    wgm, wgn, cols0, cols1 = SHAPES[config.block_m, config.block_n]
+    counted = problem.layout not in ("dense", "contiguous")
+    groups = next(n for n in (32, 128, 512, MAX_GROUPS) if not counted or n >= problem.groups)
+    for buffers in (4, 2, 1):       # staging of the store: as much as fits
+        if buffers * OUT_COLS > cols0 + cols1:
+            continue
+        tile = Tile(
+            LAYOUTS[problem.layout], wgm, wgn, cols0, cols1, config.num_stages, 0, config.group_m, buffers,
+            OUT_BYTES[problem.out_dtype], groups, A_ROWS=True, B_ROWS=factor,
+            ZERO=problem.zero_padding and problem.layout in ("contiguous", "psum"), ACCUMULATE=problem.accumulate,
+            STORE_TMA=problem.out_aligned, GATE=gate)
+        if tile.shared_bytes <= arch.smem:
+            return tile
+    return None
+
+
+# ---------------------------------------------------------------- workspace
+class Regions(NamedTuple):
+    """Byte offsets of the parts of the workspace, and its size."""
+
+    one: int
+    factor: int
+    x: int
+    weights: int
+    size: int
+
+
+def regions(problem: Problem, rows: int, start: int = 0) -> Regions:
+    """`rows`: of A, of all groups; `start`: where the first part starts."""
+    sizes = (4, 4 * rows, 2 * rows * columns(problem.k), 2 * problem.groups * unit_rows(problem.n) * columns(problem.k))
+    return Regions(*accumulate((-(-s // 256) * 256 for s in sizes), initial=start))
+
+
+def workspace(problem: Problem, config: Config) -> int:
+    return regions(problem, problem.m * (problem.groups if problem.layout == "masked" else 1)).size
+
+
+# ---------------------------------------------------------------- cost
+# fitted on an H100: docs/measured.md
+LAUNCH_SECONDS = 6.0e-6     # two launches
+TILE_SECONDS = 1.0e-6       # of a tile, beyond its K blocks
+COPY = 0.82                 # of the streaming rate, in the launch in front
+# microseconds of one K block of 64 on one SM of a device of the rate below, where every SM is busy
+BLOCK_TIMES = {(128, 128): 0.43, (128, 192): 0.51, (128, 256): 0.64, (64, 256): 0.43, (64, 128): 0.34}
+RATE = 0.76e15
+CUBLAS_RATE = 0.80e15       # FLOP/s of cuBLAS where a product is large
+CUBLAS_SECONDS = 8.0e-6     # beside it
+
+
+def estimate(problem: Problem, config: Config, arch: Arch) -> float:
+    """Seconds: the bytes of the launch in front, then waves of tiles or the product's bytes, whichever is longer."""
+    p = problem
+    live = p.groups * p.rows if p.layout == "masked" else p.m
+    sms = min(arch.sms, p.max_sms or arch.sms)
+    rate = arch.bandwidth * sms / arch.sms
+    wide = 2.0 * (live + p.active_groups * unit_rows(p.n)) * columns(p.k)
+    read = p.active_groups * p.b.format.storage_bytes(unit_rows(p.n), p.k) + p.a.format.storage_bytes(live, p.k)
+    front = LAUNCH_SECONDS + (wide + read) / (rate * COPY)
+    memory = (wide + live * p.n * OUT_BYTES[p.out_dtype] * (1 + p.accumulate)) / (rate * COPY)
+    if extra(config, "cublas"):
+        return front + CUBLAS_SECONDS + max(p.flops / (CUBLAS_RATE * arch.bf16_flops / RATE), memory)
+    work = tiles(p, config)
+    unit = -(-p.k // BLOCK) * 1e-6 * (RATE / 132) / (arch.bf16_flops / arch.sms)
+    waves = work / sms
+    waves = math.ceil(waves) if waves < 8 else waves + 0.5
+    return front + max(waves * (unit * BLOCK_TIMES[config.block_m, config.block_n] + TILE_SECONDS), memory)
+
+
+# ---------------------------------------------------------------- launch
+@dataclass(frozen=True)
+class PrepStatic:
+    """What `expand_kernel` is compiled for."""
+
+    KIND: int
+    XKIND: int               # of A: `narrow.XKINDS`
+    GROUP: int               # of K, that share a scale of A
+    E4M3: bool               # weights E4M3, else E2M1
+    BM: int = PREP_ROWS
+    BK: int = PREP_K
+    WR: int = WEIGHT_ROWS
+    WC: int = CHUNKS
+    SCALES: int = 64         # of a row that are looked at together, a power of two
+    STAGES: int = 1          # pieces that are on their way to a program
+    GATE: bool = False
+
+
+def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
+    if extra(step.config, "cublas") and operands.factor is None:
+        _launch_cublas(step, problem, operands, workspace)
+    else:
+        launching.launch(launches, step, problem, operands, workspace)
+
+
+def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None, start: int = 0, gate: Gate | None = None
+             ) -> list[Launch]:
+    """The launch in front and the product. `start`: first byte of the workspace."""
+    assert workspace is not None
+    return [_front(problem, x, workspace, start, gate), _product(step.config, problem, x, workspace, start, gate)]
+
+
+def prep_steps(rows: int, kx: int) -> int:
+    """Pieces of PREP_K columns that one program of the launch in front brings."""
+    return max(1, min(-(-kx // PREP_K), rows // PREP_ROWS * -(-kx // PREP_K) // PREP_PROGRAMS))
+
+
+def _rows(problem: Problem, x: Operands) -> int:
+    return x.m * (x.groups if problem.layout == "masked" else 1)
+
+
+def _front(problem: Problem, x: Operands, workspace: Tensor, start: int = 0, gate: Gate | None = None) -> Launch:
+    from . import expand_device
+
+    fields, scale, masked = x.b.scale, x.a.scale, problem.layout == "masked"
+    assert fields is not None and scale is not None
+    rows, units, kx = _rows(problem, x), unit_rows(x.n) // ROWS, columns(x.k)
+    at = regions(problem, rows, start)
+    steps = prep_steps(rows, kx)
+    of_rows = -(-rows // PREP_ROWS) * -(-kx // (PREP_K * steps))
+    of_weights = x.groups * units * (ROWS // WEIGHT_ROWS) * -(-kx // (CHUNK * CHUNKS))
+    cfg = PrepStatic(KINDS[problem.layout], narrow.XKINDS[problem.a.format.element, problem.a.scale_dtype],
+                     problem.a.format.group[1], problem.b.format.element == "e4m3",
+                     SCALES=min(256, narrow.power_of_two(-(-x.k // 32))), GATE=gate is not None)
+    one = Pointer(workspace, torch.float32, at.one)
+    counter, limit = gate or (one, 0)
+    return Launch(
+        expand_device.expand_kernel, (of_rows + of_weights,),
+        (x.a.data, scale, Pointer(workspace, torch.bfloat16, at.x), Pointer(workspace, torch.float32, at.factor),
+         one, Pointer(x.b.data, torch.int32), fields, Pointer(workspace, torch.int32, at.weights),
+         fields if x.index is None else x.index, rows, x.m, x.alignment, x.k, kx, units, x.groups, of_rows,
+         steps, *narrow.a_strides(x, masked), counter, limit, cfg), {"num_warps": 4})
+
+
+def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, start: int, gate: Gate | None) -> Launch:
+    from ....arch import detect
+    from . import bf16_device as device
+
+    arch = detect(x.out.device)
+    masked, kx = problem.layout == "masked", columns(x.k)
+    tile = tile_of(problem, config, arch, x.factor is not None, gate is not None)
+    assert tile is not None, f"{config} is not legal for {problem}"
+    at, units = regions(problem, _rows(problem, x), start), unit_rows(x.n)
+    om = stride(x.out, -2, x.n)
+    og = stride(x.out, 0, om * x.m) if masked else 0
+    if tile.STORE_TMA and og % om:
+        tile = replace(tile, STORE_TMA=False)
+    out_desc = output(x, og, om, tile.OUT_COLS, tile.OUT_BYTES) if tile.STORE_TMA else None
+    sms = min(problem.max_sms or arch.sms, arch.sms)
+    grid = max(1, min(sms, row_tiles(problem, x, tile.BM) * -(-x.n // tile.BN)))
+    weights = Pointer(workspace, torch.bfloat16, at.weights)
+    one = Pointer(workspace, torch.float32, at.one)
+    counter, limit = gate or (one, 0)
+    return Launch(
+        device.bf16_kernel, (grid,),
+        (_planes(Pointer(workspace, torch.bfloat16, at.x), x.groups if masked else 1, x.m, kx, tile.BM),
+         _planes(weights, x.groups, units, kx, tile.WGN * tile.COLS0),
+         _planes(weights, x.groups, units, kx, tile.COLS1) if tile.COLS1 else None, out_desc, x.out,
+         Pointer(workspace, torch.float32, at.factor), one if x.factor is None else x.factor, x.index, counter, x.m, x.n,
+         kx // BLOCK, x.groups, x.alignment, limit, x.m if masked else 0, 0 if x.factor is None else units, og, om, og // om, tile),
+        {"num_warps": 4, "maxnreg": tile.max_registers})
+
+
+def _planes(base: Pointer, groups: int, rows: int, k: int, box: int) -> Any:
+    """The TMA descriptor of an operand in the workspace, in boxes of `box` rows by a K block."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from .bf16_device import PLANES
+
+    return TensorDescriptor(base, [groups, rows, k], [rows * k, k, 1], [1, box, BLOCK], PLANES.value)
+
+
+# ---------------------------------------------------------------- cuBLAS
+def _launch_cublas(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> None:
+    """The launch in front, cuBLAS, and the rows' shifts taken back. What is bound of it is kept beside what whole plans bind."""
+    assert workspace is not None
+    front, back = (replace(step, kernel=f"{NAME}.{part}") for part in ("front", "back"))
+    _run(front, problem, x, workspace, _front_alone)
+    at, kx = regions(problem, x.m), columns(x.k)
+    a = workspace[at.x: at.x + 2 * x.m * kx].view(torch.bfloat16).view(x.m, kx)
+    b = workspace[at.weights: at.weights + 2 * x.n * kx].view(torch.bfloat16).view(x.n, kx)
+    torch.mm(a, b.mT, out=x.out)
+    _run(back, problem, x, workspace, _rescale)
+
+
+def _front_alone(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
+    assert workspace is not None
+    return [_front(problem, x, workspace)]
+
+
+def _rescale(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
+    from .expand_device import rescale_kernel
+
+    assert workspace is not None
+    factor = Pointer(workspace, torch.float32, regions(problem, x.m).factor)
+    return [Launch(rescale_kernel, (-(-x.m // RESCALE_ROWS),), (x.out, factor, x.m, x.n, x.out.stride(-2)),
+                   {"BM": RESCALE_ROWS, "BN": 64, "num_warps": 4})]
+
+
+def _run(step: Step, problem: Problem, x: Operands, workspace: Tensor, describe: launching.Describe) -> None:
+    """A part of a step, by its bound launch once there is one."""
+    bound = (x.memo or {}).get(step)
+    if not bound or not launching.Ready(bound, x.out.get_device(), 0, x.addresses(workspace))(x.addresses(workspace)):
+        launching.launch(describe, step, problem, x, workspace)

@@ -1,0 +1,214 @@
+"""FP8 products on Hopper with MXFP8 activations and prepacked MXFP4 weights, for problems with many rows, dense and grouped.
+
+Weights fold into E4M3 with one power of two a row, without loss (`PackedWeight.top`), and are expanded once a call. A launch in
+front folds A's four scales of 128 of K into one wherever that is exact, 64 rows at a time, and the product takes 32 of K at a time
+elsewhere. Where the device finds that too much of A does not fold, or that scales are so far out that sums would leave FP32, that
+product does nothing, and BF16's (`expand.py`), launched behind, does it all. Device code: `fold_mixed_device.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ....arch import Arch
+from ....problem import Config, Problem, Step
+from ... import launching
+from ...launching import Launch, Pointer
+from ...operands import Operands
+from . import expand
+from .expand import columns, unit_rows
+from .fp8_block import tiles
+from .fp8_block_tile import LAYOUTS, MAX_GROUPS, Tile
+from .narrow import a_strides
+from .refusals import OUT_BYTES
+from .tensor_maps import output, row_tiles, stride
+
+NAME = "gluon_sm90.fold_mixed"
+BACKEND = "gluon_sm90"
+BLOCK = 128             # of K
+FLAG_ROWS = 64          # of A that have a flag a K block
+WHOLE_BLOCKS = 8        # of K of 64 rows of weights that a program expands
+FOLD_BLOCKS = 8         # of K of 64 rows of A that a program folds
+MOST_FLAGS = 0.25       # of A's blocks that may be promoted in four steps: beyond, BF16 is faster
+BEHIND = expand.CANDIDATES[0]   # of the product that takes what this one leaves
+
+
+@dataclass(frozen=True)
+class MixedTile(Tile):
+    """As the FP8 kernel's, with four scales of A a K block."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "BLOCK_BYTES", (self.BM + self.BN) * 128 + self.SUB * self.BM * 4)
+
+
+# ---------------------------------------------------------------- what it takes
+def supports(problem: Problem, arch: Arch) -> str | None:
+    a, b = problem.a, problem.b
+    if (a.format.element, a.format.group, a.scale_dtype) != ("e4m3", (1, 32), "e8m0"):
+        return f"folds MXFP8 activations, not {a.format.name}"
+    if b.format.element != "e2m1" or not b.folds:
+        return "takes packed MXFP4 weights whose rows have scales within 15 powers of two: others are not exact in E4M3"
+    if problem.accumulate:
+        return "writes its output, with no accumulation"
+    if problem.layout == "psum" and problem.alignment % 4:
+        return f"TMA brings A's scales in fours of rows: groups have to start at multiples of 4, not {problem.alignment}"
+    return expand.supports(problem, arch)
+
+
+# ---------------------------------------------------------------- configs
+def _config(strip: int) -> Config:
+    return Config(128, 256, BLOCK, 9, 4, strip, persistent=True)
+
+
+def configs(problem: Problem, arch: Arch) -> list[Config]:
+    return [c for c in (_config(8), _config(16)) if legal(problem, c, arch) is None]
+
+
+def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
+    """Why `config` can't run the problem, or None."""
+    if config not in (_config(config.group_m), ) or config.group_m < 1:
+        return f"{config}, expected {_config(8)} with any group_m"
+    if tile_of(problem, config, arch) is None:
+        return f"needs more shared memory than the {arch.smem} bytes of the device"
+    return None
+
+
+@lru_cache(maxsize=4096)
+def tile_of(problem: Problem, config: Config, arch: Arch, factor: bool = False) -> MixedTile | None:
+    """The product's compile-time constants; None where it needs more shared memory than there is. factor: weight rows have some."""
+    counted = problem.layout not in ("dense", "contiguous")
+    groups = next(n for n in (32, 128, 512, MAX_GROUPS) if not counted or n >= problem.groups)
+    stages = config.num_stages - (problem.out_dtype == "fp32")      # staging of the store takes twice as much
+    tile = MixedTile(
+        LAYOUTS[problem.layout], 1, 2, 2, 1, 128, stages, 1, 1, 1, 0, config.group_m, 1, 1, 2,
+        OUT_BYTES[problem.out_dtype], groups, A_SCALE_TMA=True,
+        ZERO=problem.zero_padding and problem.layout in ("contiguous", "psum"), STORE_TMA=problem.out_aligned, LATE_STORE=False,
+        FOLD=True, FACTOR=factor, SUB=4)
+    return tile if tile.shared_bytes <= arch.smem else None
+
+
+# ---------------------------------------------------------------- workspace
+class Regions(NamedTuple):
+    """Byte offsets of the parts of the workspace. What BF16 needs starts where `x` does: one of the two is done."""
+
+    counter: int
+    x: int
+    scale: int
+    flags: int
+    weights: int
+    size: int
+
+
+def regions(problem: Problem, m: int) -> Regions:
+    """`m`: rows of A, of one group where masked."""
+    planes, kx = problem.groups if problem.layout == "masked" else 1, columns(problem.k)
+    blocks = kx // BLOCK
+    sizes = (4, planes * m * kx, 16 * planes * blocks * column(m), 4 * planes * blocks * -(-m // FLAG_ROWS),
+             problem.groups * unit_rows(problem.n) * kx)
+    at = Regions(*accumulate((-(-s // 256) * 256 for s in sizes), initial=0))
+    return at._replace(size=max(at.size, expand.regions(problem, planes * m, at.x).size))
+
+
+def column(m: int) -> int:
+    """Of A's scales: m up to 16 bytes."""
+    return -(-m // 4) * 4
+
+
+def workspace(problem: Problem, config: Config) -> int:
+    return regions(problem, problem.m).size
+
+
+# ---------------------------------------------------------------- cost
+LAUNCH_SECONDS = 14e-6      # five launches, two of which do nothing
+TILE_SECONDS = 1.0e-6       # of a tile, beyond its K blocks
+BLOCK_TIME = 0.87e-6        # of one K block of 128 on one SM of a device of the rate below, normal data's flags up
+RATE = 1.40e15
+COPY = 0.80                 # of the streaming rate, in the launches in front
+
+
+def estimate(problem: Problem, config: Config, arch: Arch) -> float:
+    """Seconds, where no more of A's blocks have their flags up than have with normal data."""
+    p = problem
+    live = p.groups * p.rows if p.layout == "masked" else p.m
+    sms = min(arch.sms, p.max_sms or arch.sms)
+    rate = arch.bandwidth * sms / arch.sms
+    front = (2.2 * live * p.k + 1.55 * p.groups * p.n * p.k) / (rate * COPY)
+    counted = p.layout not in ("dense", "contiguous")
+    works = {tiles(p, config, spread) for spread in ((False, True) if counted else (False, ))}
+    unit = -(-p.k // BLOCK) * BLOCK_TIME * (RATE / 132) / (arch.fp8_flops / arch.sms)
+    seconds = 0.0
+    for work in works:
+        waves = math.ceil(work / sms) if work < 8 * sms else work / sms + 0.5
+        seconds += waves * (unit + TILE_SECONDS) / len(works)
+    return LAUNCH_SECONDS + front + max(seconds, p.bytes / rate)
+
+
+# ---------------------------------------------------------------- launch
+def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
+    launching.launch(launches, step, problem, operands, workspace)
+
+
+def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
+    """Weights to E4M3, A folded, the product; BF16's two launches, for what that left."""
+    from ....arch import detect
+    from . import fold_mixed_prep_device, fold_whole_device
+
+    scale, fields, top = x.a.scale, x.b.scale, x.top
+    assert workspace is not None and scale is not None and fields is not None and top is not None
+    masked = problem.layout == "masked"
+    at, planes, kx = regions(problem, x.m), x.groups if masked else 1, columns(x.k)
+    blocks, units, row_blocks = kx // BLOCK, unit_rows(x.n) // 64, -(-x.m // FLAG_ROWS)
+    count, flags = Pointer(workspace, torch.int32, at.counter), Pointer(workspace, torch.int32, at.flags)
+    y, scales = Pointer(workspace, torch.float8_e4m3fn, at.x), Pointer(workspace, torch.float32, at.scale)
+    limit = int(MOST_FLAGS * planes * row_blocks * blocks)
+    tile = tile_of(problem, step.config, detect(x.out.device), x.factor is not None)
+    return [
+        Launch(fold_mixed_prep_device.clear_kernel, (1,), (count,), {"num_warps": 1}),
+        Launch(fold_whole_device.fold_whole_kernel, (x.groups * units * -(-blocks // WHOLE_BLOCKS),),
+               (Pointer(x.b.data, torch.int32), Pointer(fields, torch.int32), top, Pointer(workspace, torch.int32, at.weights),
+                None, x.index, x.m, x.groups, x.alignment, units, blocks, WHOLE_BLOCKS, tile, 0), {"num_warps": 4}),
+        Launch(fold_mixed_prep_device.fold_mixed_kernel, (planes * row_blocks * -(-blocks // FOLD_BLOCKS),),
+               (x.a.data, scale, count if x.index is None else x.index, y, scales, flags, count, x.m, x.k, blocks, row_blocks,
+                FOLD_BLOCKS, *a_strides(x, masked), column(x.m)), {"MASKED": masked, "STAGES": 3, "num_warps": 8, "maxnreg": 80}),
+        _product(step.config, problem, x, workspace, limit),
+        *expand.launches(Step(expand.NAME, BEHIND), problem, x, workspace, at.x, expand.Gate(count, limit))]
+
+
+def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, limit: int) -> Launch:
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from ....arch import detect
+    from . import fold_mixed_device as device
+    from .fp8_block_parts_device import FP8_PLANE
+
+    arch, masked = detect(x.out.device), problem.layout == "masked"
+    tile = tile_of(problem, config, arch, x.factor is not None)
+    assert tile is not None and x.top is not None, f"{config} is not legal for {problem}"
+    at, planes, kx = regions(problem, x.m), x.groups if masked else 1, columns(x.k)
+    blocks, units, row_blocks, pitch = kx // BLOCK, unit_rows(x.n), -(-x.m // FLAG_ROWS), column(x.m)
+    om = stride(x.out, -2, x.n)
+    og = stride(x.out, 0, om * x.m) if masked else 0
+    flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
+    y, weights = (Pointer(workspace, torch.float8_e4m3fn, offset) for offset in (at.x, at.weights))
+    boxes = [
+        TensorDescriptor(y, [planes, x.m, kx], [x.m * kx, kx, 1], [1, 128, BLOCK], FP8_PLANE.value),
+        TensorDescriptor(Pointer(workspace, torch.float32, at.scale), [planes, blocks * 4, x.m], [4 * blocks * pitch, pitch, 1],
+                         [1, 4, 128], flat),
+        TensorDescriptor(weights, [x.groups, units, kx], [units * kx, kx, 1], [1, 256, BLOCK], FP8_PLANE.value),
+        output(x, og, om, tile.OUT_COLS, tile.OUT_BYTES) if tile.STORE_TMA else None]
+    sms = min(problem.max_sms or arch.sms, arch.sms)
+    grid = max(1, min(sms, row_tiles(problem, x, tile.BM) * -(-x.n // tile.BN)))
+    return Launch(
+        device.fold_mixed_product_kernel, (grid,),
+        (*boxes, x.out, x.top, x.top if x.factor is None else x.factor, x.index, Pointer(workspace, torch.int32, at.flags),
+         Pointer(workspace, torch.int32, at.counter), x.m, x.n, blocks, row_blocks, x.groups, x.alignment, limit, units, og, om,
+         og // om, tile), {"num_warps": 4, "maxnreg": tile.max_registers})

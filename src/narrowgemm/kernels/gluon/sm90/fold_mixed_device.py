@@ -1,0 +1,205 @@
+"""Device code of the Hopper FP8 product with folded weights and MXFP8 activations: dense, contiguous, offsets, psum, masked.
+
+    out[m, n] (+)= (sum over K blocks of  (A[m, kb] . B[g, n, kb]) * sa[m, kb]) * s[g, n]
+
+As the FP8 kernel on 128 x 256 tiles (`fp8_block_device.py`): two consumers share A's 128 rows, each with two pieces of 64 x 128, one
+partial sum. Of 64 rows whose flag is up, a K block of A has four scales a row, one for 32 of K: its products are promoted in four
+steps. That is decided by piece and block, on the device; elsewhere there is one step.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+
+from .fp8_block_device import store_tile
+from .fp8_block_parts_device import FP8_PLANE, FP8_TILE, ROW_OF_FLOATS, advance, fence, promote, read_a_scale, store_zeros
+from .fp8_block_schedule_device import (
+    CONTIGUOUS, DENSE, MASKED, OFFSETS, ROW_OF_INTS, fill_table, first_tile, fresh, has_products, is_live, next_tile, total_tiles)
+from .fp8_block_sums_device import before
+from .shim import block_barrier, tma_load, view_as, view_rows
+
+
+@gluon.jit
+def producer(descs, rings, bars, table, problem, cfg: gl.constexpr):
+    a_desc, sa_desc, b_desc = descs
+    a_s, sa_s, b_s = rings
+    full, empty = bars
+    index_ptr, M, N, KB, G, alignment = problem
+    work = (index_ptr, table, M, N, KB, G, alignment, total_tiles(table, M, N, cfg, 1))
+    slot = gl.to_tensor(0)
+    phase = gl.to_tensor(1)
+    cursor, tile = first_tile(work, cfg, 1)
+    n, g, first, end, stop = tile
+    while n >= 0:
+        plane = g * 0
+        if cfg.LAYOUT == MASKED:
+            plane = g
+        group = g
+        row = first
+        column = n * cfg.BN
+        # the next tile is looked up first, so that its loads are off the path between two tiles
+        run = has_products((n, g, first, end, stop), cfg)
+        cursor, ahead = next_tile(cursor, (n, g, first, end, stop), work, cfg, 1)
+        if run:
+            for kb in range(KB):
+                mbarrier.wait(empty.index(slot), phase)
+                bar = full.index(slot)
+                mbarrier.expect(bar, cfg.BLOCK_BYTES)
+                tma_load(a_desc, [plane, row, kb * 128], bar, a_s.index(slot))
+                tma_load(b_desc, [group, column, kb * 128], bar, b_s.index(slot))
+                tma_load(sa_desc, [plane, kb * 4, row], bar, sa_s.index(slot))
+                slot, phase = advance(slot, phase, cfg.STAGES)
+        n, g, first, end, stop = ahead
+
+
+@gluon.jit
+def flags_of(flags_ptr, tile, M, KB, RB, i: gl.constexpr, cfg: gl.constexpr):
+    """Where the flags of a piece's 64 rows lie, K blocks following each other: those of its first row and of its last."""
+    n, g, first, end, stop = tile
+    at = gl.minimum(first + i * 64, M - 1)
+    last = gl.minimum(first + i * 64 + 63, M - 1)
+    if cfg.LAYOUT == MASKED:
+        flags_ptr += g * RB * KB
+    return flags_ptr + at // 64 * KB, flags_ptr + last // 64 * KB
+
+
+@gluon.jit
+def flag(pointers, kb, cfg: gl.constexpr):
+    up = gl.load(pointers[0] + kb)
+    if cfg.LAYOUT == OFFSETS or cfg.LAYOUT > OFFSETS:
+        if cfg.LAYOUT != MASKED:        # groups start at any row
+            up = up | gl.load(pointers[1] + kb)
+    return up
+
+
+@gluon.jit
+def multiply(a_v, b_v, slot, p, WN: gl.constexpr, i: gl.constexpr):
+    """Start p = A . B^T of one K block; p comes in only to keep its registers."""
+    return warpgroup_mma(a_v.index(slot * 2 + i), b_v.index(slot * 2 + WN).permute((1, 0)), p, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def multiply_part(a_v, b_v, slot, p, WN: gl.constexpr, i: gl.constexpr, PART: gl.constexpr):
+    """The same of 32 of K."""
+    a = a_v.index(slot * 2 + i).slice(PART * 32, 32, 1)
+    b = b_v.index(slot * 2 + WN).slice(PART * 32, 32, 1)
+    return warpgroup_mma(a, b.permute((1, 0)), p, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def step(acc, p, up, views, bars, slot, ahead, phase, more, cfg: gl.constexpr, WN: gl.constexpr, i: gl.constexpr, mma: gl.constexpr):
+    """acc += one K block of piece i. The slot before is released once a wgmma of this one is on its way, and the next one is waited for
+    while the last one runs: between two wgmma are the FMAs and little else.
+
+    Every branch works out its own addresses: the ptxas of Triton 3.6 takes descriptors of piece 1 from piece 0's branch of one step,
+    whether that ran or not."""
+    a_v, b_v, sa_v = views
+    full, empty = bars
+    rows: gl.constexpr = gl.SliceLayout(1, mma)
+    if up == 0:
+        slot = fresh(slot)
+        p = multiply(a_v, b_v, slot, p, WN, i)
+        if i == 0:
+            mbarrier.arrive(empty.index(before(slot, cfg)), count=1, pred=more[0])
+        s = read_a_scale(sa_v, slot, cfg, 0, i, rows, 0)
+        if i == 1:
+            mbarrier.wait(full.index(ahead), phase, pred=more[1])
+        p = warpgroup_mma_wait(0, deps=(p, ))
+        acc, p = fence(0, promote(acc, p, s), p)
+    else:
+        slot = fresh(slot)
+        for part in gl.static_range(4):
+            p = multiply_part(a_v, b_v, slot, p, WN, i, part)
+            if i == 0 and part == 0:
+                mbarrier.arrive(empty.index(before(slot, cfg)), count=1, pred=more[0])
+            s = read_a_scale(sa_v, slot, cfg, 0, i, rows, part)
+            if i == 1 and part == 3:
+                mbarrier.wait(full.index(ahead), phase, pred=more[1])
+            p = warpgroup_mma_wait(0, deps=(p, ))
+            acc, p = fence(0, promote(acc, p, s), p)
+    return acc, p
+
+
+@gluon.jit
+def consumer(d_desc, out, scales, rings, d_s, bars, table, problem, flags_ptr, RB, cfg: gl.constexpr, WN: gl.constexpr):
+    """128 rows and columns [WN * 128, +128) of every tile."""
+    a_s, sa_s, b_s = rings
+    full, empty = bars
+    index_ptr, M, N, KB, G, alignment = problem
+    S: gl.constexpr = cfg.STAGES
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 128, 32])
+    a_v = view_as(a_s, gl.float8e4nv, S * 2, 64, 128, FP8_TILE)
+    b_v = view_as(b_s, gl.float8e4nv, S * 2, 128, 128, FP8_TILE)
+    sa_v = view_rows(sa_s, gl.float32, S * 8, 64, ROW_OF_FLOATS)
+    views = (a_v, b_v, sa_v)
+    total = total_tiles(table, M, N, cfg, 4)
+    slot = gl.to_tensor(0)
+    phase = gl.to_tensor(0)
+    cursor, tile = first_tile((index_ptr, table, M, N, KB, G, alignment, total), cfg, 4)
+    p = gl.zeros([64, 128], gl.float32, mma)
+    live = is_live(tile)
+    while live:
+        work = (index_ptr, table, fresh(M), fresh(N), KB, fresh(G), alignment, total)
+        if has_products(tile, cfg):
+            f0 = flags_of(flags_ptr, tile, M, KB, RB, 0, cfg)
+            f1 = flags_of(flags_ptr, tile, M, KB, RB, 1, cfg)
+            up0 = flag(f0, slot * 0, cfg)
+            up1 = flag(f1, slot * 0, cfg)
+            x = gl.zeros([64, 128], gl.float32, mma)
+            y = gl.zeros([64, 128], gl.float32, mma)
+            mbarrier.wait(full.index(slot), phase)
+            for kb in range(KB):
+                next_kb = gl.minimum(kb + 1, KB - 1)
+                ahead0 = flag(f0, next_kb, cfg)
+                ahead1 = flag(f1, next_kb, cfg)
+                ahead, phase = advance(slot, phase, S)
+                more = (kb > 0, kb + 1 < KB)
+                x, p = step(x, p, up0, views, bars, slot, ahead, phase, more, cfg, WN, 0, mma)
+                y, p = step(y, p, up1, views, bars, slot, ahead, phase, more, cfg, WN, 1, mma)
+                slot = ahead
+                up0 = ahead0
+                up1 = ahead1
+            mbarrier.arrive(empty.index(before(slot, cfg)), count=1)
+            store_tile((x, y), scales, d_s, d_desc, out, problem, tile, cfg, 0, WN, mma)
+        elif cfg.ZERO and cfg.LAYOUT != DENSE:
+            store_zeros(out, index_ptr, tile, tile[2], tile[0] * cfg.BN + WN * 128, M, N, G, cfg)
+        cursor, tile = next_tile(cursor, tile, work, cfg, 4)
+        live = is_live(tile)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["M", "KB", "RB", "G", "alignment", "limit", "rows_of_b", "out_pitch"])
+def fold_mixed_product_kernel(a_desc, sa_desc, b_desc, d_desc, out_ptr, top_ptr, factor_ptr, index_ptr, flags_ptr, count_ptr, M, N, KB,
+                              RB, G, alignment, limit, rows_of_b, og, om, out_pitch, cfg: gl.constexpr):
+    """A persistent grid. M: rows of A, or rows a group can hold (masked). a_desc [1 or G, M, K], sa_desc [1 or G, KB * 4, M], b_desc
+    [1 or G, rows_of_b, K] E4M3, d_desc [M, N]; flags int32 [1 or G, RB, KB]; top, factor [G, rows_of_b]. Nothing is done where
+    more than `limit` flags are up, as count_ptr says. out_pitch: rows of d_desc from one group to the next (masked)."""
+    M = gl.where(gl.load(count_ptr) <= limit, M, 0)
+    S: gl.constexpr = cfg.STAGES
+    a_s = gl.allocate_shared_memory(gl.float8e4nv, [S, 1, 128, 128], FP8_PLANE)
+    b_s = gl.allocate_shared_memory(gl.float8e4nv, [S, 1, 256, 128], FP8_PLANE)
+    staging: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, cfg.OUT_COLS], out_ptr.dtype.element_ty)
+    d_s = gl.allocate_shared_memory(out_ptr.dtype.element_ty, [2 * cfg.OUT_BUFFERS, 64, cfg.OUT_COLS], staging)
+    sa_s = gl.allocate_shared_memory(gl.float32, [S, 1, 4, 128], sa_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(S):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    table = full
+    if cfg.LAYOUT >= OFFSETS:
+        table = gl.allocate_shared_memory(gl.int32, [cfg.GROUPS], ROW_OF_INTS)
+        fill_table(table, index_ptr, M, G, alignment, cfg, 4)
+        block_barrier()
+    fence_async_shared()
+
+    bars = (full, empty)
+    problem = (index_ptr, M, N, KB, G, alignment)
+    scales = (top_ptr, 0, 0, 0, top_ptr, rows_of_b, factor_ptr, 0)
+    out = (out_ptr, og, om, out_pitch)
+    rings = (a_s, sa_s, b_s)
+    gl.warp_specialize([
+        (consumer, (d_desc, out, scales, rings, d_s, bars, table, problem, flags_ptr, RB, cfg, 0)),
+        (consumer, (d_desc, out, scales, rings, d_s, bars, table, problem, flags_ptr, RB, cfg, 1)),
+        (producer, ((a_desc, sa_desc, b_desc), rings, bars, table, problem, cfg)),
+    ], [4, 1], [cfg.CONSUMER_REGISTERS, cfg.PRODUCER_REGISTERS])

@@ -1,0 +1,110 @@
+"""The launch in front of the Hopper BF16 product: packed weights and activations in BF16, bit for bit, in every layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from narrowgemm.formats import MXFP4, MXFP8, Format, ScaledTensor
+from narrowgemm.kernels.gluon.sm90 import expand, narrow
+from narrowgemm.kernels.gluon.sm90.narrow_tile import KINDS
+from narrowgemm.prepack import prepack, row_order
+from narrowgemm.reference.quantize import dequantize
+
+N, K = 100, 352        # a tile of rows that is not full, a chunk of K that is cut short
+LAYOUTS = {"dense": None, "offsets": [0, 5, 5, 9], "masked": [2, 0, 3], "psum": [5, 5, 9], "contiguous": [0] * 5 + [2] * 4}
+
+
+def mx(fmt: Format, *shape: int, codes: tuple[int, int] = (90, 125), seed: int = 0) -> ScaledTensor:
+    """Random bits: every code that is a number."""
+    g = torch.Generator().manual_seed(seed)
+    *lead, k = shape
+    data = torch.randint(0, 256, (*lead, k // fmt.elem.per_byte), dtype=torch.uint8, generator=g)
+    if fmt.element == "e4m3":
+        data[(data & 127) == 127] = 3
+    return ScaledTensor(data.view(fmt.elem.dtype), torch.randint(*codes, fmt.scale_shape(shape), dtype=torch.uint8, generator=g), fmt)
+
+
+def run(device: str, layout: str, a: ScaledTensor, b: ScaledTensor) -> dict[str, Tensor]:
+    """Everything that the launch writes; 7 is what was there."""
+    from narrowgemm.kernels.gluon.sm90.expand_device import expand_kernel
+
+    packed = prepack(b).to(device)
+    a = a.to(device)
+    groups, kx, units = packed.groups, expand.columns(K), expand.unit_rows(N) // 64
+    m = a.shape[-2]
+    rows = m * (groups if layout == "masked" else 1)
+    out = {"x": torch.full((rows, kx), 7.0, dtype=torch.bfloat16, device=device), "factor": torch.full((rows,), 7.0, device=device),
+           "one": torch.full((1,), 7.0, device=device),
+           "weights": torch.full((groups, units * 64, kx), 7.0, dtype=torch.bfloat16, device=device)}
+    index = torch.tensor(LAYOUTS[layout] or [0], dtype=torch.int64 if layout == "offsets" else torch.int32, device=device)
+    steps = 2       # pieces of K: there is one, and the second is not there
+    of_rows = -(-rows // expand.PREP_ROWS) * -(-kx // (expand.PREP_K * steps))
+    of_weights = groups * units * (64 // expand.WEIGHT_ROWS) * -(-kx // (128 * expand.CHUNKS))
+    cfg = expand.PrepStatic(KINDS[layout], narrow.XKINDS[a.format.element, "e8m0"], 32, b.format.element == "e4m3")
+    sxg, ssg = (a.data.stride(0), a.scale.stride(0)) if layout == "masked" else (0, 0)
+    expand_kernel[(of_rows + of_weights,)](
+        a.data, a.scale, out["x"], out["factor"], out["one"], packed.data.view(torch.int32), packed.scale,
+        out["weights"].view(torch.int32), index, rows, m, 1, K, kx, units, groups, of_rows, steps, sxg, a.data.stride(-2), ssg,
+        a.scale.stride(-2), a.scale.stride(-1), out["one"], 0, cfg)
+    return {**out, "packed_factor": packed.factor}
+
+
+def operands(layout: str, fa: Format, fb: Format, **kw) -> tuple[ScaledTensor, ScaledTensor]:
+    groups = 1 if layout == "dense" else 3
+    a = mx(fa, *((groups, 4) if layout == "masked" else (9,)), K, seed=1, **kw)
+    return a, mx(fb, *(() if layout == "dense" else (groups,)), N, K, seed=2, **kw)
+
+
+def same(got: Tensor, want: Tensor) -> None:
+    """Bit for bit: signs of zeros too."""
+    assert torch.equal(got.cpu().float().view(torch.int32), want.float().view(torch.int32))
+
+
+@pytest.mark.parametrize("layout, fa, fb", [("offsets", MXFP8, MXFP8), ("masked", MXFP4, MXFP8), ("psum", MXFP8, MXFP4),
+                                            ("dense", MXFP8, MXFP8), ("contiguous", MXFP4, MXFP4)])
+def test_brings_what_is_in_use_and_nothing_else(device: str, layout: str, fa: Format, fb: Format) -> None:
+    a, b = operands(layout, fa, fb)
+    got = run(device, layout, a, b)
+    x, w = dequantize(a, torch.float32).reshape(-1, K), dequantize(b, torch.float32).reshape(-1, N, K)
+    used = torch.tensor([0, 1, 8, 9, 10] if layout == "masked" else range(9))
+    same(got["x"][used, :K], x[used])
+    assert not got["x"][used, K:].any() and (got["factor"][used] == 1).all() and got["one"].item() == 1
+    rest = [i for i in range(len(x)) if i not in used.tolist()]
+    assert (got["x"][rest] == 7).all() and (got["factor"][rest] == 7).all()
+    assert got["packed_factor"] is None
+    order = row_order(N)
+    for g in range(len(w)):
+        if layout in ("offsets", "masked", "psum") and g == 1:     # an expert without rows
+            assert (got["weights"][g] == 7).all()
+            continue
+        same(got["weights"][g][order >= 0][:, :K], w[g])
+        assert not got["weights"][g][:, K:].any() and not got["weights"][g][N:].any()
+
+
+@pytest.mark.parametrize("fa, fb, codes", [(MXFP8, MXFP4, (0, 6)), (MXFP4, MXFP8, (250, 255))])
+def test_shifts_what_bf16_can_not_hold(device: str, fa: Format, fb: Format, codes: tuple[int, int]) -> None:
+    a, b = operands("dense", fa, fb, codes=codes)
+    a.scale[4, 2], b.scale[5, 1] = 255, 255
+    got = run(device, "dense", a, b)
+    factor, wide = got["factor"].cpu().double(), got["x"].cpu().double()[:, :K]
+    scale = torch.exp2(a.scale.double() - 127).repeat_interleave(32, -1)
+    want = dequantize(ScaledTensor(a.data, torch.full_like(a.scale, 127), fa), torch.float32).double() * scale
+    rows = [r for r in range(9) if r != 4]
+    assert torch.equal((wide * factor[:, None])[rows], want[rows]) and factor[4].isnan()
+    factor, wide = got["packed_factor"].cpu().double()[0, :N], got["weights"].cpu().double()[0, :N, :K]
+    scale = torch.exp2(b.scale.double() - 127).repeat_interleave(32, -1)
+    want = dequantize(ScaledTensor(b.data, torch.full_like(b.scale, 127), fb), torch.float32).double() * scale
+    rows = [r for r in range(N) if r != 5]
+    assert torch.equal((wide * factor[:, None])[rows], want[rows]) and factor[5].isnan()
+
+
+def test_rescales_rows_with_a_factor(device: str) -> None:
+    from narrowgemm.kernels.gluon.sm90.expand_device import rescale_kernel
+
+    y = torch.randn(4, 1100, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
+    factor = torch.tensor([1.0, 0.25, float("nan"), 2.0], device=device)
+    want = (y.float() * factor[:, None]).bfloat16()
+    rescale_kernel[(2,)](y, factor, 4, 1100, 1100, BM=2, BN=1024)
+    assert torch.equal(y.isnan(), want.isnan()) and torch.equal(y[[0, 1, 3]], want[[0, 1, 3]])

@@ -1,0 +1,127 @@
+"""On a GPU: products whose operands are brought to BF16, or folded to FP8, once a call; every layout, any data, graphs."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import narrowgemm as ng
+from narrowgemm.arch import detect
+from narrowgemm.formats import MXFP4, MXFP8, ScaledTensor
+from narrowgemm.kernels.gluon.sm90 import expand, fold_mixed
+from narrowgemm.testing.cases import Case, build
+from narrowgemm.testing.numerics import calc_diff
+
+pytestmark = pytest.mark.gpu
+DEV = "cuda"
+SPREAD = "uniform:0.3:1.7"
+GATE = {torch.bfloat16: 5e-6, torch.float32: 1e-6}
+
+
+@pytest.fixture(autouse=True)
+def _hopper():
+    if detect(torch.device(DEV)).target != "sm90":
+        pytest.skip("the kernels are for Hopper")
+    torch.manual_seed(0)
+
+
+def cases(a=MXFP8, b=MXFP8, **kw) -> list[Case]:
+    kw |= {"a": a, "b": b, "packed": True}
+    return [Case("space", "dense", 1, 333, 1088, 1152, **kw),
+            Case("space", "contiguous", 6, 150, 640, 1056, sizes=SPREAD, alignment=1, **kw),
+            Case("space", "contiguous", 6, 75, 648, 1152, sizes=SPREAD, order="repeated", alignment=1, **kw),
+            Case("space", "offsets", 6, 150, 640, 1152, sizes=SPREAD, slack=40, **kw),
+            Case("space", "offsets", 40, 7, 640, 1152, sizes="empty:0.4", **kw),
+            Case("space", "masked", 6, 150, 640, 1056, max_m=300, sizes=SPREAD, **kw),
+            Case("space", "psum", 6, 150, 648, 1152, sizes=SPREAD, alignment=64, **kw)]
+
+
+ALL = [(expand, c) for pair in ((MXFP8, MXFP8), (MXFP8, MXFP4), (MXFP4, MXFP4)) for c in cases(*pair)] + [
+    (expand, c) for c in cases(out_dtype="fp32", accumulate=True)] + [
+    (fold_mixed, c) for kw in ({}, {"out_dtype": "fp32"}) for c in cases(MXFP8, MXFP4, **kw)]
+
+
+@pytest.mark.parametrize("module, case", ALL, ids=lambda x: getattr(x, "id", getattr(x, "NAME", "")))
+def test_every_layout(module, case: Case) -> None:
+    """Every config through both gates, poison and guards, and to the same bits once more."""
+    inputs = build(case, DEV, seed=3)
+    plan = inputs.plan(backend=module.NAME)
+    assert plan is not None
+    for config in module.configs(plan.problem, detect(torch.device(DEV))):
+        inputs.verify(backend=module.NAME, config=config)
+        first = inputs.out.tensor.view(torch.uint8).clone()
+        inputs.reset_out()
+        inputs.call(backend=module.NAME, config=config)
+        assert torch.equal(first, inputs.out.tensor.view(torch.uint8))
+
+
+def double(q: ScaledTensor) -> Tensor:
+    scale = torch.where(q.scale == 255, torch.nan, torch.exp2(q.scale.double() - 127)).repeat_interleave(32, -1)
+    one = ScaledTensor(q.data, torch.full_like(q.scale, 127), q.format)
+    return one.dequantize().double() * scale[..., : q.shape[-1]]
+
+
+def activations(kind: str, m: int, k: int) -> ScaledTensor:
+    x = torch.randn(m, k, device=DEV)
+    if kind == "outlier channel":
+        x[:, 5] *= 30
+    elif kind in ("blocks apart", "half of it"):        # blocks of 32 whose sizes are e^2 apart
+        rows = m if kind == "blocks apart" else m // 8
+        x[:rows] *= torch.exp(2 * torch.randn(rows, k // 32, device=DEV)).repeat_interleave(32, 1)
+    a = ng.quantize(x, MXFP8)
+    if kind == "far out":
+        a.scale[7], a.scale[9] = 3, 240
+    elif kind == "nan":
+        a.scale[7, 3] = 255
+        a.data.view(torch.uint8)[9, 4] = 0x7F
+    return a
+
+
+@pytest.mark.parametrize("dtype", GATE, ids=str)
+@pytest.mark.parametrize("kind", ["normal", "outlier channel", "half of it", "blocks apart", "far out", "nan"])
+def test_activations_that_fold_and_others(kind: str, dtype: torch.dtype) -> None:
+    a, w = activations(kind, 700, 1056), ng.quantize(torch.randn(520, 1056, device=DEV), MXFP4)
+    want = double(a) @ double(w).mT
+    got = ng.gemm(a, ng.prepack(w), out_dtype=dtype, backend=fold_mixed.NAME)
+    assert torch.equal(got.isnan(), want.isnan())
+    assert calc_diff(got.double().nan_to_num(0), want.nan_to_num(0)) <= GATE[dtype]
+
+
+@pytest.mark.parametrize("codes, other", [((0, 4), (246, 250)), ((120, 130), (120, 130)), ((251, 255), (0, 4))])
+@pytest.mark.parametrize("config", [expand.CANDIDATES[0], expand.CUBLAS], ids=str)
+def test_scales_at_the_ends(config, codes: tuple[int, int], other: tuple[int, int]) -> None:
+    """Of A; weights' are at the other end. Shifted rows come back from cuBLAS, too."""
+    a, w = (ScaledTensor(torch.randint(0, 0x38, (r, 384), dtype=torch.uint8, device=DEV).view(torch.float8_e4m3fn),
+                         torch.randint(*c, (r, 12), dtype=torch.uint8, device=DEV), MXFP8) for r, c in ((300, codes), (136, other)))
+    want = double(a) @ double(w).mT
+    got = ng.gemm(a, ng.prepack(w), backend=expand.NAME, config=config)
+    assert calc_diff(got.double(), want) <= 5e-6
+
+
+def test_a_graph_follows_the_data() -> None:
+    """The same capture with rows that move, and with activations that fold and that don't."""
+    e, m, n, k = 4, 512, 640, 1152
+    w = ng.quantize(torch.randn(e, n, k, device=DEV), MXFP4)
+    packed, wide = ng.prepack(w), double(w)
+    a = activations("normal", m, k)
+    offsets = torch.tensor([0, 100, 100, 300, 512], device=DEV)
+    out = torch.empty(m, n, dtype=torch.bfloat16, device=DEV)
+
+    def call() -> Tensor:
+        return ng.grouped_gemm(a, packed, ng.Offsets(offsets), out=out, backend=fold_mixed.NAME)
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    for kind, ends in (("normal", [0, 1, 200, 300, 512]), ("blocks apart", [0, 0, 0, 512, 512]), ("normal", [0, 128, 256, 384, 512])):
+        new = activations(kind, m, k)
+        a.data.copy_(new.data)
+        a.scale.copy_(new.scale)
+        offsets.copy_(torch.tensor(ends))
+        graph.replay()
+        for g in range(e):
+            rows = slice(ends[g], ends[g + 1])
+            if ends[g] < ends[g + 1]:
+                assert calc_diff(out[rows].double(), double(a)[rows] @ wide[g].mT) <= 5e-6

@@ -1,0 +1,86 @@
+"""Products whose operands are brought to BF16, or folded to FP8, once a call: what they take, configs, workspace."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from narrowgemm.arch import get_arch
+from narrowgemm.formats import BF16, MXFP4, MXFP8, Format
+from narrowgemm.kernels.gluon.sm90 import expand, fold_mixed
+from narrowgemm.prepack import PREPACK
+from narrowgemm.problem import Epilogue, Operand, Problem
+
+H100 = get_arch("h100")
+
+
+def problem(m: int, n: int, k: int, groups: int = 1, layout: str = "dense", a: Format = MXFP8, b: Format = MXFP8, **kw) -> Problem:
+    return Problem("gemm" if layout == "dense" else "grouped_gemm", layout, m, n, k, groups, Operand(a, scale_dtype="e8m0"),
+                   Operand(b, prepack=PREPACK, scale_dtype="e8m0", folds=b == MXFP4), rows=-(-m // groups), **kw)
+
+
+MIXED = problem(8192, 4096, 2048, 4, "contiguous", b=MXFP4)
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"a": Operand(BF16)}, "E8M0 scales"),
+    ({"b": Operand(MXFP8, scale_dtype="e8m0")}, "prepack"),
+    ({"b": Operand(MXFP8, prepack=f"{PREPACK}:halves", scale_dtype="e8m0")}, "pair="),
+    ({"epilogue": Epilogue(bias=True)}, "epilogue"),
+    ({"op": "routed_gemm", "layout": "routed"}, "routed"),
+    ({"groups": 512, "n": 4096, "k": 7168, "layout": "offsets", "op": "grouped_gemm"}, "in BF16, over"),
+])
+def test_expand_says_what_it_does_not_take(change: dict, reason: str) -> None:
+    good = problem(2048, 2304, 6144)
+    assert expand.supports(good, H100) is None and expand.supports(replace(good, accumulate=True), H100) is None
+    assert reason in (expand.supports(replace(good, **change), H100) or "")
+    assert "sm90" in (expand.supports(good, get_arch("b200")) or "")
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"a": Operand(MXFP4, scale_dtype="e8m0")}, "MXFP8 activations"),
+    ({"b": Operand(MXFP4, prepack=PREPACK, scale_dtype="e8m0")}, "15 powers of two"),
+    ({"b": Operand(MXFP8, prepack=PREPACK, scale_dtype="e8m0")}, "MXFP4 weights"),
+    ({"accumulate": True}, "accumulation"),
+    ({"layout": "psum", "alignment": 2}, "multiples of 4"),
+])
+def test_fold_mixed_says_what_it_does_not_take(change: dict, reason: str) -> None:
+    assert fold_mixed.supports(MIXED, H100) is None
+    assert reason in (fold_mixed.supports(replace(MIXED, **change), H100) or "")
+
+
+def test_every_config_fits_and_cublas_is_for_plain_dense_products() -> None:
+    dense = problem(2048, 2304, 6144)
+    assert expand.configs(dense, H100) == list(expand.CANDIDATES)
+    for p in (replace(dense, out_dtype="fp32"), replace(dense, max_sms=8), replace(dense, n=2300), replace(dense, accumulate=True),
+              replace(dense, batch_invariant=True), problem(8192, 6144, 6144, 8, "offsets")):
+        assert len(expand.configs(p, H100)) >= 2 and expand.CUBLAS not in expand.configs(p, H100)
+    for layout in ("dense", "contiguous", "offsets", "psum", "masked"):
+        for out in ("bf16", "fp16", "fp32"):
+            for p in (problem(512, 4096, 2048, 4, layout, out_dtype=out), replace(MIXED, layout=layout, out_dtype=out, alignment=128)):
+                module = expand if p.b.format == MXFP8 else fold_mixed
+                assert all(module.tile_of(p, c, H100, True).shared_bytes <= H100.smem for c in module.configs(p, H100))
+
+
+@pytest.mark.parametrize("change, reason", [
+    ({"block_m": 256}, "tile"), ({"block_k": 128}, "tile"), ({"split_k": 2}, "split_k"), ({"persistent": False}, "persistent"),
+    ({"extra": (("late", 1),)}, "extra"), ({"num_stages": 1}, "num_stages"), ({"num_stages": 9}, "shared memory")])
+def test_illegal_configs(change: dict, reason: str) -> None:
+    p = problem(2048, 2304, 6144)
+    assert reason in (expand.legal(p, replace(expand.CANDIDATES[0], **change), H100) or "")
+    assert fold_mixed.legal(MIXED, replace(fold_mixed.configs(MIXED, H100)[0], block_m=256), H100) is not None
+
+
+def test_workspace_holds_everything() -> None:
+    p = problem(300, 1000, 352)
+    at = expand.regions(p, 300)
+    assert list(at) == sorted(at) and all(x % 256 == 0 for x in at)
+    assert at.x - at.factor >= 4 * 300 and at.weights - at.x >= 2 * 300 * 384 and at.size - at.weights >= 2 * 1024 * 384
+    p = replace(MIXED, layout="masked", m=100, n=1000, k=352)
+    at = fold_mixed.regions(p, 100)
+    assert list(at) == sorted(at) and all(x % 256 == 0 for x in at)
+    assert at.scale - at.x >= 4 * 100 * 384 and at.flags - at.scale >= 4 * 4 * 4 * 3 * 100 and at.weights - at.flags >= 4 * 4 * 3 * 2
+    assert at.size - at.weights >= 4 * 1024 * 384
+    # what BF16 needs, where FP8's product leaves it
+    assert fold_mixed.workspace(p, fold_mixed.configs(p, H100)[0]) >= expand.regions(p, 400, at.x).size
