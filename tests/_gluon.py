@@ -26,6 +26,7 @@ import numpy as np
 import narrowgemm.kernels.gluon.sm90 as sm90
 
 TIMEOUT = 60.0
+COLUMNS_FIRST = object()    # a layout of shared memory: the only one that places anything
 _local = threading.local()
 
 
@@ -557,7 +558,8 @@ def load_device_module(name: str) -> types.ModuleType:
     shim = types.ModuleType("_emulated_sm90.shim")
     shim.__dict__.update(
         tma_load=tma_load, tma_store=tma_store, tma_add=tma_add, block_barrier=lambda: None,
-        view_as=lambda buf, dtype, n, rows, cols, layout: buf.view(dtype, [n, rows, cols]),
+        view_as=lambda buf, dtype, n, rows, cols, layout: buf.view(dtype, [n, cols, rows]).permute((0, 2, 1))
+        if layout is COLUMNS_FIRST else buf.view(dtype, [n, rows, cols]),
         view_rows=lambda buf, dtype, n, cols, layout: buf.view(dtype, [n, cols]),
         view_boxes=lambda buf, dtype, n, rows, cols, layout: buf.view(dtype, [n, 1, rows, cols]))
     cuda = types.ModuleType("triton.language.extra.cuda")

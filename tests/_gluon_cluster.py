@@ -105,7 +105,20 @@ def _await_count(counter: emu.Pointer, count: Any) -> None:
         time.sleep(0.001)
 
 
-def _multiply(a: Any, b: Any, parts: int, columns: int, mma: Any) -> tuple[emu.Pending, ...]:
+def _of_block(address: Any, rank: Any) -> emu.Tensor:
+    return emu.wrap(int(emu.raw(rank)) << 24 | int(emu.raw(address)))
+
+
+def _load_four(at: emu.Tensor) -> emu.Tensor:
+    out = np.empty((at.a.size // 4, 4), np.float32)
+    for four, address in zip(out, at.a.reshape(-1)[::4].tolist()):
+        four[:] = emu._run().cluster.runs[address >> 24].memory.at(address & 0xFFFFFF, 4, 4)
+    return emu.Tensor(out.reshape(at.a.shape))
+
+
+def _multiply(a: Any, b: Any, sums: tuple[Any, ...], parts: int, columns: int, mma: Any) -> tuple[emu.Pending, ...]:
+    if len(sums) != parts or any(isinstance(p, emu.Pending) and p in emu._local.flight for p in sums):
+        raise emu.EmulationError("registers of sums in flight are given to others")
     memory, a, b = emu._run().memory, int(emu.raw(a)), int(emu.raw(b))
     x = emu.Shared(memory.at(a, 64 * 128).reshape(64, 128), emu.float8e4nv)
     started = []
@@ -125,7 +138,9 @@ def stand_ins(package: str) -> dict[str, types.ModuleType]:
     cluster = types.ModuleType(f"{package}.cluster_device")
     cluster.__dict__.update(
         rank=lambda: emu.wrap(emu._run().rank), start_of_shared=lambda: emu.wrap(0), wait_all=_wait_all, init=_init, wait=_wait,
-        everywhere=lambda bar, blocks: bar, arrive=_arrive, expect=lambda bar, size: _own(bar).update(arrivals=1, tx=int(emu.raw(size))), load=_load,
+        arrive_all=lambda: None,
+        join_all=lambda: _wait_all(2), STAGED=emu.COLUMNS_FIRST, staged_at=lambda row, column, columns: column * 256 + row * 4,
+        of_block=_of_block, load_four=_load_four, everywhere=lambda bar, blocks: bar, arrive=_arrive, expect=lambda bar, size: _own(bar).update(arrivals=1, tx=int(emu.raw(size))), load=_load,
         load_rows=lambda desc, kernel, parameter, at, bar, to: _load(desc, kernel, parameter, at, bar, to, 1))
     wgmma = types.ModuleType(f"{package}.wgmma_device")
     wgmma.__dict__.update(multiply=_multiply, wait=_wait_sums, keep=lambda sums, parts, columns: sums)

@@ -30,6 +30,7 @@ TILES = {
     "128x192-columns": dict(CLUSTER_N=2, OUT_BUFFERS=2),
     "128x256-rows": dict(CLUSTER_M=2, WGM=1, WGN=2, MP=2, NP=1, WN=128, OUT_SPLIT=2, OUT_BUFFERS=2),
     "128x192-rows-late": dict(CLUSTER_M=2, LATE_STORE=True, OUT_BUFFERS=3),
+    "128x176-columns": dict(CLUSTER_N=2, NP=11, WN=16),
     "128x160-columns-late": dict(CLUSTER_N=2, NP=5, WN=32, LATE_STORE=True),
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -14,10 +15,12 @@ from narrowgemm.ops.explain import describe
 from narrowgemm.problem import Config, Problem
 
 from .. import _gluon as emu
+from .. import _gluon_cluster
 
 H200 = get_arch("h200")
 GUARD = 777.0
 EDGE = 1024
+PARTITIONS = 4      # of a block in a cluster
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,9 @@ def device():
 
 
 def tile(bt: int, bn: int, warps: int = 4, split: int = 1, stages: int = 3, **extra: int) -> Config:
-    if split > 1:
+    if "cluster" in extra:
+        split = extra["cluster"]
+    elif split > 1:
         extra |= {"sms": 132}
     return Config(bt, bn, 128, warps, stages, swap_ab=True, persistent=True, split_k=split, extra=tuple(sorted(extra.items())))
 
@@ -102,7 +107,10 @@ class Case:
         masked = self.layout == "masked"
         sog, som = (self.m * self.n if masked else 0), self.n
         common = (self.m, self.n, self.blocks, self.groups, self.alignment, self.m)
-        emu.launch(device.fp8_decode_kernel, grid, *boxes, out, emu.Pointer(self.sa.reshape(-1)), emu.Pointer(self.sb.reshape(-1)),
+        blocks = -(-self.m // cfg.BT) * -(-self.n // cfg.BN)
+        launch = partial(_gluon_cluster.launch, device.fp8_decode_kernel, blocks, cfg.CLUSTER, PARTITIONS) if cfg.CLUSTER > 1 \
+            else partial(emu.launch, device.fp8_decode_kernel, grid)
+        launch(*boxes, out, emu.Pointer(self.sa.reshape(-1)), emu.Pointer(self.sb.reshape(-1)),
                    ids, part, emu.Pointer(counts), tab, *common, self.m * self.blocks if masked else 0, self.blocks, 1,
                    self.sb.shape[1] * self.blocks, self.blocks, 1, sog, som, cfg, seed=seed)
         assert (memory[:EDGE] == GUARD).all() and (memory[-EDGE:] == GUARD).all(), "wrote outside the output"
@@ -120,6 +128,8 @@ def offsets(*sizes: int) -> list[int]:
 DENSE = {
     "swapped": tile(16, 64), "trips": tile(32, 64, trip=4), "pieces": tile(32, 128, trip=2), "two consumers": tile(32, 128, 8, trip=4),
     "split": tile(16, 64, split=3, trip=2), "early": tile(16, 64, stages=5, guess=4), "split, two consumers": tile(32, 128, 8, split=3), "split, early": tile(16, 64, split=3, stages=4, guess=3),
+    "cluster": tile(16, 64, cluster=2), "cluster, early": tile(32, 64, cluster=2, stages=4, guess=2, trip=2),
+    "cluster, wide": tile(128, 64, cluster=2, stages=4),
 }
 
 

@@ -9,7 +9,7 @@ import pytest
 from narrowgemm.arch import get_arch
 from narrowgemm.kernels.gluon.sm90 import fp8_decode
 from narrowgemm.ops.explain import describe
-from narrowgemm.problem import Problem, bucket
+from narrowgemm.problem import Config, Problem, bucket
 
 ARCH = get_arch("h200")
 
@@ -32,7 +32,7 @@ def test_space(p: Problem) -> None:
     for c in space:
         assert fp8_decode.legal(p, c, ARCH) is None
         assert 0 < fp8_decode.estimate(p, c, ARCH) < 1
-        assert (fp8_decode.workspace(p, c) > 0) == (c.split_k > 1 or p.layout == "contiguous")
+        assert (fp8_decode.workspace(p, c) > 0) == (fp8_decode.in_workspace(c) or p.layout == "contiguous")
 
 
 @pytest.mark.parametrize("change", [{"block_m": 24}, {"block_n": 256}, {"split_k": 2}, {"num_stages": 40}, {"swap_ab": False},
@@ -41,6 +41,17 @@ def test_illegal(change: dict) -> None:
     p = PROBLEMS[0]
     c = fp8_decode.configs(p, ARCH)[0]
     assert fp8_decode.legal(p, replace(c, **change), ARCH)
+
+
+@pytest.mark.parametrize("change, word", [
+    ({"split_k": 2}, "the same"), ({"block_n": 128}, "64 weight rows"), ({}, "K block"), ({}, "SMs")])
+def test_illegal_clusters_say_why(change: dict, word: str) -> None:
+    good = Config(64, 64, 128, 4, 4, swap_ab=True, persistent=True, split_k=4, extra=(("cluster", 4), ))
+    p = describe("gemm", m=100, n=576, k=7168)
+    assert fp8_decode.legal(p, good, ARCH) is None
+    p = replace(p, k=384) if word == "K block" else replace(p, max_sms=64) if word == "SMs" else p
+    assert word in fp8_decode.legal(p, replace(good, **change), ARCH)
+    assert fp8_decode.legal(grouped("masked", 32, 128, 576, 7168), good, ARCH)
 
 
 def test_batch_invariant_is_never_split() -> None:

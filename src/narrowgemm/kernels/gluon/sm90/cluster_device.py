@@ -48,6 +48,47 @@ def wait_all(CLUSTER: gl.constexpr):
 
 
 @gluon.jit
+def arrive_all():
+    """First half of `wait_all`; `join_all` is the other."""
+    gl.inline_asm_elementwise("""{
+        barrier.cluster.arrive.release;
+        mov.b32 $0, $1;
+    }""", "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def join_all():
+    gl.inline_asm_elementwise("""{
+        barrier.cluster.wait.acquire;
+        mov.b32 $0, $1;
+    }""", "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1)
+
+
+# ---------------------------------------------------------------- shared memory of another block
+STAGED = gl.constexpr(gl.SwizzledSharedLayout(4, 1, 8, [0, 1]))     # of sums [64, columns], rows fastest: no bank conflicts
+
+
+@gluon.jit
+def staged_at(row, column, COLUMNS: gl.constexpr):
+    """Bytes from the start of sums in STAGED to four rows of a column; `row` is a multiple of 4."""
+    return column * 256 + ((row >> 2) ^ (column & 7)) * 16
+
+
+@gluon.jit
+def of_block(address, rank):
+    """An address of shared memory, in block `rank` of the cluster."""
+    return gl.inline_asm_elementwise("mapa.shared::cluster.u32 $0, $1, $2;", "=r,r,r", [address, rank], dtype=gl.int32, is_pure=False,
+                                     pack=1)
+
+
+@gluon.jit
+def load_four(at):
+    """Floats of any block of the cluster; of four neighbours in `at`, which one thread has, the first one's address counts."""
+    return gl.inline_asm_elementwise("ld.shared::cluster.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,r,r,r,r", [at], dtype=gl.float32,
+                                     is_pure=False, pack=4)
+
+
+@gluon.jit
 def wait(bar, phase, pred):
     """Until the barrier's phase of this parity is over; at once where not `pred`."""
     gl.inline_asm_elementwise("""{

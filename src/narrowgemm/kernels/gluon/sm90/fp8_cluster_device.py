@@ -141,8 +141,8 @@ def idle(cfg: gl.constexpr):
 # ---------------------------------------------------------------- scales
 @gluon.jit
 def b_scale_bases(scales, own, N, cfg: gl.constexpr, WN: gl.constexpr):
-    """Where the scales of a piece's columns start, which lie in one block of 128 or in two: (the first's, the second's, for every
-    tensor of the piece whether it is in the second). A tile may lie past N: clamped."""
+    """Where the scales of a piece's columns start, which lie in B_SCALES blocks of 128 at most: (each of them, for every tensor of the
+    piece the number of its block). A tile may lie past N: clamped."""
     sa_ptr, sag, sam, sak, sb_ptr, sbg, sbn, sbk = scales
     n, g, first, end, stop = own
     if cfg.LAYOUT == CONTIGUOUS:
@@ -150,12 +150,15 @@ def b_scale_bases(scales, own, N, cfg: gl.constexpr, WN: gl.constexpr):
     NP: gl.constexpr = cfg.NP
     col = gl.maximum(n, 0) * cfg.BN + WN * (NP * cfg.WN)
     last = (N - 1) // 128
-    block = gl.minimum(col // 128, last)
     base = sb_ptr + g.to(gl.int64) * sbg
-    second = ()
+    COUNT: gl.constexpr = cfg.B_SCALES
+    starts = ()
+    for i in gl.static_range(COUNT):
+        starts = starts + (base + of_lane(gl.minimum(col // 128 + i, last)).to(gl.int64) * sbn, )
+    which = ()
     for i in gl.static_range(NP):
-        second = second + (col % 128 + i * cfg.WN >= 128, )
-    return base + of_lane(block).to(gl.int64) * sbn, base + of_lane(gl.minimum(block + 1, last)).to(gl.int64) * sbn, second
+        which = which + ((col % 128 + i * cfg.WN) // 128, )
+    return starts, which
 
 
 @gluon.jit
@@ -171,12 +174,12 @@ def a_scale_base(scales, own, cfg: gl.constexpr, WM: gl.constexpr):
 
 @gluon.jit
 def load_b_scales(bases, scales, kb, cfg: gl.constexpr):
-    """Of K block kb: one scale or two; none where they are in the store."""
+    """Of K block kb; none where they are in the store."""
     sa_ptr, sag, sam, sak, sb_ptr, sbg, sbn, sbk = scales
     out = ()
     COUNT: gl.constexpr = 0 if cfg.FOLD else cfg.B_SCALES
     for i in gl.static_range(COUNT):
-        out = out + (as_float(gl.load(bases[i] + kb * sbk)), )
+        out = out + (as_float(gl.load(bases[0][i] + kb * sbk)), )
     return out
 
 
@@ -185,18 +188,20 @@ def b_scale(sb, bases, cfg: gl.constexpr, PART: gl.constexpr):
     """Of one tensor of a piece."""
     if cfg.B_SCALES == 1 or PART == 0:
         return sb[0]
+    elif cfg.B_SCALES == 2:
+        return gl.where(bases[1][PART] == 1, sb[1], sb[0])
     else:
-        return gl.where(bases[2][PART], sb[1], sb[0])
+        return gl.where(bases[1][PART] == 2, sb[2], gl.where(bases[1][PART] == 1, sb[1], sb[0]))
 
 
 # ---------------------------------------------------------------- sums
 @gluon.jit
-def start_piece(slot, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr, mma: gl.constexpr, PIECE: gl.constexpr):
+def start_piece(slot, p, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr, mma: gl.constexpr, PIECE: gl.constexpr):
     """Start a warpgroup's product of 64 rows over the K block in `slot`: NP sums of WN columns."""
     start = cluster.start_of_shared()
     a = start + (slot * (cfg.BM * 128) + (cfg.A_AT + (WM * cfg.MP + PIECE) * 64 * 128))
     b = start + (slot * (cfg.BN * 128) + (cfg.B_AT + WN * cfg.NP * cfg.WN * 128))
-    return multiply(a, b, cfg.NP, cfg.WN, mma)
+    return multiply(a, b, p, cfg.NP, cfg.WN, mma)
 
 
 @gluon.jit
@@ -209,7 +214,7 @@ def sum_block(acc, p, sa, sb, slot, phase, kb, sa_v, bars, KB, M, sa_base, bases
     MP: gl.constexpr = cfg.MP
     NP: gl.constexpr = cfg.NP
     if not HEAD:
-        p = start_piece(slot, cfg, WM, WN, mma, 0)
+        p = start_piece(slot, p, cfg, WM, WN, mma, 0)
     if cfg.A_SCALE_TMA:
         sa = ()
         for i in gl.static_range(MP):
@@ -223,7 +228,7 @@ def sum_block(acc, p, sa, sb, slot, phase, kb, sa_v, bars, KB, M, sa_base, bases
     sums = ()
     for m in gl.static_range(MP):
         if m > 0:
-            p = start_piece(old, cfg, WM, WN, mma, m)
+            p = start_piece(old, p, cfg, WM, WN, mma, m)
         if m == MP - 1:
             cluster.wait(full + slot * 8, phase, (kb + 1 < KB).to(gl.int32))
         p = wait(p, NP, cfg.WN)
@@ -301,6 +306,10 @@ def consumer(d_desc, out, scales, ring, d_s, table, problem, cfg: gl.constexpr, 
     acc = ()
     for i in gl.static_range(PIECES):
         acc = acc + (zero, )
+    fresh_sums = ()
+    NP: gl.constexpr = cfg.NP
+    for i in gl.static_range(NP):
+        fresh_sums = fresh_sums + (zero, )
     cursor, tile = first_tile(work, UNIT, 4)
     own = own_tile(tile, cfg)
     # the tile whose sums are in acc, where `pending`: see fp8_block_device
@@ -325,7 +334,7 @@ def consumer(d_desc, out, scales, ring, d_s, table, problem, cfg: gl.constexpr, 
                 store_zeros(out, index_ptr, own, own[2] + WM * (cfg.MP * 64), own[0] * cfg.BN + WN * cfg.NP * cfg.WN, M, N, G, cfg)
         elif has_rows(own, M, cfg, WM * cfg.MP * 64):
             cluster.wait(full + slot * 8, phase, 1)
-            p = start_piece(slot, cfg, WM, WN, mma, 0)
+            p = start_piece(slot, fresh_sums, cfg, WM, WN, mma, 0)
             if cfg.LATE_STORE:
                 if pending:
                     store_tile(acc, scales, d_s, d_desc, out, problem, done, cfg, WM, WN, mma)

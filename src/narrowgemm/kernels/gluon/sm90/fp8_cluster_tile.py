@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from .fp8_block_tile import LAYOUTS, WARPGROUP_ROWS
@@ -89,7 +90,8 @@ class Tile:
         put("A_BOX", self.BM // self.CLUSTER_N)
         share = self.BN // self.CLUSTER_M
         put("B_BOX", share & -share)
-        put("B_SCALES", 1 if self.NP * self.WN == 128 else 2)
+        width = self.NP * self.WN
+        put("B_SCALES", -(-(128 - math.gcd(width, 128) + width) // 128))
         put("OUT_COLS", self.WN // self.OUT_SPLIT)
         put("BLOCK_BYTES", (self.BM + self.BN) * 128 + (self.BM * 4 if self.A_SCALE_TMA else 0))
         put("A_AT", CONSUMERS * self.OUT_BUFFERS * WARPGROUP_ROWS * self.OUT_COLS * self.OUT_BYTES)

@@ -24,6 +24,7 @@ from .fp8_decode_tile import (
     TOKENS,
     TRIPS,
     extra,
+    in_workspace,
     legal,
     max_registers,
     pads,
@@ -141,18 +142,18 @@ def offers(problem: Problem, arch: Arch, config: Config, *, ctas: int, narrow: i
 
 def programs(config: Config, sms: int, max_sms: int) -> int:
     """CTAs of the persistent grid."""
-    limit = [sms, *([max_sms] if max_sms else []), *([extra(config, "sms")] if config.split_k > 1 else [])]
+    limit = [sms, *([max_sms] if max_sms else []), *([extra(config, "sms")] if in_workspace(config) else [])]
     return min(limit) * extra(config, "ctas", 1)
 
 
 def part_bytes(config: Config, ctas: int) -> int:
     """One tile of partial sums a CTA."""
-    return 4 * ctas * config.block_m * config.block_n if config.split_k > 1 else 0
+    return 4 * ctas * config.block_m * config.block_n if in_workspace(config) else 0
 
 
 def count_bytes(config: Config, ctas: int) -> int:
     """A counter for each consumer of a tile, of which there are no more than CTAs."""
-    return 8 * ctas * (config.num_warps // 4) if config.split_k > 1 else 0
+    return 8 * ctas * (config.num_warps // 4) if in_workspace(config) else 0
 
 
 def workspace(problem: Problem, config: Config) -> int:
@@ -178,7 +179,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     assert sa is not None and sb is not None
     masked = problem.layout == "masked"
     tiles = tiles_at_most(problem.layout, x, cfg.BT) * -(-x.n // cfg.BN)
-    ctas = min(programs(config, sms, problem.max_sms), tiles * cfg.SPLIT)
+    ctas = tiles if cfg.CLUSTER > 1 else min(programs(config, sms, problem.max_sms), tiles * cfg.SPLIT)
     # what there is none of, no code reads
     index = Pointer(out, torch.int32) if x.index is None else x.index
     scratch = out if workspace is None else workspace
@@ -196,7 +197,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
         (*descriptors, out, sa, sb, index, parts, counts, table, *sizes,
          sa.stride(0) if masked else 0, sa.stride(-2), sa.stride(-1),
          sb.stride(0) if sb.dim() == 3 else 0, sb.stride(-2), sb.stride(-1), sog, som, cfg),
-        {"num_warps": 4, "maxnreg": max_registers(config)},
+        {"num_warps": 4, "maxnreg": max_registers(config)}, cfg.CLUSTER,
         by_256=() if problem.layout == "dense" else (0,))]      # weights; a dense product gets 1-2% slower
 
 

@@ -14,19 +14,21 @@ The loaders run across tile boundaries, so the ring never drains between tiles. 
 and multiplies NARROW token columns instead of BT: skewed groups cost what they hold, whatever the width compiled for.
 
 With SPLIT, tiles that are too few for the grid are cut along K; every unit leaves FP32 partial sums in the workspace, and the
-last unit of a tile to arrive adds them in the order of K. None waits for another.
+last unit of a tile to arrive adds them in the order of K. None waits for another. With CLUSTER, the units of a tile are the
+blocks of a cluster, one each, and every block adds up a part of the tile from the others' shared memory.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from .fp8_decode_cluster_device import add_up, idle
 from .fp8_decode_parts_device import (
     fetch_weights, is_last, open_count, scale_loader, store_part, store_tile, sum_parts, weight_loader, zero_filler)
 from .fp8_decode_schedule_device import (
     CONTIGUOUS, begin, fetched, k_range, left_over, list_pieces, locate)
 from .fp8_decode_sums_device import multiply
-from .shim import block_barrier
+from .shim import block_barrier, view_boxes
 
 
 @gluon.jit
@@ -36,7 +38,9 @@ def finish(acc, t, split, outs, out_strides, where, N, cfg: gl.constexpr, CID: g
     g, row, rows, nb = where
     P: gl.constexpr = cfg.PIECES
     TILE: gl.constexpr = cfg.BT * cfg.BN
-    if cfg.SPLIT > 1:
+    if cfg.CLUSTER > 1:
+        add_up(acc[0], part_ptr, out_ptr, out_strides, where, N, cfg)
+    elif cfg.SPLIT > 1:
         if split > 1:
             for i in gl.static_range(P):
                 store_part(acc[i], part_ptr + (t * TILE + (CID * P + i) * 64), cfg, NT)
@@ -100,7 +104,7 @@ def consumer(rings, bars, outs, out_strides, shape_args, index_ptr, table_ptr, c
         if cfg.GUESS > 0:
             there, vain = fetched(t, where, shape_args, index_ptr, KB, cfg)
             slot += pass_over(vain, bars)
-        if cfg.SPLIT > 1:
+        if cfg.SPLIT > cfg.CLUSTER:
             if split > 1:
                 open_count(outs[2] + (tile * cfg.CONSUMERS + CID), split)
         slot, phase = sized(rings, bars, slot, phase, k0, k1, t, split, outs, out_strides, where, N, cfg, CID)
@@ -123,8 +127,16 @@ def fp8_decode_kernel(w_desc, x_desc, middle_desc, narrow_desc, out_ptr, sa_ptr,
                       M, N, KB, G, alignment, cap, sag, sam, sak, sbg, sbn, sbk, sog, som, cfg: gl.constexpr):
     """A persistent grid. M: rows of A, or rows a group can hold (masked). `cap`: entries of each column of the table."""
     S: gl.constexpr = cfg.STAGES
-    w_s = gl.allocate_shared_memory(gl.float8e4nv, [S, 1, cfg.BN, 128], w_desc.layout)
-    x_s = gl.allocate_shared_memory(gl.float8e4nv, [S, 1, cfg.BT, 128], x_desc.layout)
+    sums = part_ptr
+    if cfg.CLUSTER > 1:
+        sums = gl.allocate_shared_memory(gl.int8, [cfg.RING_ROWS, 128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        W: gl.constexpr = w_desc.layout
+        X: gl.constexpr = x_desc.layout
+        w_s = view_boxes(sums, gl.float8e4nv, cfg.W_AT + S, cfg.BN, 128, W)
+        x_s = view_boxes(sums, gl.float8e4nv, cfg.X_AT + S, cfg.BT, 128, X)
+    else:
+        w_s = gl.allocate_shared_memory(gl.float8e4nv, [S, 1, cfg.BN, 128], w_desc.layout)
+        x_s = gl.allocate_shared_memory(gl.float8e4nv, [S, 1, cfg.BT, 128], x_desc.layout)
     s_s = gl.allocate_shared_memory(gl.float32, [S, cfg.BT], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
@@ -148,14 +160,21 @@ def fp8_decode_kernel(w_desc, x_desc, middle_desc, narrow_desc, out_ptr, sa_ptr,
     bars = (full, empty)
     sa_sb = (sa_ptr, sb_ptr)
     strides = (sag, sam, sak, sbg, sbn, sbk)
-    outs = (out_ptr, part_ptr, count_ptr)
+    outs = (out_ptr, sums, count_ptr)
     out_strides = (sog, som)
     if cfg.LAYOUT == CONTIGUOUS:
         list_pieces(sh, index_ptr, table_ptr, cap, cfg, 4)
         block_barrier()
     R: gl.constexpr = cfg.LOADER_REGS
     C: gl.constexpr = cfg.CONSUMER_REGS
-    if cfg.CONSUMERS == 1 and cfg.ZERO:
+    if cfg.CLUSTER > 1:
+        gl.warp_specialize([
+            (consumer, (rings, bars, outs, out_strides, sh, index_ptr, table_ptr, cap, KB, cfg, 0)),
+            (idle, (cfg, )),
+            (weight_loader, (descs, rings, bars, sh, index_ptr, table_ptr, cap, KB, cfg)),
+            (scale_loader, (sa_sb, strides, rings, bars, sh, index_ptr, table_ptr, cap, KB, cfg)),
+        ], [2, 1, 1], [R, R, R])
+    elif cfg.CONSUMERS == 1 and cfg.ZERO:
         gl.warp_specialize([
             (consumer, (rings, bars, outs, out_strides, sh, index_ptr, table_ptr, cap, KB, cfg, 0)),
             (weight_loader, (descs, rings, bars, sh, index_ptr, table_ptr, cap, KB, cfg)),

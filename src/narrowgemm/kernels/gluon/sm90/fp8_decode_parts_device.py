@@ -7,6 +7,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from .fp8_decode_schedule_device import (
     CONTIGUOUS, MASKED, PSUM, advance, all_groups, begin, fetched, guess, k_range, left_over, locate)
 from .fp8_decode_sums_device import tile_layout
+from .fp8_decode_cluster_device import idle
 from .scales_device import as_float
 from .shim import block_barrier, tma_load, view_boxes
 
@@ -26,7 +27,7 @@ def tokens_of(x_s, cfg: gl.constexpr, NT: gl.constexpr):
 @gluon.jit
 def load_weights(w_desc, w_s, bar, slot, g, w_row, kb, cfg: gl.constexpr):
     mbarrier.expect(bar, cfg.BN * 128)
-    tma_load(w_desc, [g, w_row, kb * 128], bar, w_s.index(slot))
+    tma_load(w_desc, [g, w_row, kb * 128], bar, w_s.index(cfg.W_AT + slot))
 
 
 @gluon.jit
@@ -49,8 +50,8 @@ def load_block(descs, rings, bar, slot, at, there, cfg: gl.constexpr, NT: gl.con
         mbarrier.expect(bar, NT * 128)
     else:
         mbarrier.expect(bar, (cfg.BN + NT) * 128)
-        tma_load(w_desc, [g, w_row, kb * 128], bar, w_s.index(slot))
-    tma_load(x_desc, [plane, x_row, kb * 128], bar, x_s.index(slot * (cfg.BT // NT)))
+        tma_load(w_desc, [g, w_row, kb * 128], bar, w_s.index(cfg.W_AT + slot))
+    tma_load(x_desc, [plane, x_row, kb * 128], bar, x_s.index((cfg.X_AT + slot) * (cfg.BT // NT)))
 
 
 @gluon.jit
@@ -92,6 +93,7 @@ def weight_loader(descs, rings, bars, shape_args, index_ptr, table_ptr, cap, KB,
             slot, phase = advance(slot, phase, cfg.STAGES)
     if cfg.GUESS > 0:
         give_up(left_over(units, shape_args, index_ptr, KB, cfg), full)
+    idle(cfg)
 
 
 @gluon.jit
@@ -167,6 +169,7 @@ def scale_loader(ptrs, strides, rings, bars, shape_args, index_ptr, table_ptr, c
             c3 = n3
     if cfg.GUESS > 0:
         give_up(left_over(units, shape_args, index_ptr, KB, cfg), full)
+    idle(cfg)
 
 
 # ---------------------------------------------------------------- output

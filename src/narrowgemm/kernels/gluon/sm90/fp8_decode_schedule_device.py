@@ -147,9 +147,11 @@ def list_pieces(shape_args, index_ptr, table_ptr, cap, cfg: gl.constexpr, NW: gl
 @gluon.jit
 def share(tiles, KB, ctas, cfg: gl.constexpr):
     """(units of work, units a tile, K blocks a unit). Tiles are cut along K only where all of them together find room on
-    the grid at once, so that a CTA has one unit at most and partial sums take one tile a CTA."""
+    the grid at once, so that a CTA has one unit at most and partial sums take one tile a CTA; or each by one cluster."""
     if cfg.SPLIT == 1:
         return tiles, tiles * 0 + 1, KB
+    elif cfg.CLUSTER > 1:
+        return tiles * cfg.SPLIT, tiles * 0 + cfg.SPLIT, KB
     else:
         split = gl.maximum(gl.minimum(ctas // gl.maximum(tiles, 1), cfg.SPLIT), 1)
         chunk = gl.cdiv(KB, split)
@@ -170,6 +172,10 @@ def k_range(t, split, chunk, KB, cfg: gl.constexpr):
     """Unit t -> (tile, first K block, end)."""
     if cfg.SPLIT == 1:
         return t, t * 0, KB
+    elif cfg.CLUSTER > 1:
+        tile = t // cfg.SPLIT
+        rank = t - tile * cfg.SPLIT
+        return tile, rank * KB // cfg.SPLIT, (rank + 1) * KB // cfg.SPLIT
     else:
         tile = t // split
         k0 = (t - tile * split) * chunk

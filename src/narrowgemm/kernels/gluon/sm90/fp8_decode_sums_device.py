@@ -34,8 +34,8 @@ def start(views, slot, p, cfg: gl.constexpr, CID: gl.constexpr, PIECE: gl.conste
     """Start the partial sum of one piece over one K block; p comes in only to keep its registers."""
     w_v, x_v = views
     P: gl.constexpr = cfg.PIECES
-    w = w_v.index(slot * (cfg.CONSUMERS * P) + (CID * P + PIECE))
-    x = x_v.index(slot * (cfg.BT // NT))
+    w = w_v.index((cfg.W_AT + slot) * (cfg.CONSUMERS * P) + (CID * P + PIECE))
+    x = x_v.index((cfg.X_AT + slot) * (cfg.BT // NT))
     return warpgroup_mma(w, x.permute((1, 0)), p, use_acc=False, is_async=True)
 
 
@@ -98,9 +98,9 @@ def multiply(rings, bars, slot, phase, k0, k1, cfg: gl.constexpr, CID: gl.conste
     w_s, x_s, s_s = rings
     P: gl.constexpr = cfg.PIECES
     T: gl.constexpr = trip_blocks(cfg, NT)
-    w_v = view_as(w_s, gl.float8e4nv, cfg.STAGES * cfg.CONSUMERS * P, 64, 128,
+    w_v = view_as(w_s, gl.float8e4nv, (cfg.W_AT + cfg.STAGES) * cfg.CONSUMERS * P, 64, 128,
                   gl.NVMMASharedLayout.get_default_for([64, 128], gl.float8e4nv))
-    x_v = view_as(x_s, gl.float8e4nv, cfg.STAGES * (cfg.BT // NT), NT, 128,
+    x_v = view_as(x_s, gl.float8e4nv, (cfg.X_AT + cfg.STAGES) * (cfg.BT // NT), NT, 128,
                   gl.NVMMASharedLayout.get_default_for([NT, 128], gl.float8e4nv))
     views = (w_v, x_v)
     p = gl.zeros([64, NT], gl.float32, tile_layout(NT))

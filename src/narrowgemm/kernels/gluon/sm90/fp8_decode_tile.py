@@ -12,6 +12,7 @@ ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 TOKENS = (8, 16, 32, 64, 128)
 MAX_SPLIT = 16
 TRIPS = (1, 2, 4)
+CLUSTERS = (2, 4, 8)     # blocks that share a tile, each with a part of K; more than 8 not every chip grants
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,10 @@ class Static:
     STAGES: int
     GUESS: int               # K blocks of weights fetched before group sizes are known
     SPLIT: int               # most units a tile is cut into along K
+    CLUSTER: int             # blocks of a cluster; more than 1: as many units are a tile's, and no memory is between them
+    W_AT: int                # boxes in front of the weights', where the rings are one allocation
+    X_AT: int                # and of the tokens'
+    RING_ROWS: int           # 128 bytes each, of that allocation
     GROUPS: int              # size of the group table, a power of two from 32
     STORE_VEC: int           # elements of 16 bytes of output
     ACCUMULATE: bool
@@ -51,6 +56,8 @@ def slot_bytes(config: Config) -> int:
 
 def smem_bytes(problem: Problem, config: Config) -> int:
     """Shared memory of a CTA: the ring, and where consumers transpose a tile. Never less than the compiler's figure."""
+    if extra(config, "cluster"):
+        return config.num_stages * slot_bytes(config) + 512      # sums go where the ring was
     wide = problem.out_dtype == "fp32" or problem.accumulate
     transpose = config.block_m * config.block_n * 4 if wide else 2048 * (config.num_warps // 4)
     return config.num_stages * slot_bytes(config) + transpose + 256
@@ -71,8 +78,14 @@ def max_registers(config: Config) -> int:
 def register_split(config: Config, table: int) -> tuple[int, int]:
     """(registers of a loader's thread, of a consumer's), with a group table of that size in each loader."""
     regs = max_registers(config)
-    loader = min(regs, 56 + 16 * (config.block_m == 128) if table <= 256 else 88 if table <= 512 else 128)
+    wide = (48 if extra(config, "cluster") else 16) * (config.block_m == 128)
+    loader = min(regs, 56 + wide if table <= 256 else 88 if table <= 512 else 128)
     return loader, min(232, (regs * (config.num_warps + 4) - 4 * loader) // config.num_warps // 8 * 8)
+
+
+def in_workspace(config: Config) -> bool:
+    """Whether partial sums go through memory."""
+    return config.split_k > 1 and not extra(config, "cluster")
 
 
 def pieces(config: Config) -> int:
@@ -97,9 +110,14 @@ def static(problem: Problem, config: Config, groups: int) -> Static:
     loader, consumer = register_split(config, table)
     middle, narrow = extra(config, "middle"), extra(config, "narrow")
     wide_trip, middle_trip, narrow_trip = (trip_of(config, w, consumer) for w in (config.block_m, middle, narrow))
+    cluster = extra(config, "cluster", 1)
+    # the larger boxes come first, so that both rings start at a multiple of their box
+    w_at = config.num_stages * config.block_m // config.block_n if cluster > 1 and config.block_m > config.block_n else 0
+    x_at = config.num_stages * config.block_n // config.block_m if cluster > 1 and not w_at else 0
     return Static(LAYOUT_IDS[problem.layout], config.block_m, middle, narrow, config.block_n,
                   config.num_warps // 4, pieces(config), wide_trip, middle_trip, narrow_trip, config.num_stages,
-                  extra(config, "guess"), config.split_k, table, 16 // ITEMSIZE[problem.out_dtype],
+                  extra(config, "guess"), config.split_k, cluster, w_at, x_at,
+                  config.num_stages * (config.block_m + config.block_n), table, 16 // ITEMSIZE[problem.out_dtype],
                   problem.accumulate, pads(problem), bool(extra(config, "keep")), loader, consumer)
 
 
@@ -126,11 +144,30 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
         return f"split_k={config.split_k}, expected 1 to {MAX_SPLIT}"
     if config.split_k > 1 and (extra(config, "narrow") or extra(config, "ctas", 1) > 2):
         return "split_k takes registers that two widths (narrow) or three CTAs on an SM don't leave"
-    if config.split_k > 1 and (problem.batch_invariant or extra(config, "sms") < 1):
-        return "split_k cuts K by the work at hand: not batch-invariant, and needs sms=... for its workspace"
+    if config.split_k > 1 and problem.batch_invariant:
+        return "split_k cuts K by the work at hand: not batch-invariant"
+    if in_workspace(config) and extra(config, "sms") < 1:
+        return "split_k needs sms=... for its workspace"
+    if (reason := _illegal_cluster(problem, config)) is not None:
+        return reason
     if config.num_stages < 3 or smem_bytes(problem, config) > smem_budget(config, arch):
         need = smem_bytes(problem, config)
         return f"{config.num_stages} stages take {need} bytes of shared memory; expected 3 or more that fit"
+    return None
+
+
+def _illegal_cluster(problem: Problem, config: Config) -> str | None:
+    cluster = extra(config, "cluster")
+    if not cluster:
+        return None
+    if cluster not in CLUSTERS or config.split_k != cluster or cluster > config.block_m:
+        return f"cluster={cluster}, split_k={config.split_k}, expected both the same of {CLUSTERS}, and no more than token columns"
+    if problem.layout != "dense" or config.block_n != 64 or config.num_warps != 4:
+        return "clusters take tiles of 64 weight rows of dense products, and 4 warps"
+    if cluster > problem.k // 128:
+        return f"{cluster} blocks have no K block each"
+    if problem.max_sms:
+        return "a cluster a tile takes as many SMs as there are"
     return None
 
 

@@ -11,7 +11,7 @@ from triton.experimental.gluon import language as gl
 
 @constexpr_function
 def multiply_code(PARTS, COLS):
-    """PTX: the products of one K block of 128. Outputs: the parts' registers; then one address, in 16 bytes, of A and of B."""
+    """PTX: the products of one K block of 128. The parts' registers, out and in; then one address, in 16 bytes, of A and of B."""
     each = COLS // 2
     count = PARTS * each
     sums = ", ".join(f"${i}" for i in range(count))
@@ -28,8 +28,8 @@ def multiply_code(PARTS, COLS):
         .reg .b32 hi;
         .reg .pred first, more;
         mov.b32 hi, 0x40000040;
-        mov.b64 a0, {{${count}, hi}};
-        mov.b64 b0, {{${count + each}, hi}};{adds}
+        mov.b64 a0, {{${2 * count}, hi}};
+        mov.b64 b0, {{${2 * count + each}, hi}};{adds}
         setp.ne.b32 first, 0, 0;
         setp.ne.b32 more, 1, 0;
         wgmma.fence.sync.aligned;{steps}
@@ -54,15 +54,16 @@ def floats(PARTS):
 
 
 @gluon.jit
-def multiply(a, b, PARTS: gl.constexpr, COLS: gl.constexpr, mma: gl.constexpr):
-    """Start the products of 64 rows of A and PARTS * COLS of B over one K block; a, b: addresses in shared memory.
+def multiply(a, b, p, PARTS: gl.constexpr, COLS: gl.constexpr, mma: gl.constexpr):
+    """Start the products of 64 rows of A and PARTS * COLS of B over one K block; a, b: addresses in shared memory; p: sums that come in
+    only to keep their registers, else two of them lie apart and others spill.
 
     Returns PARTS sums [64, COLS], which are in flight: `wait` has them."""
     EACH: gl.constexpr = COLS // 2
     a = gl.full([64, COLS], (a >> 4) & 0x3fff, gl.int32, mma)
     b = gl.full([64, COLS], (b >> 4) & 0x3fff, gl.int32, mma)
-    return gl.inline_asm_elementwise(multiply_code(PARTS, COLS), outputs(PARTS, COLS) + ",r" * (2 * EACH), [a, b], dtype=floats(PARTS),
-                                     is_pure=False, pack=EACH)
+    return gl.inline_asm_elementwise(multiply_code(PARTS, COLS), outputs(PARTS, COLS) + "," + same_registers(PARTS, COLS) + ",r" * (2 * EACH),
+                                     p + (a, b), dtype=floats(PARTS), is_pure=False, pack=EACH)
 
 
 @gluon.jit
