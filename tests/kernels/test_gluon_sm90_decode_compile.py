@@ -73,6 +73,10 @@ def chosen(which: str) -> Iterator[tuple[str, Problem, Config, Operands]]:
                  if [c.block_m, extra(c, "middle"), extra(c, "narrow"), c.block_n, c.num_warps, min(c.split_k, 2),
                      extra(c, "trip", 1)] == want)
         yield f"{layout} {rows}", p, replace(c, extra=(*c.extra, ("keep", 1))) if layout == "masked" else c, operands(p)
+    for tokens, blocks, stages in ((128, 2, 8), (16, 8, 4)):
+        p = problem("dense", tokens)
+        c = Config(tokens, 64, 128, 4, stages, swap_ab=True, persistent=True, split_k=blocks, extra=(("cluster", blocks), ("guess", 3), ("trip", 4)))
+        yield f"dense {tokens} in clusters", p, c, operands(p)
     p = replace(problem("dense", 8, "fp32"), accumulate=True)
     yield "dense 8 fp32 accumulate e8m0", p, fp8_decode.configs(p, ARCH)[0], operands(p, torch.float32, torch.uint8)
 
@@ -100,7 +104,7 @@ def check(reports: list[dict]) -> None:
 @pytest.mark.parametrize("triton", TRITONS)
 def test_every_layout(triton: str) -> None:
     reports = compile_jobs("sm90", "tests.kernels.test_gluon_sm90_decode_compile:jobs", triton=triton)
-    assert sum(r["kernel"] == "fp8_decode_kernel" for r in reports) == len(FEW) + 1
+    assert sum(r["kernel"] == "fp8_decode_kernel" for r in reports) == len(FEW) + 3
     check(reports)
 
 

@@ -41,7 +41,7 @@ def supports(problem: Problem, arch: Arch) -> str | None:
 # ---------------------------------------------------------------- configs
 # block_m x block_n of one block -> warpgroups along M and N, pieces of a warpgroup, tensors of a piece, columns of one
 _SHAPES = {
-    (128, 256): (1, 2, 2, 1, 128), (128, 192): (2, 1, 1, 3, 64),
+    (128, 256): (1, 2, 2, 1, 128), (128, 192): (2, 1, 1, 3, 64), (128, 176): (2, 1, 1, 11, 16), (128, 144): (2, 1, 1, 9, 16),
 }
 _EXTRA = {"cluster_m": (1, 2), "cluster_n": (1, 2), "late_store": (0, 1)}
 
@@ -103,7 +103,7 @@ def workspace(problem: Problem, config: Config) -> int:
 
 # ---------------------------------------------------------------- cost
 # microseconds of one K block of 128 on one SM of an H200: where every SM is busy, and where only a few are: docs/measured.md
-_BLOCK_TIMES = {(128, 256): (0.757, 0.72), (128, 192): (0.640, 0.54)}
+_BLOCK_TIMES = {(128, 256): (0.757, 0.72), (128, 192): (0.640, 0.54), (128, 176): (0.610, 0.52), (128, 144): (0.540, 0.48)}
 _CLUSTER_SECONDS = 3.0e-6    # until a cluster's blocks know of each other
 _ROWS = 1024                 # of a group: with fewer, what clusters save is not what holds the product
 _FEWER_ROWS = 1.08

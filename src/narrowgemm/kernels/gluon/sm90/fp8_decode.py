@@ -18,6 +18,7 @@ from ...launching import Launch, Pointer
 from ...operands import Operands
 from .fp8_decode_model import estimate, expected_rows, tiles_expected
 from .fp8_decode_tile import (
+    AHEADS,
     ITEMSIZE,
     LAYOUT_IDS,
     MAX_SPLIT,
@@ -48,6 +49,7 @@ SHAPES: tuple[Shape, ...] = ((64, 4, 3), (64, 4, 2), (128, 4, 2), (128, 8, 1))  
 GUESS = 3                    # K blocks of weights fetched on a guess, before group sizes are known
 EARLY = 4                    # of a dense product, before the warps part
 SPLITS = (1, 2, 4, 8)
+ROOM = {2: 66 / 132, 4: 30 / 132, 8: 15 / 132}     # clusters of so many blocks, one on an SM, that an H100 of 132 SMs holds at once
 KEEP_BYTES = 16e6            # an output of so many bytes and fewer is asked to stay in L2, where its reader finds it
 
 
@@ -82,7 +84,8 @@ def widths(problem: Problem) -> list[tuple[int, int, int, tuple[Shape, ...]]]:
     rows = expected_rows(problem)
     token = next((t for t in TOKENS if t >= rows), TOKENS[-1])
     if problem.layout == "dense":
-        return [(t, 0, 0, SHAPES[1:]) for t in ((token, token // 2) if token >= 32 else (token,))]      # two CTAs beat three
+        # two CTAs beat three, and one of two consumers
+        return [(t, 0, 0, SHAPES[1:3]) for t in ((token, token // 2) if token >= 32 else (token,))]
     if token <= 32:
         return [(64, token, 0, SHAPES[:3]), (128, 8, 32, SHAPES[3:])]
     # with 128 rows a group 1.7 times what tiles of 64 tokens and 128 weight rows take
@@ -98,6 +101,8 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
         for bn, warps, ctas in shapes:
             c = Config(bt, bn, 128, warps, 0, swap_ab=True, persistent=True)
             found += offers(problem, arch, c, ctas=ctas, narrow=narrow, middle=middle, keep=kept)
+        if problem.layout == "dense":
+            found += at_once(problem, arch, bt, kept)
     few = Config(8, 64, 128, 4, 0, swap_ab=True, persistent=True)
     if problem.layout == "offsets" and expected_rows(problem) == 1 and tiles_expected(problem, few) <= 2 * arch.sms:
         # one or two experts with a token, as a rank of many has them at one token. Cut along K they take 0.79-0.97 of what the
@@ -105,6 +110,28 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
         cut = [c for c in offers(problem, arch, few, ctas=2, narrow=0, middle=0, keep=kept) if c.split_k > 1]
         return cut or found
     return found
+
+
+def at_once(problem: Problem, arch: Arch, tokens: int, keep: bool) -> list[Config]:
+    """Of a dense product whose tiles are so few that all of them, cut along K, a cluster each, are on the chip at once."""
+    tiles = -(-problem.m // tokens) * -(-problem.n // 64)
+    found = []
+    for blocks, room in ROOM.items():
+        if tiles <= round(arch.sms * room):
+            c = Config(tokens, 64, 128, 4, 0, swap_ab=True, persistent=True, split_k=blocks)
+            found.append(with_stages(problem, arch, c, {"cluster": blocks, "keep": int(keep), "trip": TRIPS[-1], "ahead": AHEADS[1],
+                                                        "guess": EARLY}))
+    return [c for c in found if legal(problem, c, arch) is None]
+
+
+def with_stages(problem: Problem, arch: Arch, config: Config, options: dict[str, int]) -> Config:
+    """The config with as many stages as fit, and no more fetched early than that."""
+    def put(options: dict[str, int], stages: int) -> Config:
+        return replace(config, num_stages=stages, extra=tuple(sorted((k, v) for k, v in options.items() if v)))
+
+    c = put(options, 0)
+    stages = min(MAX_STAGES, (smem_budget(c, arch) - smem_bytes(problem, c)) // slot_bytes(c))
+    return put(options | {"guess": min(options.get("guess", 0), stages - 1)}, stages)
 
 
 def offers(problem: Problem, arch: Arch, config: Config, *, ctas: int, narrow: int, middle: int, keep: bool) -> list[Config]:
@@ -123,20 +150,16 @@ def offers(problem: Problem, arch: Arch, config: Config, *, ctas: int, narrow: i
     elif config.num_warps == 4 and (expected_rows(problem) <= config.block_m or tiles <= sms * ctas):
         wanted["guess"] = GUESS if ctas < 3 else 2       # one more spills with Triton 3.7
 
-    def made(split: int) -> Config:
-        options = wanted | ({"sms": arch.sms} if split > 1 else {})
-        if split > 1 and not dense:
-            options["guess"] = 0        # which part of K a CTA has, only the sizes of groups say
-        c = replace(config, split_k=split, extra=tuple(sorted((k, v) for k, v in options.items() if v)))
-        stages = min(MAX_STAGES, (smem_budget(c, arch) - smem_bytes(problem, c)) // slot_bytes(c))
-        options["guess"] = min(options.get("guess", 0), stages - 1)
-        return replace(c, num_stages=stages, extra=tuple(sorted((k, v) for k, v in options.items() if v)))
+    def cut(split: int) -> dict[str, int]:
+        """Options of tiles cut so: which part of K a CTA has, only the sizes of groups say."""
+        return ({"sms": arch.sms} if split > 1 else {}) | ({} if split == 1 or dense else {"guess": 0})
 
     # cut tiles along K where they are fewer than half the CTAs, to at least 4 K blocks. Two widths and partial sums are too
     # much for the registers
     room = sms * ctas // tiles if ctas == 2 and not two and not narrow else 1
     most = min(MAX_SPLIT, room, problem.k // 512)
-    out = [made(split) for split in SPLITS if split <= max(1, most)]
+    out = [with_stages(problem, arch, replace(config, split_k=split), wanted | cut(split))
+           for split in SPLITS if split <= max(1, most)]
     return [c for c in out if legal(problem, c, arch) is None]
 
 

@@ -27,6 +27,9 @@ EPILOGUE = 0.24e-9           # of an element of the last tile, from registers to
 CUT_SECONDS = 0.4e-6         # of a product that is cut along K, what memory's time doesn't hide,
 LAST_SECONDS = 1.8e-6        # and what it may: the last unit of a tile finds out that it is,
 ADD_SECONDS = 6e-9           # and adds partial sums, for each column of each of them
+CLUSTER_START = 0.8e-6       # of one that a cluster's blocks share: until they know of each other,
+CLUSTER_SECONDS = 0.8e-6     # the wait for all sums, reading them,
+CLUSTER_ADD_SECONDS = 8e-9   # for each column
 SEGMENTS_SECONDS = 0.8e-6    # listing 1024 rows of m_indices
 EFFICIENCY = 0.926           # of the peak bandwidth
 COLD = 0.36                  # of the time for the first COLD_BYTES, that reading them takes longer
@@ -35,7 +38,8 @@ INTAKE = 114e9               # bytes/s that one SM takes in
 L2_RATE = 9.2e12             # and all of them together, where every tile of tokens reads the weights again
 LATENCY = 0.84e-6
 STEP = 0.108e-6              # of one K block in a consumer: barriers, first wgmma to last
-PROMOTE = 0.33e-9            # of one column of one piece: wgmma and its promotion, one after the other
+PROMOTE = 0.33e-9            # of one column of one piece: wgmma and its promotion, one after the other,
+DENSE_PROMOTE = 1.6e-9       # and of a dense product: 191, 232 and 312 clocks a K block at 8, 32 and 64 columns
 AHEAD = 0.8                  # of both, where they overlap within a trip
 SHARP = 7                    # how sharply the longest of several limits takes over
 INSURANCE = 0.05             # what a loss under FEW groups with all the rows weighs
@@ -89,7 +93,7 @@ def tiles_expected(problem: Problem, config: Config) -> int:
     return max(1, round(sum(t.number for t in expected_tiles(problem, config)))) * -(-problem.n // config.block_n)
 
 
-def block_seconds(config: Config, columns: int, ctas: int, arch: Arch) -> float:
+def block_seconds(config: Config, columns: int, ctas: int, arch: Arch, dense: bool) -> float:
     """One K block of a tile in each of `ctas` CTAs on an SM."""
     pieces = pieces_of(config)
     consumers = config.num_warps // 4
@@ -97,7 +101,7 @@ def block_seconds(config: Config, columns: int, ctas: int, arch: Arch) -> float:
     # wgmma of 64 x columns x 128: bound by its product, or by reading both operands from shared memory, 128 bytes a clock
     clock = arch.fp8_flops / arch.sms / 8192
     wgmma = ctas * consumers * pieces * max(2 * columns, 64 + columns) / clock
-    chain = (STEP + pieces * columns * PROMOTE) * (AHEAD if extra(config, "trip", 1) > 1 else 1)
+    chain = (STEP + pieces * columns * (DENSE_PROMOTE if dense else PROMOTE)) * (AHEAD if extra(config, "trip", 1) > 1 else 1)
     return longest(taken, LATENCY / config.num_stages, wgmma, chain)
 
 
@@ -113,7 +117,8 @@ def tiles_seconds(problem: Problem, config: Config, arch: Arch, tiles: Iterable[
     blocks_n = -(-problem.n // config.block_n)
     tiles = list(tiles)
     total = max(1, round(sum(t.number for t in tiles) * blocks_n))
-    split = max(1, min(config.split_k, ctas // total))
+    cluster = extra(config, "cluster", 1)
+    split = cluster if cluster > 1 else max(1, min(config.split_k, ctas // total))
     k_blocks = -(-problem.k // 128 // split)
     units = total * split
 
@@ -122,16 +127,23 @@ def tiles_seconds(problem: Problem, config: Config, arch: Arch, tiles: Iterable[
     def wave(n: int, columns: float) -> float:
         on_one = min(per_sm, -(-n // sms))
         memory = n / units * max(read / (arch.bandwidth * EFFICIENCY), taken / L2_RATE)
-        last = LAST_SECONDS + ADD_SECONDS * split * columns if split > 1 else 0.0
-        return longest(memory, k_blocks * block_seconds(config, round(columns), on_one, arch) + last)
+        last = 0.0
+        if cluster > 1:
+            last = CLUSTER_SECONDS + CLUSTER_ADD_SECONDS * columns
+        elif split > 1:
+            last = LAST_SECONDS + ADD_SECONDS * split * columns
+        return longest(memory, k_blocks * block_seconds(config, round(columns), on_one, arch, dense) + last)
 
     columns = sum(t.number * t.columns for t in tiles) / sum(t.number for t in tiles)
+    dense = problem.layout == "dense"
     seconds = units // ctas * wave(ctas, columns) + (wave(units % ctas, columns) if units % ctas else 0.0)
-    if split > 1:
+    if cluster > 1:
+        seconds += CLUSTER_START
+    elif split > 1:
         # partial sums are written and read, mostly in L2
         seconds += CUT_SECONDS + units * config.block_n * columns * 8 / (arch.bandwidth * 1.2)
     seconds += COLD * min(read, COLD_BYTES) / arch.bandwidth
-    return seconds + EPILOGUE * config.block_n * columns
+    return seconds + EPILOGUE * config.block_n * columns / cluster
 
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:

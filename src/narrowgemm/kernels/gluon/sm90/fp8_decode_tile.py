@@ -12,6 +12,7 @@ ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 TOKENS = (8, 16, 32, 64, 128)
 MAX_SPLIT = 16
 TRIPS = (1, 2, 4)
+AHEADS = (4, 8, 16)
 CLUSTERS = (2, 4, 8)     # blocks that share a tile, each with a part of K; more than 8 not every chip grants
 
 
@@ -41,6 +42,7 @@ class Static:
     ACCUMULATE: bool
     ZERO: bool               # rows of no group are written as zero
     KEEP: bool               # output stays in L2
+    AHEAD: int               # K blocks whose scales are loaded together
     LOADER_REGS: int
     CONSUMER_REGS: int
 
@@ -78,8 +80,11 @@ def max_registers(config: Config) -> int:
 def register_split(config: Config, table: int) -> tuple[int, int]:
     """(registers of a loader's thread, of a consumer's), with a group table of that size in each loader."""
     regs = max_registers(config)
-    wide = (48 if extra(config, "cluster") else 16) * (config.block_m == 128)
-    loader = min(regs, 56 + wide if table <= 256 else 88 if table <= 512 else 128)
+    wide = 16 * (config.block_m == 128)
+    wide += 2 * (extra(config, "ahead", AHEADS[0]) - AHEADS[0]) * (-(-config.block_m // 32) + 1)
+    if extra(config, "cluster"):
+        wide += 112      # alone on an SM, there are registers for everybody
+    loader = min(regs, 56 + -(-wide // 8) * 8 if table <= 256 else 88 if table <= 512 else 128)
     return loader, min(232, (regs * (config.num_warps + 4) - 4 * loader) // config.num_warps // 8 * 8)
 
 
@@ -118,7 +123,8 @@ def static(problem: Problem, config: Config, groups: int) -> Static:
                   config.num_warps // 4, pieces(config), wide_trip, middle_trip, narrow_trip, config.num_stages,
                   extra(config, "guess"), config.split_k, cluster, w_at, x_at,
                   config.num_stages * (config.block_m + config.block_n), table, 16 // ITEMSIZE[problem.out_dtype],
-                  problem.accumulate, pads(problem), bool(extra(config, "keep")), loader, consumer)
+                  problem.accumulate, pads(problem), bool(extra(config, "keep")), extra(config, "ahead", AHEADS[0]), loader,
+                  consumer)
 
 
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
@@ -131,6 +137,8 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
         return f"ctas={extra(config, 'ctas', 1)}, expected 1 to 4 on an SM"
     if extra(config, "trip", 1) not in TRIPS:
         return f"trip={extra(config, 'trip')}, expected one of {TRIPS} K blocks"
+    if extra(config, "ahead", AHEADS[0]) not in AHEADS:
+        return f"ahead={extra(config, 'ahead')}, expected one of {AHEADS} K blocks"
     columns = config.block_m
     need = columns * (pieces(config) + 1 + (pieces(config) > 1)) // 2 + 40
     there = register_split(config, 32)[1]
@@ -162,8 +170,8 @@ def _illegal_cluster(problem: Problem, config: Config) -> str | None:
         return None
     if cluster not in CLUSTERS or config.split_k != cluster or cluster > config.block_m:
         return f"cluster={cluster}, split_k={config.split_k}, expected both the same of {CLUSTERS}, and no more than token columns"
-    if problem.layout != "dense" or config.block_n != 64 or config.num_warps != 4:
-        return "clusters take tiles of 64 weight rows of dense products, and 4 warps"
+    if problem.layout != "dense" or config.block_n != 64 or config.num_warps != 4 or extra(config, "ctas", 1) > 1:
+        return "clusters take tiles of 64 weight rows of dense products, 4 warps, and an SM a block"
     if cluster > problem.k // 128:
         return f"{cluster} blocks have no K block each"
     if problem.max_sms:
