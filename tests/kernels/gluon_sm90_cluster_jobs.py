@@ -36,9 +36,10 @@ def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], ob
     if which == "few":
         e8m0 = describe("masked", e8m0=True, a_scale="k")
         yield f"contiguous {chosen}", lambda: call(describe("contiguous"), chosen)
+        yield "dense, 144 columns", lambda: call(describe("dense"), fp8_cluster._DENSE[-1])
         yield "masked, E8M0, 192 columns", lambda: call(e8m0, fp8_cluster._config(128, 192, 5, cluster_m=2))
         return
-    problems = {layout: describe(layout) for layout in LAYOUTS if layout != "dense"} | {
+    problems = {layout: describe(layout) for layout in LAYOUTS} | {
         "fp32": describe("offsets", out_dtype="fp32"), "accumulate": describe("contiguous", accumulate=True, out_dtype="fp16"),
         "plain stores": describe("psum", out_aligned=False)}
     for name, p in problems.items():

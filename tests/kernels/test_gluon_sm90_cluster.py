@@ -30,7 +30,7 @@ TILES = {
     "128x192-columns": dict(CLUSTER_N=2, OUT_BUFFERS=2),
     "128x256-rows": dict(CLUSTER_M=2, WGM=1, WGN=2, MP=2, NP=1, WN=128, OUT_SPLIT=2, OUT_BUFFERS=2),
     "128x192-rows-late": dict(CLUSTER_M=2, LATE_STORE=True, OUT_BUFFERS=3),
-    "128x176-columns": dict(CLUSTER_N=2, NP=11, WN=16),
+    "128x176-columns": dict(CLUSTER_N=2, NP=11, WN=16), "128x144-columns": dict(CLUSTER_N=2, NP=9, WN=16, OUT_BUFFERS=2),
     "128x160-columns-late": dict(CLUSTER_N=2, NP=5, WN=32, LATE_STORE=True),
 }
 
@@ -96,7 +96,7 @@ def test_rows_of_another_group_are_not_summed_twice(device) -> None:
 
 
 # ---------------------------------------------------------------- host part
-@pytest.mark.parametrize("layout", [x for x in LAYOUTS if x != "dense"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("out_dtype", ["bf16", "fp32"])
 def test_configs_are_legal(layout: str, out_dtype: str) -> None:
     for k in (128, 384, 7168):
@@ -122,3 +122,4 @@ def test_clusters_are_for_large_groups() -> None:
     chosen = lambda *a: dispatch.select(problem(*a), get_arch("h100")).steps[0].kernel  # noqa: E731
     assert chosen("contiguous", 32768, 6144, 7168, 4) == chosen("offsets", 32768, 4096, 2048, 8) == fp8_cluster.NAME
     assert chosen("contiguous", 4096, 7168, 2048, 8) != fp8_cluster.NAME != chosen("dense", 8192, 4096, 7168)
+    assert chosen("dense", 8192, 576, 7168) == chosen("dense", 4096, 32768, 512) == fp8_cluster.NAME     # by waves; by short tiles
