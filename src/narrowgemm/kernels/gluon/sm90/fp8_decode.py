@@ -119,7 +119,8 @@ def at_once(problem: Problem, arch: Arch, tokens: int, keep: bool) -> list[Confi
     for blocks, room in ROOM.items():
         if tiles <= round(arch.sms * room):
             c = Config(tokens, 64, 128, 4, 0, swap_ab=True, persistent=True, split_k=blocks)
-            found.append(with_stages(problem, arch, c, {"cluster": blocks, "keep": int(keep), "trip": TRIPS[-1], "ahead": AHEADS[1],
+            ahead = AHEADS[1] if tokens < 128 else 0        # with more, scales of 128 columns spill
+            found.append(with_stages(problem, arch, c, {"cluster": blocks, "keep": int(keep), "trip": TRIPS[-1], "ahead": ahead,
                                                         "guess": EARLY}))
     return [c for c in found if legal(problem, c, arch) is None]
 
