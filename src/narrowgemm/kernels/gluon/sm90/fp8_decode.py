@@ -84,8 +84,8 @@ def widths(problem: Problem) -> list[tuple[int, int, int, tuple[Shape, ...]]]:
     rows = expected_rows(problem)
     token = next((t for t in TOKENS if t >= rows), TOKENS[-1])
     if problem.layout == "dense":
-        # two CTAs beat three, and one of two consumers
-        return [(t, 0, 0, SHAPES[1:3]) for t in ((token, token // 2) if token >= 32 else (token,))]
+        # two CTAs beat three, and one or two with 128 weight rows
+        return [(t, 0, 0, SHAPES[1:2]) for t in ((token, token // 2) if token >= 32 else (token,))]
     if token <= 32:
         return [(64, token, 0, SHAPES[:3]), (128, 8, 32, SHAPES[3:])]
     # with 128 rows a group 1.7 times what tiles of 64 tokens and 128 weight rows take
