@@ -150,7 +150,8 @@ _BLOCK_TIMES = {
     (64, 128, 2): (0.546, 0.45, 1.00), (128, 128, 2): (0.985, 0.55, 1.15),
     (128, 192, 1): (0.670, 0.56, 1.15),
 }
-_DENSE = {(128, 128, 1): 1.1}      # of those, where a dense product takes more than two waves: two H100 shapes of 128x128 tiles
+_DENSE = {(128, 192, 1): 0.9}               # of those, for a dense product,
+_DENSE_WAVES = {(128, 128, 1): 1.1}         # and for one that takes more than two waves (H100)
 _OUTSIDE = 0.8              # TMA is slow where a box reaches outside its tensor
 _H200_RATE = 1.40e15        # FP8 rate of the device that the figures are from
 
@@ -190,8 +191,9 @@ def _seconds(problem: Problem, config: Config, arch: Arch, work: float) -> float
     if problem.layout == "dense" and problem.m < config.block_m:
         outside = 1 + _OUTSIDE * (1 - problem.m / config.block_m)
         busy, alone = busy * outside, alone * outside
-    if problem.layout == "dense" and work > 2 * sms:
-        busy *= _DENSE.get((config.block_m, config.block_n, ctas), 1.0)
+    if problem.layout == "dense":
+        shape = config.block_m, config.block_n, ctas
+        busy *= _DENSE.get(shape, 1.0) * (_DENSE_WAVES.get(shape, 1.0) if work > 2 * sms else 1.0)
     unit = problem.k // 128 * 1e-6 * rate(arch)
     if work <= sms:     # one tile an SM: the fewer, the faster
         seconds = unit * (alone + (busy / ctas - alone if ctas == 1 else 0.0) * work / sms) + TILE_SECONDS

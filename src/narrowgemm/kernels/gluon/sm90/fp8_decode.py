@@ -101,7 +101,7 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
         for bn, warps, ctas in shapes:
             c = Config(bt, bn, 128, warps, 0, swap_ab=True, persistent=True)
             found += offers(problem, arch, c, ctas=ctas, narrow=narrow, middle=middle, keep=kept)
-        if problem.layout == "dense":
+        if problem.layout == "dense" and bt >= min(rows, 64):      # narrower ones read the weights twice for nothing
             found += at_once(problem, arch, bt, kept)
     few = Config(8, 64, 128, 4, 0, swap_ab=True, persistent=True)
     if problem.layout == "offsets" and expected_rows(problem) == 1 and tiles_expected(problem, few) <= 2 * arch.sms:
