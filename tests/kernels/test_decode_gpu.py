@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
+from narrowgemm.arch import detect
 from narrowgemm.kernels import launching
+from narrowgemm.kernels.gluon.sm90 import fp8_decode
 from narrowgemm.kernels.gluon.sm90.fp8_decode import NAME
 from narrowgemm.kernels.gluon.sm90.fp8_decode_tile import CLUSTERS, TOKENS
 from narrowgemm.problem import Config
@@ -21,20 +23,21 @@ def test_split_k_takes_a_workspace_as_it_is(m: int, n: int) -> None:
     """Nobody clears the counters, and each launch leaves them as if never used."""
     x = build(Case("split", "dense", 1, m, n, 7168), "cuda")
     plan = x.plan(backend=NAME)
-    assert plan.steps[0].config.split_k > 1, plan
+    config = next(c for c in fp8_decode.configs(plan.problem, detect(torch.device("cuda"))) if fp8_decode.in_workspace(c))
+    plan = x.plan(backend=NAME, config=config)
     work = torch.zeros(plan.workspace_bytes, dtype=torch.uint8, device="cuda")
-    x.call(backend=NAME, workspace=work)
+    x.call(backend=NAME, config=config, workspace=work)
     assert x.check().ok
     first = x.out.tensor.clone()
     for i in range(60):
         if i % 3 < 2:
             work.random_(0, 256) if i % 3 else work.fill_(255)
         x.reset_out()
-        x.call(backend=NAME, workspace=work)
+        x.call(backend=NAME, config=config, workspace=work)
         assert torch.equal(first.view(torch.int16), x.out.tensor.view(torch.int16)), i
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        x.call(backend=NAME, workspace=work)
+        x.call(backend=NAME, config=config, workspace=work)
     for i in range(40):
         if i % 2:
             work.random_(0, 256)
