@@ -119,6 +119,16 @@ def scale_blocks(a_ptrs, sak, live, b_ptr, sbk, count, cfg: gl.constexpr):
 
 
 @gluon.jit
+def scale_block(sa_ptr, sak, live, sb_ptr, sbk, kb, k1):
+    """Scales of K block kb. Zero past the unit."""
+    inside = kb < k1
+    k = kb.to(gl.int64)
+    sa = as_float(gl.load(sa_ptr + k * sak, mask=live & inside, other=0))
+    sb = as_float(gl.load(sb_ptr + k * sbk, mask=inside, other=0))
+    return sa, sb
+
+
+@gluon.jit
 def put_scales(s, rings, bars, slot, phase, cfg: gl.constexpr):
     w_s, x_s, s_s = rings
     full, empty = bars
@@ -133,8 +143,9 @@ def put_scales(s, rings, bars, slot, phase, cfg: gl.constexpr):
 def scale_loader(ptrs, strides, rings, bars, shape_args, index_ptr, table_ptr, cap, KB, cfg: gl.constexpr):
     sa_ptr, sb_ptr = ptrs
     sag, sam, sak, sbg, sbn, sbk = strides
-    sak = sak.to(gl.int64)
-    sbk = sbk.to(gl.int64)
+    if cfg.CLUSTER > 1:
+        sak = sak.to(gl.int64)
+        sbk = sbk.to(gl.int64)
     lay: gl.constexpr = gl.BlockedLayout([(cfg.BT + 31) // 32], [32], [1], [0])
     tok = gl.arange(0, cfg.BT, lay)
     full, empty = bars
@@ -153,18 +164,40 @@ def scale_loader(ptrs, strides, rings, bars, shape_args, index_ptr, table_ptr, c
         a_ptrs = a_ptr + tok.to(gl.int64) * sam
         b_ptr = sb_ptr + g.to(gl.int64) * sbg + (nb * cfg.BN // 128).to(gl.int64) * sbn
         mine = tok < rows
-        a_ptrs += k0.to(gl.int64) * sak
-        b_ptr += k0.to(gl.int64) * sbk
-        here = scale_blocks(a_ptrs, sak, mine, b_ptr, sbk, k1 - k0, cfg)
-        for kb in range(k0, k1, AHEAD):
-            # pointers go along, as a product in 64 bits for every block is most of this warp's work
-            a_ptrs += AHEAD * sak
-            b_ptr += AHEAD * sbk
-            ahead = scale_blocks(a_ptrs, sak, mine, b_ptr, sbk, k1 - kb - AHEAD, cfg)
-            for i in gl.static_range(AHEAD):
-                if kb + i < k1:
-                    slot, phase = put_scales(here[i], rings, bars, slot, phase, cfg)
-            here = ahead
+        if cfg.CLUSTER > 1:
+            a_ptrs += k0.to(gl.int64) * sak
+            b_ptr += k0.to(gl.int64) * sbk
+            here = scale_blocks(a_ptrs, sak, mine, b_ptr, sbk, k1 - k0, cfg)
+            for kb in range(k0, k1, AHEAD):
+                # pointers go along, as a product in 64 bits for every block is most of this warp's work
+                a_ptrs += AHEAD * sak
+                b_ptr += AHEAD * sbk
+                ahead = scale_blocks(a_ptrs, sak, mine, b_ptr, sbk, k1 - kb - AHEAD, cfg)
+                for i in gl.static_range(AHEAD):
+                    if kb + i < k1:
+                        slot, phase = put_scales(here[i], rings, bars, slot, phase, cfg)
+                here = ahead
+        else:
+            c0 = scale_block(a_ptrs, sak, mine, b_ptr, sbk, k0, k1)
+            c1 = scale_block(a_ptrs, sak, mine, b_ptr, sbk, k0 + 1, k1)
+            c2 = scale_block(a_ptrs, sak, mine, b_ptr, sbk, k0 + 2, k1)
+            c3 = scale_block(a_ptrs, sak, mine, b_ptr, sbk, k0 + 3, k1)
+            for kb in range(k0, k1, 4):
+                n0 = scale_block(a_ptrs, sak, mine, b_ptr, sbk, kb + 4, k1)
+                n1 = scale_block(a_ptrs, sak, mine, b_ptr, sbk, kb + 5, k1)
+                n2 = scale_block(a_ptrs, sak, mine, b_ptr, sbk, kb + 6, k1)
+                n3 = scale_block(a_ptrs, sak, mine, b_ptr, sbk, kb + 7, k1)
+                slot, phase = put_scales(c0, rings, bars, slot, phase, cfg)
+                if kb + 1 < k1:
+                    slot, phase = put_scales(c1, rings, bars, slot, phase, cfg)
+                if kb + 2 < k1:
+                    slot, phase = put_scales(c2, rings, bars, slot, phase, cfg)
+                if kb + 3 < k1:
+                    slot, phase = put_scales(c3, rings, bars, slot, phase, cfg)
+                c0 = n0
+                c1 = n1
+                c2 = n2
+                c3 = n3
     if cfg.GUESS > 0:
         give_up(left_over(units, shape_args, index_ptr, KB, cfg), full)
     idle(cfg)
