@@ -11,7 +11,7 @@ from ...problem import Config, Problem
 FP8 = ("e4m3", "e5m2")
 LAUNCH_SECONDS = 3e-6
 SPLIT_SECONDS = 0.8e-6    # the second launch, and what it waits for (fitted to six dense shapes, H100)
-SPLIT_FACTOR = 1.35       # of the first one, where tiles are cut: 64 and 128 x 576 x 7168 (H100), 16 x 2112 x 7168 (H200)
+SPLIT_FACTOR = 1.35       # of all but the launch, where tiles are cut: 64, 128 x 576 x 7168 (H100), 16 x 2112 x 7168 (H200)
 BLOCK_SECONDS = 0.42e-6   # least time of one K block of one tile, however small: loads' latency through the pipeline
 # rate of a tile over that of 128x128: two blocks of 64x128 an SM hide each other's promotions (measured, H200)
 RATE = {(128, 128): 1.0, (64, 128): 0.95, (128, 64): 0.85, (64, 64): 0.75}
@@ -103,7 +103,7 @@ def estimate(problem: Problem, config: Config, arch: Arch, efficiency: float) ->
     waves = -(-work // sms) if work <= sms else work / sms + 0.5 / resident
     seconds = max(waves * max(math, loads), -(-work // (sms * resident)) * -(-k // 128) * BLOCK_SECONDS)
     if config.split_k > 1:
-        seconds = seconds * SPLIT_FACTOR + SPLIT_SECONDS + 8.0 * config.split_k * problem.m * problem.n / arch.bandwidth
+        seconds += SPLIT_SECONDS + 8.0 * config.split_k * problem.m * problem.n / arch.bandwidth
     busy = min(1.0, work / sms)
     memory = problem.bytes / (arch.bandwidth * STREAMING * max(busy, 0.1))
-    return LEFT_OUT * (LAUNCH_SECONDS + max(seconds, memory))
+    return LEFT_OUT * (LAUNCH_SECONDS + max(seconds, memory) * (SPLIT_FACTOR if config.split_k > 1 else 1.0))
