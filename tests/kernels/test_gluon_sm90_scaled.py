@@ -248,8 +248,9 @@ def test_wide_tiles_of_blocks_add_by_tma() -> None:
     p = problem("k_grouped", a=FP8_1x128, b=FP8_1x128, out_dtype="fp32", accumulate=True)
     wide = next(c for c in fp8_wgrad.configs(p, H200) if c.block_n == 256 and c.block_m == 128)
     assert fp8_wgrad.tile_of(p, wide, H200).MP == 2
-    for change in (dict(out_dtype="fp16"), dict(out_aligned=False)):
-        assert "TMA adds" in str(fp8_wgrad.legal(replace(p, **change), wide, H200))
+    assert "TMA adds" in str(fp8_wgrad.legal(replace(p, out_aligned=False), wide, H200))
+    for dtype in ("bf16", "fp16"):
+        assert "writes FP32" in str(fp8_wgrad.legal(replace(p, out_dtype=dtype, accumulate=False), wide, H200))
 
 
 @pytest.mark.parametrize("kernel", [fp8_scaled, fp8_wgrad], ids=lambda k: k.NAME.split(".")[-1])

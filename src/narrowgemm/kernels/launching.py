@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ..formats import ScaledTensor
 from ..problem import Plan, Problem, Step
+from . import context
 from .operands import Operands
 from .step_operands import StepOperands
 from .tensor_map import widen
@@ -111,6 +112,7 @@ def launch(describe: Describe, step: Step, problem: Problem, operands: Operands 
 
     What `describe` returns may depend on all that is in the signature, and on no address.
     """
+    context.ensure()
     compiled = [x.run() for x in describe(step, problem, operands, workspace)]
     if operands.memo is None or step in operands.memo:
         return
@@ -279,6 +281,7 @@ class Maps(dict[int, Any]):
         descriptor.base = types.SimpleNamespace(data_ptr=lambda: address + self._offset, dtype=self._dtype)
         if len(self) >= MAPS:
             self.clear()
+        context.ensure()
         made = self[address] = self._encode(descriptor)
         return made
 

@@ -118,7 +118,7 @@ def deepgemm_layer(inputs: LayerInputs) -> Callable[[], Tensor]:
     out, weights = torch.empty_like(x), inputs.topk_weights
     up, down = ((w.data, w.scale) for w in (inputs.gate_up, inputs.down))
     expected = max(1, -(-tokens * top_k // (case.groups * case.ep)))
-    alpha, limit = OAI_ARGS
+    alpha, limit = OAI_ARGS if options["activation"] == "swiglu_oai" else (1.0, 0.0)
 
     def layout() -> tuple[Tensor, Tensor]:
         """(row of each slot, group sizes or the group of each row)."""

@@ -54,7 +54,7 @@ def rounded(x, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
 
 @triton.jit
 def swiglu(gate, up, alpha, limit, CLAMPED: tl.constexpr, NATIVE: tl.constexpr = False):
-    """silu(gate) * up; CLAMPED: GPT-OSS's gate * sigmoid(alpha * gate) * (up + 1), gate <= limit, |up| <= limit."""
+    """gate * sigmoid(alpha * gate) * up, alpha being 1 of plain SwiGLU; CLAMPED: GPT-OSS's, (up + 1), gate <= limit, |up| <= limit."""
     if CLAMPED:
         gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
         up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
