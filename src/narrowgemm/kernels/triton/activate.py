@@ -33,9 +33,11 @@ def supports(problem: Problem, arch: Arch) -> str | None:
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     """As `steps.tile_configs`; first those with 32 elements a thread, over which what is done once is spread, and of these the one
-    that holds two rows."""
+    that holds two rows. Without a format to quantise to they spill (8 bytes on sm90), and bytes are all there is."""
     if steps.by_rows(problem.b.format):
         return tile_configs(problem, arch)
+    if not problem.b.format.scaled:
+        return tile_configs(problem, arch, (2048, 4096, 1024))
     two_rows = min(max(2 * next_pow2(problem.k), 1024), 8192)
     many = tile_configs(problem, arch, tuple(dict.fromkeys((two_rows, 2048, 4096, 8192))))
     return [*(replace(c, num_warps=max(1, c.num_warps // 2)) for c in many), *tile_configs(problem, arch, (2048, 4096, 1024))]
