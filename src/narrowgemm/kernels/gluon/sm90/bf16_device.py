@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from .fp8_block_parts_device import advance
 from .fp8_block_schedule_device import (
     DENSE, MASKED, OFFSETS, ROW_OF_INTS, fill_table, first_tile, fresh, has_products, is_live, next_tile, total_tiles)
+from .fp8_scaled_device import producer
 from .fp8_scaled_parts_device import store_padding, store_tile
 from .fp8_scaled_sums_device import cut_all, products
 from .shim import block_barrier, tma_load, view_as
@@ -20,44 +21,6 @@ from .shim import block_barrier, tma_load, view_as
 BLOCK = gl.constexpr(64)
 PLANES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3))
 TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
-
-
-@gluon.jit
-def load_block(descs, rings, bar, slot, at, kb, cfg: gl.constexpr):
-    """Fill a slot with K block kb; it arrives on `bar`. What lies outside of a tensor is zeros."""
-    a_desc, b0_desc, b1_desc = descs
-    a_s, b0_s, b1_s = rings
-    a_plane, a_row, b_plane, b_row = at
-    mbarrier.expect(bar, cfg.BLOCK_BYTES)
-    tma_load(a_desc, [a_plane, a_row, kb * BLOCK], bar, a_s.index(slot))
-    tma_load(b0_desc, [b_plane, b_row, kb * BLOCK], bar, b0_s.index(slot))
-    if cfg.COLS1 > 0:
-        tma_load(b1_desc, [b_plane, b_row + cfg.COLS0, kb * BLOCK], bar, b1_s.index(slot))
-
-
-@gluon.jit
-def producer(descs, rings, bars, table, problem, cfg: gl.constexpr):
-    full, empty = bars
-    index_ptr, M, N, KB, G, alignment = problem
-    work = (index_ptr, table, M, N, KB, G, alignment, total_tiles(table, M, N, cfg, 1))
-    slot = gl.to_tensor(0)
-    phase = gl.to_tensor(1)
-    cursor, tile = first_tile(work, cfg, 1)
-    n, g, first, end, stop = tile
-    while n >= 0:
-        a_plane = g * 0
-        if cfg.LAYOUT == MASKED:
-            a_plane = g
-        at = (a_plane, first, g, n * cfg.BN)
-        # the next tile is looked up first, so that its loads are off the path between two tiles
-        go = has_products((n, g, first, end, stop), cfg)
-        cursor, ahead = next_tile(cursor, (n, g, first, end, stop), work, cfg, 1)
-        if go:
-            for kb in range(KB):
-                mbarrier.wait(empty.index(slot), phase)
-                load_block(descs, rings, full.index(slot), slot, at, kb, cfg)
-                slot, phase = advance(slot, phase, cfg.STAGES)
-        n, g, first, end, stop = ahead
 
 
 @gluon.jit

@@ -46,6 +46,7 @@ class Tile(ScaledTile):
 
     GATE: bool = False
     BLOCKS: bool = True      # for the store: sums come to it scaled
+    BLOCK_K: int = BLOCK
 
     def __post_init__(self) -> None:
         super().__post_init__()

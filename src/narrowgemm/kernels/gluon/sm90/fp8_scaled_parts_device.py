@@ -17,10 +17,10 @@ def load_block(descs, rings, bar, slot, at, kb, cfg: gl.constexpr):
     a_s, b0_s, b1_s = rings
     a_plane, a_row, b_plane, b_row = at
     mbarrier.expect(bar, cfg.BLOCK_BYTES)
-    tma_load(a_desc, [a_plane, a_row, kb * 128], bar, a_s.index(slot))
-    tma_load(b0_desc, [b_plane, b_row, kb * 128], bar, b0_s.index(slot))
+    tma_load(a_desc, [a_plane, a_row, kb * cfg.BLOCK_K], bar, a_s.index(slot))
+    tma_load(b0_desc, [b_plane, b_row, kb * cfg.BLOCK_K], bar, b0_s.index(slot))
     if cfg.COLS1 > 0:
-        tma_load(b1_desc, [b_plane, b_row + cfg.COLS0, kb * 128], bar, b1_s.index(slot))
+        tma_load(b1_desc, [b_plane, b_row + cfg.COLS0, kb * cfg.BLOCK_K], bar, b1_s.index(slot))
 
 
 # ---------------------------------------------------------------- scales and the store

@@ -38,6 +38,7 @@ class Tile:
     ACCUMULATE: bool = False
     STORE_TMA: bool = True   # whole tiles leave by TMA
     SPLIT: bool = False      # weight gradient: long tiles are cut into chunks along K
+    BLOCK_K: int = 128       # elements of K in a block
     TABLES: int = 1          # tables of GROUPS integers
     MP: int = 1              # pieces of 64 rows of a warpgroup, one after another with one partial sum: BLOCKS alone
     A_SCALE_TMA: bool = False  # for the schedule: tiles start where their group does
