@@ -14,7 +14,7 @@ from . import cluster_device as cluster
 from .fold_device import gated
 from .fold_whole_device import ahead
 from .fp8_block_schedule_device import OFFSETS, ROW_OF_INTS, fill_table
-from .fp8_cluster_device import BYTES, barriers, consumer, idle, producer
+from .fp8_cluster_device import consumer, idle, prepare, producer
 from .shim import block_barrier, view_as
 
 
@@ -31,21 +31,7 @@ def fold_cluster_kernel(a_desc, sa_desc, b_desc, d_desc, out_ptr, w_ptr, s_ptr, 
     """A persistent grid of clusters; arguments as `fp8_cluster_kernel`, `fold_whole_kernel` and `fold_kernel` have them. b_desc
     [G, NT * 64, KB * 128] is on what made_ptr points to; top, factor [G, NT * 64]."""
     M = gated(M, flags_ptr, flags, cfg)
-    UNIT: gl.constexpr = cfg.UNIT
-    STAGES: gl.constexpr = cfg.STAGES
-    staging: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, cfg.OUT_COLS], out_ptr.dtype.element_ty)
-    ring = gl.allocate_shared_memory(gl.int8, [cfg.BARS_AT // 128 + 1, 128], BYTES)
-    d_s = view_as(ring, out_ptr.dtype.element_ty, 2 * cfg.OUT_BUFFERS, 64, cfg.OUT_COLS, staging)
-    full, empty = barriers(cfg)
-    for i in gl.static_range(STAGES):
-        cluster.init(full + 8 * i, 1)
-        cluster.init(empty + 8 * i, cfg.CLUSTER * 8)
-    table = ring
-    if cfg.LAYOUT >= OFFSETS:
-        table = gl.allocate_shared_memory(gl.int32, [cfg.GROUPS], ROW_OF_INTS)
-        fill_table(table, index_ptr, M, G, alignment, UNIT, 4)
-        block_barrier()
-    fence_async_shared()
+    ring, d_s, table = prepare(out_ptr, index_ptr, M, G, alignment, cfg)
 
     problem = (index_ptr, M, N, KB, G, alignment)
     scales = (top_ptr, 0, 0, 0, top_ptr, NT * 64, factor_ptr, 0)

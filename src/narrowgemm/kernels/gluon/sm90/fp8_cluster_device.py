@@ -366,11 +366,9 @@ def consumer(d_desc, out, scales, ring, d_s, table, problem, cfg: gl.constexpr, 
     cluster.wait_all(cfg.CLUSTER)
 
 
-@gluon.jit(do_not_specialize=["M", "KB", "G", "alignment", "sa_pitch", "sag", "sam", "sak", "sbg", "sbn",
-                              "out_pitch"])
-def fp8_cluster_kernel(a_desc, sa_desc, b_desc, d_desc, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N, KB, G, alignment,
-                    sa_pitch, sag, sam, sak, sbg, sbn, sbk, og, om, out_pitch, cfg: gl.constexpr):
-    """A persistent grid of clusters; arguments as `fp8_block_kernel` has them."""
+@gluon.jit
+def prepare(out_ptr, index_ptr, M, G, alignment, cfg: gl.constexpr):
+    """Shared memory (ring, staging of the store, table of groups), with barriers ready."""
     UNIT: gl.constexpr = cfg.UNIT
     STAGES: gl.constexpr = cfg.STAGES
     staging: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, cfg.OUT_COLS], out_ptr.dtype.element_ty)
@@ -386,6 +384,15 @@ def fp8_cluster_kernel(a_desc, sa_desc, b_desc, d_desc, out_ptr, sa_ptr, sb_ptr,
         fill_table(table, index_ptr, M, G, alignment, UNIT, 4)
         block_barrier()
     fence_async_shared()
+    return ring, d_s, table
+
+
+@gluon.jit(do_not_specialize=["M", "KB", "G", "alignment", "sa_pitch", "sag", "sam", "sak", "sbg", "sbn",
+                              "out_pitch"])
+def fp8_cluster_kernel(a_desc, sa_desc, b_desc, d_desc, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N, KB, G, alignment,
+                    sa_pitch, sag, sam, sak, sbg, sbn, sbk, og, om, out_pitch, cfg: gl.constexpr):
+    """A persistent grid of clusters; arguments as `fp8_block_kernel` has them."""
+    ring, d_s, table = prepare(out_ptr, index_ptr, M, G, alignment, cfg)
 
     problem = (index_ptr, M, N, KB, G, alignment)
     scales = (sa_ptr, sag, sam, sak, sb_ptr, sbg, sbn, sbk)
