@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import time
 from pathlib import Path
 
 import pytest
@@ -140,10 +139,12 @@ def test_resume_measures_what_is_left(whole: Path, tmp_path: Path) -> None:
 
 
 def test_time_that_is_over_leaves_rows_that_say_so(tmp_path: Path) -> None:
-    job = Job([(SUITE, c.id) for c in DENSE[:2]], {SUITE: ["floor"]}, ["auto"], "cpu", rounds=1, deadline=time.time() - 1)
-    rows = [e["row"] for e in runner.run(job) if e["event"] == "row"]
+    path = tmp_path / "r.json"
+    done = run("--case", f"{SUITE}/{DENSE[0].id}", "--case", f"{SUITE}/{DENSE[1].id}", "--peers", "floor", "--budget", 1e-9, "--json", path)
+    rows = results.read(path)["rows"]
     assert [r["case"] for r in rows] == [c.id for c in DENSE[:2]]
     assert all("the time that was given is over" in r["error"] for r in rows)
+    assert done.exit_code == 0 and "2 of 2 rows have no figure" in done.output
 
 
 @pytest.mark.parametrize("stage", ["ours:auto", "peer:torch_bf16", "timing"])
@@ -215,6 +216,13 @@ def test_several_backends_and_no_peer(tmp_path: Path) -> None:
     assert rows["auto"]["backend"] == "reference" and rows["auto"]["peer"] is None and rows["auto"]["error"] is None
     assert "Unsupported" in rows["triton"]["error"] and rows["triton"]["us"] is None
     assert "> Perf (dense, m=64, n=112, k=128, bf16): triton: Unsupported" in done.output
+    assert done.exit_code == 1 and "1 rows of ours failed" in done.output
+
+
+@pytest.mark.parametrize("peer, error, ours", [("floor", None, False), ("floor", "floor: it broke", False), (None, "it broke", True),
+                                               ("floor", "RuntimeError: it broke", True), ("floor", "deepgemm: said by us", True)])
+def test_whose_failure_a_row_is(peer: str | None, error: str | None, ours: bool) -> None:
+    assert results.own_failure(results.make_row(DENSE[0], "auto", peer, error=error)) is ours
 
 
 def test_compiling_ahead_reports_each_case() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -120,6 +121,9 @@ def bench(suites: tuple[str, ...], patterns: tuple[str, ...], backends: tuple[st
 
     Kernel time by CUDA graphs with L2 flushed, everything on a case interleaved; on the CPU, wall time. Measuring is
     done in a process of its own: a case that kills it costs its rows, with the reason, and not the run.
+
+    The exit status is 1 where a row of ours failed: it raised, missed a gate or has no time. A peer that failed, and a
+    case that --budget left no time for, do not count; `narrowgemm report` counts every row.
     """
     started = time.time()
     names = split(suites)
@@ -152,6 +156,9 @@ def bench(suites: tuple[str, ...], patterns: tuple[str, ...], backends: tuple[st
         from .plot import roofline
 
         roofline(plot_path, run.header, run.rows)
+    if failed := [r for r in run.rows if results.own_failure(r) and r["error"] != runner.LATE]:
+        click.echo(f"{len(failed)} rows of ours failed", err=True)
+        sys.exit(1)
 
 
 def check_names(option: str, names: Sequence[str], peers: bool) -> None:

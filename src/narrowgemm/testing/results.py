@@ -48,6 +48,11 @@ def key(row: Row) -> tuple[str, str, str, str | None]:
     return row["suite"], row["case"], row["asked"], row["peer"]
 
 
+def own_failure(row: Row) -> bool:
+    """Whether it is our side that the row has no figure of, or a wrong one; what failed in its peer begins with the peer's name."""
+    return row["error"] is not None and not (row["peer"] and row["error"].startswith(f"{row['peer']}: "))
+
+
 def write_json(path: Path, header: dict[str, Any], rows: Sequence[Row]) -> None:
     """Replace `path` in one step, so that an interrupted run leaves the rows so far and never half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)

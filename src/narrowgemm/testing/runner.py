@@ -20,6 +20,7 @@ from .results import Row, make_row
 from .worker import MARK, STICKY, Job
 
 Event = dict[str, Any]
+LATE = "not measured: the time that was given is over"
 
 
 def owed(case: Case, job: Job, error: str | None = None) -> list[Row]:
@@ -44,7 +45,7 @@ def run(job: Job, *, timeout: float = 300.0) -> Iterator[Event]:
         for event in worker.events():
             kind = event["event"]
             if kind == "late":
-                yield from _answer_all(left, job, "not measured: the time that was given is over")
+                yield from _answer_all(left, job, LATE)
                 return
             if kind == "start":
                 current, stage, have = (event["case"][0], event["case"][1]), "", set()
