@@ -3,7 +3,7 @@
 Triton 3.6's interpreter multiplies BF16 operands of `tl.dot` as raw integers, truncates casts to BF16, makes FP8 casts
 that are off by up to 2x, lets NaN through `maxnum`, has no BF16 constants and no `dot_scaled`, makes loop variables Python
 ints, and cannot loop over a runtime bound with NumPy >= 2.4. Each fault is probed first: a fix that the installed Triton
-has made itself is not patched over. `repair()` says which faults it found.
+has made itself is not patched over. `repair()` says which faults it found. The last three cost nothing but time: more than half of it.
 
 Narrow floats go through float32 and torch: round to nearest even, FP8 saturating (infinities too, NaN stays NaN), which
 is what `cvt.rn.satfinite` does on the device. Rounding toward zero stays with Triton's own code.
@@ -14,7 +14,9 @@ from __future__ import annotations
 import ast
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -283,6 +285,70 @@ def fix_loop_variable() -> None:
     ti.ASTTransformer.visit_For = visit_For
 
 
+# -- time: three things that are done again for every call or operation, to no effect ------------------------------------
+
+
+class _Patched:
+    """What `patch_lang` gives a launch: to be undone at its end."""
+
+    def __init__(self, scope: Any, done: set[str]) -> None:
+        self.scope, self.done = scope, done
+
+    def restore(self) -> None:
+        self.scope.restore()
+        self.done.clear()
+
+
+def patching_slow() -> bool:
+    """Whether every call of a device function looks through the language for what the launch has patched already."""
+    return "_patch_lang" in ti.InterpretedFunction.__call__.__code__.co_names and not hasattr(ti._patch_lang, "plain")
+
+
+def fix_patching() -> None:
+    plain, done = ti._patch_lang, set()
+
+    def patch_lang(fn):
+        seen = {x.__name__ for x in fn.__globals__.values() if x is tl or x is tl.core}
+        if seen and seen <= done:
+            return None     # nobody undoes what a device function patches
+        first = not done
+        scope = plain(fn)
+        done.update(seen)
+        return _Patched(scope, done) if first else scope
+
+    patch_lang.plain = plain
+    ti._patch_lang = patch_lang
+
+
+def overflow_slow() -> bool:
+    """Whether integer operations are done in int64, too, for an assertion that the interpreter leaves out."""
+    options = ti.interpreter_builder.options
+    return options.sanitize_overflow and not options.debug
+
+
+def fix_overflow() -> None:
+    ti.interpreter_builder.options = replace(ti.interpreter_builder.options, sanitize_overflow=False)
+
+
+def np_dtype_slow() -> bool:
+    """Whether a table of all types is made for every type that is looked up."""
+    return "np_types" in ti._get_np_dtype.__code__.co_varnames
+
+
+def fix_np_dtype() -> None:
+    plain, known = ti._get_np_dtype, {}
+
+    def get_np_dtype(dtype):
+        scalar = dtype.scalar
+        if isinstance(scalar, tl.pointer_type):
+            return plain(dtype)
+        if scalar not in known:
+            known[scalar] = plain(scalar)
+        return known[scalar]
+
+    ti._get_np_dtype = get_np_dtype
+
+
 FAULTS: dict[str, tuple[Callable[[], bool], Callable[[], None]]] = {
     "casts to and from BF16 and FP8": (casts_wrong, fix_casts),
     "BF16 arithmetic": (arithmetic_wrong, fix_arithmetic),
@@ -293,6 +359,9 @@ FAULTS: dict[str, tuple[Callable[[], bool], Callable[[], None]]] = {
     "no dot_scaled": (dot_scaled_wrong, fix_dot_scaled),
     "loops over a runtime bound": (index_wrong, fix_index),
     "loop variables are Python ints": (loop_variable_wrong, fix_loop_variable),
+    "device functions patch the language": (patching_slow, fix_patching),
+    "overflow is looked for and not reported": (overflow_slow, fix_overflow),
+    "types in a table of their own": (np_dtype_slow, fix_np_dtype),
 }
 
 
