@@ -10,6 +10,8 @@ TRITONS: the installed Triton is the oldest that is supported; the newest lies b
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -44,9 +46,10 @@ def with_triton(which: str) -> dict[str, str]:
     return dict(os.environ, TRITON_INTERPRET="0", PYTHONPATH=os.pathsep.join([*front, str(ROOT), str(ROOT / "src")]))
 
 
-def compile_jobs(target: str, jobs: str, *args: str, triton: str = "oldest") -> list[dict]:
-    """One report a compiled kernel: job, kernel, shared (bytes), spills (bytes), registers, ops (mnemonic: count)."""
-    env = with_triton(triton) | {"NARROWGEMM_ARCH": target}
+def compile_jobs(target: str, jobs: str, *args: str, triton: str = "oldest", sass: bool = False) -> list[dict]:
+    """One report a compiled kernel: job, kernel, shared (bytes), spills (bytes), registers, ops (mnemonic: count); with `sass`, which takes
+    as long as compiling, `unwritten`, too: reads of registers that nothing has written."""
+    env = with_triton(triton) | {"NARROWGEMM_ARCH": target, "NARROWGEMM_TEST_SASS": str(int(sass))}
     done = subprocess.run([sys.executable, "-m", "tests._compile", target, jobs, *args], cwd=ROOT, env=env,
                           capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"compiling {jobs} for {target} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
@@ -82,23 +85,27 @@ class FakeDriver:
         return torch.device("cpu")
 
 
-def nvidia_report(kernel, target: str) -> dict:
+def nvidia_report(kernel, target: str, log: str) -> dict:
+    """`log`: what ptxas said when it made the kernel; nothing where the kernel was cached."""
     from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
 
-    ptx = kernel.asm["ptx"]
-    arch = sm_arch_from_capability(int(target[2:]))
+    ptx, arch = kernel.asm["ptx"], sm_arch_from_capability(int(target[2:]))
+    tool = Path((get_ptxas(int(target[2:])) if get_ptxas.__code__.co_argcount else get_ptxas()).path)
     with tempfile.TemporaryDirectory() as d:
-        source = Path(d) / "kernel.ptx"
-        source.write_text(ptx)
-        tool = get_ptxas(int(target[2:])) if get_ptxas.__code__.co_argcount else get_ptxas()
-        log = subprocess.run([tool.path, "-v", f"--gpu-name={arch}", str(source), "-o", f"{d}/kernel.cubin"],
-                             capture_output=True, text=True, check=True).stderr
-        dump = Path(tool.path).with_name("cuobjdump")
-        code = subprocess.run([dump, "-sass", f"{d}/kernel.cubin"], capture_output=True, text=True).stdout if dump.exists() else ""
+        source, cubin = Path(d) / "kernel.ptx", Path(d) / "kernel.cubin"
+        if "registers" not in log:
+            source.write_text(ptx)
+            log = subprocess.run([tool, "-v", f"--gpu-name={arch}", source, "-o", cubin], capture_output=True, text=True, check=True).stderr
+        machine_code = {}
+        if os.environ.get("NARROWGEMM_TEST_SASS") == "1":
+            cubin.write_bytes(kernel.asm["cubin"])
+            dump = tool.with_name("cuobjdump")
+            code = subprocess.run([dump, "-sass", cubin], capture_output=True, text=True).stdout if dump.exists() else ""
+            machine_code["unwritten"] = len(UNWRITTEN.findall(code))
     spill = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = re.search(r"Used (\d+) registers", log)
     return {"spills": int(spill[1]) + int(spill[2]) if spill else -1, "registers": int(registers[1]) if registers else -1,
-            "serialized": "C7514" in log, "unwritten": len(UNWRITTEN.findall(code)), "ops": {op: ptx.count(op) for op in NVIDIA_OPS}}
+            "serialized": "C7514" in log, "ops": {op: ptx.count(op) for op in NVIDIA_OPS}, **machine_code}
 
 
 def amd_report(kernel) -> dict:
@@ -123,9 +130,12 @@ def main(target: str, jobs: str, *args: str) -> None:
     original = triton.runtime.jit.JITFunction.run
     current = ""
 
+    triton.knobs.nvidia.dump_ptxas_log = True
+
     def compile_only(self, *run_args, grid, warmup, **kwargs):
-        kernel = original(self, *run_args, grid=grid, warmup=True, **kwargs)
-        report = amd_report(kernel) if target.startswith("gfx") else nvidia_report(kernel, target)
+        with contextlib.redirect_stdout(io.StringIO()) as said:
+            kernel = original(self, *run_args, grid=grid, warmup=True, **kwargs)
+        report = amd_report(kernel) if target.startswith("gfx") else nvidia_report(kernel, target, said.getvalue())
         reports.append({"job": current, "kernel": self.fn.__name__, "shared": kernel.metadata.shared, **report})
         return kernel
 
