@@ -8,15 +8,14 @@ bytes as there, and the tensor core's sum is FP32's, so nothing is promoted.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import tma
 
-from .fp8_block_parts_device import advance
-from .fp8_block_schedule_device import (
-    DENSE, MASKED, OFFSETS, ROW_OF_INTS, fill_table, first_tile, fresh, has_products, is_live, next_tile, total_tiles)
+from .fp8_block_schedule_device import DENSE, MASKED, first_tile, fresh, has_products, is_live, next_tile, total_tiles
 from .fp8_scaled_device import producer
 from .fp8_scaled_parts_device import store_padding, store_tile
 from .fp8_scaled_sums_device import cut_all, products
-from .shim import block_barrier, tma_load, view_as
+from .ring_device import groups_table, ring_barriers, store_buffers
+from .shim import view_as
 
 BLOCK = gl.constexpr(64)
 PLANES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=3))
@@ -113,23 +112,12 @@ def bf16_kernel(a_desc, b0_desc, b1_desc, d_desc, out_ptr, sa_ptr, sb_ptr, index
     b1_s = b0_s
     if cfg.COLS1 > 0:
         b1_s = gl.allocate_shared_memory(gl.bfloat16, [S, 1, cfg.WGN * cfg.COLS1, BLOCK], PLANES)
-    staging: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, cfg.OUT_COLS], out_ptr.dtype.element_ty)
-    d_s = gl.allocate_shared_memory(out_ptr.dtype.element_ty, [cfg.CONSUMERS * cfg.OUT_BUFFERS, 64, cfg.OUT_COLS], staging)
-    full = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(S):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=cfg.CONSUMERS)
-    table = full
-    if cfg.LAYOUT >= OFFSETS:
-        table = gl.allocate_shared_memory(gl.int32, [cfg.GROUPS], ROW_OF_INTS)
-        fill_table(table, index_ptr, M, G, alignment, cfg, 4)
-        block_barrier()
-    fence_async_shared()
+    d_s = store_buffers(out_ptr, cfg)
+    bars = ring_barriers(S, 1, cfg.CONSUMERS)
+    table = groups_table(bars[0], index_ptr, M, G, alignment, cfg)
 
     descs = (a_desc, b0_desc, b1_desc)
     rings = (a_s, b0_s, b1_s)
-    bars = (full, empty)
     problem = (index_ptr, M, N, KB, G, alignment)
     scales = (sa_ptr, sag, sb_ptr, sbg)
     out = (out_ptr, og, om, out_pitch)

@@ -8,14 +8,11 @@ the weights of groups to come (`fold_whole_device.py`), where they haven't all b
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared
 
 from . import cluster_device as cluster
 from .fold_device import gated
 from .fold_whole_device import ahead
-from .fp8_block_schedule_device import OFFSETS, ROW_OF_INTS, fill_table
 from .fp8_cluster_device import consumer, idle, prepare, producer
-from .shim import block_barrier, view_as
 
 
 @gluon.jit

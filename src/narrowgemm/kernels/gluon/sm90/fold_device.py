@@ -19,8 +19,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from .fold_expand_device import FIELDS, WORDS, expand, lane_table, row_tops
 from .fp8_block_device import consumer
 from .fp8_block_parts_device import FP8_PLANE, advance
-from .fp8_block_schedule_device import MASKED, OFFSETS, ROW_OF_INTS, fill_table, first_tile, has_products, next_tile, total_tiles
-from .shim import block_barrier, tma_load, view_as
+from .fp8_block_schedule_device import MASKED, first_tile, has_products, next_tile, total_tiles
+from .ring_device import groups_table, ring_barriers, store_buffers
+from .shim import tma_load, view_as
 
 PLANES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3))
 WORDS_TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=32, rank=2))
@@ -134,34 +135,19 @@ def fold_kernel(a_desc, sa_desc, w_desc, s_desc, d_desc, out_ptr, top_ptr, facto
     W_STAGES: gl.constexpr = cfg.W_STAGES
     w_s = gl.allocate_shared_memory(gl.int32, [W_STAGES, cfg.UNITS, 4, 256], PLANES)
     s_s = gl.allocate_shared_memory(gl.int32, [W_STAGES, cfg.UNITS, 1, 128], PLANES)
-    staging: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, cfg.OUT_COLS], out_ptr.dtype.element_ty)
-    d_s = gl.allocate_shared_memory(out_ptr.dtype.element_ty, [cfg.CONSUMERS * cfg.OUT_BUFFERS, 64, cfg.OUT_COLS], staging)
+    d_s = store_buffers(out_ptr, cfg)
     sa_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1, cfg.SUB, cfg.BM], sa_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    w_full = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
-    w_empty = gl.allocate_shared_memory(gl.int64, [W_STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=2)
-        mbarrier.init(empty.index(i), count=cfg.CONSUMERS)
-    for i in gl.static_range(W_STAGES):
-        mbarrier.init(w_full.index(i), count=1)
-        mbarrier.init(w_empty.index(i), count=1)
-    table = full
-    if cfg.LAYOUT >= OFFSETS:
-        table = gl.allocate_shared_memory(gl.int32, [cfg.GROUPS], ROW_OF_INTS)
-        fill_table(table, index_ptr, M, G, alignment, cfg, 4)
-        block_barrier()
-    fence_async_shared()
+    ring = ring_barriers(STAGES, 2, cfg.CONSUMERS)
+    bars = ring + ring_barriers(W_STAGES, 1, 1)
+    table = groups_table(bars[0], index_ptr, M, G, alignment, cfg)
 
-    bars = (full, empty, w_full, w_empty)
     problem = (index_ptr, M, N, KB, G, alignment)
     scales = (top_ptr, 0, 0, 0, top_ptr, NT * 64, factor_ptr, 0)
     out = (out_ptr, og, om, out_pitch)
     views = (a_s, sa_s, b_s)
     gl.warp_specialize([
-        (consumer, (d_desc, out, scales, views, d_s, (full, empty), table, problem, cfg, 0, 0)),
-        (consumer, (d_desc, out, scales, views, d_s, (full, empty), table, problem, cfg, cfg.WGM - 1, cfg.WGN - 1)),
+        (consumer, (d_desc, out, scales, views, d_s, ring, table, problem, cfg, 0, 0)),
+        (consumer, (d_desc, out, scales, views, d_s, ring, table, problem, cfg, cfg.WGM - 1, cfg.WGN - 1)),
         (expander, ((b_s, w_s, s_s), bars, table, problem, top_ptr, NT, cfg)),
         (producer, ((a_desc, sa_desc, w_desc, s_desc), (a_s, sa_s, w_s, s_s), bars, table, problem, NT, cfg)),
     ], [4, 4, 1], [cfg.CONSUMER_REGISTERS, cfg.EXPANDER_REGISTERS, cfg.PRODUCER_REGISTERS])

@@ -9,47 +9,30 @@ steps. That is decided by piece and block, on the device; elsewhere there is one
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from .fp8_block_device import store_tile
 from .fp8_block_parts_device import FP8_PLANE, FP8_TILE, ROW_OF_FLOATS, advance, fence, promote, read_a_scale, store_zeros
-from .fp8_block_schedule_device import (
-    CONTIGUOUS, DENSE, MASKED, OFFSETS, ROW_OF_INTS, fill_table, first_tile, fresh, has_products, is_live, next_tile, total_tiles)
+from .fp8_block_schedule_device import DENSE, MASKED, OFFSETS, first_tile, fresh, has_products, is_live, next_tile, total_tiles
 from .fp8_block_sums_device import before
-from .shim import block_barrier, tma_load, view_as, view_rows
+from .ring_device import feed, groups_table, ring_barriers, store_buffers
+from .shim import tma_load, view_as, view_rows
+
+
+@gluon.jit
+def load_block(descs, rings, bar, slot, at, kb, cfg: gl.constexpr):
+    a_desc, sa_desc, b_desc = descs
+    a_s, sa_s, b_s = rings
+    plane, row, group, column = at
+    mbarrier.expect(bar, cfg.BLOCK_BYTES)
+    tma_load(a_desc, [plane, row, kb * 128], bar, a_s.index(slot))
+    tma_load(b_desc, [group, column, kb * 128], bar, b_s.index(slot))
+    tma_load(sa_desc, [plane, kb * 4, row], bar, sa_s.index(slot))
 
 
 @gluon.jit
 def producer(descs, rings, bars, table, problem, cfg: gl.constexpr):
-    a_desc, sa_desc, b_desc = descs
-    a_s, sa_s, b_s = rings
-    full, empty = bars
-    index_ptr, M, N, KB, G, alignment = problem
-    work = (index_ptr, table, M, N, KB, G, alignment, total_tiles(table, M, N, cfg, 1))
-    slot = gl.to_tensor(0)
-    phase = gl.to_tensor(1)
-    cursor, tile = first_tile(work, cfg, 1)
-    n, g, first, end, stop = tile
-    while n >= 0:
-        plane = g * 0
-        if cfg.LAYOUT == MASKED:
-            plane = g
-        group = g
-        row = first
-        column = n * cfg.BN
-        # the next tile is looked up first, so that its loads are off the path between two tiles
-        run = has_products((n, g, first, end, stop), cfg)
-        cursor, ahead = next_tile(cursor, (n, g, first, end, stop), work, cfg, 1)
-        if run:
-            for kb in range(KB):
-                mbarrier.wait(empty.index(slot), phase)
-                bar = full.index(slot)
-                mbarrier.expect(bar, cfg.BLOCK_BYTES)
-                tma_load(a_desc, [plane, row, kb * 128], bar, a_s.index(slot))
-                tma_load(b_desc, [group, column, kb * 128], bar, b_s.index(slot))
-                tma_load(sa_desc, [plane, kb * 4, row], bar, sa_s.index(slot))
-                slot, phase = advance(slot, phase, cfg.STAGES)
-        n, g, first, end, stop = ahead
+    feed(load_block, descs, rings, bars, table, problem, cfg)
 
 
 @gluon.jit
@@ -178,22 +161,11 @@ def fold_mixed_product_kernel(a_desc, sa_desc, b_desc, d_desc, out_ptr, top_ptr,
     S: gl.constexpr = cfg.STAGES
     a_s = gl.allocate_shared_memory(gl.float8e4nv, [S, 1, 128, 128], FP8_PLANE)
     b_s = gl.allocate_shared_memory(gl.float8e4nv, [S, 1, 256, 128], FP8_PLANE)
-    staging: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, cfg.OUT_COLS], out_ptr.dtype.element_ty)
-    d_s = gl.allocate_shared_memory(out_ptr.dtype.element_ty, [2 * cfg.OUT_BUFFERS, 64, cfg.OUT_COLS], staging)
+    d_s = store_buffers(out_ptr, cfg)
     sa_s = gl.allocate_shared_memory(gl.float32, [S, 1, 4, 128], sa_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(S):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
-    table = full
-    if cfg.LAYOUT >= OFFSETS:
-        table = gl.allocate_shared_memory(gl.int32, [cfg.GROUPS], ROW_OF_INTS)
-        fill_table(table, index_ptr, M, G, alignment, cfg, 4)
-        block_barrier()
-    fence_async_shared()
+    bars = ring_barriers(S, 1, 2)
+    table = groups_table(bars[0], index_ptr, M, G, alignment, cfg)
 
-    bars = (full, empty)
     problem = (index_ptr, M, N, KB, G, alignment)
     scales = (top_ptr, 0, 0, 0, top_ptr, rows_of_b, factor_ptr, 0)
     out = (out_ptr, og, om, out_pitch)

@@ -19,16 +19,15 @@ other warpgroup that keeps the tensor cores busy during a promotion; what would 
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .fp8_block_parts_device import (
     FP8_PLANE, FP8_TILE, ROW_OF_FLOATS, add_output, advance, column_scales, load_a_scales, load_b_scales, load_blocks, multiply,
     parts, scale_bases, store_part, store_zeros)
-from .fp8_block_schedule_device import (
-    DENSE, MASKED, OFFSETS, ROW_OF_INTS, fill_table, first_tile, fresh, has_products, is_live, next_tile,
-    total_tiles)
+from .fp8_block_schedule_device import DENSE, MASKED, first_tile, fresh, has_products, is_live, next_tile, total_tiles
 from .fp8_block_sums_device import before, blocks, piece_blocks
-from .shim import block_barrier, view_as, view_rows
+from .ring_device import groups_table, ring_barriers, store_buffers
+from .shim import view_as, view_rows
 
 
 @gluon.jit
@@ -186,30 +185,18 @@ def fp8_block_kernel(a_desc, sa_desc, b_desc, d_desc, out_ptr, sa_ptr, sb_ptr, i
     """A persistent grid. M: rows of A, or rows a group can hold (masked). a_desc [1 or G, M, K], b_desc [1 or G, N, K],
     sa_desc [K blocks, M], d_desc [M, N]; sa_pitch, out_pitch: rows of the last two from one group to the next (masked).
     s..: strides of scales; og, om: of the output."""
-    STAGES: gl.constexpr = cfg.STAGES
-    S: gl.constexpr = STAGES * cfg.KS
+    S: gl.constexpr = cfg.STAGES * cfg.KS
     a_s = gl.allocate_shared_memory(gl.float8e4nv, [S, 1, cfg.BM, 128], FP8_PLANE)
     b_s = gl.allocate_shared_memory(gl.float8e4nv, [S * (cfg.BN // cfg.B_BOX), 1, cfg.B_BOX, 128], FP8_PLANE)
-    staging: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, cfg.OUT_COLS], out_ptr.dtype.element_ty)
-    d_s = gl.allocate_shared_memory(out_ptr.dtype.element_ty, [cfg.CONSUMERS * cfg.OUT_BUFFERS, 64, cfg.OUT_COLS], staging)
+    d_s = store_buffers(out_ptr, cfg)
     sa_s = a_s
     if cfg.A_SCALE_TMA:
         sa_s = gl.allocate_shared_memory(gl.float32, [S, 1, cfg.BM], sa_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [cfg.STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [cfg.STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=cfg.CONSUMERS)
-    table = full
-    if cfg.LAYOUT >= OFFSETS:
-        table = gl.allocate_shared_memory(gl.int32, [cfg.GROUPS], ROW_OF_INTS)
-        fill_table(table, index_ptr, M, G, alignment, cfg, 4)
-        block_barrier()
-    fence_async_shared()
+    bars = ring_barriers(cfg.STAGES, 1, cfg.CONSUMERS)
+    table = groups_table(bars[0], index_ptr, M, G, alignment, cfg)
 
     descs = (a_desc, sa_desc, b_desc)
     rings = (a_s, sa_s, b_s)
-    bars = (full, empty)
     problem = (index_ptr, M, N, KB, G, alignment)
     scales = (sa_ptr, sag, sam, sak, sb_ptr, sbg, sbn, sbk)
     out = (out_ptr, og, om, out_pitch)

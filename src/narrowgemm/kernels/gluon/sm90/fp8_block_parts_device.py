@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait)
+    fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait)
 
 from .fp8_block_schedule_device import CONTIGUOUS, DENSE, MASKED, NO_GROUP, OFFSETS, PSUM, fresh
 from .scales_device import as_float

@@ -18,17 +18,17 @@ There are registers for one partial sum, and it is the other warpgroup that keep
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, tma
+from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from . import cluster_device as cluster
 from .counters_device import await_count
 from .fp8_block_parts_device import (
     ROW_OF_FLOATS, add_output, advance, column_scales, load_a_scales, of_lane, parts, promote, scaled, store_part, store_zeros)
 from .fp8_block_schedule_device import (
-    CONTIGUOUS, DENSE, MASKED, NO_GROUP, OFFSETS, PSUM, ROW_OF_INTS, fill_table, first_tile, fresh, has_products, is_live, next_tile,
-    total_tiles)
+    CONTIGUOUS, DENSE, MASKED, NO_GROUP, PSUM, first_tile, fresh, has_products, is_live, next_tile, total_tiles)
+from .ring_device import groups_table
 from .scales_device import as_float
-from .shim import block_barrier, view_as, view_rows
+from .shim import view_as, view_rows
 from .wgmma_device import keep, multiply, wait
 
 BYTES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -378,13 +378,7 @@ def prepare(out_ptr, index_ptr, M, G, alignment, cfg: gl.constexpr):
     for i in gl.static_range(STAGES):
         cluster.init(full + 8 * i, 1)
         cluster.init(empty + 8 * i, cfg.CLUSTER * 8)
-    table = ring
-    if cfg.LAYOUT >= OFFSETS:
-        table = gl.allocate_shared_memory(gl.int32, [cfg.GROUPS], ROW_OF_INTS)
-        fill_table(table, index_ptr, M, G, alignment, UNIT, 4)
-        block_barrier()
-    fence_async_shared()
-    return ring, d_s, table
+    return ring, d_s, groups_table(ring, index_ptr, M, G, alignment, UNIT)
 
 
 @gluon.jit(do_not_specialize=["M", "KB", "G", "alignment", "sa_pitch", "sag", "sam", "sak", "sbg", "sbn",

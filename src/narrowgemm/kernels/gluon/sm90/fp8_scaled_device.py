@@ -11,39 +11,19 @@ While one warpgroup promotes or stores, the other one's wgmma keep the tensor co
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import tma
 
-from .fp8_block_parts_device import FP8_PLANE, FP8_TILE, advance
-from .fp8_block_schedule_device import (
-    DENSE, MASKED, OFFSETS, ROW_OF_INTS, fill_table, first_tile, fresh, has_products, is_live, next_tile, total_tiles)
+from .fp8_block_parts_device import FP8_PLANE, FP8_TILE
+from .fp8_block_schedule_device import DENSE, first_tile, fresh, has_products, is_live, next_tile, total_tiles
 from .fp8_scaled_parts_device import fetch_scales, load_block, store_padding, store_tile
 from .fp8_scaled_sums_device import cut_all, products
-from .shim import block_barrier, view_as
+from .ring_device import feed, groups_table, ring_barriers, store_buffers
+from .shim import view_as
 
 
 @gluon.jit
 def producer(descs, rings, bars, table, problem, cfg: gl.constexpr):
-    full, empty = bars
-    index_ptr, M, N, KB, G, alignment = problem
-    work = (index_ptr, table, M, N, KB, G, alignment, total_tiles(table, M, N, cfg, 1))
-    slot = gl.to_tensor(0)
-    phase = gl.to_tensor(1)
-    cursor, tile = first_tile(work, cfg, 1)
-    n, g, first, end, stop = tile
-    while n >= 0:
-        a_plane = g * 0
-        if cfg.LAYOUT == MASKED:
-            a_plane = g
-        at = (a_plane, first, g, n * cfg.BN)
-        # the next tile is looked up first, so that its loads are off the path between two tiles
-        go = has_products((n, g, first, end, stop), cfg)
-        cursor, ahead = next_tile(cursor, (n, g, first, end, stop), work, cfg, 1)
-        if go:
-            for kb in range(KB):
-                mbarrier.wait(empty.index(slot), phase)
-                load_block(descs, rings, full.index(slot), slot, at, kb, cfg)
-                slot, phase = advance(slot, phase, cfg.STAGES)
-        n, g, first, end, stop = ahead
+    feed(load_block, descs, rings, bars, table, problem, cfg)
 
 
 @gluon.jit
@@ -90,23 +70,12 @@ def fp8_scaled_kernel(a_desc, b0_desc, b1_desc, d_desc, out_ptr, sa_ptr, sb_ptr,
     b1_s = b0_s
     if cfg.COLS1 > 0:
         b1_s = gl.allocate_shared_memory(b1_desc.dtype, [S, 1, cfg.WGN * cfg.COLS1, 128], FP8_PLANE)
-    staging: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, cfg.OUT_COLS], out_ptr.dtype.element_ty)
-    d_s = gl.allocate_shared_memory(out_ptr.dtype.element_ty, [cfg.CONSUMERS * cfg.OUT_BUFFERS, 64, cfg.OUT_COLS], staging)
-    full = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(S):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=cfg.CONSUMERS)
-    table = full
-    if cfg.LAYOUT >= OFFSETS:
-        table = gl.allocate_shared_memory(gl.int32, [cfg.GROUPS], ROW_OF_INTS)
-        fill_table(table, index_ptr, M, G, alignment, cfg, 4)
-        block_barrier()
-    fence_async_shared()
+    d_s = store_buffers(out_ptr, cfg)
+    bars = ring_barriers(S, 1, cfg.CONSUMERS)
+    table = groups_table(bars[0], index_ptr, M, G, alignment, cfg)
 
     descs = (a_desc, b0_desc, b1_desc)
     rings = (a_s, b0_s, b1_s)
-    bars = (full, empty)
     problem = (index_ptr, M, N, KB, G, alignment)
     scales = (sa_ptr, sag, sam, sb_ptr, sbg, sbn)
     out = (out_ptr, og, om, out_pitch)

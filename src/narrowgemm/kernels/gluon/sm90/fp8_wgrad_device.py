@@ -16,9 +16,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from .fp8_block_parts_device import FP8_PLANE, FP8_TILE, ROW_OF_FLOATS, advance
-from .fp8_block_schedule_device import NO_GROUP, ROW_OF_INTS, clip, entries, fresh, strip_order
+from .fp8_block_schedule_device import ROW_OF_INTS, clip, entries, fresh, strip_order
 from .fp8_scaled_parts_device import fetch_scales, load_block, store_tile
 from .fp8_scaled_sums_device import cut_all, piece_of, piece_products, products, scaled_products
+from .ring_device import ring_barriers, store_buffers
 from .shim import block_barrier, tma_load, view_as, view_rows
 
 
@@ -202,13 +203,8 @@ def fp8_wgrad_kernel(a_desc, b0_desc, b1_desc, sa_desc, sb_desc, d_desc, out_ptr
     if cfg.BLOCKS:
         sa_s = gl.allocate_shared_memory(gl.float32, [S, 1, cfg.BM], sa_desc.layout)
         sb_s = gl.allocate_shared_memory(gl.float32, [S, 1, cfg.BN], sb_desc.layout)
-    staging: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, cfg.OUT_COLS], out_ptr.dtype.element_ty)
-    d_s = gl.allocate_shared_memory(out_ptr.dtype.element_ty, [cfg.CONSUMERS * cfg.OUT_BUFFERS, 64, cfg.OUT_COLS], staging)
-    full = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(S):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=cfg.CONSUMERS)
+    d_s = store_buffers(out_ptr, cfg)
+    bars = ring_barriers(S, 1, cfg.CONSUMERS)
     order = gl.allocate_shared_memory(gl.int32, [cfg.GROUPS], ROW_OF_INTS)
     ends = gl.allocate_shared_memory(gl.int32, [cfg.GROUPS], ROW_OF_INTS)
     lay: gl.constexpr = gl.BlockedLayout([cfg.GROUPS // 128 if cfg.GROUPS > 128 else 1], [32], [4], [0])
@@ -222,7 +218,6 @@ def fp8_wgrad_kernel(a_desc, b0_desc, b1_desc, sa_desc, sb_desc, d_desc, out_ptr
     descs = (a_desc, b0_desc, b1_desc, sa_desc, sb_desc)
     rings = (a_s, b0_s, b1_s, sa_s, sb_s)
     cut = (count_ptr, sums_ptr)
-    bars = (full, empty)
     work = (plan_ptr, offs_ptr, order, ends, M, N, K, total)
     scales = (sa_ptr, sag, sam, sb_ptr, sbg, sbn)
     out = (out_ptr, og, om, out_pitch)

@@ -1,0 +1,67 @@
+"""What the Hopper kernels that keep a ring of K blocks have in common: buffers of the store, barriers, the table of groups, the producer."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+
+from .fp8_block_parts_device import advance
+from .fp8_block_schedule_device import MASKED, OFFSETS, ROW_OF_INTS, fill_table, first_tile, has_products, next_tile, total_tiles
+from .shim import block_barrier
+
+
+@gluon.jit
+def store_buffers(out_ptr, cfg: gl.constexpr):
+    """64 rows each, OUT_BUFFERS a consumer."""
+    out: gl.constexpr = out_ptr.dtype.element_ty
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, cfg.OUT_COLS], out)
+    return gl.allocate_shared_memory(out, [cfg.CONSUMERS * cfg.OUT_BUFFERS, 64, cfg.OUT_COLS], layout)
+
+
+@gluon.jit
+def ring_barriers(STAGES: gl.constexpr, FILLED: gl.constexpr, FREED: gl.constexpr):
+    """(full, empty), a barrier a slot: FILLED arrivals beside TMA's bytes make it full, FREED make it empty."""
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=FILLED)
+        mbarrier.init(empty.index(i), count=FREED)
+    return full, empty
+
+
+@gluon.jit
+def groups_table(stand_in, index_ptr, M, G, alignment, cfg: gl.constexpr):
+    """Where groups end, in layouts that say it by group; `stand_in` in the others. Barriers are ready for TMA afterwards."""
+    table = stand_in
+    if cfg.LAYOUT >= OFFSETS:
+        table = gl.allocate_shared_memory(gl.int32, [cfg.GROUPS], ROW_OF_INTS)
+        fill_table(table, index_ptr, M, G, alignment, cfg, 4)
+        block_barrier()
+    fence_async_shared()
+    return table
+
+
+@gluon.jit
+def feed(fill: gl.constexpr, descs, rings, bars, table, problem, cfg: gl.constexpr):
+    """A producer's work: `fill` starts the loads of one K block, (plane and row of A, group and row of B) being its tile's place,
+    for all of every tile's, as far ahead as the ring is long."""
+    full, empty = bars
+    index_ptr, M, N, KB, G, alignment = problem
+    work = (index_ptr, table, M, N, KB, G, alignment, total_tiles(table, M, N, cfg, 1))
+    slot = gl.to_tensor(0)
+    phase = gl.to_tensor(1)
+    cursor, tile = first_tile(work, cfg, 1)
+    n, g, first, end, stop = tile
+    while n >= 0:
+        a_plane = g * 0
+        if cfg.LAYOUT == MASKED:
+            a_plane = g
+        at = (a_plane, first, g, n * cfg.BN)
+        # the next tile is looked up first, so that its loads are off the path between two tiles
+        run = has_products((n, g, first, end, stop), cfg)
+        cursor, ahead = next_tile(cursor, (n, g, first, end, stop), work, cfg, 1)
+        if run:
+            for kb in range(KB):
+                mbarrier.wait(empty.index(slot), phase)
+                fill(descs, rings, full.index(slot), slot, at, kb, cfg)
+                slot, phase = advance(slot, phase, cfg.STAGES)
+        n, g, first, end, stop = ahead
