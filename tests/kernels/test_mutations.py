@@ -26,7 +26,7 @@ MUTATIONS = {
     "columns stored without a mask": ("col_live = n_off < N - n0", "col_live = n_off < BN", MASKED, "past the output|belong to no group|kernel"),
     "padding rows not zeroed": ("if tl.sum(tl.where(real | (m_arange >= extent), 0, 1)) > 0:", "if M < 0:", CONTIGUOUS, "padding rows"),
     "one group a tile": ("gid = tl.min(tl.where(real & (ids > gid), ids, G))", "gid = G", CONTIGUOUS, "kernel"),
-    "K tail not masked": ("inside = offs_k < K - kb * BK", "inside = offs_k < BK", TAIL, "kernel"),
+    "K tail not masked": ("offs_k, K - kb * BK, EVEN_K", "offs_k, BK, EVEN_K", TAIL, "kernel"),
     "last K block dropped": ("for kb in range(kb0, kb1):", "for kb in range(kb0, kb1 - 1):", GROUPED, "kernel"),
     "no promotion by scale": ("acc += p * (sa * sb)[None, :]", "acc += p", GROUPED, "kernel"),
 }

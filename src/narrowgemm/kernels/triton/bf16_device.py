@@ -11,50 +11,7 @@ that are stored [E, K, N] go in as they are. 64-bit arithmetic is on scalars; of
 import triton
 import triton.language as tl
 
-from .fp8_block_device import CHUNK, DENSE, MASKED, OFFSETS, segment_start, store_tile, swizzle
-
-
-@triton.jit
-def group_rows(index_ptr, g, G, M, LAYOUT: tl.constexpr):
-    """(first row, rows) of group(s) g, inside [0, M] whatever the index holds; no rows from g = G on."""
-    if LAYOUT == MASKED:
-        rows = tl.load(index_ptr + g, mask=g < G, other=0).to(tl.int64)
-        start = tl.zeros_like(rows)
-        rows = tl.minimum(rows, M)
-    else:
-        start = segment_start(index_ptr, g, G, M, 1, OFFSETS)
-        rows = segment_start(index_ptr, g + 1, G, M, 1, OFFSETS) - start
-    return start, tl.maximum(rows, 0)
-
-
-@triton.jit
-def tiles_of(index_ptr, g, G, M, BM: tl.constexpr, LAYOUT: tl.constexpr):
-    start, rows = group_rows(index_ptr, g, G, M, LAYOUT)
-    return ((rows + BM - 1) // BM).to(tl.int32)
-
-
-@triton.jit
-def live_slots(index_ptr, G, M, BM: tl.constexpr, LAYOUT: tl.constexpr):
-    """Tiles of M that have rows, over all groups."""
-    total = 0
-    for base in range(0, G, CHUNK):
-        total += tl.sum(tiles_of(index_ptr, base + tl.arange(0, CHUNK), G, M, BM, LAYOUT))
-    return total
-
-
-@triton.jit
-def find_slot(slot, index_ptr, G, M, BM: tl.constexpr, LAYOUT: tl.constexpr):
-    """(group, row inside the group) of the slot-th tile of M that has rows."""
-    count = 0
-    before = 0
-    carry = 0
-    for base in range(0, G, CHUNK):
-        tiles = tiles_of(index_ptr, base + tl.arange(0, CHUNK), G, M, BM, LAYOUT)
-        done = carry + tl.cumsum(tiles, 0) <= slot
-        count += tl.sum(tl.where(done, 1, 0))
-        before += tl.sum(tl.where(done, tiles, 0))
-        carry += tl.sum(tiles)
-    return tl.minimum(count, G - 1), (slot - before) * BM
+from .tiles_device import DENSE, MASKED, find_slot, group_rows, k_block_pointers, live_slots, load_k_block, store_tile, swizzle
 
 
 @triton.jit
@@ -66,26 +23,10 @@ def bf16_tile_sum(a_ptr, b_ptr, m_off, n_off, K, stride_am, stride_ak, stride_bn
         m_off = m_off.to(tl.int64)
         n_off = n_off.to(tl.int64)
         offs_k = offs_k.to(tl.int64)
-    if SWAP:
-        a_ptrs = a_ptr + (offs_k[:, None] * stride_ak + m_off[None, :] * stride_am)
-        b_ptrs = b_ptr + (n_off[:, None] * stride_bn + offs_k[None, :] * stride_bk)
-        acc = tl.zeros([BN, BM], tl.float32)
-    else:
-        a_ptrs = a_ptr + (m_off[:, None] * stride_am + offs_k[None, :] * stride_ak)
-        b_ptrs = b_ptr + (offs_k[:, None] * stride_bk + n_off[None, :] * stride_bn)
-        acc = tl.zeros([BM, BN], tl.float32)
+    a_ptrs, b_ptrs = k_block_pointers(a_ptr, b_ptr, m_off, n_off, offs_k, stride_am, stride_ak, stride_bn, stride_bk, SWAP)
+    acc = tl.zeros([BN, BM] if SWAP else [BM, BN], tl.float32)
     for kb in range(0, tl.cdiv(K, BK)):
-        if EVEN_K:
-            a = tl.load(a_ptrs)
-            b = tl.load(b_ptrs)
-        else:
-            inside = offs_k < K - kb * BK
-            if SWAP:
-                a = tl.load(a_ptrs, mask=inside[:, None], other=0.0)
-                b = tl.load(b_ptrs, mask=inside[None, :], other=0.0)
-            else:
-                a = tl.load(a_ptrs, mask=inside[None, :], other=0.0)
-                b = tl.load(b_ptrs, mask=inside[:, None], other=0.0)
+        a, b = load_k_block(a_ptrs, b_ptrs, offs_k, K - kb * BK, EVEN_K, SWAP)
         if SWAP:
             acc = tl.dot(b, a, acc)
         else:

@@ -13,22 +13,8 @@ inside a tile are 32-bit unless WIDE.
 import triton
 import triton.language as tl
 
-DENSE = tl.constexpr(0)
-CONTIGUOUS = tl.constexpr(1)
-OFFSETS = tl.constexpr(2)
-PSUM = tl.constexpr(3)
-MASKED = tl.constexpr(4)
-CHUNK = tl.constexpr(256)  # group sizes looked at in one vector; any number of groups by a loop over chunks
-
-
-@triton.jit
-def swizzle(tile, num_m, num_n, GROUP_M: tl.constexpr):
-    """Strips of GROUP_M tiles of M, M fastest inside a strip: neighbours share B, a strip shares A through L2."""
-    per_strip = GROUP_M * num_n
-    first = tile // per_strip * GROUP_M
-    height = tl.maximum(tl.minimum(num_m - first, GROUP_M), 1)
-    rest = tile % per_strip
-    return first + rest % height, rest // height
+from .tiles_device import (
+    CONTIGUOUS, DENSE, MASKED, PSUM, k_block_pointers, live_slots, load_k_block, store_tile, swizzle, tile_rows)
 
 
 @triton.jit
@@ -49,61 +35,6 @@ def load_scale(ptrs, E8M0: tl.constexpr, mask=None):
 
 
 @triton.jit
-def segment_start(index_ptr, g, G, M, alignment, LAYOUT: tl.constexpr):
-    """First row of group(s) g, clamped to [0, M]: a wrong offset may lose rows, never leave the tensor."""
-    if LAYOUT == PSUM:
-        end = tl.load(index_ptr + g - 1, mask=(g > 0) & (g <= G), other=0).to(tl.int64)
-        start = (end + alignment - 1) // alignment * alignment
-    else:
-        start = tl.load(index_ptr + g, mask=g <= G, other=0).to(tl.int64)
-    return tl.minimum(tl.maximum(start, 0), M)
-
-
-@triton.jit
-def find_segment(slot, index_ptr, G, M, alignment, BM: tl.constexpr, LAYOUT: tl.constexpr):
-    """Group of `slot` and its first row. Group g owns slots from start(g) // BM + g on: as many as it can need, found
-    without a prefix over tiles. Returns g = -1 for a slot in front of the first group."""
-    count = 0
-    for base in range(0, G, CHUNK):
-        g = base + tl.arange(0, CHUNK)
-        start = segment_start(index_ptr, g, G, M, alignment, LAYOUT)
-        count += tl.sum(tl.where((g < G) & (start // BM + g <= slot), 1, 0))
-    g = count - 1
-    start = segment_start(index_ptr, tl.maximum(g, 0), G, M, alignment, LAYOUT)
-    return g, start + (slot - (start // BM + g)).to(tl.int64) * BM
-
-
-@triton.jit
-def masked_tiles(index_ptr, g, G, M, BM: tl.constexpr):
-    rows = tl.load(index_ptr + g, mask=g < G, other=0).to(tl.int32)
-    return (tl.minimum(tl.maximum(rows, 0), M) + BM - 1) // BM
-
-
-@triton.jit
-def masked_slots(index_ptr, G, M, BM: tl.constexpr):
-    """Live tiles of M over all groups."""
-    total = 0
-    for base in range(0, G, CHUNK):
-        total += tl.sum(masked_tiles(index_ptr, base + tl.arange(0, CHUNK), G, M, BM))
-    return total
-
-
-@triton.jit
-def find_masked(slot, index_ptr, G, M, BM: tl.constexpr):
-    """(group, first row) of the slot-th live tile."""
-    count = 0
-    before = 0
-    carry = 0
-    for base in range(0, G, CHUNK):
-        tiles = masked_tiles(index_ptr, base + tl.arange(0, CHUNK), G, M, BM)
-        done = carry + tl.cumsum(tiles, 0) <= slot
-        count += tl.sum(tl.where(done, 1, 0))
-        before += tl.sum(tl.where(done, tiles, 0))
-        carry += tl.sum(tiles)
-    return tl.minimum(count, G - 1), (slot - before) * BM
-
-
-@triton.jit
 def tile_sum(a_ptr, b_ptr, sa_ptr, sb_ptr, m_off, n_off, n_scale, kb0, kb1, K,
              stride_am, stride_ak, stride_bn, stride_bk, stride_sam, stride_sak, stride_sbn, stride_sbk,
              BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_N: tl.constexpr, EVEN_K: tl.constexpr,
@@ -116,31 +47,15 @@ def tile_sum(a_ptr, b_ptr, sa_ptr, sb_ptr, m_off, n_off, n_scale, kb0, kb1, K,
         offs_k = offs_k.to(tl.int64)
     a_ptr += kb0.to(tl.int64) * BK * stride_ak
     b_ptr += kb0.to(tl.int64) * BK * stride_bk
-    if SWAP:
-        a_ptrs = a_ptr + (offs_k[:, None] * stride_ak + m_off[None, :] * stride_am)
-        b_ptrs = b_ptr + (n_off[:, None] * stride_bn + offs_k[None, :] * stride_bk)
-        acc = tl.zeros([BN, BM], tl.float32)
-    else:
-        a_ptrs = a_ptr + (m_off[:, None] * stride_am + offs_k[None, :] * stride_ak)
-        b_ptrs = b_ptr + (offs_k[:, None] * stride_bk + n_off[None, :] * stride_bn)
-        acc = tl.zeros([BM, BN], tl.float32)
+    a_ptrs, b_ptrs = k_block_pointers(a_ptr, b_ptr, m_off, n_off, offs_k, stride_am, stride_ak, stride_bn, stride_bk, SWAP)
+    acc = tl.zeros([BN, BM] if SWAP else [BM, BN], tl.float32)
     sa_ptrs = sa_ptr + m_off * stride_sam + kb0 * stride_sak
     if GROUP_N == 1:
         sb_ptrs = sb_ptr + n_off * stride_sbn + kb0 * stride_sbk
     else:
         sb_ptrs = sb_ptr + n_scale * stride_sbn + kb0 * stride_sbk
     for kb in range(kb0, kb1):
-        if EVEN_K:
-            a = tl.load(a_ptrs)
-            b = tl.load(b_ptrs)
-        else:
-            inside = offs_k < K - kb * BK
-            if SWAP:
-                a = tl.load(a_ptrs, mask=inside[:, None], other=0.0)
-                b = tl.load(b_ptrs, mask=inside[None, :], other=0.0)
-            else:
-                a = tl.load(a_ptrs, mask=inside[None, :], other=0.0)
-                b = tl.load(b_ptrs, mask=inside[:, None], other=0.0)
+        a, b = load_k_block(a_ptrs, b_ptrs, offs_k, K - kb * BK, EVEN_K, SWAP)
         sa = load_scale(sa_ptrs, SA_E8M0)
         sb = load_scale(sb_ptrs, SB_E8M0)
         if SWAP:
@@ -160,22 +75,6 @@ def tile_sum(a_ptr, b_ptr, sa_ptr, sb_ptr, m_off, n_off, n_scale, kb0, kb1, K,
         sa_ptrs += stride_sak
         sb_ptrs += stride_sbk
     return acc
-
-
-@triton.jit
-def store_tile(out_ptr, acc, m_off, n_off, row_live, col_live, stride_om, ACCUMULATE: tl.constexpr, SWAP: tl.constexpr,
-               WIDE: tl.constexpr):
-    if WIDE:
-        m_off = m_off.to(tl.int64)
-    if SWAP:
-        ptrs = out_ptr + (m_off[None, :] * stride_om + n_off[:, None])
-        live = row_live[None, :] & col_live[:, None]
-    else:
-        ptrs = out_ptr + (m_off[:, None] * stride_om + n_off[None, :])
-        live = row_live[:, None] & col_live[None, :]
-    if ACCUMULATE:
-        acc += tl.load(ptrs, mask=live, other=0.0).to(tl.float32)
-    tl.store(ptrs, acc.to(out_ptr.dtype.element_ty), mask=live)
 
 
 @triton.jit
@@ -199,35 +98,11 @@ def fp8_block_tile(tile, slots, split, a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, in
     kb0 = tl.cdiv(KB, SPLIT_K) * split
     kb1 = tl.minimum(kb0 + tl.cdiv(KB, SPLIT_K), KB)
 
-    # ---- which rows, which group
+    g, row0, extent, valid = tile_rows(slot, index_ptr, G, M, alignment, BM, LAYOUT)
     if LAYOUT == MASKED:
-        g, row = find_masked(slot, index_ptr, G, M, BM)
-        valid = tl.minimum(tl.load(index_ptr + g).to(tl.int32), M) - row
         a_ptr += g.to(tl.int64) * stride_ag
         sa_ptr += g.to(tl.int64) * stride_sag
         out_ptr += g.to(tl.int64) * stride_og
-        row0 = row.to(tl.int64)
-        extent = valid
-    elif LAYOUT == OFFSETS or LAYOUT == PSUM:
-        g, row0 = find_segment(slot, index_ptr, G, M, alignment, BM, LAYOUT)
-        if LAYOUT == OFFSETS:
-            end = segment_start(index_ptr, g + 1, G, M, alignment, LAYOUT)
-            extent = (end - row0).to(tl.int32)
-            valid = extent
-        else:
-            # a segment reaches to the next one's start, so that its gap rows are zeroed by its own tiles
-            last = tl.where(g == G - 1, M, segment_start(index_ptr, g + 1, G, M, alignment, LAYOUT))
-            end = tl.load(index_ptr + tl.maximum(g, 0)).to(tl.int64)
-            extent = (last - row0).to(tl.int32)
-            valid = (tl.minimum(end, M) - row0).to(tl.int32)
-        extent = tl.where(g < 0, 0, extent)
-        valid = tl.where(g < 0, 0, tl.minimum(valid, extent))
-        g = tl.maximum(g, 0)
-    else:
-        row0 = slot.to(tl.int64) * BM
-        extent = (M - row0).to(tl.int32)
-        valid = extent
-        g = 0
     if extent > 0:
         m_load = tl.minimum(m_arange, tl.minimum(extent, (M - row0).to(tl.int32)) - 1)
         a_ptr += row0 * stride_am
@@ -286,7 +161,7 @@ def fp8_block_kernel(a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N, K, 
     pid = tl.program_id(0)
     split = tl.program_id(1)
     if LAYOUT == MASKED:
-        slots = masked_slots(index_ptr, G, M, BM)
+        slots = live_slots(index_ptr, G, M, BM, LAYOUT)
     if PERSISTENT:
         for tile in range(pid, slots * tl.cdiv(N, BN), tl.num_programs(0)):
             fp8_block_tile(tile, slots, split, a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N, K, G, alignment,

@@ -6,7 +6,8 @@ Scales are taken by absolute K block, so a block that two groups share is read b
 import triton
 import triton.language as tl
 
-from .fp8_block_device import load_scale, store_tile, swizzle
+from .fp8_block_device import load_scale
+from .tiles_device import store_tile, swizzle
 
 
 @triton.jit

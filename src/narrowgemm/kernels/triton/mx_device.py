@@ -4,25 +4,14 @@
     FP8 1x128:     sum over K blocks of scale[m, kb] * dot_scaled(A[m, kb], W[g, n, kb])
 
 `tl.dot_scaled` is the scaled matrix instruction where there is one (CDNA4, Blackwell), and a conversion in front of a BF16
-product elsewhere. Tiles and their groups are found as in `fp8_block_device`.
+product elsewhere. Tiles and their groups: `tiles_device`.
 """
 
 import triton
 import triton.language as tl
 
-from .fp8_block_device import (
-    CONTIGUOUS,
-    DENSE,
-    MASKED,
-    OFFSETS,
-    PSUM,
-    find_masked,
-    find_segment,
-    masked_slots,
-    segment_start,
-    store_tile,
-    swizzle,
-)
+from .fp8_block_device import e8m0
+from .tiles_device import CONTIGUOUS, DENSE, MASKED, PSUM, live_slots, store_tile, swizzle, tile_rows
 
 
 @triton.jit
@@ -47,9 +36,7 @@ def chunk_scale(s):
     if s.dtype == tl.float32:
         return s
     else:
-        code = s.to(tl.int32)
-        bits = tl.where(code == 0, 0x00400000, tl.where(code == 255, 0x7FC00000, code << 23))
-        return bits.to(tl.float32, bitcast=True)
+        return e8m0(s)
 
 
 @triton.jit
@@ -128,33 +115,11 @@ def mx_tile(tile, slots, a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N,
     n_off = tl.arange(0, BN)
     col_live = n_off < N - n0
     n_load = n_off if EVEN_N else tl.minimum(n_off, N - 1 - n0)
-    # ---- which rows, which group
-    g = 0
+    g, row0, extent, valid = tile_rows(slot, index_ptr, G, M, alignment, BM, LAYOUT)
     if LAYOUT == MASKED:
-        g, row = find_masked(slot, index_ptr, G, M, BM)
-        row0 = row.to(tl.int64)
-        extent = tl.minimum(tl.load(index_ptr + g).to(tl.int32), M) - row
-        valid = extent
         a_ptr += g.to(tl.int64) * stride_ag
         sa_ptr += g.to(tl.int64) * stride_sag
         out_ptr += g.to(tl.int64) * stride_og
-    elif LAYOUT == OFFSETS or LAYOUT == PSUM:
-        g, row0 = find_segment(slot, index_ptr, G, M, alignment, BM, LAYOUT)
-        if LAYOUT == OFFSETS:
-            extent = (segment_start(index_ptr, g + 1, G, M, alignment, LAYOUT) - row0).to(tl.int32)
-            valid = extent
-        else:
-            last = tl.where(g == G - 1, M, segment_start(index_ptr, g + 1, G, M, alignment, LAYOUT))
-            stop = tl.load(index_ptr + tl.maximum(g, 0)).to(tl.int64)
-            extent = (last - row0).to(tl.int32)
-            valid = tl.minimum((tl.minimum(stop, M) - row0).to(tl.int32), extent)
-        extent = tl.where(g < 0, 0, extent)
-        valid = tl.where(g < 0, 0, valid)
-        g = tl.maximum(g, 0)
-    else:
-        row0 = slot.to(tl.int64) * BM
-        extent = (M - row0).to(tl.int32)
-        valid = extent
     if extent > 0:
         m_load = tl.minimum(m_arange, tl.minimum(extent, (M - row0).to(tl.int32)) - 1)
         a_ptr += row0 * stride_am
@@ -198,7 +163,7 @@ def mx_kernel(a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N, K, G, slot
               ACCUMULATE: tl.constexpr, ZERO: tl.constexpr, WIDE: tl.constexpr):
     """A grid of programs that take tiles in turn. `slots`: tiles of M where the host knows them (not masked)."""
     if LAYOUT == MASKED:
-        slots = masked_slots(index_ptr, G, M, BM)
+        slots = live_slots(index_ptr, G, M, BM, LAYOUT)
     for tile in range(tl.program_id(0), slots * tl.cdiv(N, BN), tl.num_programs(0)):
         mx_tile(tile, slots, a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N, K, G, alignment, stride_ag, stride_am, stride_bg,
                 stride_bn, stride_og, stride_om, stride_sag, stride_sam, stride_sak, stride_sbg, stride_sbn, stride_sbk, LAYOUT,

@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from .activate_device import swiglu
-from .fp8_block_device import OFFSETS, find_segment, segment_start
 from .mx_device import mx_tile_sum
+from .tiles_device import OFFSETS, find_segment, segment_start
 
 
 @triton.jit
