@@ -39,6 +39,12 @@ else:
     from .prepack import PackedWeight, prepack, unpack
     from .problem import Config, Plan, Problem
 
+    def __getattr__(name: str) -> object:
+        """The packages beside the ops, imported at their first use: `narrowgemm.nn` and the others."""
+        if name in ("compat", "distributed", "integrations", "nn", "testing"):
+            return __import__(f"{__name__}.{name}", fromlist=[name])
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 __all__ = [
     "BF16", "FORMATS", "FP8_ROW", "FP8_TENSOR", "MXFP4", "MXFP8", "Both", "Config", "Contiguous", "Explanation",
     "FP8_1x128", "FP8_128x128", "Format", "KGrouped", "Layout", "Masked", "Offsets", "PackedWeight", "Plan", "Problem",

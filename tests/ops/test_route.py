@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from narrowgemm import FP8_TENSOR, FP8_1x128, FP8_128x128, ScaledTensor
 from narrowgemm.layouts import Offsets
+from narrowgemm.ops.gather import gather_quantize
 from narrowgemm.ops.route import Routing, combine, gather, moe_align_block_size, route, sort_by_expert
 from narrowgemm.rows import gather_rows
 
@@ -249,6 +250,9 @@ W = torch.ones(4, 2)
     (lambda: moe_align_block_size(IDS, 4, 2, a_div=0), ValueError, "a_div"),
     (lambda: gather(torch.zeros(5, 3), ROUTING), ValueError, "x, shape"),
     (lambda: gather(torch.zeros(4), ROUTING), ValueError, "x, shape"),
+    (lambda: gather(torch.zeros(4, 3), IDS), TypeError, "routing: got Tensor, expected a Routing, as `sort_by_expert`"),
+    (lambda: gather_quantize(torch.zeros(4, 128), IDS, FP8_1x128), TypeError, "routing: got Tensor"),
+    (lambda: combine(torch.zeros(8, 3), W, ROUTING), TypeError, "routing: got Tensor"),
     (lambda: combine(torch.zeros(7, 3), ROUTING, W), ValueError, "y, rows"),
     (lambda: combine(torch.zeros(8, 3).long(), ROUTING, W), TypeError, "y, dtype"),
     (lambda: combine(torch.zeros(8, 3), ROUTING, W.half()), TypeError, "topk_weights, dtype"),

@@ -33,6 +33,7 @@ def gather_quantize(x: Tensor, routing: Routing, fmt: Format | str, *, rounding:
     Raises ValueError / TypeError before anything is launched.
     """
     fmt = get_format(fmt)
+    steps.check_routing(routing)
     scale_layout = scale_layout or steps.scale_layout_of(fmt)
     if torch.compiler.is_compiling():
         from .route import gather

@@ -157,6 +157,7 @@ def gather(x: Tensor | ScaledTensor, routing: Routing) -> Tensor | ScaledTensor:
     Rows of skipped slots are there too, past `routing.offsets[E]`. Raises ValueError where `x` has not T rows, or where
     its scales span rows.
     """
+    steps.check_routing(routing)
     if len(x.shape) != 2 or x.shape[0] != routing.num_tokens:  # a message made in advance would fix T in a traced graph
         expect(False, "x, shape", tuple(x.shape), f"[{routing.num_tokens}, K], a row for each routed token")
     return reference.gather(x, routing)
@@ -173,6 +174,7 @@ def combine(y: Tensor, routing: Routing, topk_weights: Tensor, *, bias: Tensor |
     out: `[T, N]` to write. backend, config: as in `gemm`. Differentiable, by the definition in torch.
     Raises ValueError or TypeError for shapes and dtypes that don't fit.
     """
+    steps.check_routing(routing)
     if steps.wants_definition(y, topk_weights, bias, add):
         _check_combine(y, routing, topk_weights, bias, add, out, out_dtype)
         made = reference.combine(y, routing, topk_weights, bias=bias, add=add, out_dtype=out_dtype or

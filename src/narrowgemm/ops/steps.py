@@ -12,6 +12,7 @@ from ..arch import detect
 from ..errors import expect
 from ..formats import BF16, FP16, FP32, Format, ScaledTensor
 from ..problem import Config, Epilogue, Operand, Plan, Problem, bucket
+from ..reference.route import Routing
 from ..runtime import dispatch
 from ..scales import tma_aligned_rows
 from . import common
@@ -97,6 +98,11 @@ def activate_both_problem(op: str, rows: int, inter: int, groups: int, source: F
 def combine_problem(tokens: int, n: int, top_k: int, experts: int, source: Format, bias: bool) -> Problem:
     return Problem("combine", "offsets", bucket(tokens), n, top_k, experts, Operand(source),
                    epilogue=Epilogue(bias=bias, routing_weight=True, combine=True))
+
+
+def check_routing(routing: object) -> None:
+    if not isinstance(routing, Routing):
+        expect(False, "routing", type(routing).__name__, "a Routing, as `sort_by_expert` returns it", error=TypeError)
 
 
 def select(problem: Problem, device: torch.device, backend: str | None, config: Config | None) -> Plan:

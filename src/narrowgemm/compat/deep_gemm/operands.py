@@ -62,7 +62,8 @@ def prepare(a: Pair, b: Weight, d: Tensor, dims: tuple[int, int], recipe: Sequen
     q = b if isinstance(b, PackedWeight) else operand(b, "b", block_b, dims[1])
     expect(len(q.shape) == dims[1], "b, shape", tuple(q.shape), f"{dims[1]} dimensions")
     expect(dims[0] == 2 or p.shape[0] == q.shape[0], "groups of a and b", f"{p.shape[0]} and {q.shape[0]}", "the same")
-    expect(p.shape[-1] == q.shape[-1], "K of a and b", f"{p.shape[-1]} and {q.shape[-1]}", "the same")
+    expect(p.shape[-1] == q.shape[-1], "K of a and b", f"{p.shape[-1]} and {q.shape[-1]}",
+           f"the same: a is [..., M, K] and b [..., N, K], here (as nt) {tuple(p.shape)} and {tuple(q.shape)}")
     expect(p.device == q.device, "b, device", q.device, f"a's, {p.device}")
     check_out(d, (*p.shape[:-1], q.shape[-2]), p.device)
     if key is not None and isinstance(q, ScaledTensor) and (p.data is x and q.data is y) and (p.scale is sx and q.scale is sy):
