@@ -20,9 +20,9 @@ def call(fmt: Format, dtype: torch.dtype, rows: int, k: int, **options) -> None:
     quantize(torch.zeros(rows, k, dtype=dtype), fmt, backend="triton", **options)
 
 
-def jobs(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
+def jobs(target: str, sizes: str = "1,4096") -> Iterator[tuple[str, Callable[[], object]]]:
     for fmt, dtype in CASES:
-        for rows in (1, 4096):
+        for rows in map(int, sizes.split(",")):
             yield f"{fmt.name} {dtype} {rows}", lambda f=fmt, d=dtype, r=rows: call(f, d, r, 2048)
     yield "ragged", lambda: call(FP8_1x128, torch.bfloat16, 512, 2000)
     yield "MN-major scales", lambda: call(FP8_1x128, torch.bfloat16, 512, 2048, scale_layout="mn_major")

@@ -219,9 +219,11 @@ TARGETS = ("sm90", "sm100", "gfx942", "gfx950")
 @pytest.mark.parametrize("triton", TRITONS)
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiles_for_every_target(target, triton):
-    """No spills, little shared memory; FP8 is converted by the chip where it has the instruction, loads are 16 bytes."""
-    reports = compile_jobs(target, "tests.kernels.quantize_jobs:jobs", triton=triton)
-    assert len(reports) == 27 and {r["kernel"] for r in reports} == {
+    """No spills, little shared memory; FP8 is converted by the chip where it has the instruction, loads are 16 bytes. The newest Triton
+    compiles the tiles of many rows."""
+    every = triton == "oldest"
+    reports = compile_jobs(target, "tests.kernels.quantize_jobs:jobs", "1,4096" if every else "4096", triton=triton)
+    assert len(reports) == (27 if every else 16) and {r["kernel"] for r in reports} == {
         "groups_kernel", "tiles_kernel", "rows_kernel", "tensor_amax_kernel", "tensor_cast_kernel"}
     for r in reports:
         assert r["spills"] == 0 and r["shared"] <= 16384 and r["registers"] <= 128, (target, r)
