@@ -72,30 +72,47 @@ def test_output_beyond_4_gib() -> None:
     assert calc_diff(out[rows].float(), want) < LIMIT
 
 
-@pytest.mark.parametrize("which", ["NN", "TN"])
-def test_dense_turned_operand_beyond_4_gib(which: str) -> None:
-    """The operand that lies the other way is turned in a workspace of its own size."""
-    long, short = payload(4352, ROWS), payload(128, 4352)
+@pytest.mark.parametrize("which", ["NT", "NN", "TN"])
+def test_dense_operand_beyond_4_gib(which: str) -> None:
+    """An operand that lies the other way is turned in a workspace of its own size."""
+    long, short = payload(*((ROWS, 4352) if which == "NT" else (4352, ROWS))), payload(128, 4352)
     assert long.numel() > 2**32
     rows = sampled(ROWS)
-    want = 0.25 * long[:, rows].float().T @ short.float().T
-    a, b = (scaled(short), scaled(long.T)) if which == "NN" else (scaled(long.T), scaled(short))
+    want = 0.25 * (long[rows] if which == "NT" else long[:, rows].T).float() @ short.float().T
+    a, b = scaled(long if which == "NT" else long.T), scaled(short)
+    if which == "NN":
+        a, b = b, a
     out = ng.gemm(a, b, backend=fp8_scaled.NAME)
     got = out[:, rows].T if which == "NN" else out[rows]
     assert calc_diff(got.float(), want) < LIMIT
 
 
-def test_weight_gradient_operand_beyond_4_gib() -> None:
-    a, b = payload(4352, ROWS), payload(128, ROWS)
+@pytest.mark.parametrize("which", ["A", "B"])
+def test_weight_gradient_operand_beyond_4_gib(which: str) -> None:
+    long, short = payload(4352, ROWS), payload(128, ROWS)
     offsets = torch.tensor([0, 1024, 1024, ROWS - 128, ROWS], device="cuda", dtype=torch.int32)
+    a, b = (long, short) if which == "A" else (short, long)
     out = ng.grouped_gemm_wgrad(scaled(a), scaled(b), ng.KGrouped(offsets, 128), backend=fp8_wgrad.NAME)
     assert not out[1].any()
     rows = sampled(4352)
     for g, (lo, hi) in enumerate(zip(offsets.tolist(), offsets.tolist()[1:])):
         if hi > lo:
-            want = sum(0.25 * a[rows, i : min(i + 65536, hi)].double() @ b[:, i : min(i + 65536, hi)].double().T
+            want = sum(0.25 * long[rows, i : min(i + 65536, hi)].double() @ short[:, i : min(i + 65536, hi)].double().T
                        for i in range(lo, hi, 65536))
-            assert calc_diff(out[g, rows].double(), want) < 1e-6, g
+            got = out[g, rows] if which == "A" else out[g][:, rows].T
+            assert calc_diff(got.double(), want) < 1e-6, g
+
+
+def test_dgrad_of_weights_beyond_4_gib() -> None:
+    """The weights as the forward product takes them, `[G, N, K]`: dgrad finds their other orientation in the workspace."""
+    groups = 84
+    w, dy = payload(groups, 7168, 7168), payload(groups, 7168)
+    assert w.numel() > 2**32
+    weights = scaled(w)
+    turned = ScaledTensor(w.mT, weights.scale, FP8_TENSOR)
+    dx = ng.grouped_gemm(scaled(dy), turned, ng.Offsets(torch.arange(groups + 1, device="cuda")), backend=fp8_scaled.NAME)
+    for g in (0, 1, 40, 41, 42, groups - 2, groups - 1):
+        assert calc_diff(dx[g].float(), 0.25 * dy[g].float() @ w[g].float()) < LIMIT, g
 
 
 @pytest.mark.parametrize("recipe", ["rowwise", "block"])
