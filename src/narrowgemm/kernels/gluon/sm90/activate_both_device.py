@@ -17,27 +17,33 @@ from .shim import block_barrier, tma_load, view_as
 
 
 @gluon.jit
-def fetch(h_desc, d_desc, ring, bar, id, total, groups, table_ptr, tiles_t, tiles_c, GROUPED: gl.constexpr, BC: gl.constexpr, BAND: gl.constexpr, AGAIN: gl.constexpr,
-          BACKWARD: gl.constexpr):
-    """Start to load gate, up and gradient of tile `id`, if there is one."""
+def fetch(h_desc, d_desc, ring, bars, box, id, total, groups, table_ptr, tiles_t, tiles_c, GROUPED: gl.constexpr, BC: gl.constexpr, BAND: gl.constexpr,
+          AGAIN: gl.constexpr, BACKWARD: gl.constexpr, EARLY: gl.constexpr):
+    """Start to load tile `id`, if there is one. EARLY: what goes where nothing of the tile before is needed once its values are made: gate to
+    `box`, backward the gradient to the third. Else the rest: up to `box`, backward gate and up to the first two."""
     if id < total:
         tile, tc = tile_at(total - 1 - id if AGAIN else id, tiles_t, tiles_c, BAND)
         first, end = rows_at(tile, groups, table_ptr, 0, GROUPED)
-        mbarrier.expect(bar, (3 if BACKWARD else 2) * 128 * BC * (h_desc.dtype.primitive_bitwidth // 8))
-        tma_load(h_desc, [0, first, tc * BC], bar, ring.index(0))
-        tma_load(h_desc, [1, first, tc * BC], bar, ring.index(1))
-        if BACKWARD:
+        BYTES: gl.constexpr = 128 * BC * (h_desc.dtype.primitive_bitwidth // 8)
+        bar = bars.index(0 if EARLY else 1)
+        mbarrier.expect(bar, 2 * BYTES if BACKWARD and not EARLY else BYTES)
+        if BACKWARD and EARLY:
             tma_load(d_desc, [0, first, tc * BC], bar, ring.index(2))
+        elif BACKWARD:
+            tma_load(h_desc, [0, first, tc * BC], bar, ring.index(0))
+            tma_load(h_desc, [1, first, tc * BC], bar, ring.index(1))
+        else:
+            tma_load(h_desc, [0 if EARLY else 1, first, tc * BC], bar, ring.index(box))
 
 
 @gluon.jit
-def make(views, alpha, limit, DTYPE: gl.constexpr, BC: gl.constexpr, BACKWARD: gl.constexpr, CLAMPED: gl.constexpr):
-    """The result in place of gate; its derivative in place of gate and up."""
+def make(views, box, alpha, limit, DTYPE: gl.constexpr, BC: gl.constexpr, BACKWARD: gl.constexpr, CLAMPED: gl.constexpr):
+    """The result in place of gate, in `box`, up being in the other; its derivative in place of gate and up."""
     PIECE: gl.constexpr = 32 if BACKWARD else 64        # rows at a time: three inputs of a whole tile are more than the registers hold
     LAYOUT: gl.constexpr = piece_layout(BC, PIECE)
     for i in gl.static_range(128 // PIECE):
-        first = views.index(0).slice(i * PIECE, PIECE, 0)
-        second = views.index(1).slice(i * PIECE, PIECE, 0)
+        first = views.index(box).slice(i * PIECE, PIECE, 0)
+        second = views.index(1 - box).slice(i * PIECE, PIECE, 0)
         gate = first.load(LAYOUT).to(gl.float32)
         up = second.load(LAYOUT).to(gl.float32)
         if BACKWARD:
@@ -61,8 +67,9 @@ def both_kernel(h_desc, d_desc, row_ptr, col_ptr, rs_ptr, cs_ptr, row_in_ptr, co
     BITS: gl.constexpr = DTYPE.primitive_bitwidth
     BOXES: gl.constexpr = 3 if BACKWARD else 2
     ring = gl.allocate_shared_memory(DTYPE, [BOXES, 1, 128, BC], h_desc.layout)
-    bar = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(bar, count=1)
+    bars = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(bars.index(0), count=1)
+    mbarrier.init(bars.index(1), count=1)
     fence_async_shared()
     block_barrier()
     views = view_as(ring, DTYPE, BOXES, 128, BC, shared_layout(BITS))
@@ -76,7 +83,9 @@ def both_kernel(h_desc, d_desc, row_ptr, col_ptr, rs_ptr, cs_ptr, row_in_ptr, co
     total = tiles_t * tiles_c
     step = gl.num_programs(0)
     id = gl.program_id(0)
-    fetch(h_desc, d_desc, ring, bar, id, total, groups, table_ptr, tiles_t, tiles_c, GROUPED, BC, BAND, AGAIN, BACKWARD)
+    box = gl.to_tensor(0)       # of gate, and of the result: the two change places from tile to tile
+    fetch(h_desc, d_desc, ring, bars, box, id, total, groups, table_ptr, tiles_t, tiles_c, GROUPED, BC, BAND, AGAIN, BACKWARD, True)
+    fetch(h_desc, d_desc, ring, bars, 1 - box, id, total, groups, table_ptr, tiles_t, tiles_c, GROUPED, BC, BAND, AGAIN, BACKWARD, False)
     if GIVEN:       # the first loads are on their way
         one = given_inverse(rs_ptr)
     most = no_maxima(BC, BITS)
@@ -89,18 +98,22 @@ def both_kernel(h_desc, d_desc, row_ptr, col_ptr, rs_ptr, cs_ptr, row_in_ptr, co
         rows = gl.minimum(end - start, 128)
         columns = gl.minimum(I - tc * BC, BC)
         pos = tile.to(gl.int64) * 128
-        mbarrier.wait(bar, phase)
+        mbarrier.wait(bars.index(0), phase)
+        mbarrier.wait(bars.index(1), phase)
         phase = phase ^ 1
-        make(views, alpha, limit, DTYPE, BC, BACKWARD, CLAMPED)
+        make(views, box, alpha, limit, DTYPE, BC, BACKWARD, CLAMPED)
+        id += step
+        fetch(h_desc, d_desc, ring, bars, 1 - box, id, total, groups, table_ptr, tiles_t, tiles_c, GROUPED, BC, BAND, AGAIN, BACKWARD, True)
         for part in gl.static_range(2 if BACKWARD else 1):
             c0 = (tc * BC + part * I).to(gl.int64)
-            view = views.index(part)
+            view = views.index(part + box)
+            word_view = word_views.index(part + box)
             rows_to = row_ptr + (first * rr + c0)
             columns_to = col_ptr + (c0 * cr * 16 + pos)
             if NEXT or (MAXIMA and ONE):
-                most = larger(most, thread_maxima(words(word_views.index(part), rows, BC, BITS), BC, BITS), BITS)
+                most = larger(most, thread_maxima(words(word_view, rows, BC, BITS), BC, BITS), BITS)
             elif MAXIMA:
-                raise_both(words(word_views.index(part), rows, BC, BITS), row_in_ptr + first, col_in_ptr + c0, rows, columns, DTYPE)
+                raise_both(words(word_view, rows, BC, BITS), row_in_ptr + first, col_in_ptr + c0, rows, columns, DTYPE)
             if not MAXIMA:
                 if ONE:
                     row_inverse = (one if GIVEN else gl.load(row_in_ptr)).to(gl.float32, bitcast=True)
@@ -110,7 +123,7 @@ def both_kernel(h_desc, d_desc, row_ptr, col_ptr, rs_ptr, cs_ptr, row_in_ptr, co
                 else:
                     k = (tc + part * (I // 128)).to(gl.int64)
                     row_inverse, column_inverse = block_scales(
-                        word_views.index(part), rs_ptr + (first * rsr + k * rsk), rsr, cs_ptr + (c0 * csr + tile.to(gl.int64) * csk), csr,
+                        word_view, rs_ptr + (first * rsr + k * rsk), rsr, cs_ptr + (c0 * csr + tile.to(gl.int64) * csk), csr,
                         rows, columns, clamp, DTYPE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS)
                 if (rows == 128) & (columns == BC):
                     put_both(view, row_inverse, column_inverse, rows_to, rr, columns_to, cr, rows, columns, 128, BC, ONE, False, False)
@@ -118,8 +131,9 @@ def both_kernel(h_desc, d_desc, row_ptr, col_ptr, rs_ptr, cs_ptr, row_in_ptr, co
                     put_both(view, row_inverse, column_inverse, rows_to, rr, columns_to, cr, rows, columns, 128, BC, ONE, True, False)
         fence_async_shared()
         block_barrier()     # all of them have read the values, which TMA writes over
-        id += step
-        fetch(h_desc, d_desc, ring, bar, id, total, groups, table_ptr, tiles_t, tiles_c, GROUPED, BC, BAND, AGAIN, BACKWARD)
+        fetch(h_desc, d_desc, ring, bars, box, id, total, groups, table_ptr, tiles_t, tiles_c, GROUPED, BC, BAND, AGAIN, BACKWARD, False)
+        if not BACKWARD:
+            box = 1 - box
     if NEXT:
         raise_to(next_ptr, most, DTYPE)
     elif MAXIMA and ONE:
