@@ -32,30 +32,32 @@ def example(root: Path) -> ModuleType:
     return module
 
 
+def apart(data: dict[str, Any], recipe: str, loss: str) -> str:
+    """How far a recipe's loss is from BF16's: seed by seed, and in the mean."""
+    found = next((c for c in data["against_bf16"] if c["recipe"] == recipe and c["loss"] == loss), None)
+    return f"{found['mean']:+.2%} ({', '.join(f'{x:+.2%}' for x in found['seeds'].values())})" if found else ""
+
+
 def section(name: str, data: dict[str, Any]) -> list[str]:
     """The text of one file's runs."""
     runs, size = data["runs"], data["size"]
-    seeds = sorted({r["seed"] for r in runs})
     first, share = runs[0], data["experts_share_of_flops"]
-    heads = [*(f"seed {s}" for s in seeds), "held out, mean", "against BF16, mean", "spread", "worst seed", "SNR of gradients"]
+    apart_head = "against BF16 (by seed)"
+    heads = ("seeds", "training loss", apart_head, "loss on held-out text", apart_head, "SNR of gradients")
     out = [f"{first['device']}, torch {first['torch']}: {first['parameters'] / 1e6:.1f} million parameters, "
            f"{size['layers']} layers, {size['top_k']} of {size['experts']} experts a token, the experts {share:.0%} of "
-           f"the FLOPs; {data['steps']} steps of "
-           f"{data['tokens_a_step']} tokens. Losses are in nats a byte, the mean of the last steps, and on text held out. "
-           "Spread: standard deviation over seeds of the difference from BF16; `bf16-moved`: BF16 from weights moved by a quarter "
-           "of a last place, so what chance does. The SNR is that of the experts' gradients against BF16's, over layers and seeds, "
-           "when last measured.", "",
+           f"the FLOPs; {data['steps']} steps of {data['tokens_a_step']} tokens. Losses are means over seeds, in nats a byte; "
+           f"a run's training loss is that of its last {data['averaged']} steps. `bf16-moved`: BF16 from weights moved by a "
+           "quarter of a last place, so what chance does. SNR: of the experts' gradients against BF16's on the same weights, "
+           "over layers and seeds, when last measured.", "",
            "| recipe | " + " | ".join(heads) + " |",
            "| --- | " + " | ".join("---:" for _ in heads) + " |"]
     for recipe in dict.fromkeys(r["recipe"] for r in runs):
-        mine = {r["seed"]: r for r in runs if r["recipe"] == recipe}
-        against = next((c for c in data["against_bf16"] if c["recipe"] == recipe and c["loss"] == "final"), None)
-        snr = [db for r in mine.values() if r["snr_db"] for layer in list(r["snr_db"].values())[-1] for db in layer]
-        cells = [f"{mine[s]['final']:.4f}" if s in mine else "" for s in seeds]
-        cells.append(f"{statistics.mean(r['held_out'] for r in mine.values()):.4f}")
-        seen = list(against["seeds"].values()) if against else []
-        cells += [f"{against['mean']:+.2%}" if against else "", f"{statistics.stdev(seen):.2%}" if len(seen) > 1 else "",
-                  f"{max(seen, key=abs):+.2%}" if seen else ""]
+        mine = [r for r in runs if r["recipe"] == recipe]
+        snr = [db for r in mine if r["snr_db"] for layer in list(r["snr_db"].values())[-1] for db in layer]
+        cells = [str(len(mine))]
+        for loss in ("final", "held_out"):
+            cells += [f"{statistics.mean(r[loss] for r in mine):.4f}", apart(data, recipe, loss)]
         cells.append(f"{min(snr):.1f} to {max(snr):.1f} dB" if snr else "")
         out.append(f"| `{recipe}` | " + " | ".join(cells) + " |")
     return [*out, "", f"![Loss over steps, every recipe and seed](pictures/{name}.png)", ""]

@@ -15,10 +15,7 @@ import argparse
 import json
 import math
 import statistics
-import subprocess
-import sys
 import sysconfig
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -27,7 +24,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy, linear, rms_norm, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, linear, pad, rms_norm, scaled_dot_product_attention
 
 import narrowgemm as ng
 from narrowgemm.nn import ExpertMLP
@@ -35,13 +32,13 @@ from narrowgemm.nn import ExpertMLP
 RECIPES = ("bf16", "bf16-moved", "tensorwise", "delayed", "rowwise", "block")
 HELD_OUT = 1 / 16       # of the text, its end, is not trained on
 MOVED = 2.0**-10        # of a weight, at most about: BF16 keeps 8 bits
-AVERAGED = 20           # last steps whose mean is a run's final training loss
+AVERAGED = 100          # last steps whose mean is a run's final training loss
 
 
 @dataclass(frozen=True)
 class Size:
     hidden: int = 512
-    layers: int = 4
+    layers: int = 3
     heads: int = 4
     head: int = 64
     experts: int = 8
@@ -76,6 +73,13 @@ class Permute(torch.autograd.Function):
         return dy[ctx.saved_tensors[1]], None, None
 
 
+def rotate(x: Tensor, turns: Tensor) -> Tensor:
+    """Queries or keys `[..., L, D]` turned by their position: pairs (i, i + D / 2) by `turns` `[2, L, D / 2]`, cosine and sine."""
+    a, b = x.chunk(2, -1)
+    cos, sin = turns
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
 class Block(nn.Module):
     def __init__(self, size: Size, recipe: str) -> None:
         super().__init__()
@@ -91,13 +95,13 @@ class Block(nn.Module):
         with torch.no_grad():
             self.mlp.down.mul_((2 * size.layers) ** -0.5)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, turns: Tensor) -> tuple[Tensor, Tensor]:
         """`x` `[B, L, H]` BF16, and the loss that keeps experts evenly used."""
         s = self.size
         b, n, h = x.shape
         y = linear(rms_norm(x, (h,), self.norms[0].to(x.dtype)), self.qkv.to(x.dtype))
         q, k, v = y.view(b, n, 3, s.heads, s.head).permute(2, 0, 3, 1, 4)
-        y = scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(b, n, -1)
+        y = scaled_dot_product_attention(rotate(q, turns), rotate(k, turns), v, is_causal=True).transpose(1, 2).reshape(b, n, -1)
         x = x + linear(y, self.out.to(x.dtype))
         rows = rms_norm(x, (h,), self.norms[1].to(x.dtype)).view(-1, h)
         scores = linear(rows.float(), self.router).softmax(-1)
@@ -113,21 +117,29 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
+    """A byte enters with the one before it, so that heads which look for what followed earlier need one layer, not two: they form
+    early and gradually, and runs that chance has parted don't differ by when they did."""
+
+    turns: Tensor
+
     def __init__(self, size: Size, recipe: str) -> None:
         super().__init__()
-        self.embed = nn.Parameter(torch.randn(256, size.hidden) * 0.02)
-        self.position = nn.Parameter(torch.randn(size.length, size.hidden) * 0.02)
+        self.embed = nn.Parameter(torch.randn(2, 256, size.hidden) * 0.02)
+        angles = torch.arange(size.length)[:, None] * 10000.0 ** (-torch.arange(size.head // 2) * 2 / size.head)
+        self.register_buffer("turns", torch.stack([angles.cos(), angles.sin()]).bfloat16())
         self.blocks = nn.ModuleList(Block(size, recipe) for _ in range(size.layers))
         self.norm = nn.Parameter(torch.ones(size.hidden))
 
     def forward(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """(cross entropy of `text` `[B, L + 1]`, in nats a byte; the experts' balance)."""
-        x = (self.embed[text[:, :-1]] + self.position).bfloat16()
+        now, last = self.embed
+        bytes_ = text[:, :-1]
+        x = (now[bytes_] + last[pad(bytes_[:, :-1], (1, 0))]).bfloat16()
         balance = x.new_zeros((), dtype=torch.float32)
         for block in self.blocks:
-            x, one = block(x)
+            x, one = block(x, self.turns)
             balance = balance + one
-        x = linear(rms_norm(x, x.shape[-1:], self.norm.to(x.dtype)), self.embed.to(x.dtype)).float()
+        x = linear(rms_norm(x, x.shape[-1:], self.norm.to(x.dtype)), now.to(x.dtype)).float()
         return cross_entropy(x.flatten(0, 1), text[:, 1:].flatten()), balance / len(self.blocks)
 
     def experts(self) -> list[ExpertMLP]:
@@ -163,7 +175,7 @@ class Training:
         self.text = text.to(device)
         self.cut = int(len(text) * (1 - HELD_OUT))
         self.starts = batches(steps, size, 0, self.cut, seed).to(device)
-        self.held_out = batches(1 if size == SMALL else 8, size, self.cut, len(text), 1).to(device)
+        self.held_out = batches(1 if size == SMALL else 32, size, self.cut, len(text), 1).to(device)
         self.reach = torch.arange(size.length + 1, device=device)
         self.at = torch.zeros((), dtype=torch.long, device=device)
         self.losses = torch.zeros(steps, device=device)
@@ -178,7 +190,7 @@ class Training:
 
     def step(self) -> None:
         at = self.at.float()
-        decay = 0.55 + 0.45 * torch.cos(math.pi * at / self.steps)
+        decay = 0.51 + 0.49 * torch.cos(math.pi * at / self.steps)
         self.rate.copy_(self.lr * torch.minimum((at + 1) / max(20, self.steps // 10), decay))
         loss, balance = self.model(self.batch(self.starts.index_select(0, self.at[None])[0]))
         (loss + 0.01 * balance).backward()
@@ -329,7 +341,6 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--text-bytes", type=int, default=4 << 20)
     parser.add_argument("--small", action="store_true", help="a model that a CPU trains a few steps of in seconds")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--jobs", type=int, default=1, help="runs side by side, each a process")
     parser.add_argument("--read", help="files of --out, separated by commas, whose runs are taken instead of training")
     parser.add_argument("--out", help="JSON")
     parser.add_argument("--plot", help="PNG")
@@ -340,8 +351,6 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
     size = SMALL if o.small else Size()
     if o.read:
         runs = [r for path in o.read.split(",") for r in json.loads(Path(path).read_text())["runs"]]
-    elif o.jobs > 1:
-        runs = side_by_side(given if given is not None else sys.argv[1:], wanted, o.jobs)
     else:
         runs = []
         for recipe, seed in wanted:
@@ -363,8 +372,8 @@ def main(given: list[str] | None = None) -> dict[str, Any]:
 
 def report(size: Size, o: argparse.Namespace, runs: list[dict[str, Any]]) -> dict[str, Any]:
     experts, whole = size.flops
-    return {"steps": o.steps, "size": asdict(size), "tokens_a_step": size.batch * size.length, "learning_rate": o.lr,
-            "experts_share_of_flops": round(experts / whole, 4), "against_bf16": compare(runs), "runs": runs}
+    return {"steps": o.steps, "averaged": AVERAGED, "size": asdict(size), "tokens_a_step": size.batch * size.length,
+            "learning_rate": o.lr, "experts_share_of_flops": round(experts / whole, 4), "against_bf16": compare(runs), "runs": runs}
 
 
 def dump(result: dict[str, Any]) -> str:
@@ -372,26 +381,6 @@ def dump(result: dict[str, Any]) -> str:
     rest = {k: v for k, v in result.items() if k != "runs"}
     runs = ",\n".join("  " + json.dumps(r) for r in result["runs"])
     return f'{json.dumps(rest, indent=1)[:-2]},\n "runs": [\n{runs}\n ]\n}}\n'
-
-
-def side_by_side(given: list[str], wanted: list[tuple[str, int]], jobs: int) -> list[dict[str, Any]]:
-    """Each run in a process of its own, `jobs` at a time; in the order of `wanted`. RuntimeError where one fails."""
-    with tempfile.TemporaryDirectory() as folder:
-        paths = [Path(folder) / f"{i}.json" for i in range(len(wanted))]
-        todo, running = list(zip(wanted, paths)), []
-        while todo or running:
-            while todo and len(running) < jobs:
-                (recipe, seed), path = todo.pop(0)
-                command = [sys.executable, __file__, *given, "--jobs", "1", "--recipes", recipe, "--seeds", str(seed),
-                           "--out", str(path), "--plot", ""]
-                running.append(subprocess.Popen(command))
-            time.sleep(0.2)
-            if failed := [p for p in running if p.poll()]:
-                for p in running:
-                    p.terminate()
-                raise RuntimeError(f"a run ended with status {failed[0].returncode}")
-            running = [p for p in running if p.poll() is None]
-        return [r for path in paths for r in json.loads(path.read_text())["runs"]]
 
 
 if __name__ == "__main__":
