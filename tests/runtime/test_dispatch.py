@@ -13,6 +13,7 @@ from narrowgemm.kernels.registry import candidates, kernels
 from narrowgemm.ops.explain import describe, explain
 from narrowgemm.problem import Config, bucket
 from narrowgemm.runtime import dispatch
+from narrowgemm.tuning.fingerprint import fingerprint
 
 TARGETS = ("h200", "h100", "h20", "b200", "rtx5090", "mi300x", "mi350x", "l40s", "a100", "cpu")
 
@@ -97,7 +98,8 @@ def test_a_tuned_table_decides_and_does_not_break_others(tmp_path, monkeypatch) 
     """A row of the table is followed; a row that is illegal here is passed by; every other shape is untouched."""
     table = tmp_path / "h200" / "gemm-dense-fp8_1x128-fp8_128x128.json"
     table.parent.mkdir()
-    good = {"n": 512, "k": 1024, "rows": 64, "kernel": "triton.fp8_block", "config": Config(64, 64, num_stages=4).to_dict(), "us": 5.0}
+    good = {"n": 512, "k": 1024, "rows": 64, "kernel": "triton.fp8_block", "config": Config(64, 64, num_stages=4).to_dict(), "us": 5.0,
+            "made": {k: fingerprint(k) for k in kernels()}}
     bad = {**good, "k": 2048, "config": Config(128, 128, num_stages=12).to_dict()}
     table.write_text(json.dumps({"schema": 1, "rows": [good, bad]}))
     monkeypatch.setenv("NARROWGEMM_TABLES", str(tmp_path))

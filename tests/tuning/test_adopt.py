@@ -60,6 +60,14 @@ def test_the_model_may_pick_another_for_each_case_of_a_key() -> None:
     assert row is not None and not row["adopted"] and row["worst_ratio"] == 1.0
 
 
+def test_a_row_names_the_kernels_as_they_were_measured() -> None:
+    """What records of two commits differ in is left out: the row does not stand for it."""
+    first, second = (record(c, candidate("a", 100.0, 1.0)) for c in ("one", "two"))
+    row = adopt.verdict([first | {"made": {"a": "1", "b": "2"}}, second | {"made": {"a": "1", "b": "3"}}])
+    assert row is not None and row["made"] == {"a": "1"}
+    assert adopt.verdict([first, second])["made"] == {}  # type: ignore[index]
+
+
 def test_a_choice_has_to_run_every_case_of_the_key() -> None:
     first = record("one", candidate("a", 100.0, 1.0), candidate("b", 10.0, 2.0))
     second = record("two", candidate("a", 100.0, 1.0), candidate("b", None, 2.0, error="out of shared memory"))

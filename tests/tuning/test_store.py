@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from narrowgemm.arch import get_arch
+from narrowgemm.kernels.registry import kernels
 from narrowgemm.ops.explain import describe
 from narrowgemm.problem import Config
 from narrowgemm.runtime import dispatch
-from narrowgemm.testing.cases import get_suite
 from narrowgemm.tuning import store
-from narrowgemm.tuning.space import problem_of
+from narrowgemm.tuning.fingerprint import fingerprint
 
 DENSE = "gemm-dense-fp8_1x128-fp8_128x128.json"
 GOOD = Config(64, 64, num_stages=4)
@@ -21,6 +21,10 @@ GOOD = Config(64, 64, num_stages=4)
 
 def row(rows: int, kernel: str = "triton.fp8_block", config: Config = GOOD, n: int = 512, k: int = 1024, **more: object) -> dict:
     return {"n": n, "k": k, "rows": rows, "adopted": True, "kernel": kernel, "config": config.to_dict(), "us": 5.0, **more}
+
+
+def made_now() -> dict[str, str]:
+    return {k: fingerprint(k) for k in kernels()}
 
 
 def look(root: Path, m: int, n: int = 512, k: int = 1024, **how: object) -> store.Tuned | None:
@@ -117,7 +121,7 @@ def test_a_choice_that_can_not_run_this_call_is_passed_by(tmp_path: Path, monkey
     plain = describe("gemm", m=64, n=4096, k=7168)
     decode = next((c for c in _decode_configs(plain) if _illegal_as_fp32(c)), None)
     assert decode is not None, "no config of the decode kernel that FP32 output rules out"
-    store.write_table(tmp_path, "h200", DENSE, {}, [row(64, "gluon_sm90.fp8_decode", decode, 4096, 7168)])
+    store.write_table(tmp_path, "h200", DENSE, {}, [row(64, "gluon_sm90.fp8_decode", decode, 4096, 7168, made=made_now())])
     dispatch._select.cache_clear()
     assert dispatch.select(plain, h200).config == decode and "tuned table" in dispatch.select(plain, h200).reason
     other = dispatch.select(describe("gemm", m=64, n=4096, k=7168, out_dtype="fp32"), h200)
@@ -130,14 +134,10 @@ def test_a_choice_that_can_not_run_this_call_is_passed_by(tmp_path: Path, monkey
 
 
 def _decode_configs(problem) -> list[Config]:
-    from narrowgemm.kernels.registry import kernels
-
     return kernels()["gluon_sm90.fp8_decode"].configs(problem, get_arch("h200"))
 
 
 def _illegal_as_fp32(config: Config) -> bool:
-    from narrowgemm.kernels.registry import kernels
-
     problem = describe("gemm", m=64, n=4096, k=7168, out_dtype="fp32")
     return dispatch.illegal(kernels()["gluon_sm90.fp8_decode"], problem, config, get_arch("h200")) is not None
 
@@ -155,9 +155,34 @@ def test_a_device_without_tables_takes_rows_of_its_sibling_where_arithmetic_deci
     assert store.choose(near, h100, str(tmp_path)) is None      # its own row says that the model is right
 
 
-def test_packaged_rows_reach_the_h100() -> None:
-    for case in (*get_suite("fp8-contiguous"), *get_suite("fp8-masked-decode")[:3]):
-        p = problem_of(case)
-        taken = "tuned table h200/" in dispatch.select(p, get_arch("h100")).reason
-        adopted = store.lookup(p, "h200") is not None
-        assert taken == (adopted and case.suite == "fp8-contiguous"), case.id
+@pytest.mark.parametrize("older", ["gluon_sm90.fp8_decode", "model", "unknown", ""])
+def test_a_row_that_is_older_than_a_kernel_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, older: str) -> None:
+    """Than its own, or than the one that the cost model takes instead; and where it names none."""
+    monkeypatch.setenv("NARROWGEMM_TABLES", str(tmp_path))
+    problem, h200 = describe("gemm", m=64, n=4096, k=7168), get_arch("h200")
+    monkeypatch.setattr(kernels()["triton.fp8_block"], "estimate", lambda problem, config, arch: 1e-9)
+    model = dispatch.select(problem, h200, "triton")
+    made = {"gluon_sm90.fp8_decode": "as it is", "triton.fp8_block": "as it is"}
+    monkeypatch.setattr(store, "fingerprint", lambda kernel: "as it is")
+    if older == "unknown":
+        made = {}
+    elif older:
+        made["triton.fp8_block" if older == "model" else older] = "as it was"
+    decode = _decode_configs(problem)[-1]
+    store.write_table(tmp_path, "h200", DENSE, {}, [row(64, "gluon_sm90.fp8_decode", decode, 4096, 7168, made=made)])
+    dispatch._select.cache_clear()
+    plan = dispatch.select(problem, h200)
+    if not older:
+        assert plan.config == decode and plan.reason.startswith("tuned table")
+        return
+    assert (plan.kernel, plan.config) == ("triton.fp8_block", model.config)
+    named = "triton.fp8_block" if older == "model" else "gluon_sm90.fp8_decode"
+    assert f"h200/{DENSE} (64 rows) was not measured with {named} as it is now" in plan.reason
+    assert len(store.outdated(store.read_rows(tmp_path / "h200" / DENSE))) == (older != "model")
+
+
+def test_packaged_rows_name_kernels_that_are_there() -> None:
+    """Whether they are as they were, `narrowgemm doctor` says: a kernel may change before its rows are measured again."""
+    for path in sorted(store.PACKAGED.glob("*/*.json")):
+        for r in store.read_rows(path):
+            assert r["kernel"] in kernels() and r["made"].get(r["kernel"]), (path.name, store.row_key(r))

@@ -127,11 +127,13 @@ def tables() -> Iterator[Finding]:
         if root is None:
             continue
         try:
-            count = sum(len(store.read_rows(path)) for path in sorted(root.glob("*/*.json")))
+            rows = [r for path in sorted(root.glob("*/*.json")) for r in store.read_rows(path)]
+            old = len(store.outdated(rows))
         except (ValueError, OSError) as e:
             yield Finding("tuned tables", "failed", str(e))
             continue
-        yield Finding("tuned tables", "ok" if count else "warning", f"{count} rows in {root}")
+        passed = f", {old} of them passed over: their kernels have changed since; `narrowgemm tune` makes them anew" if old else ""
+        yield Finding("tuned tables", "ok" if rows and not old else "warning", f"{len(rows)} rows in {root}{passed}")
 
 
 def selftest(device: str, budget: float) -> Iterator[Finding]:

@@ -45,25 +45,35 @@ def _select(problem: Problem, arch: Arch, backend: str, config: Config | None, o
             able[name] = kernel
         else:
             passed[name] = reason
-    tuned = None if config else store.choose(problem, arch, tables)
-    if tuned and tuned.kernel in able and illegal(able[tuned.kernel], problem, tuned.config, arch) is None:
+    if not able:
+        raise _refusal(problem, arch, config, passed)
+    offers = {name: _cheapest(kernel, problem, config, arch) for name, kernel in able.items()}
+    name = min(offers, key=lambda n: offers[n][0])
+    seconds, chosen = offers[name]
+    tuned, remark = (None, "") if config else _tuned(problem, arch, tables, able, name)
+    if tuned:
         name, chosen, seconds, why = tuned.kernel, tuned.config, tuned.us * 1e-6, f"tuned table {tuned.source}"
         passed |= {other: f"the tuned table prefers {name}" for other in able if other != name}
-    elif able:
-        offers = {name: _cheapest(kernel, problem, config, arch) for name, kernel in able.items()}
-        name = min(offers, key=lambda n: offers[n][0])
-        seconds, chosen = offers[name]
-        why = "config= was given" if config else "cost model"
+    else:
+        why = ("config= was given" if config else "cost model") + remark
         passed |= {other: f"predicted {cost * 1e6:.1f} us, {name} {seconds * 1e6:.1f} us"
                    for other, (cost, _) in offers.items() if other != name}
         portable = arch.vendor != "cpu" and all(k.BACKEND in PORTABLE for k in able.values())
         if problem.op in PRODUCTS and portable and not (backend or config):
             why += "; no fast kernel takes this problem"
-    else:
-        raise _refusal(problem, arch, config, passed)
     step = Step(name, chosen, able[name].workspace(problem, chosen))
     order = tuple((n, passed[n]) for n in kernels() if n in passed)
     return Plan(problem, arch.name, able[name].BACKEND, (step,), why, seconds * 1e6, order)
+
+
+def _tuned(problem: Problem, arch: Arch, tables: str, able: dict[str, Kernel], model: str) -> tuple[store.Tuned | None, str]:
+    """(the tuned table's choice, what is said of one that is passed over). `model`: the kernel that the cost model takes."""
+    tuned = store.choose(problem, arch, tables)
+    if tuned is None or tuned.kernel not in able or illegal(able[tuned.kernel], problem, tuned.config, arch) is not None:
+        return None, ""
+    if changed := tuned.changed(tuned.kernel, model):
+        return None, f"; the tuned row of {tuned.source} was not measured with {changed} as it is now"
+    return tuned, ""
 
 
 def _unable(kernel: Kernel, problem: Problem, arch: Arch, backend: str, config: Config | None,

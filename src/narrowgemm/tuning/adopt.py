@@ -58,7 +58,14 @@ def verdict(records: list[Record]) -> Row | None:
         "kernel": chosen["kernel"], "config": chosen["config"], "us": chosen["us"], "calc_diff": chosen.get("calc_diff"),
         "runner_up": _what(field[second]) if second else None, "runner_up_us": field[second]["us"] if second else None,
         "model": _what(pick) if pick else None, "model_us": pick["us"] if pick else None,
-        "worst_ratio": round(max(shown), 4), "case": f"{records[at]['suite']}/{records[at]['case']}", "cases": len(records)}
+        "worst_ratio": round(max(shown), 4), "case": f"{records[at]['suite']}/{records[at]['case']}", "cases": len(records),
+        "made": _made(records)}
+
+
+def _made(records: list[Record]) -> dict[str, str]:
+    """Fingerprints of kernels that all records have alike: those of several commits may differ."""
+    each = [r.get("made", {}) for r in records]
+    return {k: v for k, v in each[0].items() if all(x.get(k) == v for x in each)}
 
 
 def _what(candidate: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from ..testing.numerics import GateResult
 from ..testing.timers import Timing
 from ..testing.worker import FAILURES, STICKY, DeviceLost, Station, emit, environment, failure
 from . import store, vllm
+from .fingerprint import fingerprint
 from .space import PORTABLE, Candidate, candidates, choice, pick, problem_of, versus_portable
 
 QUICK_ROUNDS = 2
@@ -119,7 +120,8 @@ class Trial:
             self.launch(inputs, label)
         self.gate(inputs)
         self.time(inputs)
-        return {**described(self.case, problem), "error": None,
+        made = {k: fingerprint(k) for k in sorted({c.kernel for c in found})}
+        return {**described(self.case, problem), "error": None, "made": made,
                 "candidates": [e.to_dict() for e in self.entries.values()]}
 
     def able(self) -> list[str]:

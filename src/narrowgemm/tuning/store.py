@@ -12,6 +12,10 @@ A row is the verdict for one key, N, K and the bucket of rows per group:
 | `runner_up`, `runner_up_us` | `{kernel, config}` of the next best, and its time there |
 | `model`, `model_us` | `{kernel, config}` that the cost model picked for `case`, and its time there |
 | `worst_ratio`, `cases` | the choice's time over the best, at its worst, and how many cases fell on the key |
+| `made` | `{kernel: fingerprint}` of every kernel that was measured: `fingerprint.py` |
+
+A row is a verdict between kernels as they were. `changed` says whether they still are so: dispatch passes a row over where its
+choice, or what the cost model would take instead, has changed since, or was not there.
 
 Not in the key, so one row serves all: groups, the total of rows, output dtype, accumulate, max_sms, scale dtype and order,
 alignment. A choice that the kernel can't run for one of them (`supports`, `legal`) is passed by, and the cost model decides.
@@ -30,6 +34,7 @@ from typing import Any
 
 from ..arch import Arch
 from ..problem import Config, Problem, bucket
+from .fingerprint import fingerprint
 
 PACKAGED = Path(__file__).parent / "tables"
 SCHEMA = 1
@@ -46,6 +51,12 @@ class Tuned:
     us: float
     source: str
     adopted: bool = True
+    made: tuple[tuple[str, str], ...] = ()
+
+    def changed(self, *kernels: str) -> str:
+        """The first of these kernels that is not what the row was measured with, '' where all are."""
+        made = dict(self.made)
+        return next((k for k in kernels if made.get(k) != fingerprint(k)), "")
 
 
 def table_name(problem: Problem) -> str:
@@ -101,7 +112,8 @@ def _table(root: str, device: str, name: str) -> dict[tuple[int, int], dict[int,
     out: dict[tuple[int, int], dict[int, Tuned]] = {}
     for r in read_rows(Path(root) / device / name):
         source = f"{device}/{name} ({r['rows']} rows)"
-        tuned = Tuned(r["kernel"], Config.from_dict(r["config"]), r["us"], source, r.get("adopted", True))
+        tuned = Tuned(r["kernel"], Config.from_dict(r["config"]), r["us"], source, r.get("adopted", True),
+                      tuple(sorted(r.get("made", {}).items())))
         out.setdefault((r["n"], r["k"]), {})[r["rows"]] = tuned
     return out
 
@@ -122,6 +134,11 @@ def read_rows(path: Path) -> list[Row]:
         if missing := [c for c in ("n", "k", "rows", "kernel", "config", "us") if c not in r]:
             raise ValueError(f"tuned table {path}: a row has no {missing[0]!r}: {r}; make it anew with `narrowgemm tune`")
     return doc["rows"]
+
+
+def outdated(rows: Iterable[Row]) -> list[Row]:
+    """Rows whose choice is of a kernel that has changed since: no call gets them."""
+    return [r for r in rows if r.get("made", {}).get(r["kernel"]) != fingerprint(r["kernel"])]
 
 
 def row_key(row: Row) -> Key:

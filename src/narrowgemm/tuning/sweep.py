@@ -1,12 +1,12 @@
 """Sweep files: every candidate measured on every case. What tables are made from, and what cost models are fitted to.
 
     {schema, device, arch, versions, commit, date, timer, suites,
-     cases: [{suite, case, table, n, k, rows, groups, m, error,
+     cases: [{suite, case, table, n, k, rows, groups, m, error, made,
               candidates: [{kernel, backend, config, predicted_us, us, spread, rounds, calc_diff, recipe_diff, error}]}]}
 
 `us` is kernel time; those of one case are comparable, the more `rounds` the better. `predicted_us` is what the kernel's
 `estimate` said then. A candidate with `error` failed a gate, or could not be compiled, launched or timed: `us` is null.
-A case of `error` has no figures.
+A case of `error` has no figures. `made`: the fingerprint of each kernel.
 """
 
 from __future__ import annotations

@@ -166,7 +166,7 @@ def tiles(problem: Problem, config: Config, spread: bool) -> float:
         shared = min(1.0, problem.groups * config.block_m / max(problem.m, 1)) / 2 if config.block_m > 128 else 0.0
         return -(-problem.m // config.block_m) * num_n * (1 + shared)
     groups = problem.groups if problem.layout == "masked" else problem.active_groups
-    rows = max(problem.rows, 1)
+    rows = max(problem.rows * 5 // 6 if problem.rows > 8 else problem.rows, 1)      # the middle of its bucket
     # half a tile a group goes to waste where sizes are spread and don't all fit into one
     per_group = rows / config.block_m + 0.5 if spread and rows > config.block_m else -(-rows // config.block_m)
     return groups * max(1.0, per_group) * num_n
