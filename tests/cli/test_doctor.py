@@ -12,6 +12,7 @@ from narrowgemm.cli import doctor
 from narrowgemm.cli.group import cli
 from narrowgemm.kernels.registry import kernels
 from narrowgemm.tuning import store
+from narrowgemm.tuning.fingerprint import fingerprint
 
 
 def run(*arguments: str) -> tuple[int, dict]:
@@ -83,7 +84,15 @@ def test_cache_and_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv("NARROWGEMM_TABLES", str(tmp_path))
     own, packaged = doctor.tables()
     assert own.status == "failed" and "bad.json" in own.detail
-    assert packaged.status == "ok" and str(store.PACKAGED) in packaged.detail
+    assert packaged.status in ("ok", "warning") and str(store.PACKAGED) in packaged.detail
+
+
+def test_rows_that_are_older_than_their_kernels_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"n": 128, "k": 128, "rows": 8, "kernel": "triton.fp8_block", "config": {}, "us": 1.0}
+    store.write_table(tmp_path, "h200", "t.json", {}, [row, row | {"rows": 16, "made": {row["kernel"]: fingerprint(row["kernel"])}}])
+    monkeypatch.setenv("NARROWGEMM_TABLES", str(tmp_path))
+    own, _ = doctor.tables()
+    assert own.status == "warning" and "2 rows" in own.detail and "1 of them passed over" in own.detail
 
 
 def test_no_such_device() -> None:

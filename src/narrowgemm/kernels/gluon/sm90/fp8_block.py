@@ -20,6 +20,7 @@ from ... import launching
 from ...launching import Launch
 from ...operands import Operands
 from . import refusals
+from .few_model import few, insured
 from .fp8_block_tile import LAYOUTS, MAX_GROUPS, Tile
 from .refusals import OUT_BYTES
 from .tensor_maps import output, planes, row_tiles, stride
@@ -177,6 +178,12 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
 
     Where only the device knows the sizes of groups, the mean of equal and of spread ones: a wave more or less hangs on it.
     """
+    seconds, fewer = of_spread(problem, config, arch), few(problem)
+    return insured(seconds, of_spread(fewer, config, arch), fewer, arch) if fewer else seconds
+
+
+def of_spread(problem: Problem, config: Config, arch: Arch) -> float:
+    """Seconds with the expected sizes of groups."""
     counted = problem.layout not in ("dense", "contiguous")
     works = {tiles(problem, config, spread) for spread in ((False, True) if counted else (False, ))}
     return sum(_seconds(problem, config, arch, work) for work in works) / len(works)

@@ -19,6 +19,7 @@ from ... import launching
 from ...launching import Launch
 from ...operands import Operands
 from . import fp8_block
+from .few_model import few, insured
 from .fp8_block import BACKEND as BACKEND
 from .fp8_block_tile import LAYOUTS, MAX_GROUPS
 from .fp8_cluster_tile import Tile
@@ -113,6 +114,12 @@ _FEWER_ROWS = 1.08
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds: waves of the tiles that clusters share, or the bytes at the streaming rate, whichever is longer, and some of the
     other. Where only the device knows the sizes of groups: the mean of equal and of spread ones, as for blocks that are alone."""
+    seconds, fewer = of_spread(problem, config, arch), few(problem)
+    return insured(seconds, of_spread(fewer, config, arch), fewer, arch) if fewer else seconds
+
+
+def of_spread(problem: Problem, config: Config, arch: Arch) -> float:
+    """Seconds with the expected sizes of groups."""
     extra = dict(config.extra)
     rows, columns = extra.get("cluster_m", 1), extra.get("cluster_n", 1)
     unit = replace(config, block_m=config.block_m * rows, block_n=config.block_n * columns)

@@ -3,9 +3,6 @@
 Tiles go over the CTAs in waves. A wave ends when memory has delivered its bytes and the SM with the most work is done: an
 SM takes weights and tokens in no faster than so many bytes a second, multiplies at the tensor cores' rate, and a CTA alone
 can't go faster than what it has in flight per latency, nor than the steps of one K block that follow each other.
-
-How rows spread over groups, only the device knows. A choice is made for the expected spread, and pays a little for every
-percent that it would lose if few groups had all the rows.
 """
 
 from __future__ import annotations
@@ -16,6 +13,7 @@ from typing import NamedTuple
 
 from ....arch import Arch
 from ....problem import Config, Problem
+from .few_model import few, insured
 from .fp8_decode_tile import extra, register_split, trip_of
 from .fp8_decode_tile import pieces as pieces_of
 
@@ -43,8 +41,6 @@ PROMOTE = 0.33e-9            # of one column of one piece: wgmma and its promoti
 DENSE_PROMOTE = 1.6e-9       # and of a dense product: 191, 232 and 312 clocks a K block at 8, 32 and 64 columns
 AHEAD = 0.8                  # of both, where they overlap within a trip
 SHARP = 7                    # how sharply the longest of several limits takes over
-INSURANCE = 0.05             # what a loss under FEW groups with all the rows weighs
-FEW = 8
 SPREAD = (0.7, 0.85, 1.0, 1.15, 1.3)          # groups' sizes over the expected one
 
 
@@ -152,7 +148,11 @@ def tiles_seconds(problem: Problem, config: Config, arch: Arch, tiles: Iterable[
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds."""
     seconds = fixed(problem, config) + tiles_seconds(problem, config, arch, expected_tiles(problem, config), problem.bytes)
-    return seconds * (1 + INSURANCE * loss_when_few(problem, config, arch))
+    fewer = few(problem)
+    if fewer is None:
+        return seconds
+    tiles = tiles_of(config, [fewer.rows], fewer.groups)
+    return insured(seconds, fixed(fewer, config) + tiles_seconds(fewer, config, arch, tiles, fewer.bytes), fewer, arch)
 
 
 def fixed(problem: Problem, config: Config) -> float:
@@ -164,15 +164,3 @@ def fixed(problem: Problem, config: Config) -> float:
     elif extra(config, "guess"):
         seconds -= EARLY
     return seconds
-
-
-def loss_when_few(problem: Problem, config: Config, arch: Arch) -> float:
-    """By how much a FEW groups with all the rows would take longer than their bytes and products must. A masked layout's
-    expected size is its caller's word: nothing there."""
-    if problem.layout in ("dense", "masked") or problem.active_groups <= FEW:
-        return 0.0
-    rows = -(-problem.m // FEW)
-    read = FEW * problem.b.format.storage_bytes(problem.n, problem.k)
-    least = START + max(read / arch.bandwidth, problem.flops / arch.fp8_flops)
-    seconds = fixed(problem, config) + tiles_seconds(problem, config, arch, tiles_of(config, [rows], FEW), read)
-    return max(0.0, seconds - least) / least
