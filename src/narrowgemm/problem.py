@@ -103,11 +103,22 @@ class Problem:
 
 
 def bucket(m: int) -> int:
-    """M up to the next of 0, 1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 192, 256, ...: nothing re-plans at every new token count."""
+    """M up to the next of 0, 1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, ...: nothing re-plans at every new count.
+
+    Quarters of a power of two above 64, where whole waves of tiles hang on the rows of a group; halves from 8 to 64.
+    """
     if m <= 2:
         return max(m, 0)
     p = 1 << (m - 1).bit_length()
-    return p * 3 // 4 if m > 8 and m <= p * 3 // 4 else p
+    step = p // 8 if m > 64 else p // 4 if m > 8 else p
+    return -(-m // step) * step
+
+
+def middle(b: int) -> int:
+    """The mean of the numbers whose bucket `b` is."""
+    p = 1 << (b - 1).bit_length() if b > 2 else 0
+    step = p // 8 if b > 64 else p // 4 if b > 8 else p // 2 if b > 2 else 1
+    return b - (step - 1) // 2
 
 
 SCALED_BLOCK = 128          # K block of every scale finer than a row's: promoting follows from scaling

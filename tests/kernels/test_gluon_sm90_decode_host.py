@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from narrowgemm.arch import get_arch
-from narrowgemm.kernels.gluon.sm90 import fp8_decode
+from narrowgemm.kernels.gluon.sm90 import fp8_decode, fp8_decode_model
 from narrowgemm.ops.explain import describe
 from narrowgemm.problem import Config, Problem, bucket
 
@@ -74,8 +74,8 @@ def test_groups_of_128_rows_read_their_weights_from_l2_again(n: int, k: int, us:
     p, arch = grouped("offsets", 256, 32768, n, k), get_arch("h100")
     configs = fp8_decode.configs(p, arch)
     assert {(c.block_n, c.block_m) for c in configs} == set(us)         # one tile of 128 tokens with tails took 5119 and 2531
-    found = {(c.block_n, c.block_m): fp8_decode.estimate(p, c, arch) * 1e6 for c in configs}
-    assert all(0.8 < found[shape] / us[shape] < 1.1 for shape in us), found
+    found = {(c.block_n, c.block_m): fp8_decode_model.of_spread(p, c, arch) * 1e6 for c in configs}
+    assert all(0.8 < found[shape] / us[shape] < 1.2 for shape in us), found     # these had 128 rows each; sizes are taken to spread
     assert min(found, key=found.__getitem__) == (128, 64)
 
 

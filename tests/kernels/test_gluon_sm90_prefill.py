@@ -290,5 +290,5 @@ def test_waves_decide_between_tiles() -> None:
     # 32 x 4.5 tiles of 128 columns are two waves on 132 SMs, 32 x 3 of 192 are one
     assert by(problem("dense", 4096, 576, 7168)).block_n == 192
     assert by(problem("offsets", 32768, 6144, 7168, 4)).block_n == 256
-    small = problem("offsets", 8 * 64, 2048, 7168, 8)
+    small = problem("offsets", 8 * 32, 2048, 7168, 8)
     assert by(small).block_m == 64

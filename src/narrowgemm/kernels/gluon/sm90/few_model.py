@@ -11,8 +11,9 @@ from dataclasses import replace
 from ....arch import Arch
 from ....problem import Problem
 
+SPREAD = (0.7, 0.85, 1.0, 1.15, 1.3)        # groups' sizes over the expected one
 FEW = 8
-INSURANCE = 0.05        # what such a loss weighs
+INSURANCE = 0.35       # what such a loss weighs
 START = 3.5e-6          # of what bytes and products must take: launch, schedule, first bytes, drain
 
 

@@ -15,12 +15,12 @@ from typing import Any
 from torch import Tensor
 
 from ....arch import Arch
-from ....problem import Config, Problem, Step
+from ....problem import Config, Problem, Step, middle
 from ... import launching
 from ...launching import Launch
 from ...operands import Operands
 from . import refusals
-from .few_model import few, insured
+from .few_model import SPREAD, few, insured
 from .fp8_block_tile import LAYOUTS, MAX_GROUPS, Tile
 from .refusals import OUT_BYTES
 from .tensor_maps import output, planes, row_tiles, stride
@@ -140,7 +140,7 @@ def workspace(problem: Problem, config: Config) -> int:
 # ---------------------------------------------------------------- cost
 LAUNCH_SECONDS = 3.0e-6
 MEMORY_SECONDS = 5.0e-6     # to fill the pipes and drain them, where bytes decide
-MEMORY_EFFICIENCY = 0.85    # of the streaming rate
+MEMORY_EFFICIENCY = 0.90    # of the streaming rate
 TILE_SECONDS = 0.6e-6       # of a tile, beyond its K blocks
 _NOT_HIDDEN = 0.15          # of the shorter of arithmetic and bytes
 # microseconds of one K block of 128 on one SM of an H200: where every SM is busy (with two blocks an SM: both of them), where
@@ -167,10 +167,10 @@ def tiles(problem: Problem, config: Config, spread: bool) -> float:
         shared = min(1.0, problem.groups * config.block_m / max(problem.m, 1)) / 2 if config.block_m > 128 else 0.0
         return -(-problem.m // config.block_m) * num_n * (1 + shared)
     groups = problem.groups if problem.layout == "masked" else problem.active_groups
-    rows = max(problem.rows * 5 // 6 if problem.rows > 8 else problem.rows, 1)      # the middle of its bucket
-    # half a tile a group goes to waste where sizes are spread and don't all fit into one
-    per_group = rows / config.block_m + 0.5 if spread and rows > config.block_m else -(-rows // config.block_m)
-    return groups * max(1.0, per_group) * num_n
+    rows = middle(problem.rows) if problem.rows > 8 else max(problem.rows, 1)
+    most = problem.m if problem.layout == "masked" else 2 * rows       # a masked group holds no more
+    sizes = [min(most, max(1, round(rows * x))) for x in SPREAD] if spread else [rows]
+    return groups * num_n * sum(-(-size // config.block_m) for size in sizes) / len(sizes)
 
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:

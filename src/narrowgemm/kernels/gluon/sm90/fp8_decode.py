@@ -89,7 +89,7 @@ def widths(problem: Problem) -> list[tuple[int, int, int, tuple[Shape, ...]]]:
     if token <= 32:
         return [(64, token, 0, SHAPES[:3]), (128, 8, 32, SHAPES[3:])]
     # with 128 rows a group 1.7 times what tiles of 64 tokens and 128 weight rows take
-    wide = [(128, 16, 64, SHAPES[3:])] if rows <= 64 or problem.layout == "masked" else []
+    wide = [(128, 16, 64, SHAPES[3:])] if rows <= 48 or problem.layout == "masked" else []
     return [(64, 0, 0, SHAPES[:3]), *wide]
 
 

@@ -12,8 +12,8 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from ....arch import Arch
-from ....problem import Config, Problem
-from .few_model import few, insured
+from ....problem import Config, Problem, middle
+from .few_model import SPREAD, few, insured
 from .fp8_decode_tile import extra, register_split, trip_of
 from .fp8_decode_tile import pieces as pieces_of
 
@@ -41,7 +41,6 @@ PROMOTE = 0.33e-9            # of one column of one piece: wgmma and its promoti
 DENSE_PROMOTE = 1.6e-9       # and of a dense product: 191, 232 and 312 clocks a K block at 8, 32 and 64 columns
 AHEAD = 0.8                  # of both, where they overlap within a trip
 SHARP = 7                    # how sharply the longest of several limits takes over
-SPREAD = (0.7, 0.85, 1.0, 1.15, 1.3)          # groups' sizes over the expected one
 
 
 class Tiles(NamedTuple):
@@ -79,7 +78,7 @@ def expected_tiles(problem: Problem, config: Config) -> tuple[Tiles, ...]:
     if problem.layout == "contiguous":
         rows = max(1, rows * 3 // 4)        # the rest is padding
     elif problem.layout != "dense" and problem.layout != "masked" and rows > 8:
-        rows = rows * 5 // 6                # the middle of its bucket
+        rows = middle(rows)
     even = problem.layout == "dense" or rows == 1
     most = problem.m if problem.layout == "masked" else rows * 2      # a masked group holds no more
     sizes = [rows] if even else [min(most, max(1, round(rows * x))) for x in SPREAD]
@@ -146,13 +145,17 @@ def tiles_seconds(problem: Problem, config: Config, arch: Arch, tiles: Iterable[
 
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
-    """Seconds."""
-    seconds = fixed(problem, config) + tiles_seconds(problem, config, arch, expected_tiles(problem, config), problem.bytes)
-    fewer = few(problem)
+    """Seconds, with what is lost where few groups have all the rows."""
+    seconds, fewer = of_spread(problem, config, arch), few(problem)
     if fewer is None:
         return seconds
     tiles = tiles_of(config, [fewer.rows], fewer.groups)
     return insured(seconds, fixed(fewer, config) + tiles_seconds(fewer, config, arch, tiles, fewer.bytes), fewer, arch)
+
+
+def of_spread(problem: Problem, config: Config, arch: Arch) -> float:
+    """Seconds with the expected sizes of groups."""
+    return fixed(problem, config) + tiles_seconds(problem, config, arch, expected_tiles(problem, config), problem.bytes)
 
 
 def fixed(problem: Problem, config: Config) -> float:
