@@ -103,7 +103,7 @@ class Problem:
 
 
 def bucket(m: int) -> int:
-    """M up to the next of 0, 1, 2, 4, 8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, 192, ...: nothing re-plans at every new count.
+    """M up to the next of 0, 1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 80, 96, 112, 128, 160, ...: nothing re-plans at every new count.
 
     Quarters of a power of two above 64, where whole waves of tiles hang on the rows of a group; halves from 8 to 64.
     """
