@@ -142,6 +142,7 @@ LAUNCH_SECONDS = 3.0e-6
 MEMORY_SECONDS = 5.0e-6     # to fill the pipes and drain them, where bytes decide
 MEMORY_EFFICIENCY = 0.90    # of the streaming rate
 TILE_SECONDS = 0.6e-6       # of a tile, beyond its K blocks
+_LAST_WAVE = 0.35           # power of the share of blocks that are at work in the mean, by which bytes take longer
 _NOT_HIDDEN = 0.15          # of the shorter of arithmetic and bytes
 # microseconds of one K block of 128 on one SM of an H200: where every SM is busy (with two blocks an SM: both of them), where
 # only a few are, and what plain loads of A's scales cost beside (1 = nothing). Fitted to a sweep: docs/measured.md
@@ -212,7 +213,8 @@ def _seconds(problem: Problem, config: Config, arch: Arch, work: float) -> float
     if dict(config.extra).get("late_store"):
         # the store beside the next tile's first product: seen to pay where K is long and tiles are many
         seconds *= 0.98 if problem.k >= 4096 and work > 2 * sms else 1.005
-    return with_memory(seconds, work, problem, arch)
+    busy_share = 1.0 if work <= sms else work / (sms * ctas) / math.ceil(work / (sms * ctas))
+    return with_memory(seconds, work, problem, arch, busy_share ** -_LAST_WAVE)
 
 
 def rate(arch: Arch) -> float:
@@ -220,10 +222,10 @@ def rate(arch: Arch) -> float:
     return (_H200_RATE / 132) / (arch.fp8_flops / arch.sms)
 
 
-def with_memory(seconds: float, work: float, problem: Problem, arch: Arch) -> float:
-    """The launch's seconds, of the arithmetic's and of the bytes: `work` blocks are at it."""
+def with_memory(seconds: float, work: float, problem: Problem, arch: Arch, slower: float = 1.0) -> float:
+    """The launch's seconds, of the arithmetic's and of the bytes: `work` blocks are at it, and bytes take so much longer."""
     sms = min(arch.sms, problem.max_sms or arch.sms)
-    memory = MEMORY_SECONDS + problem.bytes / (arch.bandwidth * MEMORY_EFFICIENCY * min(1.0, max(work, 1) / (0.6 * sms)))
+    memory = MEMORY_SECONDS + slower * problem.bytes / (arch.bandwidth * MEMORY_EFFICIENCY * min(1.0, max(work, 1) / (0.6 * sms)))
     return LAUNCH_SECONDS + max(seconds, memory) + _NOT_HIDDEN * min(seconds, memory)
 
 
