@@ -7,9 +7,10 @@ from dataclasses import replace
 import pytest
 
 from narrowgemm.arch import get_arch
-from narrowgemm.kernels.gluon.sm90 import fp8_decode, fp8_decode_model
+from narrowgemm.kernels.gluon.sm90 import few_model, fp8_block, fp8_decode, fp8_decode_model
 from narrowgemm.ops.explain import describe
 from narrowgemm.problem import Config, Problem, bucket
+from narrowgemm.runtime import dispatch
 
 ARCH = get_arch("h200")
 
@@ -85,3 +86,22 @@ def test_one_expert_of_a_rank_is_cut_along_k(n: int, k: int, split: int) -> None
     assert {c.split_k for c in fp8_decode.configs(p, ARCH)} == {s for s in (2, 4) if s <= split}
     for other in (replace(p, batch_invariant=True), replace(p, m=32)):
         assert {c.split_k for c in fp8_decode.configs(other, ARCH)} == {1}
+
+
+@pytest.mark.parametrize("n, k", [(4096, 7168), (7168, 2048)])
+def test_what_few_groups_with_all_rows_would_take_decides_between_near_equals(n: int, k: int) -> None:
+    """64 rows for each of 256 experts: tiles for many rows take as long where rows spread, and 0.75 where 8 experts have them all."""
+    p = grouped("offsets", 256, 256 * 64, n, k)
+    fewer = few_model.few(p)
+    assert fewer is not None and (fewer.groups, fewer.rows, fewer.m) == (8, 2048, p.m)
+    assert dispatch.select(p, ARCH).kernel == "gluon_sm90.fp8_block"
+    assert dispatch.select(grouped("offsets", 256, 256 * 8, n, k), ARCH).kernel == "gluon_sm90.fp8_decode"
+    assert few_model.few(grouped("masked", 32, 4096, n, k, 64)) is None and few_model.few(grouped("offsets", 8, 512, n, k)) is None
+    assert few_model.insured(1.0, 0.0, fewer, ARCH) == 1.0 < few_model.insured(1.0, 1.0, fewer, ARCH)
+
+
+def test_a_last_wave_that_leaves_sms_idle_makes_the_bytes_slower() -> None:
+    """Microseconds on an H200: 224 tiles of 128x256 45.8, 448 of 128x128 46.8, 896 of 64x128 44.8 (contiguous 8 x 128, 7168 x 2048)."""
+    p = grouped("contiguous", 8, 1024, 7168, 2048)
+    best = min(fp8_block.configs(p, ARCH), key=lambda c: fp8_block.estimate(p, c, ARCH))
+    assert (best.block_m, best.block_n) == (64, 128)
