@@ -27,8 +27,9 @@ from ...launching import Launch, Pointer
 from ...operands import Operands
 from . import fold_whole, refusals
 from .fold_tile import MAX_FLAGS, SCALE_BYTES, UNIT_ROWS, FoldTile
-from .fp8_block import LAUNCH_SECONDS, MEMORY_EFFICIENCY, MEMORY_SECONDS, tiles
+from .fp8_block import LAUNCH_SECONDS, tiles
 from .fp8_block_tile import LAYOUTS, MAX_GROUPS
+from .fp8_scaled import MEMORY_EFFICIENCY, MEMORY_SECONDS
 from .refusals import OUT_BYTES
 from .tensor_maps import output, planes, row_tiles, stride
 

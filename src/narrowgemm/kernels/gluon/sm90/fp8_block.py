@@ -139,11 +139,12 @@ def workspace(problem: Problem, config: Config) -> int:
 
 # ---------------------------------------------------------------- cost
 LAUNCH_SECONDS = 3.0e-6
-MEMORY_SECONDS = 5.0e-6     # to fill the pipes and drain them, where bytes decide
-MEMORY_EFFICIENCY = 0.90    # of the streaming rate
+MEMORY_SECONDS = 6.5e-6     # to fill the pipes and drain them, where bytes decide
+MEMORY_EFFICIENCY = 0.93    # of the streaming rate
 TILE_SECONDS = 0.6e-6       # of a tile, beyond its K blocks
 _LAST_WAVE = 0.35           # power of the share of blocks that are at work in the mean, by which bytes take longer
-_NOT_HIDDEN = 0.15          # of the shorter of arithmetic and bytes
+_NOT_HIDDEN = 0.15          # of the shorter of arithmetic and bytes,
+_BESIDE_BYTES = 4e-6        # but no more of arithmetic than this, where bytes take far longer
 # microseconds of one K block of 128 on one SM of an H200: where every SM is busy (with two blocks an SM: both of them), where
 # only a few are, and what plain loads of A's scales cost beside (1 = nothing). Fitted to a sweep: docs/measured.md
 _BLOCK_TIMES = {
@@ -226,7 +227,10 @@ def with_memory(seconds: float, work: float, problem: Problem, arch: Arch, slowe
     """The launch's seconds, of the arithmetic's and of the bytes: `work` blocks are at it, and bytes take so much longer."""
     sms = min(arch.sms, problem.max_sms or arch.sms)
     memory = MEMORY_SECONDS + slower * problem.bytes / (arch.bandwidth * MEMORY_EFFICIENCY * min(1.0, max(work, 1) / (0.6 * sms)))
-    return LAUNCH_SECONDS + max(seconds, memory) + _NOT_HIDDEN * min(seconds, memory)
+    if seconds > memory:
+        return LAUNCH_SECONDS + seconds + _NOT_HIDDEN * memory
+    beside = _NOT_HIDDEN * seconds
+    return LAUNCH_SECONDS + memory + min(beside, max(_BESIDE_BYTES, beside * (seconds / memory) ** 2))
 
 
 # ---------------------------------------------------------------- launch

@@ -147,10 +147,7 @@ def tiles_seconds(problem: Problem, config: Config, arch: Arch, tiles: Iterable[
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds, with what is lost where few groups have all the rows."""
     seconds, fewer = of_spread(problem, config, arch), few(problem)
-    if fewer is None:
-        return seconds
-    tiles = tiles_of(config, [fewer.rows], fewer.groups)
-    return insured(seconds, fixed(fewer, config) + tiles_seconds(fewer, config, arch, tiles, fewer.bytes), fewer, arch)
+    return insured(seconds, of_spread(fewer, config, arch), fewer, arch) if fewer else seconds
 
 
 def of_spread(problem: Problem, config: Config, arch: Arch) -> float:
