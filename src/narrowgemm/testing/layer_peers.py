@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from ..ops.route import sort_by_expert
 from ..reference.activate import OAI_ARGS
 from .layer import LayerCase, LayerInputs
 from .models import get_model
+from .mx_peers import ogs_weights
 
 LIMIT = 1e-3   # calc_diff of a peer: only another layer fails
 MASKED_TOKENS = 256
@@ -167,7 +167,8 @@ def triton_kernels_layer(inputs: LayerInputs) -> Callable[[], Tensor]:
     swiglu = importlib.import_module("triton_kernels.swiglu")
     routing = importlib.import_module("triton_kernels.routing")
     model, logits = get_model(inputs.case.model), inputs.logits
-    (up, up_config), (down, down_config) = (ogs_weights(ogs, w) for w in (inputs.gate_up, inputs.down))
+    (up, up_scale), (down, down_scale) = (ogs_weights(w) for w in (inputs.gate_up, inputs.down))
+    up_config, down_config = (ogs.PrecisionConfig(weight_scale=s) for s in (up_scale, down_scale))
     act = ogs.FusedActivation(ogs.FnSpecs("swiglu", swiglu.swiglu_fn, ("alpha", "limit")), OAI_ARGS, 2)
 
     def run() -> Tensor:
@@ -176,18 +177,6 @@ def triton_kernels_layer(inputs: LayerInputs) -> Callable[[], Tensor]:
         return ogs.matmul_ogs(h, down, None, data, scatter_indx=scatter, precision_config=down_config, gammas=data.gate_scal)
 
     return run
-
-
-def ogs_weights(ogs: Any, b: ScaledTensor) -> tuple[Any, Any]:
-    """MXFP4 `[E, N, K]` in the layout that triton_kernels likes on this device, and the config that brings the scales."""
-    tensor = importlib.import_module("triton_kernels.tensor")
-    layout = importlib.import_module("triton_kernels.tensor_details.layout")
-    assert b.scale is not None
-    value_layout, value_args = layout.make_default_matmul_mxfp4_w_layout(mx_axis=1)
-    scale_layout, scale_args = layout.make_default_matmul_mxfp4_w_scale_layout(mx_axis=1, num_warps=8)
-    w = tensor.convert_layout(tensor.wrap_torch_tensor(b.data.mT, dtype=tensor.FP4), value_layout, **value_args)
-    scale = tensor.convert_layout(tensor.wrap_torch_tensor(b.scale.mT), scale_layout, **scale_args)
-    return w, ogs.PrecisionConfig(weight_scale=scale)
 
 
 MAKERS: dict[str, Callable[[LayerInputs], Callable[[], Tensor]]] = {

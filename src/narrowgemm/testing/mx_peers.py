@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import weakref
 from functools import lru_cache
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..formats import MXFP4, MXFP8
+from ..formats import MXFP4, MXFP8, ScaledTensor
 from .case import Case
 from .inputs import Inputs
 from .peer import Prepared
@@ -48,6 +49,27 @@ def bf16_rows(case: Case, inputs: Inputs) -> Tensor:
     return a[: case.rows]
 
 
+_swizzled: list[tuple[weakref.ref[Tensor], tuple[Any, Any]]] = []
+
+
+def ogs_weights(b: ScaledTensor) -> tuple[Any, Any]:
+    """MXFP4 `[E, N, K]` and its scales in the layouts that triton_kernels likes on this device. Kept while `b` lives: the cases of
+    a suite share weights, and bringing 4 GB there takes longer than timing them."""
+    _swizzled[:] = [(source, made) for source, made in _swizzled if source() is not None]
+    for source, made in _swizzled:
+        if source() is b.data:
+            return made
+    tensor = importlib.import_module("triton_kernels.tensor")
+    layout = importlib.import_module("triton_kernels.tensor_details.layout")
+    assert b.scale is not None
+    value_layout, value_args = layout.make_default_matmul_mxfp4_w_layout(mx_axis=1)
+    scale_layout, scale_args = layout.make_default_matmul_mxfp4_w_scale_layout(mx_axis=1, num_warps=8)
+    w = tensor.convert_layout(tensor.wrap_torch_tensor(b.data.mT, dtype=tensor.FP4), value_layout, **value_args)
+    scale = tensor.convert_layout(tensor.wrap_torch_tensor(b.scale.mT), scale_layout, **scale_args)
+    _swizzled.append((weakref.ref(b.data), (w, scale)))
+    return w, scale
+
+
 class TritonKernels:
     """triton_kernels.matmul_ogs: BF16 x MXFP4, its fastest on Hopper, rows sorted by expert, its routing data made once."""
 
@@ -64,14 +86,7 @@ class TritonKernels:
     def prepare(self, case: Case, inputs: Inputs) -> Prepared:
         ogs = importlib.import_module("triton_kernels.matmul_ogs")
         routing = importlib.import_module("triton_kernels.routing")
-        tensor = importlib.import_module("triton_kernels.tensor")
-        layout = importlib.import_module("triton_kernels.tensor_details.layout")
-        b = inputs.b
-        assert b.scale is not None
-        value_layout, value_args = layout.make_default_matmul_mxfp4_w_layout(mx_axis=1)
-        scale_layout, scale_args = layout.make_default_matmul_mxfp4_w_scale_layout(mx_axis=1, num_warps=8)
-        w = tensor.convert_layout(tensor.wrap_torch_tensor(b.data.mT, dtype=tensor.FP4), value_layout, **value_args)
-        scale = tensor.convert_layout(tensor.wrap_torch_tensor(b.scale.mT), scale_layout, **scale_args)
+        w, scale = ogs_weights(inputs.b)
         hist = torch.tensor(case.group_sizes, dtype=torch.int32, device=inputs.device)
         data = routing.compute_expt_data(hist, case.groups, case.rows)
         routed = routing.RoutingData(None, hist, case.groups, 1, data)
