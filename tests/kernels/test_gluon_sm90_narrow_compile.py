@@ -3,6 +3,7 @@ and the shared memory that the host states is no less than the compiler's."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -12,6 +13,7 @@ import torch
 from narrowgemm.arch import get_arch
 from narrowgemm.formats import BF16, FP16, MXFP4, MXFP8, Format, FP8_1x128, ScaledTensor
 from narrowgemm.kernels.gluon.sm90 import narrow
+from narrowgemm.kernels.gluon.sm90.narrow_tile import Static
 from narrowgemm.kernels.operands import Operands
 from narrowgemm.prepack import PREPACK, PackedWeight
 from narrowgemm.problem import Config, Epilogue, Operand, Problem, Step
@@ -86,7 +88,17 @@ def compile_step(p: Problem, config: Config, x: Operands) -> None:
     size = narrow.workspace(p, config)
     work = torch.empty(size, dtype=torch.uint8, device="meta")
     for made in narrow.launches(Step(narrow.NAME, config, size), p, x, work):
-        made.warm()
+        compiled = made.warm()
+        if isinstance(cfg := made.arguments[-1], Static):
+            check_places(compiled.asm["ptx"], cfg)
+
+
+def check_places(ptx: str, cfg: Static) -> None:
+    """Weights are copied to addresses, and read by way of Gluon's view of the ring: it is at the start of shared memory."""
+    fields = cfg.S_BOX * cfg.ROWS * 8
+    assert f"[sto + {fields}]" in ptx, "fields are not copied to where the ring has them"
+    read = re.findall(r"ldmatrix\.sync[^;]*\+(\d+)\]|ld\.shared[^;]*\+(\d+)\]|add\.s32 \s*%r\d+, %r\d+, (\d+);", ptx)
+    assert str(fields) in {x for groups in read for x in groups}, f"fields are not read from {fields} on"
 
 
 def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], object]]]:

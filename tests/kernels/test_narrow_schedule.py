@@ -38,17 +38,18 @@ def module(log: Log, table: list[tuple[int, int, int]], program: int, programs: 
     gl = types.SimpleNamespace(
         constexpr=lambda x: x, where=lambda c, a, b: a if c else b, minimum=min, maximum=max, cdiv=lambda a, b: -(-a // b), to_tensor=lambda x: x,
         static_range=range, load=load, program_id=lambda _: program, num_programs=lambda _: programs, zeros=lambda *_: 0,
-        float32=None, uint8=None, int32=None, bfloat16=None, allocate_shared_memory=lambda *_: None,
+        float32=None, uint8=None, int8=None, int32=None, bfloat16=None, allocate_shared_memory=lambda *_: None,
         **{n: (lambda *a, **k: None) for n in ("NVMMADistributedLayout", "SliceLayout", "BlockedLayout", "SwizzledSharedLayout",
                                                "NVMMASharedLayout")})
     source = Path(sm90.__path__[0], "narrow_device.py").read_text()
     body = "\n".join(line for line in source.split("\n\n\n", 1)[1].splitlines() if not line.startswith("@gluon"))
     names: dict[str, Any] = {"gl": gl, "HEAD": 16, "gdc_wait": lambda: None, "block_barrier": lambda: None,
-                             "fence_async_shared": lambda: None, "warpgroup_mma_wait": lambda n, deps: deps[0],
-                             "cp": types.SimpleNamespace(commit_group=lambda: None, wait_group=lambda n: None)}
+                             "fence_async_shared": lambda: None, "warpgroup_mma_wait": lambda n, deps: deps[0], "FLAT": None,
+                             "begin": lambda *_: None, "first_place": lambda *_: None, "view_as": lambda *_: None, "wait": lambda n: None,
+                             "commit": lambda: None}
     exec(compile(body, "narrow_device", "exec"), names)
 
-    def issue_weights(w, s, e, nt, k, slot, *_: Any) -> None:
+    def issue_weights(weights, e, nt, k, slot, *_: Any) -> None:
         log.weights.append((e, nt, k, slot))
 
     def issue_tokens(x, xs, xo, live, k, slot, *_: Any) -> None:
@@ -85,7 +86,7 @@ def test_every_step_once_and_what_is_copied_is_what_is_computed(entries, tiles, 
     if kind == "dense":
         table = [(0, 8 * b, 8 if b < entries - 1 else 3) for b in range(entries)]
     cfg = types.SimpleNamespace(BT=8, STAGES=stages, ROWS=64, CW=1, CH=1, PDL=True, XSCALE=False, DOUBLE=False, WAYS=4,
-                                SLOTS=kind == "gathered", DENSE=kind == "dense", EARLY=stages == 2)
+                                SLOTS=kind == "gathered", DENSE=kind == "dense", EARLY=stages == 2, W_BOX=0, S_BOX=0, RING_ROWS=0)
     done: Counter = Counter()
     sums: Counter = Counter()
     places: set[int] = set()

@@ -18,15 +18,16 @@ tile's pieces leave FP32 sums in the workspace; who is last to do so adds them, 
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy as cp
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_wait
 
 from .narrow_epilogue_device import finish, vectors
 from .narrow_expand_device import byte_layout, expand, field_layout
-from .shim import block_barrier, copy_to_shared
+from .narrow_ring_device import begin, commit, first_place, issue_rows, issue_weights, lane_columns, places, wait
+from .shim import block_barrier, copy_to_shared, view_as
 
 HEAD = gl.constexpr(16)      # of the table: see narrow_tile.TABLE_HEAD
+FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
 @gluon.jit
@@ -58,58 +59,15 @@ def x_offsets(slots, R, a_div, KX):
 
 
 @gluon.jit
-def issue_weights(w_ptr, s_ptr, e, nt, k, slot, rings, NT, KC, cfg: gl.constexpr):
-    """Copy one step of a tile's bytes and scale fields into a ring slot; zeros past the last chunk, and past the last 64 rows."""
-    w_s, s_s, x_s, f_s = rings
-    ROWS: gl.constexpr = cfg.ROWS
-    wl: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [ROWS // 16, 1], [1, 0])
-    sl: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [ROWS // 16, 1], [1, 0])
-    CW: gl.constexpr = cfg.CW
-    PER: gl.constexpr = CW // cfg.CH
-    KS = (KC + 1) // 2
-    wr = gl.arange(0, CW * ROWS, gl.SliceLayout(1, wl))
-    sr = gl.arange(0, cfg.CH * (ROWS // 4), gl.SliceLayout(1, sl))
-    if ROWS == 64:
-        wb = wr * 64
-        sb = sr * 4
-    else:       # two tiles of 64 rows, one behind the other in memory
-        wb = wr % 64 * 64 + wr // ROWS * 4096 + wr % ROWS // 64 * (KC * (PER * 4096))
-        sb = sr % 32 * 4 + sr // (ROWS // 2) * 128 + sr % (ROWS // 2) // 32 * (KS * 128)
-    wo = gl.expand_dims(wb, 1) + gl.expand_dims(gl.arange(0, 64, gl.SliceLayout(0, wl)), 0)
-    so = gl.expand_dims(sb, 1) + gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, sl)), 0)
-    tile = (e * NT + nt * (ROWS // 64)).to(gl.int64)
-    wp = w_ptr + (tile * KC + k * cfg.CH) * (PER * 4096)
-    sp = s_ptr + (tile * KS + k * (cfg.CH // 2)) * 128
-    if cfg.EVEN:
-        copy_to_shared(w_s.index(slot), wp + wo)
-        copy_to_shared(s_s.index(slot), sp + so)
-    else:
-        left = KC - k * cfg.CH
-        wm = wr // (ROWS * PER) < left
-        sm = sr // (ROWS // 2) * 2 < left
-        if ROWS > 64:
-            tiles = NT - nt * (ROWS // 64)
-            wm = wm & (wr % ROWS // 64 < tiles)
-            sm = sm & (sr % (ROWS // 2) // 32 < tiles)
-        copy_to_shared(w_s.index(slot), wp + wo, mask=gl.expand_dims(wm, 1) & (wo >= 0))
-        copy_to_shared(s_s.index(slot), sp + so, mask=gl.expand_dims(sm, 1) & (so >= 0))
-
-
-@gluon.jit
-def issue_tokens(x_ptr, xs_ptr, xo, live, k, slot, rings, cfg: gl.constexpr, layout: gl.constexpr):
-    w_s, s_s, x_s, f_s = rings
+def issue_tokens(x_ptr, xs_ptr, xo, live, k, slot, place, f_s, cfg: gl.constexpr, layout: gl.constexpr):
+    """Ask for one step of a tile's live rows of A, and of what there is beside them. xo, live: `x_offsets`; place: `first_place`."""
     KS: gl.constexpr = cfg.CH * 128
-    kk = gl.arange(0, KS, gl.SliceLayout(0, layout))
-    # rows come round a loop, where it can't be worked out that they begin on 16 bytes, as the workspace and the rows in it do
-    columns = gl.multiple_of(gl.expand_dims(xo, 1) + gl.expand_dims(k * KS + kk, 0), [1, 8])
-    xp = x_ptr + columns
-    mask = gl.expand_dims(live, 1) & gl.expand_dims(kk >= 0, 0)
+    ROWS: gl.constexpr = cfg.BT * (2 if cfg.DOUBLE else 1)
+    to = places(place + slot * (ROWS * KS * 2), cfg.BT, cfg.ROWS // 16, gl.SliceLayout(1, layout))
+    at = xo + lane_columns() + k * KS
+    issue_rows(x_ptr, at, to, live, ROWS, KS)
     if cfg.DOUBLE:       # what BF16 leaves of a row lies as the row does
-        lp = xs_ptr + columns
-        copy_to_shared(x_s.index(slot).slice(0, cfg.BT, 0), xp, mask=mask)
-        copy_to_shared(x_s.index(slot).slice(cfg.BT, cfg.BT, 0), lp, mask=mask)
-    else:
-        copy_to_shared(x_s.index(slot), xp, mask=mask)
+        issue_rows(xs_ptr, at, to + cfg.BT * 128, live, ROWS, KS)
     if cfg.XSCALE:      # a row's scales lie as its payload does, one for 128
         cc = gl.arange(0, cfg.CH, gl.SliceLayout(0, layout))
         fp = xs_ptr + (gl.expand_dims(xo // 128, 1) + gl.expand_dims(k * cfg.CH + cc, 0))
@@ -128,8 +86,8 @@ def multiply(acc, rings, slot, cfg: gl.constexpr):
     PER: gl.constexpr = CW // cfg.CH
     for c in gl.static_range(CW):
         if c % (2 * PER) == 0:
-            v = s_s.index(slot).slice(c // (2 * PER) * (ROWS // 2), ROWS // 2, 0).load(field_layout(ROWS))
-        w = w_s.index(slot).slice(c * ROWS, ROWS, 0).load(byte_layout(ROWS))
+            v = s_s.index(cfg.S_BOX + slot * (cfg.CH // 2) + c // (2 * PER)).load(field_layout(ROWS))
+        w = w_s.index(cfg.W_BOX + slot * CW + c).load(byte_layout(ROWS))
         a = expand(w, v, c // PER % 2, ROWS, cfg.E4M3, operand)
         x = x_s.index(slot).slice(c * KT, KT, 1)
         if cfg.DOUBLE:
@@ -229,15 +187,18 @@ def narrow_kernel(w_ptr, s_ptr, x_ptr, xs_ptr, out_ptr, slots_ptr, factor_ptr, x
     cols: gl.constexpr = gl.SliceLayout(0, mma)
     xl: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [NW, 1], [1, 0])
     xr: gl.constexpr = gl.SliceLayout(1, xl)
-    flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
-    w_s = gl.allocate_shared_memory(gl.uint8, [S, cfg.CW * ROWS, 64], flat)
-    s_s = gl.allocate_shared_memory(gl.int32, [S, cfg.CH * (ROWS // 4), 4], flat)
-    x_s = gl.allocate_shared_memory(gl.bfloat16, [S, 2 * BT if cfg.DOUBLE else BT, cfg.CH * 128],
-                                    gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
-    f_s = s_s
+    # the largest allocation, which is at the start of shared memory: copies take addresses
+    ring = gl.allocate_shared_memory(gl.int8, [cfg.RING_ROWS, 128], FLAT)
+    x_s = view_as(ring, gl.bfloat16, S, 2 * BT if cfg.DOUBLE else BT, cfg.CH * 128,
+                  gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+    w_s = view_as(ring, gl.uint8, cfg.W_BOX + S * cfg.CW, ROWS, 64, FLAT)
+    s_s = view_as(ring, gl.int32, cfg.S_BOX + S * (cfg.CH // 2), ROWS // 2, 4, FLAT)
+    f_s = x_s
     if cfg.XSCALE:
-        f_s = gl.allocate_shared_memory(gl.float32, [S, BT, cfg.CH], flat)
+        f_s = gl.allocate_shared_memory(gl.float32, [S, BT, cfg.CH], FLAT)
     rings = (w_s, s_s, x_s, f_s)
+    weights = begin(w_ptr, s_ptr, NT, KC, cfg)
+    place = first_place(2 * BT if cfg.DOUBLE else BT)
     if cfg.DENSE:
         blocks = gl.cdiv(R, BT)
     else:
@@ -265,7 +226,7 @@ def narrow_kernel(w_ptr, s_ptr, x_ptr, xs_ptr, out_ptr, slots_ptr, factor_ptr, x
         ib = b
         for i in gl.static_range(S - 1):
             if u + i < end:
-                issue_weights(w_ptr, s_ptr, gl.where(ib == b, e0, e1), it, ik, i, rings, NT, KC, cfg)
+                issue_weights(weights, gl.where(ib == b, e0, e1), it, ik, i, cfg)
             ik, it, ib = advance(ik, it, ib, KB, NU)
         if cfg.DENSE and cfg.PDL:       # the first weights come while the launch in front brings the tokens
             gdc_wait()
@@ -277,8 +238,8 @@ def narrow_kernel(w_ptr, s_ptr, x_ptr, xs_ptr, out_ptr, slots_ptr, factor_ptr, x
         for i in gl.static_range(S - 1):
             if u + i < end:
                 same = ib == b
-                issue_tokens(x_ptr, xs_ptr, gl.where(same, xo0, xo1), (live0 & same) | (live1 & (same == 0)), ik, i, rings, cfg, xl)
-            cp.commit_group()
+                issue_tokens(x_ptr, xs_ptr, gl.where(same, xo0, xo1), (live0 & same) | (live1 & (same == 0)), ik, i, place, f_s, cfg, xl)
+            commit()
             ik, it, ib = advance(ik, it, ib, KB, NU)
         # what is copied next: step `ik` of tile `it` of the expert `ei`, table entry `ib`
         iu = u + (S - 1)
@@ -305,12 +266,13 @@ def narrow_kernel(w_ptr, s_ptr, x_ptr, xs_ptr, out_ptr, slots_ptr, factor_ptr, x
                     slots = load_slots(slots_ptr, rc, cc, cfg, cols)
                 given = vectors(ec, nt * (ROWS // 64), slots, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr, NT, N, R, a_div, mma, cfg)
             for _ in range(steps):
-                cp.wait_group(S - 2)
+                wait(S - 2)
                 fence_async_shared()
+                block_barrier()
                 if iu < end:
-                    issue_weights(w_ptr, s_ptr, ei, it, ik, islot, rings, NT, KC, cfg)
-                    issue_tokens(x_ptr, xs_ptr, xo, live, ik, islot, rings, cfg, xl)
-                cp.commit_group()
+                    issue_weights(weights, ei, it, ik, islot, cfg)
+                    issue_tokens(x_ptr, xs_ptr, xo, live, ik, islot, place, f_s, cfg, xl)
+                commit()
                 iu += 1
                 ik += 1
                 if ik == KB:
@@ -358,4 +320,4 @@ def narrow_kernel(w_ptr, s_ptr, x_ptr, xs_ptr, out_ptr, slots_ptr, factor_ptr, x
                     rc = rd
                     cc = cd
                 ed, rd, cd = lookup(table_ptr, b + 1, blocks, cap, R, cfg)
-        cp.wait_group(0)
+        wait(0)

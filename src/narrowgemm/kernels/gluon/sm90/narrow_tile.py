@@ -56,6 +56,24 @@ class Static:
         """K that such a tile holds."""
         return self.CH * CHUNK // self.CW
 
+    # the ring in shared memory: tokens of all stages, weights, scale fields
+    @property
+    def W_BOX(self) -> int:
+        """Tiles of ROWS x 64 bytes in front of the weights."""
+        tokens = self.STAGES * self.BT * self.CH * CHUNK * (4 if self.DOUBLE else 2)
+        assert tokens % (self.ROWS * 64) == 0, "a view of weights begins on one of its tiles"
+        return tokens // (self.ROWS * 64)
+
+    @property
+    def S_BOX(self) -> int:
+        """Fields of ROWS rows and two chunks in front of the first."""
+        return (self.W_BOX + self.STAGES * self.CW) * 8
+
+    @property
+    def RING_ROWS(self) -> int:
+        """Of 128 bytes."""
+        return (self.S_BOX + self.STAGES * (self.CH // 2)) * self.ROWS // 16
+
 
 @dataclass(frozen=True)
 class PrepStatic:
