@@ -25,6 +25,7 @@ from .numerics import GateResult, Sums, independent
 
 # calc_diff of a layer against FP32 over the same bits; last bits of the first product move roundings of the activation
 GATE = {"bf16": 1e-5, "e4m3": 1e-4, "e2m1": 1e-3}
+STEPS = 4096        # that scores are drawn in
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +89,10 @@ class LayerCase(ModelSizes):
 
 
 def scores(tokens: int, experts: int) -> Tensor:
-    """fp32 `[T, E]` on the CPU, the same on every machine. Their logarithms are logits of the same choices and weights."""
-    return torch.rand(tokens, experts, generator=torch.Generator().manual_seed(tokens * 31 + experts))
+    """fp32 `[T, E]` in (0, 1) on the CPU, the same on every machine. Their logarithms are logits of the same choices and weights: a
+    token's scores are ten last places apart and more, so that softmaxes that round differently choose the same experts."""
+    drawn = torch.rand(tokens, experts, generator=torch.Generator().manual_seed(tokens * 31 + experts))
+    return (torch.floor(drawn * STEPS) + (torch.arange(experts) + 0.5) / experts) / STEPS
 
 
 @lru_cache(maxsize=16)

@@ -59,7 +59,7 @@ XKINDS = {("bf16", ""): 0, ("e4m3", "e8m0"): 1, ("e2m1", "e8m0"): 2, ("e4m3", "f
 # (weight rows, block_k, stages, CTAs on an SM) by token columns
 SHAPES: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
     "e2m1": {8: ((64, 512, 2, 4), (64, 256, 3, 5), (64, 256, 4, 4), (128, 512, 2, 2)),
-             16: ((64, 512, 2, 3), (64, 256, 3, 4), (128, 256, 4, 2), (128, 512, 2, 2)),
+             16: ((128, 512, 2, 2), (64, 512, 2, 3), (64, 256, 3, 4), (128, 256, 4, 2)),
              32: ((128, 256, 3, 2), (128, 256, 2, 2)), 64: ((64, 256, 2, 2),)},
     "e4m3": {8: ((64, 256, 2, 4), (64, 256, 3, 3), (128, 256, 2, 2)),
              16: ((64, 256, 2, 4), (64, 256, 2, 3), (64, 256, 3, 2), (128, 256, 2, 2)),
@@ -109,7 +109,7 @@ def columns(problem: Problem) -> list[int]:
     rows = rows_expected(problem)
     if problem.layout == "dense":
         rows = rows / 1.5
-    at = next((i for i, t in enumerate(TOKENS) if t >= 1.5 * rows), len(TOKENS) - 1)
+    at = next((i for i, t in enumerate(TOKENS) if t >= 1.45 * rows), len(TOKENS) - 1)
     return [TOKENS[i] for i in (at, at - 1, at + 1) if 0 <= i < len(TOKENS)]
 
 

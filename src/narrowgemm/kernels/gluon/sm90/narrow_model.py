@@ -74,7 +74,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     # expert. Rows that slots share don't, nor does a tile of 128 help
     memory += FROM_L2[problem.b.format.element] * rows * -(-problem.n // ROWS) / arch.bandwidth
     taken = tiles * chunks * (per_chunk + min(config.block_m, rows_expected(problem)) * CHUNK * 2)
-    flight = config.num_stages * ctas * (config.block_k // CHUNK) * per_chunk
+    flight = config.num_stages * ctas * (config.block_k // CHUNK) * (config.block_n // ROWS) * per_chunk
     intake = taken / sms / min(INTAKE, flight / LATENCY)
     math = tiles * chunks / (sms * 4) * STEP[problem.b.format.element] * max(1.0, config.block_m / 16) * max(1.0, 4 / (ctas * 2))
     seconds = START + (memory**4 + intake**4 + math**4) ** 0.25
