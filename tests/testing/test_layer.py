@@ -27,6 +27,14 @@ def test_ours_keeps_the_gate(case):
         assert not layer.check_outputs(inputs, {"x": (lambda g: inputs.out.tensor, {"kernel": 1e-4})})["x"].ok
 
 
+@pytest.mark.parametrize(("tokens", "experts"), [(1, 128), (1024, 128), (4096, 256), (2048, 384)])
+def test_no_rounding_of_a_softmax_chooses_other_experts(tokens, experts):
+    """Scores of a token are eight last places of FP32 apart, and more."""
+    s = layer.scores(tokens, experts).sort(1).values
+    assert s.dtype == torch.float32 and float(s.min()) > 0 and float(s.max()) < 1
+    assert float(s.diff(dim=1).min()) >= 8 * 2.0**-24
+
+
 @pytest.mark.interpret
 @pytest.mark.parametrize("case", [LayerCase("t", "tiny", ep, t) for ep, t in ((2, 9),)], ids=lambda c: c.id)
 @pytest.mark.parametrize("peer", ["triton_moe", "masked", "contiguous"])

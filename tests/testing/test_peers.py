@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from narrowgemm.formats import FP8_ROW, FP8_TENSOR, FP8_1x128, FP8_128x128, ScaledTensor
+from narrowgemm.formats import FP8_ROW, FP8_TENSOR, MXFP4, FP8_1x128, FP8_128x128, ScaledTensor
 from narrowgemm.testing import peers
 from narrowgemm.testing.case import Case
 from narrowgemm.testing.cases import SUITES, build
@@ -165,6 +165,31 @@ def test_a_wrong_peer_fails_its_check(monkeypatch: pytest.MonkeyPatch) -> None:
     (Case("t", "k_grouped", 2, 8, 128, 128), "1x128 scales on both sides")])
 def test_what_deepgemm_does_not_compute(case: Case, reason: str) -> None:
     assert reason in peers.get_peer("deepgemm").supports(case)
+
+
+def test_triton_kernels_gets_weights_in_its_layout_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cases that share weights share the swizzled ones; they go with the weights."""
+    from narrowgemm.testing import mx_peers
+
+    swizzled: list[torch.Tensor] = []
+    tensor = types.SimpleNamespace(FP4="fp4", wrap_torch_tensor=lambda t, dtype=None: t,
+                                   convert_layout=lambda t, layout, **_: swizzled.append(t.clone()) or swizzled[-1])
+    layout = types.SimpleNamespace(make_default_matmul_mxfp4_w_layout=lambda mx_axis: ("values", {}),
+                                   make_default_matmul_mxfp4_w_scale_layout=lambda mx_axis, num_warps: ("scales", {}))
+    monkeypatch.setitem(sys.modules, "triton_kernels.tensor", tensor)
+    monkeypatch.setitem(sys.modules, "triton_kernels.tensor_details.layout", layout)
+    monkeypatch.setattr(mx_peers, "_swizzled", [])
+
+    def weights(byte: int) -> ScaledTensor:
+        return ScaledTensor(torch.full((2, 64, 32), byte, dtype=torch.uint8).view(MXFP4.elem.dtype), torch.full((2, 64, 2), 127, dtype=torch.uint8), MXFP4)
+
+    b, other = weights(0x21), weights(0x43)
+    first = mx_peers.ogs_weights(b)
+    assert mx_peers.ogs_weights(b)[0] is first[0] and len(swizzled) == 2
+    assert not torch.equal(mx_peers.ogs_weights(other)[0], first[0]) and len(swizzled) == 4
+    del b
+    mx_peers.ogs_weights(other)
+    assert len(mx_peers._swizzled) == 1 and len(swizzled) == 4
 
 
 def test_nothing_is_imported_until_it_is_asked_for() -> None:
