@@ -308,25 +308,30 @@ def compare(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def plot(path: str, runs: list[dict[str, Any]]) -> None:
-    """All loss curves, and the last steps enlarged."""
+def plot(path: str, runs: list[dict[str, Any]], window: int = 50) -> None:
+    """All loss curves; and how far runs are from BF16 of their seed, means of `window` steps."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2), gridspec_kw={"width_ratios": (2, 1)})
+    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.2))
     recipes = list(dict.fromkeys(r["recipe"] for r in runs))
+    bf16 = {r["seed"]: r["losses"] for r in runs if r["recipe"] == "bf16"}
     for r in runs:
         style = {"color": f"C{recipes.index(r['recipe'])}", "linewidth": 0.9, "linestyle": ("-", "--", ":", "-.")[r["seed"] % 4]}
-        for axis, tail in zip(axes, (len(r["losses"]), -(-len(r["losses"]) // 6))):
-            steps = range(len(r["losses"]) - tail, len(r["losses"]))
-            axis.plot(steps, r["losses"][-tail:], label=f"{r['recipe']}, seed {r['seed']}", **style)
+        axes[0].plot(r["losses"], label=f"{r['recipe']}, seed {r['seed']}", **style)
+        if r["recipe"] != "bf16" and r["seed"] in bf16:
+            pairs = list(zip(r["losses"], bf16[r["seed"]]))
+            spans = [pairs[i : i + window] for i in range(len(pairs) - window + 1)]
+            apart = [100 * (sum(a for a, _ in x) / sum(b for _, b in x) - 1) for x in spans]
+            axes[1].plot(range(window, len(pairs) + 1), apart, **style)
     for axis in axes:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("loss, nats a byte")
-    axes[0].legend(fontsize=7)
+    axes[1].set_ylabel(f"from BF16 of the seed, {window} steps, %")
+    axes[0].legend(fontsize=7, ncols=2)
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
