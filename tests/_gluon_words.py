@@ -19,11 +19,11 @@ def patch(expand_rows: Any) -> None:
     tables = [own["tables_of"](emu.wrap(np.int32(d))) for d in range(16)]
     low, high = (np.array([int(emu.raw(t[i])) & 0xFFFFFFFF for t in tables], np.uint32) for i in (0, 1))
 
-    def expand(words: emu.Tensor, fields: emu.Tensor, tops: emu.Tensor, _: Any, warps: int = 4) -> emu.Tensor:
+    def expand(words: emu.Tensor, fields: emu.Tensor, tops: emu.Tensor, _: Any, nibbles: bool, warps: int = 4) -> emu.Tensor:
         f, t = np.broadcast_arrays(fields.a, tops.a)
         # rows of a warp: g, then g + 8
         d = np.stack([(t - f) & 15, ((t >> 8) - (f >> 8)) & 15], 1).reshape(warps, 8, 2, 4).transpose(0, 2, 1, 3).reshape(-1, 4)
-        out = _ptx.run(own["FOLD_ASM"], words.a.view(np.uint32).reshape(-1, 4, 4), low[d][..., None], high[d][..., None])
+        out = _ptx.run(own["NIBBLES_ASM" if nibbles else "FOLD_ASM"], words.a.view(np.uint32).reshape(-1, 4, 4), low[d][..., None], high[d][..., None])
         return emu.Tensor(np.ascontiguousarray(np.stack(out, -1)).reshape(-1, 32).view(np.int32))
 
     names["expand"] = expand

@@ -12,6 +12,7 @@ from torch import Tensor
 from narrowgemm import MXFP4, MXFP8, FP8_128x128, PackedWeight, ScaledTensor, Unsupported, prepack, quantize, unpack
 from narrowgemm.formats import Format
 from narrowgemm.prepack import BIAS, PAIRS, PREPACK, _unpack_scale, row_order
+from narrowgemm.prepack_bits import FP8_PREPACK
 from narrowgemm.scales import e8m0_to_float
 
 SHAPES = ((3, 128, 256), (2, 100, 360), (64, 32), (1, 2, 32))
@@ -159,6 +160,35 @@ def test_rows_that_fold_into_e4m3() -> None:
     assert prepack(weights((2, 64, 64), MXFP8)).top is None
 
 
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_order_for_fp8_activations(shape: tuple[int, ...], pair: str) -> None:
+    """The same but for bits within a word: magnitudes in nibbles in order, signs in bytes; and it comes back."""
+    w = weights(shape, MXFP4, 115, 128)
+    p, plain = prepack(w, pair=pair, activations="fp8"), prepack(w, pair=pair)
+    assert p.prepack == FP8_PREPACK and p.top is not None and plain.top is not None
+    assert torch.equal(p.scale, plain.scale) and torch.equal(p.top, plain.top)
+    assert same(unpack(p), w) and same(unpack(PackedWeight.from_state_dict(p.state_dict())), w)
+    assert p.to("cpu").prepack == FP8_PREPACK
+    # thread (row, block of 32) reads 4 words; word i holds K 8 i to 8 i + 7 of the block
+    bits = w.data.view(torch.uint8).view(-1, shape[-1] // 2)[0]
+    codes = torch.stack([bits & 15, bits >> 4], -1).flatten()[:32].tolist()
+    for i, word in enumerate(p.data[0, 0, 0, 0].view(torch.int32)[:4].tolist()):
+        signs = [7, 15, 23, 31, 3, 11, 19, 27]
+        assert [(word >> (4 * j) & 7) | (word >> signs[j] & 1) << 3 for j in range(8)] == codes[8 * i: 8 * i + 8]
+
+
+def test_order_for_fp8_activations_needs_weights_that_fold() -> None:
+    """Others get the order that serves all: a row that doesn't fold, MXFP8."""
+    w = weights((2, 70, 256), MXFP4, 115, 128)
+    w.scale[1, 3, 2] = w.scale[1, 3].amax() - 15
+    assert prepack(w, activations="fp8").prepack == PREPACK
+    assert prepack(weights((64, 64), MXFP8), activations="fp8").prepack == PREPACK
+    state = {**prepack(w).state_dict(), "prepack": FP8_PREPACK}
+    with pytest.raises(ValueError, match="top"):
+        PackedWeight.from_state_dict(state)
+
+
 def test_folding_of_rows_with_factors() -> None:
     """Codes lie as the packed ones do: lowered by the row's shift."""
     w = weights((1, 64, 64), MXFP4, 120, 124)
@@ -192,6 +222,8 @@ def test_what_is_refused() -> None:
         prepack(quantize(torch.randn(128, 128), FP8_128x128))
     with pytest.raises(ValueError, match="pair"):
         prepack(weights((64, 128), MXFP4), pair="both")
+    with pytest.raises(ValueError, match="activations"):
+        prepack(weights((64, 128), MXFP4), activations="mxfp8")
     with pytest.raises(ValueError, match="even"):
         prepack(weights((63, 128), MXFP4), pair="halves")
 

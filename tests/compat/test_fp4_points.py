@@ -83,7 +83,7 @@ def test_dense(kind: str, shape: tuple[int, int, int], a_fmt: ng.Format) -> None
     m, n, k = shape
     g = torch.Generator(DEV).manual_seed(m + n + k)
     a, w = operand((m, k), kind, g, a_fmt), operand((n, k), kind, g)
-    for words, b in ((False, None), (True, None), (False, ng.prepack(w))):
+    for words, b in ((False, None), (True, None), (False, ng.prepack(w)), (True, ng.prepack(w, activations="fp8"))):
         d = torch.full((m, n), torch.nan, dtype=torch.bfloat16 if words else torch.float32, device=DEV)
         deep_gemm.fp8_fp4_gemm_nt(pair(a, words), pair(w, words) if b is None else b, d, **recipes(a))
         gate(d, a, w)
@@ -96,7 +96,7 @@ def test_contiguous(shape: tuple[int, int, int, int]) -> None:
     groups, m, n, k = shape
     g = torch.Generator(DEV).manual_seed(sum(shape))
     w = weights(groups, n, k, g)
-    packed = ng.prepack(w)
+    packed, for_fp8 = ng.prepack(w), ng.prepack(w, activations="fp8")
     for draw in range(sum(1 for kind, s, _ in POINTS if (kind, s) == ("contiguous", shape))):
         sizes = [max(1, int(m * random.Random(f"{shape}/{draw}/{i}").uniform(0.7, 1.3))) for i in range(groups)]
         starts, row = [], 0
@@ -108,7 +108,7 @@ def test_contiguous(shape: tuple[int, int, int, int]) -> None:
             ids[start:start + s] = i
         a = operand((row, k), "random", g, (MXFP4, FP8_1x128)[draw % 2])
         d = torch.full((row, n), torch.nan, dtype=torch.bfloat16 if large(shape) or draw else torch.float32, device=DEV)
-        for b in (packed,) if large(shape) else (packed, pair(w, bool(draw))):
+        for b in (packed, for_fp8) if large(shape) else (packed, for_fp8, pair(w, bool(draw))):
             deep_gemm.m_grouped_fp8_fp4_gemm_nt_contiguous(pair(a, False), b, d, ids, **recipes(a))
             for i, (start, s) in enumerate(zip(starts, sizes)):
                 gate(d[start:start + s], rows_of(a, slice(start, start + s)), w[i])
@@ -121,7 +121,7 @@ def test_masked(shape: tuple[int, int, int, int, int]) -> None:
     groups, max_m, expected, n, k = shape
     g = torch.Generator(DEV).manual_seed(sum(shape))
     w = weights(groups, n, k, g)
-    packed = ng.prepack(w)
+    packed, for_fp8 = ng.prepack(w), ng.prepack(w, activations="fp8")
     for draw in range(sum(1 for kind, s, _ in POINTS if (kind, s) == ("masked", shape))):
         sizes = [min(max_m, int(expected * random.Random(f"{shape}/{draw}/{i}").uniform(0.7, 1.3))) for i in range(groups)]
         if draw % 3 == 2:
@@ -135,7 +135,7 @@ def test_masked(shape: tuple[int, int, int, int, int]) -> None:
         a.scale[:, :top] = live.scale
         masked_m = torch.tensor(sizes, dtype=torch.int32, device=DEV)
         d = torch.full((groups, max_m, n), 7.0, dtype=torch.float32 if draw == 0 else torch.bfloat16, device=DEV)
-        for b in (packed,) if large(shape) else (packed, pair(w, bool(draw))):
+        for b in (packed, for_fp8) if large(shape) else (packed, for_fp8, pair(w, bool(draw))):
             deep_gemm.m_grouped_fp8_fp4_gemm_nt_masked(pair(a, False), b, d, masked_m, expected, **recipes(a))
             for i, s in enumerate(sizes):
                 gate(d[i, :s], rows_of(a[i], slice(0, s)), w[i])

@@ -260,7 +260,7 @@ def test_fp4_experts_of_a_checkpoint_are_prepacked(gate: str) -> None:
         assert calc_diff(forward.fp8_forward(layer, *call), want) < 1e-5
         layer.to(torch.float32)
         assert calc_diff(forward.fp8_forward(layer, *call), want) < 1e-5
-    with pytest.raises(RuntimeError, match="narrow_sm90_v1"):
+    with pytest.raises(RuntimeError, match="narrow_fp8_sm90_v1"):
         layer.load_state_dict(state)
 
 

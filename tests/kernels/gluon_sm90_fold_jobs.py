@@ -11,7 +11,7 @@ from narrowgemm.arch import get_arch
 from narrowgemm.formats import MXFP4, Format, FP8_1x128, ScaledTensor
 from narrowgemm.kernels.gluon.sm90 import fold, fold_whole
 from narrowgemm.kernels.operands import Operands
-from narrowgemm.prepack import PREPACK
+from narrowgemm.prepack_bits import FP8_PREPACK, PREPACK
 from narrowgemm.problem import Config, Operand, Problem, Step
 
 from .gluon_sm90_cluster_jobs import check_places
@@ -21,10 +21,10 @@ LAYOUTS = ("dense", "contiguous", "offsets", "psum", "masked")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def describe(layout: str, a: Format = FP8_1x128, a_scale: str = "mn", **kw) -> Problem:
+def describe(layout: str, a: Format = FP8_1x128, a_scale: str = "mn", order: str = PREPACK, **kw) -> Problem:
     dtype = "fp32" if a.scale == "fp32" else "e8m0"
     return Problem("gemm" if layout == "dense" else "grouped_gemm", layout, M, N, K, 1 if layout == "dense" else G,
-                   Operand(a, scale_dtype=dtype, scale_major=a_scale), Operand(MXFP4, prepack=PREPACK, scale_dtype="e8m0", folds=True),
+                   Operand(a, scale_dtype=dtype, scale_major=a_scale), Operand(MXFP4, prepack=order, scale_dtype="e8m0", folds=True),
                    rows=M // G, alignment=128, **kw)
 
 
@@ -59,11 +59,11 @@ def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], ob
     """'few': each tile, each way to A; 'all': every config in every layout and with every option."""
     arch = get_arch(target)
     dense, contiguous = describe("dense"), describe("contiguous")
-    runs = [(contiguous, 0, False), (describe("masked", MXFP4), -3, True), (dense, 1, False),
+    runs = [(describe("contiguous", order=FP8_PREPACK), 0, False), (contiguous, 0, False), (describe("masked", MXFP4), -3, True), (dense, 1, False),
             (describe("offsets", FP8_1x128.with_scale("e8m0"), "k", out_dtype="fp32"), 1, True)]
     if which == "all":
         kinds = [describe(layout, a, **kw) for layout in LAYOUTS for a in (FP8_1x128, MXFP4)
-                 for kw in ({}, {"out_dtype": "fp32"}, {"accumulate": True, "out_dtype": "fp16"}, {"out_aligned": False})]
+                 for kw in ({}, {"order": FP8_PREPACK}, {"out_dtype": "fp32"}, {"accumulate": True, "out_dtype": "fp16"}, {"out_aligned": False})]
         runs = [(p, i, factor) for p in kinds for i in range(len(fold.configs(p, arch))) for factor in (False, True)]
     for p, i, factor in runs:
         c = fold.configs(p, arch)[i]

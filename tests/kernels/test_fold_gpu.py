@@ -23,12 +23,16 @@ AHEAD, WHOLE, ALONE = fold_whole.CANDIDATES
 
 def case(layout: str, m: int = 200, n: int = 336, k: int = 672, **kw) -> Case:
     groups = 1 if layout == "dense" else kw.pop("groups", 4)
+    kw.setdefault("packed", True)
     kw.setdefault("sizes", "balanced" if layout == "dense" else "uniform:0.1:1.9")
-    return Case("fold", layout, groups, m, n, k, b=MXFP4, packed=True, max_m=2 * m if layout == "masked" else 0, **kw)
+    return Case("fold", layout, groups, m, n, k, b=MXFP4, max_m=2 * m if layout == "masked" else 0, **kw)
 
 
 GROUPED = ("contiguous", "offsets", "psum", "masked")
-RUNS = [*((case(layout, a=a), AHEAD) for layout in GROUPED for a in (FP8_1x128, MXFP4)),
+RUNS = [*((case(layout, packed="fp8"), tile) for layout, tile in (("contiguous", AHEAD), ("masked", AHEAD), ("offsets", WHOLE), ("dense", ALONE),
+                                                                  ("contiguous", TILES[0]), ("masked", TILES[1]), ("psum", TILES[2]))),
+        (case("offsets", a=MXFP4, packed="fp8"), TILES[0]),
+        *((case(layout, a=a), AHEAD) for layout in GROUPED for a in (FP8_1x128, MXFP4)),
         *((case(layout), WHOLE) for layout in GROUPED), (case("masked", a=FP8_E8M0, out_dtype="fp32"), WHOLE),
         *((case(layout), ALONE) for layout in ("dense", "contiguous", "masked")), (case("dense", a=MXFP4), ALONE),
         (case("contiguous", sizes="empty:0.5", order="repeated", alignment=1, slack=128, m=300, out_dtype="fp16"), AHEAD),

@@ -34,10 +34,10 @@ def device():
     tables = [own["tables_of"](emu.wrap(np.int32(d))) for d in range(16)]
     low, high = (np.array([int(emu.raw(t[i])) & 0xFFFFFFFF for t in tables], np.uint32) for i in (0, 1))
 
-    def expand(words, fields, tops, tables):
+    def expand(words, fields, tops, tables, nibbles):
         f, t = np.broadcast_arrays(fields.a, tops.a)
         d = np.stack([(t - f) & 15, ((t >> 8) - (f >> 8)) & 15], 1).reshape(4, 8, 2, 4).transpose(0, 2, 1, 3).reshape(64, 4)
-        out = _ptx.run(own["FOLD_ASM"], words.a.view(np.uint32).reshape(64, 4, 4), low[d][..., None], high[d][..., None])
+        out = _ptx.run(own["NIBBLES_ASM" if nibbles else "FOLD_ASM"], words.a.view(np.uint32).reshape(64, 4, 4), low[d][..., None], high[d][..., None])
         # rows of a warp: g, then g + 8
         bytes_ = np.ascontiguousarray(np.stack(out, -1)).reshape(64, 32).view(np.uint8)
         return emu.Tensor(torch.from_numpy(bytes_).view(torch.float8_e4m3fn).float().numpy(), emu.float8e4nv)

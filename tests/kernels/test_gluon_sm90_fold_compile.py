@@ -32,7 +32,7 @@ def check(reports: list[dict]) -> None:
 def test_few() -> None:
     reports = compile_jobs("sm90", JOBS)
     kernels = [r["kernel"] for r in reports]
-    want = {"fold_kernel": 4, "fold_words_kernel": 1, "fold_scales_kernel": 1, "fold_whole_kernel": 1, "fold_cluster_kernel": 1}
+    want = {"fold_kernel": 5, "fold_words_kernel": 1, "fold_scales_kernel": 1, "fold_whole_kernel": 1, "fold_cluster_kernel": 1}
     assert {n: kernels.count(n) for n in want} == want
     check(reports)
 

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from narrowgemm.prepack import FOLD, _spread_e2m1
+from narrowgemm.prepack import FOLD
+from narrowgemm.prepack_bits import spread_e2m1, spread_signs
 
 from .. import _gluon as emu
 from . import _ptx
@@ -33,8 +34,9 @@ def test_tables(device) -> None:
         assert torch.equal(got, VALUES[:8] * 2.0 ** (6 - d)), d
 
 
-def test_every_code_at_every_scale(device) -> None:
-    """All 16 codes in all 8 places of a word, beside random ones."""
+@pytest.mark.parametrize("order", ["bf16", "fp8", "registers"])
+def test_every_code_at_every_scale(device, order: str) -> None:
+    """All 16 codes in all 8 places of a word, beside random ones, in both orders; 'registers': as the product itself does it."""
     low, high = tables(device)
     rng = np.random.default_rng(0)
     codes = rng.integers(0, 16, (15 * 16 * 8 * 4, 8))
@@ -42,8 +44,12 @@ def test_every_code_at_every_scale(device) -> None:
     at = np.arange(len(codes)) // 4
     codes[np.arange(len(codes)), at % 8] = at // 8 % 16
     plain = (codes.astype(np.uint32) << (4 * np.arange(8, dtype=np.uint32))).sum(1).astype(np.uint32)
-    words = _spread_e2m1(torch.from_numpy(plain.view(np.int32))).numpy().view(np.uint32)
-    lo, hi = _ptx.run(device.FOLD_ASM, words, low[shift], high[shift])
+    spread = spread_e2m1 if order == "bf16" else spread_signs
+    words = spread(torch.from_numpy(plain.view(np.int32))).numpy().view(np.uint32)
+    asm = device.FOLD_ASM if order == "bf16" else device.NIBBLES_ASM
+    if order == "registers":        # each half of the table comes four times, as $3 to $6 and $7 to $10
+        asm = emu.load_device_module("narrow_fp8_device").WORD_ASM.replace("$7", "$4")
+    lo, hi = _ptx.run(asm, words, low[shift], high[shift])
     got = torch.from_numpy(np.stack([lo, hi], 1).view(np.uint8)).view(torch.float8_e4m3fn)
     want = (VALUES[torch.from_numpy(codes)] * torch.from_numpy(2.0 ** (6 - shift))[:, None]).to(torch.float8_e4m3fn)
     assert torch.equal(got.view(torch.uint8), want.view(torch.uint8))

@@ -4,6 +4,7 @@ the shared memory that the host states is no less than the compiler's."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -13,6 +14,7 @@ from narrowgemm.arch import get_arch
 from narrowgemm.formats import BF16, FP16, MXFP4, MXFP8, FP8_1x128
 from narrowgemm.kernels.gluon.sm90 import narrow_prefill
 from narrowgemm.kernels.operands import Operands
+from narrowgemm.prepack_bits import FP8_PREPACK, PREPACK
 from narrowgemm.problem import Config, Problem, Step
 
 from .._compile import compile_jobs
@@ -25,6 +27,9 @@ PROBLEMS = (("offsets", BF16, MXFP4, 128, 16384, 5760, 2880, "interleaved", "swi
             ("offsets", FP16, MXFP4, 256, 32768, 7168, 2048, "", "", True, True, (64, 1)),
             ("dense", MXFP4, MXFP4, 1, 8192, 2304, 6144, "", "", False, False, None),
             ("contiguous", FP8_1x128, MXFP4, 8, 4096, 7168, 2048, "", "", False, False, (128, 1)),
+            ("offsets", FP8_1x128, FP8_PREPACK, 256, 8192, 7168, 2048, "", "", False, True, (32, 2)),
+            ("offsets", FP8_1x128, FP8_PREPACK, 64, 8192, 4096, 7168, "halves", "swiglu", False, False, None),
+            ("masked", FP8_1x128.with_scale("e8m0"), FP8_PREPACK, 8, 1600, 7168, 1408, "", "", False, False, None),
             ("psum", FP8_1x128, MXFP8, 8, 4096, 2048, 1408, "", "", False, True, None),
             ("masked", BF16, MXFP8, 8, 1600, 7168, 2048, "", "", False, False, None))
 
@@ -39,13 +44,16 @@ def compile_step(p: Problem, config: Config, x: Operands) -> None:
 def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], object]]]:
     """'few': one small tile of some problems; 'some': of one, whose slots are no power of two; 'all': every config of each."""
     for layout, a, b, groups, slots, n, k, pair, activation, combine, factors, shape in PROBLEMS:
-        p = problem(layout, a, b, groups, slots, n, k, pair, activation, combine)
+        p = problem(layout, a, MXFP4 if b == FP8_PREPACK else b, groups, slots, n, k, pair, activation, combine)
+        x = operands(p, pair, factors)
+        if b == FP8_PREPACK:
+            p = replace(p, b=replace(p.b, prepack=p.b.prepack.replace(PREPACK, FP8_PREPACK), folds=True))
+            x.top = torch.empty((groups, -(-n // 64) * 64), dtype=torch.uint8, device="meta")
         assert narrow_prefill.supports(p, ARCH) is None
         for c in narrow_prefill.configs(p, ARCH):
             if which == "all" or ((c.block_m, c.block_n // 128) == shape and (which == "few" or c.num_stages == 3)):
                 stated = narrow_prefill.tile_of(p, c, p.op == "routed_gemm", factors).shared_bytes
-                yield (f"{layout} {a.name} x {b.name} {activation} | {c} | {stated}",
-                       partial(compile_step, p, c, operands(p, pair, factors)))
+                yield f"{layout} {a.name} x {p.b.prepack} {activation} | {c} | {stated}", partial(compile_step, p, c, x)
 
 
 def check(reports: list[dict], spills: int = 0) -> None:
@@ -56,6 +64,7 @@ def check(reports: list[dict], spills: int = 0) -> None:
             continue
         stated = int(r["job"].rsplit("|", 1)[1])
         assert r["shared"] <= stated <= ARCH.smem, f"{r['job']}: {r['shared']} bytes of shared memory, stated {stated}"
+        assert FP8_PREPACK not in r["job"] or r["ops"]["m64n32k32.f32.e4m3.e4m3"], f"{r['job']}: not multiplied in FP8"
         for op in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg"):
             assert r["ops"][op], f"{r['job']}: no {op}"
 
@@ -65,7 +74,7 @@ def check(reports: list[dict], spills: int = 0) -> None:
 def test_small_tiles(triton: str, which: str) -> None:
     reports = compile_jobs("sm90", f"{__name__}:jobs", which, triton=triton)
     kernels = [r["kernel"] for r in reports]
-    assert kernels.count("narrow_prefill_kernel") == kernels.count("narrow_prefill_prep_kernel") == (4 if which == "few" else 1)
+    assert kernels.count("narrow_prefill_kernel") == kernels.count("narrow_prefill_prep_kernel") == (5 if which == "few" else 1)
     # the newest keeps the grid's size and the number of tiles, worked out once, beyond the registers: none in the loop over K
     check(reports, 0 if triton == "oldest" else 48)
 

@@ -8,9 +8,9 @@ import pytest
 
 from narrowgemm.arch import get_arch
 from narrowgemm.formats import BF16, MXFP4, MXFP8, Format, FP8_1x128
-from narrowgemm.kernels.gluon.sm90 import narrow_prefill
-from narrowgemm.kernels.gluon.sm90.narrow_prefill_tile import BOXES, WIDTHS
-from narrowgemm.prepack import PREPACK
+from narrowgemm.kernels.gluon.sm90 import narrow, narrow_fp8_model, narrow_prefill
+from narrowgemm.kernels.gluon.sm90.narrow_prefill_tile import BOXES, FP8_WIDTHS, WIDTHS
+from narrowgemm.prepack_bits import FP8_PREPACK, PREPACK
 from narrowgemm.problem import Config, Epilogue, Operand, Problem
 from narrowgemm.runtime import dispatch
 
@@ -62,7 +62,56 @@ def test_illegal_configs(change: dict, reason: str) -> None:
     assert reason in (narrow_prefill.legal(problem(), replace(good, **change), ARCH) or "")
 
 
+@pytest.mark.parametrize("b", [MXFP4, MXFP8], ids=lambda f: f.name)
+def test_tiles_that_hang_with_scales_of_tokens_are_refused(b: Format) -> None:
+    """With FP32 scales of A two units of E2M1 a consumer were seen to hang: neither offered nor taken."""
+    p = replace(problem(b=b), a=Operand(FP8_1x128, scale_dtype="fp32", scale_major="mn"))
+    taken = narrow_prefill.PROMOTED[b.element]
+    assert {(c.block_m, c.block_n // 128) for c in narrow_prefill.configs(p, ARCH)} == set(taken)
+    for c in narrow_prefill.configs(problem(b=b), ARCH):
+        said = narrow_prefill.legal(p, c, ARCH)
+        assert (said is None) == ((c.block_m, c.block_n // 128) in taken) and (said is None or "FP32 scales" in said)
+
+
+def for_fp8(**kw: object) -> Problem:
+    p = problem(**kw)  # type: ignore[arg-type]
+    return replace(p, a=Operand(FP8_1x128, scale_dtype="fp32", scale_major="mn"), b=replace(p.b, prepack=FP8_PREPACK, folds=True))
+
+
+def test_weights_packed_for_fp8() -> None:
+    """Only FP8 1x128 tokens go with them; the kernel for few tokens leaves them to this one; every tile fits."""
+    p = for_fp8()
+    assert narrow_prefill.supports(p, ARCH) is None
+    assert narrow_prefill.supports(replace(p, a=Operand(FP8_1x128, scale_dtype="e8m0")), ARCH) is None
+    for a in (Operand(BF16), Operand(MXFP4, scale_dtype="e8m0"), Operand(MXFP8, scale_dtype="e8m0")):
+        assert "FP8 1x128" in (narrow_prefill.supports(replace(p, a=a), ARCH) or "")
+    assert FP8_PREPACK in (narrow.supports(p, ARCH) or "")
+    found = narrow_prefill.configs(p, ARCH)
+    shapes = {*narrow_prefill.FP8_SHAPES, narrow_prefill.FP8_PAIR}
+    assert {(c.block_m, c.block_n // 128) for c in found} == shapes and {c.block_m for c in found} == set(FP8_WIDTHS)
+    assert [dict(c.extra) for c in found if c.extra] == [{"ctas": 2}]
+    for slots, factor in ((False, False), (True, True)):
+        tiles = [narrow_prefill.tile_of(p, c, slots, factor) for c in found]
+        assert all(t.FP8 and not t.CHUNKED and not t.XFACTOR and t.shared_bytes <= ARCH.smem for t in tiles)
+    assert "tile" in (narrow_prefill.legal(p, narrow_prefill.configs(problem(), ARCH)[-1], ARCH) or "")
+    assert narrow_prefill.regions(p, found[0], 100, 100).xfactor - narrow_prefill.regions(p, found[0], 100, 100).x < 2 * 100 * 2944
+
+
+@pytest.mark.parametrize("rows", [1, 8, 16])
+def test_few_fp8_rows_are_bound_by_bytes(rows: int) -> None:
+    """The kernel is chosen, and predicted at no less than three quarters of the streaming rate."""
+    p = for_fp8(m=256 * rows, n=4096, k=7168, groups=256)
+    plan = dispatch.select(p, ARCH)
+    assert plan.kernel == narrow_prefill.NAME
+    experts = min(256, 256 * rows)
+    assert narrow_fp8_model.estimate(p, plan.config, ARCH) < (experts * 4096 * 7168 * 0.53125 + 256 * rows * (2 * 4096 + 7168)) / ARCH.bandwidth / 0.75
+
+
 def test_widths_are_pieces_that_tma_brings() -> None:
+    for most, pairs in FP8_WIDTHS.items():
+        sums = [p + q for p, q in pairs]
+        assert all(p in BOXES and q in (0, *BOXES) for p, q in pairs)
+        assert [narrow_fp8_model.width(r, most) for r in range(1, most + 1)] == [min(s for s in sums if s >= r) for r in range(1, most + 1)]
     for most, pairs in WIDTHS.items():
         sums = [p + q for p, q in pairs]
         assert sums == sorted(set(sums)) and sums[-1] == most

@@ -10,6 +10,7 @@ from narrowgemm import BF16, MXFP4, MXFP8, FP8_1x128, Offsets
 from narrowgemm.arch import detect
 from narrowgemm.formats import FP16
 from narrowgemm.kernels.gluon.sm90 import narrow_prefill
+from narrowgemm.prepack_bits import FP8_PREPACK
 from narrowgemm.problem import Config, Problem
 from narrowgemm.testing.cases import Case, build
 from narrowgemm.testing.numerics import calc_diff
@@ -31,6 +32,13 @@ RUNS = [*((MAIN, shape) for shape in narrow_prefill.SHAPES),
                 max_m=200 if layout == "masked" else 0, out_dtype="fp32" if layout == "masked" else "bf16"), shape)
           for layout, b, shape in (("contiguous", MXFP4, (128, 1)), ("offsets", MXFP8, (64, 2)), ("masked", MXFP4, (192, 1)),
                                    ("offsets", MXFP4, (32, 1)), ("offsets", MXFP4, (64, 1)))),
+        *((Case("narrow-prefill", layout, 24, 60, 328, 672, sizes="uniform:0.0:2.4", alignment=1, a=a, b=MXFP4, packed="fp8", out_dtype=out,
+                max_m=200 if layout == "masked" else 0, order="repeated" if layout == "contiguous" else "sorted"), t)
+          for layout, a, t, out in (("offsets", FP8_1x128, (32, 1), "bf16"), ("offsets", FP8_1x128, (32, 2), "fp32"), ("masked", FP8_1x128, (64, 2), "fp32"),
+                                    ("contiguous", FP8_1x128, (128, 1), "bf16"), ("psum", FP8_1x128, (64, 2), "bf16"),
+                                    ("offsets", FP8_1x128.with_scale("e8m0"), (64, 1), "bf16"))),
+        (Case("narrow-prefill", "offsets", 40, 4, 192, 256, sizes="empty:0.4", a=FP8_1x128, b=MXFP4, packed="fp8"), (32, 1)),
+        (Case("narrow-prefill", "dense", 1, 77, 320, 1152, a=FP8_1x128, b=MXFP4, packed="fp8"), (64, 1)),
         (Case("narrow-prefill", "psum", 6, 90, 320, 640, sizes="empty:0.3", a=MXFP4, b=MXFP4, packed=True), (128, 1)),
         (Case("narrow-prefill", "masked", 6, 50, 320, 640, max_m=100, sizes="uniform:0.3:1.7", a=BF16, b=MXFP4, packed=True), SMALL)]
 
@@ -45,6 +53,7 @@ def config_of(problem: Problem, shape: tuple[int, int]) -> Config:
     return next(c for c in narrow_prefill.configs(problem, detect(torch.device("cuda"))) if (c.block_m, c.block_n) == (shape[0], 128 * shape[1]))
 
 
+FP8_CONFIG = Config(64, 128, 128, 9, narrow_prefill.FP8_SHAPES[64, 1], swap_ab=True, persistent=True)
 SMALL_CONFIG = Config(64, 128, 128, 9, narrow_prefill.SHAPES[SMALL][0], swap_ab=True, persistent=True)
 
 
@@ -85,6 +94,49 @@ def test_epilogue(pair: str, activation: str | None, combine: bool) -> None:
     again = torch.full_like(got, 7.0)
     ng.routed_gemm(r["x"], packed, r["order"].layout, out=again, config=SMALL_CONFIG, **common)
     assert torch.equal(got, again)
+
+
+@pytest.mark.parametrize("pair, activation, combine", [("interleaved", "swiglu_oai", False), ("halves", "swiglu", True), ("", None, True)])
+def test_epilogue_of_fp8_tokens(pair: str, activation: str | None, combine: bool) -> None:
+    """Weights packed for FP8: the same slots, one scale a token for 128 of K; graph replay has the same bits."""
+    r = routed(2)
+    packed = ng.prepack(r["w"], pair=pair, activations="fp8")
+    x = ng.quantize(r["x"], FP8_1x128)
+    common = {"row_map": r["order"].row_map, "top_k": r["top_k"], "a_div": r["top_k"], "bias": r["bias"], "activation": activation,
+              "routing_weight": r["weight"], "combine": combine, "interleaved": pair == "interleaved"}
+    shape = (len(r["x"]) if combine else r["weight"].numel(), r["w"].shape[1] // (2 if activation else 1))
+    want = ng.routed_gemm(x, r["w"], r["order"].layout, out=torch.full(shape, 7.0, device="cuda"), backend="reference", **common)
+    got = torch.full(shape, 7.0, dtype=torch.bfloat16, device="cuda")
+
+    def call() -> None:
+        ng.routed_gemm(x, packed, r["order"].layout, out=got, config=FP8_CONFIG, **common)
+
+    call()
+    assert calc_diff(got, want) <= 5e-6
+    assert torch.equal((got == 7).all(1), (want == 7).all(1)), "rows that nobody computes are left alone"
+    first = got.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    got.fill_(7.0)
+    graph.replay()
+    assert torch.equal(got, first)
+
+
+def test_fp8_tokens_with_scales_at_the_ends_and_nan() -> None:
+    """Rows of weights outside of the window have factors beside their own power of two; a NaN scale gives a NaN row and no other."""
+    g = torch.Generator(device="cuda").manual_seed(2)
+    w = ng.quantize(torch.randn(2, 192, 384, generator=g, device="cuda"), MXFP4, backend="reference")
+    w.scale[0, 5], w.scale[1, 7], w.scale[1, 64] = 8, 200, 20
+    w.scale[0, 100, 3] = 255
+    packed = ng.prepack(w, activations="fp8")
+    x = ng.quantize(torch.randn(200, 384, generator=g, device="cuda"), FP8_1x128)
+    layout = Offsets(torch.tensor([0, 90, 200], device="cuda"))
+    want = ng.grouped_gemm(x, w, layout, out_dtype=torch.float32, backend="reference")
+    got = ng.grouped_gemm(x, packed, layout, out_dtype=torch.float32, config=FP8_CONFIG)
+    assert packed.prepack == FP8_PREPACK and torch.equal(got.isnan(), want.isnan()) and bool(want[:90, 100].isnan().all())
+    for columns in (5, 7, 64, slice(8, 60)):
+        assert calc_diff(got[:, columns].double(), want[:, columns].double()) <= 1e-6, columns
 
 
 @pytest.mark.parametrize("block_m", [16, 64])

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from narrowgemm.formats import MXFP4, MXFP8, FP8_1x128
-from narrowgemm.kernels.gluon.sm90.narrow_prefill import PREP_K, PrepStatic
+from narrowgemm.kernels.gluon.sm90.narrow_prefill import FP8_ORDER, PREP_K, PrepStatic
 from narrowgemm.kernels.gluon.sm90.narrow_tile import KINDS, TABLE_HEAD
 from narrowgemm.reference.quantize import dequantize, quantize
+from narrowgemm.scales import e8m0_to_float
 
 BT, K, A_DIV = 64, 200, 2
 
@@ -31,7 +32,8 @@ def run(device: str, kind: str, xkind: int, x: torch.Tensor, xs: torch.Tensor | 
     kx = -(-K // 128) * 128
     wide = 2 * kx if xkind == 4 else kx
     cap = total // BT + (total if blocks else groups)
-    out = {"x": torch.full((total, wide), 7.0, dtype=torch.bfloat16, device=device), "factor": torch.full((total,), 7.0, device=device),
+    payload = torch.float8_e4m3fn if xkind == FP8_ORDER else torch.bfloat16
+    out = {"x": torch.full((total, wide), 7.0, device=device).to(payload), "factor": torch.full((total,), 7.0, device=device),
            "weight": torch.full((total,), 7.0, device=device), "live": torch.full((num_slots,), 9, dtype=torch.int8, device=device),
            "table": torch.full((TABLE_HEAD + 3 * cap,), -9, dtype=torch.int32, device=device)}
     experts, posted, block_m = blocks or (index, index, 1)
@@ -137,6 +139,22 @@ def test_narrow_rows_are_exact(device: str, fmt, xkind: int) -> None:
     back = got["x"].float().cpu() * got["factor"].cpu()[:, None]
     assert torch.equal(back[:3], weight_order(want)[:3])
     assert bool(got["factor"][3].isnan())
+
+
+@pytest.mark.parametrize("scale_type", ["fp32", "e8m0"])
+def test_fp8_rows_for_weights_packed_for_them(device: str, scale_type: str) -> None:
+    """Words of four of the four blocks of 32 in turn; scales as they are, each four times."""
+    g = torch.Generator().manual_seed(6)
+    x = torch.randint(0, 120, (5, K), generator=g, dtype=torch.uint8)
+    scale = torch.rand(5, 2, generator=g) if scale_type == "fp32" else torch.tensor([[0, 1], [127, 130], [255, 3], [254, 9], [100, 90]]).byte()
+    got = run(device, "dense", FP8_ORDER, x.view(torch.float8_e4m3fn).to(device), scale.to(device), torch.zeros(1, dtype=torch.int32, device=device),
+              None, None, 1, 5, 5)
+    want = torch.zeros(5, 256, dtype=torch.uint8)
+    want[:, :K] = x
+    want = want.view(5, 2, 4, 8, 4).permute(0, 1, 3, 2, 4).reshape(5, 256)
+    assert torch.equal(got["x"].cpu().view(torch.uint8), want)
+    value = scale if scale_type == "fp32" else e8m0_to_float(scale)
+    assert torch.equal(got["ratios"].cpu().nan_to_num(7.0), value.nan_to_num(7.0)[..., None].expand(5, 2, 4))
 
 
 def test_ratios_of_scales_take_a_sum_from_block_to_block(device: str) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..arch import Arch
-from ..prepack import PREPACK, unpack
+from ..prepack import unpack
+from ..prepack_bits import ORDERS
 from ..problem import Config, Problem, Step
 from .operands import Operands
 
@@ -21,8 +22,8 @@ def supports(problem: Problem, arch: Arch) -> str | None:
         return "has no fused gather and no epilogue beyond the sum"
     if problem.epilogue.quantize is not None:
         return "has no quantised output"
-    if problem.a.prepack or problem.b.prepack.partition(":")[0] not in ("", PREPACK):
-        return f"takes plain operands, and weights in the order {PREPACK}, which it unpacks in every call"
+    if problem.a.prepack or problem.b.prepack.partition(":")[0] not in ("", *ORDERS):
+        return f"takes plain operands, and weights in the order {' or '.join(ORDERS)}, which it unpacks in every call"
     return None
 
 

@@ -10,7 +10,7 @@ import torch
 from ..arch import Arch, detect, get_arch
 from ..errors import Unsupported, expect
 from ..formats import Format, get_format
-from ..prepack import PREPACK
+from ..prepack_bits import FP8_PREPACK, PREPACK
 from ..problem import LAYOUTS, Operand, Plan, Problem, bucket, promotion
 from ..runtime import dispatch
 
@@ -55,7 +55,7 @@ class Explanation:
 
 def describe(op: str, *, layout: str = "dense", groups: int = 1, m: int, n: int, k: int, a: Format | str = "fp8_1x128",
              b: Format | str = "fp8_128x128", out_dtype: str = "bf16", expected_m: int = 0, max_sms: int = 0,
-             packed: bool = False) -> Problem:
+             packed: bool | str = False) -> Problem:
     """The Problem of a call with contiguous, aligned operands. For masked, `m` is the expected rows a group; for routed_gemm the
     slots. `packed`: B is a `PackedWeight`."""
     expect(op in OPS, "op", repr(op), f"one of {OPS}")
@@ -72,7 +72,8 @@ def describe(op: str, *, layout: str = "dense", groups: int = 1, m: int, n: int,
     sa, sb = [Operand(f, "k", "", f.scale if f.scaled else "", "mn" if f.scaled and i == 0 else "k" if f.scaled else "",
                     k * f.elem.bits // 8 % 16 == 0) for i, f in enumerate((fa, fb))]
     if packed:
-        sb = Operand(fb, "k", PREPACK, fb.scale, "", folds=fb.element == "e2m1")
+        order = FP8_PREPACK if packed == "fp8" and fb.element == "e2m1" else PREPACK
+        sb = Operand(fb, "k", order, fb.scale, "", folds=fb.element == "e2m1")
     return Problem(op, layout, bucket(m), n, k, groups, sa, sb, rows=bucket(max(rows, 1)), out_dtype=out_dtype,
                    out_aligned=n * (4 if out_dtype == "fp32" else 2) % 16 == 0, promote=promotion(fa, fb), max_sms=max_sms,
                    alignment=128 if layout == "psum" else 1)
@@ -80,12 +81,12 @@ def describe(op: str, *, layout: str = "dense", groups: int = 1, m: int, n: int,
 
 def explain(op: str, *, layout: str = "dense", groups: int = 1, m: int, n: int, k: int, a: Format | str = "fp8_1x128",
             b: Format | str = "fp8_128x128", out_dtype: str = "bf16", expected_m: int = 0, max_sms: int = 0,
-            packed: bool = False, device: str | torch.device | None = None, backend: str | None = None,
+            packed: bool | str = False, device: str | torch.device | None = None, backend: str | None = None,
             on_unsupported: str = "portable") -> Explanation:
     """The Plan for a problem given by its sizes, on `device`: a name ('h200', 'sm90', 'cpu'), a torch device, or the one here.
 
-    m: rows of A (masked: rows expected a group; routed_gemm: slots). packed: B went through `prepack`. Needs no GPU. Raises as the
-    op itself would: ValueError, Unsupported.
+    m: rows of A (masked: rows expected a group; routed_gemm: slots). packed: B went through `prepack`; 'fp8': for FP8 activations.
+    Needs no GPU. Raises as the op itself would: ValueError, Unsupported.
     """
     arch = detect(device if isinstance(device, torch.device) else None) if device is None or isinstance(device, torch.device) \
         else get_arch(device)

@@ -101,11 +101,11 @@ def routed_gemm(a: ScaledTensor | Tensor, b: PackedWeight | ScaledTensor | Tenso
     if plan is not None:
         if zero_padding and not combine:
             out.zero_()
-        packed, factor = (b, b.factor) if isinstance(b, PackedWeight) else (None, None)
+        packed, factor, top = (b, b.factor, b.top) if isinstance(b, PackedWeight) else (None, None, None)
         run(plan, Operands(a, _plain(b), out, s.num_slots, b.shape[-2], a.shape[-1], groups_of(b), index, packed=packed,
                            factor=factor, slots=s.slots, experts=s.experts, posted=s.posted, bias=s.bias, weight=s.weight,
-                           add=s.add, num_slots=s.num_slots, positions=s.positions, top_k=s.top_k, block_m=s.block_m, memo=memo),
-            workspace)
+                           add=s.add, top=top, num_slots=s.num_slots, positions=s.positions, top_k=s.top_k, block_m=s.block_m,
+                           memo=memo), workspace)
     return out
 
 

@@ -27,7 +27,7 @@ class Case:
     world. `max_m`: rows a group can hold (masked). `alignment`: a group's segment starts at a multiple of it
     (contiguous, psum). `order`: of the segments of a contiguous layout; 'repeated' cuts every group in two. `slack`:
     rows of A behind the last group. `e2e`: timed from BF16 tokens, see `tokens.py`. `packed`: B goes through
-    `narrowgemm.prepack` first. `fast_accum`: partial sums are never promoted, ours and a peer's.
+    `narrowgemm.prepack` first; 'fp8': for FP8 activations. `fast_accum`: partial sums are never promoted, ours and a peer's.
     """
 
     suite: str
@@ -48,7 +48,7 @@ class Case:
     order: str = "sorted"
     slack: int = 0
     e2e: bool = False
-    packed: bool = False
+    packed: bool | str = False
     fast_accum: bool = False
 
     def __post_init__(self) -> None:
@@ -78,7 +78,7 @@ class Case:
         for shown, text in ((self.out_dtype != "bf16", self.out_dtype), (not self.zero_padding, "nozero"),
                             (self.accumulate, "acc"), (self.alignment != 128, f"align{self.alignment}"),
                             (self.order != "sorted", self.order), (self.slack > 0, f"slack{self.slack}"), (self.e2e, "e2e"),
-                            (self.packed, "packed"), (self.fast_accum, "fast")):
+                            (bool(self.packed), "packed-fp8" if self.packed == "fp8" else "packed"), (self.fast_accum, "fast")):
             if shown:
                 out += f"-{text}"
         return out

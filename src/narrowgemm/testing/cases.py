@@ -174,24 +174,26 @@ FP4_MASKED, FP4_SHAPES = ((1, 1024), (2, 512), (4, 256)), ((4096, 7168), (7168, 
 
 def fp4_contiguous(suite: str, a: Format) -> list[Case]:
     """That list and DeepGEMM's own, packed MXFP4 weights."""
-    return [Case(suite, "contiguous", g, m, n, k, a=a, b=MXFP4, packed=True) for g, m, n, k in (*FP4_CONTIGUOUS, *LARGE)]
+    packed: bool | str = "fp8" if a == FP8_1x128 else True
+    return [Case(suite, "contiguous", g, m, n, k, a=a, b=MXFP4, packed=packed) for g, m, n, k in (*FP4_CONTIGUOUS, *LARGE)]
 
 
 def fp4_experts(suite: str) -> list[Case]:
     """256 experts, top-8, 32 to 8192 tokens."""
     shapes = [(256, 8, n, k) for n, k in FP4_SHAPES]
-    return routed(suite, FP8_1x128, MXFP4, (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192), shapes)
+    cases = routed(suite, FP8_1x128, MXFP4, (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192), shapes)
+    return [replace(c, packed="fp8") for c in cases]
 
 
 def fp4_masked(suite: str) -> list[Case]:
     """Ten masks of each shape."""
-    return [Case(suite, "masked", g, m, n, k, max_m=4096, sizes=f"{UNEVEN}:{draw}", a=FP8_1x128, b=MXFP4, packed=True)
+    return [Case(suite, "masked", g, m, n, k, max_m=4096, sizes=f"{UNEVEN}:{draw}", a=FP8_1x128, b=MXFP4, packed="fp8")
             for g, m in FP4_MASKED for n, k in FP4_SHAPES for draw in range(10)]
 
 
 def fp4_masked_few(suite: str) -> list[Case]:
     """Few rows a group, as in decode: time is the weights' bytes."""
-    return [Case(suite, "masked", g, m, n, k, max_m=128, sizes=UNEVEN, a=FP8_1x128, b=MXFP4, packed=True)
+    return [Case(suite, "masked", g, m, n, k, max_m=128, sizes=UNEVEN, a=FP8_1x128, b=MXFP4, packed="fp8")
             for g in (8, 32) for m in (4, 16) for n, k in FP4_SHAPES]
 
 

@@ -60,7 +60,7 @@ class Inputs:
     def packed(self) -> PackedWeight:
         """B, prepacked."""
         if self._packed is None:
-            self._packed = prepack(self.b)
+            self._packed = prepack(self.b, activations="fp8" if self.case.packed == "fp8" else "bf16")
         return self._packed
 
     # ---- sources and references ------------------------------------------------------------------------------------
@@ -276,7 +276,7 @@ def build(case: Case, device: torch.device | str = "cpu", seed: int = 0, scale_l
     if scale_layout not in ("mn_major", "row_major"):
         raise ValueError(f"scale_layout: got {scale_layout!r}, expected 'mn_major' or 'row_major'")
     device = torch.device(device)
-    key = (case.b, case.op, case.groups, case.n, case.k, str(device), seed, hollow)
+    key = (case.b, case.packed, case.op, case.groups, case.n, case.k, str(device), seed, hollow)
     shape = (case.groups, case.m, case.n) if case.layout == "k_grouped" else (
         (case.groups, case.max_m, case.n) if case.layout == "masked" else (case.a_rows, case.n))
     out = guarded_empty(shape, ELEMENTS[case.out_dtype].dtype, device)

@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arch import Arch
+from ..prepack_bits import FP8_PREPACK
 from ..problem import Config, Problem, bucket
 from .fingerprint import fingerprint
 
@@ -61,7 +62,8 @@ class Tuned:
 
 def table_name(problem: Problem) -> str:
     """Prepacked weights have tables of their own: other kernels take them."""
-    packed = "-packed" if problem.b.prepack else ""
+    order = problem.b.prepack.partition(":")[0]
+    packed = "" if not order else "-packed-fp8" if order == FP8_PREPACK else "-packed"
     return f"{problem.op}-{problem.layout}-{problem.a.format.name}-{problem.b.format.name}{packed}.json".replace(":", "_")
 
 

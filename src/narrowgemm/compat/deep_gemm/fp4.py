@@ -32,11 +32,11 @@ FP4 = tuple(d for d in (torch.int8, torch.int32, X2) if d is not None)
 Block = tuple[int, int]
 
 
-def prepack_fp4(b: Sequence[Tensor], recipe_b: Sequence[int] | None = None) -> PackedWeight:
+def prepack_fp4(b: Sequence[Tensor], recipe_b: Sequence[int] | None = None, activations: str = "bf16") -> PackedWeight:
     """`b`, an FP4 pair `[N, K]` or `[G, N, K]`, in the order of the Hopper kernels: what every name here takes in its place.
 
-    recipe_b: (1, 32) or (1, 128), where the scales' shape does not say. For load time: it reads the scales back. Raises what
-    `narrowgemm.prepack` raises.
+    recipe_b: (1, 32) or (1, 128), where the scales' shape does not say. activations: 'fp8' where only FP8 1x128 ones will meet
+    these weights, see `narrowgemm.prepack`. For load time: it reads the scales back. Raises what `narrowgemm.prepack` raises.
     """
     data = b[0] if isinstance(b, (tuple, list)) and len(b) == 2 else None
     expect(isinstance(data, Tensor) and data.dim() in (2, 3), "b", type(b).__name__,
@@ -44,7 +44,7 @@ def prepack_fp4(b: Sequence[Tensor], recipe_b: Sequence[int] | None = None) -> P
     assert data is not None
     expect(data.dtype in FP4, "b, payload dtype", data.dtype, " or ".join(map(str, FP4)), error=TypeError)
     block = None if recipe_b is None else (int(recipe_b[0]), int(recipe_b[1]))
-    return prepack(operand(data, b[1], "b", block))
+    return prepack(operand(data, b[1], "b", block), activations=activations)
 
 
 def operand(data: Tensor, scale: Tensor, name: str, block: Block | None) -> ScaledTensor:

@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from ...errors import Unsupported, expect
 from ...formats import BF16, FP8_ROW, MXFP4, Format, FP8_1x128, FP8_128x128, ScaledTensor, get_format
 from ...ops.quantize import quantize
-from ...prepack import PREPACK, PackedWeight, prepack
+from ...prepack import PackedWeight, prepack
 
 FORMATS = "narrowgemm_formats"
 PACKED = "narrowgemm_packed"        # of a prepacked module, by projection: what `_packed` needs beside the tensors
-ORDER = PREPACK.replace("/", "_v")  # an empty buffer's name: a state_dict in another order, or in none, has other keys
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -136,16 +135,23 @@ def prepack_(module: Any, pair: str) -> bool:
     w = fp8(module) if fp4 else plain(module)
     names = projections(module)
     assert isinstance(w.up, ScaledTensor) and isinstance(w.down, ScaledTensor)
-    packed = {names[0]: prepack(w.up, pair="" if w.activations == FP8_1x128 else pair), names[1]: prepack(w.down)}
+    for_fp8 = w.activations == FP8_1x128
+    kind = "fp8" if for_fp8 else "bf16"
+    packed = {names[0]: prepack(w.up, pair="" if for_fp8 else pair, activations=kind), names[1]: prepack(w.down, activations=kind)}
     del w
     for name, p in packed.items():
         setattr(module, name, nn.Parameter(p.data, requires_grad=False))
         setattr(module, _scale_of(module, name), nn.Parameter(p.scale, requires_grad=False))
         factor = None if p.factor is None else p.factor.view(torch.int32)  # what a `.to(dtype)` of the model leaves alone
-        for part, t in (("factor", factor), ("codes", p.codes), ("top", p.top), (ORDER, p.data.new_empty(0))):
+        for part, t in (("factor", factor), ("codes", p.codes), ("top", p.top), (_order_of(p), p.data.new_empty(0))):
             module.register_buffer(f"{name}_{part}", t)
-    setattr(module, PACKED, {name: (p.format, p.shape, p.pair) for name, p in packed.items()})
+    setattr(module, PACKED, {name: (p.format, p.shape, p.pair, p.prepack) for name, p in packed.items()})
     return True
+
+
+def _order_of(p: PackedWeight) -> str:
+    """An empty buffer's name: a state_dict in another order, or in none, has other keys."""
+    return p.prepack.replace("/", "_v")
 
 
 def _scale_of(module: Any, name: str) -> str:
@@ -153,11 +159,11 @@ def _scale_of(module: Any, name: str) -> str:
 
 
 def _packed(module: Any, name: str) -> PackedWeight:
-    fmt, shape, pair = getattr(module, PACKED)[name]
+    fmt, shape, pair, order = getattr(module, PACKED)[name]
     factor = getattr(module, f"{name}_factor")
     return PackedWeight(getattr(module, name).data, getattr(module, _scale_of(module, name)).data, fmt, shape, pair,
-                        None if factor is None else factor.view(torch.float32), getattr(module, f"{name}_codes"),
-                        top=getattr(module, f"{name}_top"))
+                        None if factor is None else factor.view(torch.float32), getattr(module, f"{name}_codes"), order,
+                        getattr(module, f"{name}_top"))
 
 
 def reserve(module: Any, weights: str, activations: str, *, payload: bool) -> None:

@@ -33,14 +33,14 @@ def scaled_pair(pair, scale):
 
 @triton.jit
 def pairs_of_e4m3(w):
-    """A word of four packed codes (`narrowgemm.prepack._E4M3`) as two words of two BF16 each, less a factor of 2^120."""
+    """A word of four packed codes (`narrowgemm.prepack_bits._E4M3`) as two words of two BF16 each, less a factor of 2^120."""
     second = ((w << 1) & SIGNS) | ((w >> 3) & 0x07000700) | ((w << 4) & 0x00F000F0)
     return w & E4M3_PAIR, second
 
 
 @triton.jit
 def pairs_of_e2m1(w):
-    """A word of eight packed codes (`narrowgemm.prepack._E2M1`) as four words of two BF16 each, less a factor of 2^126."""
+    """A word of eight packed codes (`narrowgemm.prepack_bits._E2M1`) as four words of two BF16 each, less a factor of 2^126."""
     fourth = ((w << 1) & SIGNS) | ((w >> 3) & 0x01800180) | ((w >> 7) & 0x00400040)
     return w & E2M1_PAIR, (w << 3) & E2M1_PAIR, (w << 6) & E2M1_PAIR, fourth
 

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from ....arch import Arch
-from ....prepack import PREPACK
+from ....prepack_bits import ORDERS
 from ....problem import Config, Problem, Step
 from ... import launching
 from ...launching import Launch, Pointer
@@ -46,8 +46,9 @@ def supports(problem: Problem, arch: Arch) -> str | None:
     p, a, b = problem, problem.a, problem.b
     if (reason := refusals.op(p, arch)) is not None:
         return reason
-    if b.format.element != "e2m1" or b.prepack.partition(":")[0] != PREPACK:
-        return f"takes MXFP4 weights that narrowgemm.prepack() brought to the order {PREPACK}, not {b.format.name} as they are"
+    if b.format.element != "e2m1" or b.prepack.partition(":")[0] not in ORDERS:
+        orders = " or ".join(ORDERS)
+        return f"takes MXFP4 weights that narrowgemm.prepack() brought to the order {orders}, not {b.format.name} as they are"
     if ":" in b.prepack:
         return "stores rows in their order: weights packed with pair= are for an activation"
     if not b.folds:
@@ -126,8 +127,9 @@ def tile_of(problem: Problem, config: Config, arch: Arch, factor: bool = False, 
             LAYOUTS[problem.layout], wgm, wgn, mp, 1, 128, config.num_stages, 1, 1, 1, 0, config.group_m, 1, buffers, split,
             OUT_BYTES[problem.out_dtype], groups, A_SCALE_TMA=True,
             ZERO=problem.zero_padding and problem.layout in ("contiguous", "psum"), ACCUMULATE=problem.accumulate,
-            STORE_TMA=problem.out_aligned, LATE_STORE=False, SINGLE=mp == 1, FACTOR=factor, SUB=4 if exact else 1,
-            CONSUMER_REGISTERS=208, PRODUCER_REGISTERS=24, W_STAGES=w_stages, GATE=gate, FLAGS=MAX_FLAGS if gate else 32)
+            STORE_TMA=problem.out_aligned, LATE_STORE=False, SINGLE=mp == 1, FACTOR=factor,
+            NIBBLES=fold_whole.nibbles(problem), SUB=4 if exact else 1, CONSUMER_REGISTERS=208,
+            PRODUCER_REGISTERS=24, W_STAGES=w_stages, GATE=gate, FLAGS=MAX_FLAGS if gate else 32)
         if tile.shared_bytes <= arch.smem:
             return tile
     return None
@@ -168,6 +170,7 @@ TILE_SECONDS = 0.9e-6       # of a tile, beyond its K blocks
 # microseconds of one K block of 128 on one SM, where every SM is busy: docs/measured.md
 _BLOCK_TIMES = {(256, 128): 1.15, (128, 256): 1.50, (128, 128): 0.82}
 _H200_RATE = 1.40e15
+_MANY_GROUPS, _FEW_ROWS, _SPREAD = 64, 256, 1.4     # many groups of few rows took so much more
 COPY = 0.80                 # of the streaming rate, in the launch in front
 _NOT_HIDDEN = 0.15
 
@@ -194,6 +197,8 @@ def _product_seconds(problem: Problem, config: Config, arch: Arch) -> float:
     for work in works:
         waves = math.ceil(work / sms) if work < 8 * sms else work / sms + 0.5
         seconds += waves * (unit + TILE_SECONDS) / len(works)
+    if problem.groups >= _MANY_GROUPS and problem.rows <= _FEW_ROWS and counted:
+        seconds *= _SPREAD
     rate = arch.bandwidth * sms / arch.sms
     memory = MEMORY_SECONDS + problem.bytes / (rate * MEMORY_EFFICIENCY)
     return LAUNCH_SECONDS + max(seconds, memory) + _NOT_HIDDEN * min(seconds, memory)

@@ -103,7 +103,7 @@ def expander(rings, bars, table, problem, top_ptr, NT, cfg: gl.constexpr):
                     fields = fields + (s_v.index(w_slot * UNITS + u).load(FIELDS) >> (16 * (kb % 2)), )
                 mbarrier.wait(empty.index(slot), phase)
                 for u in gl.static_range(UNITS):
-                    b_v.index(slot * UNITS + u).store(expand(words[u], fields[u], tops[u], tables))
+                    b_v.index(slot * UNITS + u).store(expand(words[u], fields[u], tops[u], tables, cfg.NIBBLES))
                 fence_async_shared()
                 mbarrier.arrive(full.index(slot), count=1)
                 mbarrier.arrive(w_empty.index(w_slot), count=1)

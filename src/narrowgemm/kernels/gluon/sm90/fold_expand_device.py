@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
 
-# a word of 8 codes (their bits: `narrowgemm.prepack._E2M1`) and its block's table to two words of 4 E4M3 each, K ascending.
+# a word of 8 codes (their bits: `narrowgemm.prepack_bits._E2M1`) and its block's table to two words of 4 E4M3 each, K ascending.
 # Magnitudes are brought to nibbles 0-3 of each half (K 4 2 0 6, K 5 3 1 7), looked up, and put in order; signs are those of
 # bytes 1 and 3 of the word, shifted by 0, 3, 6 and 1
 FOLD_ASM = gl.constexpr("""{
@@ -33,6 +33,18 @@ prmt.b32 t, r, s, 0x5162;
 prmt.b32 u, r, s, 0x7340;
 lop3.b32 $0, p, 0x80808080, t, 0xea;
 lop3.b32 $1, q, 0x80808080, u, 0xea;
+}""")
+
+# the same of a word in the order FP8_PREPACK, whose magnitudes are in nibbles, K ascending, and signs in two sets of bytes
+NIBBLES_ASM = gl.constexpr("""{
+.reg .b32 t, u, x;
+and.b32 t, $2, 0x77777777;
+shr.u32 u, t, 16;
+shl.b32 x, $2, 4;
+prmt.b32 t, $3, $4, t;
+prmt.b32 u, $3, $4, u;
+lop3.b32 $0, $2, 0x80808080, t, 0xea;
+lop3.b32 $1, x, 0x80808080, u, 0xea;
 }""")
 
 
@@ -96,17 +108,18 @@ def of_blocks(upper, lower, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def expand(words, fields, tops, table, WARPS: gl.constexpr = 4):
+def expand(words, fields, tops, table, NIBBLES: gl.constexpr, WARPS: gl.constexpr = 4):
     """Words [rows, 16] of a unit, the scale fields of their chunk, and (their rows' largest code + 14), to E4M3 words [rows, 32].
 
-    fields, tops: int32 [rows / 2, 4], bytes 0 and 1 are rows g and g + 8; 16 rows a warp."""
+    fields, tops: int32 [rows / 2, 4], bytes 0 and 1 are rows g and g + 8; 16 rows a warp. NIBBLES: the order is FP8_PREPACK."""
     low, high = table
     d0 = (tops - fields) & 15
     d1 = ((tops >> 8) - (fields >> 8)) & 15
     lows = of_blocks(of_lane(low, d0), of_lane(low, d1), WARPS)
     highs = of_blocks(of_lane(high, d0), of_lane(high, d1), WARPS)
     w = gl.convert_layout(gl.reshape(words, [WARPS * 16, 4, 4]), blocks_layout(WARPS), assert_trivial=True)
-    lo, hi = gl.inline_asm_elementwise(FOLD_ASM, "=&r,=&r,r,r,r", [w, lows, highs], dtype=(gl.int32, gl.int32), is_pure=True, pack=1)
+    ASM: gl.constexpr = NIBBLES_ASM if NIBBLES else FOLD_ASM
+    lo, hi = gl.inline_asm_elementwise(ASM, "=&r,=&r,r,r,r", [w, lows, highs], dtype=(gl.int32, gl.int32), is_pure=True, pack=1)
     return gl.reshape(gl.join(lo, hi), [WARPS * 16, 32])
 
 

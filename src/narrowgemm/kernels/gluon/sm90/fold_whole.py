@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ....arch import Arch
+from ....prepack_bits import FP8_PREPACK
 from ....problem import Config, Problem
 from ...launching import Launch, Pointer
 from ...operands import Operands
@@ -90,16 +91,22 @@ def tile_of(problem: Problem, config: Config, arch: Arch, factor: bool = False) 
             ahead = extra["whole"] == 2
             tile = fp8_cluster_tile.Tile(
                 layout, 1, 2, 2, 1, 128, 1, 2, config.num_stages, config.group_m, buffers, split, size, groups, A_SCALE_TMA=True,
-                ZERO=zero, STORE_TMA=problem.out_aligned, FOLD=True, FACTOR=factor, PIECE=PIECE if ahead else 0,
+                ZERO=zero, STORE_TMA=problem.out_aligned, FOLD=True, FACTOR=factor,
+                NIBBLES=nibbles(problem), PIECE=PIECE if ahead else 0,
                 GATE=0 if problem.a.format.element == "e4m3" else 1, FLAGS=MAX_FLAGS, KERNEL="fold_cluster_kernel",
                 CONSUMER_REGISTERS=224 if ahead else 232, PRODUCER_REGISTERS=64 if ahead else 40)
         else:
             tile = Tile(layout, 1, 2, 2, 1, 128, config.num_stages, 1, 1, 1, 0, config.group_m, 1, buffers, split, size, groups,
-                        A_SCALE_TMA=True, ZERO=zero, STORE_TMA=problem.out_aligned, LATE_STORE=False, FOLD=True, FACTOR=factor,
-                        CONSUMER_REGISTERS=232, PRODUCER_REGISTERS=40)
+                        A_SCALE_TMA=True, ZERO=zero, STORE_TMA=problem.out_aligned, LATE_STORE=False, FOLD=True,
+                        FACTOR=factor, NIBBLES=nibbles(problem), CONSUMER_REGISTERS=232, PRODUCER_REGISTERS=40)
         if tile.shared_bytes <= arch.smem:
             return tile
     return None
+
+
+def nibbles(problem: Problem) -> bool:
+    """Whether weights are packed for FP8 activations, whose expansion is cheap."""
+    return problem.b.prepack == FP8_PREPACK
 
 
 # ---------------------------------------------------------------- workspace

@@ -49,13 +49,14 @@ def store_rows(y, pointers, unit, slab, kb, KB, WARPS: gl.constexpr, made: gl.co
 
 
 @gluon.jit
-def expand_rows(pointers, unit, slab, first, end, KB, tables, WARPS: gl.constexpr, made: gl.constexpr, stored: gl.constexpr):
+def expand_rows(pointers, unit, slab, first, end, KB, tables, NIBBLES: gl.constexpr, WARPS: gl.constexpr, made: gl.constexpr,
+                stored: gl.constexpr):
     """16 * WARPS rows of a unit over K blocks [first, end), from memory to memory; the next block is on its way meanwhile."""
     tops = row_tops(pointers[2], unit * 64 + slab * 16, 64, WARPS)
     words, fields = load_rows(pointers, unit, slab, first, KB, WARPS)
     for kb in range(first, end):
         words_next, fields_next = load_rows(pointers, unit, slab, gl.minimum(kb + 1, end - 1), KB, WARPS)
-        y = expand(words, fields >> (16 * (kb % 2)), tops, tables, WARPS)
+        y = expand(words, fields >> (16 * (kb % 2)), tops, tables, NIBBLES, WARPS)
         store_rows(y, pointers, unit, slab, kb, KB, WARPS, made, stored)
         words = words_next
         fields = fields_next
@@ -102,8 +103,8 @@ def fold_whole_kernel(w_ptr, s_ptr, top_ptr, out_ptr, sync_ptr, index_ptr, M, G,
     if live:
         unit = (g * NT + item // parts % NT).to(gl.int64)
         first = item % parts * count
-        expand_rows((w_ptr, s_ptr, top_ptr, out_ptr), unit, 0, first, gl.minimum(first + count, KB), KB, lane_table(), 4, MADE,
-                    STORED)
+        expand_rows((w_ptr, s_ptr, top_ptr, out_ptr), unit, 0, first, gl.minimum(first + count, KB), KB, lane_table(), cfg.NIBBLES, 4,
+                    MADE, STORED)
 
 
 # ---------------------------------------------------------------- while the product runs
@@ -123,6 +124,7 @@ def ahead(pointers, sync_ptr, problem, NT, cfg: gl.constexpr):
             slab = t % pieces // parts
             unit = (g * NT + slab // 4).to(gl.int64)
             first = t % parts * cfg.PIECE
-            expand_rows(pointers, unit, slab % 4, first, gl.minimum(first + cfg.PIECE, KB), KB, tables, 1, MADE_16, MADE_16)
+            expand_rows(pointers, unit, slab % 4, first, gl.minimum(first + cfg.PIECE, KB), KB, tables, cfg.NIBBLES, 1, MADE_16,
+                        MADE_16)
         finish(done)
         t = take(sync_ptr)

@@ -114,7 +114,9 @@ def column_scales(scales, tile, col0, cfg: gl.constexpr, mma: gl.constexpr):
     COLS: gl.constexpr = cfg.WN
     col = col0 + fresh(gl.arange(0, COLS, gl.SliceLayout(0, mma)))
     at = g.to(gl.int64) * sbg + col
-    s = as_float(gl.load(sb_ptr + at, mask=col < sbg, other=0)) * 0.015625
+    # a thread does this for 32 columns of a tile; the codes of rows are never that of NaN
+    bits = gl.maximum(gl.load(sb_ptr + at, mask=col < sbg, other=0).to(gl.int32) << 23, 0x00400000)
+    s = bits.to(gl.float32, bitcast=True) * 0.015625
     if cfg.FACTOR:
         s = s * gl.load(sbn + at, mask=col < sbg, other=0.0)
     return s

@@ -44,6 +44,7 @@ class Tile:
     SINGLE: bool = False     # of one piece: one partial sum, as of several
     FOLD: bool = False       # B's scales are in its payload but for one a column, which the store multiplies by: `fold.py`
     FACTOR: bool = False     # and columns have factors beside
+    NIBBLES: bool = False    # weights that are folded are in the order FP8_PREPACK
     SUB: int = 1             # scales of A in a K block: 1, or 4, one every 32 (several pieces, one partial sum)
     CONSUMER_REGISTERS: int = 232
     PRODUCER_REGISTERS: int = 40

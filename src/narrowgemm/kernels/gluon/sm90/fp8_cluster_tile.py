@@ -56,6 +56,7 @@ class Tile:
     LATE_STORE: bool = False  # a tile is stored while the first wgmma of the next one runs
     FOLD: bool = False       # B's scales are in its payload but for one a column, which the store multiplies by: `fold_whole.py`
     FACTOR: bool = False     # and columns have factors beside
+    NIBBLES: bool = False    # weights that are folded are in the order FP8_PREPACK
     PIECE: int = 0           # K blocks of a piece of the weights of groups to come, which are expanded meanwhile; 0: none are
     GATE: int = 0            # as of `FoldTile`
     FLAGS: int = 32

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ....arch import Arch
 from ....prepack import PREPACK
-from ....problem import Config, Problem, Step
+from ....problem import Config, Operand, Problem, Step
 from ... import launching
 from ...launching import Launch, Pointer
 from ...operands import Operands
@@ -58,7 +58,7 @@ XKINDS = {("bf16", ""): 0, ("e4m3", "e8m0"): 1, ("e2m1", "e8m0"): 2, ("e4m3", "f
           ("fp16", ""): 4}
 # (weight rows, block_k, stages, CTAs on an SM) by token columns
 SHAPES: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
-    "e2m1": {8: ((64, 512, 2, 4), (64, 256, 3, 5), (64, 256, 4, 4), (128, 512, 2, 2)),
+    "e2m1": {8: ((64, 512, 2, 4), (64, 256, 4, 4), (128, 512, 2, 2)),
              16: ((128, 512, 2, 2), (64, 512, 2, 3), (64, 256, 3, 4), (128, 256, 4, 2)),
              32: ((128, 256, 3, 2), (128, 256, 2, 2)), 64: ((64, 256, 2, 2),)},
     "e4m3": {8: ((64, 256, 2, 4), (64, 256, 3, 3), (128, 256, 2, 2)),
@@ -75,14 +75,25 @@ KEEP_BYTES = 16e6            # an output of so many bytes and fewer is asked to 
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:
+    return takes(problem, arch, (PREPACK, ))
+
+
+def xkind(a: Operand) -> int:
+    """How the launch in front reads A."""
+    return XKINDS[a.format.element, a.scale_dtype]
+
+
+def takes(problem: Problem, arch: Arch, orders: tuple[str, ...]) -> str | None:
+    """Why a kernel over packed weights in one of `orders` can't run the problem, or None."""
     a, b, e = problem.a, problem.b, problem.epilogue
     if arch.target != "sm90":
         return f"runs on sm90, not {arch.target}"
     if problem.op not in ("gemm", "grouped_gemm", "routed_gemm") or problem.layout not in KINDS:
         return f"computes gemm, grouped_gemm and routed_gemm, not {problem.op} with layout {problem.layout}"
     order, _, pair = b.prepack.partition(":")
-    if order != PREPACK:
-        return f"takes weights that narrowgemm.prepack() brought to the order {PREPACK}, not {b.format.name} as they are"
+    if order not in orders:
+        given = f"the order {order}" if order else f"{b.format.name} as they are"
+        return f"takes weights that narrowgemm.prepack() brought to the order {' or '.join(orders)}, not {given}"
     if (a.format.element, a.scale_dtype) not in XKINDS or a.format.group not in ((0, 0), (1, 32), (1, 128)):
         return (f"brings BF16, FP16, MXFP8, MXFP4 and FP8 1x128 to BF16 without loss, not {a.format.name}, "
                 f"{a.scale_dtype or 'no'} scales")

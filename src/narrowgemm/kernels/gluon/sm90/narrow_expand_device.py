@@ -9,7 +9,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
 
-# 8 codes to 4 registers of two; see `narrowgemm.prepack._E2M1` for where their bits are
+# 8 codes to 4 registers of two; see `narrowgemm.prepack_bits._E2M1` for where their bits are
 E2M1_ASM = gl.constexpr("""{
 .reg .b32 a, b, c, d, e;
 and.b32 a, $4, 0x81c081c0;
@@ -29,7 +29,7 @@ lop3.b32 d, e, 0x00400040, d, 0xea;
 mul.rn.bf16x2 $3, d, $5;
 }""")
 
-# 4 codes to 2 registers of two; see `narrowgemm.prepack._E4M3`
+# 4 codes to 2 registers of two; see `narrowgemm.prepack_bits._E4M3`
 E4M3_ASM = gl.constexpr("""{
 .reg .b32 a, b, c;
 and.b32 a, $2, 0x87f087f0;

@@ -7,7 +7,7 @@ memory. How it works: `narrow_prefill_device.py`. It takes what the kernel for f
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from ....arch import Arch
+from ....prepack_bits import FP8_PREPACK, ORDERS
 from ....problem import Config, Problem, Step
 from ... import launching
 from ...launching import Launch, Pointer
 from ...operands import Operands
-from . import narrow
-from .narrow import XKINDS, combine, power_of_two, sms_of
+from . import narrow, narrow_fp8_model
+from .narrow import combine, power_of_two, sms_of, xkind
 from .narrow_model import active_experts, rows_expected, slots_expected
 from .narrow_prefill_tile import BOXES, RATIO_BYTES, SCALE_BYTES, WIDTHS, Tile
 from .narrow_tile import (
@@ -37,6 +38,7 @@ from .narrow_tile import (
     entries_at_most,
     extra,
     promotes,
+    smem_budget,
 )
 
 NAME = "gluon_sm90.narrow_prefill"
@@ -44,8 +46,17 @@ BACKEND = "gluon_sm90"
 PREP_K = 2048           # of K that one program of the launch in front converts
 
 
+FP8_ORDER = 5           # how `narrow_prefill_prep_kernel` brings FP8 tokens for weights that were packed for them
+
+
+def packed_for_fp8(problem: Problem) -> bool:
+    return problem.b.prepack.partition(":")[0] == FP8_PREPACK
+
+
 def supports(problem: Problem, arch: Arch) -> str | None:
-    reason = narrow.supports(problem, arch)
+    reason = narrow.takes(problem, arch, ORDERS)
+    if reason is None and packed_for_fp8(problem) and (problem.a.format.element, problem.a.format.group) != ("e4m3", (1, CHUNK)):
+        reason = f"multiplies weights in the order {FP8_PREPACK} by FP8 1x128 activations, not {problem.a.format.name}"
     if reason is None and problem.layout == "routed" and not problem.positions:
         return "gathers tokens in the order of positions: a routed layout has to say how many there are"
     if reason is None and ":" in problem.b.prepack and not problem.epilogue.activation:
@@ -58,32 +69,46 @@ def supports(problem: Problem, arch: Arch) -> str | None:
 SHAPES = {(32, 1): (12, 8), (64, 1): (7, 5), (64, 2): (5, 3), (128, 1): (4, 3), (128, 2): (3, 2), (192, 1): (3, 3)}
 
 
-# those of them that have run with FP32 scales of A
+# the same of FP8 tokens and weights packed for them: ring slots
+FP8_SHAPES = {(32, 2): 9, (64, 1): 10, (64, 2): 7, (128, 1): 6}
+FP8_PAIR = (32, 1)      # two blocks an SM
+FP8_PAIR_STAGES = 7
+# those of SHAPES that run with FP32 scales of A: two units of E2M1 were seen to hang
 PROMOTED = {"e2m1": ((32, 1), (64, 1), (128, 1), (192, 1)), "e4m3": ((64, 2),)}
 FEWEST = {"e2m1": 0, "e4m3": 32}     # tiles of so many tokens and fewer are left to the kernel for few
 
 
-def _config(tokens: int, units: int, e4m3: bool) -> Config:
-    return Config(tokens, 2 * units * ROWS, CHUNK, 9, SHAPES[tokens, units][e4m3], swap_ab=True, persistent=True)
+def _config(tokens: int, units: int, stages: int) -> Config:
+    return Config(tokens, 2 * units * ROWS, CHUNK, 9, stages, swap_ab=True, persistent=True)
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
-    every = (_config(t, u, problem.b.format.element == "e4m3") for t, u in SHAPES
-             if t > FEWEST[problem.b.format.element] and (not promotes(problem) or (t, u) in PROMOTED[problem.b.format.element]))
+    if packed_for_fp8(problem):
+        pair = replace(_config(*FP8_PAIR, FP8_PAIR_STAGES), extra=(("ctas", 2), ))
+        return [c for c in (*(_config(t, u, s) for (t, u), s in FP8_SHAPES.items()), pair) if legal(problem, c, arch) is None]
+    e4m3 = problem.b.format.element == "e4m3"
+    every = [_config(t, u, stages[e4m3]) for (t, u), stages in SHAPES.items() if t > FEWEST[problem.b.format.element]]
     return [c for c in every if legal(problem, c, arch) is None]
 
 
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     """Why `config` can't run the problem, or None."""
     units = config.block_n // (2 * ROWS)
-    if (config.block_m, units) not in SHAPES or config.block_n % (2 * ROWS) or config.block_k != CHUNK:
-        return f"tile {config.block_m}x{config.block_n}x{config.block_k}, expected tokens and units of {list(SHAPES)}, and {CHUNK}"
+    shapes = [FP8_PAIR, *FP8_SHAPES] if packed_for_fp8(problem) else list(SHAPES)
+    shape = (config.block_m, units)
+    if shape not in shapes or config.block_n % (2 * ROWS) or config.block_k != CHUNK:
+        return f"tile {config.block_m}x{config.block_n}x{config.block_k}, expected tokens and units of {shapes}, and {CHUNK}"
+    if promotes(problem) and not packed_for_fp8(problem) and shape not in PROMOTED[problem.b.format.element]:
+        return f"tokens and units {shape} have not run right with FP32 scales of A, expected {PROMOTED[problem.b.format.element]}"
     if config.num_warps != 9 or not config.swap_ab or not config.persistent or config.split_k != 1:
         return "expected 9 warps, swap_ab and persistent, without split_k"
     if extra(config, "unroll", 2) not in (2, 4):
         return f"unroll={extra(config, 'unroll')}, expected 2 or 4"
+    paired = packed_for_fp8(problem) and shape == FP8_PAIR
+    if extra(config, "ctas", 1) != (2 if paired else 1):
+        return f"ctas={extra(config, 'ctas', 1)}, expected 2 for {FP8_PAIR} FP8 tokens and units, else 1"
     tile = tile_of(problem, config)
-    if config.num_stages < 2 or tile.shared_bytes > arch.smem:
+    if config.num_stages < 2 or tile.shared_bytes > smem_budget(config, arch):
         return f"{config.num_stages} stages take {tile.shared_bytes} bytes of shared memory; expected 2 or more, in {arch.smem}"
     return None
 
@@ -98,12 +123,13 @@ def tile_of(problem: Problem, config: Config, slots: bool = True, factor: bool =
     """The compile-time constants of a config. `slots`: positions are mapped to slots; `factor`: weight rows have factors."""
     e, unroll = problem.epilogue, extra(config, "unroll", 2)
     args = (*e.activation_args, 0.0, 0.0)
-    pair = problem.b.prepack.partition(":")[2]
+    pair, fp8 = problem.b.prepack.partition(":")[2], packed_for_fp8(problem)
     fp32 = e.combine or problem.out_dtype == "fp32"
     return Tile(config.block_m, config.block_n // (2 * ROWS), config.num_stages, unroll, k_blocks(problem) % unroll,
-                problem.b.format.element == "e4m3", slots, factor, problem.a.format.scaled, PAIR_IDS[pair], ACT_IDS[e.activation],
-                args[0], args[1], e.bias, e.routing_weight, promotes(problem), doubles(problem),
-                ITEMSIZE["fp32" if fp32 else problem.out_dtype])
+                problem.b.format.element == "e4m3", slots, factor, problem.a.format.scaled and not fp8, PAIR_IDS[pair],
+                ACT_IDS[e.activation], args[0], args[1], e.bias, e.routing_weight, promotes(problem) and not fp8,
+                doubles(problem), fp8, ITEMSIZE["fp32" if fp32 else problem.out_dtype],
+                **({"CTAS": 2, "CONSUMER_REGISTERS": 104, "PRODUCER_REGISTERS": 24} if extra(config, "ctas", 1) == 2 else {}))
 
 
 # ---------------------------------------------------------------- workspace
@@ -125,8 +151,8 @@ def regions(problem: Problem, config: Config, slots: int, rows: int) -> Regions:
     e = problem.epilogue
     n = problem.n // 2 if e.activation else problem.n
     sizes = (4 * (TABLE_HEAD + 3 * capacity(problem, config, rows)), slots if e.combine else 0,
-             2 * rows * k_blocks(problem) * CHUNK, 4 * rows if problem.a.format.scaled else 0,
-             RATIO_BYTES * rows * chunks_of(problem) if promotes(problem) else 0,
+             (1 if packed_for_fp8(problem) else 2) * rows * k_blocks(problem) * CHUNK, 4 * rows if problem.a.format.scaled else 0,
+             RATIO_BYTES * rows * chunks_of(problem) if promotes(problem) or packed_for_fp8(problem) else 0,
              4 * rows if e.routing_weight else 0, 4 * slots * n if e.combine else 0)
     return Regions(*accumulate((-(-s // 256) * 256 for s in sizes), initial=0))
 
@@ -165,6 +191,8 @@ def width(rows: float, tokens: int) -> int:
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds: tiles by their widths, experts' sizes spread as a Poisson's do; or the bytes at the streaming rate."""
+    if packed_for_fp8(problem):
+        return narrow_fp8_model.estimate(problem, config, arch)
     sms = min(arch.sms, problem.max_sms or arch.sms)
     units = config.block_n // ROWS
     experts, rows = active_experts(problem), rows_expected(problem)
@@ -228,26 +256,28 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     table, live = Pointer(workspace, i32, at.table), Pointer(workspace, torch.int8, at.live)
     xfactor, weight = Pointer(workspace, f32, at.xfactor), Pointer(workspace, f32, at.weight)
     ratios = Pointer(workspace, f32, at.ratios)
-    tokens, y = Pointer(workspace, bf16, at.x), Pointer(workspace, f32, at.y)
+    tokens, y = Pointer(workspace, torch.float8_e4m3fn if tile.FP8 else bf16, at.x), Pointer(workspace, f32, at.y)
     a, scale, n = x.a.data, x.a.scale, x.n // 2 if e.activation else x.n
     chunks, tiles = chunks_of(problem), -(-x.n // ROWS)
     kx = chunks * CHUNK
     index = table if x.index is None else x.index
     order = table if x.slots is None else x.slots
     prep = PrepStatic(KINDS[problem.layout], config.block_m, power_of_two(x.groups),
-                      XKINDS[problem.a.format.element, problem.a.scale_dtype], problem.a.format.group[1] or 32, e.combine, PREP_K,
+                      FP8_ORDER if tile.FP8 else xkind(problem.a), problem.a.format.group[1] or 32, e.combine, PREP_K,
                       x.slots is not None, x.weight is not None, power_of_two(x.block_m))
-    x_tile, planes = narrow_prefill_parts_device.X_TILE.value, narrow_prefill_parts_device.PLANES.value
+    x_tile = narrow_prefill_parts_device.X8_TILE.value if tile.FP8 else narrow_prefill_parts_device.X_TILE.value
+    planes = narrow_prefill_parts_device.PLANES.value
     wide = k_blocks(problem) * CHUNK
     boxes = [TensorDescriptor(tokens, [rows, wide], [wide, 1], [p, CHUNK], x_tile) for p in BOXES]
     for base, deep, box in ((Pointer(x.b.data, i32), chunks * tile.WEIGHT_ROWS, [tile.UNITS, tile.WEIGHT_ROWS, 256]),
                             (Pointer(fields, i32), -(-chunks // 2), [tile.UNITS, 1, SCALE_BYTES // 4])):
         boxes.append(TensorDescriptor(base, [x.groups * tiles, deep, box[2]], [deep * box[2], box[2], 1], box, planes))
     flat = narrow_prefill_parts_device.RATIO_TILE.value
-    boxes.append(TensorDescriptor(ratios, [rows, 4 * chunks], [4 * chunks, 1], [16, 4], flat) if tile.CHUNKED else boxes[0])
+    chunked = tile.CHUNKED or tile.FP8
+    boxes.append(TensorDescriptor(ratios, [rows, 4 * chunks], [4 * chunks, 1], [16, 4], flat) if chunked else boxes[0])
     out, om = (y, n) if e.combine else (x.out, x.out.stride(-2))
     sms = sms_of(x.out.device)
-    grid = max(1, min(sms, problem.max_sms or sms, cap * -(-tiles // tile.UNITS)))
+    grid = max(1, min(min(sms, problem.max_sms or sms) * tile.CTAS, cap * -(-tiles // tile.UNITS)))
     made = [
         Launch(narrow_prefill_prep_device.narrow_prefill_prep_kernel, (1 + rows * -(-kx // PREP_K),),
                (a, tokens if scale is None else scale, tokens, xfactor, ratios, weight if x.weight is None else x.weight, weight,
@@ -256,7 +286,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
                 cap, problem.a_div, prep), {"num_warps": 4}),
         Launch(narrow_prefill_device.narrow_prefill_kernel, (grid,),
                (*boxes, out, order, xfactor if x.factor is None else x.factor, xfactor, xfactor if x.bias is None else x.bias,
-                weight, table, k_blocks(problem), tiles, slots, cap, x.n, om, tile),
+                weight, table if x.top is None else x.top, table, k_blocks(problem), tiles, slots, cap, x.n, om, tile),
                {"num_warps": 4, "maxnreg": tile.max_registers})]
     if problem.zero_padding and problem.layout in ("contiguous", "psum"):
         made.insert(0, narrow.zero_padding_rows(problem, x))

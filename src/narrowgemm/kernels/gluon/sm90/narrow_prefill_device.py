@@ -7,6 +7,7 @@ Operands are swapped: weights are wgmma's register operand, expanded to BF16 on 
 launch in front (`narrow_prefill_prep_device`) brought A to BF16, gathered, in the order of positions, and listed the entries:
 (expert, first position, at most BT tokens). FP32 scales of tokens, one for 128 of K, have no place in BF16: the sums are kept in
 units of the K block's scale, and are multiplied by scale / next scale before the next one is added. They take no more registers.
+FP8 tokens with weights that were packed for them stay FP8: `narrow_fp8_device`.
 
     warps            does, for every tile of its block
     producer (1)     TMA of tokens, weights and scales into a ring of shared memory, 128 of K a slot
@@ -22,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .fp8_block_parts_device import ROW_OF_FLOATS, advance
 from .fp8_block_schedule_device import ROW_OF_INTS
+from .narrow_fp8_device import X8_TILE, products8
 from .narrow_prefill_parts_device import PLANES, RATIO_TILE, X_TILE, finish, load_block, products, rows_vectors
 
 HEAD = gl.constexpr(16)      # of the table: see narrow_tile.TABLE_HEAD
@@ -75,7 +77,7 @@ def run_tile(slot, phase, rings, bars, buf, vectors, pointers, tile, sizes, cfg:
              P1: gl.constexpr):
     """Sum and store one tile of up to P0 + P1 tokens."""
     KC, NT, N, R, cap = sizes
-    out_ptr, om, slots_ptr, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr = pointers
+    out_ptr, om, slots_ptr, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr, top_ptr = pointers
     slot_s, xfactor_s, weight_s = vectors
     e, n, first, rows = tile
     MP: gl.constexpr = cfg.MP
@@ -94,8 +96,11 @@ def run_tile(slot, phase, rings, bars, buf, vectors, pointers, tile, sizes, cfg:
     unit = n * cfg.UNITS + WG * MP
     of_rows = ()
     for j in gl.static_range(MP):
-        of_rows = of_rows + (rows_vectors(factor_ptr, bias_ptr, e, unit + j, NT, N, cfg), )
-    sums, slot, phase = products(slot, phase, KC, rings, bars, cfg, WG, P0, P1)
+        of_rows = of_rows + (rows_vectors(factor_ptr, bias_ptr, top_ptr, e, unit + j, NT, N, cfg), )
+    if cfg.FP8:
+        sums, slot, phase = products8(slot, phase, KC, top_ptr, e * NT + unit, (NT - unit) * 64, rings, bars, cfg, WG, P0, P1)
+    else:
+        sums, slot, phase = products(slot, phase, KC, rings, bars, cfg, WG, P0, P1)
     if cfg.SLOTS:
         slot_s.store(slots)
     if cfg.XFACTOR:
@@ -130,21 +135,24 @@ def consumer(rings, bars, buf, vectors, pointers, table_ptr, sizes, cfg: gl.cons
 
 
 @gluon.jit(do_not_specialize=["KC", "NT", "R", "cap"])
-def narrow_prefill_kernel(x16_desc, x32_desc, x64_desc, x128_desc, w_desc, s_desc, f_desc, out_ptr, slots_ptr, factor_ptr, xfactor_ptr,
-                          bias_ptr, weight_ptr, table_ptr, KC, NT, R, cap, N, om, cfg: gl.constexpr):
+def narrow_prefill_kernel(x8_desc, x16_desc, x32_desc, x64_desc, x128_desc, w_desc, s_desc, f_desc, out_ptr, slots_ptr, factor_ptr,
+                          xfactor_ptr, bias_ptr, weight_ptr, top_ptr, table_ptr, KC, NT, R, cap, N, om, cfg: gl.constexpr):
     """A persistent grid. x.._desc: tokens [positions, K] in boxes of so many tokens x 128; w_desc int32 [G * NT, KC * rows, 256];
-    s_desc int32 [G * NT, ceil(KC / 2), 128]; f_desc: tokens' ratios of scales [positions, 4 KC] in boxes of 16 x 4. NT tiles of 64 weight rows, KC chunks of 128 of K, R rows of the output, om: their
-    stride, N: logical weight rows, cap: entries a column of the table holds."""
+    s_desc int32 [G * NT, ceil(KC / 2), 128]; f_desc: tokens' ratios of scales, or scales, [positions, 4 KC] in boxes of 16 x 4; top:
+    rows' largest scale codes (FP8). NT tiles of 64 weight rows, KC chunks of 128 of K, R rows of the output, om: their stride, N:
+    logical weight rows, cap: entries a column of the table holds."""
     STAGES: gl.constexpr = cfg.STAGES
-    x0_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, cfg.T0, 128], X_TILE)
+    ELEMENT: gl.constexpr = gl.float8e4nv if cfg.FP8 else gl.bfloat16
+    TILE: gl.constexpr = X8_TILE if cfg.FP8 else X_TILE
+    x0_s = gl.allocate_shared_memory(ELEMENT, [STAGES, cfg.T0, 128], TILE)
     x1_s = x0_s
     if cfg.T1 > 0:
-        x1_s = gl.allocate_shared_memory(gl.bfloat16, [STAGES, cfg.T1, 128], X_TILE)
+        x1_s = gl.allocate_shared_memory(ELEMENT, [STAGES, cfg.T1, 128], TILE)
     w_s = gl.allocate_shared_memory(gl.int32, [STAGES, cfg.UNITS, cfg.WEIGHT_ROWS, 256], PLANES)
     s_s = gl.allocate_shared_memory(gl.int32, [STAGES, cfg.UNITS, 1, 128], PLANES)
     f0_s = x0_s
     f1_s = x0_s
-    if cfg.CHUNKED:
+    if cfg.CHUNKED or cfg.FP8:
         f0_s = gl.allocate_shared_memory(gl.float32, [STAGES, cfg.T0, 4], RATIO_TILE)
         if cfg.T1 > 0:
             f1_s = gl.allocate_shared_memory(gl.float32, [STAGES, cfg.T1, 4], RATIO_TILE)
@@ -162,11 +170,11 @@ def narrow_prefill_kernel(x16_desc, x32_desc, x64_desc, x128_desc, w_desc, s_des
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
 
-    descs = ((x16_desc, x32_desc, x64_desc, x128_desc), w_desc, s_desc, f_desc)
+    descs = ((x8_desc, x16_desc, x32_desc, x64_desc, x128_desc), w_desc, s_desc, f_desc)
     rings = (x0_s, x1_s, w_s, s_s, f0_s, f1_s)
     bars = ((w_full, x_full), empty)
     sizes = (KC, NT, N, R, cap)
-    pointers = (out_ptr, om, slots_ptr, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr)
+    pointers = (out_ptr, om, slots_ptr, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr, top_ptr)
     v0 = (slot_s.index(0), xfactor_s.index(0), weight_s.index(0))
     v1 = (slot_s.index(1), xfactor_s.index(1), weight_s.index(1))
     gl.warp_specialize([

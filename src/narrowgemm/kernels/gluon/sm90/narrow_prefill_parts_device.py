@@ -10,6 +10,8 @@ from .fp8_block_schedule_device import fresh
 from .narrow_epilogue_device import activate
 from .narrow_epilogue_device import columns as logical_columns
 from .narrow_expand_device import E2M1_ASM, E4M3_ASM, block_factors, byte_layout, field_layout
+from .narrow_fp8_device import X8_TILE
+from .scales_device import as_float
 from .shim import tma_load, view_as
 
 X_TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
@@ -31,20 +33,25 @@ def sums_layout(tokens):
 def load_tokens(descs, ring, bar, slot, row, k, cfg: gl.constexpr, T: gl.constexpr, P: gl.constexpr):
     """One box of P tokens x 128 of K to the start of a slot that holds up to T."""
     desc = descs[0]
-    if P == 32:
+    if P == 16:
         desc = descs[1]
-    if P == 64:
+    if P == 32:
         desc = descs[2]
-    if P == 128:
+    if P == 64:
         desc = descs[3]
-    tma_load(desc, [row, k], bar, view_as(ring, gl.bfloat16, cfg.STAGES * (T // P), P, 128, X_TILE).index(slot * (T // P)))
+    if P == 128:
+        desc = descs[4]
+    if cfg.FP8:
+        tma_load(desc, [row, k], bar, view_as(ring, gl.float8e4nv, cfg.STAGES * (T // P), P, 128, X8_TILE).index(slot * (T // P)))
+    else:
+        tma_load(desc, [row, k], bar, view_as(ring, gl.bfloat16, cfg.STAGES * (T // P), P, 128, X_TILE).index(slot * (T // P)))
 
 
 @gluon.jit
 def load_ratios(desc, ring, bar, slot, row, kb, cfg: gl.constexpr, T: gl.constexpr, P: gl.constexpr):
-    """What the sums of P tokens are multiplied by before K block kb is added."""
+    """What the sums of P tokens are multiplied by before K block kb is added, or (FP8) the scales of that block."""
     boxes = view_as(ring, gl.float32, cfg.STAGES * (T // 16), 16, 4, RATIO_TILE)
-    for i in gl.static_range(P // 16):
+    for i in gl.static_range((P + 15) // 16):
         tma_load(desc, [row + i * 16, kb * 4], bar, boxes.index(slot * (T // 16) + i))
 
 
@@ -68,8 +75,9 @@ def load_block(descs, rings, full, slot, unit, first, kb, cfg: gl.constexpr, P0:
     tma_load(w_desc, [unit, weight_block(kb, cfg) * cfg.WEIGHT_ROWS, 0], bar, w_s.index(slot))
     tma_load(s_desc, [unit, weight_block(kb, cfg) // 2, 0], bar, s_s.index(slot))
     bar = x_full.index(slot)
-    mbarrier.expect(bar, (P0 + P1) * (272 if cfg.CHUNKED else 256))
-    if cfg.CHUNKED:
+    TOKEN: gl.constexpr = 128 if cfg.FP8 else 256
+    mbarrier.expect(bar, (P0 + P1) * TOKEN + ((P0 + 15) // 16 + P1 // 16) * (256 if cfg.CHUNKED or cfg.FP8 else 0))
+    if cfg.CHUNKED or cfg.FP8:
         load_ratios(f_desc, f0_s, bar, slot, first, kb, cfg, cfg.T0, P0)
         if P1 > 0:
             load_ratios(f_desc, f1_s, bar, slot, first + P0, kb, cfg, cfg.T1, P1)
@@ -244,7 +252,7 @@ def finish(acc, buf, vectors, rows_of, pointers, tile, unit, sizes, cfg: gl.cons
     ST: gl.constexpr = P if P < cfg.OUT_TOKENS else cfg.OUT_TOKENS
     F: gl.constexpr = cfg.FEATURES
     mma: gl.constexpr = acc.type.layout
-    if cfg.FACTOR:
+    if cfg.FACTOR or cfg.FP8:
         acc = acc * gl.expand_dims(gl.convert_layout(factor, gl.SliceLayout(1, mma)), 1)
     if cfg.XFACTOR:
         acc = acc * gl.expand_dims(xfactor_s.slice(FROM, P, 0).load(gl.SliceLayout(0, mma)), 0)
@@ -276,13 +284,17 @@ def finish(acc, buf, vectors, rows_of, pointers, tile, unit, sizes, cfg: gl.cons
 
 
 @gluon.jit
-def rows_vectors(factor_ptr, bias_ptr, e, unit, NT, N, cfg: gl.constexpr):
+def rows_vectors(factor_ptr, bias_ptr, top_ptr, e, unit, NT, N, cfg: gl.constexpr):
     """(factor, bias) of a unit's 64 rows."""
     row = gl.arange(0, 64, gl.SliceLayout(1, sums_layout(32)))
     factor = gl.full([64], 1.0, gl.float32, gl.SliceLayout(1, sums_layout(32)))
     bias = factor
+    at = (e * NT + unit) * 64 + row
+    there = row < (NT - unit) * 64
+    if cfg.FP8:     # the payload is 2^6 times the value
+        factor = as_float(gl.load(top_ptr + at, mask=there, other=0)) * 0.015625
     if cfg.FACTOR:
-        factor = gl.load(factor_ptr + (e * NT + unit) * 64 + row, mask=row < (NT - unit) * 64, other=0.0)
+        factor = factor * gl.load(factor_ptr + at, mask=there, other=0.0)
     if cfg.BIAS:
         n, there = logical_columns(row, unit, N, cfg.PAIR)
         bias = gl.load(bias_ptr + e * N + n, mask=there, other=0.0).to(gl.float32)

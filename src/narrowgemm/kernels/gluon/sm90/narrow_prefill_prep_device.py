@@ -7,6 +7,7 @@ BF16 with K in the order that the expanded weights have, zeros up to the next 12
 import triton
 import triton.language as tl
 
+from .narrow_fp8_prep_device import FP8_ORDER, bring_fp8
 from .narrow_prep_device import E2M1, FP16, OFFSETS, PLAIN_FP8, in_use, list_all, offset_of, power_of_two, rest_of, row_shift
 
 
@@ -87,7 +88,9 @@ def narrow_prefill_prep_kernel(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, ratio_ptr, we
             if cfg.WEIGHT:
                 if part == 0:
                     tl.store(of_position_ptr + at, tl.load(weight_ptr + slot))
-            if cfg.XKIND == PLAIN_FP8:
+            if cfg.XKIND == FP8_ORDER:
+                bring_fp8(x_ptr + base, xs_ptr, to, ratio_ptr + at.to(tl.int64) * (KX // 32), part, K, KX, ssk, cfg)
+            elif cfg.XKIND == PLAIN_FP8:
                 o = part * cfg.BK + tl.arange(0, cfg.BK)
                 y = narrow_weight_order(x_ptr, base, part * cfg.BK, K, cfg.BK).to(tl.bfloat16)
                 scale = tl.load(xs_ptr + o // 128 * ssk, mask=o // 128 * 128 < K, other=0.0)

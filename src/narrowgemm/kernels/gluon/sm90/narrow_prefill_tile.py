@@ -14,7 +14,13 @@ WIDTHS = {
     128: ((32, 0), (64, 0), (64, 32), (128, 0)),
     192: ((32, 0), (64, 0), (64, 32), (128, 0), (128, 16), (128, 32), (128, 64)),
 }
-BOXES = (16, 32, 64, 128)       # tokens of a TMA box
+# the same of FP8 tokens
+FP8_WIDTHS = {
+    32: ((8, 0), (16, 0), (32, 0)),
+    64: ((16, 0), (32, 0), (32, 16), (64, 0)),
+    128: ((32, 0), (64, 0), (64, 32), (128, 0)),
+}
+BOXES = (8, 16, 32, 64, 128)    # tokens of a TMA box
 RATIO_BYTES = 16                # of a token in one slot: a number four times, the least that TMA moves
 _BARRIER_BYTES = 8
 
@@ -44,8 +50,10 @@ class Tile:
     WEIGHT: bool = False     # routing weights
     CHUNKED: bool = False    # tokens have FP32 scales, one for 128 of K: sums are rescaled from one to the next
     DOUBLE: bool = False     # tokens are FP16: two K blocks of BF16 for each of the weights
+    FP8: bool = False        # tokens are FP8, weights packed for that: see narrow_fp8_device
     OUT_BYTES: int = 2
     OUT_TOKENS: int = 32     # tokens that a consumer stages at once for the store
+    CTAS: int = 1            # blocks of an SM
     CONSUMER_REGISTERS: int = 232
     PRODUCER_REGISTERS: int = 40
     BN: int = field(init=False)
@@ -62,7 +70,7 @@ class Tile:
         set_ = object.__setattr__
         set_(self, "UNITS", CONSUMERS * self.MP)
         set_(self, "BN", self.UNITS * UNIT_ROWS)
-        set_(self, "WIDTHS", WIDTHS[self.BT])
+        set_(self, "WIDTHS", (FP8_WIDTHS if self.FP8 else WIDTHS)[self.BT])
         set_(self, "T0", max(w[0] for w in self.WIDTHS))
         set_(self, "T1", max(w[1] for w in self.WIDTHS))
         set_(self, "TP", 1 << (self.BT - 1).bit_length())
@@ -73,12 +81,12 @@ class Tile:
     @property
     def max_registers(self) -> int:
         """Registers a thread starts with. Warps come in fours: the producer's one counts as four in the register file."""
-        return 168
+        return 168 if self.CTAS == 1 else 80
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block: an upper bound."""
-        token = 256 + (RATIO_BYTES if self.CHUNKED else 0)
+        token = (128 if self.FP8 else 256) + (RATIO_BYTES if self.CHUNKED or self.FP8 else 0)
         ring = self.STAGES * (self.WEIGHT_BYTES + (self.T0 + self.T1) * token + 3 * _BARRIER_BYTES)
         staging = CONSUMERS * self.OUT_TOKENS * self.FEATURES * self.OUT_BYTES
         vectors = CONSUMERS * self.TP * 4 * (self.SLOTS + self.XFACTOR + self.WEIGHT)

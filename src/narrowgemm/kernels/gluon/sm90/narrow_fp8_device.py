@@ -1,0 +1,170 @@
+"""FP8 tokens by MXFP4 weights in the order `narrowgemm.prepack_bits.FP8_PREPACK`: the products of the Hopper kernel for narrow weights
+on the FP8 tensor cores.
+
+Weights become E4M3 in registers: their scales are folded in (`fold_expand_device`), a row's own power of two is left for the
+epilogue. A thread's 16 bytes are a block of 32 of K of one row, which is what wgmma takes from a thread for 128 of K if tokens have K
+in the order that follows: words of 4, of the four blocks in turn. Partial sums of 128 of K times the token's scale are added up.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import constexpr_function
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from .fold_expand_device import lane_table, of_lane, row_tops
+from .fp8_block_parts_device import advance
+from .fp8_block_schedule_device import fresh
+from .narrow_expand_device import byte_layout, field_layout
+from .shim import view_as
+
+X8_TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
+ROWS_OF_BYTES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+BYTES3 = gl.constexpr(gl.DistributedLinearLayout(
+    [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8], [8, 0, 0]], [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
+    [[16, 0, 0], [32, 0, 0]], [], [64, 4, 16]))
+# a word of 8 codes and the table of its block's power of two (twice four times, the same) to two words of 4 E4M3 each
+WORD_ASM = gl.constexpr("""{
+.reg .b32 t, u, x;
+and.b32 t, $2, 0x77777777;
+shr.u32 u, t, 16;
+shl.b32 x, $2, 4;
+prmt.b32 t, $3, $7, t;
+prmt.b32 u, $3, $7, u;
+lop3.b32 $0, $2, 0x80808080, t, 0xea;
+lop3.b32 $1, x, 0x80808080, u, 0xea;
+}""")
+
+
+@constexpr_function
+def sums8_layout(tokens):
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tokens, 32])
+
+
+@gluon.jit
+def of_rows(upper, lower):
+    """Two int32 [32, 4], of rows g and g + 8 of each 16, as [64, 4, 1] beside a unit's bytes."""
+    x = gl.permute(gl.reshape(gl.join(upper, lower), [4, 8, 4, 2]), (0, 3, 1, 2))
+    return gl.expand_dims(gl.convert_layout(gl.reshape(x, [64, 4]), gl.SliceLayout(2, BYTES3), assert_trivial=True), 2)
+
+
+@gluon.jit
+def to_e4m3(w, fields, tops, tables, operand: gl.constexpr):
+    """Bytes [64, 64] of a unit, the scale fields of their chunk and their rows' largest (`row_tops`), to E4M3 [64, 128] in `operand`'s
+    layout. The assembly counts as impure, so it stays in front of a wait for products in flight."""
+    low, high = tables
+    d0 = (tops - fields) & 15
+    d1 = ((tops >> 8) - (fields >> 8)) & 15
+    lows = of_rows(of_lane(low, d0), of_lane(low, d1))
+    highs = of_rows(of_lane(high, d0), of_lane(high, d1))
+    w = gl.convert_layout(gl.reshape(w, [64, 4, 16]), BYTES3, assert_trivial=True)
+    lo, hi = gl.inline_asm_elementwise(WORD_ASM, "=&r,=&r,r,r,r,r,r,r,r,r,r", [w, lows, highs], dtype=(gl.float8e4nv, gl.float8e4nv),
+                                       is_pure=False, pack=4)
+    a = gl.reshape(gl.join(lo, hi), [64, 4, 4, 4, 2])                        # row, block, word, byte, half
+    a = gl.reshape(gl.permute(a, (0, 2, 4, 1, 3)), [64, 128])                # row, word, half, block, byte
+    return gl.convert_layout(a, operand, assert_trivial=True)
+
+
+@gluon.jit
+def scales_of(ring, slot, cfg: gl.constexpr, T: gl.constexpr, P: gl.constexpr):
+    """[1, P] of a slot's tokens."""
+    f = view_as(ring, gl.float32, cfg.STAGES * (T // P), P, 4, ROWS_OF_BYTES).index(slot * (T // P))
+    return f.slice(0, 1, 1).permute((1, 0)).load(sums8_layout(P))
+
+
+@gluon.jit
+def multiply8(a, ring, slot, p, cfg: gl.constexpr, T: gl.constexpr, P: gl.constexpr):
+    """Start p = a . tokens^T over a slot's 128 of K; p comes in only to keep its registers."""
+    x = view_as(ring, gl.float8e4nv, cfg.STAGES * (T // P), P, 128, X8_TILE).index(slot * (T // P))
+    a = gl.convert_layout(a, gl.DotOperandLayout(0, sums8_layout(P), 4), assert_trivial=True)
+    return warpgroup_mma(a, x.permute((1, 0)), p, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def settle8(parts, COUNT: gl.constexpr):
+    """Wait for the products in flight."""
+    if COUNT == 1:
+        return (warpgroup_mma_wait(0, deps=parts), )
+    else:
+        return warpgroup_mma_wait(0, deps=parts)
+
+
+@gluon.jit
+def add_up(sums, parts, scales, cfg: gl.constexpr, UNIT: gl.constexpr, PIECES: gl.constexpr):
+    """sums of one unit += parts * scales: one FMA an element."""
+    MP: gl.constexpr = cfg.MP
+    new = ()
+    for i in gl.static_range(MP * PIECES):
+        if i % MP == UNIT:
+            s, p = gl.broadcast(scales[i // MP], parts[i // MP])
+            new = new + (gl.fma(p, s, sums[i]), )
+        else:
+            new = new + (sums[i], )
+    return new
+
+
+@gluon.jit
+def blocks8(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg: gl.constexpr, WG: gl.constexpr, P0: gl.constexpr,
+            P1: gl.constexpr, COUNT: gl.constexpr):
+    """COUNT K blocks from kb, each unit's product a step. Leaves with nothing in flight: ptxas serialises wgmma that are, across a loop's
+    back edge. Weights are expanded while the step before runs; the wait for tokens between the two keeps ptxas from moving either."""
+    x0_s, x1_s, w_s, s_s, f0_s, f1_s = rings
+    full, empty = bars
+    w_full, x_full = full
+    MP: gl.constexpr = cfg.MP
+    PIECES: gl.constexpr = 2 if P1 > 0 else 1
+    A: gl.constexpr = gl.DotOperandLayout(0, sums8_layout(P0), 4)
+    w_v = view_as(w_s, gl.uint8, cfg.STAGES * cfg.UNITS, 64, 64, ROWS_OF_BYTES)
+    s_v = view_as(s_s, gl.int32, cfg.STAGES * cfg.UNITS, 32, 4, ROWS_OF_BYTES)
+    old = slot
+    for c in gl.static_range(COUNT):
+        mbarrier.wait(w_full.index(slot), phase)
+        for i in gl.static_range(MP):
+            unit = slot * cfg.UNITS + (WG * MP + i)
+            fields = s_v.index(unit).load(field_layout(64)) >> (16 * ((kb + c) % 2))
+            a = to_e4m3(w_v.index(unit).load(byte_layout(64)), fields, tops[i], tables, A)
+            mbarrier.wait(x_full.index(slot), phase)
+            if c + i > 0:
+                parts = settle8(parts, PIECES)
+                if i == 0:
+                    mbarrier.arrive(empty.index(old), count=1)
+                sums = add_up(sums, parts, scales, cfg, (i + MP - 1) % MP, PIECES)
+            if i == 0:
+                scales = (scales_of(f0_s, slot, cfg, cfg.T0, P0), )
+                if P1 > 0:
+                    scales = scales + (scales_of(f1_s, slot, cfg, cfg.T1, P1), )
+            new = (multiply8(a, x0_s, slot, parts[0], cfg, cfg.T0, P0), )
+            if P1 > 0:
+                new = new + (multiply8(a, x1_s, slot, parts[1], cfg, cfg.T1, P1), )
+            parts = new
+        old = slot
+        slot, phase = advance(slot, phase, cfg.STAGES)
+    parts = settle8(parts, PIECES)
+    mbarrier.arrive(empty.index(old), count=1)
+    sums = add_up(sums, parts, scales, cfg, MP - 1, PIECES)
+    return sums, parts, slot, phase
+
+
+@gluon.jit
+def products8(slot, phase, KC, top_ptr, unit, rows, rings, bars, cfg: gl.constexpr, WG: gl.constexpr, P0: gl.constexpr, P1: gl.constexpr):
+    """All of K of one tile: (sums, slot, phase), MP sums [64, P0] and, where P1, MP of [64, P1]. top_ptr: rows' largest scale codes; unit:
+    of all the weights' tiles of 64 rows; rows: of its expert that there are from it on."""
+    MP: gl.constexpr = cfg.MP
+    L0: gl.constexpr = sums8_layout(P0)
+    L1: gl.constexpr = sums8_layout(P1 if P1 > 0 else 32)
+    tables = lane_table()
+    sums = ()
+    tops = ()
+    for i in gl.static_range(MP):
+        sums = sums + (gl.zeros([64, P0], gl.float32, L0), )
+        tops = tops + (row_tops(top_ptr, (unit + i).to(gl.int64) * 64, rows - i * 64), )
+    parts = (gl.zeros([64, P0], gl.float32, L0), )
+    if P1 > 0:
+        for i in gl.static_range(MP):
+            sums = sums + (gl.zeros([64, P1], gl.float32, L1), )
+        parts = parts + (gl.zeros([64, P1], gl.float32, L1), )
+    for kb in range(0, KC - cfg.REST, cfg.UNROLL):
+        slot = fresh(slot)      # where it comes round once a trip, every slot's addresses would be kept in registers
+        sums, parts, slot, phase = blocks8(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg, WG, P0, P1, cfg.UNROLL)
+    if cfg.REST > 0:
+        sums, parts, slot, phase = blocks8(sums, parts, slot, phase, KC - cfg.REST, tops, tables, rings, bars, cfg, WG, P0, P1, cfg.REST)
+    return sums, slot, phase

@@ -1,0 +1,56 @@
+"""Predicted time of the product of FP8 tokens by weights that were packed for them: clocks of an SM for its tiles, or the bytes."""
+
+from __future__ import annotations
+
+import math
+
+from ....arch import Arch
+from ....problem import Config, Problem
+from .narrow_model import active_experts, rows_expected, slots_expected
+from .narrow_prefill_tile import FP8_WIDTHS
+from .narrow_tile import CHUNK, ITEMSIZE, ROWS, chunks_of, extra
+
+# fitted to 60 products on an H200: docs/measured.md
+# by blocks of an SM: two launches, the table, the first bytes, blocks that are idle at the end
+START = {1: 12.0e-6, 2: 11.0e-6}
+TILE_CLOCKS = 200.0         # of a tile, beyond its K blocks
+# of one K block of 64 weight rows on one SM: expansion, and for each column, by most tokens and units of a consumer
+BLOCK_CLOCKS = {(32, 1): (170.0, 2.9), (32, 2): (170.0, 2.9), (64, 1): (205.0, 3.5), (64, 2): (170.0, 2.9), (128, 1): (115.0, 4.3)}
+EFFICIENCY = 0.97           # of the streaming rate
+COPY = 0.5                  # of the streaming rate, in the launch in front
+CLOCK = 1.7e9
+_POWER = 6                  # of the norm that arithmetic and bytes are put together with
+_SPREAD = (-1.3, -0.7, -0.3, 0.0, 0.3, 0.7, 1.3)
+
+
+def width(rows: float, tokens: int) -> int:
+    """Columns that a tile of `rows` tokens runs at."""
+    return next((p + q for p, q in FP8_WIDTHS[tokens] if p + q >= rows), tokens)
+
+
+def estimate(problem: Problem, config: Config, arch: Arch) -> float:
+    """Seconds: tiles by their widths, experts' sizes spread as a Poisson's do; or the bytes at the streaming rate."""
+    sms = min(arch.sms, problem.max_sms or arch.sms)
+    experts, rows = active_experts(problem), rows_expected(problem)
+    spread = rows**0.5 if problem.layout != "dense" else 0.0
+    sizes = [max(1.0, rows + spread * z) for z in (_SPREAD if spread else (0.0, ))]
+    chunks, units, ctas = chunks_of(problem), config.block_n // ROWS, extra(config, "ctas", 1)
+    expand, column = BLOCK_CLOCKS[config.block_m, units // 2]
+    clocks = entries = 0.0
+    for size in sizes:
+        whole, rest = divmod(round(size), config.block_m)
+        for columns, count in ((config.block_m, whole), (width(rest, config.block_m), rest > 0)):
+            clocks += count * ctas * (chunks * units * (expand + column * columns) + TILE_CLOCKS) / len(sizes)
+            entries += count / len(sizes)
+    work = experts * entries * -(-problem.n // config.block_n) / (sms * ctas)
+    mean = clocks / entries
+    # few tiles an SM: the last round counts whole
+    compute = mean / CLOCK * (math.ceil(round(work, 3)) if work < 8 else work + 0.5)
+    total = slots_expected(problem)
+    written = total * problem.n * ITEMSIZE[problem.out_dtype]
+    weights = experts * -(-problem.n // ROWS) * chunks * ROWS * (CHUNK / 2 + 4)
+    rate = arch.bandwidth * sms / arch.sms
+    memory = (weights + 2 * written + total * problem.k) / (rate * EFFICIENCY)
+    gather = 2.0 * total * problem.k / (rate * COPY)
+    combine = 3 * 4.0 * total * problem.n / (rate * 0.95) if problem.epilogue.combine else 0.0
+    return START[ctas] + (compute**_POWER + memory**_POWER) ** (1 / _POWER) + gather + combine
