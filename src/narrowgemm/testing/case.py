@@ -78,7 +78,7 @@ class Case:
         for shown, text in ((self.out_dtype != "bf16", self.out_dtype), (not self.zero_padding, "nozero"),
                             (self.accumulate, "acc"), (self.alignment != 128, f"align{self.alignment}"),
                             (self.order != "sorted", self.order), (self.slack > 0, f"slack{self.slack}"), (self.e2e, "e2e"),
-                            (bool(self.packed), "packed-fp8" if self.packed == "fp8" else "packed"), (self.fast_accum, "fast")):
+                            (bool(self.packed), "packed"), (self.fast_accum, "fast")):
             if shown:
                 out += f"-{text}"
         return out
