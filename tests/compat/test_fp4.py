@@ -133,6 +133,7 @@ def test_grouped(deep_gemm, a: str, packed: bool) -> None:
 def test_packed_weights_lie_one_way(deep_gemm) -> None:
     pair, _ = weights(deep_gemm, 1)
     b = deep_gemm.prepack_fp4((pair[0][0], pair[1][0]), (1, 32))
+    assert deep_gemm.prepack_fp4((pair[0][0], pair[1][0]), (1, 32), "fp8").prepack != b.prepack
     a, _ = rows(deep_gemm, "fp8", M, K, 3)
     d, plain = torch.zeros(M, N), torch.zeros(M, N)
     deep_gemm.fp8_fp4_gemm_nt(a, b, d)

@@ -10,9 +10,11 @@ from narrowgemm.arch import get_arch
 from narrowgemm.formats import BF16, MXFP4, MXFP8, Format, FP8_1x128
 from narrowgemm.kernels.gluon.sm90 import narrow, narrow_fp8_model, narrow_prefill
 from narrowgemm.kernels.gluon.sm90.narrow_prefill_tile import BOXES, FP8_WIDTHS, WIDTHS
+from narrowgemm.ops.explain import describe, explain
 from narrowgemm.prepack_bits import FP8_PREPACK, PREPACK
 from narrowgemm.problem import Config, Epilogue, Operand, Problem
 from narrowgemm.runtime import dispatch
+from narrowgemm.tuning.store import table_name
 
 ARCH = get_arch("h200")
 PLAIN = Epilogue()
@@ -95,6 +97,15 @@ def test_weights_packed_for_fp8() -> None:
         assert all(t.FP8 and not t.CHUNKED and not t.XFACTOR and t.shared_bytes <= ARCH.smem for t in tiles)
     assert "tile" in (narrow_prefill.legal(p, narrow_prefill.configs(problem(), ARCH)[-1], ARCH) or "")
     assert narrow_prefill.regions(p, found[0], 100, 100).xfactor - narrow_prefill.regions(p, found[0], 100, 100).x < 2 * 100 * 2944
+
+
+def test_explain_and_tables_know_the_order() -> None:
+    """`packed='fp8'` asks for it; tuned rows of the other order are not read for it."""
+    sizes = {"layout": "offsets", "groups": 32, "m": 256, "n": 4096, "k": 7168, "a": FP8_1x128, "b": MXFP4}
+    found = {packed: describe("grouped_gemm", **sizes, packed=packed) for packed in (True, "fp8")}
+    assert found[True].b.prepack == PREPACK and found["fp8"].b.prepack == FP8_PREPACK
+    assert explain("grouped_gemm", **sizes, packed="fp8", device="h200").plan.kernel == narrow_prefill.NAME
+    assert table_name(found[True]) != table_name(found["fp8"])
 
 
 @pytest.mark.parametrize("rows", [1, 8, 16])
