@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -24,10 +25,10 @@ def describe(a: Format = FP8_ROW, b: Format = FP8_ROW, fast: bool = False, out_d
 
 
 def call(p: Problem, config: Config) -> None:
-    a, b = (scaled(shape, f) for shape, f in (((M, K), p.a.format), ((N, K), p.b.format)))
+    a, b = (scaled(shape, f) for shape, f in (((p.m, p.k), p.a.format), ((p.n, p.k), p.b.format)))
     if p.a.format.group[1]:
         a, b = (ScaledTensor(x.data, mn_major_tma_aligned(x.scale), x.format) for x in (a, b))
-    x = Operands(a, b, torch.empty(G, M, N, dtype=DTYPES[p.out_dtype]), M, N, K, G,
+    x = Operands(a, b, torch.empty(G, p.m, p.n, dtype=DTYPES[p.out_dtype]), p.m, p.n, p.k, G,
                  torch.empty(G + 1, dtype=torch.int32))
     space = torch.empty(fp8_wgrad.workspace(p, config), dtype=torch.uint8)
     for made in fp8_wgrad.launches(Step(fp8_wgrad.NAME, config), p, x, space):
@@ -37,6 +38,7 @@ def call(p: Problem, config: Config) -> None:
 def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], object]]]:
     arch = get_arch(target)
     problems = {"fp32": describe(), "fast": describe(fast=True), "blocks": describe(FP8_1x128, FP8_1x128), "accumulate": describe(accumulate=True),
+                "many tiles": replace(describe(FP8_1x128, FP8_1x128, out_dtype="bf16"), m=17 * 128, n=4096),
                 "bf16": describe(out_dtype="bf16"), "mixed": describe(FP8_TENSOR, FP8_ROW.with_element("e5m2"))}
     for name, p in problems.items():
         seen = set()

@@ -87,8 +87,6 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     if _blocks(problem) and (config.block_m, config.block_n) not in BLOCK_SHAPES:
         return f"with 1x128 scales tiles are {list(BLOCK_SHAPES)}, not {config.block_m}x{config.block_n}"
     pieces = BLOCK_SHAPES[config.block_m, config.block_n][3] if _blocks(problem) else 1
-    if pieces > 1 and problem.out_dtype != "fp32":      # right, but 3.6 ms instead of 1.0 on an H100, and not explained
-        return f"{config.block_m}x{config.block_n} with 1x128 scales writes FP32 at its speed, not {problem.out_dtype}"
     if pieces > 1 and problem.accumulate and not problem.out_aligned:
         return f"{config.block_n} columns leave no registers for what the output held; TMA adds to it where it is aligned"
     return fp8_scaled.legal_tile(replace(problem, promote=0) if _blocks(problem) else problem, config) or (
@@ -108,14 +106,19 @@ def tile_of(problem: Problem, config: Config, arch: Arch) -> Tile | None:
             0 if _blocks(problem) else problem.promote // 128, config.group_m, buffers,
             fp8_scaled.OUT_BYTES[problem.out_dtype], groups, problem.a.format.group[0] == 1, problem.b.format.group[0] == 1,
             _blocks(problem), ZERO=False, ACCUMULATE=problem.accumulate, STORE_TMA=problem.out_aligned,
-            SPLIT=_cut(problem, config), TABLES=2, MP=pieces)
+            SPLIT=_cut(problem, config) or pieces > 1,      # two pieces: see `_cut`
+            TABLES=2, MP=pieces)
         if tile.shared_bytes <= arch.smem:
             return tile
     return None
 
 
 def _cut(problem: Problem, config: Config) -> bool:
-    """Whether a tile can be longer than 2 / SHARE of the work: one of many can't."""
+    """Whether a tile can be longer than 2 / SHARE of the work: one of many can't.
+
+    Tiles of two pieces are compiled as if they could: without the branch to what others summed, ptxas keeps 77 registers of the
+    sums on the stack, there and back in every K block.
+    """
     return -(-problem.m // config.block_m) * -(-problem.n // config.block_n) < SHARE // 2
 
 
