@@ -71,9 +71,16 @@ def _wait(bar: Any, phase: Any, pred: Any) -> None:
         _own(bar).wait(int(emu.raw(phase)))
 
 
+def _ready(bar: Any, phase: Any) -> emu.Tensor:
+    own = _own(bar)
+    with own.changed:
+        return emu.wrap(int((own.phase & 1) != int(emu.raw(phase))))
+
+
 def _arrive(bar: Any, blocks: int) -> None:
     """The four warps of a warpgroup, at each block of the cluster."""
-    for other in emu._run().cluster.runs:
+    run = emu._run()
+    for other in run.cluster.runs if blocks > 1 else [run]:
         other.by_address[int(emu.raw(bar))].update(arrivals=4)
 
 
@@ -137,7 +144,7 @@ def _wait_sums(sums: tuple[Any, ...], parts: int, columns: int) -> tuple[Any, ..
 def stand_ins(package: str) -> dict[str, types.ModuleType]:
     cluster = types.ModuleType(f"{package}.cluster_device")
     cluster.__dict__.update(
-        rank=lambda: emu.wrap(emu._run().rank), start_of_shared=lambda: emu.wrap(0), wait_all=_wait_all, init=_init, wait=_wait,
+        rank=lambda: emu.wrap(emu._run().rank), start_of_shared=lambda: emu.wrap(0), wait_all=_wait_all, init=_init, wait=_wait, ready=_ready,
         arrive_all=lambda: None,
         join_all=lambda: _wait_all(2), STAGED=emu.COLUMNS_FIRST, staged_at=lambda row, column, columns: column * 256 + row * 4,
         of_block=_of_block, load_four=_load_four, everywhere=lambda bar, blocks: bar, arrive=_arrive, expect=lambda bar, size: _own(bar).update(arrivals=1, tx=int(emu.raw(size))), load=_load,

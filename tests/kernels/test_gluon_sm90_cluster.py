@@ -113,9 +113,16 @@ def test_illegal_configs_say_why() -> None:
     assert fp8_cluster.legal(p, good, H200) is None
     for bad in (Config(128, 128, persistent=True), Config(128, 256, num_stages=9, persistent=True), Config(128, 256),
                 fp8_cluster._config(128, 256, 4, cluster_m=2, cluster_n=2), fp8_cluster._config(128, 256, 5, cluster_n=2),
-                fp8_cluster._config(128, 256, 4), fp8_cluster._config(128, 256, 4, cluster_n=2, colour=1)):
+                fp8_cluster._config(128, 256, 4, cluster_n=2, colour=1)):
         assert fp8_cluster.legal(p, bad, H200), bad
+    assert fp8_cluster.legal(p, fp8_cluster._config(128, 144, 6), H200) is None      # a block alone
     assert "SM" in fp8_cluster.legal(problem("contiguous", groups=4, max_sms=1), good, H200)
+
+
+def test_dense_products_take_the_tiles_that_fill_waves() -> None:
+    tile = lambda *a: (s := dispatch.select(problem("dense", *a), H200).steps[0]).kernel == fp8_cluster.NAME and s.config.block_n  # noqa: E731
+    assert tile(4096, 2112, 7168) == tile(8192, 2112, 7168) == 192 and tile(4096, 576, 7168) == tile(8192, 576, 7168) == 144
+    assert not tile(4096, 4096, 7168) and not tile(8192, 24576, 1536)     # long enough for power to decide: 256 columns
 
 
 def test_clusters_are_for_large_groups() -> None:

@@ -71,6 +71,7 @@ class Launch(NamedTuple):
     keywords: dict[str, Any]
     cluster: int = 1        # blocks that run together; the grid is of clusters
     by_256: Sequence[int] = ()      # which of its descriptors fetch into L2 by 256 bytes, once bound
+    boxes: Sequence[tuple[int, int]] = ()       # (which descriptor, rows of its box), where they are no power of two
 
     def run(self) -> Any:
         """Launch Triton's way; the compiled kernel, or None from the interpreter."""
@@ -79,6 +80,8 @@ class Launch(NamedTuple):
         arguments = self.arguments
         if not isinstance(self.kernel, JITFunction):    # the interpreter copies storages, so it wants tensors
             arguments = [p.view() if isinstance(p, Pointer) else p for p in arguments]
+        if self.boxes:
+            with_boxes(self.warm(), self.boxes)
         if self.cluster > 1:
             with_clusters(self.warm(), self.cluster)
         return self.kernel[self.grid](*arguments, **self.keywords)
@@ -102,6 +105,15 @@ def with_clusters(compiled: Any, blocks: int) -> None:
     """
     warps, _, shared = compiled.packed_metadata
     compiled.packed_metadata = (warps, blocks, shared)
+
+
+def with_boxes(compiled: Any, boxes: Sequence[tuple[int, int]]) -> None:
+    """Have Triton encode descriptors of a compiled kernel with boxes of so many rows, whatever its frontend was told.
+
+    Its launcher takes them from the kernel's metadata in every launch, in Triton 3.6 to 3.9. The kernel asks for them by PTX.
+    """
+    for which, rows in boxes:
+        compiled.metadata.tensordesc_meta[which]["block_size"][-2] = rows
 
 
 Describe = Callable[[Step, Problem, Any, Tensor | None], Sequence[Launch]]

@@ -104,6 +104,16 @@ def wait(bar, phase, pred):
 
 
 @gluon.jit
+def ready(bar, phase):
+    """1 where the barrier's phase of this parity is over, else 0; doesn't wait."""
+    return gl.inline_asm_elementwise("""{
+        .reg .pred done;
+        mbarrier.test_wait.parity.shared::cta.b64 done, [$1], $2;
+        selp.b32 $0, 1, 0, done;
+    }""", "=r,r,r", [bar, phase], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def everywhere(bar, CLUSTER: gl.constexpr):
     """`bar` for `arrive`: of lane r of a warp, where it is in block r of the cluster; negative in lanes without a block."""
     if CLUSTER == 1:

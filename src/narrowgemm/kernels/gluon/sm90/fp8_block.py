@@ -287,6 +287,6 @@ def arguments(problem: Problem, x: Operands, tile: Any, a_box: int) -> tuple[Any
     if not tile.A_SCALE_TMA:
         plain = (sa, sa.stride(0) if masked else 0, sa.stride(-2), sa.stride(-1))
     return tile, (
-        planes(a, x.k, a_box), sa_desc, planes(b, x.k, tile.B_BOX), out_desc, out, plain[0], sb, x.index, x.m, x.n,
+        planes(a, x.k, a_box), sa_desc, planes(b, x.k, tile.B_BOX & -tile.B_BOX), out_desc, out, plain[0], sb, x.index, x.m, x.n,
         blocks, x.groups, x.alignment, pitch, *plain[1:], sb.stride(0) if sb.dim() == 3 else 0, sb.stride(-2),
         sb.stride(-1), og, om, og // om)

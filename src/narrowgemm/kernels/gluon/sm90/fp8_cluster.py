@@ -1,8 +1,8 @@
 """FP8 block-scaled GEMM on Hopper for problems with many rows, on clusters of two blocks: what `fp8_block.py` computes, by PTX
 where Gluon has no words for it.
 
-A pair of blocks shares A or B through TMA multicast, so less comes from L2. Device code: `fp8_cluster_device.py`; what is fixed at
-compile time: `fp8_cluster_tile.py`.
+A pair of blocks shares A or B through TMA multicast, so less comes from L2; a block may also be alone. Device code:
+`fp8_cluster_device.py`; what is fixed at compile time: `fp8_cluster_tile.py`.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def _config(bm: int, bn: int, stages: int, strip: int = 16, **extra: int) -> Con
 
 
 _CANDIDATES = (_config(128, 256, 4, cluster_n=2), )
-_DENSE = (*_CANDIDATES, _config(128, 144, 6, cluster_n=2))      # 144 columns: four tiles of 576, of which two are a cluster's
+# of one piece a warpgroup, for where waves decide; 144 columns: four tiles of 576
+_DENSE = (*_CANDIDATES, _config(128, 192, 5, 8, cluster_m=2), _config(128, 144, 6))
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
@@ -70,8 +71,8 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     if not 2 <= config.num_stages <= 8 or config.group_m < 1:
         return f"num_stages={config.num_stages}, group_m={config.group_m}, expected 2 to 8, and at least 1"
     cluster = extra.get("cluster_m", 1) * extra.get("cluster_n", 1)
-    if cluster != 2 or cluster > (problem.max_sms or cluster):
-        return f"clusters of {cluster} blocks on {problem.max_sms or 'all'} SMs, expected two, and an SM for each"
+    if cluster > min(2, problem.max_sms or 2):
+        return f"clusters of {cluster} blocks on {problem.max_sms or 'all'} SMs, expected two at most, and an SM for each"
     if tile_of(problem, config, arch) is None:
         return f"needs more shared memory than the {arch.smem} bytes of the device"
     return None
@@ -104,7 +105,8 @@ def workspace(problem: Problem, config: Config) -> int:
 # ---------------------------------------------------------------- cost
 # microseconds of one K block of 128 on one SM of an H200: where every SM is busy, and where only a few are: docs/measured.md
 _BLOCK_TIMES = {(128, 256): (0.757, 0.72), (128, 192): (0.640, 0.54), (128, 176): (0.680, 0.60), (128, 144): (0.540, 0.46)}
-_DENSE_TIMES = {(128, 256): (0.830, 0.80)}      # of a dense product, whose tiles end sooner and go slower
+_DENSE_TIMES = {(128, 256): (0.830, 0.80), (128, 192): (0.540, 0.50), (128, 144): (0.480, 0.42)}      # of a dense product
+_LONG_WAVES, _LONG_TIMES = 6, {(128, 192): 0.630}   # of one with more waves: power holds it
 _DENSE_TILE_SECONDS = 0.3e-6
 _CLUSTER_SECONDS = 3.0e-6    # until a cluster's blocks know of each other
 _ROWS = 1024                 # of a group: with fewer, what clusters save is not what holds the product
@@ -131,6 +133,8 @@ def of_spread(problem: Problem, config: Config, arch: Arch) -> float:
     if problem.layout == "dense":
         busy, alone = _DENSE_TIMES.get((config.block_m, config.block_n), (busy, alone))
         tile = _DENSE_TILE_SECONDS
+        if max(works) > _LONG_WAVES * clusters:
+            busy = _LONG_TIMES.get((config.block_m, config.block_n), busy)
     block = problem.k // 128 * 1e-6 * fp8_block.rate(arch)
     total = 0.0
     for work in works:
@@ -140,7 +144,8 @@ def of_spread(problem: Problem, config: Config, arch: Arch) -> float:
             waves = work / clusters
             seconds = (math.ceil(waves) if waves < 8 else waves + 0.5) * (block * busy + tile)
         total += fp8_block.with_memory(seconds, work * rows * columns, problem, arch)
-    return (total / len(works) + _CLUSTER_SECONDS) * (_FEWER_ROWS if problem.layout != "dense" and problem.rows < _ROWS else 1.0)
+    meet = _CLUSTER_SECONDS if rows * columns > 1 else 0.0
+    return (total / len(works) + meet) * (_FEWER_ROWS if problem.layout != "dense" and problem.rows < _ROWS else 1.0)
 
 
 # ---------------------------------------------------------------- launch
@@ -159,4 +164,4 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     clusters = min(problem.max_sms or arch.sms, arch.sms) // tile.CLUSTER
     grid = max(1, min(clusters, row_tiles(problem, x, tile.UNIT.BM) * -(-x.n // tile.UNIT.BN)))
     options = {"num_warps": 4, "maxnreg": tile.max_registers}
-    return [Launch(device.fp8_cluster_kernel, (grid,), (*given, tile), options, tile.CLUSTER)]
+    return [Launch(device.fp8_cluster_kernel, (grid,), (*given, tile), options, tile.CLUSTER, boxes=tile.boxes)]

@@ -69,7 +69,6 @@ def load_block(descs, full, slot, at, kb, rows, cfg: gl.constexpr):
     """K block kb into a slot; `rows`: whether this block needs any of A."""
     a_desc, sa_desc, b_desc = descs
     a_plane, a_row, b_plane, b_row, sa_row, sa_col = at
-    BOXES: gl.constexpr = cfg.BN // cfg.CLUSTER_M // cfg.B_BOX
     SKIPS: gl.constexpr = cfg.CLUSTER_M > 1
     KERNEL: gl.constexpr = cfg.KERNEL
     start = full - cfg.BARS_AT
@@ -79,15 +78,13 @@ def load_block(descs, full, slot, at, kb, rows, cfg: gl.constexpr):
     if cfg.CLUSTER_N > 1:
         a_share = cluster.rank() * cfg.A_BOX
     if cfg.CLUSTER_M > 1:
-        b_share = cluster.rank() * (cfg.BN // cfg.CLUSTER_M)
+        b_share = cluster.rank() * cfg.B_BOX
     if SKIPS:
         cluster.expect(bar, gl.where(rows, cfg.BLOCK_BYTES, cfg.BN * 128))
     else:
         cluster.expect(bar, cfg.BLOCK_BYTES)
-    for j in gl.static_range(BOXES):
-        row = b_share + j * cfg.B_BOX
-        cluster.load(b_desc, KERNEL, cfg.B_PARAMETER, (b_plane, b_row + row, kb * 128), bar,
-                     start + (cfg.B_AT + (slot * cfg.BN + row) * 128), cfg.CLUSTER_M)
+    cluster.load(b_desc, KERNEL, cfg.B_PARAMETER, (b_plane, b_row + b_share, kb * 128), bar,
+                 start + (cfg.B_AT + (slot * cfg.BN + b_share) * 128), cfg.CLUSTER_M)
     if not SKIPS or rows:
         cluster.load(a_desc, KERNEL, 0, (a_plane, a_row + a_share, kb * 128), bar, start + (cfg.A_AT + (slot * cfg.BM + a_share) * 128),
                      cfg.CLUSTER_N)
@@ -208,7 +205,8 @@ def start_piece(slot, p, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr, 
 def sum_block(acc, p, sa, sb, slot, phase, kb, sa_v, bars, KB, M, sa_base, bases, scales, own, cfg: gl.constexpr, WM: gl.constexpr,
               WN: gl.constexpr, mma: gl.constexpr, HEAD: gl.constexpr):
     """One K block; that its slot is full is known. HEAD: the first of the tile, whose first piece is on its way. sa, sb: scales of
-    block kb (sa: by plain loads only). The slot is released before its last promotion."""
+    block kb (sa: by plain loads only). The slot is released before its last promotion. The next one is waited for in front of that;
+    of one piece, only looked at there and waited for behind, so that nothing of this block hangs on loads of the next."""
     full, empty = bars
     rows: gl.constexpr = gl.SliceLayout(1, mma)
     MP: gl.constexpr = cfg.MP
@@ -230,7 +228,11 @@ def sum_block(acc, p, sa, sb, slot, phase, kb, sa_v, bars, KB, M, sa_base, bases
         if m > 0:
             p = start_piece(old, p, cfg, WM, WN, mma, m)
         if m == MP - 1:
-            cluster.wait(full + slot * 8, phase, (kb + 1 < KB).to(gl.int32))
+            missing = (kb + 1 < KB).to(gl.int32)
+            if MP == 1:
+                missing = missing & (1 - cluster.ready(full + slot * 8, phase))
+            else:
+                cluster.wait(full + slot * 8, phase, missing)
         p = wait(p, NP, cfg.WN)
         if m == MP - 1:
             cluster.arrive(empty + old * 8, cfg.CLUSTER)
@@ -244,6 +246,8 @@ def sum_block(acc, p, sa, sb, slot, phase, kb, sa_v, bars, KB, M, sa_base, bases
             else:
                 piece = piece + (promote(acc[m * NP + i], p[i], s), )
         piece = keep(piece, NP, cfg.WN)
+        if MP == 1:
+            cluster.wait(full + slot * 8, phase, missing)
         for i in gl.static_range(NP):
             sums = sums + (piece[i], )
     if cfg.A_SCALE_TMA:

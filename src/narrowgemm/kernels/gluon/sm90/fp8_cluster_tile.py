@@ -69,7 +69,7 @@ class Tile:
     UNIT: Unit = field(init=False)
     BLOCK_BYTES: int = field(init=False)    # that come for one K block
     A_BOX: int = field(init=False)          # rows of A that one TMA brings: a power of two
-    B_BOX: int = field(init=False)          # rows of B
+    B_BOX: int = field(init=False)          # rows of B, any number up to 256
     OUT_COLS: int = field(init=False)       # columns of one store
     B_SCALES: int = field(init=False)       # blocks of 128 that a piece's columns may lie in
     A_AT: int = field(init=False)           # bytes from the start of shared memory, where the staging of the store is, to A's ring
@@ -89,8 +89,7 @@ class Tile:
         put("UNIT", Unit(self.LAYOUT, self.CLUSTER, self.BM * self.CLUSTER_M, self.BN * self.CLUSTER_N, self.STRIP, self.GROUPS,
                          self.A_SCALE_TMA, self.ZERO))
         put("A_BOX", self.BM // self.CLUSTER_N)
-        share = self.BN // self.CLUSTER_M
-        put("B_BOX", share & -share)
+        put("B_BOX", self.BN // self.CLUSTER_M)
         width = self.NP * self.WN
         put("B_SCALES", -(-(128 - math.gcd(width, 128) + width) // 128))
         put("OUT_COLS", self.WN // self.OUT_SPLIT)
@@ -106,6 +105,11 @@ class Tile:
     @property
     def max_registers(self) -> int:
         return 168
+
+    @property
+    def boxes(self) -> tuple[tuple[int, int], ...]:
+        """For `Launch.boxes`: rows of B's box, which Triton's frontend takes powers of two for."""
+        return ((2 if self.A_SCALE_TMA else 1, self.B_BOX), ) if self.B_BOX & (self.B_BOX - 1) else ()
 
     @property
     def shared_bytes(self) -> int:
