@@ -19,7 +19,8 @@ import torch
 import triton
 
 import narrowgemm as ng
-from narrowgemm.kernels import launching
+from narrowgemm.kernels import binding, launching
+from narrowgemm.kernels.bound import MAPS, Maps
 from narrowgemm.kernels.launching import READY
 from narrowgemm.ops import gemm as gemm_op
 from narrowgemm.testing import stub_driver
@@ -162,10 +163,10 @@ def compiled_kernels_stay_loaded() -> None:
 
 
 def descriptors_are_bounded() -> None:
-    maps = launching.Maps(lambda d: d.base.data_ptr(), type("D", (), {"base": torch.zeros(1)})())
-    for address in range(16, 16 * 3 * launching.MAPS, 16):
+    maps = Maps(lambda d: d.base.data_ptr(), type("D", (), {"base": torch.zeros(1)})())
+    for address in range(16, 16 * 3 * MAPS, 16):
         assert maps[address] == address
-    assert len(maps) <= launching.MAPS
+    assert len(maps) <= MAPS
 
 
 def hooks_go_triton_s_way() -> None:
@@ -290,17 +291,17 @@ def unknown_launchers_are_left_alone() -> None:
                "no stream": lambda a: tuple(0 if type(v) is int and v > 1 << 61 else v for v in a)}
     for name, change in changes.items():
         compiled = type("C", (), {"function": 1, "packed_metadata": (), "run": Other(change), "metadata": None})()
-        assert launching.bind(compiled, launching.Launch(kernel, (1,), (x, 3), {}), {id(x): 4}) is None, name
+        assert binding.bind(compiled, launching.Launch(kernel, (1,), (x, 3), {}), {id(x): 4}) is None, name
         assert "another way" in launching.unbound().pop("k")
     scratch = Other(lambda a: a)
     scratch.global_scratch_size = 16
     for run, reason in ((scratch, "scratch"), (object(), "no `launch`")):
         compiled = type("C", (), {"function": 1, "packed_metadata": (), "run": run, "metadata": None})()
-        assert launching.bind(compiled, launching.Launch(kernel, (1,), (x, 3), {}), {id(x): 4}) is None
+        assert binding.bind(compiled, launching.Launch(kernel, (1,), (x, 3), {}), {id(x): 4}) is None
         assert reason in launching.unbound()["k"]
     fine = type("C", (), {"function": 1, "packed_metadata": (), "run": Other(lambda a: a), "metadata": None})()
-    assert launching.bind(fine, launching.Launch(kernel, (1,), (x, 3), {}), {id(x): 4}) is not None
-    assert launching.bind(fine, launching.Launch(kernel, (1,), (x.clone(), 3), {}), {id(x): 4}) is None
+    assert binding.bind(fine, launching.Launch(kernel, (1,), (x, 3), {}), {id(x): 4}) is not None
+    assert binding.bind(fine, launching.Launch(kernel, (1,), (x.clone(), 3), {}), {id(x): 4}) is None
     assert "made from operands" in launching.unbound()["k"]
 
 

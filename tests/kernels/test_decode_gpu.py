@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from narrowgemm.arch import detect
-from narrowgemm.kernels import launching
+from narrowgemm.kernels import binding
 from narrowgemm.kernels.gluon.sm90 import fp8_decode
 from narrowgemm.kernels.gluon.sm90.fp8_decode import NAME
 from narrowgemm.kernels.gluon.sm90.fp8_decode_tile import CLUSTERS, TOKENS
@@ -72,13 +72,13 @@ def test_a_cluster_adds_up_a_tile(cluster: int, tokens: int) -> None:
 def test_weights_are_fetched_by_256_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """This driver and this Triton are as `tensor_map` expects them, and results have the same bits."""
     done: list[bool] = []
-    widen = launching.widen
+    widen = binding.widen
 
     def seen(*args: Any) -> bool:
         done.append(widen(*args))
         return done[-1]
 
-    monkeypatch.setattr(launching, "widen", seen)
+    monkeypatch.setattr(binding, "widen", seen)
     x = build(Case("wide", "masked", 4, 8, 1088, 2304, max_m=40), "cuda")
     first = x.call(backend=NAME).clone()        # Triton's own launch
     x.reset_out()

@@ -57,10 +57,10 @@ class StubDriver:
 def install(launch: Any = record) -> StubDriver:
     import triton
 
-    from narrowgemm.kernels import launching
+    from narrowgemm.kernels import bound
 
     stub = StubDriver(launch)
     triton.runtime.driver.set_active(stub)
-    launching._driver = lambda: (  # type: ignore[assignment]
+    bound._driver = lambda: (  # type: ignore[assignment]
         stub.get_current_device, stub.get_current_stream, triton.knobs.runtime)
     return stub
