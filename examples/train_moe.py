@@ -117,8 +117,8 @@ class Block(nn.Module):
 
 
 class Model(nn.Module):
-    """A byte enters with the one before it, so that a head can look for what followed it earlier in one layer, not two. Without, the loss
-    stands still and falls at once, and runs differ by when chance lets it."""
+    """A byte enters with the one before it, so that a head can look for what followed it earlier in one layer, not two. Without,
+    the loss stands still and falls at once, and runs differ by when chance lets it."""
 
     turns: Tensor
 
