@@ -23,7 +23,7 @@ from triton.language.extra.cuda import gdc_wait
 
 from .narrow_epilogue_device import finish, vectors
 from .narrow_expand_device import byte_layout, expand, field_layout
-from .narrow_ring_device import begin, commit, first_place, issue_rows, issue_weights, lane_columns, places, wait
+from .narrow_ring_device import commit, first_place, issue_rows, issue_weights, lane_columns, places, wait
 from .shim import block_barrier, copy_to_shared, view_as
 
 HEAD = gl.constexpr(16)      # of the table: see narrow_tile.TABLE_HEAD
@@ -197,7 +197,7 @@ def narrow_kernel(w_ptr, s_ptr, x_ptr, xs_ptr, out_ptr, slots_ptr, factor_ptr, x
     if cfg.XSCALE:
         f_s = gl.allocate_shared_memory(gl.float32, [S, BT, cfg.CH], FLAT)
     rings = (w_s, s_s, x_s, f_s)
-    weights = begin(w_ptr, s_ptr, NT, KC, cfg)
+    weights = (w_ptr, s_ptr, NT, KC)
     place = first_place(2 * BT if cfg.DOUBLE else BT)
     if cfg.DENSE:
         blocks = gl.cdiv(R, BT)

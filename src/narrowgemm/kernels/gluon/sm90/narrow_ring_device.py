@@ -40,15 +40,9 @@ def fields_at_code(UNITS):
     }}"""
 
 
-@gluon.jit
-def begin(w_ptr, s_ptr, NT, KC, cfg: gl.constexpr):
-    """What `issue_weights` wants of every tile: a thread's place in a tile's bytes and fields, by address, and the sizes of both."""
-    w = gl.inline_asm_elementwise(weights_at_code(), "=l,l", [w_ptr.to(gl.int64)], dtype=gl.int64, is_pure=True, pack=1)
-    s = gl.inline_asm_elementwise(fields_at_code(cfg.ROWS // 64), "=l,l,r", [s_ptr.to(gl.int64), (KC + 1) // 2], dtype=gl.int64, is_pure=True,
-                                  pack=1)
-    to = gl.inline_asm_elementwise("{ .reg .b32 t; mov.u32 t, %tid.x; mad.lo.u32 $0, t, 16, $1; }", "=r,r", [cluster.start_of_shared()],
-                                   dtype=gl.int32, is_pure=True, pack=1)
-    return w, s, to, NT, KC
+@constexpr_function
+def slot_at_code():
+    return "{ .reg .b32 t; mov.u32 t, %tid.x; mad.lo.u32 $0, t, 16, $1; }"
 
 
 @constexpr_function
@@ -105,9 +99,14 @@ def weights_code(ROWS, CH, CW, W_AT, S_AT, EVEN):
 
 @gluon.jit
 def issue_weights(weights, e, nt, k, slot, cfg: gl.constexpr):
-    """Ask for step k of a tile. weights: `begin`."""
-    w, s, to, NT, KC = weights
+    """Ask for step k of a tile. weights: bytes, fields, tiles of 64 rows of an expert, chunks of K. What a thread adds to addresses is
+    worked out once, or, where sums take most registers, in every step: impure is not moved out of a loop."""
+    w_ptr, s_ptr, NT, KC = weights
     UNITS: gl.constexpr = cfg.ROWS // 64
+    ONCE: gl.constexpr = cfg.BT <= 16
+    w = gl.inline_asm_elementwise(weights_at_code(), "=l,l", [w_ptr.to(gl.int64)], dtype=gl.int64, is_pure=ONCE, pack=1)
+    s = gl.inline_asm_elementwise(fields_at_code(UNITS), "=l,l,r", [s_ptr.to(gl.int64), (KC + 1) // 2], dtype=gl.int64, is_pure=ONCE, pack=1)
+    to = gl.inline_asm_elementwise(slot_at_code(), "=r,r", [cluster.start_of_shared()], dtype=gl.int32, is_pure=ONCE, pack=1)
     at = nt * UNITS
     tile = e * NT + at
     chunk = k * cfg.CH
