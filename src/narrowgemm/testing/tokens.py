@@ -44,6 +44,7 @@ class Tokens:
         a.scale.copy_(q.scale)
 
     def launch(self, a: ScaledTensor) -> None:
+        from ..kernels.triton.quantize import native
         from .tokens_device import gather_quantize_kernel
 
         assert a.scale is not None
@@ -51,7 +52,7 @@ class Tokens:
         blocks = k // 128
         gather_quantize_kernel[(-(-r // br) * -(-blocks // bg),)](
             self.x, self.rows, a.data, a.scale, r, blocks, CLAMP, self.x.stride(0), a.data.stride(0), a.scale.stride(1),
-            BR=br, BG=bg, TOP=a.format.elem.max, num_warps=8)
+            BR=br, BG=bg, TOP=a.format.elem.max, NATIVE=native(self.x), num_warps=8)
 
     def padded(self, parts: dict[int, slice], at: dict[int, slice], length: int) -> Tokens:
         """The same tokens for `length` rows in which group g's, `parts[g]` of these, lie at `at[g]`."""

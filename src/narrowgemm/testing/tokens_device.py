@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 
-from ..kernels.triton.quantize_device import block_scale, magnitude, narrow_fp8
+from ..kernels.triton.quantize_device import block_fp8
 
 
 @triton.jit(do_not_specialize=["R", "ss"])
 def gather_quantize_kernel(x, rows, out, scale, R, BLOCKS, clamp, xr, orow, ss, BR: tl.constexpr, BG: tl.constexpr,
-                           TOP: tl.constexpr):
+                           TOP: tl.constexpr, NATIVE: tl.constexpr):
     """BR rows of BG blocks of 128 a program. out[r] = x[rows[r]], zero where that is -1; scales [K / 128, R], R contiguous."""
     pid = tl.program_id(0)
     tiles = tl.cdiv(BLOCKS, BG)
@@ -19,9 +19,7 @@ def gather_quantize_kernel(x, rows, out, scale, R, BLOCKS, clamp, xr, orow, ss, 
     live = (r < R) & (g < BLOCKS)
     token = tl.load(rows + r, mask=live, other=-1).to(tl.int64)
     k = (g * 128)[:, None] + tl.arange(0, 128)[None, :]
-    v = tl.load(x + (token * xr)[:, None] + k, mask=(live & (token >= 0))[:, None], other=0.0)
-    bits = magnitude(v)
-    s, inverse, sign = block_scale(tl.max(bits, 1), clamp, "", False, TOP, 0, 0, 0)
+    v = tl.load(x + (token * xr)[:, None] + k, mask=(live & (token >= 0))[:, None], other=0.0, eviction_policy="evict_first")
+    s, y = block_fp8(v, clamp, out.dtype.element_ty, False, "", False, TOP, 0, 0, 0, NATIVE)
     tl.store(scale + g.to(tl.int64) * ss + r, s, mask=live)
-    y = narrow_fp8(v, bits, inverse[:, None], sign[:, None], out.dtype.element_ty, TOP, False)
     tl.store(out + (r.to(tl.int64) * orow)[:, None] + k, y, mask=live[:, None])
