@@ -70,6 +70,8 @@ def test_the_space_of_another_device_is_listed(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("NARROWGEMM_ARCH", "h200")
     done = tune("--suite", "fp8-contiguous,fp8-contiguous-small", "--list")
     assert done.exit_code == 0 and "16 cases, 14 keys" in done.output and "on h200" in done.output
+    monkeypatch.delenv("NARROWGEMM_ARCH")
+    assert tune("--suite", "fp8-contiguous,fp8-contiguous-small", "--list", "--device", "h200").output == done.output
 
 
 @pytest.mark.parametrize(("args", "message"), [
@@ -77,6 +79,8 @@ def test_the_space_of_another_device_is_listed(monkeypatch: pytest.MonkeyPatch) 
     (("--suite", "fp8-dense", "--packaged", "--out", "x"), "two places"),
     (("--suite", "fp8-dense", "--sweep", "s.json", "--packaged"), "--sweep writes no tables"),
     (("--suite", "fp8-dense", "--portable", "2"), "give --sweep FILE"),
+    (("--suite", "fp8-dense", "--device", "h200"), "got 'h200', expected cuda, cuda:N or cpu"),
+    (("--suite", "fp8-dense", "--device", "cuda:99"), "but torch sees"),
 ])
 def test_bad_input(args: tuple[str, ...], message: str) -> None:
     done = tune(*args)

@@ -88,10 +88,18 @@ class Progress:
             click.echo(text)
 
 
-def default_device() -> str:
+def measuring_device(name: str | None) -> str:
+    """The torch device to measure on: `name`, else a GPU where there is one. Raises click.BadParameter."""
     import torch
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind not in ("cuda", "cpu") or not (index.isdigit() or name == kind):
+        raise click.BadParameter(f"got {name!r}, expected cuda, cuda:N or cpu: cases are measured on this machine", param_hint="--device")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise click.BadParameter(f"got {name!r}, but torch sees {torch.cuda.device_count()} GPUs here", param_hint="--device")
+    return name
 
 
 @click.command()
@@ -141,7 +149,7 @@ def bench(suites: tuple[str, ...], patterns: tuple[str, ...], backends: tuple[st
     check_names("--backends", split(backends), peers=False)
     check_names("--peers", [p for p in split(peers) if p != "none"], peers=True)
     wanted = {c.suite: peers_of(c.suite, peers) for c in cases}
-    job = Job([(c.suite, c.id) for c in cases], wanted, split(backends), device or default_device(), seed, refcheck,
+    job = Job([(c.suite, c.id) for c in cases], wanted, split(backends), measuring_device(device), seed, refcheck,
               scale_transform, rounds, started + budget if budget else 0.0)
     run = Run(job, json_path, csv_path, commit if commit is not None else git_commit())
     if resume:

@@ -11,13 +11,14 @@ from typing import Any
 
 import click
 
-from ..arch import Arch, detect, get_arch
+from ..arch import Arch, get_arch
 from ..problem import Config
 from ..testing.case import Case
 from ..tuning import report, search, store, sweep, vllm
 from ..tuning.measure import Job
 from ..tuning.space import candidates, problem_of
-from .bench import Progress, choose, default_device, git_commit, split
+from .bench import Progress, choose, git_commit, measuring_device, split
+from .cache import target
 
 
 def user_tables() -> Path:
@@ -31,7 +32,7 @@ def user_tables() -> Path:
 @click.option("--suite", "suites", multiple=True, help="Suite by name; several times, or with commas.")
 @click.option("--case", "patterns", multiple=True, help="Cases by shell pattern on id or suite/id, within --suite.")
 @click.option("--kernels", multiple=True, help="Only kernels that match a pattern, beside the cost model's pick.")
-@click.option("--device", default=None, help="cuda, cuda:1, cpu; default: a GPU where there is one.")
+@click.option("--device", default=None, help="cuda, cuda:1, cpu; with --list an arch such as h200, too; default: a GPU where there is one.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path),
               help="Folder of tables.  [default: NARROWGEMM_TABLES, else ~/.local/share/narrowgemm/tables]")
 @click.option("--packaged", is_flag=True, help="Write the tables that ship with the package, in this source tree.")
@@ -99,10 +100,10 @@ def tune(suites: tuple[str, ...], patterns: tuple[str, ...], kernels: tuple[str,
         raise click.UsageError("say what to tune: --suite NAME or --case PATTERN; `narrowgemm bench --list` shows the suites")
     chosen = choose(split(suites), patterns)
     cases = search.distinct(chosen)
-    device = device or default_device()
     if list_only:
-        list_space(cases, detect(_torch_device(device)), split(kernels))
+        list_space(cases, target(device)[0], split(kernels))
         return
+    device = measuring_device(device)
     log = sweep_path or (root if not packaged else user_tables()) / f"tune-{_slug(device)}.json"
     run = search.Tuning(log, None if sweep_path else root, dict.fromkeys(c.suite for c in chosen),
                         commit if commit is not None else git_commit())
@@ -114,12 +115,6 @@ def tune(suites: tuple[str, ...], patterns: tuple[str, ...], kernels: tuple[str,
               started + budget if budget else 0.0, portable=portable, also=also)
     measure(run, job, warm, timeout)
     finish(run, cases)
-
-
-def _torch_device(name: str) -> Any:
-    import torch
-
-    return torch.device(name)
 
 
 def _slug(device: str) -> str:
