@@ -166,6 +166,10 @@ class Shared:
     def __init__(self, a: np.ndarray, dtype: DType) -> None:
         self.a, self.dtype = a, dtype
 
+    @property
+    def shape(self) -> list[int]:
+        return list(self.a.shape)
+
     def index(self, i: Any) -> Shared:
         i = int(raw(i))
         if not 0 <= i < len(self.a):
@@ -285,6 +289,7 @@ class Run:
         self.barriers: list[Barrier] = []
         self.random = random.Random(seed)
         self.queue: deque[Any] = deque()
+        self.copies: list[Any] = []         # cp.async: there once they are waited for
         self.wake = threading.Condition()
         self.stop = False
         self.engine = threading.Thread(target=self._move, daemon=True)
@@ -369,6 +374,28 @@ def store_wait(pending: int) -> None:
 tma = types.SimpleNamespace(store_wait=store_wait)
 
 
+def copy_to_shared(out: Shared, p: Pointer, mask: Any = None) -> None:
+    """cp.async, zeros where masked. A partition may wait for what was asked for before the warps parted: they are the same."""
+    assert out.dtype is p.element, (out.dtype, p.element)
+    value = load(p, mask=mask)
+    out.a[...] = np.nan if out.a.dtype.kind == "f" else -(1 << 30)
+
+    def move() -> None:
+        out.a[...] = value.a
+
+    _run().copies.append(move)
+
+
+def _wait_copies(pending: int) -> None:
+    assert int(raw(pending)) == 0, "groups of copies are not told apart"
+    for move in _run().copies:
+        move()
+    _run().copies.clear()
+
+
+async_copy = types.SimpleNamespace(commit_group=lambda: None, wait_group=_wait_copies)
+
+
 # ---------------------------------------------------------------- wgmma
 class Pending:
     """A sum in flight: nothing but a wait may take it."""
@@ -445,7 +472,7 @@ def _expand(x: Any, axis: int) -> Any:
 def _keep(f: Any):
     """Minimum and the like: Python numbers take the tensor's dtype."""
 
-    def op(x: Any, y: Any) -> Any:
+    def op(x: Any, y: Any, propagate_nan: Any = None) -> Any:
         t = x if isinstance(x, Tensor) else y
         if not isinstance(t, Tensor):
             return wrap(f(x, y))
@@ -532,7 +559,7 @@ gl.__dict__.update(
     max=lambda x, axis: wrap(x.a.max(axis)), min=lambda x, axis: wrap(x.a.min(axis)),
     reshape=lambda x, shape: Tensor(x.a.reshape(_shape(shape)), x.dtype),
     permute=lambda x, order: Tensor(x.a.transpose(order), x.dtype),
-    convert_layout=lambda x, layout, assert_trivial=False: x,
+    convert_layout=lambda x, layout, assert_trivial=False: x, multiple_of=lambda x, by: x,
     inline_asm_elementwise=lambda asm, constraints, args, dtype, is_pure, pack: wrap(raw(args[0])))
 
 
@@ -553,11 +580,13 @@ def load_device_module(name: str) -> types.ModuleType:
     hopper = types.ModuleType("triton.experimental.gluon.language.nvidia.hopper")
     hopper.__dict__.update(fence_async_shared=lambda: None, mbarrier=mbarrier, tma=tma, warpgroup_mma=warpgroup_mma,
                            warpgroup_mma_wait=warpgroup_mma_wait, warpgroup_mma_init=lambda x: x)
+    ampere = types.ModuleType("triton.experimental.gluon.language.nvidia.ampere")
+    ampere.__dict__.update(async_copy=async_copy)
     package = types.ModuleType("_emulated_sm90")
     package.__path__ = [str(Path(sm90.__file__).parent)]
     shim = types.ModuleType("_emulated_sm90.shim")
     shim.__dict__.update(
-        tma_load=tma_load, tma_store=tma_store, tma_add=tma_add, block_barrier=lambda: None,
+        tma_load=tma_load, tma_store=tma_store, tma_add=tma_add, block_barrier=lambda: None, copy_to_shared=copy_to_shared,
         view_as=lambda buf, dtype, n, rows, cols, layout: buf.view(dtype, [n, cols, rows]).permute((0, 2, 1))
         if layout is COLUMNS_FIRST else buf.view(dtype, [n, rows, cols]),
         view_rows=lambda buf, dtype, n, cols, layout: buf.view(dtype, [n, cols]),
@@ -567,8 +596,9 @@ def load_device_module(name: str) -> types.ModuleType:
     empty = ("triton", "triton.experimental", "triton.experimental.gluon.language.nvidia", "triton.language",
              "triton.language.extra")
     stand_ins = {**{n: types.ModuleType(n) for n in empty}, gluon.__name__: gluon, gl.__name__: gl, hopper.__name__: hopper,
-                 cuda.__name__: cuda, package.__name__: package, shim.__name__: shim}
+                 ampere.__name__: ampere, cuda.__name__: cuda, package.__name__: package, shim.__name__: shim}
     stand_ins |= cluster_stand_ins(package.__name__)
+    stand_ins["triton.language"].PropagateNan = types.SimpleNamespace(ALL=None)     # type: ignore[attr-defined]
     before = {n: sys.modules.get(n) for n in stand_ins}
     sys.modules.update(stand_ins)
     try:

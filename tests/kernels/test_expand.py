@@ -26,8 +26,8 @@ def mx(fmt: Format, *shape: int, codes: tuple[int, int] = (90, 125), seed: int =
     return ScaledTensor(data.view(fmt.elem.dtype), torch.randint(*codes, fmt.scale_shape(shape), dtype=torch.uint8, generator=g), fmt)
 
 
-def run(device: str, layout: str, a: ScaledTensor, b: ScaledTensor) -> dict[str, Tensor]:
-    """Everything that the launch writes; 7 is what was there."""
+def run(device: str, layout: str, a: ScaledTensor, b: ScaledTensor, plain: bool = False) -> dict[str, Tensor]:
+    """Everything that the launch writes; 7 is what was there. plain: weights are not packed."""
     from narrowgemm.kernels.gluon.sm90.expand_device import expand_kernel
 
     packed = prepack(b).to(device)
@@ -37,17 +37,23 @@ def run(device: str, layout: str, a: ScaledTensor, b: ScaledTensor) -> dict[str,
     rows = m * (groups if layout == "masked" else 1)
     out = {"x": torch.full((rows, kx), 7.0, dtype=torch.bfloat16, device=device), "factor": torch.full((rows,), 7.0, device=device),
            "one": torch.full((1,), 7.0, device=device),
-           "weights": torch.full((groups, units * 64, kx), 7.0, dtype=torch.bfloat16, device=device)}
+           "weights": torch.full((groups, units * 64, kx), 7.0, dtype=torch.bfloat16, device=device),
+           "columns": torch.full((N,), 7.0, device=device)}
     index = torch.tensor(LAYOUTS[layout] or [0], dtype=torch.int64 if layout == "offsets" else torch.int32, device=device)
     steps = 2       # pieces of K: there is one, and the second is not there
     of_rows = -(-rows // expand.PREP_ROWS) * -(-kx // (expand.PREP_K * steps))
     of_weights = groups * units * (64 // expand.WEIGHT_ROWS) * -(-kx // (128 * expand.CHUNKS))
-    cfg = expand.PrepStatic(KINDS[layout], narrow.XKINDS[a.format.element, "e8m0"], 32, b.format.element == "e4m3")
+    w, fields, weights = packed.data.view(torch.int32), packed.scale, out["weights"].view(torch.int32)
+    strides = (0, 0, 0)
+    if plain:
+        of_weights = -(-N // expand.PREP_ROWS) * -(-kx // (expand.PREP_K * steps))
+        wide = b.to(device)
+        w, fields, weights, strides = wide.data, wide.scale, out["weights"], (wide.data.stride(-2), *wide.scale.stride())
+    cfg = expand.PrepStatic(KINDS[layout], narrow.XKINDS[a.format.element, "e8m0"], 32, b.format.element == "e4m3", PLAIN=plain)
     sxg, ssg = (a.data.stride(0), a.scale.stride(0)) if layout == "masked" else (0, 0)
     expand_kernel[(of_rows + of_weights,)](
-        a.data, a.scale, out["x"], out["factor"], out["one"], packed.data.view(torch.int32), packed.scale,
-        out["weights"].view(torch.int32), index, rows, m, 1, K, kx, units, groups, of_rows, steps, sxg, a.data.stride(-2), ssg,
-        a.scale.stride(-2), a.scale.stride(-1), out["one"], 0, cfg)
+        a.data, a.scale, out["x"], out["factor"], out["one"], w, fields, weights, out["columns"], index, rows, m, 1, K, kx, units, groups,
+        of_rows, steps, sxg, a.data.stride(-2), ssg, a.scale.stride(-2), a.scale.stride(-1), N, steps, *strides, out["one"], 0, cfg)
     return {**out, "packed_factor": packed.factor}
 
 
@@ -100,11 +106,35 @@ def test_shifts_what_bf16_can_not_hold(device: str, fa: Format, fb: Format, code
     assert torch.equal((wide * factor[:, None])[rows], want[rows]) and factor[5].isnan()
 
 
-def test_rescales_rows_with_a_factor(device: str) -> None:
+@pytest.mark.parametrize("codes", [(90, 125), (0, 6)])
+def test_weights_that_are_not_packed(device: str, codes: tuple[int, int]) -> None:
+    """Rows of weights as rows of A are, with a factor each."""
+    a, b = operands("dense", MXFP8, MXFP8, codes=codes)
+    b.scale[5, 1] = 255
+    got = run(device, "dense", a, b, plain=True)
+    factor, wide = got["columns"].cpu().double(), got["weights"].cpu().double()[0]
+    scale = torch.exp2(b.scale.double() - 127).repeat_interleave(32, -1)
+    rows = [r for r in range(N) if r != 5]
+    assert torch.equal((wide[:N, :K] * factor[:, None])[rows], (b.data.double() * scale)[rows]) and factor[5].isnan()
+    assert not wide[:N, K:].any() and (wide[N:] == 7).all() and (factor[rows] == 1).all() == (codes[0] > 0)
+    x = got["x"].cpu().double()[:, :K] * got["factor"].cpu().double()[:, None]
+    assert torch.equal(x, a.data.double() * torch.exp2(a.scale.double() - 127).repeat_interleave(32, -1))
+
+
+def test_rescales_rows_and_columns_with_a_factor(device: str) -> None:
     from narrowgemm.kernels.gluon.sm90.expand_device import rescale_kernel
 
     y = torch.randn(4, 1100, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
     factor = torch.tensor([1.0, 0.25, float("nan"), 2.0], device=device)
     want = (y.float() * factor[:, None]).bfloat16()
-    rescale_kernel[(2,)](y, factor, 4, 1100, 1100, BM=2, BN=1024)
+    rescale_kernel[(2,)](y, factor, factor, 4, 1100, 1100, BM=2, BN=1024, COLS=False)
     assert torch.equal(y.isnan(), want.isnan()) and torch.equal(y[[0, 1, 3]], want[[0, 1, 3]])
+    columns = torch.ones(1100, device=device)
+    columns[1050] = 0.5
+    want = (y.float() * factor[:, None] * columns).bfloat16()
+    rescale_kernel[(2,)](y, factor, columns, 4, 1100, 1100, BM=2, BN=1024, COLS=True)
+    assert torch.equal(y.isnan(), want.isnan()) and torch.equal(y[[0, 1, 3]], want[[0, 1, 3]])
+    ones = torch.ones(4, device=device)
+    before = y.clone()
+    rescale_kernel[(2,)](y, ones, torch.ones(1100, device=device), 4, 1100, 1100, BM=2, BN=1024, COLS=True)
+    assert torch.equal(y[[0, 1, 3]], before[[0, 1, 3]])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -39,6 +41,7 @@ def cases(a=MXFP8, b=MXFP8, **kw) -> list[Case]:
 
 ALL = [(expand, c) for pair in ((MXFP8, MXFP8), (MXFP8, MXFP4), (MXFP4, MXFP4)) for c in cases(*pair)] + [
     (expand, c) for c in cases(out_dtype="fp32", accumulate=True)] + [
+    (expand, replace(c, packed=False)) for c in (cases()[0], cases(out_dtype="fp32")[0])] + [
     (fold_mixed, c) for kw in ({}, {"out_dtype": "fp32"}) for c in cases(MXFP8, MXFP4, **kw)]
 
 
@@ -90,12 +93,13 @@ def test_activations_that_fold_and_others(kind: str, dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("codes, other", [((0, 4), (246, 250)), ((120, 130), (120, 130)), ((251, 255), (0, 4))])
 @pytest.mark.parametrize("config", [expand.CANDIDATES[0], expand.CUBLAS], ids=str)
-def test_scales_at_the_ends(config, codes: tuple[int, int], other: tuple[int, int]) -> None:
-    """Of A; weights' are at the other end. Shifted rows come back from cuBLAS, too."""
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
+def test_scales_at_the_ends(packed: bool, config, codes: tuple[int, int], other: tuple[int, int]) -> None:
+    """Of A; weights' are at the other end. What was shifted comes back from cuBLAS, too."""
     a, w = (ScaledTensor(torch.randint(0, 0x38, (r, 384), dtype=torch.uint8, device=DEV).view(torch.float8_e4m3fn),
                          torch.randint(*c, (r, 12), dtype=torch.uint8, device=DEV), MXFP8) for r, c in ((300, codes), (136, other)))
     want = double(a) @ double(w).mT
-    got = ng.gemm(a, ng.prepack(w), backend=expand.NAME, config=config)
+    got = ng.gemm(a, ng.prepack(w) if packed else w, backend=expand.NAME, config=config)
     assert calc_diff(got.double(), want) <= 5e-6
 
 

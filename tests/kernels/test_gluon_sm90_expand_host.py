@@ -25,7 +25,9 @@ MIXED = problem(8192, 4096, 2048, 4, "contiguous", b=MXFP4)
 
 @pytest.mark.parametrize("change, reason", [
     ({"a": Operand(BF16)}, "E8M0 scales"),
-    ({"b": Operand(MXFP8, scale_dtype="e8m0")}, "prepack"),
+    ({"b": Operand(MXFP4, scale_dtype="e8m0")}, "prepack"),
+    ({"b": Operand(MXFP8, scale_dtype="e8m0"), "layout": "offsets", "op": "grouped_gemm"}, "dense products"),
+    ({"b": Operand(MXFP8, "mn", scale_dtype="e8m0")}, "K-major"),
     ({"b": Operand(MXFP8, prepack=f"{PREPACK}:halves", scale_dtype="e8m0")}, "pair="),
     ({"epilogue": Epilogue(bias=True)}, "epilogue"),
     ({"op": "routed_gemm", "layout": "routed"}, "routed"),
@@ -34,6 +36,7 @@ MIXED = problem(8192, 4096, 2048, 4, "contiguous", b=MXFP4)
 def test_expand_says_what_it_does_not_take(change: dict, reason: str) -> None:
     good = problem(2048, 2304, 6144)
     assert expand.supports(good, H100) is None and expand.supports(replace(good, accumulate=True), H100) is None
+    assert expand.supports(replace(good, b=Operand(MXFP8, scale_dtype="e8m0")), H100) is None
     assert reason in (expand.supports(replace(good, **change), H100) or "")
     assert "sm90" in (expand.supports(good, get_arch("b200")) or "")
 
@@ -76,7 +79,8 @@ def test_workspace_holds_everything() -> None:
     p = problem(300, 1000, 352)
     at = expand.regions(p, 300)
     assert list(at) == sorted(at) and all(x % 256 == 0 for x in at)
-    assert at.x - at.factor >= 4 * 300 and at.weights - at.x >= 2 * 300 * 384 and at.size - at.weights >= 2 * 1024 * 384
+    assert at.x - at.factor >= 4 * 300 and at.weights - at.x >= 2 * 300 * 384 and at.columns - at.weights >= 2 * 1024 * 384
+    assert at.size == at.columns and expand.regions(replace(p, b=Operand(MXFP8, scale_dtype="e8m0")), 300).size >= at.columns + 4 * 1000
     p = replace(MIXED, layout="masked", m=100, n=1000, k=352)
     at = fold_mixed.regions(p, 100)
     assert list(at) == sorted(at) and all(x % 256 == 0 for x in at)

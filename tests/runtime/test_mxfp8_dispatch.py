@@ -47,6 +47,14 @@ def test_dense_of_any_size(out_dtype: str) -> None:
             assert ok and why.startswith(("gluon_sm90.narrow", "gluon_sm90.expand")), (m, n, k, why)
 
 
+def test_dense_weights_that_are_not_packed() -> None:
+    """Few tokens in FP8, many in BF16; no portable kernel."""
+    for k, n in M3_DENSE:
+        for m in (1, 5, 16, 33, 64, 65, 129, 1000, 100_000):
+            ok, why = can_run("gemm", m=m, n=n, k=k, a="mxfp8", b="mxfp8", device="h200")
+            assert ok and why.startswith("gluon_sm90.mx8_decode" if m <= 64 else "gluon_sm90.expand"), (m, n, k, why)
+
+
 def test_experts_are_no_key_and_weights_may_pass_two_gib() -> None:
     """M3 has 128 experts, M2 256: what is chosen does not change with their number while each has as many rows."""
     chosen = set()
@@ -72,7 +80,8 @@ SIZES = {"m": 8, "n": 256, "k": 512, "device": "h100"}
 
 
 @pytest.mark.parametrize("change, match", [
-    ({"packed": False}, "takes weights that narrowgemm.prepack"),
+    ({"packed": False, "op": "grouped_gemm", "layout": "masked", "groups": 8}, "takes weights that narrowgemm.prepack"),
+    ({"packed": False, "n": 4, "k": 96}, "K a multiple of 128"),
     ({"device": "mi350x"}, "runs on sm90"), ({"device": "b200"}, "runs on sm90"), ({"device": "cpu"}, "runs on sm90"),
     ({"a": "fp8_row"}, "brings BF16, FP16, MXFP8, MXFP4 and FP8 1x128"),
     ({"op": "routed_gemm", "layout": "offsets", "groups": 2000}, "lists 1024 experts"),
@@ -100,6 +109,6 @@ def test_guards_of_what_a_call_adds(change: dict, match: str) -> None:
 
 
 def test_what_a_fast_kernel_refuses_runs_and_says_so() -> None:
-    found = explain("gemm", m=8, n=256, k=512, a="mxfp8", b="mxfp8", device="h100")
+    found = explain("grouped_gemm", layout="masked", groups=8, m=8, n=256, k=512, a="mxfp8", b="mxfp8", device="h100")
     assert found.plan.kernel == "triton.mx" and "no fast kernel takes this problem" in found.plan.reason
     assert "prepack" in dict(found.plan.passed_over)[narrow.NAME]

@@ -161,9 +161,9 @@ def mxfp8_routed(suite: str) -> list[Case]:
             *routed(suite, MXFP8, MXFP8, (1, 4, 16, 64, 256), models)]
 
 
-def mxfp8_dense(suite: str, rows: Iterable[int], least: int = 0) -> list[Case]:
-    """Prepacked dense weights of MiniMax-M3 (qkv, o_proj, shared experts) at TP 1 to 8, of at least so many bytes."""
-    return [Case(suite, "dense", 1, m, n, k, a=MXFP8, b=MXFP8, packed=True) for k, n in M3_DENSE if n * k >= least for m in rows]
+def mxfp8_dense(suite: str, rows: Iterable[int], least: int = 0, packed: bool = True) -> list[Case]:
+    """Dense weights of MiniMax-M3 (qkv, o_proj, shared experts) at TP 1 to 8, of at least so many bytes; packed, or plain."""
+    return [Case(suite, "dense", 1, m, n, k, a=MXFP8, b=MXFP8, packed=packed) for k, n in M3_DENSE if n * k >= least for m in rows]
 
 
 # DeepGEMM's FP4 branch: (groups, m, N, K) of its contiguous list, (groups, expected rows) and (N, K) of its masked one
@@ -337,9 +337,10 @@ _BUILDERS: dict[str, Callable[[str], list[Any]]] = {
     "mxfp4-contiguous": lambda s: fp4_contiguous(s, FP8_1x128),
     "mxfp4-a4w4": lambda s: fp4_contiguous(s, MXFP4),
     "mxfp4-mx8": lambda s: fp4_contiguous(s, MXFP8),
-    "mxfp4-256": fp4_experts,
-    "mxfp4-masked": fp4_masked, "mxfp4-masked-few": fp4_masked_few,
+    "mxfp4-256": fp4_experts, "mxfp4-masked": fp4_masked, "mxfp4-masked-few": fp4_masked_few,
     "mxfp8-bandwidth": lambda s: mxfp8_dense(s, (1, 2, 4, 8, 16), 30_000_000),
+    "mxfp8-plain-decode": lambda s: mxfp8_dense(s, (1, 2, 4, 8, 16, 32, 64), packed=False),
+    "mxfp8-plain-bandwidth": lambda s: mxfp8_dense(s, (1, 2, 4, 8, 16), 30_000_000, packed=False),
     "mxfp8-prefill": mxfp8_prefill,
     "train-fwd": lambda s: train_rows(s, ((8192, ROW), (16384, TENSOR), (32768, ROW)), False),
     "train-dgrad": lambda s: train_rows(s, ((8192, ROW), (16384, TENSOR), (32768, ROW)), True),
@@ -372,9 +373,10 @@ PEERS: dict[str, tuple[str, ...]] = {name: ("deepgemm", "floor") for name in SUI
     "experts-mxfp4": ("triton_kernels_layer", "floor"),
     "a16w4-decode": ("triton_kernels", "humming", "floor"), "a16w4-mid": ("triton_kernels", "humming", "floor"),
     "a16w4-prefill": ("triton_kernels", "floor"), "bf16-routed": ("torch_bf16", "floor"),
-    "mxfp8-routed": ("dot_scaled", "triton", "humming", "deepgemm_block", "floor"),
-    "mxfp8-dense-decode": ("dot_scaled", "triton", "humming", "torch_bf16", "deepgemm_block", "floor"),
-    "mxfp8-bandwidth": ("floor",), "mxfp8-prefill": ("dequant_bf16", "torch_bf16", "deepgemm_block", "floor"),
+    "mxfp8-routed": ("dot_scaled", "triton", "humming", "deepgemm_block", "floor"), "mxfp8-bandwidth": ("floor",),
+    **{f"mxfp8-{x}-decode": ("dot_scaled", "triton", "humming", "torch_bf16", "deepgemm_block", "floor")
+       for x in ("dense", "plain")},
+    "mxfp8-plain-bandwidth": ("floor",), "mxfp8-prefill": ("dequant_bf16", "torch_bf16", "deepgemm_block", "floor"),
     "mxfp4-contiguous": ("deepgemm", "triton_kernels", "humming", "floor"), "mxfp4-a4w4": ("deepgemm", "floor"),
     "mxfp4-mx8": ("dequant_bf16", "torch_bf16", "floor"), "mxfp4-256": ("triton_kernels", "deepgemm", "humming", "floor"),
     "mxfp4-masked": ("own_fp8", "floor"), "mxfp4-masked-few": ("own_fp8", "floor"),

@@ -2,7 +2,7 @@
 
 BF16, MXFP8, MXFP4 or FP8 1x128 activations; the scales of the last are left to the sum of each 128 of K. The scaled matrix
 instruction on CDNA4 and Blackwell; elsewhere the compiler converts to BF16 in front of the product, which on Hopper runs at an
-eighth of the read bandwidth for few rows: prepack there.
+eighth of the read bandwidth for few rows: prepack there, or leave dense MXFP8 to `mx8_decode` and `expand`.
 Device code: `mx_device.py`.
 """
 

@@ -1,5 +1,7 @@
 """Hopper products of many rows with prepacked MXFP4 / MXFP8 weights: both sides to BF16 once a call, then a BF16 product.
 
+Dense products of MXFP8 take weights as they are, too.
+
 Where each weight meets hundreds of rows, expanding it anew for every tile costs more than writing it out once: a launch in front
 brings weights of experts that have rows, and A, to BF16 in the workspace, without loss; the product behind runs at the BF16 rate,
 on this package's kernel (dense, contiguous, offsets, psum, masked) or, dense and plain, on cuBLAS. Device code:
@@ -63,7 +65,9 @@ class Gate(NamedTuple):
 # ---------------------------------------------------------------- what it takes
 def supports(problem: Problem, arch: Arch) -> str | None:
     p = problem
-    if (reason := refusals.op(p, arch) or narrow.supports(replace(p, accumulate=False), arch)) is not None:
+    if (reason := refusals.op(p, arch)) is not None:
+        return reason
+    if (reason := _plain(p) if plain(p) else narrow.supports(replace(p, accumulate=False), arch)) is not None:
         return reason
     if not p.a.format.scaled or p.a.scale_dtype != "e8m0":
         return f"brings activations with E8M0 scales to BF16, not {p.a.format.name}"
@@ -72,6 +76,19 @@ def supports(problem: Problem, arch: Arch) -> str | None:
     if (size := 2 * p.groups * unit_rows(p.n) * columns(p.k)) > LARGEST:
         return f"would write {size} bytes of weights in BF16, over {LARGEST}"
     return refusals.shape(replace(p, promote=0), 32)
+
+
+def plain(problem: Problem) -> bool:
+    """Whether weights are as they are, not prepacked."""
+    return not problem.b.prepack
+
+
+def _plain(p: Problem) -> str | None:
+    """Why weights that are not prepacked can't be taken."""
+    sides = [(x.format.element, x.format.group, x.scale_dtype, x.major, x.prepack) for x in (p.a, p.b)]
+    if p.layout != "dense" or any(side != ("e4m3", (1, 32), "e8m0", "k", "") for side in sides):
+        return f"takes prepacked weights, and plain K-major MXFP8 in dense products, not {p.a.format.name} x {p.b.format.name}"
+    return None
 
 
 def columns(k: int) -> int:
@@ -142,12 +159,14 @@ class Regions(NamedTuple):
     factor: int
     x: int
     weights: int
+    columns: int             # factors of plain weights' rows
     size: int
 
 
 def regions(problem: Problem, rows: int, start: int = 0) -> Regions:
     """`rows`: of A, of all groups; `start`: where the first part starts."""
-    sizes = (4, 4 * rows, 2 * rows * columns(problem.k), 2 * problem.groups * unit_rows(problem.n) * columns(problem.k))
+    sizes = (4, 4 * rows, 2 * rows * columns(problem.k), 2 * problem.groups * unit_rows(problem.n) * columns(problem.k),
+             4 * unit_rows(problem.n) * plain(problem))
     return Regions(*accumulate((-(-s // 256) * 256 for s in sizes), initial=start))
 
 
@@ -202,6 +221,7 @@ class PrepStatic:
     SCALES: int = 64         # of a row that are looked at together, a power of two
     STAGES: int = 1          # pieces that are on their way to a program
     GATE: bool = False
+    PLAIN: bool = False      # weights are rows as A's are
 
 
 def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
@@ -236,18 +256,23 @@ def _front(problem: Problem, x: Operands, workspace: Tensor, start: int = 0, gat
     at = regions(problem, rows, start)
     steps = prep_steps(rows, kx)
     of_rows = -(-rows // PREP_ROWS) * -(-kx // (PREP_K * steps))
-    of_weights = x.groups * units * (ROWS // WEIGHT_ROWS) * -(-kx // (CHUNK * CHUNKS))
+    own = plain(problem)
+    w_steps = prep_steps(x.n, kx)
+    of_weights = -(-x.n // PREP_ROWS) * -(-kx // (PREP_K * w_steps)) if own else \
+        x.groups * units * (ROWS // WEIGHT_ROWS) * -(-kx // (CHUNK * CHUNKS))
     cfg = PrepStatic(KINDS[problem.layout], narrow.XKINDS[problem.a.format.element, problem.a.scale_dtype],
                      problem.a.format.group[1], problem.b.format.element == "e4m3",
-                     SCALES=min(256, narrow.power_of_two(-(-x.k // 32))), GATE=gate is not None)
+                     SCALES=min(256, narrow.power_of_two(-(-x.k // 32))), GATE=gate is not None, PLAIN=own)
     one = Pointer(workspace, torch.float32, at.one)
     counter, limit = gate or (one, 0)
     return Launch(
         expand_device.expand_kernel, (of_rows + of_weights,),
         (x.a.data, scale, Pointer(workspace, torch.bfloat16, at.x), Pointer(workspace, torch.float32, at.factor),
-         one, Pointer(x.b.data, torch.int32), fields, Pointer(workspace, torch.int32, at.weights),
+         one, x.b.data if own else Pointer(x.b.data, torch.int32), fields,
+         Pointer(workspace, torch.bfloat16 if own else torch.int32, at.weights), Pointer(workspace, torch.float32, at.columns),
          fields if x.index is None else x.index, rows, x.m, x.alignment, x.k, kx, units, x.groups, of_rows,
-         steps, *narrow.a_strides(x, masked), counter, limit, cfg), {"num_warps": 4})
+         steps, *narrow.a_strides(x, masked), x.n, w_steps, *((x.b.data.stride(-2), *fields.stride()[-2:]) if own else (0, 0, 0)),
+         counter, limit, cfg), {"num_warps": 4})
 
 
 def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, start: int, gate: Gate | None) -> Launch:
@@ -256,7 +281,8 @@ def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, s
 
     arch = detect(x.out.device)
     masked, kx = problem.layout == "masked", columns(x.k)
-    tile = tile_of(problem, config, arch, x.factor is not None, gate is not None)
+    own = plain(problem)
+    tile = tile_of(problem, config, arch, own or x.factor is not None, gate is not None)
     assert tile is not None, f"{config} is not legal for {problem}"
     at, units = regions(problem, _rows(problem, x), start), unit_rows(x.n)
     om = stride(x.out, -2, x.n)
@@ -268,13 +294,14 @@ def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, s
     grid = max(1, min(sms, row_tiles(problem, x, tile.BM) * -(-x.n // tile.BN)))
     weights = Pointer(workspace, torch.bfloat16, at.weights)
     one = Pointer(workspace, torch.float32, at.one)
+    factors = Pointer(workspace, torch.float32, at.columns) if own else one if x.factor is None else x.factor
     counter, limit = gate or (one, 0)
     return Launch(
         device.bf16_kernel, (grid,),
         (_planes(Pointer(workspace, torch.bfloat16, at.x), x.groups if masked else 1, x.m, kx, tile.BM),
          _planes(weights, x.groups, units, kx, tile.WGN * tile.COLS0),
          _planes(weights, x.groups, units, kx, tile.COLS1) if tile.COLS1 else None, out_desc, x.out,
-         Pointer(workspace, torch.float32, at.factor), one if x.factor is None else x.factor, x.index, counter, x.m, x.n,
+         Pointer(workspace, torch.float32, at.factor), factors, x.index, counter, x.m, x.n,
          kx // BLOCK, x.groups, x.alignment, limit, x.m if masked else 0, 0 if x.factor is None else units, og, om, og // om, tile),
         {"num_warps": 4, "maxnreg": tile.max_registers})
 
@@ -290,7 +317,7 @@ def _planes(base: Pointer, groups: int, rows: int, k: int, box: int) -> Any:
 
 # ---------------------------------------------------------------- cuBLAS
 def _launch_cublas(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> None:
-    """The launch in front, cuBLAS, and the rows' shifts taken back. What is bound of it is kept beside what whole plans bind."""
+    """The launch in front, cuBLAS, and the shifts taken back. What is bound of it is kept beside what whole plans bind."""
     assert workspace is not None
     front, back = (replace(step, kernel=f"{NAME}.{part}") for part in ("front", "back"))
     _run(front, problem, x, workspace, _front_alone)
@@ -310,9 +337,10 @@ def _rescale(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     from .expand_device import rescale_kernel
 
     assert workspace is not None
-    factor = Pointer(workspace, torch.float32, regions(problem, x.m).factor)
-    return [Launch(rescale_kernel, (-(-x.m // RESCALE_ROWS),), (x.out, factor, x.m, x.n, x.out.stride(-2)),
-                   {"BM": RESCALE_ROWS, "BN": 64, "num_warps": 4})]
+    at = regions(problem, x.m)
+    factor, cols = (Pointer(workspace, torch.float32, a) for a in (at.factor, at.columns))
+    return [Launch(rescale_kernel, (-(-x.m // RESCALE_ROWS),), (x.out, factor, cols, x.m, x.n, x.out.stride(-2)),
+                   {"BM": RESCALE_ROWS, "BN": 64, "COLS": plain(problem), "num_warps": 4})]
 
 
 def _run(step: Step, problem: Problem, x: Operands, workspace: Tensor, describe: launching.Describe) -> None:

@@ -142,11 +142,13 @@ def expand_rows(x_ptr, xs_ptr, y_ptr, factor_ptr, index_ptr, first, part, steps,
         tl.store(factor_ptr + row, tl.where(nan > 0, float("nan"), power_of_two(shift)), mask=rows)
 
 
-@triton.jit(do_not_specialize=["R", "positions", "alignment", "units", "G", "row_programs", "steps", "limit", "sxg", "ssg", "ssm", "ssk"])
-def expand_kernel(x_ptr, xs_ptr, y_ptr, factor_ptr, one_ptr, w_ptr, s_ptr, v_ptr, index_ptr, R, positions, alignment, K, KX, units, G,
-                  row_programs, steps, sxg, sxm, ssg, ssm, ssk, count_ptr, limit, cfg: tl.constexpr):
+@triton.jit(do_not_specialize=["R", "positions", "alignment", "units", "G", "row_programs", "steps", "limit", "sxg", "ssg", "ssm", "ssk",
+                               "N", "w_steps", "ssn", "ssw"])
+def expand_kernel(x_ptr, xs_ptr, y_ptr, factor_ptr, one_ptr, w_ptr, s_ptr, v_ptr, columns_ptr, index_ptr, R, positions, alignment, K, KX,
+                  units, G, row_programs, steps, sxg, sxm, ssg, ssm, ssk, N, w_steps, swn, ssn, ssw, count_ptr, limit, cfg: tl.constexpr):
     """R: rows of A, of all groups where masked; positions: of the layout (masked: rows a group can hold); units: tiles of 64 weight
     rows of a group; y [R, KX], v int32 [G * units * 64, KX / 2]; one_ptr: where 1.0 goes. sxg, sxm, ssg, ssm, ssk: strides of A.
+    PLAIN: N rows of weights as A's are, strides swn, ssn, ssw, to v [N, KX], and what they are multiplied by to columns_ptr.
     GATE: nothing is done where what count_ptr holds is no more than `limit`."""
     pid = tl.program_id(0)
     if cfg.GATE:
@@ -158,6 +160,11 @@ def expand_kernel(x_ptr, xs_ptr, y_ptr, factor_ptr, one_ptr, w_ptr, s_ptr, v_ptr
         parts = (KX + cfg.BK * steps - 1) // (cfg.BK * steps)
         expand_rows(x_ptr, xs_ptr, y_ptr, factor_ptr, index_ptr, pid // parts * cfg.BM, pid % parts, steps, R, positions, K, KX, sxg,
                     sxm, ssg, ssm, ssk, cfg)
+    elif cfg.PLAIN:
+        pid -= row_programs
+        parts = (KX + cfg.BK * w_steps - 1) // (cfg.BK * w_steps)
+        expand_rows(w_ptr, s_ptr, v_ptr, columns_ptr, index_ptr, pid // parts * cfg.BM, pid % parts, w_steps, N, N, K, KX, 0, swn, 0, ssn,
+                    ssw, cfg)
     else:
         pid -= row_programs
         KC = KX // 128
@@ -169,14 +176,25 @@ def expand_kernel(x_ptr, xs_ptr, y_ptr, factor_ptr, one_ptr, w_ptr, s_ptr, v_ptr
 
 
 @triton.jit(do_not_specialize=["M"])
-def rescale_kernel(y_ptr, factor_ptr, M, N, som, BM: tl.constexpr, BN: tl.constexpr):
-    """A program takes BM rows: what a product left times the rows' factors, where those aren't one."""
+def rescale_kernel(y_ptr, factor_ptr, columns_ptr, M, N, som, BM: tl.constexpr, BN: tl.constexpr, COLS: tl.constexpr):
+    """A program takes BM rows: what a product left times the factors of its rows and, COLS, of its columns, where any isn't one."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     factor = tl.load(factor_ptr + row, mask=row < M, other=1.0)
-    if tl.max((factor != 1.0).to(tl.int32), 0) > 0:
+    shifted = tl.max((factor != 1.0).to(tl.int32), 0)
+    if COLS:
+        for n in range(0, N, BN):
+            o = n + tl.arange(0, BN)
+            column = tl.load(columns_ptr + o, mask=o < N, other=1.0)
+            shifted = tl.maximum(shifted, tl.max((column != 1.0).to(tl.int32), 0))
+    if shifted > 0:
         for n in range(0, N, BN):
             o = n + tl.arange(0, BN)
             at = y_ptr + row.to(tl.int64)[:, None] * som + o[None, :]
-            inside = ((row < M) & (factor != 1.0))[:, None] & (o < N)[None, :]
-            x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+            inside = (row < M)[:, None] & (o < N)[None, :]
+            if COLS:
+                column = tl.load(columns_ptr + o, mask=o < N, other=1.0)
+                x = tl.load(at, mask=inside, other=0.0).to(tl.float32) * column[None, :]
+            else:
+                inside = inside & (factor != 1.0)[:, None]
+                x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
             tl.store(at, (x * factor[:, None]).to(y_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,240 @@
+"""Hopper product of MXFP8 x MXFP8 for few tokens, weights as a checkpoint has them: dense, no prepack, one launch.
+
+How it works: `mx8_decode_device.py`. Prepacked weights take `narrow`, other layouts `triton.mx`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ....arch import Arch
+from ....problem import Config, Problem, Step
+from ... import launching
+from ...launching import Launch, Pointer
+from ...operands import Operands
+from .fp8_decode_tile import CLUSTERS, ITEMSIZE, extra
+
+__all__ = ["BACKEND", "NAME", "configs", "estimate", "launch", "launches", "legal", "smem_bytes", "supports", "workspace"]
+
+NAME = "gluon_sm90.mx8_decode"
+BACKEND = "gluon_sm90"
+TOKENS = (8, 16, 32)
+GROUP = {8: 4, 16: 2, 32: 2}        # blocks of 32 of K whose sums are in flight together, twice: what registers hold
+ROWS = 64                    # weight rows of a tile
+TRIP = 4                     # K blocks of 128 whose codes are 16 bytes of a row
+MAX_ROWS = 64                # tokens; with more, other kernels do better
+MAX_STAGES = 16
+# (token columns, warps of consumers, CTAs on an SM) by the least columns that hold the tokens. 32 columns leave no registers
+# for two CTAs of two consumers; 64 tokens are two tiles of 32, whose weights come from L2 the second time
+SHAPES = {8: ((8, 8, 2), (8, 4, 2)), 16: ((16, 8, 2), (16, 4, 2)), 32: ((32, 8, 1), (32, 4, 2))}
+KEEP_BYTES = 16e6            # an output of so many bytes and fewer is asked to stay in L2, where its reader finds it
+
+
+@dataclass(frozen=True)
+class Static:
+    """What the device code is compiled for; its fields are read by `mx8_decode_device.py` and the parts of `fp8_decode`'s."""
+
+    BT: int                  # token columns
+    BN: int                  # weight rows
+    GROUP: int               # blocks of 32 of K of a step
+    CONSUMERS: int           # warpgroups that take K blocks in turn
+    STAGES: int
+    TRIPS: int               # of the longest part of K
+    CLUSTER: int
+    X_AT: int                # boxes of tokens in front of theirs, in the one allocation of both rings
+    VEC: int                 # codes of weights, by four, that an asynchronous copy brings; 0: rows off 4 bytes, each is loaded
+    FOURS: bool              # codes of tokens are loaded by four, else each
+    STORE_VEC: int           # elements of 16 bytes of output
+    KEEP: bool               # output stays in L2
+    CONSUMER_REGS: int
+    LOADER_REGS: int
+    ACCUMULATE: bool = False
+    LAYOUT: int = 0
+
+
+def supports(problem: Problem, arch: Arch) -> str | None:
+    a, b = problem.a, problem.b
+    if arch.target != "sm90":
+        return f"runs on sm90, not {arch.target}"
+    if problem.op != "gemm" or problem.layout != "dense":
+        return f"computes dense gemm, not {problem.op} with layout {problem.layout}"
+    for x in (a, b):
+        if (x.format.element, x.format.group, x.scale_dtype) != ("e4m3", (1, 32), "e8m0"):
+            return f"takes MXFP8 x MXFP8, not {a.format.name} x {b.format.name}"
+    if a.prepack or b.prepack:
+        return "takes plain operands, not prepacked ones"
+    if not problem.epilogue.plain or problem.gather or problem.accumulate:
+        return "writes its sum, with no fused gather, epilogue or accumulation"
+    if a.major != "k" or b.major != "k" or not a.aligned or not b.aligned or problem.wide:
+        return "needs both operands K-major, on 16 bytes in base and strides (TMA), and tiles within 2^31 elements"
+    if b.scale_major != "k":
+        return "needs scales of weights row by row"
+    if problem.k % 128:
+        return f"needs K a multiple of 128, not {problem.k}"
+    if problem.max_sms:
+        return "takes as many SMs as there are"
+    if problem.m > MAX_ROWS:
+        return f"is for {MAX_ROWS} tokens and fewer, not {problem.m}"
+    return None
+
+
+def blocks_of(problem: Problem) -> int:
+    """K blocks of 128."""
+    return problem.k // 128
+
+
+def chunk_of(problem: Problem, config: Config) -> int:
+    """K blocks of one block of a cluster: whole trips of all consumers."""
+    trip = TRIP * (config.num_warps // 4)
+    trips = -(-blocks_of(problem) // trip)
+    return -(-trips // config.split_k) * trip
+
+
+def slot_bytes(config: Config) -> int:
+    """A ring slot: weights, tokens, their powers of two, two barriers."""
+    return (config.block_n + config.block_m) * 128 + config.block_m * 16 + 16
+
+
+def fixed_bytes(problem: Problem, config: Config) -> int:
+    """Codes of weights of all of a block's K, and where the tile is transposed."""
+    codes = chunk_of(problem, config) // TRIP * config.block_n * 16
+    sums = 4 * config.block_m * config.block_n * (config.num_warps > 4)
+    return codes + sums + config.block_m * config.block_n * ITEMSIZE[problem.out_dtype] + 512
+
+
+def smem_bytes(problem: Problem, config: Config) -> int:
+    """Shared memory of a CTA; never less than the compiler's figure."""
+    return config.num_stages * slot_bytes(config) + fixed_bytes(problem, config)
+
+
+def smem_budget(config: Config, arch: Arch) -> int:
+    """What one of the CTAs on an SM may use; each costs 1 KB on top."""
+    ctas = extra(config, "ctas", 1)
+    return min(arch.smem, (arch.smem + 1024) // ctas - 1024)
+
+
+def max_registers(config: Config) -> int:
+    """Registers a thread that let the CTAs of one SM be resident together."""
+    return min(232, 65536 // (extra(config, "ctas", 1) * (config.num_warps + 4) * 32) // 8 * 8)
+
+
+def loader_registers(config: Config) -> int:
+    """Of a thread of the loader and of the scaler."""
+    if config.num_warps == 4:
+        return 56
+    return 40 if extra(config, "ctas", 1) > 1 else 88
+
+
+def consumer_registers(config: Config) -> int:
+    """Of a consumer's thread, once the loaders have given up theirs."""
+    return min(232, (max_registers(config) * (config.num_warps + 4) - 4 * loader_registers(config)) // config.num_warps // 8 * 8)
+
+
+def configs(problem: Problem, arch: Arch) -> list[Config]:
+    least = next((t for t in TOKENS if t >= problem.m), TOKENS[-1])
+    keep = problem.m * problem.n * ITEMSIZE[problem.out_dtype] <= KEEP_BYTES
+    out = []
+    for bt, warps, ctas in SHAPES[least]:
+        for split in (1, *CLUSTERS):
+            more = (*((("ctas", ctas), ) if ctas > 1 else ()), *((("keep", 1), ) if keep else ()))
+            c = Config(bt, ROWS, 128, warps, 0, split_k=split, swap_ab=True, extra=more)
+            stages = min(MAX_STAGES, (smem_budget(c, arch) - fixed_bytes(problem, c)) // slot_bytes(c))
+            c = replace(c, num_stages=stages // 2 * 2 if warps == 8 else stages)
+            if legal(problem, c, arch) is None:
+                out.append(c)
+    return out
+
+
+def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
+    """Why `config` can't run the problem, or None."""
+    if config.block_m not in TOKENS or (config.block_n, config.block_k) != (ROWS, 128) or not config.swap_ab:
+        return f"expected {TOKENS} token columns x {ROWS} weight rows x 128, and swap_ab"
+    if config.num_warps not in (4, 8):
+        return f"{config.num_warps} warps, expected one or two consumers of 4"
+    if config.num_warps == 8 and config.num_stages % 2:     # who does not see each use of a slot can't tell one from the next
+        return f"{config.num_stages} stages, expected an even number, so that each of two consumers has slots of its own"
+    if config.split_k not in (1, *CLUSTERS) or config.split_k > config.block_m:
+        return f"split_k={config.split_k}, expected 1 or one of {CLUSTERS}, the blocks of a cluster"
+    if config.split_k > 1 and problem.batch_invariant:
+        return "split_k cuts K by the work at hand: not batch-invariant"
+    if (config.split_k - 1) * chunk_of(problem, config) >= blocks_of(problem):
+        return f"{config.split_k} blocks have no {TRIP} K blocks each"
+    ctas, there = extra(config, "ctas", 1), consumer_registers(config)
+    need = 56 + config.block_m // 2 * (1 + 2 * GROUP[config.block_m])
+    if not 1 <= ctas <= 2 or need > there:
+        return f"ctas={ctas}, expected 1 or 2 on an SM that leave a consumer {need} registers a thread, not {there}"
+    if config.num_stages < 4 or smem_bytes(problem, config) > smem_budget(config, arch):
+        return f"{config.num_stages} stages take {smem_bytes(problem, config)} bytes of shared memory; expected 4 or more that fit"
+    return None
+
+
+def workspace(problem: Problem, config: Config) -> int:
+    return 0
+
+
+# fitted on an H200: docs/measured.md
+START = 3.4e-6
+READ = 0.53                 # of the bandwidth
+BLOCK = {8: 0.21e-6, 16: 0.215e-6, 32: 0.34e-6}     # by token columns: a K block in one of an SM's CTAs
+BOTH = 0.6                  # of that, with two consumers
+BESIDE = 0.27               # more, for each other CTA on the SM
+CUT = 2.4e-6                # a cluster of two adds its sums up; as much again for each doubling
+_POWER = 3.6
+
+
+def estimate(problem: Problem, config: Config, arch: Arch) -> float:
+    """Seconds: the bytes over the bandwidth and the K blocks of a CTA after one another, in waves."""
+    units = -(-problem.m // config.block_m) * -(-problem.n // ROWS) * config.split_k
+    room = arch.sms * extra(config, "ctas", 1) // config.split_k * config.split_k
+    beside = -(-min(units, room) // arch.sms) - 1
+    block = BLOCK[config.block_m] * (BOTH if config.num_warps > 4 else 1.0) * (1.0 + BESIDE * beside)
+    work = -(-units // room) * chunk_of(problem, config) * block
+    memory = problem.b.format.storage_bytes(problem.n, problem.k) / (arch.bandwidth * READ)
+    return START + (memory**_POWER + work**_POWER) ** (1 / _POWER) + CUT * math.log2(config.split_k)
+
+
+# ---------------------------------------------------------------- launch
+def by(scale: Tensor) -> int:
+    """Bytes, 16 or 4, that rows of a scale tensor start on whose base is on 16 and whose codes lie next to each other; else 0."""
+    if scale.data_ptr() % 16 or scale.stride(-1) != 1:
+        return 0
+    return next((n for n in (16, 4) if scale.stride(-2) % n == 0), 0)
+
+
+def static(problem: Problem, config: Config, sw: int, sx: int) -> Static:
+    """`sw`, `sx`: what `by` says of both scales."""
+    vec = min(sw // 4, 1) if blocks_of(problem) % TRIP else sw // 4
+    x_at = config.num_stages * config.block_n // config.block_m
+    return Static(config.block_m, config.block_n, GROUP[config.block_m], config.num_warps // 4, config.num_stages,
+                  chunk_of(problem, config) // TRIP, config.split_k, x_at, vec, sx > 0, 16 // ITEMSIZE[problem.out_dtype],
+                  bool(extra(config, "keep")), consumer_registers(config), loader_registers(config))
+
+
+def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
+    launching.launch(launches, step, problem, operands, workspace)
+
+
+def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from . import mx8_decode_device as device
+    from .fp8_decode import _box
+
+    config = step.config
+    sw, sx = x.b.scale, x.a.scale
+    assert sw is not None and sx is not None
+    cfg = static(problem, config, by(sw), by(sx))
+    w_codes = (Pointer(sw, torch.int32), sw.stride(-2) // 4) if cfg.VEC else (sw, sw.stride(-2))
+    x_codes = (Pointer(sx, torch.int32), sx.stride(-2) // 4, 1) if cfg.FOURS else (sx, sx.stride(-2), sx.stride(-1))
+    tiles = -(-x.m // cfg.BT) * -(-x.n // cfg.BN)
+    descriptors = [TensorDescriptor(t, *_box(t, rows), layout) for (t, rows), layout in
+                   zip(((x.b.data, cfg.BN), (x.a.data, cfg.BT)), device.layouts(cfg))]
+    return [Launch(
+        device.mx8_decode_kernel, (tiles,),
+        (*descriptors, x.out, w_codes[0], x_codes[0], x.m, x.n, x.k // 128, chunk_of(problem, config), w_codes[1], *x_codes[1:],
+         x.out.stride(-2), cfg),
+        {"num_warps": 4, "maxnreg": max_registers(config)}, cfg.CLUSTER)]
