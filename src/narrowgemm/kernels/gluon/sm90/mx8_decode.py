@@ -177,13 +177,12 @@ def workspace(problem: Problem, config: Config) -> int:
 
 
 # fitted on an H200: docs/measured.md
-START = 3.4e-6
-READ = 0.53                 # of the bandwidth
-BLOCK = {8: 0.21e-6, 16: 0.215e-6, 32: 0.34e-6}     # by token columns: a K block in one of an SM's CTAs
-BOTH = 0.6                  # of that, with two consumers
-BESIDE = 0.27               # more, for each other CTA on the SM
-CUT = 2.4e-6                # a cluster of two adds its sums up; as much again for each doubling
-_POWER = 3.6
+START = 4.1e-6
+READ = 0.65                 # of the bandwidth
+BLOCK = {8: 0.18e-6, 16: 0.205e-6, 32: 0.30e-6}     # by token columns: a K block in one of an SM's CTAs
+BESIDE = 0.5                # more, for each other CTA on the SM
+CUT = 0.6e-6                # a cluster of two adds its sums up; as much again for each doubling
+_POWER = 3.1
 
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
@@ -191,7 +190,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     units = -(-problem.m // config.block_m) * -(-problem.n // ROWS) * config.split_k
     room = arch.sms * extra(config, "ctas", 1) // config.split_k * config.split_k
     beside = -(-min(units, room) // arch.sms) - 1
-    block = BLOCK[config.block_m] * (BOTH if config.num_warps > 4 else 1.0) * (1.0 + BESIDE * beside)
+    block = BLOCK[config.block_m] * (1.0 + BESIDE * beside)
     work = -(-units // room) * chunk_of(problem, config) * block
     memory = problem.b.format.storage_bytes(problem.n, problem.k) / (arch.bandwidth * READ)
     return START + (memory**_POWER + work**_POWER) ** (1 / _POWER) + CUT * math.log2(config.split_k)
