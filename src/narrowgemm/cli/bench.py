@@ -96,7 +96,8 @@ def measuring_device(name: str | None) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = name.partition(":")
     if kind not in ("cuda", "cpu") or not (index.isdigit() or name == kind):
-        raise click.BadParameter(f"got {name!r}, expected cuda, cuda:N or cpu: cases are measured on this machine", param_hint="--device")
+        raise click.BadParameter(f"got {name!r}, expected cuda, cuda:N or cpu: cases are measured on this machine",
+                                 param_hint="--device")
     if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise click.BadParameter(f"got {name!r}, but torch sees {torch.cuda.device_count()} GPUs here", param_hint="--device")
     return name

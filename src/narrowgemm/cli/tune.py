@@ -32,7 +32,8 @@ def user_tables() -> Path:
 @click.option("--suite", "suites", multiple=True, help="Suite by name; several times, or with commas.")
 @click.option("--case", "patterns", multiple=True, help="Cases by shell pattern on id or suite/id, within --suite.")
 @click.option("--kernels", multiple=True, help="Only kernels that match a pattern, beside the cost model's pick.")
-@click.option("--device", default=None, help="cuda, cuda:1, cpu; with --list an arch such as h200, too; default: a GPU where there is one.")
+@click.option("--device", default=None,
+              help="cuda, cuda:1, cpu; with --list an arch such as h200, too; default: a GPU where there is one.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path),
               help="Folder of tables.  [default: NARROWGEMM_TABLES, else ~/.local/share/narrowgemm/tables]")
 @click.option("--packaged", is_flag=True, help="Write the tables that ship with the package, in this source tree.")
