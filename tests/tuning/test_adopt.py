@@ -38,6 +38,14 @@ def test_a_pick_that_failed_is_replaced_whatever_it_costs() -> None:
     assert row["adopted"] and row["kernel"] == "b" and row["model_us"] is None and row["runner_up"] is None
 
 
+def test_a_time_whose_rounds_differ_is_none() -> None:
+    noisy = candidate("b", 1.0, 60.0) | {"spread": 0.16}
+    row = one(candidate("a", 100.0, 50.0), noisy, candidate("c", 99.0, 70.0) | {"spread": 0.15})
+    assert not row["adopted"] and row["kernel"] == "a" and row["runner_up"]["kernel"] == "c"
+    # the pick's own: nothing to compare with
+    assert adopt.tables([record("x", candidate("a", 100.0, 50.0) | {"spread": 0.5}, candidate("b", 50.0, 60.0))]) == {}
+
+
 def test_a_candidate_with_an_error_is_never_chosen() -> None:
     row = one(candidate("a", 100.0, 50.0), candidate("b", 1.0, 60.0, error="recipe gate FAILED"))
     assert row["kernel"] == "a" and not row["adopted"] and row["runner_up"] is None

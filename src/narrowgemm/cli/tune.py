@@ -14,7 +14,7 @@ import click
 from ..arch import Arch, get_arch
 from ..problem import Config
 from ..testing.case import Case
-from ..tuning import report, search, store, sweep, vllm
+from ..tuning import adopt, report, search, store, sweep, vllm
 from ..tuning.measure import Job
 from ..tuning.space import candidates, problem_of
 from .bench import Progress, choose, git_commit, measuring_device, split
@@ -197,6 +197,8 @@ def tables_from(sources: Sequence[Path], root: Path) -> None:
         for path in search.write_tables(root, headers[arch], mine.values()):
             rows = store.read_rows(path)
             click.echo(f"{path.name}: {len(rows)} rows, {sum(r['adopted'] for r in rows)} that beat the cost model")
+        if idle := [case for case, r in mine.items() if not adopt.tables([r])]:
+            click.echo(f"{len(idle)} cases make no row, since the cost model's pick has no steady time, or nothing ran: {', '.join(idle)}")
     said(root)
 
 

@@ -6,16 +6,17 @@ from collections.abc import Iterable
 from typing import Any
 
 from .store import Row
-from .sweep import Record, model_pick, name, timed
+from .sweep import Record, model_pick, name, steady, timed
 
 MARGIN = 1.03   # a choice other than the cost model's pick has to win by this factor
 
 
 def tables(records: Iterable[Record]) -> dict[str, list[Row]]:
-    """Rows by table, one for every key with figures."""
+    """Rows by table, one for every key with figures. A case whose cost model's pick has no steady time says nothing."""
     by_key: dict[tuple[str, int, int, int], list[Record]] = {}
     for r in records:
-        if r["error"] is None and timed(r):
+        pick = model_pick(r)
+        if r["error"] is None and timed(r) and (pick is None or steady(pick)):
             by_key.setdefault((r["table"], r["n"], r["k"], r["rows"]), []).append(r)
     out: dict[str, list[Row]] = {}
     for key in sorted(by_key):

@@ -59,7 +59,7 @@ def summarise(suites: Iterable[str], records: Iterable[Record], choose: Choice) 
         label = choose(r)
         mine = next((c for c in field if name(c) == label), None)
         if mine is None:
-            reason = next((c["error"] for c in r["candidates"] if name(c) == label), "was not measured")
+            reason = next((c["error"] or "its rounds differ" for c in r["candidates"] if name(c) == label), "was not measured")
             problems.append(f"{where}: the choice, {label}, has no figure: {reason}")
             continue
         portable = next((c["us"] for c in field if c["backend"] == PORTABLE), None)

@@ -41,9 +41,17 @@ def read(path: Path) -> dict[str, Any]:
     return data
 
 
+STEADY = 0.15   # spread of rounds, over their median: with more, another process was in the way, and the time may be anything
+
+
 def timed(record: Record) -> list[dict[str, Any]]:
-    """Candidates that passed both gates and have a time, fastest first."""
-    return sorted((c for c in record["candidates"] if c["error"] is None and c["us"]), key=lambda c: c["us"])
+    """Candidates that passed both gates and have a steady time, fastest first."""
+    return sorted((c for c in record["candidates"] if c["error"] is None and c["us"] and steady(c)), key=lambda c: c["us"])
+
+
+def steady(candidate: dict[str, Any]) -> bool:
+    """Whether its rounds agree."""
+    return (candidate.get("spread") or 0.0) <= STEADY
 
 
 def model_pick(record: Record) -> dict[str, Any] | None:
