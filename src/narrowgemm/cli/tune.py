@@ -198,7 +198,8 @@ def tables_from(sources: Sequence[Path], root: Path) -> None:
             rows = store.read_rows(path)
             click.echo(f"{path.name}: {len(rows)} rows, {sum(r['adopted'] for r in rows)} that beat the cost model")
         if idle := [case for case, r in mine.items() if not adopt.tables([r])]:
-            click.echo(f"{len(idle)} cases make no row, since the cost model's pick has no steady time, or nothing ran: {', '.join(idle)}")
+            click.echo(f"{len(idle)} cases make no row, since the cost model's pick has no steady time, or nothing ran: "
+                       + ", ".join(idle))
     said(root)
 
 
