@@ -10,7 +10,7 @@ JOBS = "tests.kernels.gluon_sm90_prefill_jobs:jobs"
 CLUSTER_JOBS = "tests.kernels.gluon_sm90_cluster_jobs:jobs"
 SHARED = 232448
 WORST_SPILL = 16    # bytes, of numbers read once a tile
-WORST_SPILL_CLUSTER = 64
+WORST_SPILL_CLUSTER = {"oldest": 64, "newest": 200}     # of E8M0 scales and 192 columns; the newest's, too, are outside of the loop over K
 
 
 def check(reports: list[dict], spill: int = WORST_SPILL) -> None:
@@ -44,10 +44,10 @@ def test_clusters(triton: str) -> None:
     alone = {r["job"] for r in reports if not r["ops"]["multicast::cluster"]}
     assert len({r["job"] for r in reports}) == 4 and alone == {"dense, 144 columns"}
     assert reports[-1]["ops"]["m64n192k32.f32.e4m3.e4m3"]
-    check(reports, WORST_SPILL_CLUSTER)
+    check(reports, WORST_SPILL_CLUSTER[triton])
 
 
 @pytest.mark.compile
 @pytest.mark.slow
 def test_every_config_on_clusters() -> None:
-    check(compile_jobs("sm90", CLUSTER_JOBS, "all"), WORST_SPILL_CLUSTER)
+    check(compile_jobs("sm90", CLUSTER_JOBS, "all"), WORST_SPILL_CLUSTER["oldest"])

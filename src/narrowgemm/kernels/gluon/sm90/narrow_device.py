@@ -28,6 +28,7 @@ from .shim import block_barrier, copy_to_shared, view_as
 
 HEAD = gl.constexpr(16)      # of the table: see narrow_tile.TABLE_HEAD
 FLAT = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+BYTES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))     # of one dimension: any number of rows
 
 
 @gluon.jit
@@ -188,7 +189,7 @@ def narrow_kernel(w_ptr, s_ptr, x_ptr, xs_ptr, out_ptr, slots_ptr, factor_ptr, x
     xl: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [NW, 1], [1, 0])
     xr: gl.constexpr = gl.SliceLayout(1, xl)
     # the largest allocation, which is at the start of shared memory: copies take addresses
-    ring = gl.allocate_shared_memory(gl.int8, [cfg.RING_ROWS, 128], FLAT)
+    ring = gl.allocate_shared_memory(gl.int8, [cfg.RING_ROWS, 128], BYTES)
     x_s = view_as(ring, gl.bfloat16, S, 2 * BT if cfg.DOUBLE else BT, cfg.CH * 128,
                   gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
     w_s = view_as(ring, gl.uint8, cfg.W_BOX + S * cfg.CW, ROWS, 64, FLAT)
