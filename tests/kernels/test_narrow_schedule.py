@@ -45,7 +45,7 @@ def module(log: Log, table: list[tuple[int, int, int]], program: int, programs: 
     body = "\n".join(line for line in source.split("\n\n\n", 1)[1].splitlines() if not line.startswith("@gluon"))
     names: dict[str, Any] = {"gl": gl, "HEAD": 16, "gdc_wait": lambda: None, "block_barrier": lambda: None,
                              "fence_async_shared": lambda: None, "warpgroup_mma_wait": lambda n, deps: deps[0], "FLAT": None,
-                             "first_place": lambda *_: None, "view_as": lambda *_: None, "wait": lambda n: None,
+                             "BYTES": None, "first_place": lambda *_: None, "view_as": lambda *_: None, "wait": lambda n: None,
                              "commit": lambda: None}
     exec(compile(body, "narrow_device", "exec"), names)
 
