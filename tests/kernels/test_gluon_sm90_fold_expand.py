@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from narrowgemm.formats import MXFP4
 from narrowgemm.prepack import FOLD
-from narrowgemm.prepack_bits import spread_e2m1, spread_signs
+from narrowgemm.prepack_bits import FP8_PREPACK, PREPACK, spread
 
 from .. import _gluon as emu
 from . import _ptx
@@ -44,8 +45,7 @@ def test_every_code_at_every_scale(device, order: str) -> None:
     at = np.arange(len(codes)) // 4
     codes[np.arange(len(codes)), at % 8] = at // 8 % 16
     plain = (codes.astype(np.uint32) << (4 * np.arange(8, dtype=np.uint32))).sum(1).astype(np.uint32)
-    spread = spread_e2m1 if order == "bf16" else spread_signs
-    words = spread(torch.from_numpy(plain.view(np.int32))).numpy().view(np.uint32)
+    words = spread(torch.from_numpy(plain.view(np.int32)), MXFP4, PREPACK if order == "bf16" else FP8_PREPACK).numpy().view(np.uint32)
     asm = device.FOLD_ASM if order == "bf16" else device.NIBBLES_ASM
     if order == "registers":        # each half of the table comes four times, as $3 to $6 and $7 to $10
         asm = emu.load_device_module("narrow_fp8_device").WORD_ASM.replace("$7", "$4")
