@@ -35,17 +35,19 @@ lop3.b32 $0, p, 0x80808080, t, 0xea;
 lop3.b32 $1, q, 0x80808080, u, 0xea;
 }""")
 
-# the same of a word in the order FP8_PREPACK, whose magnitudes are in nibbles, K ascending, and signs in two sets of bytes
-NIBBLES_ASM = gl.constexpr("""{
+# the same of a word in the order FP8_PREPACK, whose magnitudes are in nibbles, K ascending, and signs in two sets of bytes; operand
+# `high` has the other half of the table
+NIBBLES = """{
 .reg .b32 t, u, x;
 and.b32 t, $2, 0x77777777;
 shr.u32 u, t, 16;
 shl.b32 x, $2, 4;
-prmt.b32 t, $3, $4, t;
-prmt.b32 u, $3, $4, u;
+prmt.b32 t, $3, %(high)s, t;
+prmt.b32 u, $3, %(high)s, u;
 lop3.b32 $0, $2, 0x80808080, t, 0xea;
 lop3.b32 $1, x, 0x80808080, u, 0xea;
-}""")
+}"""
+NIBBLES_ASM = gl.constexpr(NIBBLES % {"high": "$4"})
 
 
 @constexpr_function

@@ -9,30 +9,17 @@ in the order that follows: words of 4, of the four blocks in turn. Partial sums 
 from triton.experimental import gluon
 from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
 
-from .fold_expand_device import lane_table, of_lane, row_tops
+from .fold_expand_device import NIBBLES, lane_table, of_lane, row_tops
 from .fp8_block_parts_device import advance
 from .fp8_block_schedule_device import fresh
 from .narrow_expand_device import byte_layout, field_layout
+from .narrow_prefill_parts_device import BYTES3, ROWS_OF_BYTES, X8_TILE, settle
 from .shim import view_as
 
-X8_TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
-ROWS_OF_BYTES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-BYTES3 = gl.constexpr(gl.DistributedLinearLayout(
-    [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8], [8, 0, 0]], [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
-    [[16, 0, 0], [32, 0, 0]], [], [64, 4, 16]))
-# a word of 8 codes and the table of its block's power of two (twice four times, the same) to two words of 4 E4M3 each
-WORD_ASM = gl.constexpr("""{
-.reg .b32 t, u, x;
-and.b32 t, $2, 0x77777777;
-shr.u32 u, t, 16;
-shl.b32 x, $2, 4;
-prmt.b32 t, $3, $7, t;
-prmt.b32 u, $3, $7, u;
-lop3.b32 $0, $2, 0x80808080, t, 0xea;
-lop3.b32 $1, x, 0x80808080, u, 0xea;
-}""")
+# a word of 8 codes and the table of its block's power of two, twice four times, the same
+WORD_ASM = gl.constexpr(NIBBLES % {"high": "$7"})
 
 
 @constexpr_function
@@ -80,15 +67,6 @@ def multiply8(a, ring, slot, p, cfg: gl.constexpr, T: gl.constexpr, P: gl.conste
 
 
 @gluon.jit
-def settle8(parts, COUNT: gl.constexpr):
-    """Wait for the products in flight."""
-    if COUNT == 1:
-        return (warpgroup_mma_wait(0, deps=parts), )
-    else:
-        return warpgroup_mma_wait(0, deps=parts)
-
-
-@gluon.jit
 def add_up(sums, parts, scales, cfg: gl.constexpr, UNIT: gl.constexpr, PIECES: gl.constexpr):
     """sums of one unit += parts * scales: one FMA an element."""
     MP: gl.constexpr = cfg.MP
@@ -124,7 +102,7 @@ def blocks8(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg: gl.con
             a = to_e4m3(w_v.index(unit).load(byte_layout(64)), fields, tops[i], tables, A)
             mbarrier.wait(x_full.index(slot), phase)
             if c + i > 0:
-                parts = settle8(parts, PIECES)
+                parts = settle(parts, PIECES)
                 if i == 0:
                     mbarrier.arrive(empty.index(old), count=1)
                 sums = add_up(sums, parts, scales, cfg, (i + MP - 1) % MP, PIECES)
@@ -138,7 +116,7 @@ def blocks8(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg: gl.con
             parts = new
         old = slot
         slot, phase = advance(slot, phase, cfg.STAGES)
-    parts = settle8(parts, PIECES)
+    parts = settle(parts, PIECES)
     mbarrier.arrive(empty.index(old), count=1)
     sums = add_up(sums, parts, scales, cfg, MP - 1, PIECES)
     return sums, parts, slot, phase

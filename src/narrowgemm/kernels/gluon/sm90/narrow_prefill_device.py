@@ -23,8 +23,8 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .fp8_block_parts_device import ROW_OF_FLOATS, advance
 from .fp8_block_schedule_device import ROW_OF_INTS
-from .narrow_fp8_device import X8_TILE, products8
-from .narrow_prefill_parts_device import PLANES, RATIO_TILE, X_TILE, finish, load_block, products, rows_vectors
+from .narrow_fp8_device import products8
+from .narrow_prefill_parts_device import PLANES, RATIO_TILE, X8_TILE, X_TILE, finish, load_block, products, rows_vectors
 
 HEAD = gl.constexpr(16)      # of the table: see narrow_tile.TABLE_HEAD
 

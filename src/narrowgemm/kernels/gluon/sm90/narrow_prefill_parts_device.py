@@ -10,11 +10,11 @@ from .fp8_block_schedule_device import fresh
 from .narrow_epilogue_device import activate
 from .narrow_epilogue_device import columns as logical_columns
 from .narrow_expand_device import E2M1_ASM, E4M3_ASM, block_factors, byte_layout, field_layout
-from .narrow_fp8_device import X8_TILE
 from .scales_device import as_float
 from .shim import tma_load, view_as
 
 X_TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+X8_TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))     # of FP8 tokens
 PLANES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3))
 RATIO_TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2))
 ROWS_OF_BYTES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
