@@ -24,10 +24,6 @@ def hopper() -> None:
         pytest.skip("Hopper's kernels")
 
 
-def bytes_of(x: torch.Tensor) -> torch.Tensor:
-    return x.view(torch.uint8).clone()
-
-
 @pytest.mark.parametrize("case", [
     Case("t", "offsets", 6, 150, 640, 1040, sizes=UNEVEN, slack=40, a=FP8_ROW, b=FP8_ROW), Case("t", "dense", 1, 333, 1096, 1168, a=FP8_ROW, b=FP8_ROW),
     Case("t", "offsets", 6, 150, 640, 1040, sizes="empty:0.5", a=E5M2, b=FP8_TENSOR, out_dtype="fp32", accumulate=True)], ids=lambda c: c.id)
@@ -40,11 +36,7 @@ def test_every_tile(case: Case, fast: bool) -> None:
     for config in kernel.configs(inputs.plan(backend=kernel.NAME, fast_accum=fast).problem, detect(inputs.device)):
         if (config.block_m, config.block_n) not in seen:
             seen.add((config.block_m, config.block_n))
-            inputs.verify(backend=kernel.NAME, config=config, fast_accum=fast)
-            first = bytes_of(inputs.out.tensor)
-            inputs.reset_out()
-            inputs.call(backend=kernel.NAME, config=config, fast_accum=fast)
-            assert torch.equal(first, bytes_of(inputs.out.tensor)), config
+            inputs.verify_repeats(backend=kernel.NAME, config=config, fast_accum=fast)
     assert len(seen) >= 3
 
 
@@ -66,12 +58,7 @@ def test_weight_gradient_every_tile(fmt, accumulate: bool) -> None:
     for config in fp8_wgrad.configs(inputs.plan(backend=fp8_wgrad.NAME).problem, detect(inputs.device)):
         if (config.block_m, config.block_n) not in seen:
             seen.add((config.block_m, config.block_n))
-            inputs.verify(backend=fp8_wgrad.NAME, config=config)
-            first = bytes_of(inputs.out.tensor)
-            for _ in range(10):
-                inputs.reset_out()
-                inputs.call(backend=fp8_wgrad.NAME, config=config)
-                assert torch.equal(first, bytes_of(inputs.out.tensor)), config
+            inputs.verify_repeats(10, backend=fp8_wgrad.NAME, config=config)
     assert len(seen) >= 3
 
 

@@ -278,3 +278,20 @@ def test_the_plan_is_the_one_a_call_follows() -> None:
     plan = inputs.plan(backend="reference")
     assert plan.backend == "reference" and plan.problem.layout == "offsets" and plan.problem.n == 128
     assert build(Case("t", "dense", 1, 0, 128, 128)).plan() is None
+
+
+def test_repeats_have_to_be_equal(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = build(Case("t", "offsets", 3, 20, 128, 128))
+    inputs.verify_repeats(2, backend="reference")
+    call, made = type(inputs).call, []
+
+    def wavering(self, **options):
+        out = call(self, **options)
+        made.append(out)
+        if len(made) == 3:
+            out.view(torch.int16)[-1, -1] ^= 1
+        return out
+
+    monkeypatch.setattr(type(inputs), "call", wavering)
+    with pytest.raises(AssertionError, match="other bits"):
+        inputs.verify_repeats(2, backend="reference")

@@ -237,6 +237,16 @@ class Inputs:
             raise AssertionError(f"{self.case.id}: {'; '.join(bad)}")
         return self.check(fast_accum=bool(options.get("fast_accum"))).assert_(self.case.id)
 
+    def verify_repeats(self, times: int = 1, **options: Any) -> None:
+        """`verify`, and assert that poison and the same call give the same bits, so many times. For tests."""
+        self.verify(**options)
+        first = self.out.tensor.contiguous().view(torch.uint8).clone()
+        for _ in range(times):
+            self.reset_out()
+            self.call(**options)
+            if not torch.equal(first, self.out.tensor.contiguous().view(torch.uint8)):
+                raise AssertionError(f"{self.case.id}: other bits than the first time, {options}")
+
 
 def gate_limits(case: Case, recipe: bool = True, fast_accum: bool = False) -> dict[str, float]:
     """The limits that a result of ours has to keep."""
