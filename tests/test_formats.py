@@ -212,6 +212,15 @@ def test_refusals(fmt, data, scale, error, words):
         ScaledTensor.make(data, scale, fmt)
 
 
+@pytest.mark.parametrize(("dtype", "hint"), [
+    (torch.float8_e5m2, "the format of an E5M2 payload is 'fp8_1x128:e5m2'"),
+    (torch.float8_e4m3fnuz, "FNUZ codes stand for half the value"),
+])
+def test_a_payload_of_another_fp8_type_is_told_what_to_do(dtype: torch.dtype, hint: str):
+    with pytest.raises(TypeError, match=hint):
+        ScaledTensor.make(torch.zeros(4, 256).to(dtype), torch.ones(4, 2), FP8_1x128)
+
+
 def test_layout_names_are_checked():
     data, scale = payload(MXFP8, 4, 128), scale_of(MXFP8, 4, 128)
     with pytest.raises(ValueError, match=r"scale_layout.*'column'"):

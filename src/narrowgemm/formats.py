@@ -244,5 +244,9 @@ def check_payload(data: Tensor, fmt: Format) -> Tensor:
         raise TypeError(f"payload of {fmt.name}: got {data.dtype}, expected uint8, int8, int32 or float4_e2m1fn_x2 (packed)")
     if fmt.element in ("e4m3", "e5m2") and data.dtype in (torch.uint8, torch.int8):
         return data.view(want)
-    raise TypeError(f"payload of {fmt.name}: got {data.dtype}, expected {want}"
-                    + (" or its bytes as uint8 / int8" if fmt.elem.bits == 8 else ""))
+    hint = " or its bytes as uint8 / int8" if fmt.elem.bits == 8 else ""
+    if data.dtype == ELEMENTS["e5m2"].dtype and fmt.element == "e4m3":
+        hint += f"; the format of an E5M2 payload is {fmt.with_element('e5m2').name!r}"
+    elif data.dtype in (torch.float8_e4m3fnuz, torch.float8_e5m2fnuz):
+        hint += "; FNUZ codes stand for half the value of the same OCP codes, so convert values, not bytes"
+    raise TypeError(f"payload of {fmt.name}: got {data.dtype}, expected {want}{hint}")

@@ -143,7 +143,8 @@ def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16")
     ValueError for what is no such weight; Unsupported where one row's scales are further apart than BF16 can hold exactly (more
     than 2^131): such weights stay as they are, and run on the reference.
     """
-    expect(isinstance(weights, ScaledTensor), "weights", type(weights).__name__, "a ScaledTensor", error=TypeError)
+    expect(isinstance(weights, ScaledTensor), "weights", type(weights).__name__,
+           "a ScaledTensor in MXFP4 or MXFP8 (narrowgemm.quantize or ScaledTensor.make)", error=TypeError)
     fmt = weights.format
     if fmt.name not in (MXFP4.name, MXFP8.name):
         raise Unsupported(f"prepack takes mxfp4 and mxfp8 (E4M3), not {fmt.name}", "other formats are taken as they are")

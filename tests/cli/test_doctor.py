@@ -92,7 +92,15 @@ def test_rows_that_are_older_than_their_kernels_are_counted(tmp_path: Path, monk
     store.write_table(tmp_path, "h200", "t.json", {}, [row, row | {"rows": 16, "made": {row["kernel"]: fingerprint(row["kernel"])}}])
     monkeypatch.setenv("NARROWGEMM_TABLES", str(tmp_path))
     own, _ = doctor.tables()
-    assert own.status == "warning" and "2 rows" in own.detail and "1 of them passed over" in own.detail
+    assert own.status == "warning" and "2 rows" in own.detail and "1 of them, for the h200, are passed over" in own.detail
+
+
+def test_packaged_rows_of_another_device_are_no_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.write_table(tmp_path, "h200", "t.json", {}, [{"n": 128, "k": 128, "rows": 8, "kernel": "triton.fp8_block", "config": {}, "us": 1.0}])
+    monkeypatch.delenv("NARROWGEMM_TABLES", raising=False)
+    monkeypatch.setattr(store, "PACKAGED", tmp_path)
+    status = {name: [f.status for f in doctor.tables(name)] for name in ("", "cpu", "b200", "h100", "h200")}
+    assert status == {"": ["ok"], "cpu": ["ok"], "b200": ["ok"], "h100": ["warning"], "h200": ["warning"]}
 
 
 def test_no_such_device() -> None:

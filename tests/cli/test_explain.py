@@ -75,7 +75,23 @@ def test_bad_input(args: list[str], message: str) -> None:
 
 def test_what_no_kernel_runs_is_an_error_that_says_why() -> None:
     result = explain(*MASKED, "--device", "h200", "--backend", "triton", "--a", "fp8_row", "--b", "mxfp4")
-    assert result.exit_code == 1 and "no kernel runs grouped_gemm (masked, fp8_row x mxfp4)" in result.output
+    assert result.exit_code == 1
+    assert "no kernel runs grouped_gemm (masked, fp8_row x mxfp4) on h200 with backend 'triton'" in result.output
+    assert "triton.mx: " in result.output and "gluon" not in result.output and "was asked for" not in result.output
+
+
+def test_a_reason_of_several_kernels_is_given_once() -> None:
+    output = explain(*MASKED, "--device", "cpu", "--backend", "triton").output
+    assert output.count("runs on a GPU") == 1 and "triton.fp8_block" in output
+
+
+def test_packed_weights() -> None:
+    sizes = ("-M", "16", "-N", "6144", "-K", "7168", "--device", "h200")
+    assert "gluon_sm90.narrow" in explain("--op", "gemm", *sizes, "--a", "bf16", "--b", "mxfp4", "--packed").output.split("why")[0]
+    doc = json.loads(explain("--op", "routed_gemm", "-G", "8", *sizes, "--a", "bf16", "--b", "mxfp4", "--packed", "--json").output)
+    assert doc["problem"]["layout"] == "routed" and doc["kernel"] == "gluon_sm90.narrow"
+    layer = explain("--op", "experts", "-G", "8", *sizes, "--a", "bf16", "--b", "mxfp4", "--packed").output
+    assert "gluon_sm90.narrow" in layer
 
 
 def test_an_expert_layer_step_by_step() -> None:

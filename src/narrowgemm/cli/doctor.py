@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -69,7 +70,7 @@ def findings(device: str, budget: float) -> Iterator[Finding]:
     where, finding = target(device)
     yield finding
     yield compile_cache()
-    yield from tables()
+    yield from tables(arch_name(where) if where else "")
     if where:
         yield from selftest(where, budget)
 
@@ -111,6 +112,14 @@ def target(device: str) -> tuple[str, Finding]:
                                                f"CUDA {torch.version.cuda or torch.version.hip}")
 
 
+def arch_name(device: str) -> str:
+    import torch
+
+    from ..arch import detect
+
+    return detect(torch.device(device)).name
+
+
 def compile_cache() -> Finding:
     root = cache.folder()
     there = next(p for p in (root, *root.parents) if p.exists())
@@ -121,19 +130,26 @@ def compile_cache() -> Finding:
                    f"{root}, {len(cache.entries(root))} entries, {free / 1e9:.0f} GB free")
 
 
-def tables() -> Iterator[Finding]:
+def tables(device: str = "") -> Iterator[Finding]:
+    """The user's tables and the packaged ones. Rows that are passed over are a warning where `device`, an arch's name, would read
+    them; those of the user's own folder always are."""
     own = env.get("NARROWGEMM_TABLES")
     for root in (Path(own) if own else None, store.PACKAGED):
         if root is None:
             continue
         try:
-            rows = [r for path in sorted(root.glob("*/*.json")) for r in store.read_rows(path)]
-            old = len(store.outdated(rows))
+            rows = {path: store.read_rows(path) for path in sorted(root.glob("*/*.json"))}
+            old = Counter({path.parent.name: 0 for path in rows})
+            for path in rows:
+                old[path.parent.name] += len(store.outdated(rows[path]))
         except (ValueError, OSError) as e:
             yield Finding("tuned tables", "failed", str(e))
             continue
-        passed = f", {old} of them passed over: their kernels have changed since; `narrowgemm tune` makes them anew" if old else ""
-        yield Finding("tuned tables", "warning" if old else "ok", f"{len(rows)} rows in {root}{passed}")
+        passed = "".join(f"; {n} of them, for the {name}, are passed over, because their kernels have changed since: "
+                         "`narrowgemm tune` there makes new ones" for name, n in old.items() if n)
+        read = (device, store.SIBLINGS.get(device, ""))
+        matters = any(n and (root != store.PACKAGED or name in read) for name, n in old.items())
+        yield Finding("tuned tables", "warning" if matters else "ok", f"{sum(map(len, rows.values()))} rows in {root}{passed}")
 
 
 def selftest(device: str, budget: float) -> Iterator[Finding]:

@@ -105,6 +105,8 @@ def tune(suites: tuple[str, ...], patterns: tuple[str, ...], kernels: tuple[str,
         list_space(cases, target(device)[0], split(kernels))
         return
     device = measuring_device(device)
+    if device == "cpu":
+        click.echo("on the CPU the reference is the only kernel there is to choose: tune on the GPU that will serve", err=True)
     log = sweep_path or (root if not packaged else user_tables()) / f"tune-{_slug(device)}.json"
     run = search.Tuning(log, None if sweep_path else root, dict.fromkeys(c.suite for c in chosen),
                         commit if commit is not None else git_commit())

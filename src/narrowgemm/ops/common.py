@@ -240,7 +240,7 @@ def check_pair(a: ScaledTensor, b: ScaledTensor, a_shape: str, b_shape: str, a_d
     check_operand(b, "b", b_shape, b_dims, groups)
     expect(a.device == b.device, "b, device", b.device, f"a's, {a.device}")
     expect(a.shape[-1] == b.shape[-1], "K of b", f"{b.shape[-1]} (b is {tuple(b.shape)})",
-           f"a's, {a.shape[-1]} (a is {tuple(a.shape)})")
+           f"a's, {a.shape[-1]} (a is {tuple(a.shape)}): a is {a_shape}, b is {b_shape}")
 
 
 def check_out(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,

@@ -83,7 +83,8 @@ def grouped_linear(x: Tensor, w: Tensor | Both, group_lens: Tensor | None = None
     expect((group_lens is None) != (group_offs is None), "group_lens and group_offs", "both or none", "one of them")
     offsets = group_offs if group_offs is not None else _offsets(group_lens)
     check_index(offsets, "group_offs", 1, INT)
-    expect(offsets.numel() == w.shape[0] + 1, "groups", offsets.numel() - 1, f"those of w, {w.shape[0]}")
+    expect(offsets.numel() == w.shape[0] + 1, "number of groups in group_lens or group_offs", offsets.numel() - 1,
+           f"the {w.shape[0]} of w {tuple(w.shape)}")
     expect(scales is None or recipe == "tensorwise", "scales with recipe", recipe, "'tensorwise'")
     how = How(fx.name, fx.with_element(grads).name, fast_accum, max_sms)
     if quantized is None:

@@ -46,7 +46,7 @@ def _select(problem: Problem, arch: Arch, backend: str, config: Config | None, o
         else:
             passed[name] = reason
     if not able:
-        raise _refusal(problem, arch, config, passed)
+        raise _refusal(problem, arch, backend, config, passed)
     offers = {name: _cheapest(kernel, problem, config, arch) for name, kernel in able.items()}
     name = min(offers, key=lambda n: offers[n][0])
     seconds, chosen = offers[name]
@@ -80,7 +80,7 @@ def _unable(kernel: Kernel, problem: Problem, arch: Arch, backend: str, config: 
             on_unsupported: str) -> str | None:
     """Why `kernel` is out of the question, or None."""
     if backend and backend not in (kernel.BACKEND, kernel.NAME):
-        return f"backend {backend!r} was asked for"
+        return _not_asked_for(backend)
     if (reason := kernel.supports(problem, arch)) is not None:
         return reason
     if on_unsupported == "raise" and kernel.BACKEND in PORTABLE and not backend:
@@ -88,6 +88,10 @@ def _unable(kernel: Kernel, problem: Problem, arch: Arch, backend: str, config: 
     if config is not None and (reason := illegal(kernel, problem, config, arch)) is not None:
         return f"config {config} is not legal here: {reason}"
     return None if config or kernel.configs(problem, arch) else "no config fits this device"
+
+
+def _not_asked_for(backend: str) -> str:
+    return f"backend {backend!r} was asked for"
 
 
 def _cheapest(kernel: Kernel, problem: Problem, config: Config | None, arch: Arch) -> tuple[float, Config]:
@@ -98,9 +102,15 @@ def _cheapest(kernel: Kernel, problem: Problem, config: Config | None, arch: Arc
     return costs[best], candidates[best]
 
 
-def _refusal(problem: Problem, arch: Arch, config: Config | None, passed: dict[str, str]) -> Exception:
-    reasons = "; ".join(f"{n}: {r}" for n, r in passed.items())
+def _refusal(problem: Problem, arch: Arch, backend: str, config: Config | None, passed: dict[str, str]) -> Exception:
+    """Names each reason once, with the kernels that gave it; kernels that `backend` left out are not named."""
+    kernels_of: dict[str, list[str]] = {}
+    for name, reason in passed.items():
+        if reason != _not_asked_for(backend):
+            kernels_of.setdefault(reason, []).append(name)
+    reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in kernels_of.items())
     what = f"{problem.op} ({problem.layout}, {problem.a.format.name} x {problem.b.format.name}) on {arch.name}"
+    what += f" with backend {backend!r}" if backend else ""
     if config is not None:
         return ValueError(f"config {config} can't run {what}: {reasons}")
     return Unsupported(f"no kernel runs {what}: {reasons}", "see narrowgemm.explain")
