@@ -373,12 +373,12 @@ PEERS: dict[str, tuple[str, ...]] = {name: ("deepgemm", "floor") for name in SUI
     "experts-mxfp4": ("triton_kernels_layer", "floor"),
     "a16w4-decode": ("triton_kernels", "humming", "floor"), "a16w4-mid": ("triton_kernels", "humming", "floor"),
     "a16w4-prefill": ("triton_kernels", "floor"), "bf16-routed": ("torch_bf16", "floor"),
-    "mxfp8-routed": ("dot_scaled", "triton", "humming", "deepgemm_block", "floor"), "mxfp8-bandwidth": ("floor",),
-    **{f"mxfp8-{x}-decode": ("dot_scaled", "triton", "humming", "torch_bf16", "deepgemm_block", "floor")
+    "mxfp8-routed": ("dot_scaled", "triton", "humming", "humming_w8a8", "deepgemm_block", "floor"), "mxfp8-bandwidth": ("floor",),
+    **{f"mxfp8-{x}-decode": ("dot_scaled", "triton", "humming", "humming_w8a8", "torch_bf16", "deepgemm_block", "floor")
        for x in ("dense", "plain")},
     "mxfp8-plain-bandwidth": ("floor",), "mxfp8-prefill": ("dequant_bf16", "torch_bf16", "deepgemm_block", "floor"),
-    "mxfp4-contiguous": ("deepgemm", "triton_kernels", "humming", "floor"), "mxfp4-a4w4": ("deepgemm", "floor"),
-    "mxfp4-mx8": ("dequant_bf16", "torch_bf16", "floor"), "mxfp4-256": ("triton_kernels", "deepgemm", "humming", "floor"),
+    **{f"mxfp4-{x}": ("deepgemm", "triton_kernels", "humming", "humming_w4a8_token", "floor") for x in ("contiguous", "256")},
+    "mxfp4-a4w4": ("deepgemm", "floor"), "mxfp4-mx8": ("dequant_bf16", "torch_bf16", "floor"),
     "mxfp4-masked": ("own_fp8", "floor"), "mxfp4-masked-few": ("own_fp8", "floor"),
     "edge": (), "large": (), "cpu-small": ("torch_bf16", "floor"), "cpu-formats": ("torch_bf16", "floor")}
 

@@ -1,4 +1,4 @@
-"""Peers for products with MX weights: triton_kernels (matmul_ogs) and Humming. See `peers.py`; inert until asked for."""
+"""triton_kernels (matmul_ogs) as a peer of products with MX weights, and what such peers share. Inert until asked for."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from ..formats import MXFP4, MXFP8, ScaledTensor
+from ..formats import MXFP4, ScaledTensor
 from .case import Case
 from .inputs import Inputs
 from .peer import Prepared
@@ -99,46 +98,3 @@ class TritonKernels:
             result[:] = [ogs.matmul_ogs(x, w, None, routed, precision_config=config)]
 
         return Prepared(run, lambda g: result[0].view(-1, case.n)[rows[g]])
-
-
-class Humming:
-    """Humming's layer over the same payload and scales, with BF16 activations (W4A16, W8A16)."""
-
-    name = "humming"
-    BLOCK = 256
-
-    def available(self, device: torch.device) -> str | None:
-        return hopper(device) or import_error("humming.layer")
-
-    def supports(self, case: Case) -> str | None:
-        laid_out = tight(case) or case.layout == "dense"
-        if not laid_out or case.b not in (MXFP4, MXFP8) or case.out_dtype != "bf16" or case.accumulate:
-            return "is compared on MXFP4 and MXFP8 weights, dense and with rows sorted by expert"
-        return None if case.rows else "no rows"
-
-    def prepare(self, case: Case, inputs: Inputs) -> Prepared:
-        humming = importlib.import_module("humming.layer")
-        config = importlib.import_module("humming.config")
-        b, experts = inputs.b, None if case.layout == "dense" else case.groups
-        assert b.scale is not None
-        # its tiles want N and K in blocks: a user pads the weights once, and K of the activations outside the product
-        n, k = (-(-x // self.BLOCK) * self.BLOCK for x in (case.n, case.k))
-        per_byte, element = case.b.elem.per_byte, "float4e2m1" if case.b == MXFP4 else "float8e4m3"
-        data = pad(b.data.view(torch.uint8), (0, (k - case.k) // per_byte, 0, n - case.n))
-        scale = pad(b.scale, (0, k // 32 - b.scale.shape[-1], 0, n - case.n), value=127)
-        layer: Any = humming.HummingLayer(
-            shape_n=n, shape_k=k, num_experts=experts, torch_dtype=torch.bfloat16,
-            weight_config={"dtype": element, "group_size": 32, "scale_dtype": "float8e8m0"})
-        layer = layer.to(inputs.device)
-        layer.load_from_tensors({"weight": data.view(torch.int32), "weight_scale": scale.view(torch.float8_e8m0fnu)})
-        layer.transform()
-        kind = config.GemmType.DENSE if experts is None else config.GemmType.GROUPED_CONTIGUOUS
-        tuning = humming.HummingLayerMethod.get_default_tuning_configs(layer, gemm_type=kind)
-        options: dict[str, Any] = {"compute_config": {"gemm_type": kind.value}, "tuning_config": tuning}
-        if experts is not None:
-            options["expert_layout"] = torch.tensor((0, *case.group_sizes), device=inputs.device).cumsum(0).to(torch.int32)
-        # activations in BF16, which is what the library does fastest for few rows
-        x = pad(bf16_rows(case, inputs), (0, k - case.k)).contiguous()
-        y = torch.full((case.rows, n), float("nan"), dtype=torch.bfloat16, device=inputs.device)
-        rows = sorted_rows(case) if experts is not None else {0: slice(0, case.rows)}
-        return Prepared(lambda: layer(x, outputs=y, **options), lambda g: y[rows[g], : case.n])

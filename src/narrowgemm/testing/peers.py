@@ -11,19 +11,19 @@ import importlib
 import sys
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 from ..formats import MXFP4, FP8_1x128, FP8_128x128, ScaledTensor
 from ..scales import mn_major_tma_aligned
-from . import training_peers
+from . import humming_peers, training_peers
 from .case import Case
 from .guard import Guarded
 from .inputs import Inputs, Weights, build
 from .layer import LayerCase
-from .mx_peers import Humming, TritonKernels
+from .mx_peers import TritonKernels
 from .mxfp8_peers import DeepGemmBlock, DequantBf16, DotScaled
 from .numerics import RECIPE_GATE
 from .peer import Prepared
@@ -43,6 +43,13 @@ class Peer(Protocol):
         """None, or why this peer does not compute the case. Depends on the case alone."""
 
     def prepare(self, case: Case, inputs: Inputs) -> Prepared: ...
+
+
+@runtime_checkable
+class Compiled(Protocol):
+    """A peer whose kernels can be compiled without operands of the case's size."""
+
+    def compile(self, case: Case) -> None: ...
 
 
 def packed(inputs: Inputs, alignment: int = 1) -> tuple[dict[int, slice], int]:
@@ -308,8 +315,8 @@ class Backend:
         return Prepared(lambda: own.call(backend=self.name), lambda g: own.rows(y, g))
 
 
-ADAPTERS: dict[str, Peer] = {p.name: p for p in (DeepGemm(), OwnFp8(), Torch(), TorchRow(), TorchBf16(), TritonKernels(), Humming(),
-                                                 DotScaled(), DequantBf16(), DeepGemmBlock(),
+ADAPTERS: dict[str, Peer] = {p.name: p for p in (DeepGemm(), OwnFp8(), Torch(), TorchRow(), TorchBf16(), TritonKernels(),
+                                                 *humming_peers.ADAPTERS, DotScaled(), DequantBf16(), DeepGemmBlock(),
                                                  LayerPeer("deepgemm_layer"), LayerPeer("triton_moe"),
                                                  LayerPeer("triton_kernels_layer"), StepPeer("torch_step"),
                                                  StepPeer("torch_step_fused"), BestConfig())}
@@ -354,5 +361,7 @@ def _import_error(module: str) -> str | None:
 
 def version(peer: str) -> str:
     """Version of the library behind a peer, '' where it has none or is not imported."""
-    found = sys.modules.get({"deepgemm": "deep_gemm", "deepgemm_layer": "deep_gemm", "deepgemm_block": "deep_gemm"}.get(peer, ""))
+    names = {"deepgemm": "deep_gemm", "deepgemm_layer": "deep_gemm", "deepgemm_block": "deep_gemm",
+             **{p.name: "humming" for p in humming_peers.ADAPTERS}}
+    found = sys.modules.get(names.get(peer, ""))
     return str(getattr(found, "__version__", ""))

@@ -340,7 +340,10 @@ def warm(job: Job, case: Case) -> None:
 
 
 def _once(peer: peers_.Peer, inputs: Inputs) -> None:
-    peer.prepare(inputs.case, inputs).run()
+    if isinstance(peer, peers_.Compiled):
+        peer.compile(inputs.case)
+    else:
+        peer.prepare(inputs.case, inputs).run()
 
 
 def main() -> int:
