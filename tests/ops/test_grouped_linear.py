@@ -195,4 +195,6 @@ def test_refusals() -> None:
                  lambda: grouped_linear(x, w, lens, fast_accum=True)):
         with pytest.raises(ValueError, match="expected"):
             call()
+    with pytest.raises(ValueError, match=f"group_lens, length: got 2, expected the number of groups of the weights, {w.shape[0]}"):
+        grouped_linear(x, w, lens[:2])
     assert ng.grouped_linear is grouped_linear

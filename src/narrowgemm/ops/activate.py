@@ -65,8 +65,8 @@ def activate(h: Tensor, *, activation: str = "swiglu", args: tuple[float, ...] =
     key = (form, steps.sign(h), steps.sign(bias), steps.sign(offsets), activation, args, interleaved, rounding, amax_clamp,
            scale_layout, backend, config, env.choice(),
            *(() if out is None else (out.format, steps.sign(out.data), steps.sign(out.scale))))
-    plan, memo = steps.known(_plans, key, lambda: _plan(h, activation, args, interleaved, bias, layout, form, rounding, amax_clamp,
-                                            scale_layout, out, backend, config))
+    plan, memo = steps.known(_plans, key, lambda: plan_of(h, activation, args, interleaved, bias, layout, form, rounding,
+                                                          amax_clamp, scale_layout, out, backend, config))
     if out is None:
         out = steps.allocate(h.shape[0], h.shape[1] // 2, form or steps.PLAIN[h.dtype], h.dtype, h.device, scale_layout)
     if plan is not None:
@@ -106,9 +106,9 @@ def _check(h: Tensor, activation: str, args: tuple[float, ...], bias: Tensor | N
         steps.check_out(out, h.shape[0], h.shape[1] // 2, fmt or steps.PLAIN[h.dtype], h.dtype, h.device)
 
 
-def _plan(h: Tensor, activation: str, args: tuple[float, ...], interleaved: bool, bias: Tensor | None,
-          layout: Offsets | None, fmt: Format | None, rounding: str, amax_clamp: float, scale_layout: str,
-          out: ScaledTensor | None, backend: str | None, config: Config | None) -> Plan | None:
+def plan_of(h: Tensor, activation: str, args: tuple[float, ...], interleaved: bool, bias: Tensor | None,
+            layout: Offsets | None, fmt: Format | None, rounding: str, amax_clamp: float, scale_layout: str,
+            out: ScaledTensor | None, backend: str | None, config: Config | None) -> Plan | None:
     _check(h, activation, args, bias, layout, fmt, rounding, amax_clamp, scale_layout, out)
     if h.numel() == 0:
         return None

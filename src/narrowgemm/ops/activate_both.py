@@ -24,7 +24,7 @@ from ..reference.quantize_both import ALIGNMENT
 from ..runtime import env
 from ..runtime.launch import run
 from . import common, library, steps
-from .quantize_both import Both, _allocate, quantize_both
+from .quantize_both import Both, allocate_both, quantize_both
 
 GROUPS = ((1, 128), (1, 0), (0, 0))
 _plans = common.PlanCache()
@@ -47,8 +47,8 @@ def activate_both(h: Tensor, layout: Offsets, fmt: Format | str, *, activation: 
 
     Not differentiable. Raises TypeError / ValueError before anything is launched.
     """
-    out = _run(_Call(h, None, layout, get_format(fmt), activation, args, scale, amax, segments, rounding, amax_clamp, backend,
-                     config))
+    out = _run(Call(h, None, layout, get_format(fmt), activation, args, scale, amax, segments, rounding, amax_clamp, backend,
+                    config))
     assert isinstance(out, Both)
     return out
 
@@ -63,10 +63,10 @@ def activate_backward(h: Tensor, dy: Tensor, layout: Offsets, fmt: Format | str 
     scales are blocks' or given, twice else. dy: of h's type, contiguous rows. Other arguments and errors as in `activate_both`.
     """
     form = None if fmt is None else get_format(fmt)
-    return _run(_Call(h, dy, layout, form, activation, args, scale, amax, segments, rounding, amax_clamp, backend, config))
+    return _run(Call(h, dy, layout, form, activation, args, scale, amax, segments, rounding, amax_clamp, backend, config))
 
 
-class _Call(NamedTuple):
+class Call(NamedTuple):
     """The arguments of either op; `dy` is None forward."""
 
     h: Tensor
@@ -97,7 +97,7 @@ class _Call(NamedTuple):
         return across or (self.fmt.group == (0, 0) and self.h.dtype == torch.float32)
 
 
-def _run(c: _Call) -> Tensor | Both:
+def _run(c: Call) -> Tensor | Both:
     if torch.compiler.is_compiling():
         common.check_traced(c.config, None, False)
         _check(c)
@@ -105,7 +105,7 @@ def _run(c: _Call) -> Tensor | Both:
     offsets = c.layout.offsets if isinstance(c.layout, Offsets) else None
     key = (c.fmt, *(steps.sign(t) for t in (c.h, c.dy, offsets, c.seg, c.scale, c.amax)), c.activation, c.args, c.rounding,
            c.amax_clamp, c.backend, c.config, env.choice())
-    plan, memo = steps.known(_plans, key, lambda: _plan(c))
+    plan, memo = steps.known(_plans, key, lambda: plan_of(c))
     c = c._replace(h=c.h.detach(), dy=None if c.dy is None else c.dy.detach())
     if c.in_two:
         value = _activate(c) if c.dy is None else _run(c._replace(fmt=None, scale=None, amax=None, config=None))
@@ -120,31 +120,31 @@ def _run(c: _Call) -> Tensor | Both:
     return rows.data if columns is None else Both(rows, columns, KGrouped(made, ALIGNMENT))
 
 
-def _operands(c: _Call, rows: ScaledTensor, columns: ScaledTensor | None, made: Tensor, memo: dict | None = None
+def _operands(c: Call, rows: ScaledTensor, columns: ScaledTensor | None, made: Tensor, memo: dict | None = None
               ) -> ActivateBothOperands:
     return ActivateBothOperands(c.h, c.dy, c.layout.offsets, made, c.segments is None, rows, columns, c.amax, c.activation,
                                 c.args or reference.OAI_ARGS, c.rounding, c.amax_clamp, memo)
 
 
-def _activate(c: _Call) -> Tensor:
+def _activate(c: Call) -> Tensor:
     from .activate import activate
 
     with torch.no_grad():
         return activate(c.h, layout=c.layout, activation=c.activation, args=c.args, backend=c.backend)
 
 
-def _outputs(c: _Call) -> tuple[ScaledTensor, ScaledTensor | None, Tensor]:
+def _outputs(c: Call) -> tuple[ScaledTensor, ScaledTensor | None, Tensor]:
     offsets = c.layout.offsets
     like = c.h if c.dy is not None else c.h[:, :c.h.shape[1] // 2]      # of the result's shape
     if c.fmt is None:
         made = offsets.new_empty(offsets.shape, dtype=torch.int32) if c.seg is None else c.seg
         return ScaledTensor(c.h.new_empty(like.shape), None, steps.PLAIN[c.h.dtype]), None, made
-    rows, columns, fresh = _allocate(like, c.fmt, offsets, c.scale)
+    rows, columns, fresh = allocate_both(like, c.fmt, offsets, c.scale)
     assert fresh is not None
     return rows, columns, fresh if c.seg is None else c.seg
 
 
-def _empty(rows: ScaledTensor, columns: ScaledTensor, seg: Tensor, c: _Call) -> None:
+def _empty(rows: ScaledTensor, columns: ScaledTensor, seg: Tensor, c: Call) -> None:
     """No rows: scales that are one for all still have a value."""
     seg.zero_()
     for s in (rows.scale, columns.scale):
@@ -152,7 +152,7 @@ def _empty(rows: ScaledTensor, columns: ScaledTensor, seg: Tensor, c: _Call) -> 
             s.fill_(c.amax_clamp / rows.format.elem.max if s.dtype == torch.float32 else 0)
 
 
-def _check(c: _Call) -> None:
+def _check(c: Call) -> None:
     h, dy, layout, fmt, activation, args, scale, amax, segments, rounding, amax_clamp, *_ = c
     expect(isinstance(h, Tensor), "h", type(h).__name__, "a torch.Tensor", error=TypeError)
     expect(h.dtype in steps.FLOATS, "h, dtype", h.dtype, f"one of {steps.FLOATS}", error=TypeError)
@@ -185,7 +185,7 @@ def _check(c: _Call) -> None:
                "the layout that quantize_both returned for these offsets")
 
 
-def _plan(c: _Call) -> Plan | None:
+def plan_of(c: Call) -> Plan | None:
     """Check the call and select its Plan; None where there is nothing to launch here."""
     _check(c)
     if c.h.numel() == 0 or c.in_two:
@@ -199,7 +199,7 @@ def _plan(c: _Call) -> Plan | None:
 
 
 # ---------------------------------------------------------------- under torch.compile
-def _traced(c: _Call) -> Tensor | Both:
+def _traced(c: Call) -> Tensor | Both:
     rows, columns, made = _outputs(c._replace(h=c.h.detach()))
     data, scale = (None, None) if columns is None else (columns.data, columns.scale)
     one = c.fmt is not None and c.fmt.group[0] == c.fmt.group[1]       # one scale serves both copies
@@ -215,7 +215,7 @@ def _impl(h: Tensor, dy: Tensor | None, offsets: Tensor, seg: Tensor, rows: Tens
     form = get_format(fmt) if fmt else None
     scale = row_scale.reshape(-1) if given and row_scale is not None else None
     segments = None if fresh else KGrouped(seg, ALIGNMENT)
-    c = _Call(h, dy, Offsets(offsets), form, activation, tuple(args), scale, amax, segments, rounding, amax_clamp, backend or None)
+    c = Call(h, dy, Offsets(offsets), form, activation, tuple(args), scale, amax, segments, rounding, amax_clamp, backend or None)
     if c.in_two:        # what it is made of allocates for itself
         made = _run(c)
         assert isinstance(made, Both) and columns is not None and row_scale is not None and column_scale is not None
@@ -223,7 +223,7 @@ def _impl(h: Tensor, dy: Tensor | None, offsets: Tensor, seg: Tensor, rows: Tens
                            (column_scale, made.columns.scale), (seg, made.layout and made.layout.offsets)):
             to.copy_(source)  # type: ignore[arg-type]
         return
-    plan = _plan(c)
+    plan = plan_of(c)
     first = ScaledTensor(rows, row_scale, form or steps.PLAIN[h.dtype])
     second = None
     if columns is not None and form is not None and row_scale is not None:

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from ..errors import expect
 from ..formats import ScaledTensor, get_format
-from ..layouts import INT, KGrouped, Offsets, check_index
+from ..layouts import KGrouped, Offsets
 from ..reference.activate import ACTIVATIONS
 from . import expert_mlp_bf16
 from .activate import activate
 from .activate_both import activate_backward, activate_both
 from .grouped import grouped_gemm
-from .grouped_linear import ELEMENTS, GRADIENT_CLAMP, _offsets, _recipe
+from .grouped_linear import ELEMENTS, GRADIENT_CLAMP, group_offsets, recipe_formats
 from .quantize import quantize
 from .quantize_both import Both, quantize_both
 from .wgrad import grouped_gemm_wgrad
@@ -97,17 +97,14 @@ def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, group_lens: Tensor | No
            tuple(gate_up.shape), f"[G, 2I, {x.shape[1]}]")
     want = (gate_up.shape[0], x.shape[1], gate_up.shape[1] // 2)
     expect(tuple(down.shape) == want, "down, shape", tuple(down.shape), str(want))
-    expect((group_lens is None) != (group_offs is None), "group_lens and group_offs", "both or none", "one of them")
-    offsets = group_offs if group_offs is not None else _offsets(group_lens)
-    check_index(offsets, "group_offs", 1, INT)
-    expect(offsets.numel() == gate_up.shape[0] + 1, "groups", offsets.numel() - 1, f"those of gate_up, {gate_up.shape[0]}")
+    offsets = group_offsets(group_lens, group_offs, gate_up.shape[0])
     expect(scaling is None or recipe == "tensorwise", "scaling with recipe", recipe, "'tensorwise'")
     for w, main in zip((gate_up, down), main_grads):
         expect(main is None or (main.dtype == torch.float32 and main.shape == w.shape), "main_grads",
                "none" if main is None else f"{main.dtype} {tuple(main.shape)}", f"torch.float32 {tuple(w.shape)}")
     if recipe == "bf16":
         return expert_mlp_bf16.expert_mlp(x, gate_up, down, offsets, activation, args, main_grads)
-    fx, fw = _recipe(recipe, element)
+    fx, fw = recipe_formats(recipe, element)
     how = How(fx.name, fx.with_element(grads).name, fw.name, activation, args, fast_accum, max_sms)
     if quantized is None:
         quantized = quantize_both(gate_up, fw), quantize_both(down, fw)

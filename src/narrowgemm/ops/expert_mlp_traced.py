@@ -39,12 +39,12 @@ def _forward(x: Tensor, gate_up: Tensor, down: Tensor, r1: Tensor, rs1: Tensor, 
 
 def _forward_fake(x: Tensor, gate_up: Tensor, down: Tensor, r1: Tensor, rs1: Tensor, c1: Tensor, cs1: Tensor, r2: Tensor,
                   rs2: Tensor, c2: Tensor, cs2: Tensor, offsets: Tensor, *strings: Any) -> tuple[Tensor, ...]:
-    from .quantize_both import _allocate
+    from .quantize_both import allocate_both
 
     fmt = get_format(strings[0])
     h = x.new_empty((x.shape[0], gate_up.shape[1]))
-    _, xt, seg = _allocate(x, fmt, offsets, None)
-    _, at, _ = _allocate(h[:, : h.shape[1] // 2], fmt, offsets, None)
+    _, xt, seg = allocate_both(x, fmt, offsets, None)
+    _, at, _ = allocate_both(h[:, : h.shape[1] // 2], fmt, offsets, None)
     assert xt.scale is not None and at.scale is not None and seg is not None
     return x.new_empty((x.shape[0], down.shape[1])), h, xt.data, xt.scale, at.data, at.scale, seg
 

@@ -46,7 +46,7 @@ class How:
 
 def quantize_weight(w: Tensor, recipe: str = "block", element: str = "e4m3") -> Both:
     """A weight `[G, N, K]` in FP8 along K and, transposed, along N: once an optimiser step, for all of its micro-batches."""
-    return quantize_both(w, _recipe(recipe, element)[1])
+    return quantize_both(w, recipe_formats(recipe, element)[1])
 
 
 def grouped_linear(x: Tensor, w: Tensor | Both, group_lens: Tensor | None = None, *, group_offs: Tensor | None = None,
@@ -68,7 +68,7 @@ def grouped_linear(x: Tensor, w: Tensor | Both, group_lens: Tensor | None = None
 
     Raises TypeError / ValueError before anything is launched.
     """
-    fx, fw = _recipe(recipe, element)
+    fx, fw = recipe_formats(recipe, element)
     grads = grads or element
     expect(grads in ELEMENTS, "grads", repr(grads), f"one of {ELEMENTS}")
     expect(isinstance(x, Tensor) and isinstance(w, (Tensor, Both)), "x and w", f"{type(x).__name__} and {type(w).__name__}",
@@ -80,11 +80,7 @@ def grouped_linear(x: Tensor, w: Tensor | Both, group_lens: Tensor | None = None
         quantized = w
         w = quantized.rows.data
     expect(w.dim() == 3 and w.shape[2] == x.shape[1], "w, shape", tuple(w.shape), f"[G, N, {x.shape[1]}]")
-    expect((group_lens is None) != (group_offs is None), "group_lens and group_offs", "both or none", "one of them")
-    offsets = group_offs if group_offs is not None else _offsets(group_lens)
-    check_index(offsets, "group_offs", 1, INT)
-    expect(offsets.numel() == w.shape[0] + 1, "number of groups in group_lens or group_offs", offsets.numel() - 1,
-           f"the {w.shape[0]} of w {tuple(w.shape)}")
+    offsets = group_offsets(group_lens, group_offs, w.shape[0])
     expect(scales is None or recipe == "tensorwise", "scales with recipe", recipe, "'tensorwise'")
     how = How(fx.name, fx.with_element(grads).name, fast_accum, max_sms)
     if quantized is None:
@@ -106,17 +102,27 @@ def grouped_linear(x: Tensor, w: Tensor | Both, group_lens: Tensor | None = None
     return _GroupedLinear.apply(x, master, r, c, offsets, sx, sdy, how, main_grad)
 
 
-def _recipe(recipe: str, element: str) -> tuple[Format, Format]:
+def recipe_formats(recipe: str, element: str) -> tuple[Format, Format]:
+    """(of activations and gradients, of weights)."""
     expect(recipe in RECIPES, "recipe", repr(recipe), f"one of {tuple(RECIPES)}")
     expect(element in ELEMENTS, "element", repr(element), f"one of {ELEMENTS}")
     fx, fw = RECIPES[recipe]
     return fx.with_element(element), fw.with_element(element)
 
 
-def _offsets(group_lens: Tensor | None) -> Tensor:
-    assert group_lens is not None
-    check_index(group_lens, "group_lens", 1, INT)
-    return torch.nn.functional.pad(group_lens.cumsum(0, dtype=torch.int64), (1, 0))
+def group_offsets(group_lens: Tensor | None, group_offs: Tensor | None, groups: int) -> Tensor:
+    """`[groups + 1]`, where each group's rows begin and end, of whichever of the two is given. Raises ValueError, TypeError."""
+    expect((group_lens is None) != (group_offs is None), "group_lens and group_offs", "both or none", "one of them")
+    if group_lens is not None:
+        check_index(group_lens, "group_lens", 1, INT)
+        expect(group_lens.numel() == groups, "group_lens, length", group_lens.numel(),
+               f"the number of groups of the weights, {groups}")
+        return torch.nn.functional.pad(group_lens.cumsum(0, dtype=torch.int64), (1, 0))
+    assert group_offs is not None
+    check_index(group_offs, "group_offs", 1, INT)
+    expect(group_offs.numel() == groups + 1, "group_offs, length", group_offs.numel(),
+           f"groups + 1 = {groups + 1}, with the groups of the weights")
+    return group_offs
 
 
 # ---------------------------------------------------------------- the three products
@@ -172,9 +178,9 @@ def _forward_op(x: Tensor, w: Tensor | None, wq: Tensor, wqs: Tensor, wt: Tensor
 
 def _forward_fake(x: Tensor, w: Tensor | None, wq: Tensor, wqs: Tensor, wt: Tensor, wts: Tensor, offsets: Tensor, sx: Tensor | None,
                   sdy: Tensor | None, fx: str, fdy: str, fw: str, fast_accum: bool, max_sms: int, keep: bool) -> tuple[Tensor, ...]:
-    from .quantize_both import _allocate
+    from .quantize_both import allocate_both
 
-    _, columns, seg = _allocate(x, get_format(fx), offsets, sx)
+    _, columns, seg = allocate_both(x, get_format(fx), offsets, sx)
     assert columns.scale is not None and seg is not None
     return x.new_empty((x.shape[0], wq.shape[1])), columns.data, columns.scale, seg
 

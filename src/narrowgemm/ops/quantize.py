@@ -58,15 +58,15 @@ def _known(x: Tensor, fmt: Format, rounding: str, amax_clamp: float, scale_layou
            scale_layout, backend, config, env.choice())
     known = _plans.find(key)
     if known is None:
-        plan = _plan(x, fmt, rounding, amax_clamp, scale_layout, backend, config)
+        plan = plan_of(x, fmt, rounding, amax_clamp, scale_layout, backend, config)
         payload, scales = _outputs(x, fmt, scale_layout)
         known = _plans.add(key, plan, payload)
         known.memo[SCALES] = scales
     return known
 
 
-def _plan(x: Tensor, fmt: Format, rounding: str, amax_clamp: float, scale_layout: str, backend: str | None,
-          config: Config | None) -> Plan | None:
+def plan_of(x: Tensor, fmt: Format, rounding: str, amax_clamp: float, scale_layout: str, backend: str | None,
+            config: Config | None) -> Plan | None:
     """Check the call and select its Plan; None where there is nothing to launch."""
     _check(x, fmt, rounding, amax_clamp, scale_layout)
     if x.numel() == 0:

@@ -61,7 +61,7 @@ def quantize_both(x: Tensor, fmt: Format | str, offsets: Tensor | None = None, *
     if torch.compiler.is_compiling():
         expect(amax is None, "amax under torch.compile", "a tensor", "None")
         _check(x, fmt, offsets, scale, rounding, amax_clamp)
-        rows, columns, seg = _allocate(x.detach(), fmt, offsets, scale)
+        rows, columns, seg = allocate_both(x.detach(), fmt, offsets, scale)
         own = None if fmt.group[0] == fmt.group[1] else columns.scale
         torch.ops.narrowgemm.quantize_both(x.detach(), offsets, rows.data, rows.scale, columns.data, own, seg, fmt.name,
                                            scale is not None, rounding, amax_clamp, backend or "")
@@ -70,10 +70,10 @@ def quantize_both(x: Tensor, fmt: Format | str, offsets: Tensor | None = None, *
            *(None if t is None else (t.shape, t.dtype, t.device, t.data_ptr() & 15) for t in (offsets, scale, amax)))
     known = _plans.find(key)
     if known is None:
-        known = _plans.add(key, _plan(x, fmt, offsets, scale, rounding, amax_clamp, backend, amax),
+        known = _plans.add(key, plan_of(x, fmt, offsets, scale, rounding, amax_clamp, backend, amax),
                            common.empty((0,), fmt.elem.dtype, x.device))
     x = x.detach()
-    rows, columns, seg = _allocate(x, fmt, offsets, scale)
+    rows, columns, seg = allocate_both(x, fmt, offsets, scale)
     _fill(known.plan, x, fmt, rows, columns, offsets, seg, scale is not None, rounding, amax_clamp, known.memo, amax)
     return Both(rows, columns, None if seg is None else KGrouped(seg, ALIGNMENT))
 
@@ -99,8 +99,8 @@ def _check(x: Tensor, fmt: Format, offsets: Tensor | None, scale: Tensor | None,
         expect(scale.device == x.device, "scale, device", scale.device, f"the input's, {x.device}")
 
 
-def _plan(x: Tensor, fmt: Format, offsets: Tensor | None, scale: Tensor | None, rounding: str, amax_clamp: float,
-          backend: str | None, amax: Tensor | None = None) -> Plan | None:
+def plan_of(x: Tensor, fmt: Format, offsets: Tensor | None, scale: Tensor | None, rounding: str, amax_clamp: float,
+            backend: str | None, amax: Tensor | None = None) -> Plan | None:
     """Check the call and select its Plan; None where there is nothing to launch."""
     _check(x, fmt, offsets, scale, rounding, amax_clamp)
     if amax is not None:
@@ -117,8 +117,9 @@ def _plan(x: Tensor, fmt: Format, offsets: Tensor | None, scale: Tensor | None, 
     return dispatch.select(problem, detect(x.device), backend)
 
 
-def _allocate(x: Tensor, fmt: Format, offsets: Tensor | None, scale: Tensor | None
-              ) -> tuple[ScaledTensor, ScaledTensor, Tensor | None]:
+def allocate_both(x: Tensor, fmt: Format, offsets: Tensor | None, scale: Tensor | None
+                  ) -> tuple[ScaledTensor, ScaledTensor, Tensor | None]:
+    """Outputs: (along rows, along columns, where the segments of the columns begin and end: None without offsets)."""
     *lead, t, c = x.shape
     p = t if offsets is None else -(-t // ALIGNMENT) * ALIGNMENT + ALIGNMENT * (offsets.numel() - 1)
     rows = ScaledTensor(x.new_empty((*lead, t, c), dtype=fmt.elem.dtype), _scales((*lead, t, c), fmt, x), fmt)
@@ -162,7 +163,7 @@ def _fill(plan: Plan | None, x: Tensor, fmt: Format, rows: ScaledTensor, columns
 def _impl(x: Tensor, offsets: Tensor | None, rows: Tensor, row_scale: Tensor, columns: Tensor, column_scale: Tensor | None,
           seg: Tensor | None, fmt: str, given: bool, rounding: str, amax_clamp: float, backend: str) -> None:
     form = get_format(fmt)
-    plan = _plan(x, form, offsets, row_scale.reshape(-1) if given else None, rounding, amax_clamp, backend or None)
+    plan = plan_of(x, form, offsets, row_scale.reshape(-1) if given else None, rounding, amax_clamp, backend or None)
     other = row_scale.mT if column_scale is None else column_scale      # one scale may serve both copies
     _fill(plan, x, form, ScaledTensor(rows, row_scale, form), ScaledTensor(columns, other, form), offsets, seg, given, rounding,
           amax_clamp)

@@ -97,7 +97,7 @@ def _product(case: Case, kernel: str, device: torch.device) -> float:
 
 
 def quantize_checks() -> Iterator[Check]:
-    from ..ops.quantize import _plan as plan_of
+    from ..ops.quantize import plan_of
 
     for shape in ((40, 512), (3, 1056)):
         for fmt in (f for f in FORMATS.values() if f.scaled):
@@ -117,7 +117,7 @@ def _quantize(shape: tuple[int, int], fmt: Format, kernel: str, device: torch.de
 
 
 def both_checks() -> Iterator[Check]:
-    from ..ops.quantize_both import _plan as plan_of
+    from ..ops.quantize_both import plan_of
 
     for fmt in (FP8_1x128, FP8_ROW, FP8_TENSOR, FP8_128x128):
         plan = plan_of(torch.empty((200, 384), dtype=torch.bfloat16, device="meta"), fmt, None, None, "rceil", 1e-4, "reference")
@@ -137,11 +137,11 @@ def _both(fmt: Format, kernel: str, device: torch.device) -> None:
 
 
 def activate_both_checks() -> Iterator[Check]:
-    from ..ops.activate_both import _Call, _plan
+    from ..ops.activate_both import Call, plan_of
 
     for fmt in (FP8_1x128, FP8_ROW, FP8_TENSOR):
         h, offsets = torch.empty((200, 512), dtype=torch.bfloat16, device="meta"), torch.empty(3, dtype=torch.int64, device="meta")
-        plan = _plan(_Call(h, None, Offsets(offsets), fmt, "swiglu", (), None, None, None, "rceil", 1e-4, "reference"))
+        plan = plan_of(Call(h, None, Offsets(offsets), fmt, "swiglu", (), None, None, None, "rceil", 1e-4, "reference"))
         assert plan is not None
         yield Check(f"activate-both-{fmt.name}-200x256", plan.problem, partial(_activate_both, fmt))
 
