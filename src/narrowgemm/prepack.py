@@ -135,13 +135,13 @@ def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16")
 
     pair: for gate_up weights whose activation is to be fused, how gate and up rows lie in `weights`: 'halves' ([gate; up]) or
         'interleaved' (gate, up, gate, up, ... as GPT-OSS). N must then be even.
-    activations: 'bf16', which serves every format of activations, or 'fp8': MXFP4 weights whose scales fold into E4M3 get the order
-        `FP8_PREPACK`, which FP8 activations are multiplied with at their own rate (others run on the reference then); all other
-        weights get the order that serves all.
+    activations: 'bf16', an order that works for activations of every format, or 'fp8': MXFP4 weights whose scales fold into E4M3
+        get the order `FP8_PREPACK`, which is multiplied with FP8 activations on FP8 tensor cores (activations of other formats
+        then run on the reference); other weights get the first order.
 
-    Works on any device, some experts at a time; reads the scales back once, so it is for load time. Raises TypeError or
-    ValueError for what is no such weight; Unsupported where one row's scales are further apart than BF16 can hold exactly (more
-    than 2^131): such weights stay as they are, and run on the reference.
+    Works on any device, some experts at a time. It reads the scales back once, so call it when loading. Raises TypeError or
+    ValueError for weights that are not of this kind, and Unsupported if the scales of one row are further apart than BF16 can
+    represent exactly (more than 2^131); such weights can be used unpacked.
     """
     expect(isinstance(weights, ScaledTensor), "weights", type(weights).__name__,
            "a ScaledTensor in MXFP4 or MXFP8 (narrowgemm.quantize or ScaledTensor.make)", error=TypeError)

@@ -24,14 +24,14 @@ class ExpertMLP(torch.nn.Module):
     gate_up `[E, 2I, H]` (gate's rows first) and down `[E, H, I]`, of `dtype` BF16 or FP32. recipe ('bf16', 'tensorwise', 'rowwise',
     'block'), element, grads, activation, args, fast_accum, max_sms: as in `narrowgemm.expert_mlp`.
 
-    The weights' two FP8 orientations are kept and made again where a weight has changed (its `_version`), so the micro-batches of a
-    step share them. What changes weights without their version, a CUDA graph's replay above all, is followed by `invalidate()`.
-    While a graph is being captured, each forward quantises as part of it, unless `quantized()` has done so for several.
+    Both FP8 orientations of the weights are kept, and made again when a weight has changed (its `_version`), so the micro-batches
+    of a step share them. Call `invalidate()` after anything that changes weights but not their version, above all the replay of a
+    CUDA graph. While a graph is captured, each forward quantises the weights inside it, unless `quantized()` does so for several.
 
-    A parameter with an attribute `main_grad` (FP32, its shape) has its gradient added there, and gets no `grad`.
+    If a parameter has an attribute `main_grad` (FP32, of its shape), the gradient is added there and the parameter gets no `grad`.
 
     delayed: tensor-wise scales of x, the hidden activation and both gradients come from the largest magnitudes of the last
-    `history` steps, which costs no pass of its own; `update_scales()` ends a step. Until the first one, scales are found in passes.
+    `history` steps, which needs no extra pass; `update_scales()` ends a step. Before the first one, scales are found in a pass.
     """
 
     scale: Tensor

@@ -21,7 +21,7 @@ EXTRAS = ("gate_up_bias", "down_bias", "router_bias", "expert_map")
 
 
 class Experts(torch.nn.Module):
-    """Routed experts (and shared ones) with frozen weights: buffers, not parameters, since narrow ones aren't trained.
+    """Routed (and shared) experts with frozen weights, held as buffers: narrow weights are not trained.
 
     gate_up `[E, 2I, H]`, down `[E, H, I]` (prepacked ones too), biases, `shared` (gate_up `[2S, H]`, down `[H, S]`), `router_bias`,
     `expert_map`, `first_expert`, activation and routing options: as in `narrowgemm.experts`. The router itself is not part of

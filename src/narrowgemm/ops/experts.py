@@ -43,26 +43,26 @@ def experts(x: Tensor, gate_up: Weights, down: Weights, *, router_logits: Tensor
             on_unsupported: str = "portable") -> Tensor:
     """`out[t] = sum over j of weight[t, j] * down_e(act(gate_up_e(x[t])))`, e the expert of choice j, as `[T, H]`.
 
-    x: `[T, H]` BF16, FP16 or FP32; T = 0 is legal. The products, the activation and the result have its type.
+    x: `[T, H]` BF16, FP16 or FP32; T = 0 is legal. The results of products and activation, and the output, have its dtype.
     gate_up: `[E, 2I, H]`, down: `[E, H, I]`: ScaledTensors (FP8 in blocks, rows or whole; MXFP8; MXFP4), tensors of x's
-        type, or `prepack`ed MXFP4 / MXFP8 weights. E are the experts of this rank. gate_up packed with its `pair` has the
-        activation inside the product; without one, the steps are those of other weights, as FP8 activations of many tokens want it.
+        dtype, or `prepack`ed MXFP4 / MXFP8 weights. E counts the experts of this rank. If gate_up is packed with a `pair`, the
+        activation is part of its product; without one it is a step of its own, faster for many tokens with FP8 activations.
     Routing: `router_logits` `[T, E_all]` with `top_k`, `scoring`, `renormalize`, `router_bias`, `num_expert_group`,
         `topk_group`, `scaling_factor` as in `route`; or `topk_weights` fp32 and `topk_ids` int32 / int64 `[T, top_k]`.
-    expert_map, first_expert: as in `sort_by_expert`: experts of other ranks are skipped, their choices count 0.
-        num_experts: over all ranks, a hint for how many rows to expect; known from logits or an expert_map.
+    expert_map, first_expert: as in `sort_by_expert`; experts of other ranks are skipped and contribute zero.
+        num_experts: experts over all ranks, a hint for how many rows to expect; not needed with logits or an expert_map.
     activation, activation_args, interleaved: as `activate`'s activation, args, interleaved.
     activation_format: what x and the activation are quantised to. Default: 1x128 for block-scaled FP8 weights, row-wise for
-        row- and tensor-wise ones, MXFP8 for MXFP8, x's own type for MXFP4, unscaled and prepacked weights.
+        row- and tensor-wise ones, MXFP8 for MXFP8, and x's own dtype for MXFP4, unscaled and prepacked weights.
     gate_up_bias `[E, 2I]` (columns as gate_up's rows), down_bias `[E, H]`: added once, before the activation and before the
-        weight. shared: (gate_up `[2S, H]`, down `[H, S]`) of shared experts; shared_output `[T, H]`: their result instead.
-    out: `[T, H]` to write. workspace: uint8, at least `experts_workspace(...)` bytes; allocated if None.
-    batch_invariant: a token's result does not depend on the others in the call: kernels and configs are fixed.
+        routing weight. shared: (gate_up `[2S, H]`, down `[H, S]`) of shared experts; or shared_output `[T, H]`, their result.
+    out: `[T, H]`, written in place. workspace: uint8, at least `experts_workspace(...)` bytes. Both are allocated if None.
+    batch_invariant: fix kernels and configs, so that a token's result does not depend on the other tokens in the call.
     backend, max_sms, on_unsupported: as in `gemm`, for every step that has the choice.
 
-    Deterministic; no host sync; may be captured in a graph after one warm-up call, and replayed with any routing. Not
-    differentiable. Bit for bit the composition of the public steps (but for biases, which are added in FP32 on the way).
-    Raises TypeError / ValueError before anything is launched; Unsupported where no kernel takes a step.
+    Deterministic, without host synchronisation; can be captured in a CUDA graph after one warm-up call and replayed with any
+    routing. Not differentiable. Gives the same bits as the public steps in sequence, except that biases are added in FP32.
+    Raises TypeError / ValueError before anything is launched, and Unsupported if no kernel computes a step.
 
     Layer: Mixtral, Qwen3-MoE, DeepSeek-V3; GPT-OSS with 'swiglu_oai', interleaved and biases.
     """

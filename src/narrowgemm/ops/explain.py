@@ -1,4 +1,4 @@
-"""`explain`: which kernel a problem runs on, with which config, and why each other one was passed over. `prepare`: compile it."""
+"""`explain`: which kernel a problem runs on, with which config, and why each other one was passed over."""
 
 from __future__ import annotations
 
@@ -85,8 +85,9 @@ def explain(op: str, *, layout: str = "dense", groups: int = 1, m: int, n: int, 
             on_unsupported: str = "portable") -> Explanation:
     """The Plan for a problem given by its sizes, on `device`: a name ('h200', 'sm90', 'cpu'), a torch device, or the one here.
 
-    m: rows of A (masked: rows expected a group; routed_gemm: slots). packed: B went through `prepack`; 'fp8': for FP8 activations.
-    Needs no GPU. Raises as the op itself would: ValueError, Unsupported.
+    m: rows of A (masked: expected rows per group; routed_gemm: slots). packed: B went through `prepack`; 'fp8': with
+        `activations="fp8"`.
+    Needs no GPU. Raises what the op itself would raise: ValueError, Unsupported.
     """
     arch = detect(device if isinstance(device, torch.device) else None) if device is None or isinstance(device, torch.device) \
         else get_arch(device)
@@ -96,9 +97,9 @@ def explain(op: str, *, layout: str = "dense", groups: int = 1, m: int, n: int, 
 
 
 def can_run(op: str, **problem: Any) -> tuple[bool, str]:
-    """(whether a kernel made for it computes the problem, which one and why, or why none does). Arguments as in `explain`.
+    """(whether a fast kernel computes the problem, which one and why, or why none does). Arguments as in `explain`.
 
-    A portable kernel does not count: `explain` tells what would run. ValueError for arguments that name no problem.
+    Portable kernels do not count; `explain` says what would run. Raises ValueError for arguments that describe no problem.
     """
     try:
         plan = explain(op, **problem, on_unsupported="raise").plan

@@ -23,18 +23,19 @@ def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tensor, *, o
          on_unsupported: str = "portable", workspace: Tensor | None = None) -> Tensor:
     """`out [M, N] = A [M, K] . B [N, K]^T`, summed in FP32 and rounded once.
 
-    a: `[M, K]`, b: `[N, K]`: `ScaledTensor`s (any FORMATS entry), or BF16 / FP16 / FP32 tensors. Shapes are logical: an operand
-        stored `[K, N]` comes as its transpose, a view. b may be packed (`prepack`).
+    a: `[M, K]`, b: `[N, K]`: `ScaledTensor`s (any FORMATS entry), or BF16 / FP16 / FP32 tensors. Shapes are logical: pass an
+        operand that is stored `[K, N]` as its transpose, which is a view. b may be packed (`prepack`).
     out: `[M, N]` BF16 / FP16 / FP32 with contiguous rows, written in place; allocated with `out_dtype` (BF16) if None.
-    accumulate: add to `out` instead.
+    accumulate: add the product to what `out` holds.
     fast_accum: row-wise and tensor-wise FP8 only: leave the whole sum to the tensor core, which keeps about 14 bits of it on
-        Hopper, instead of promoting it to FP32 every 512 of K.
-    backend: run on this one only ('triton', 'gluon_sm90', 'reference'). config: with this Config. max_sms: on so many SMs, 0 = all.
-    validate: 'sync' reads scales back and raises on NaN (slow). on_unsupported: 'raise' refuses the portable kernels.
-    workspace: uint8 scratch of at least `explain(...).plan.workspace_bytes` bytes, on 16 bytes; allocated if None.
+        Hopper, instead of promoting it to FP32 every 512 elements of K.
+    backend: use only this one ('triton', 'gluon_sm90', 'reference'), or the kernel of this name. config: use this Config.
+    max_sms: use at most so many SMs; 0 means all.
+    validate: 'sync' reads the scales back and raises if one is NaN (slow). on_unsupported: 'raise' refuses the portable kernels.
+    workspace: uint8 scratch memory, at least `explain(...).plan.workspace_bytes` bytes, aligned to 16; allocated if None.
 
-    Returns `out`. Empty operands are legal; K = 0 gives zeros. Raises TypeError (dtype, type), ValueError (shape, device, stride,
-    option), both before anything is written; Unsupported where no kernel takes the problem.
+    Returns `out`. Empty operands are legal; K = 0 gives zeros. Raises TypeError (dtype, type) or ValueError (shape, device, stride,
+    option) before anything is written, and Unsupported if no kernel computes the problem.
 
     Scale recipes follow DeepSeek-V3 (1x128 activations, 128x128 weights), OCP MX (1x32) and torch.scaled_mm (row, tensor).
     """

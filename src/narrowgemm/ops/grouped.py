@@ -27,13 +27,13 @@ def grouped_gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tens
                  workspace: Tensor | None = None) -> Tensor:
     """`out[rows of g] = A[rows of g] . B[g]^T` for every group g, in one launch, group sizes on the device.
 
-    a: `[M, K]` (Contiguous, Psum, Offsets) or `[G, max_m, K]` (Masked). b: `[G, N, K]`. out: like a, with N for K.
-        b may be packed (`prepack`), with every one of these layouts.
+    a: `[M, K]` (Contiguous, Psum, Offsets) or `[G, max_m, K]` (Masked). b: `[G, N, K]`; it may be packed (`prepack`).
+    out: as a, with N instead of K.
     fast_accum: as in `gemm`.
-    zero_padding: padding rows of Contiguous and Psum are written as zero; False leaves them. Rows outside every group of
-        Offsets and Masked are never written.
+    zero_padding: write zeros to the padding rows of Contiguous and Psum; False leaves them as they are. Rows of Offsets and
+        Masked that belong to no group are never written.
     validate: 'sync' reads the layout and the scales back and raises ValueError naming the first bad row or group (slow).
-    Other arguments and errors as in `gemm`. Ids outside [0, G) act as -1, sizes are clamped to the tensor.
+    Other arguments and errors as in `gemm`. Ids outside [0, G) are treated as -1, and sizes are clamped to the tensor.
 
     Layouts are DeepGEMM's (contiguous, psum, masked) and torch's / Primus-Turbo's (offsets): see `narrowgemm.layouts`.
     """

@@ -26,16 +26,16 @@ _plans = common.PlanCache()
 
 def quantize(x: Tensor, fmt: Format | str, *, rounding: str = "rceil", amax_clamp: float = 1e-4,
              scale_layout: str = "row_major", backend: str | None = None, config: Config | None = None) -> ScaledTensor:
-    """`x` in the scaled format `fmt`: payload and scales, one scale a block.
+    """`x` quantised to the format `fmt`: payload and scales, one scale per block.
 
-    x: `[..., R, K]`, BF16, FP16 or FP32, any strides (a transposed view quantises along its own K without a copy).
-    fmt: a scaled entry of FORMATS or its name: tensor-wise (one scale a matrix `[R, K]`), row-wise, 1x128, 128x128,
-        MXFP8, MXFP4. K of MXFP4 must be even. Blocks that R or K cut short are scaled by the elements they have.
+    x: `[..., R, K]`, BF16, FP16 or FP32, any strides (a transposed view is quantised along its own K without a copy).
+    fmt: a scaled entry of FORMATS or its name: tensor-wise (one scale per matrix `[R, K]`), row-wise, 1x128, 128x128,
+        MXFP8, MXFP4. K of MXFP4 must be even. Blocks at the edge are scaled by the elements they have.
     rounding: of E8M0 scales: 'rceil' (the smallest power of two that saturates nothing), 'floor' (OCP MX), 'even'; FP32
         scales have none. amax_clamp: the least amax of a block, so that a block of zeros has a scale (DeepGEMM's 1e-4).
     scale_layout: strides of the scales `[..., ceil(R/rows), ceil(K/cols)]`: 'row_major', or 'mn_major', R contiguous
         with columns on 16 bytes, as TMA loads them.
-    backend: run on this one only ('triton', 'reference'). config: with this Config.
+    backend: use only this one ('triton', 'reference'). config: use this Config.
 
     Returns a ScaledTensor with payload `[..., R, K]`, K contiguous (E2M1: uint8 `[..., R, K/2]`, low nibble = even K),
     and float32 or uint8 E8M0 scales. Values beyond the range saturate; a NaN or an infinity makes its whole block NaN.

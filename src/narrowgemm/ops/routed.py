@@ -52,19 +52,21 @@ def routed_gemm(a: ScaledTensor | Tensor, b: PackedWeight | ScaledTensor | Tenso
                 on_unsupported: str = "portable", workspace: Tensor | None = None) -> Tensor:
     """`out[slot] = routing_weight[slot] * activation(A[slot // a_div] . B[expert of slot]^T + bias[expert])`, in one call.
 
-    a: `[rows, K]`, BF16 / FP16 / FP32 or a ScaledTensor with scales of its rows. b: `[E, N, K]`, packed (`prepack`), or as it is.
-    layout: `Routed` (which brings its `top_k` and `a_div`), or `Offsets` over positions, with
+    a: `[rows, K]`, BF16 / FP16 / FP32, or a ScaledTensor whose scales belong to single rows. b: `[E, N, K]`, packed (`prepack`)
+        or not.
+    layout: `Routed` (which has its own `top_k` and `a_div`), or `Offsets` over positions, with
     row_map: int32 `[R]`, the slot of each position (`Routing.row_map`); None: position r is slot r. The slots are then [0, R).
     top_k, a_div: of the slots, for Offsets (default 1): a token's slots are `token * top_k + j`, row of A = slot // a_div.
-    bias: `[E, N]` FP32 / BF16 / FP16, in the order of the rows that `prepack` was given, added to the sum once.
+    bias: `[E, N]` FP32 / BF16 / FP16, its columns in the order of the weight's rows before `prepack`; added to the sum once.
     activation: 'swiglu' (silu(gate) * up) or 'swiglu_oai' (GPT-OSS: gate at most `limit`, up within +-`limit`,
-        gate * sigmoid(alpha * gate) * (up + 1)); the output has N/2 columns. Gate and up lie as the packed weight's `pair` says,
-        else interleaved=True: alternating; False: [gate; up].
-    routing_weight: FP32, one a slot (`[T, top_k]` too). combine: sum a token's `top_k` slots in FP32, in order of j.
+        gate * sigmoid(alpha * gate) * (up + 1)); the output has N/2 columns. How gate and up rows lie is told by the packed
+        weight's `pair`; for other weights by `interleaved`: True if they alternate, False for [gate; up].
+    routing_weight: FP32, one per slot (or `[T, top_k]`). combine: sum a token's `top_k` slots in FP32, in order of j.
     add: `[slots / top_k, N or N/2]` FP32 / BF16 / FP16, added to that sum (shared experts).
     out: `[slots, N or N/2]`, combine: `[slots / top_k, ...]`, BF16 / FP16 / FP32; allocated with `out_dtype` (BF16) if None.
-    zero_padding: rows of slots that no expert computes are written as zero; else they are not written. combine counts them as 0.
-    Other arguments, and errors, as in `gemm`. Experts out of range skip their block, slots out of range are left out.
+    zero_padding: write zeros to the rows of slots that no expert computes; otherwise they are not written. combine counts them
+        as 0.
+    Other arguments and errors as in `gemm`. Blocks of experts out of range are skipped, and so are slots out of range.
 
     Contract: aiter's grouped_gemm_mxfp8 and vLLM's fused-MoE kernels (routed), FlyDSL's A16W4 stage 2 (bias, weight, combine).
     """
