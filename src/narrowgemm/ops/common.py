@@ -243,6 +243,12 @@ def check_pair(a: ScaledTensor, b: ScaledTensor, a_shape: str, b_shape: str, a_d
            f"a's, {a.shape[-1]} (a is {tuple(a.shape)}): a is {a_shape}, b is {b_shape}")
 
 
+def check_row_scales(a: ScaledTensor) -> None:
+    """Rows of one scale block may belong to several groups."""
+    expect(a.format.group[0] in (0, 1), f"a's scale block {a.format.group}, rows", a.format.group[0],
+           "1 or whole tensor: rows of one block may belong to several groups")
+
+
 def check_out(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
               accumulate: bool) -> None:
     if out is None:
@@ -258,7 +264,8 @@ def check_out(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, de
            "no row stored twice (no stride 0)")
 
 
-def _aligned(x: Tensor) -> bool:
+def on_16_bytes(x: Tensor) -> bool:
+    """Whether its first element and every row start at multiples of 16 bytes."""
     size = x.element_size()
     s = sorted(x.stride())
     return x.data_ptr() % 16 == 0 and all(v * size % 16 == 0 for v in s[1:])
@@ -276,7 +283,7 @@ def _scale_major(x: ScaledTensor) -> str:
 
 def operand(x: ScaledTensor, prepack: str = "") -> Operand:
     scale = "" if x.scale is None else "e8m0" if x.scale.dtype == torch.uint8 else "fp32"
-    return Operand(x.format, x.major, prepack, scale, _scale_major(x), _aligned(x.data))
+    return Operand(x.format, x.major, prepack, scale, _scale_major(x), on_16_bytes(x.data))
 
 
 def is_wide(*tensors: Tensor | None) -> bool:
@@ -292,7 +299,7 @@ def plan(op: str, layout: str, a: ScaledTensor, b: ScaledTensor, out: Tensor, m:
            True, "False: sums are scaled, and so promoted, every block of K")
     problem = Problem(
         op, layout, bucket(m), n, k, groups, operand(a), operand(b), rows=bucket(max(rows, 1)),
-        out_dtype=dtype_name(out.dtype), out_aligned=_aligned(out), accumulate=accumulate, zero_padding=zero_padding,
+        out_dtype=dtype_name(out.dtype), out_aligned=on_16_bytes(out), accumulate=accumulate, zero_padding=zero_padding,
         promote=promotion(a.format, b.format, options.fast_accum), max_sms=options.max_sms, wide=is_wide(a.data, b.data, out),
         alignment=alignment)
     return dispatch.select(problem, detect(a.device), options.backend, options.config, options.on_unsupported)

@@ -84,14 +84,14 @@ def plan_of(a: ScaledTensor, b: ScaledTensor, layout: Layout, out: Tensor | None
     """Check the call and select its Plan; None where there is nothing to compute."""
     options.check()
     if layout.kind not in KINDS:
-        raise Unsupported(f"grouped_gemm has no {layout.kind} layout yet", f"use one of {sorted(KINDS)}")
+        raise Unsupported(f"grouped_gemm has no {layout.kind} layout", f"it takes {', '.join(KINDS)}; k_grouped is "
+                          "grouped_gemm_wgrad's, routed is routed_gemm's")
     masked = layout.kind == "masked"
     common.check_pair(a, b, "[G, max_m, K]" if masked else "[M, K]", "[G, N, K]", 3 if masked else 2, 3)
     groups = layout.groups(b.shape[0])
     m = a.shape[-2]
     expect(not masked or a.shape[0] == groups, "groups of a", a.shape[0], f"b's, {groups}")
-    expect(a.format.group[0] in (0, 1), f"a's scale block {a.format.group}, rows", a.format.group[0], "1 or whole tensor: "
-           "rows of one block may belong to several groups")
+    common.check_row_scales(a)
     index = layout.index
     expect(index.device == a.device, f"{layout.kind} index, device", index.device, f"the operands', {a.device}")
     expect(layout.kind != "contiguous" or index.numel() == m, "m_indices, length", index.numel(), f"M = {m}")

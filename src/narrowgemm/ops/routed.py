@@ -20,6 +20,8 @@ from ..runtime.launch import run
 from . import common, traced, validate_data
 from .common import Options
 
+ACTIVATIONS = ("swiglu", "swiglu_oai")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _plans = common.PlanCache()
 
 
@@ -37,10 +39,6 @@ class Slots:
     bias: Tensor | None = None
     weight: Tensor | None = None
     add: Tensor | None = None
-
-
-ACTIVATIONS = ("swiglu", "swiglu_oai")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def routed_gemm(a: ScaledTensor | Tensor, b: PackedWeight | ScaledTensor | Tensor, layout: Routed | Offsets, *,
@@ -216,7 +214,7 @@ def _routed_plan(a: ScaledTensor, b: PackedWeight | ScaledTensor, layout: Routed
     groups, n, k = groups_of(b), b.shape[-2], b.shape[-1]
     expect(a.device == b.device, "b, device", b.device, f"a's, {a.device}")
     expect(a.shape[-1] == k, "K of a", a.shape[-1], f"b's, {k}")
-    expect(a.format.group[0] in (0, 1), f"a's scale block {a.format.group}, rows", a.format.group[0], "1 or whole tensor")
+    common.check_row_scales(a)
     layout.groups(groups)
     expect(isinstance(a_div, int) and a_div >= 1, "a_div", a_div, "at least 1")
     if s.slots is None and isinstance(layout, Offsets):     # positions are slots, and rows of A
@@ -269,7 +267,7 @@ def packed_plan(a: ScaledTensor, b: PackedWeight, layout: Layout | None, out: Te
     _check_weights(b, 2 if layout is None else 3)
     expect(a.device == b.device, "b, device", b.device, f"a's, {a.device}")
     expect(a.shape[-1] == b.k, "K of b", f"{b.k} (b is {b.shape})", f"a's, {a.shape[-1]} (a is {tuple(a.shape)})")
-    expect(a.format.group[0] in (0, 1), f"a's scale block {a.format.group}, rows", a.format.group[0], "1 or whole tensor")
+    common.check_row_scales(a)
     m = a.shape[-2]
     if layout is not None:
         layout.groups(b.groups)
@@ -287,7 +285,7 @@ def packed_plan(a: ScaledTensor, b: PackedWeight, layout: Layout | None, out: Te
     rows = hint or (m if layout is None or masked else -(-m // b.groups))
     problem = Problem("gemm" if layout is None else "grouped_gemm", "dense" if layout is None else layout.kind, bucket(m), b.n, b.k,
                       b.groups, common.operand(a), weight_operand(b), rows=bucket(max(1, min(rows, m))),
-                      out_dtype=dtype_name(dtype), out_aligned=common._aligned(like), accumulate=accumulate,
+                      out_dtype=dtype_name(dtype), out_aligned=common.on_16_bytes(like), accumulate=accumulate,
                       zero_padding=zero_padding, max_sms=options.max_sms,
                       alignment=layout.alignment if isinstance(layout, Psum) else 1)
     return _select(problem, a, b, options)
