@@ -46,7 +46,7 @@ def info() -> None:
 
 
 @cache.command()
-@click.option("--all", "everything", is_flag=True, help="Other packages' kernels and Triton's helpers, too.")
+@click.option("--all", "everything", is_flag=True, help="Also remove other packages' kernels and Triton's helpers.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 def clear(everything: bool, yes: bool) -> None:
     """Remove compiled kernels; they are compiled again when they are needed."""
@@ -69,16 +69,16 @@ def size(found: Sequence[store.Entry]) -> str:
 
 @cache.command()
 @click.option("--model", type=click.Choice(sorted(MODELS)), required=True)
-@click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="Tensor parallelism.")
-@click.option("--ep", type=click.IntRange(1), default=1, show_default=True, help="Expert parallelism.")
+@click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="Ranks of tensor parallelism.")
+@click.option("--ep", type=click.IntRange(1), default=1, show_default=True, help="Ranks of expert parallelism.")
 @click.option("--layout", "layouts", multiple=True, default=["offsets", "masked"], show_default=True,
               help=f"How rows belong to groups: {', '.join(LAYOUTS)}; several times, or with commas.")
-@click.option("--max-m", type=click.IntRange(1), default=4096, show_default=True, help="Most rows; masked: of a group.")
-@click.option("--a", "a", metavar="FORMAT", help="Format of activations.  [default: what goes with the model's weights]")
+@click.option("--max-m", type=click.IntRange(1), default=4096, show_default=True, help="Most rows (masked: of a group).")
+@click.option("--a", "a", metavar="FORMAT", help="Format of activations.  [default: what suits the model's weights]")
 @click.option("--out-dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True)
 @click.option("--processes", type=click.IntRange(1), default=min(8, os.cpu_count() or 1), show_default=True,
-              help="Compile in so many side by side, fewer where memory is short.")
-@click.option("--device", default=None, help="A GPU (cuda, cuda:1); or a device by name (h200), to list what it needs.")
+              help="Processes that compile side by side; fewer if memory is short.")
+@click.option("--device", default=None, help="A GPU (cuda, cuda:1); or a device name (h200), to list what it would compile.")
 def warm(model: str, tp: int, ep: int, layouts: tuple[str, ...], max_m: int, a: str | None, out_dtype: str,
          processes: int, device: str | None) -> None:
     """Compile what the two products of a model's experts need, ahead of the first call.

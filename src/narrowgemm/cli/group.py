@@ -10,15 +10,15 @@ from ..version import __version__
 
 # name: (module under this package, attribute, one line for `narrowgemm --help`)
 COMMANDS: dict[str, tuple[str, str, str]] = {
-    "demo": ("demo", "demo", "An expert block of a real model, FP8 against BF16, step by step."),
-    "explain": ("explain", "explain", "Which kernel a problem gets, how fast it should be, and why not another."),
-    "bench": ("bench", "bench", "Measure cases by name, with peers side by side."),
-    "tune": ("tune", "tune", "Measure every kernel and config on cases; keep what beats the cost model."),
-    "report": ("report", "report", "Tables and plots from result files."),
-    "cache": ("cache", "cache", "Triton's compile cache: where it is, clearing it, compiling a model's shapes ahead."),
+    "demo": ("demo", "demo", "Run an expert block of a real model in FP8 and BF16, step by step."),
+    "explain": ("explain", "explain", "Say which kernel a problem gets, why, and how fast it should be."),
+    "bench": ("bench", "bench", "Measure suites of cases side by side with peers."),
+    "tune": ("tune", "tune", "Measure every kernel and config, and keep what beats the cost model."),
+    "report": ("report", "report", "Print tables from result files."),
+    "cache": ("cache", "cache", "Inspect or clear Triton's compile cache; compile a model's shapes in advance."),
     "doctor": ("doctor", "doctor", "Check the installation; run every kernel on this device against the reference."),
-    "parallel": ("parallel", "parallel", "Expert parallelism over several processes: the command for it, or run it."),
-    "env": ("env", "command", "Versions, devices, drivers, variables and caches; works on a broken install."),
+    "parallel": ("parallel", "parallel", "Print, or run, the command for expert parallelism over several processes."),
+    "env": ("env", "command", "Print versions, devices, drivers, variables and caches; works on a broken install."),
 }
 
 

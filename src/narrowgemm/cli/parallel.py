@@ -12,7 +12,7 @@ MODULE = "narrowgemm.distributed.demo"
 
 
 @click.command(context_settings={"ignore_unknown_options": True})
-@click.option("--processes", type=click.IntRange(1), default=2, show_default=True, help="Ranks; one GPU each if there are so many.")
+@click.option("--processes", type=click.IntRange(1), default=2, show_default=True, help="Ranks; one GPU each if there are enough.")
 @click.option("--run", "now", is_flag=True, help="Run it, instead of printing it.")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
 def parallel(processes: int, now: bool, arguments: tuple[str, ...]) -> None:

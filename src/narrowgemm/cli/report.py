@@ -14,8 +14,8 @@ from ..testing import results
 
 @click.command()
 @click.argument("files", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--suite", "suites", multiple=True, help="A suite that must be there whole, even if no row names it.")
-@click.option("--peers", "peers", multiple=True, help="A peer that every suite must have rows for.")
+@click.option("--suite", "suites", multiple=True, help="A suite that must be complete, even if no row names it.")
+@click.option("--peers", "peers", multiple=True, help="A peer for which every suite must have rows.")
 @click.option("--markdown", is_flag=True, help="The table as Markdown.")
 @click.option("--json", "as_json", is_flag=True, help="Summaries and problems as JSON.")
 def report(files: tuple[Path, ...], suites: tuple[str, ...], peers: tuple[str, ...], markdown: bool,
