@@ -13,6 +13,7 @@ from narrowgemm.testing import peers
 from narrowgemm.testing.case import Case
 from narrowgemm.testing.cases import SUITES, build
 from narrowgemm.testing.inputs import Inputs, check_outputs
+from narrowgemm.testing.peer import import_error
 
 UNEVEN = "uniform:0.3:1.7"
 CASES = [
@@ -195,7 +196,7 @@ def test_triton_kernels_gets_weights_in_its_layout_once(monkeypatch: pytest.Monk
 def test_nothing_is_imported_until_it_is_asked_for() -> None:
     assert peers.get_peer("deepgemm").available(torch.device("cpu")).startswith("DeepGEMM needs an NVIDIA GPU")
     assert "compute capability 9.0" in peers.get_peer("torch").available(torch.device("cpu"))
-    assert peers._import_error("no_such_peer").startswith("no_such_peer can't be imported")
+    assert import_error("no_such_peer").startswith("no_such_peer can't be imported")
     assert peers.version("torch_bf16") == ""
     for name in ("floor", "cutlass"):
         with pytest.raises(ValueError, match=f"peer: got '{name}'"):

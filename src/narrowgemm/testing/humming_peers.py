@@ -22,9 +22,9 @@ from ..formats import MXFP4, MXFP8, Format, FP8_1x128, ScaledTensor
 from ..scales import scale_to_float
 from .case import Case
 from .inputs import Inputs
-from .mx_peers import bf16_rows, hopper, import_error, sorted_rows, tight
+from .mx_peers import bf16_rows, hopper, sorted_rows, tight
 from .numerics import recipe_gate
-from .peer import SAME_BITS_LIMIT, Prepared
+from .peer import SAME_BITS_LIMIT, Prepared, import_error
 from .timers import make_timer
 
 BLOCKS = (128, 256)     # its tiles have 128 or 256 of N and at most 256 of K

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import weakref
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -13,16 +12,7 @@ from torch import Tensor
 from ..formats import MXFP4, ScaledTensor
 from .case import Case
 from .inputs import Inputs
-from .peer import Prepared
-
-
-@lru_cache(maxsize=4)
-def import_error(module: str) -> str | None:
-    try:
-        importlib.import_module(module)
-    except (ImportError, OSError, AssertionError, RuntimeError) as e:
-        return f"{module} can't be imported: {e}"
-    return None
+from .peer import Prepared, import_error
 
 
 def hopper(device: torch.device) -> str | None:

@@ -12,8 +12,8 @@ from ..problem import Config
 from .case import Case
 from .guard import Guarded
 from .inputs import Inputs, build
-from .mx_peers import hopper, import_error, sorted_rows, tight
-from .peer import Prepared
+from .mx_peers import hopper, sorted_rows, tight
+from .peer import Prepared, import_error
 
 # aiter 3783's baseline: BLOCK 64/128/128 with 8 warps, whatever the rows
 STOCK = Config(64, 128, 128, 8, 3, persistent=True)

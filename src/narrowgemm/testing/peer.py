@@ -1,9 +1,11 @@
-"""A peer's call on one case, as its adapter prepares it."""
+"""A peer's call on one case, as its adapter prepares it, and whether the peer can be imported at all."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -22,3 +24,13 @@ class Prepared:
     rows: Callable[[int], Tensor] | None = None
     gate: str = "kernel"
     limit: float = SAME_BITS_LIMIT
+
+
+@lru_cache(maxsize=16)
+def import_error(module: str) -> str | None:
+    """Why a peer's module can't be imported, or None where it can."""
+    try:
+        importlib.import_module(module)
+    except (ImportError, OSError, AssertionError, RuntimeError) as e:
+        return f"{module} can't be imported: {e}"
+    return None

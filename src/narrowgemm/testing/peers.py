@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib
 import sys
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -26,7 +25,7 @@ from .layer import LayerCase
 from .mx_peers import TritonKernels
 from .mxfp8_peers import DeepGemmBlock, DequantBf16, DotScaled
 from .numerics import RECIPE_GATE
-from .peer import Prepared
+from .peer import Prepared, import_error
 from .step import StepCase
 from .tokens import Tokens
 from .training_peers import BestConfig, StepPeer
@@ -127,7 +126,7 @@ class DeepGemm:
     def available(self, device: torch.device) -> str | None:
         if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] < 9:
             return "DeepGEMM needs an NVIDIA GPU of compute capability 9.0 or later"
-        return _import_error("deep_gemm")
+        return import_error("deep_gemm")
 
     def supports(self, case: Case) -> str | None:
         if case.layout == "k_grouped":
@@ -280,7 +279,7 @@ class LayerPeer:
         if device.type != "cuda":
             return f"{self.name} needs a GPU"
         module = layer_peers.MODULES.get(self.name)
-        return _import_error(module) if module else None
+        return import_error(module) if module else None
 
     def supports(self, case: Any) -> str | None:
         from . import layer_peers
@@ -348,15 +347,6 @@ def computes(peer: str, case: Case) -> bool:
         if isinstance(case, whole) and not isinstance(found, kind):
             return False
     return found.supports(case) is None
-
-
-@lru_cache(maxsize=16)
-def _import_error(module: str) -> str | None:
-    try:
-        importlib.import_module(module)
-    except (ImportError, OSError, AssertionError, RuntimeError) as e:
-        return f"{module} can't be imported: {e}"
-    return None
 
 
 def version(peer: str) -> str:
