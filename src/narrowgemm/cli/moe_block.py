@@ -25,6 +25,7 @@ from ..ops.route import Routing, combine, gather, route, sort_by_expert
 from ..ops.steps import select
 from ..problem import Plan
 from ..reference.gemm import full_float32
+from ..runtime.dispatch import by_reason
 from ..testing.numerics import GateResult, calc_diff, check_gates
 from ..testing.timers import GraphTimer, WallTimer, ceilings
 
@@ -250,7 +251,7 @@ def _choice(plan: Plan | None) -> dict[str, Any]:
     if plan is None:
         return {"kernel": "", "why": "nothing to compute"}
     kernel = plan.kernel if plan.backend == "reference" else f"{plan.kernel} [{plan.config}]"
-    why = "; ".join((plan.reason, *(f"not {name}: {text}" for name, text in plan.passed_over)))
+    why = f"{plan.reason}; not {by_reason(plan.passed_over)}" if plan.passed_over else plan.reason
     return {"kernel": kernel, "why": why, "predicted_us": plan.predicted_us}
 
 

@@ -6,6 +6,7 @@ groups is no key, so a new token count or expert-parallel degree never disengage
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 
 from ..arch import Arch
@@ -103,17 +104,21 @@ def _cheapest(kernel: Kernel, problem: Problem, config: Config | None, arch: Arc
 
 
 def _refusal(problem: Problem, arch: Arch, backend: str, config: Config | None, passed: dict[str, str]) -> Exception:
-    """Names each reason once, with the kernels that gave it; kernels that `backend` left out are not named."""
-    kernels_of: dict[str, list[str]] = {}
-    for name, reason in passed.items():
-        if reason != _not_asked_for(backend):
-            kernels_of.setdefault(reason, []).append(name)
-    reasons = "; ".join(f"{', '.join(names)}: {reason}" for reason, names in kernels_of.items())
+    """Kernels that `backend` left out are not named."""
+    reasons = by_reason((name, reason) for name, reason in passed.items() if reason != _not_asked_for(backend))
     what = f"{problem.op} ({problem.layout}, {problem.a.format.name} x {problem.b.format.name}) on {arch.name}"
     what += f" with backend {backend!r}" if backend else ""
     if config is not None:
         return ValueError(f"config {config} can't run {what}: {reasons}")
     return Unsupported(f"no kernel runs {what}: {reasons}", "see narrowgemm.explain")
+
+
+def by_reason(passed_over: Iterable[tuple[str, str]]) -> str:
+    """(kernel, reason) as text: each reason once, behind all kernels that gave it."""
+    kernels_of: dict[str, list[str]] = {}
+    for name, reason in passed_over:
+        kernels_of.setdefault(reason, []).append(name)
+    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in kernels_of.items())
 
 
 def illegal(kernel: Kernel, problem: Problem, config: Config, arch: Arch) -> str | None:
