@@ -14,6 +14,7 @@ import argparse
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -84,17 +85,31 @@ def table(device_files: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
              f"{', '.join(sorted({'`' + str(d['commit'])[:10] + '`' for d in used}))}; measured "
              f"{', '.join(sorted({str(d['date'])[:10] for d in used}))})", ""]
     without = {suite: missing for (suite, _), files in chosen.items() if (missing := results.left_out(suite, files))}
-    return [*lines, *markdown_table(results.summarise(rows)), "", *not_asked(without)], results.check(rows, without=without)
+    lines += [*markdown_table(results.summarise(rows)), "", *not_asked(without), *wrong(rows)]
+    return lines, results.check(rows, without=without)
 
 
 def not_asked(without: dict[str, list[str]]) -> list[str]:
     """What a table says of peers that were left out."""
+    return named("Not measured there", [(p, f"`{suite}`") for suite, peers in without.items() for p in peers])
+
+
+def wrong(rows: list[dict[str, Any]]) -> list[str]:
+    """What a table says of peers whose values are wrong in some cases, which then have no ratio."""
+    from narrowgemm.testing import results
+
+    counts = Counter((r["peer"], r["suite"]) for r in rows if results.wrong_peer(r))
+    return named("Cases without a ratio, where the peer fails its numeric gate",
+                 [(p, f"`{suite}` {n}") for (p, suite), n in counts.items()])
+
+
+def named(what: str, found: list[tuple[str, str]]) -> list[str]:
+    """A line that says `what` of (peer, suite) pairs, by peer."""
     by_peer: dict[str, list[str]] = {}
-    for suite, peers in without.items():
-        for p in peers:
-            by_peer.setdefault(p, []).append(f"`{suite}`")
+    for p, suite in found:
+        by_peer.setdefault(p, []).append(suite)
     text = "; ".join(f"{p} ({', '.join(suites)})" for p, suites in by_peer.items())
-    return [f"Not measured there: {text}.", ""] if text else []
+    return [f"{what}: {text}.", ""] if text else []
 
 
 def render(paths: list[Path]) -> tuple[str, list[str]]:

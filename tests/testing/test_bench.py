@@ -298,6 +298,20 @@ def test_peers_that_a_run_was_not_asked_for_are_named(whole: Path, tmp_path: Pat
     assert any("against torch_bf16: missing" in p for p in make.render([folder / "r.json"])[1])
 
 
+def test_wrong_peers_are_named_and_wrong_rows_of_ours_are_problems(whole: Path, tmp_path: Path) -> None:
+    make = tables()
+    folder = tmp_path / "benchmarks" / "results" / "cpu"
+    folder.mkdir(parents=True)
+    data = json.loads(whole.read_text())
+    row = next(r for r in data["rows"] if r["peer"] == "torch_bf16")
+    for error, named in (("torch_bf16: kernel gate FAILED: calc_diff 1", True), ("kernel gate FAILED: calc_diff 1", False),
+                         ("torch_bf16: out of memory", False)):
+        row.update(error=error, ratio=None)
+        (folder / "r.json").write_text(json.dumps(data))
+        text, problems = make.render([folder / "r.json"])
+        assert ("numeric gate: torch_bf16 (`cpu-small` 1)." in text) == named and bool(problems) != named
+
+
 def test_the_performance_page_comes_from_the_files(whole: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     make = tables("make_performance")

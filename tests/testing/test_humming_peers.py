@@ -12,7 +12,6 @@ import torch
 
 from narrowgemm.formats import BF16, MXFP4, MXFP8, FP8_1x128, ScaledTensor
 from narrowgemm.ops.quantize import quantize
-from narrowgemm.scales import float_to_e8m0
 from narrowgemm.testing import humming_peers, peers, worker
 from narrowgemm.testing.case import Case
 from narrowgemm.testing.cases import PEERS, SUITES, build
@@ -22,7 +21,7 @@ from .test_peers import checked
 DENSE = Case("t", "dense", 1, 5, 320, 320, a=MXFP8, b=MXFP8, packed=True)
 SORTED = Case("t", "offsets", 4, 6, 192, 320, a=BF16, b=MXFP4, sizes="topk:8:2", packed=True)
 BLOCKS = Case("t", "contiguous", 2, 128, 128, 256, a=FP8_1x128, b=MXFP4, packed=True)
-FITS = {"humming": (DENSE, SORTED, BLOCKS), "humming_w8a8": (DENSE,), "humming_w4a8": (BLOCKS,), "humming_w4a8_token": (BLOCKS,)}
+FITS = {"humming": (DENSE, SORTED, BLOCKS), "humming_w4a8_token": (BLOCKS,)}
 
 
 class Meta(types.SimpleNamespace):
@@ -53,8 +52,7 @@ class Method:
         shape = () if m.experts is None else (m.experts,)
         assert layer.weight.shape == (*shape, m.n, m.k * bits // 32) and layer.weight.dtype == torch.int32
         assert layer.weight_scale.shape == (*shape, m.n, m.k // 32)
-        wanted = torch.bfloat16 if m.weights["bs_dtype"] == "bfloat16" else torch.float8_e8m0fnu
-        assert layer.weight_scale.dtype == wanted
+        assert m.weights["bs_dtype"] == "float8e8m0" and layer.weight_scale.dtype == torch.float8_e8m0fnu
         cls.transformed.append(layer)
 
     @classmethod
@@ -64,14 +62,12 @@ class Method:
         assert x.shape[1] == m.k and outputs.shape == (x.shape[0], m.n) and layer.locks.dtype == torch.int32
         cls.tuned.append(tuning_config)
         fmt = MXFP4 if m.weights["b_dtype"] == "float4e2m1" else MXFP8
-        scale = layer.weight_scale.data
-        codes = float_to_e8m0(scale.float()) if scale.dtype == torch.bfloat16 else scale.view(torch.uint8)
         payload = layer.weight.data.view(torch.uint8)
-        w = ScaledTensor(payload if fmt == MXFP4 else payload.view(fmt.elem.dtype), codes, fmt).dequantize()
-        group, a = m.activations["input_scale_group_size"], x.float()
+        w = ScaledTensor(payload if fmt == MXFP4 else payload.view(fmt.elem.dtype), layer.weight_scale.data.view(torch.uint8), fmt).dequantize()
+        a = x.float()
         if input_scale is not None:
-            assert input_scale.shape == (x.shape[0], m.k // group if group else 1) and input_scale.is_contiguous()
-            a = a * input_scale.repeat_interleave(group or m.k, 1)
+            assert input_scale.shape == (x.shape[0], 1) and m.activations["input_scale_group_size"] == 0
+            a = a * input_scale
         ends = [0, x.shape[0]] if expert_layout is None else expert_layout.tolist()
         assert (kind == "dense") == (expert_layout is None)
         for e, (start, end) in enumerate(zip(ends, ends[1:])):
@@ -142,7 +138,6 @@ def test_what_is_compiled_ahead_is_what_runs(humming: list[tuple[str, str, str]]
 
 
 def test_what_the_adapters_refuse() -> None:
-    assert "takes mxfp8 x mxfp8" in peers.get_peer("humming_w8a8").supports(SORTED)
     assert "takes fp8_1x128 x mxfp4" in peers.get_peer("humming_w4a8_token").supports(SORTED)
     assert "sorted by expert" in peers.get_peer("humming").supports(Case("t", "masked", 2, 8, 128, 128, max_m=16, b=MXFP4))
     assert "compute capability 9.0" in peers.get_peer("humming").available(torch.device("cpu"))
@@ -154,8 +149,8 @@ def test_what_the_adapters_refuse() -> None:
 
 def test_rows_of_one_scale_are_held_against_their_sources(humming: list[tuple[str, str, str]]) -> None:
     inputs = build(BLOCKS)
-    token, blocks = (peers.get_peer(p).prepare(BLOCKS, inputs) for p in ("humming_w4a8_token", "humming_w4a8"))
-    assert (token.gate, blocks.gate) == ("recipe", "kernel") and blocks.limit < token.limit
+    token, bits = (peers.get_peer(p).prepare(BLOCKS, inputs) for p in ("humming_w4a8_token", "humming"))
+    assert (token.gate, bits.gate) == ("recipe", "kernel") and bits.limit < token.limit
     quantised = quantize(inputs.source_b(0), MXFP4).dequantize()
     token.run()
     want = inputs.source_a(0).float() @ quantised.mT

@@ -373,8 +373,8 @@ PEERS: dict[str, tuple[str, ...]] = {name: ("deepgemm", "floor") for name in SUI
     "experts-mxfp4": ("triton_kernels_layer", "floor"),
     "a16w4-decode": ("triton_kernels", "humming", "floor"), "a16w4-mid": ("triton_kernels", "humming", "floor"),
     "a16w4-prefill": ("triton_kernels", "floor"), "bf16-routed": ("torch_bf16", "floor"),
-    "mxfp8-routed": ("dot_scaled", "triton", "humming", "humming_w8a8", "deepgemm_block", "floor"), "mxfp8-bandwidth": ("floor",),
-    **{f"mxfp8-{x}-decode": ("dot_scaled", "triton", "humming", "humming_w8a8", "torch_bf16", "deepgemm_block", "floor")
+    "mxfp8-routed": ("dot_scaled", "triton", "humming", "deepgemm_block", "floor"), "mxfp8-bandwidth": ("floor",),
+    **{f"mxfp8-{x}-decode": ("dot_scaled", "triton", "humming", "torch_bf16", "deepgemm_block", "floor")
        for x in ("dense", "plain")},
     "mxfp8-plain-bandwidth": ("floor",), "mxfp8-prefill": ("dequant_bf16", "torch_bf16", "deepgemm_block", "floor"),
     **{f"mxfp4-{x}": ("deepgemm", "triton_kernels", "humming", "humming_w4a8_token", "floor") for x in ("contiguous", "256")},
