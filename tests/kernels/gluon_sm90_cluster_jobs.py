@@ -45,6 +45,7 @@ def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], ob
         e8m0 = describe("masked", e8m0=True, a_scale="k")
         yield f"contiguous {chosen}", lambda: call(describe("contiguous"), chosen)
         yield "dense, 192 columns", lambda: call(describe("dense"), fp8_cluster._DENSE[1])
+        yield "dense, 192 and 128 columns", lambda: call(describe("dense"), fp8_cluster._MIXED)
         yield "dense, 144 columns", lambda: call(describe("dense"), fp8_cluster._DENSE[-1])
         yield "masked, E8M0, 192 columns", lambda: call(e8m0, fp8_cluster._config(128, 192, 5, cluster_m=2))
         return

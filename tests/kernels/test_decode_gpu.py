@@ -69,6 +69,14 @@ def test_a_cluster_adds_up_a_tile(cluster: int, tokens: int) -> None:
     assert torch.equal(first.view(torch.uint8), x.out.tensor.view(torch.uint8))
 
 
+@pytest.mark.parametrize("m, n, k", [(64, 4096, 7168), (37, 456, 640), (128, 3000, 512), (20, 32768, 512), (96, 4096, 1536)])
+def test_dense_candidates(m: int, n: int, k: int) -> None:
+    """Every one: a CTA alone on an SM, short tiles, two an SM, by clusters; both gates, guards, the same bits again."""
+    x = build(Case("dense", "dense", 1, m, n, k), "cuda")
+    for config in fp8_decode.configs(x.plan(backend=NAME).problem, detect(torch.device("cuda"))):
+        x.verify_repeats(1, backend=NAME, config=config)
+
+
 def test_weights_are_fetched_by_256_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """This driver and this Triton are as `tensor_map` expects them, and results have the same bits."""
     done: list[bool] = []

@@ -46,12 +46,33 @@ class ClusterCase(Case):
                          OUT_BYTES=t.OUT_BYTES, GROUPS=t.GROUPS, **{"STAGES": 3, **mine})
 
     def launch(self, device, grid: int, *args, seed: int) -> None:
+        if self.tile.MIX:
+            found = fp8_cluster.mixture(self.m, self.n, self.tile.UNIT.BM, grid)
+            args = (*args[:11], found.strips, found.wide, *args[13:])
         _gluon_cluster.launch(device.fp8_cluster_kernel, grid, self.tile.CLUSTER, PARTITIONS, *args, seed=seed)
 
 
 @pytest.mark.parametrize("name", TILES)
 def test_dense(device, name: str) -> None:
     ClusterCase("dense", 200, 456, 4, 1, [0], **TILES[name]).check(device, grid=1)
+
+
+@pytest.mark.parametrize("m, n, rows", [(520, 520, 2), (250, 712, 1)])
+def test_tiles_of_two_widths(device, m: int, n: int, rows: int) -> None:
+    ClusterCase("dense", m, n, 2, 1, [0], CLUSTER_M=rows, MIX=True).check(device, grid=2)
+
+
+def test_two_widths_fill_the_waves() -> None:
+    """4096 x 2112 are three rounds of 192 columns on 66 clusters, the last one two thirds full: two, and one of 128, all of them full."""
+    found = fp8_cluster.mixture(4096, 2112, 256, 66)
+    assert found.rounds == 2 + fp8_cluster._NARROW and found.tiles == 3 * 66
+    for m, n, clusters in ((300, 520, 3), (4096, 2112, 66), (8192, 2112, 66), (130, 260, 5), (1000, 2000, 7)):
+        _, wide, strips, tiles = fp8_cluster.mixture(m, n, 256, clusters)
+        narrow = (-(-n // 64) - 3 * wide + 1) // 2
+        num_m = -(-m // 256)
+        columns = {64 * (3 * (wide - d) + 2 * (narrow + d // 2 * 3)) for d in ((0, 2) if strips < num_m else (0,))}
+        assert 0 < strips <= num_m and narrow >= 0 and wide >= 2 and all(n <= c < n + 192 for c in columns)
+        assert tiles == num_m * (wide + narrow) + num_m - strips
 
 
 @pytest.mark.parametrize("name", TILES)

@@ -46,6 +46,13 @@ def test_patterns_keep_the_pick() -> None:
     assert {c.kernel for c in portable} == {"triton.fp8_block", space.pick(every).kernel} and len(portable) < len(every)
 
 
+def test_only_promising_candidates() -> None:
+    every = space.candidates(space.problem_of(SUITES["fp8-dense"][0]), H200)
+    least = space.pick(every).predicted_us
+    assert space.promising(every, 1.3) == [c for c in every if c.predicted_us <= 1.3 * least] != every
+    assert space.promising(every, 0.0) == every and space.promising([], 1.3) == []
+
+
 def test_the_choice_against_the_portable_candidates() -> None:
     """What a call gets is there, whatever chose it, and the portable ones that are predicted to be the fastest."""
     for case in (*SUITES["fp8-contiguous"][:2], *SUITES["untuned"][::7]):

@@ -16,7 +16,7 @@ from ..problem import Config
 from ..testing.case import Case
 from ..tuning import adopt, report, search, store, sweep, vllm
 from ..tuning.measure import Job
-from ..tuning.space import candidates, problem_of
+from ..tuning.space import candidates, problem_of, promising
 from .bench import Progress, choose, git_commit, measuring_device, split
 from .cache import target
 
@@ -32,6 +32,8 @@ def user_tables() -> Path:
 @click.option("--suite", "suites", multiple=True, help="Suite by name; several times, or with commas.")
 @click.option("--case", "patterns", multiple=True, help="Cases by shell pattern on id or suite/id, within --suite.")
 @click.option("--kernels", multiple=True, help="Only kernels that match a pattern, beside the cost model's pick.")
+@click.option("--within", type=float, default=0.0, metavar="FACTOR",
+              help="Only candidates predicted to take at most FACTOR times the cost model's pick. 0: all.")
 @click.option("--device", default=None,
               help="cuda, cuda:1, cpu; with --list an arch such as h200, too; default: a GPU where there is one.")
 @click.option("--out", type=click.Path(file_okay=False, path_type=Path),
@@ -59,7 +61,7 @@ def user_tables() -> Path:
 @click.option("--seed", type=int, default=0, show_default=True)
 @click.option("--commit", default=None, help="Commit to name in the files, where git can't tell.")
 @click.option("--list", "list_only", is_flag=True, help="List cases, keys and candidates; measure nothing.")
-def tune(suites: tuple[str, ...], patterns: tuple[str, ...], kernels: tuple[str, ...], device: str | None,
+def tune(suites: tuple[str, ...], patterns: tuple[str, ...], kernels: tuple[str, ...], within: float, device: str | None,
          out: Path | None, packaged: bool, sweep_path: Path | None, sources: tuple[Path, ...], report_path: Path | None,
          portable: int, vllm_files: tuple[Path, ...], vllm_out: Path | None, top_k: int,
          resume: bool, budget: float, warm: int, rounds: int, finalists: int, timeout: float, seed: int,
@@ -102,7 +104,7 @@ def tune(suites: tuple[str, ...], patterns: tuple[str, ...], kernels: tuple[str,
     chosen = choose(split(suites), patterns)
     cases = search.distinct(chosen)
     if list_only:
-        list_space(cases, target(device)[0], split(kernels))
+        list_space(cases, target(device)[0], split(kernels), within)
         return
     device = measuring_device(device)
     if device == "cpu":
@@ -115,7 +117,7 @@ def tune(suites: tuple[str, ...], patterns: tuple[str, ...], kernels: tuple[str,
     except ValueError as e:
         raise click.ClickException(str(e)) from e
     job = Job([(c.suite, c.id) for c in todo], device, split(kernels), seed, rounds, finalists,
-              started + budget if budget else 0.0, portable=portable, also=also)
+              started + budget if budget else 0.0, portable=portable, within=within, also=also)
     measure(run, job, warm, timeout)
     finish(run, cases)
 
@@ -248,11 +250,11 @@ def _known(name: str) -> Arch | None:
         return None
 
 
-def list_space(cases: Sequence[Case], arch: Arch, kernels: Sequence[str]) -> None:
+def list_space(cases: Sequence[Case], arch: Arch, kernels: Sequence[str], within: float) -> None:
     keys, total = set(), 0
     for c in cases:
         problem = problem_of(c)
-        found = candidates(problem, arch, kernels)
+        found = promising(candidates(problem, arch, kernels), within)
         table, key = store.table_name(problem), store.key(problem)
         keys.add((table, key))
         total += len(found)

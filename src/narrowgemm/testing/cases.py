@@ -27,6 +27,8 @@ __all__ = ["PEERS", "SUITES", "Case", "Guarded", "Inputs", "build", "find", "get
 
 # (N, K)
 DENSE = ((2112, 7168), (576, 7168), (24576, 1536), (32768, 512), (7168, 16384), (4096, 7168), (7168, 2048))
+PRODUCTS = tuple(dict.fromkeys(s for m in map(get_model, ("qwen3-235b", "minimax-m2", "minimax-m3", "kimi-k3"))
+                               for s in (m.gate_up(), m.down())))
 GROUPED = ((6144, 7168), (7168, 3072), (4096, 4096), (4096, 2048))
 EIGHT = ((2048, 7168), (7168, 2048))
 # (groups, m, N, K)
@@ -68,8 +70,8 @@ def masked_eight(suite: str) -> list[Case]:
     return [Case(suite, "masked", g, m, n, k, max_m=max(128, m)) for g, m, n, k in SMALL]
 
 
-def dense(suite: str, rows: Iterable[int]) -> list[Case]:
-    return [Case(suite, "dense", 1, m, n, k) for n, k in DENSE for m in rows]
+def dense(suite: str, rows: Iterable[int], shapes: Iterable[tuple[int, int]] = DENSE) -> list[Case]:
+    return [Case(suite, "dense", 1, m, n, k) for n, k in shapes for m in rows]
 
 
 def skewed(suite: str) -> list[Case]:
@@ -324,6 +326,7 @@ _BUILDERS: dict[str, Callable[[str], list[Any]]] = {
     "fp8-masked-decode": lambda s: masked(s, tuple((g, m, UNEVEN if m == 20 else "balanced")
                                                    for g in (32, 6) for m in (20, 1, 2, 4, 8))),
     "fp8-dense": lambda s: dense(s, (1, 16, 64, 128, 4096, 8192)),
+    "fp8-dense-models": lambda s: [*dense(s, (256, 512, 1024, 2048)), *dense(s, (1, 16, 64, 128, 256, 1024, 4096), PRODUCTS)],
     "fp8-skew": skewed,
     "untuned": untuned,
     "a16w4-decode": lambda s: a16w4(s, (1, 4, 8, 16)),

@@ -28,7 +28,7 @@ from ..testing.timers import Timing
 from ..testing.worker import FAILURES, STICKY, DeviceLost, Station, emit, environment, failure
 from . import store, vllm
 from .fingerprint import fingerprint
-from .space import PORTABLE, Candidate, candidates, choice, pick, problem_of, versus_portable
+from .space import PORTABLE, Candidate, candidates, choice, pick, problem_of, promising, versus_portable
 
 QUICK_ROUNDS = 2
 KEPT_BYTES = 8 << 30    # of results that wait for the gates
@@ -44,7 +44,8 @@ class Job:
     `deadline`: time.time() after which no case starts. `skip`: what killed a process, by `suite/id`: label -> reason.
     `careful`: cases that killed one nobody knows where: each candidate is timed alone first. `share`: (i, of) to compile
     ahead the i-th part of the candidates, nothing measured. `portable`: only what a call gets, and so many portable
-    candidates, the most promising by their cost model; 0 for every candidate. `also`: more configs for the portable FP8 kernel,
+    candidates, the most promising by their cost model; 0 for every candidate. `within`: only candidates predicted to take at most
+    so many times what the fastest one is; 0 for every one. `also`: more configs for the portable FP8 kernel,
     as `Config.to_dict` has them.
     """
 
@@ -59,11 +60,12 @@ class Job:
     careful: list[str] = field(default_factory=list)
     share: tuple[int, int] | None = None
     portable: int = 0
+    within: float = 0.0
     also: list[dict[str, Any]] = field(default_factory=list)
 
     def candidates(self, problem: Problem) -> list[Candidate]:
         arch = detect(torch.device(self.device))
-        found = candidates(problem, arch, self.kernels)
+        found = promising(candidates(problem, arch, self.kernels), self.within)
         found += vllm.candidates(problem, arch, map(Config.from_dict, self.also), found)
         return versus_portable(found, choice(problem, arch), self.portable) if self.portable and found else found
 

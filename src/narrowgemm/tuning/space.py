@@ -65,6 +65,11 @@ def problem_of(case: Case) -> Problem:
                    zero_padding=case.zero_padding or case.op != "grouped_gemm")
 
 
+def promising(found: list[Candidate], within: float) -> list[Candidate]:
+    """Those predicted to take at most `within` times what the fastest one is; all where it is 0."""
+    return [c for c in found if not within or c.predicted_us <= within * pick(found).predicted_us]
+
+
 def versus_portable(found: Sequence[Candidate], chosen: Candidate, count: int) -> list[Candidate]:
     """The choice, and the `count` portable candidates that are predicted to be the fastest, in the order of `found`."""
     portable = sorted((c for c in found if c.backend == PORTABLE), key=lambda c: c.predicted_us)[:count]

@@ -132,12 +132,46 @@ def has_products(tile, cfg: gl.constexpr):
         return tile[0] >= 0
 
 
+@constexpr_function
+def mixes(cfg):
+    """Whether a dense product's tiles are of two widths."""
+    return getattr(cfg, "MIX", False)
+
+
+@gluon.jit
+def mixed(M, N, strips, wide, cfg: gl.constexpr):
+    """(rows of tiles, wide tiles, narrow tiles of one of the first `strips` rows): `wide` of them have three times 64 columns there, two fewer
+    in the others, and what is left of N goes into tiles of two times 64."""
+    num_m = gl.cdiv(M, cfg.BM)
+    return num_m, num_m * wide - 2 * (num_m - strips), (gl.cdiv(N, 64) - 3 * wide + 1) // 2
+
+
+@gluon.jit
+def mixed_tile(t, work, cfg: gl.constexpr):
+    """A dense product's: n counts 64 columns, stop is 1 where a tile is narrow. Wide ones come first, rows fastest, and lie behind a row's
+    narrow ones, so that boxes of as many rows of B reach past N in no tile where the widths add up to it."""
+    index_ptr, table, M, N, KB, strips, wide, total = work
+    num_m, wides, narrow = mixed(M, N, strips, wide, cfg)
+    small = (t >= wides).to(gl.int32)
+    t_ = t - small * wides
+    every = gl.where(small == 1, narrow, wide - 2)      # of each row; those of some come behind
+    some = gl.maximum(gl.where(small == 1, num_m - strips, strips), 1)
+    rest = t_ - every * num_m
+    i = gl.where(rest < 0, t_ // num_m, every + rest // some)
+    m = gl.where(rest < 0, t_ % num_m, small * strips + rest % some)
+    before = narrow + gl.where(m < strips, 0, 3)
+    return gl.where(t < total, gl.where(small == 1, 2 * i, 2 * before + 3 * i), -1), t * 0, m * cfg.BM, t * 0 + M, small
+
+
 @gluon.jit
 def dense_tile(t, work, cfg: gl.constexpr):
     index_ptr, table, M, N, KB, G, alignment, total = work
-    m, n = strip_order(t, gl.cdiv(M, cfg.BM), gl.cdiv(N, cfg.BN), cfg.STRIP)
-    zero = t * 0
-    return gl.where(t < total, n, -1), zero, m * cfg.BM, zero + M, zero
+    if mixes(cfg):
+        return mixed_tile(t, work, cfg)
+    else:
+        m, n = strip_order(t, gl.cdiv(M, cfg.BM), gl.cdiv(N, cfg.BN), cfg.STRIP)
+        zero = t * 0
+        return gl.where(t < total, n, -1), zero, m * cfg.BM, zero + M, zero
 
 
 @gluon.jit
@@ -232,9 +266,12 @@ def next_tile(cursor, tile, work, cfg: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def total_tiles(table, M, N, cfg: gl.constexpr, WARPS: gl.constexpr):
+def total_tiles(table, M, N, cfg: gl.constexpr, WARPS: gl.constexpr, strips=0, wide=0):
     num_n = gl.cdiv(N, cfg.BN)
-    if cfg.LAYOUT < OFFSETS:
+    if mixes(cfg):
+        num_m, wides, narrow = mixed(M, N, strips, wide, cfg)
+        return wides + narrow * num_m + 3 * (num_m - strips)
+    elif cfg.LAYOUT < OFFSETS:
         return gl.cdiv(M, cfg.BM) * num_n
     else:
         return gl.max(entries(table, cfg.GROUPS // 32 - 1, cfg, WARPS), 0) * num_n

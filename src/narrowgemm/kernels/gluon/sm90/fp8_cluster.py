@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -42,7 +43,7 @@ def supports(problem: Problem, arch: Arch) -> str | None:
 _SHAPES = {
     (128, 256): (1, 2, 2, 1, 128), (128, 192): (2, 1, 1, 3, 64), (128, 176): (2, 1, 1, 11, 16), (128, 144): (2, 1, 1, 9, 16),
 }
-_EXTRA = {"cluster_m": (1, 2), "cluster_n": (1, 2), "late_store": (0, 1)}
+_EXTRA = {"cluster_m": (1, 2), "cluster_n": (1, 2), "late_store": (0, 1), "mix": (0, 1)}
 
 
 def _config(bm: int, bn: int, stages: int, strip: int = 16, **extra: int) -> Config:
@@ -52,10 +53,14 @@ def _config(bm: int, bn: int, stages: int, strip: int = 16, **extra: int) -> Con
 _CANDIDATES = (_config(128, 256, 4, cluster_n=2), )
 # of one piece a warpgroup, for where waves decide; 144 columns: four tiles of 576
 _DENSE = (*_CANDIDATES, _config(128, 192, 5, 8, cluster_m=2), _config(128, 144, 6))
+_MIXED = _config(128, 192, 5, 8, cluster_m=2, mix=1)
+_FULL = 0.8                  # of the SMs' time in whole waves of 128x256: with more, nothing is won by mixing
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
-    return [c for c in (_DENSE if problem.layout == "dense" else _CANDIDATES) if legal(problem, c, arch) is None]
+    waves = fp8_block.tiles(problem, _CANDIDATES[0], False) / min(arch.sms, problem.max_sms or arch.sms)
+    mixed = (_MIXED, ) if waves < _FULL * math.ceil(waves) else ()
+    return [c for c in ((*_DENSE, *mixed) if problem.layout == "dense" else _CANDIDATES) if legal(problem, c, arch) is None]
 
 
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
@@ -70,9 +75,13 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
         return "the kernel is persistent, without split_k and swap_ab"
     if not 2 <= config.num_stages <= 8 or config.group_m < 1:
         return f"num_stages={config.num_stages}, group_m={config.group_m}, expected 2 to 8, and at least 1"
-    cluster = extra.get("cluster_m", 1) * extra.get("cluster_n", 1)
+    cluster_n = extra.get("cluster_n", 1)
+    cluster = extra.get("cluster_m", 1) * cluster_n
     if cluster > min(2, problem.max_sms or 2):
         return f"clusters of {cluster} blocks on {problem.max_sms or 'all'} SMs, expected two at most, and an SM for each"
+    if extra.get("mix") and (problem.layout != "dense" or config.block_n != 192 or problem.n <= 256 or cluster_n > 1
+                             or extra.get("late_store")):
+        return "mix=1 is for dense products of more than 256 columns on 192, clusters of rows, stores that aren't late"
     if tile_of(problem, config, arch) is None:
         return f"needs more shared memory than the {arch.smem} bytes of the device"
     return None
@@ -92,7 +101,8 @@ def tile_of(problem: Problem, config: Config, arch: Arch) -> Tile | None:
             config.num_stages, config.group_m, buffers, split, OUT_BYTES[problem.out_dtype], groups,
             A_SCALE_TMA=problem.a.scale_major == "mn" and problem.a.scale_dtype == "fp32",
             ZERO=problem.zero_padding and problem.layout in ("contiguous", "psum"), ACCUMULATE=problem.accumulate,
-            STORE_TMA=problem.out_aligned, LATE_STORE=bool(extra.get("late_store", 0)) and not problem.accumulate)
+            STORE_TMA=problem.out_aligned, LATE_STORE=bool(extra.get("late_store", 0)) and not problem.accumulate,
+            MIX=bool(extra.get("mix", 0)))
         if tile.shared_bytes <= arch.smem:
             return tile
     return None
@@ -104,9 +114,12 @@ def workspace(problem: Problem, config: Config) -> int:
 
 # ---------------------------------------------------------------- cost
 # microseconds of one K block of 128 on one SM of an H200: where every SM is busy, and where only a few are: docs/measured.md
-_BLOCK_TIMES = {(128, 256): (0.757, 0.72), (128, 192): (0.640, 0.54), (128, 176): (0.680, 0.60), (128, 144): (0.540, 0.46)}
-_DENSE_TIMES = {(128, 256): (0.830, 0.80), (128, 192): (0.540, 0.50), (128, 144): (0.480, 0.42)}      # of a dense product
+_BLOCK_TIMES = {(128, 256): (0.757, 0.72), (128, 192): (0.640, 0.54), (128, 176): (0.680, 0.60),
+                (128, 144): (0.540, 0.46)}
+# of a dense product
+_DENSE_TIMES = {(128, 256): (0.830, 0.80), (128, 192): (0.540, 0.50), (128, 144): (0.480, 0.42)}
 _LONG_WAVES, _LONG_TIMES = 6, {(128, 192): 0.630}   # of one with more waves: power holds it
+_NARROW = 0.9                # of a tile of 192 columns, one of 128: its sums are one after another as well
 _DENSE_TILE_SECONDS = 0.3e-6
 _CLUSTER_SECONDS = 3.0e-6    # until a cluster's blocks know of each other
 _ROWS = 1024                 # of a group: with fewer, what clusters save is not what holds the product
@@ -118,6 +131,32 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     other. Where only the device knows the sizes of groups: the mean of equal and of spread ones, as for blocks that are alone."""
     seconds, fewer = of_spread(problem, config, arch), few(problem)
     return insured(seconds, of_spread(fewer, config, arch), fewer, arch) if fewer else seconds
+
+
+class Mixture(NamedTuple):
+    """Of a dense product's tiles: the first `strips` rows of them have `wide` of 192 columns each, the others two fewer, and narrow
+    ones of 128 for the rest."""
+
+    rounds: float       # of a wide tile, until the last cluster is done
+    wide: int
+    strips: int
+    tiles: int
+
+
+@lru_cache(maxsize=4096)
+def mixture(m: int, n: int, rows: int, clusters: int) -> Mixture:
+    """The one that clusters, which take the tiles in turn, wide ones first, are done with first."""
+    num_m, units = -(-m // rows), -(-n // 64)
+    found = []
+    for wide in range(2, (units + 1) // 3 + 1):
+        narrow = (units - 3 * wide + 1) // 2
+        for strips in range(1, num_m + 1):
+            wides = num_m * wide - 2 * (num_m - strips)
+            total = wides + num_m * narrow + 3 * (num_m - strips)
+            # of the clusters that have as many, one each
+            each = [(-(-(wides - c) // clusters), -(-(total - c) // clusters)) for c in {0, wides % clusters, total % clusters}]
+            found.append(Mixture(max(w + (t - w) * _NARROW for w, t in each), wide, strips, total))
+    return min(found, key=lambda x: (x.rounds, x.tiles)) if found else Mixture(0.0, 0, 0, 0)
 
 
 def of_spread(problem: Problem, config: Config, arch: Arch) -> float:
@@ -138,7 +177,9 @@ def of_spread(problem: Problem, config: Config, arch: Arch) -> float:
     block = problem.k // 128 * 1e-6 * fp8_block.rate(arch)
     total = 0.0
     for work in works:
-        if work <= clusters:
+        if extra.get("mix"):
+            seconds = mixture(problem.m, problem.n, unit.block_m, clusters).rounds * (block * busy + tile)
+        elif work <= clusters:
             seconds = block * (alone + (busy - alone) * work / clusters) + tile
         else:
             waves = work / clusters
@@ -163,5 +204,9 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     tile, given = fp8_block.arguments(problem, x, tile, tile.A_BOX)
     clusters = min(problem.max_sms or arch.sms, arch.sms) // tile.CLUSTER
     grid = max(1, min(clusters, row_tiles(problem, x, tile.UNIT.BM) * -(-x.n // tile.UNIT.BN)))
+    if tile.MIX:
+        found = mixture(x.m, x.n, tile.UNIT.BM, clusters)
+        grid = min(clusters, found.tiles)
+        given = (*given[:11], found.strips, found.wide, *given[13:])     # in place of groups and their alignment
     options = {"num_warps": 4, "maxnreg": tile.max_registers}
     return [Launch(device.fp8_cluster_kernel, (grid,), (*given, tile), options, tile.CLUSTER, boxes=tile.boxes)]

@@ -23,11 +23,11 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 from . import cluster_device as cluster
 from .counters_device import await_count
 from .fp8_block_parts_device import (
-    ROW_OF_FLOATS, add_output, advance, column_scales, load_a_scales, of_lane, parts, promote, scaled, store_part, store_zeros)
+    ROW_OF_FLOATS, add_output, advance, column_scales, load_a_scales, parts, promote, scaled, store_part, store_zeros)
 from .fp8_block_schedule_device import (
-    CONTIGUOUS, DENSE, MASKED, NO_GROUP, PSUM, first_tile, fresh, has_products, is_live, next_tile, total_tiles)
+    CONTIGUOUS, DENSE, MASKED, PSUM, first_tile, fresh, has_products, is_live, next_tile, total_tiles)
+from .fp8_cluster_scales_device import a_scale_base, b_scale, b_scale_bases, load_b_scales
 from .ring_device import groups_table
-from .scales_device import as_float
 from .shim import view_as, view_rows
 from .wgmma_device import keep, multiply, wait
 
@@ -100,7 +100,7 @@ def producer(descs, table, problem, sa_pitch, cfg: gl.constexpr, sync_ptr=None, 
     UNIT: gl.constexpr = cfg.UNIT
     full, empty = barriers(cfg)
     cluster.wait_all(cfg.CLUSTER)
-    work = (index_ptr, table, M, N, KB, G, alignment, total_tiles(table, M, N, UNIT, 1))
+    work = (index_ptr, table, M, N, KB, G, alignment, total_tiles(table, M, N, UNIT, 1, G, alignment))
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)
     made = gl.to_tensor(-1)     # the group whose weights are known to be there
@@ -111,7 +111,7 @@ def producer(descs, table, problem, sa_pitch, cfg: gl.constexpr, sync_ptr=None, 
         a_plane = g * 0
         if cfg.LAYOUT == MASKED:
             a_plane = g
-        at = (a_plane, own[2], g, own[0] * cfg.BN, a_plane * sa_pitch, own[2])
+        at = (a_plane, own[2], g, own[0] * cfg.STEP, a_plane * sa_pitch, own[2])
         rows = has_rows(own, M, cfg, 0)
         # the next tile is looked up first, so that its loads are off the path between two tiles
         run = has_products((n, g, first, end, stop), cfg)
@@ -135,84 +135,29 @@ def idle(cfg: gl.constexpr):
     cluster.wait_all(cfg.CLUSTER)
 
 
-# ---------------------------------------------------------------- scales
-@gluon.jit
-def b_scale_bases(scales, own, N, cfg: gl.constexpr, WN: gl.constexpr):
-    """Where the scales of a piece's columns start, which lie in B_SCALES blocks of 128 at most: (each of them, for every tensor of the
-    piece the number of its block). A tile may lie past N: clamped."""
-    sa_ptr, sag, sam, sak, sb_ptr, sbg, sbn, sbk = scales
-    n, g, first, end, stop = own
-    if cfg.LAYOUT == CONTIGUOUS:
-        g = gl.where(g == NO_GROUP, 0, g)
-    NP: gl.constexpr = cfg.NP
-    col = gl.maximum(n, 0) * cfg.BN + WN * (NP * cfg.WN)
-    last = (N - 1) // 128
-    base = sb_ptr + g.to(gl.int64) * sbg
-    COUNT: gl.constexpr = cfg.B_SCALES
-    starts = ()
-    for i in gl.static_range(COUNT):
-        starts = starts + (base + of_lane(gl.minimum(col // 128 + i, last)).to(gl.int64) * sbn, )
-    which = ()
-    for i in gl.static_range(NP):
-        which = which + ((col % 128 + i * cfg.WN) // 128, )
-    return starts, which
-
-
-@gluon.jit
-def a_scale_base(scales, own, cfg: gl.constexpr, WM: gl.constexpr):
-    """Where A's start, of this warpgroup's first row."""
-    sa_ptr, sag, sam, sak, sb_ptr, sbg, sbn, sbk = scales
-    n, g, first, end, stop = own
-    base = sa_ptr + (first + WM * (cfg.MP * 64)).to(gl.int64) * sam
-    if cfg.LAYOUT == MASKED:
-        base += g.to(gl.int64) * sag
-    return base
-
-
-@gluon.jit
-def load_b_scales(bases, scales, kb, cfg: gl.constexpr):
-    """Of K block kb; none where they are in the store."""
-    sa_ptr, sag, sam, sak, sb_ptr, sbg, sbn, sbk = scales
-    out = ()
-    COUNT: gl.constexpr = 0 if cfg.FOLD else cfg.B_SCALES
-    for i in gl.static_range(COUNT):
-        out = out + (as_float(gl.load(bases[0][i] + kb * sbk)), )
-    return out
-
-
-@gluon.jit
-def b_scale(sb, bases, cfg: gl.constexpr, PART: gl.constexpr):
-    """Of one tensor of a piece."""
-    if cfg.B_SCALES == 1 or PART == 0:
-        return sb[0]
-    elif cfg.B_SCALES == 2:
-        return gl.where(bases[1][PART] == 1, sb[1], sb[0])
-    else:
-        return gl.where(bases[1][PART] == 2, sb[2], gl.where(bases[1][PART] == 1, sb[1], sb[0]))
-
-
 # ---------------------------------------------------------------- sums
 @gluon.jit
-def start_piece(slot, p, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr, mma: gl.constexpr, PIECE: gl.constexpr):
-    """Start a warpgroup's product of 64 rows over the K block in `slot`: NP sums of WN columns."""
+def start_piece(slot, p, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr, mma: gl.constexpr, PIECE: gl.constexpr,
+                COUNT: gl.constexpr):
+    """Start a warpgroup's product of 64 rows over the K block in `slot`: COUNT sums of WN columns."""
     start = cluster.start_of_shared()
     a = start + (slot * (cfg.BM * 128) + (cfg.A_AT + (WM * cfg.MP + PIECE) * 64 * 128))
     b = start + (slot * (cfg.BN * 128) + (cfg.B_AT + WN * cfg.NP * cfg.WN * 128))
-    return multiply(a, b, p, cfg.NP, cfg.WN, mma)
+    return multiply(a, b, p, COUNT, cfg.WN, mma)
 
 
 @gluon.jit
 def sum_block(acc, p, sa, sb, slot, phase, kb, sa_v, bars, KB, M, sa_base, bases, scales, own, cfg: gl.constexpr, WM: gl.constexpr,
-              WN: gl.constexpr, mma: gl.constexpr, HEAD: gl.constexpr):
-    """One K block; that its slot is full is known. HEAD: the first of the tile, whose first piece is on its way. sa, sb: scales of
+              WN: gl.constexpr, mma: gl.constexpr, HEAD: gl.constexpr, COUNT: gl.constexpr):
+    """One K block of COUNT tensors a piece; that its slot is full is known. HEAD: the first of the tile, whose first piece is on its way. sa, sb: scales of
     block kb (sa: by plain loads only). The slot is released before its last promotion. The next one is waited for in front of that;
     of one piece, only looked at there and waited for behind, so that nothing of this block hangs on loads of the next."""
     full, empty = bars
     rows: gl.constexpr = gl.SliceLayout(1, mma)
     MP: gl.constexpr = cfg.MP
-    NP: gl.constexpr = cfg.NP
+    NP: gl.constexpr = COUNT
     if not HEAD:
-        p = start_piece(slot, p, cfg, WM, WN, mma, 0)
+        p = start_piece(slot, p, cfg, WM, WN, mma, 0, COUNT)
     if cfg.A_SCALE_TMA:
         sa = ()
         for i in gl.static_range(MP):
@@ -226,7 +171,7 @@ def sum_block(acc, p, sa, sb, slot, phase, kb, sa_v, bars, KB, M, sa_base, bases
     sums = ()
     for m in gl.static_range(MP):
         if m > 0:
-            p = start_piece(old, p, cfg, WM, WN, mma, m)
+            p = start_piece(old, p, cfg, WM, WN, mma, m, COUNT)
         if m == MP - 1:
             missing = (kb + 1 < KB).to(gl.int32)
             if MP == 1:
@@ -256,20 +201,21 @@ def sum_block(acc, p, sa, sb, slot, phase, kb, sa_v, bars, KB, M, sa_base, bases
 
 
 @gluon.jit
-def store_tile(acc, scales, d_s, d_desc, out, problem, own, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr, mma: gl.constexpr):
+def store_tile(acc, scales, d_s, d_desc, out, problem, own, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr, mma: gl.constexpr,
+               COUNT: gl.constexpr):
     index_ptr, M, N, KB, G, alignment = problem
     MP: gl.constexpr = cfg.MP
-    NP: gl.constexpr = cfg.NP
+    NP: gl.constexpr = COUNT
     PIECES: gl.constexpr = MP * NP
     SPLIT: gl.constexpr = cfg.OUT_SPLIT
     FIRST: gl.constexpr = (WM * cfg.WGN + WN) * cfg.OUT_BUFFERS
     of_columns = ()
     if cfg.FOLD:
         for j in gl.static_range(NP):
-            of_columns = of_columns + (column_scales(scales, own, own[0] * cfg.BN + (WN * NP + j) * cfg.WN, cfg, mma), )
+            of_columns = of_columns + (column_scales(scales, own, own[0] * cfg.STEP + (WN * NP + j) * cfg.WN, cfg, mma), )
     for i in gl.static_range(PIECES):
         row0 = own[2] + (WM * MP + i // NP) * 64
-        col0 = own[0] * cfg.BN + (WN * NP + i % NP) * cfg.WN
+        col0 = own[0] * cfg.STEP + (WN * NP + i % NP) * cfg.WN
         x = acc[i]
         if cfg.FOLD:
             x = x * gl.expand_dims(of_columns[i % NP], 0)
@@ -284,6 +230,29 @@ def store_tile(acc, scales, d_s, d_desc, out, problem, own, cfg: gl.constexpr, W
                 tma.store_wait(0)
             buf = d_s.index(FIRST + (i * SPLIT + j) % cfg.OUT_BUFFERS)
             store_part(part[j], buf, d_desc, out, index_ptr, own, row0, col0 + j * cfg.OUT_COLS, M, N, G, cfg)
+
+
+@gluon.jit
+def mixed_sums(zero, sa, sb, slot, phase, cursor, tile, work, sa_v, bars, sa_base, bases, scales, own, d_s, d_desc, out, problem,
+               cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr, mma: gl.constexpr, COUNT: gl.constexpr):
+    """A tile of COUNT tensors, summed and stored: (cursor, the tile after it, slot, phase)."""
+    index_ptr, M, N, KB, G, alignment = problem
+    UNIT: gl.constexpr = cfg.UNIT
+    full, empty = bars
+    p = ()
+    for i in gl.static_range(COUNT):
+        p = p + (zero, )
+    acc = p
+    cluster.wait(full + slot * 8, phase, 1)
+    p = start_piece(slot, p, cfg, WM, WN, mma, 0, COUNT)
+    cursor, ahead = next_tile(cursor, tile, work, UNIT, 4)
+    acc, p, sa, sb, slot, phase = sum_block(acc, p, sa, sb, slot, phase, KB * 0, sa_v, bars, KB, M, sa_base, bases, scales, own, cfg, WM, WN,
+                                            mma, True, COUNT)
+    for kb in range(1, KB):
+        acc, p, sa, sb, slot, phase = sum_block(acc, p, sa, sb, slot, phase, kb, sa_v, bars, KB, M, sa_base, bases, scales, own, cfg, WM, WN,
+                                                mma, False, COUNT)
+    store_tile(acc, scales, d_s, d_desc, out, problem, own, cfg, WM, WN, mma, COUNT)
+    return cursor, ahead, slot, phase
 
 
 @gluon.jit
@@ -302,7 +271,7 @@ def consumer(d_desc, out, scales, ring, d_s, table, problem, cfg: gl.constexpr, 
     sa_v = ring
     if cfg.A_SCALE_TMA:
         sa_v = view_rows(ring, gl.float32, cfg.BARS_AT // 256, 64, ROW_OF_FLOATS)
-    total = total_tiles(table, M, N, UNIT, 4)
+    total = total_tiles(table, M, N, UNIT, 4, G, alignment)
     work = (index_ptr, table, M, N, KB, G, alignment, total)
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
@@ -335,28 +304,35 @@ def consumer(d_desc, out, scales, ring, d_s, table, problem, cfg: gl.constexpr, 
         if not has_products(tile, cfg):
             cursor, ahead = next_tile(cursor, tile, work, UNIT, 4)
             if cfg.ZERO and cfg.LAYOUT != DENSE:
-                store_zeros(out, index_ptr, own, own[2] + WM * (cfg.MP * 64), own[0] * cfg.BN + WN * cfg.NP * cfg.WN, M, N, G, cfg)
+                store_zeros(out, index_ptr, own, own[2] + WM * (cfg.MP * 64), own[0] * cfg.STEP + WN * cfg.NP * cfg.WN, M, N, G, cfg)
+        elif cfg.MIX:
+            if own[4] == 0:
+                cursor, ahead, slot, phase = mixed_sums(zero, sa, sb, slot, phase, cursor, tile, work, sa_v, bars, sa_base, bases, scales,
+                                                        own, d_s, d_desc, out, problem, cfg, WM, WN, mma, NP)
+            else:
+                cursor, ahead, slot, phase = mixed_sums(zero, sa, sb, slot, phase, cursor, tile, work, sa_v, bars, sa_base, bases, scales,
+                                                        own, d_s, d_desc, out, problem, cfg, WM, WN, mma, NP - 1)
         elif has_rows(own, M, cfg, WM * cfg.MP * 64):
             cluster.wait(full + slot * 8, phase, 1)
-            p = start_piece(slot, fresh_sums, cfg, WM, WN, mma, 0)
+            p = start_piece(slot, fresh_sums, cfg, WM, WN, mma, 0, NP)
             if cfg.LATE_STORE:
                 if pending:
-                    store_tile(acc, scales, d_s, d_desc, out, problem, done, cfg, WM, WN, mma)
+                    store_tile(acc, scales, d_s, d_desc, out, problem, done, cfg, WM, WN, mma, NP)
             cursor, ahead = next_tile(cursor, tile, work, UNIT, 4)
             acc, p, sa, sb, slot, phase = sum_block(acc, p, sa, sb, slot, phase, KB * 0, sa_v, bars, KB, M, sa_base, bases, scales, own,
-                                                    cfg, WM, WN, mma, True)
+                                                    cfg, WM, WN, mma, True, NP)
             for kb in range(1, KB):
                 acc, p, sa, sb, slot, phase = sum_block(acc, p, sa, sb, slot, phase, kb, sa_v, bars, KB, M, sa_base, bases, scales,
-                                                        own, cfg, WM, WN, mma, False)
+                                                        own, cfg, WM, WN, mma, False, NP)
             if cfg.LATE_STORE:
                 done = own
                 pending = is_live(tile)
             else:
-                store_tile(acc, scales, d_s, d_desc, out, problem, own, cfg, WM, WN, mma)
+                store_tile(acc, scales, d_s, d_desc, out, problem, own, cfg, WM, WN, mma, NP)
         else:
             cursor, ahead = next_tile(cursor, tile, work, UNIT, 4)
             if cfg.ZERO and cfg.LAYOUT == PSUM:
-                store_zeros(out, index_ptr, own, own[2] + WM * (cfg.MP * 64), own[0] * cfg.BN + WN * cfg.NP * cfg.WN, M, N, G, cfg)
+                store_zeros(out, index_ptr, own, own[2] + WM * (cfg.MP * 64), own[0] * cfg.STEP + WN * cfg.NP * cfg.WN, M, N, G, cfg)
             for kb in range(0, KB):
                 cluster.wait(full + slot * 8, phase, 1)
                 cluster.arrive(empty + slot * 8, cfg.CLUSTER)
@@ -365,7 +341,7 @@ def consumer(d_desc, out, scales, ring, d_s, table, problem, cfg: gl.constexpr, 
         live = is_live(tile)
     if cfg.LATE_STORE:
         if pending:
-            store_tile(acc, scales, d_s, d_desc, out, problem, done, cfg, WM, WN, mma)
+            store_tile(acc, scales, d_s, d_desc, out, problem, done, cfg, WM, WN, mma, NP)
     tma.store_wait(0)
     cluster.wait_all(cfg.CLUSTER)
 

@@ -24,6 +24,7 @@ class Unit:
     GROUPS: int
     A_SCALE_TMA: bool
     ZERO: bool
+    MIX: bool
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ class Tile:
     ACCUMULATE: bool = False
     STORE_TMA: bool = True   # whole tiles leave by TMA
     LATE_STORE: bool = False  # a tile is stored while the first wgmma of the next one runs
+    MIX: bool = False        # of a dense product, three tensors a piece: tiles have three or two, see `mixed_tile`
     FOLD: bool = False       # B's scales are in its payload but for one a column, which the store multiplies by: `fold_whole.py`
     FACTOR: bool = False     # and columns have factors beside
     NIBBLES: bool = False    # weights that are folded are in the order FP8_PREPACK
@@ -67,6 +69,7 @@ class Tile:
     BM: int = field(init=False)             # of a block
     BN: int = field(init=False)
     UNIT: Unit = field(init=False)
+    STEP: int = field(init=False)           # columns that a tile's place is counted in
     BLOCK_BYTES: int = field(init=False)    # that come for one K block
     A_BOX: int = field(init=False)          # rows of A that one TMA brings: a power of two
     B_BOX: int = field(init=False)          # rows of B, any number up to 256
@@ -87,7 +90,8 @@ class Tile:
         put("BM", self.WGM * self.MP * WARPGROUP_ROWS)
         put("BN", self.WGN * self.NP * self.WN)
         put("UNIT", Unit(self.LAYOUT, self.CLUSTER, self.BM * self.CLUSTER_M, self.BN * self.CLUSTER_N, self.STRIP, self.GROUPS,
-                         self.A_SCALE_TMA, self.ZERO))
+                         self.A_SCALE_TMA, self.ZERO, self.MIX))
+        put("STEP", self.WN if self.MIX else self.BN)
         put("A_BOX", self.BM // self.CLUSTER_N)
         put("B_BOX", self.BN // self.CLUSTER_M)
         width = self.NP * self.WN

@@ -44,6 +44,7 @@ MAX_ROWS = 192               # rows a group above which weights are no longer mo
 MAX_GROUPS = 1024            # the group table is held in the registers of one warp
 MAX_INDICES = 1 << 15        # rows of m_indices that every CTA goes through at its start
 MAX_STAGES = 16
+SHORT = 512                  # K of tiles that a trip is all of
 Shape = tuple[int, int, int]
 SHAPES: tuple[Shape, ...] = ((64, 4, 3), (64, 4, 2), (128, 4, 2), (128, 8, 1))  # weight rows, warps of consumers, CTAs on an SM
 GUESS = 3                    # K blocks of weights fetched on a guess, before group sizes are known
@@ -84,6 +85,8 @@ def widths(problem: Problem) -> list[tuple[int, int, int, tuple[Shape, ...]]]:
     rows = expected_rows(problem)
     token = next((t for t in TOKENS if t >= rows), TOKENS[-1])
     if problem.layout == "dense":
+        if problem.k <= SHORT and token >= 32:          # the fewer tiles, the less often one is stored
+            return [(min(token, 64), 0, 0, SHAPES[1:3])]
         # two CTAs beat three, and one or two with 128 weight rows
         return [(t, 0, 0, SHAPES[1:2]) for t in ((token, token // 2) if token >= 32 else (token,))]
     if token <= 32:
@@ -101,8 +104,10 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
         for bn, warps, ctas in shapes:
             c = Config(bt, bn, 128, warps, 0, swap_ab=True, persistent=True)
             found += offers(problem, arch, c, ctas=ctas, narrow=narrow, middle=middle, keep=kept)
-        if problem.layout == "dense" and bt >= min(rows, 64):      # narrower ones read the weights twice for nothing
-            found += at_once(problem, arch, bt, kept)
+        if problem.layout == "dense":
+            found += alone(problem, arch, bt, kept)
+            if bt >= min(rows, 64):             # narrower ones read the weights twice for nothing
+                found += at_once(problem, arch, bt, kept)
     few = Config(8, 64, 128, 4, 0, swap_ab=True, persistent=True)
     if problem.layout == "offsets" and expected_rows(problem) == 1 and tiles_expected(problem, few) <= 2 * arch.sms:
         # one or two experts with a token, as a rank of many has them at one token. Cut along K they take 0.79-0.97 of what the
@@ -110,6 +115,17 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
         cut = [c for c in offers(problem, arch, few, ctas=2, narrow=0, middle=0, keep=kept) if c.split_k > 1]
         return cut or found
     return found
+
+
+def alone(problem: Problem, arch: Arch, tokens: int, keep: bool) -> list[Config]:
+    """Of a dense product with a tile an SM at most, a CTA alone on each: its ring is as long as can be, and so are the batches of
+    scales, whose latency is what holds it where K is long."""
+    tiles = -(-problem.m // tokens) * -(-problem.n // 64)
+    if not 32 <= tokens <= 64 or tiles > arch.sms:
+        return []
+    c = Config(tokens, 64, 128, 4, 0, swap_ab=True, persistent=True)
+    c = with_stages(problem, arch, c, {"keep": int(keep), "trip": TRIPS[-1], "ahead": AHEADS[1], "guess": EARLY})
+    return [c] if legal(problem, c, arch) is None else []
 
 
 def at_once(problem: Problem, arch: Arch, tokens: int, keep: bool) -> list[Config]:
@@ -142,7 +158,7 @@ def offers(problem: Problem, arch: Arch, config: Config, *, ctas: int, narrow: i
     wanted = {"ctas": ctas if ctas > 1 else 0, "narrow": narrow, "middle": middle, "keep": int(keep)}
     tiles = tiles_expected(problem, replace(config, extra=tuple(sorted((k, v) for k, v in wanted.items() if v))))
     # overlapping wgmma and promotions of several K blocks pays where steps are what a CTA waits for
-    slow = two or config.block_m <= 16 or (tiles < sms * 3 // 4 if dense else config.num_warps == 4)
+    slow = two or config.block_m <= 16 or (tiles <= sms * ctas or problem.k <= SHORT if dense else config.num_warps == 4)
     wanted["trip"] = TRIPS[-1] if ctas < 3 and not narrow and slow else 0
     # a wrong guess at a CTA's first tile, where groups are of several, costs what it fetched; in a single wave another CTA finds
     # that in L2. With one CTA of two consumers on an SM it gains nothing

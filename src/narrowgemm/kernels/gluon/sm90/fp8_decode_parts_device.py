@@ -143,7 +143,9 @@ def put_scales(s, rings, bars, slot, phase, cfg: gl.constexpr):
 def scale_loader(ptrs, strides, rings, bars, shape_args, index_ptr, table_ptr, cap, KB, cfg: gl.constexpr):
     sa_ptr, sb_ptr = ptrs
     sag, sam, sak, sbg, sbn, sbk = strides
-    if cfg.CLUSTER > 1:
+    # pointers that go along are registers, which a table of groups takes
+    BATCHES: gl.constexpr = cfg.CLUSTER > 1 or cfg.AHEAD > 4
+    if BATCHES:
         sak = sak.to(gl.int64)
         sbk = sbk.to(gl.int64)
     lay: gl.constexpr = gl.BlockedLayout([(cfg.BT + 31) // 32], [32], [1], [0])
@@ -164,7 +166,7 @@ def scale_loader(ptrs, strides, rings, bars, shape_args, index_ptr, table_ptr, c
         a_ptrs = a_ptr + tok.to(gl.int64) * sam
         b_ptr = sb_ptr + g.to(gl.int64) * sbg + (nb * cfg.BN // 128).to(gl.int64) * sbn
         mine = tok < rows
-        if cfg.CLUSTER > 1:
+        if BATCHES:
             a_ptrs += k0.to(gl.int64) * sak
             b_ptr += k0.to(gl.int64) * sbk
             here = scale_blocks(a_ptrs, sak, mine, b_ptr, sbk, k1 - k0, cfg)

@@ -82,7 +82,7 @@ def register_split(config: Config, table: int) -> tuple[int, int]:
     regs = max_registers(config)
     wide = 16 * (config.block_m == 128)
     wide += 2 * (extra(config, "ahead", AHEADS[0]) - AHEADS[0]) * (-(-config.block_m // 32) + 1)
-    if extra(config, "cluster"):
+    if extra(config, "ctas", 1) == 1 and config.num_warps == 4:
         wide = min(wide + 112, 144)      # alone on an SM, there are registers for everybody, up to what warps start with
     loader = min(regs, 56 + -(-wide // 8) * 8 if table <= 256 else 88 if table <= 512 else 128)
     return loader, min(232, (regs * (config.num_warps + 4) - 4 * loader) // config.num_warps // 8 * 8)
