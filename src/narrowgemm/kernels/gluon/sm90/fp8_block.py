@@ -142,6 +142,7 @@ LAUNCH_SECONDS = 3.0e-6
 MEMORY_SECONDS = 6.5e-6     # to fill the pipes and drain them, where bytes decide
 MEMORY_EFFICIENCY = 0.93    # of the streaming rate
 TILE_SECONDS = 0.6e-6       # of a tile, beyond its K blocks
+DENSE_TILE_SECONDS = 0.3e-6     # of a dense product's 128x128
 _LAST_WAVE = 0.35           # power of the share of blocks that are at work in the mean, by which bytes take longer
 _NOT_HIDDEN = 0.15          # of the shorter of arithmetic and bytes,
 _BESIDE_BYTES = 4e-6        # but no more of arithmetic than this, where bytes take far longer
@@ -153,8 +154,8 @@ _BLOCK_TIMES = {
     (64, 128, 2): (0.546, 0.45, 1.00), (128, 128, 2): (0.985, 0.55, 1.15),
     (128, 192, 1): (0.670, 0.56, 1.15),
 }
-_DENSE = {(128, 192, 1): 0.9}               # of those, for a dense product,
-_DENSE_WAVES = {(128, 128, 1): 1.1}         # and for one that takes more than two waves (H100)
+# of those, for a dense product: from 182 candidates of 84 shapes of 256 rows and more
+_DENSE = {(128, 128, 1): 0.93, (128, 192, 1): 0.9, (128, 256, 1): 0.96, (128, 64, 1): 0.82, (64, 128, 1): 0.92}
 _OUTSIDE = 0.8              # TMA is slow where a box reaches outside its tensor
 _H200_RATE = 1.40e15        # FP8 rate of the device that the figures are from
 
@@ -195,22 +196,23 @@ def _seconds(problem: Problem, config: Config, arch: Arch, work: float) -> float
     ctas = dict(config.extra).get("ctas", 1)
     sms = min(arch.sms, problem.max_sms or arch.sms)
     busy, alone, plain = _BLOCK_TIMES[config.block_m, config.block_n, ctas]
+    tile = TILE_SECONDS
     if problem.a.scale_major != "mn" or problem.a.scale_dtype != "fp32":
         busy, alone = busy * plain, alone * plain
     if problem.layout == "dense" and problem.m < config.block_m:
         outside = 1 + _OUTSIDE * (1 - problem.m / config.block_m)
         busy, alone = busy * outside, alone * outside
     if problem.layout == "dense":
-        shape = config.block_m, config.block_n, ctas
-        busy *= _DENSE.get(shape, 1.0) * (_DENSE_WAVES.get(shape, 1.0) if work > 2 * sms else 1.0)
+        less = _DENSE.get((config.block_m, config.block_n, ctas), 1.0)
+        busy, alone, tile = busy * less, alone * less, DENSE_TILE_SECONDS * config.block_m * config.block_n / (128 * 128)
     unit = problem.k // 128 * 1e-6 * rate(arch)
     if work <= sms:     # one tile an SM: the fewer, the faster
-        seconds = unit * (alone + (busy / ctas - alone if ctas == 1 else 0.0) * work / sms) + TILE_SECONDS
+        seconds = unit * (alone + (busy / ctas - alone if ctas == 1 else 0.0) * work / sms) + tile
     else:
         waves = work / (sms * ctas)
         waves = math.ceil(waves) if waves < 8 else waves + 0.5
         last_alone = ctas == 2 and 0 < work % (sms * ctas) <= sms
-        seconds = waves * (unit * busy + TILE_SECONDS) - (unit * (busy - alone) if last_alone else 0.0)
+        seconds = waves * (unit * busy + tile) - (unit * (busy - alone) if last_alone else 0.0)
     if dict(config.extra).get("late_store"):
         # the store beside the next tile's first product: seen to pay where K is long and tiles are many
         seconds *= 0.98 if problem.k >= 4096 and work > 2 * sms else 1.005

@@ -58,9 +58,11 @@ _FULL = 0.8                  # of the SMs' time in whole waves of 128x256: with 
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
-    waves = fp8_block.tiles(problem, _CANDIDATES[0], False) / min(arch.sms, problem.max_sms or arch.sms)
+    if problem.layout != "dense":
+        return [c for c in _CANDIDATES if legal(problem, c, arch) is None]
+    waves = -(-problem.m // 128) * -(-problem.n // 256) / min(arch.sms, problem.max_sms or arch.sms)
     mixed = (_MIXED, ) if waves < _FULL * math.ceil(waves) else ()
-    return [c for c in ((*_DENSE, *mixed) if problem.layout == "dense" else _CANDIDATES) if legal(problem, c, arch) is None]
+    return [c for c in (*_DENSE, *mixed) if legal(problem, c, arch) is None]
 
 
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
@@ -117,10 +119,9 @@ def workspace(problem: Problem, config: Config) -> int:
 _BLOCK_TIMES = {(128, 256): (0.757, 0.72), (128, 192): (0.640, 0.54), (128, 176): (0.680, 0.60),
                 (128, 144): (0.540, 0.46)}
 # of a dense product
-_DENSE_TIMES = {(128, 256): (0.830, 0.80), (128, 192): (0.540, 0.50), (128, 144): (0.480, 0.42)}
+_DENSE_TIMES = {(128, 256): (0.780, 0.74), (128, 192): (0.560, 0.52), (128, 144): (0.520, 0.46)}
 _LONG_WAVES, _LONG_TIMES = 6, {(128, 192): 0.630}   # of one with more waves: power holds it
 _NARROW = 0.9                # of a tile of 192 columns, one of 128: its sums are one after another as well
-_DENSE_TILE_SECONDS = 0.3e-6
 _CLUSTER_SECONDS = 3.0e-6    # until a cluster's blocks know of each other
 _ROWS = 1024                 # of a group: with fewer, what clusters save is not what holds the product
 _FEWER_ROWS = 1.08
@@ -171,7 +172,7 @@ def of_spread(problem: Problem, config: Config, arch: Arch) -> float:
     tile = fp8_block.TILE_SECONDS
     if problem.layout == "dense":
         busy, alone = _DENSE_TIMES.get((config.block_m, config.block_n), (busy, alone))
-        tile = _DENSE_TILE_SECONDS
+        tile = fp8_block.DENSE_TILE_SECONDS
         if max(works) > _LONG_WAVES * clusters:
             busy = _LONG_TIMES.get((config.block_m, config.block_n), busy)
     block = problem.k // 128 * 1e-6 * fp8_block.rate(arch)

@@ -45,6 +45,7 @@ MAX_GROUPS = 1024            # the group table is held in the registers of one w
 MAX_INDICES = 1 << 15        # rows of m_indices that every CTA goes through at its start
 MAX_STAGES = 16
 SHORT = 512                  # K of tiles that a trip is all of
+LONG = 4096                  # K from which on a tile of 32 columns waits for scales
 Shape = tuple[int, int, int]
 SHAPES: tuple[Shape, ...] = ((64, 4, 3), (64, 4, 2), (128, 4, 2), (128, 8, 1))  # weight rows, warps of consumers, CTAs on an SM
 GUESS = 3                    # K blocks of weights fetched on a guess, before group sizes are known
@@ -121,7 +122,7 @@ def alone(problem: Problem, arch: Arch, tokens: int, keep: bool) -> list[Config]
     """Of a dense product with a tile an SM at most, a CTA alone on each: its ring is as long as can be, and so are the batches of
     scales, whose latency is what holds it where K is long."""
     tiles = -(-problem.m // tokens) * -(-problem.n // 64)
-    if not 32 <= tokens <= 64 or tiles > arch.sms:
+    if not (tokens == 64 or tokens == 32 and problem.k >= LONG) or tiles > arch.sms:
         return []
     c = Config(tokens, 64, 128, 4, 0, swap_ab=True, persistent=True)
     c = with_stages(problem, arch, c, {"keep": int(keep), "trip": TRIPS[-1], "ahead": AHEADS[1], "guess": EARLY})
