@@ -122,7 +122,7 @@ def alone(problem: Problem, arch: Arch, tokens: int, keep: bool) -> list[Config]
     """Of a dense product with a tile an SM at most, a CTA alone on each: its ring is as long as can be, and so are the batches of
     scales, whose latency is what holds it where K is long."""
     tiles = -(-problem.m // tokens) * -(-problem.n // 64)
-    if not (tokens == 64 or tokens == 32 and problem.k >= LONG) or tiles > arch.sms:
+    if not (tokens == 64 or (tokens == 32 and problem.k >= LONG)) or tiles > arch.sms:
         return []
     c = Config(tokens, 64, 128, 4, 0, swap_ab=True, persistent=True)
     c = with_stages(problem, arch, c, {"keep": int(keep), "trip": TRIPS[-1], "ahead": AHEADS[1], "guess": EARLY})
