@@ -12,7 +12,7 @@ INPUTS      := pyproject.toml constraints/ci.txt tools/setup_env.py
 
 help:
 	@echo "make demo   an expert block in FP8 against BF16, on the GPU if there is one   (DEMO_ARGS='--model qwen3-235b')"
-	@echo "make test   ruff, mypy and every test that needs no GPU                       (PYTEST_ARGS='-k masked')"
+	@echo "make test   ruff, mypy and the tests that need no GPU, slow ones left out      (PYTEST_ARGS='-k masked')"
 	@echo "make lint   ruff and mypy"
 	@echo "make docs   the documentation as a site, under site/; fails on a broken link"
 	@echo "make clean  remove the environment and the caches"

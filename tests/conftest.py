@@ -46,8 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
 # Cases that emulate or interpret device code take seconds each on a CPU. Of each function of these modules one case in so many
 # runs by default, the others are marked slow: `pytest -m ''` runs all of them. Nothing changes on a GPU.
 ONE_IN = {"kernels/test_gluon_sm90_prefill.py": 4, "kernels/test_gluon_sm90_decode.py": 6, "kernels/test_gluon_sm90_scaled.py": 6,
-          "kernels/test_steps.py": 4, "kernels/test_bf16.py": 2, "kernels/test_quantize_both.py": 4, "kernels/test_activate_both.py": 4, "ops/test_expert_mlp.py": 3, "testing/test_selftest.py": 4, "ops/test_experts.py": 3,
-          "ops/test_grouped_linear.py": 2}
+          "kernels/test_steps.py": 4, "kernels/test_bf16.py": 2, "kernels/test_quantize_both.py": 4,
+          "kernels/test_activate_both.py": 4, "ops/test_expert_mlp.py": 3, "ops/test_experts.py": 3,
+          "ops/test_grouped_linear.py": 2, "testing/test_selftest.py": 4}
 
 
 @pytest.hookimpl(tryfirst=True)
