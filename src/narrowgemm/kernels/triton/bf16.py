@@ -17,7 +17,7 @@ from . import common
 
 NAME = "triton.bf16"
 BACKEND = "triton"
-LAYOUT_IDS = {"dense": 0, "offsets": 2, "masked": 4}
+LAYOUTS = ("dense", "offsets", "masked")
 ELEMENTS = ("bf16", "fp16")
 # of the BF16 rate on 128x128 tiles; of the read bandwidth; what a byte through L2 costs of one from memory (H100)
 EFFICIENCY, STREAMING, L2_COST = 0.43, 0.92, 0.03
@@ -27,7 +27,7 @@ AMD = ((128, 128, 64, 8, 2, False), (64, 128, 64, 4, 2, False), (32, 128, 64, 4,
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:
-    if problem.op not in ("gemm", "grouped_gemm") or problem.layout not in LAYOUT_IDS:
+    if problem.op not in ("gemm", "grouped_gemm") or problem.layout not in LAYOUTS:
         return f"computes gemm and grouped_gemm, not {problem.op} with layout {problem.layout}"
     a, b = problem.a, problem.b
     if a.format.scaled or b.format.scaled or a.format.element != b.format.element or a.format.element not in ELEMENTS:
@@ -98,21 +98,13 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     c = step.config
     a, b, out = x.a.data, x.b.data, x.out
     masked = problem.layout == "masked"
-    slots = x.groups * -(-x.m // c.block_m) if masked else x.m // c.block_m + x.groups
-    programs = min(slots * -(-x.n // c.block_n), problem.max_sms or resident_programs(out, c))
+    programs = common.slots(problem, x, c.block_m) * -(-x.n // c.block_n)
+    programs = min(programs, problem.max_sms or common.resident(out, smem_bytes(c)))
     return [Launch(
         device.bf16_kernel, (programs,),
         (a, b, out, x.index if x.index is not None else a, x.m, x.n, x.k, x.groups, a.stride(0) if masked else 0, a.stride(-2),
          a.stride(-1), b.stride(0) if b.dim() == 3 else 0, b.stride(-2), b.stride(-1), out.stride(0) if masked else 0,
          out.stride(-2)),
-        dict(LAYOUT=LAYOUT_IDS[problem.layout], BM=c.block_m, BN=c.block_n, BK=c.block_k, GROUP_M=c.group_m,
+        dict(LAYOUT=common.LAYOUT_IDS[problem.layout], BM=c.block_m, BN=c.block_n, BK=c.block_k, GROUP_M=c.group_m,
              EVEN_K=x.k % c.block_k == 0, EVEN_N=x.n % c.block_n == 0, SWAP=c.swap_ab, ACCUMULATE=problem.accumulate,
              WIDE=problem.wide, num_warps=c.num_warps, num_stages=c.num_stages))]
-
-
-def resident_programs(out: Tensor, config: Config) -> int:
-    """As many programs as are resident at once."""
-    from ...arch import detect
-
-    arch = detect(out.device)
-    return arch.sms * max(1, min(4, arch.smem // smem_bytes(config)))

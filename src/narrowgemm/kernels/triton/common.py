@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...arch import Arch
+from ...arch import Arch, detect
 from ...formats import ScaledTensor
 from ...problem import Config, Problem
+from ..operands import Operands
 
+LAYOUT_IDS = {"dense": 0, "contiguous": 1, "offsets": 2, "psum": 3, "masked": 4}     # as `tiles_device.py` knows them
 FP8 = ("e4m3", "e5m2")
 LAUNCH_SECONDS = 3e-6
 SPLIT_SECONDS = 0.8e-6    # the second launch, and what it waits for (fitted to six dense shapes, H100)
@@ -75,6 +77,19 @@ def tile_configs(problem: Problem, arch: Arch) -> list[Config]:
     persistent = problem.layout == "masked" or problem.max_sms > 0
     base = [Config(bm, bn, 128, w, s, swap_ab=swap, persistent=persistent) for bm, bn, w, s, swap in cand]
     return [c for c in base if smem_bytes(c, arch) <= arch.smem]
+
+
+def slots(problem: Problem, x: Operands, block_m: int) -> int:
+    """Tiles of rows that there can be at most: only the device knows the groups' sizes."""
+    if problem.layout == "masked":
+        return x.groups * -(-x.m // block_m)
+    return x.m // block_m + x.groups if problem.layout in ("offsets", "psum") else -(-x.m // block_m)
+
+
+def resident(out: Tensor, smem: int) -> int:
+    """Programs of a persistent grid on the device of `out`: as many of `smem` bytes as are resident at once."""
+    arch = detect(out.device)
+    return arch.sms * max(1, min(4, arch.smem // smem))
 
 
 def tiles(problem: Problem, config: Config) -> int:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ...arch import Arch
+from ...arch import Arch, detect
 from ...problem import Config, Problem, Step
 from .. import launching
 from ..launching import Launch, Pointer
@@ -20,14 +20,13 @@ from . import common
 
 NAME = "triton.fp8_block"
 BACKEND = "triton"
-LAYOUT_IDS = {"dense": 0, "contiguous": 1, "offsets": 2, "psum": 3, "masked": 4}
 EFFICIENCY = 0.47  # of the FP8 rate on 128x128 tiles; fitted on H200 times, docs/measured.md
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:
     if problem.op not in ("gemm", "grouped_gemm"):
         return f"computes gemm and grouped_gemm, not {problem.op}"
-    if problem.layout not in LAYOUT_IDS:
+    if problem.layout not in common.LAYOUT_IDS:
         return f"has no {problem.layout} layout"
     return common.refuse(problem, arch)
 
@@ -86,16 +85,10 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     sb, sb_e8m0, (sbg, sbn, sbk) = common.kernel_scale(x.b)
     a, b, out = x.a.data, x.b.data, x.out
     masked = problem.layout == "masked"
-    num_n = -(-x.n // c.block_n)
-    if masked:
-        slots = x.groups * -(-x.m // c.block_m)
-    elif problem.layout in ("offsets", "psum"):
-        slots = x.m // c.block_m + x.groups
-    else:
-        slots = -(-x.m // c.block_m)
-    programs = slots * num_n
+    slots = common.slots(problem, x, c.block_m)
+    programs = slots * -(-x.n // c.block_n)
     if c.persistent:
-        programs = min(programs, problem.max_sms or device_programs(out, c))
+        programs = min(programs, problem.max_sms or common.resident(out, common.smem_bytes(c, detect(out.device))))
     target: Tensor | Pointer = out
     target_strides = (out.stride(0) if masked else 0, out.stride(-2))
     if c.split_k > 1:
@@ -107,7 +100,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
          a.stride(0) if masked else 0, a.stride(-2), a.stride(-1),
          b.stride(0) if b.dim() == 3 else 0, b.stride(-2), b.stride(-1), *target_strides,
          sag if masked else 0, sam, sak, sbg, sbn, sbk),
-        dict(LAYOUT=LAYOUT_IDS[problem.layout], BM=c.block_m, BN=c.block_n, BK=128,
+        dict(LAYOUT=common.LAYOUT_IDS[problem.layout], BM=c.block_m, BN=c.block_n, BK=128,
              GROUP_N=1 if x.b.format.group[0] == 1 else 128, GROUP_M=c.group_m, SPLIT_K=c.split_k, EVEN_K=x.k % 128 == 0,
              EVEN_N=x.n % c.block_n == 0, SWAP=c.swap_ab, PERSISTENT=c.persistent,
              ACCUMULATE=problem.accumulate and c.split_k == 1, ZERO=problem.zero_padding, SA_E8M0=sa_e8m0, SB_E8M0=sb_e8m0,
@@ -118,11 +111,3 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
             device.reduce_splits_kernel, (x.m, -(-x.n // block)), (target, out, x.m, x.n, out.stride(-2)),
             dict(SPLIT_K=c.split_k, BLOCK=block, ACCUMULATE=problem.accumulate, num_warps=4)))
     return found
-
-
-def device_programs(out: Tensor, config: Config) -> int:
-    """Programs of a persistent grid: as many as are resident at once."""
-    from ...arch import detect
-
-    arch = detect(out.device)
-    return arch.sms * max(1, min(4, arch.smem // common.smem_bytes(config, arch)))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ...arch import Arch
+from ...arch import Arch, detect
 from ...problem import Config, Problem, Step
 from .. import launching
 from ..launching import Launch
@@ -19,7 +19,6 @@ from . import common
 
 NAME = "triton.mx"
 BACKEND = "triton"
-LAYOUT_IDS = {"dense": 0, "contiguous": 1, "offsets": 2, "psum": 3, "masked": 4}
 A_KINDS = ("bf16", "e4m3", "e2m1")
 B_KINDS = ("e4m3", "e2m1")
 # of the BF16 rate on 128x128 tiles; of the read bandwidth where weights are the traffic
@@ -28,7 +27,7 @@ TILES = ((16, 128, 4, 3), (32, 128, 8, 3), (64, 128, 8, 3), (128, 128, 8, 3), (6
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:
-    if problem.op not in ("gemm", "grouped_gemm") or problem.layout not in LAYOUT_IDS:
+    if problem.op not in ("gemm", "grouped_gemm") or problem.layout not in common.LAYOUT_IDS:
         return f"computes gemm and grouped_gemm, not {problem.op} with layout {problem.layout}"
     if not problem.epilogue.plain or problem.gather:
         return "has no fused gather and no epilogue beyond the sum"
@@ -109,19 +108,13 @@ def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor |
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
     from . import mx_device as device
-    from .fp8_block import device_programs
 
     c = step.config
     a, b, out, sa, sb = x.a.data, x.b.data, x.out, x.a.scale, x.b.scale
     assert sb is not None
     masked = problem.layout == "masked"
-    if masked:
-        slots = x.groups * -(-x.m // c.block_m)
-    elif problem.layout in ("offsets", "psum"):
-        slots = x.m // c.block_m + x.groups
-    else:
-        slots = -(-x.m // c.block_m)
-    programs = min(slots * -(-x.n // c.block_n), problem.max_sms or device_programs(out, c))
+    slots = common.slots(problem, x, c.block_m)
+    programs = min(slots * -(-x.n // c.block_n), problem.max_sms or common.resident(out, common.smem_bytes(c, detect(out.device))))
     sag, sam, sak = (0, 0, 0) if sa is None else (sa.stride(0) if masked else 0, sa.stride(-2), sa.stride(-1))
     return [Launch(
         device.mx_kernel, (programs,),
@@ -129,7 +122,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
          x.alignment, a.stride(0) if masked else 0, a.stride(-2), b.stride(0) if b.dim() == 3 else 0, b.stride(-2),
          out.stride(0) if masked else 0, out.stride(-2), sag, sam, sak, sb.stride(0) if sb.dim() == 3 else 0, sb.stride(-2),
          sb.stride(-1)),
-        dict(LAYOUT=LAYOUT_IDS[problem.layout], A_KIND=problem.a.format.element, B_KIND=problem.b.format.element, BM=c.block_m,
-             BN=c.block_n, BK=128, GROUP_M=c.group_m, EVEN_K=x.k % 128 == 0, EVEN_N=x.n % c.block_n == 0,
+        dict(LAYOUT=common.LAYOUT_IDS[problem.layout], A_KIND=problem.a.format.element, B_KIND=problem.b.format.element,
+             BM=c.block_m, BN=c.block_n, BK=128, GROUP_M=c.group_m, EVEN_K=x.k % 128 == 0, EVEN_N=x.n % c.block_n == 0,
              CHUNKED=by_chunk(problem), ACCUMULATE=problem.accumulate, ZERO=problem.zero_padding, WIDE=problem.wide,
              num_warps=c.num_warps, num_stages=c.num_stages))]
