@@ -57,17 +57,17 @@ GENERIC = {"sm90": "h100", "sm100": "b200", "sm120": "rtx5090", "gfx942": "mi300
            "sm80": "a100"}
 
 
-def get_arch(name: str) -> Arch:
-    """An arch record by device name ('h200') or by target ('sm90': that target's usual device)."""
+def get_arch(name: str, what: str = "device") -> Arch:
+    """An arch record by device name ('h200') or by target ('sm90': that target's usual device). `what`: who gave the name."""
     key = GENERIC.get(name.lower(), name.lower())
-    expect(key in ARCHS, "device", repr(name), f"one of {sorted(ARCHS)} or a target of {sorted(GENERIC)}")
+    expect(key in ARCHS, what, repr(name), f"one of {sorted(ARCHS)} or a target of {sorted(GENERIC)}")
     return ARCHS[key]
 
 
 def detect(device: torch.device | None = None) -> Arch:
     """The arch of a torch device; NARROWGEMM_ARCH overrides it, for compile-only use and for tests."""
     if override := env.get("NARROWGEMM_ARCH"):
-        return get_arch(override)
+        return get_arch(override, "NARROWGEMM_ARCH")
     if device is None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type != "cuda":
@@ -83,10 +83,8 @@ def _detect_gpu(index: int) -> Arch:
         base = ARCHS.get(GENERIC.get(target, ""), ARCHS["mi300x"])
         return replace(base, target=target, sms=p.multi_processor_count)
     target = f"sm{p.major}{p.minor}"
-    for name in ("h200", "h100", "h20", "b200", "l40s", "a100"):
-        if name in p.name.lower().replace(" ", "").split("nvidia")[-1] and ARCHS[name].target == target:
-            if name == "h20" and "h200" in p.name.lower():
-                continue
+    for name in ("h200", "h100", "h20", "b200", "l40s", "a100"):        # h20 behind h200, which holds it
+        if name in p.name.lower() and ARCHS[name].target == target:
             return replace(ARCHS[name], sms=p.multi_processor_count)
     base = ARCHS.get(GENERIC.get(target, ""), ARCHS["a100"])
     smem = getattr(p, "shared_memory_per_block_optin", base.smem)

@@ -66,6 +66,13 @@ class Contiguous(Layout):
         return self.m_indices
 
 
+def check_hint(expected_m: int) -> None:
+    """A tensor would be read back in every call."""
+    expect(not isinstance(expected_m, (Tensor, float)), "expected_m", type(expected_m).__name__, "an int, known on the host",
+           error=TypeError)
+    expect(expected_m >= 0, "expected_m", expected_m, "a number of rows, 0 for unknown")
+
+
 @dataclass(frozen=True, eq=False)
 class Psum(Layout):
     """`ends` int32 `[G]`: end row of each group; group g starts at `ends[g-1]` rounded up to `alignment` rows.
@@ -81,7 +88,7 @@ class Psum(Layout):
     def __post_init__(self) -> None:
         check_index(self.ends, "psum ends", 1, (torch.int32,))
         expect(self.alignment >= 1, "psum alignment", self.alignment, "at least 1 row")
-        expect(self.expected_m >= 0, "expected_m", self.expected_m, "a number of rows, 0 for unknown")
+        check_hint(self.expected_m)
 
     @property
     def index(self) -> Tensor:
@@ -123,7 +130,7 @@ class Masked(Layout):
 
     def __post_init__(self) -> None:
         check_index(self.masked_m, "masked_m", 1, (torch.int32,))
-        expect(self.expected_m >= 0, "expected_m", self.expected_m, "a number of rows, 0 for unknown")
+        check_hint(self.expected_m)
 
     @property
     def index(self) -> Tensor:

@@ -80,6 +80,8 @@ GROUPED = {
     "masked_m of wrong length": (lambda a, b: ng.grouped_gemm(masked_a(), b, ng.Masked(torch.zeros(G + 2, dtype=I32))), ValueError, "masked_m, length: got 5, expected the number of groups, 3"),
     "masked groups differ": (lambda a, b: ng.grouped_gemm(ng.ScaledTensor(masked_a().data[:2], masked_a().scale[:2], a.format), b, ng.Masked(torch.zeros(G, dtype=I32))), ValueError, "groups of a: got 2, expected b's, 3"),
     "expected_m negative": (lambda a, b: ng.Masked(torch.zeros(G, dtype=I32), -1), ValueError, "expected_m: got -1"),
+    "expected_m on the device": (lambda a, b: ng.Masked(torch.zeros(G, dtype=I32), torch.tensor(4)), TypeError, "expected_m: got Tensor, expected an int, known on the host"),
+    "expected_m of psum on the device": (lambda a, b: ng.Psum(torch.zeros(G, dtype=I32), 8, torch.tensor(4)), TypeError, "expected_m: got Tensor"),
     "index on another device": (lambda a, b: ng.grouped_gemm(a, b, ng.Contiguous(torch.zeros(M, dtype=I32, device="meta"))), ValueError, "contiguous index, device: got meta"),
     "a in 128-row blocks": (lambda a, b: ng.grouped_gemm(ng.quantize(torch.randn(M, K), ng.FP8_128x128), b, layouts()["offsets"]), ValueError, "a's scale block"),
     "wgrad with offsets": (lambda a, b: ng.grouped_gemm_wgrad(a, a, layouts()["offsets"]), TypeError, "layout: got Offsets, expected KGrouped"),

@@ -112,7 +112,8 @@ def recipe_formats(recipe: str, element: str) -> tuple[Format, Format]:
 
 def group_offsets(group_lens: Tensor | None, group_offs: Tensor | None, groups: int) -> Tensor:
     """`[groups + 1]`, where each group's rows begin and end, of whichever of the two is given. Raises ValueError, TypeError."""
-    expect((group_lens is None) != (group_offs is None), "group_lens and group_offs", "both or none", "one of them")
+    expect((group_lens is None) != (group_offs is None), "group_lens and group_offs", "neither" if group_lens is None else "both",
+           "one of them")
     if group_lens is not None:
         check_index(group_lens, "group_lens", 1, INT)
         expect(group_lens.numel() == groups, "group_lens, length", group_lens.numel(),
