@@ -129,6 +129,9 @@ FORMATS: dict[str, Format] = {
 }
 
 
+PLAIN: dict[torch.dtype, Format] = {f.elem.dtype: f for f in (BF16, FP16, FP32)}     # of tensors without scales
+
+
 def get_format(fmt: Format | str) -> Format:
     """A format by object or by name; names are the keys of `FORMATS`."""
     if isinstance(fmt, Format):

@@ -322,7 +322,7 @@ def a_whole_layer_as_its_steps() -> None:
     one, two = layer(), layer()
     first = {id(t): launched(lambda t=t: call(*t)) for t in (one, two)}
     calls = op._calls
-    assert len(calls._known) == 1 and len(first[id(one)]) == op._plans.newest().memo["plan"].launches
+    assert len(calls.known) == 1 and len(first[id(one)]) == op._plans.newest().memo["plan"].launches
     for t in (two, one, two):
         assert launched(lambda t=t: call(*t)) == first[id(t)]
     op._calls = type(calls)()

@@ -339,7 +339,7 @@ def test_a_call_that_differs_is_not_taken_for_one_that_was_seen(warm, change):
     warm(experts_module._plans.newest().memo["plan"].memos)
     experts(**call)
     experts(**call)          # by the launches: its output is not written
-    count = len(experts_module._calls._known)
+    count = len(experts_module._calls.known)
     assert count == 1
     change(call)
     got = experts(**call)

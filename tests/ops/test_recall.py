@@ -106,10 +106,10 @@ def test_a_torch_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_few_are_kept_of_one_shape(cache: common.PlanCache) -> None:
-    for pad in range(1, 2 * common._ALIKE):
+    for pad in range(1, 2 * recall.ALIKE):
         t = operands()
         t["out"] = aligned((16, 128 + 8 * pad), torch.bfloat16)[:, :128]
         a, b = ScaledTensor(t["x"], t["sx"], FP8_1x128), ScaledTensor(t["y"], t["sy"], FP8_128x128)
         cache.remember(KNOWN, a, b, t["out"], t["index"], "option", False)
-    assert {len(kept) for kept in cache._guarded.values()} == {common._ALIKE}
+    assert {len(kept) for kept in cache._calls.known.values()} == {recall.ALIKE}
     assert recalled(cache, operands(), "option", False) is None

@@ -17,15 +17,13 @@ from torch import Tensor
 
 from ..arch import detect
 from ..errors import expect
-from ..formats import BF16, FP16, FP32, Format, ScaledTensor, dtype_name
+from ..formats import PLAIN, Format, ScaledTensor, dtype_name
 from ..problem import Config, Operand, Plan, Problem, bucket, promotion
 from ..runtime import dispatch, env
-from .recall import Check, guard
+from .recall import Calls
 
-OUT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-_PLAIN = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
+OUT_DTYPES = tuple(PLAIN)
 _LIMIT = 4096
-_ALIKE = 4          # signatures kept that differ in nothing but strides, dtypes, devices or modes of torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +48,8 @@ def as_operand(x: ScaledTensor | Tensor, name: str) -> ScaledTensor:
         return x
     hint = "a ScaledTensor (ScaledTensor.make(data, scale, format) or narrowgemm.quantize), or a BF16 / FP16 / FP32 tensor"
     expect(isinstance(x, Tensor), name, type(x).__name__, hint, error=TypeError)
-    expect(x.dtype in _PLAIN, f"{name}, dtype", x.dtype, hint, error=TypeError)
-    return ScaledTensor(x, None, _PLAIN[x.dtype])
+    expect(x.dtype in PLAIN, f"{name}, dtype", x.dtype, hint, error=TypeError)
+    return ScaledTensor(x, None, PLAIN[x.dtype])
 
 
 def signature(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, *rest: object) -> tuple:
@@ -153,7 +151,7 @@ class PlanCache:
 
     def __init__(self) -> None:
         self._known: OrderedDict[tuple, Known] = OrderedDict()
-        self._guarded: dict[tuple, tuple[tuple[Check, Known], ...]] = {}
+        self._calls: Calls[Known] = Calls()
         self._lock = threading.Lock()
         self.find = self._known.get
 
@@ -164,7 +162,7 @@ class PlanCache:
         x, y, sx, sy = a.data, b.data, a.scale, b.scale
         if sx is None or sy is None:
             return None, ()
-        alike = self._guarded.get((a.format, x.shape, b.format, y.shape, rest, out is None, index is None, env.choice()))
+        alike = self._calls.known.get((a.format, x.shape, b.format, y.shape, rest, out is None, index is None, env.choice()))
         if alike is None:
             return None, ()
         addresses = x.data_ptr(), sx.data_ptr(), y.data_ptr(), sy.data_ptr(), 0 if index is None else index.data_ptr()
@@ -182,14 +180,8 @@ class PlanCache:
         """For `recall`, what is known of a call with these arguments."""
         if a.scale is None or b.scale is None:
             return
-        check = guard(_all_of(a.data, a.scale, b.data, b.scale, out, index))
-        if check is None:
-            return
         key = (a.format, a.data.shape, b.format, b.data.shape, rest, out is None, index is None, env.choice())
-        with self._lock:
-            if len(self._guarded) > _LIMIT:
-                self._guarded.clear()
-            self._guarded[key] = ((check, known), *self._guarded.get(key, ()))[:_ALIKE]
+        self._calls.add(key, _all_of(a.data, a.scale, b.data, b.scale, out, index), known)
 
     def add(self, key: tuple, plan: Plan | None, out: Empty, validate: str | None = None) -> Known:
         """`validate` and what the environment says of it are in the key."""

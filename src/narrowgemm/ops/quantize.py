@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..arch import detect
 from ..errors import expect
-from ..formats import BF16, FP16, FP32, Format, ScaledTensor, get_format
+from ..formats import PLAIN, Format, ScaledTensor, get_format
 from ..kernels.operands import Operands
 from ..problem import Config, Operand, Plan, Problem, bucket
 from ..reference import quantize as reference
@@ -20,7 +20,6 @@ from . import common, library
 
 SCALE_LAYOUTS = ("row_major", "mn_major")
 SCALES = "scales"   # where the memo of a signature holds what scales are allocated with
-_SOURCE = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
 _plans = common.PlanCache()
 
 
@@ -73,7 +72,7 @@ def plan_of(x: Tensor, fmt: Format, rounding: str, amax_clamp: float, scale_layo
         return None
     rows = x.numel() // x.shape[-1]
     matrices = rows // x.shape[-2]
-    source = ScaledTensor(x, None, _SOURCE[x.dtype])
+    source = ScaledTensor(x, None, PLAIN[x.dtype])
     problem = Problem(
         "quantize", "dense", bucket(rows), 0, x.shape[-1], matrices if fmt.group[0] == 0 else 1,
         Operand(source.format, source.major), Operand(fmt, scale_dtype=fmt.scale,
@@ -121,7 +120,7 @@ def _fill(plan: Plan | None, x: Tensor, fmt: Format, data: Tensor, scale: Tensor
     if plan is None:  # no payload, but a matrix without elements still has a scale
         scale.copy_(reference.quantize(x, fmt, rounding, amax_clamp).scale)  # type: ignore[arg-type]
         return
-    operands = Operands(ScaledTensor(x.detach(), None, _SOURCE[x.dtype]), ScaledTensor(data, scale, fmt), data, x.shape[-2], 0,
+    operands = Operands(ScaledTensor(x.detach(), None, PLAIN[x.dtype]), ScaledTensor(data, scale, fmt), data, x.shape[-2], 0,
                         x.shape[-1], out_scale=scale, rounding=rounding, amax_clamp=amax_clamp, memo=memo)
     run(plan, operands)
 

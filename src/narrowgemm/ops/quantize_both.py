@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..arch import detect
 from ..errors import expect
-from ..formats import Format, ScaledTensor, get_format
+from ..formats import PLAIN, Format, ScaledTensor, get_format
 from ..kernels.operands import Operands
 from ..layouts import INT, KGrouped, check_index
 from ..problem import Operand, Plan, Problem, bucket
@@ -23,7 +23,6 @@ from ..runtime import dispatch, env
 from ..runtime.launch import run
 from ..scales import tma_aligned_rows
 from . import common, library, steps
-from .quantize import _SOURCE
 
 GROUPS = ((1, 128), (128, 128), (1, 0), (0, 0))
 _plans = common.PlanCache()
@@ -112,7 +111,7 @@ def plan_of(x: Tensor, fmt: Format, offsets: Tensor | None, scale: Tensor | None
     groups = offsets.numel() - 1 if offsets is not None else x.shape[0] if x.dim() == 3 else 1
     op = "quantize_both" if scale is None else "cast_both" if amax is None else "cast_both_amax"
     problem = Problem(op, "dense" if offsets is None else "offsets",
-                      bucket(x.shape[-2]), 0, x.shape[-1], groups, Operand(_SOURCE[x.dtype], aligned=steps.aligned(x)),
+                      bucket(x.shape[-2]), 0, x.shape[-1], groups, Operand(PLAIN[x.dtype], aligned=steps.aligned(x)),
                       Operand(fmt, scale_dtype=fmt.scale))
     return dispatch.select(problem, detect(x.device), backend)
 
@@ -149,7 +148,7 @@ def _fill(plan: Plan | None, x: Tensor, fmt: Format, rows: ScaledTensor, columns
           amax: Tensor | None = None) -> None:
     if plan is not None:
         groups = 1 if offsets is None else offsets.numel() - 1
-        source = ScaledTensor(x, None, _SOURCE[x.dtype])
+        source = ScaledTensor(x, None, PLAIN[x.dtype])
         run(plan, Operands(source, rows, columns.data, x.shape[-2], 0, x.shape[-1], groups, offsets, out_scale=columns.scale,
                            rounding=rounding, amax_clamp=amax_clamp, segments=seg, amax=amax, memo=memo))
         return

@@ -25,12 +25,12 @@ class Calls(Generic[T]):
     """What is known of calls, by a key of all that is not a tensor and guards of the tensors. Safe with several threads."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple, tuple[tuple[Check, T], ...]] = {}
+        self.known: dict[tuple, tuple[tuple[Check, T], ...]] = {}
         self._lock = threading.Lock()
 
     def find(self, key: tuple, tensors: Sequence[Tensor]) -> T | None:
         """What was added with a key that is equal, which says how many tensors there are, and tensors of the same signature."""
-        for check, known in self._known.get(key, ()):
+        for check, known in self.known.get(key, ()):
             if check(*tensors):
                 return known
         return None
@@ -40,9 +40,9 @@ class Calls(Generic[T]):
         if check is None:
             return
         with self._lock:
-            if len(self._known) > LIMIT:
-                self._known.clear()
-            self._known[key] = ((check, known), *self._known.get(key, ()))[:ALIKE]
+            if len(self.known) > LIMIT:
+                self.known.clear()
+            self.known[key] = ((check, known), *self.known.get(key, ()))[:ALIKE]
 
 
 def guard(tensors: Sequence[Tensor]) -> Check | None:

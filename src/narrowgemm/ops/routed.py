@@ -21,7 +21,7 @@ from . import common, traced, validate_data
 from .common import Options
 
 ACTIVATIONS = ("swiglu", "swiglu_oai")
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+FLOATS = common.OUT_DTYPES
 _plans = common.PlanCache()
 
 

@@ -10,15 +10,14 @@ from torch import Tensor
 
 from ..arch import detect
 from ..errors import expect
-from ..formats import BF16, FP16, FP32, Format, ScaledTensor
+from ..formats import PLAIN, Format, ScaledTensor
 from ..problem import Config, Epilogue, Operand, Plan, Problem, bucket
 from ..reference.route import Routing
 from ..runtime import dispatch
 from ..scales import tma_aligned_rows
 from . import common
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-PLAIN = {torch.bfloat16: BF16, torch.float16: FP16, torch.float32: FP32}
+FLOATS = tuple(PLAIN)
 SCALE_LAYOUTS = ("row_major", "mn_major")
 NOTHING = common.Empty((), (), torch.uint8, torch.device("cpu"))
 
