@@ -14,15 +14,14 @@ always there.
 from __future__ import annotations
 
 import csv
-import json
 import math
-import os
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import json_rows
 from .case import Case
 from .cases import PEERS, SUITES
 from .peers import computes
@@ -55,12 +54,7 @@ def own_failure(row: Row) -> bool:
 
 def write_json(path: Path, header: dict[str, Any], rows: Sequence[Row]) -> None:
     """Replace `path` in one step, so that an interrupted run leaves the rows so far and never half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    lines = ",\n".join("  " + json.dumps(clean(r)) for r in rows)
-    head = json.dumps({h: header.get(h) for h in HEADER}, indent=1)[:-2]
-    part.write_text(f'{head},\n "rows": [\n{lines}\n ]\n}}\n')
-    os.replace(part, path)
+    json_rows.write(path, {h: header.get(h) for h in HEADER}, "rows", [clean(r) for r in rows])
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
@@ -80,10 +74,7 @@ def clean(x: Any) -> Any:
 
 def read(path: Path) -> dict[str, Any]:
     """A result file. ValueError where it is none of this schema."""
-    try:
-        data = json.loads(path.read_text())
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}: got text that is no JSON ({e}), expected a result file") from e
+    data = json_rows.read(path, "a result file")
     schema = data.get("schema") if isinstance(data, dict) else None
     if schema != SCHEMA or not isinstance(data.get("rows"), list):
         raise ValueError(f"{path}: got schema {schema!r}, expected {SCHEMA!r} with rows")

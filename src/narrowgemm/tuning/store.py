@@ -23,15 +23,14 @@ alignment. A choice that the kernel can't run for one of them (`supports`, `lega
 
 from __future__ import annotations
 
-import json
 import math
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from .. import json_rows
 from ..arch import Arch
 from ..prepack_bits import FP8_PREPACK
 from ..problem import Config, Problem, bucket
@@ -124,10 +123,7 @@ def read_rows(path: Path) -> list[Row]:
     """The rows of a table, none where there is no file. ValueError where it is a table of another schema, or none."""
     if not path.is_file():
         return []
-    try:
-        doc = json.loads(path.read_text())
-    except json.JSONDecodeError as e:
-        raise ValueError(f"tuned table {path}: got text that is no JSON ({e}); make it anew with `narrowgemm tune`") from e
+    doc = json_rows.read(path, "a tuned table: make it anew with `narrowgemm tune`")
     schema = doc.get("schema") if isinstance(doc, dict) else None
     if schema != SCHEMA:
         raise ValueError(f"tuned table {path}: got schema {schema!r}, expected {SCHEMA}; make it anew with "
@@ -154,16 +150,6 @@ def write_table(root: Path, device: str, name: str, header: dict[str, Any], rows
     """
     path = root / device / name
     merged = {row_key(r): r for r in (*read_rows(path), *rows)}
-    write_json(path, {"schema": SCHEMA, "device": device, **header}, "rows", [merged[k] for k in sorted(merged)])
+    json_rows.write(path, {"schema": SCHEMA, "device": device, **header}, "rows", [merged[k] for k in sorted(merged)])
     _table.cache_clear()
     return path
-
-
-def write_json(path: Path, header: dict[str, Any], name: str, items: Sequence[Any]) -> None:
-    """`{**header, name: items}`, one item a line, in one step: an interrupted run never leaves half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    lines = ",\n".join("  " + json.dumps(x) for x in items)
-    head = json.dumps(header, indent=1)[:-2]
-    part.write_text(f'{head},\n {json.dumps(name)}: [\n{lines}\n ]\n}}\n')
-    os.replace(part, path)

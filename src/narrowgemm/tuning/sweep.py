@@ -16,8 +16,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .. import json_rows
 from ..errors import expect
-from .store import write_json
 
 SCHEMA = "narrowgemm-sweep/1"
 HEADER = ("schema", "device", "arch", "versions", "commit", "date", "timer", "suites")
@@ -25,16 +25,13 @@ Record = dict[str, Any]
 
 
 def write(path: Path, header: dict[str, Any], records: Iterable[Record]) -> None:
-    write_json(path, {h: header.get(h) for h in HEADER} | {"schema": SCHEMA}, "cases", list(records))
+    json_rows.write(path, {h: header.get(h) for h in HEADER} | {"schema": SCHEMA}, "cases", list(records))
 
 
 def read(path: Path) -> dict[str, Any]:
     """A sweep file. ValueError where there is none, or one of another schema."""
     expect(path.is_file(), "sweep file", str(path), "a file that `narrowgemm tune --sweep` wrote")
-    try:
-        data = json.loads(path.read_text())
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}: got text that is no JSON ({e}), expected a sweep file") from e
+    data = json_rows.read(path, "a sweep file")
     schema = data.get("schema") if isinstance(data, dict) else None
     expect(schema == SCHEMA and isinstance(data.get("cases"), list), f"{path}, schema", repr(schema),
            f"{SCHEMA!r} with cases")

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from .. import json_rows
 from ..arch import Arch
 from ..errors import expect
 from ..kernels.triton import fp8_block as kernel
@@ -29,10 +30,7 @@ OPTIONAL = {"num_warps": "num_warps", "num_stages": "num_stages"}
 def read(path: Path) -> list[Config]:
     """The distinct tiles of a file. ValueError where it is none of these files."""
     expect(path.is_file(), "vLLM config file", str(path), "a file that is there")
-    try:
-        data = json.loads(path.read_text())
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{path}: got text that is no JSON ({e}), expected a tuned file of vLLM") from e
+    data = json_rows.read(path, "a tuned file of vLLM")
     expect(isinstance(data, dict), f"{path}", type(data).__name__, "an object of tiles by number of tokens")
     found: dict[Config, None] = {}
     for tokens, tile in data.items():
