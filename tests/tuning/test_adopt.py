@@ -46,6 +46,11 @@ def test_a_time_whose_rounds_differ_is_none() -> None:
     assert adopt.tables([record("x", candidate("a", 100.0, 50.0) | {"spread": 0.5}, candidate("b", 50.0, 60.0))]) == {}
 
 
+def test_a_figure_of_the_quick_round_alone_is_not_compared() -> None:
+    first, second, third = candidate("a", 100.0, 50.0) | {"rounds": 7}, candidate("b", 96.0, 60.0) | {"rounds": 7}, candidate("c", 90.0, 70.0) | {"rounds": 2}
+    assert one(first, second, third)["kernel"] == "b" and not one(first, third)["adopted"]
+
+
 def test_a_candidate_with_an_error_is_never_chosen() -> None:
     row = one(candidate("a", 100.0, 50.0), candidate("b", 1.0, 60.0, error="recipe gate FAILED"))
     assert row["kernel"] == "a" and not row["adopted"] and row["runner_up"] is None

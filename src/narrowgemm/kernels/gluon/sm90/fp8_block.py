@@ -156,6 +156,7 @@ _BLOCK_TIMES = {
 }
 # of those, for a dense product: from 182 candidates of 84 shapes of 256 rows and more
 _DENSE = {(128, 128, 1): 0.93, (128, 192, 1): 0.9, (128, 256, 1): 0.96, (128, 64, 1): 0.82, (64, 128, 1): 0.92}
+_DENSE_WAVES = {(128, 64, 1): 1.2, (64, 128, 1): 1.1}       # and for one that takes more than two waves
 _OUTSIDE = 0.8              # TMA is slow where a box reaches outside its tensor
 _H200_RATE = 1.40e15        # FP8 rate of the device that the figures are from
 
@@ -203,7 +204,8 @@ def _seconds(problem: Problem, config: Config, arch: Arch, work: float) -> float
         outside = 1 + _OUTSIDE * (1 - problem.m / config.block_m)
         busy, alone = busy * outside, alone * outside
     if problem.layout == "dense":
-        less = _DENSE.get((config.block_m, config.block_n, ctas), 1.0)
+        shape = config.block_m, config.block_n, ctas
+        less = _DENSE.get(shape, 1.0) * (_DENSE_WAVES.get(shape, 1.0) if work > 2 * sms else 1.0)
         busy, alone, tile = busy * less, alone * less, DENSE_TILE_SECONDS * config.block_m * config.block_n / (128 * 128)
     unit = problem.k // 128 * 1e-6 * rate(arch)
     if work <= sms:     # one tile an SM: the fewer, the faster
