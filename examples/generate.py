@@ -5,7 +5,7 @@
     python examples/generate.py --model PATH --prompt "..."        # a model of your own
 
 The small model is a Qwen3-MoE of two layers that learns one sentence by heart, so that what it writes can be read. Its text is
-compared with what transformers' own experts write. Needs `pip install 'narrowgemm[transformers]'`.
+compared with what transformers' own experts write. Needs `pip install '.[transformers]'` in a checkout.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ sys.meta_path.insert(0, Blocker())
 
 def run(*args: str, path: Path | None = None) -> subprocess.CompletedProcess[str]:
     """`python -m narrowgemm *args`, with `path` first on the module path."""
-    env = os.environ | ({"PYTHONPATH": str(path)} if path else {})
+    env = os.environ | ({"PYTHONPATH": os.pathsep.join(filter(None, (str(path), os.environ.get("PYTHONPATH"))))} if path else {})
     return subprocess.run([sys.executable, "-m", "narrowgemm", *args], capture_output=True, text=True, env=env)
 
 
@@ -71,7 +71,7 @@ def test_without_click(tmp_path: Path) -> None:
     (tmp_path / "sitecustomize.py").write_text(BLOCKER.format(names={"click", "rich"}))
     done = run("demo", path=tmp_path)
     assert done.returncode == 2
-    assert "pip install 'narrowgemm[cli]'" in done.stderr and "Traceback" not in done.stderr
+    assert "pip install '.[cli]' in a checkout" in done.stderr and "Traceback" not in done.stderr
     assert run("env", "--help", path=tmp_path).returncode == 0     # its parser and its module; the report is tested in test_env.py
 
 

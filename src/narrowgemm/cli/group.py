@@ -37,7 +37,7 @@ class LazyGroup(click.Group):
         except ImportError as e:
             raise click.ClickException(
                 f"`narrowgemm {name}` can't be loaded: {e}. `narrowgemm env` shows what is installed; "
-                "`pip install 'narrowgemm[cli,bench,hf]'` installs what commands need.") from e
+                "`pip install '.[cli,bench,hf]'` in a checkout installs what commands need.") from e
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):

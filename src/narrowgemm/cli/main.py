@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         import click  # noqa: F401
     except ImportError as e:
-        print(f"narrowgemm: the command line needs click and rich ({e}): pip install 'narrowgemm[cli]'\n"
+        print(f"narrowgemm: the command line needs click and rich ({e}): pip install '.[cli]' in a checkout\n"
               "`python -m narrowgemm env` works without them.", file=sys.stderr)
         return 2
     from .group import cli

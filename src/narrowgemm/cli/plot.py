@@ -35,7 +35,7 @@ def roofline(path: Path, header: dict[str, Any], rows: Sequence[Row]) -> None:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError as e:
-        raise click.ClickException(f"--plot needs matplotlib ({e}): pip install 'narrowgemm[bench]'") from e
+        raise click.ClickException(f"--plot needs matplotlib ({e}): pip install '.[bench]' in a checkout") from e
     series = points(rows)
     if not series:
         raise click.ClickException("--plot: no row has a figure")

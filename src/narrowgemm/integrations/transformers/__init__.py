@@ -47,7 +47,7 @@ def register() -> str:
         from transformers.integrations.moe import ExpertsInterface
     except ImportError as e:
         raise ImportError(f"narrowgemm.integrations.transformers needs transformers >= {LEAST}: "
-                          f"pip install 'narrowgemm[transformers]' ({e})") from e
+                          f"pip install '.[transformers]' in a checkout of narrowgemm ({e})") from e
     from . import experts, quantizer
 
     ExpertsInterface.register(NAME, experts.forward)
