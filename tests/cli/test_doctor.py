@@ -89,10 +89,11 @@ def test_cache_and_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_rows_that_are_older_than_their_kernels_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     row = {"n": 128, "k": 128, "rows": 8, "kernel": "triton.fp8_block", "config": {}, "us": 1.0}
-    store.write_table(tmp_path, "h200", "t.json", {}, [row, row | {"rows": 16, "made": {row["kernel"]: fingerprint(row["kernel"])}}])
+    store.write_table(tmp_path, "h200", "t.json", {}, [row, row | {"rows": 16, "made": {row["kernel"]: fingerprint(row["kernel"])}},
+                                                   row | {"rows": 32, "adopted": False}])
     monkeypatch.setenv("NARROWGEMM_TABLES", str(tmp_path))
     own, _ = doctor.tables()
-    assert own.status == "warning" and "2 rows" in own.detail and "1 of them, for the h200, are passed over" in own.detail
+    assert own.status == "warning" and "3 rows" in own.detail and "1 of them, for the h200, are passed over" in own.detail
 
 
 def test_packaged_rows_of_another_device_are_no_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

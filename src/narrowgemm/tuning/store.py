@@ -135,8 +135,9 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def outdated(rows: Iterable[Row]) -> list[Row]:
-    """Rows whose choice is of a kernel that has changed since: no call gets them."""
-    return [r for r in rows if r.get("made", {}).get(r["kernel"]) != fingerprint(r["kernel"])]
+    """Adopted rows whose choice is of a kernel that has changed since: no call gets them. Where the cost model was right, its pick
+    is what calls get, whatever has changed."""
+    return [r for r in rows if r.get("adopted", True) and r.get("made", {}).get(r["kernel"]) != fingerprint(r["kernel"])]
 
 
 def row_key(row: Row) -> Key:
