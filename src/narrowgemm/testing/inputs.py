@@ -21,12 +21,11 @@ from ..layouts import Contiguous, KGrouped, Layout, Masked, Offsets, Psum
 from ..prepack import PackedWeight, prepack
 from ..problem import Plan
 from ..reference.gemm import full_float32
-from ..scales import mn_major_tma_aligned
 from .case import Case
 from .guard import Guarded, guarded_empty
 from .numerics import FAST_ACCUM_GATE, KERNEL_GATE, GateResult, Sums, independent, recipe_gate
 from .tokens import Tokens, tokens_of
-from .values import NAN_BYTE, draw, poisoned
+from .values import NAN_BYTE, draw, mn_major, poisoned, put, quantized
 
 Weights = tuple[tuple[Any, ...], ScaledTensor, PackedWeight | None]
 
@@ -315,8 +314,8 @@ def build(case: Case, device: torch.device | str = "cpu", seed: int = 0, scale_l
         sources = [inputs.a.data.bfloat16()] if hollow else [inputs.source_a(g) for g in inputs.groups]
         inputs.tokens = tokens_of(sources, seed)
     if scale_layout == "mn_major" or case.e2e:
-        inputs.a = _mn_major(inputs.a)
-        inputs.b = _mn_major(inputs.b) if case.layout == "k_grouped" else inputs.b
+        inputs.a = mn_major(inputs.a)
+        inputs.b = mn_major(inputs.b) if case.layout == "k_grouped" else inputs.b
     inputs.reset_out()
     return inputs
 
@@ -343,28 +342,14 @@ def make_layout(case: Case, device: torch.device) -> Layout | None:
     return None
 
 
-def _quantize(x: Tensor, fmt: Format) -> ScaledTensor:
-    if not fmt.scaled:
-        return ScaledTensor(x.to(fmt.elem.dtype), None, fmt)
-    from ..ops.quantize import quantize
-
-    return quantize(x, fmt)
-
-
 def _weights(inputs: Inputs) -> ScaledTensor:
     c = inputs.case
     if c.layout == "dense":
-        return _quantize(inputs.source_b(0), c.b)
+        return quantized(inputs.source_b(0), c.b)
     b = poisoned((c.groups, c.n, c.k), c.b, inputs.device)
     for g in range(c.groups):
-        _put(b, g, _quantize(inputs.source_b(g), c.b))
+        put(b, g, quantized(inputs.source_b(g), c.b))
     return b
-
-
-def _put(target: ScaledTensor, index: Any, value: ScaledTensor) -> None:
-    target.data[index] = value.data
-    if target.scale is not None and value.scale is not None:
-        target.scale[index if target.format.group[0] or isinstance(index, int) else slice(None)] = value.scale
 
 
 def _rows(inputs: Inputs) -> ScaledTensor:
@@ -372,21 +357,21 @@ def _rows(inputs: Inputs) -> ScaledTensor:
     if c.layout == "masked":
         a = poisoned((c.groups, c.max_m, c.k), c.a, inputs.device)
         for g in inputs.groups:
-            _put(a[g], slice(0, c.group_sizes[g]), _quantize(inputs.source_a(g), c.a))
+            put(a[g], slice(0, c.group_sizes[g]), quantized(inputs.source_a(g), c.a))
         return a
     if c.layout == "dense":
-        return _quantize(inputs.source_a(0), c.a) if c.m else poisoned((0, c.k), c.a, inputs.device)
+        return quantized(inputs.source_a(0), c.a) if c.m else poisoned((0, c.k), c.a, inputs.device)
     a = poisoned((c.a_rows, c.k), c.a, inputs.device)
     if not c.segments:
         return a
     # all rows at once, so that a tensor-wise scale covers the whole operand
-    q = _quantize(torch.cat([inputs.source_a(g) for g in inputs.groups]), c.a)
+    q = quantized(torch.cat([inputs.source_a(g) for g in inputs.groups]), c.a)
     first = dict(enumerate(accumulate(c.group_sizes, initial=0)))
     for g, start, n in c.segments:
         src = slice(first[g], first[g] + n)
         first[g] += n
         scale = q.scale if q.scale is None or c.a.group[0] == 0 else q.scale[src]
-        _put(a, slice(start, start + n), ScaledTensor(q.data[src], scale, c.a))
+        put(a, slice(start, start + n), ScaledTensor(q.data[src], scale, c.a))
     return a
 
 
@@ -394,10 +379,4 @@ def _columns(inputs: Inputs, fmt: Format, source: Callable[[int], Tensor], rows:
     parts = [source(g) for g in inputs.groups]
     if not parts:
         return poisoned((rows, 0), fmt, inputs.device)
-    return _quantize(torch.cat(parts, dim=1), fmt)
-
-
-def _mn_major(x: ScaledTensor) -> ScaledTensor:
-    if x.scale is None or x.format.group[0] != 1:
-        return x
-    return ScaledTensor(x.data, mn_major_tma_aligned(x.scale), x.format)
+    return quantized(torch.cat(parts, dim=1), fmt)

@@ -19,9 +19,9 @@ from ..errors import expect
 from ..formats import BF16, MXFP4, Format, ScaledTensor, get_format
 from ..prepack import PackedWeight, prepack
 from .guard import Guarded, guarded_empty
-from .inputs import draw, poisoned
 from .models import ModelSizes, get_model
 from .numerics import GateResult, Sums, independent
+from .values import draw, poisoned
 
 # calc_diff of a layer against FP32 over the same bits; last bits of the first product move roundings of the activation
 GATE = {"bf16": 1e-5, "e4m3": 1e-4, "e2m1": 1e-3}

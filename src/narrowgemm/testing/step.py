@@ -22,9 +22,9 @@ from ..ops.grouped_linear import RECIPES, quantize_weight
 from ..ops.quantize_both import Both
 from ..reference.activate import activate
 from .case import spread
-from .inputs import draw
 from .models import ModelSizes
 from .numerics import GateResult, Sums, independent
+from .values import draw
 
 KINDS = ("tensorwise", "delayed", "rowwise", "block")
 GROUPS = 8
