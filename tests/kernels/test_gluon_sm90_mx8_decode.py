@@ -29,8 +29,8 @@ def device():
     return emu.load_device_module("mx8_decode_device")
 
 
-def config(bt: int, stages: int = 4, cluster: int = 1, consumers: int = 1) -> Config:
-    return Config(bt, 64, 128, 4 * consumers, stages, split_k=cluster, swap_ab=True)
+def config(bt: int, stages: int = 4, cluster: int = 1, consumers: int = 1, rows: int = 64) -> Config:
+    return Config(bt, rows, 128, 4 * consumers, stages, split_k=cluster, swap_ab=True)
 
 
 def factors(codes: np.ndarray) -> np.ndarray:
@@ -40,9 +40,9 @@ def factors(codes: np.ndarray) -> np.ndarray:
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 # rows, N, K blocks, config, what rows of weights' and of tokens' codes start on, lowest and highest code
 @pytest.mark.parametrize("m, n, blocks, made, sw, sx, codes", [
-    (1, 64, 4, config(8, 8, consumers=2), 16, 4, (120, 134)), (5, 100, 13, config(8, 5), 4, 0, (120, 134)), (20, 150, 8, config(16), 16, 16, (0, 254)),
+    (1, 64, 4, config(8, 8, consumers=2), 16, 4, (120, 134)), (5, 100, 13, config(8, 5), 4, 0, (120, 134)), (20, 150, 8, config(16, rows=36), 16, 16, (0, 254)),
     (9, 70, 6, config(16, 6), 0, 0, (100, 154)), (3, 64, 21, config(8, 8, consumers=2), 4, 4, (120, 134)), (33, 64, 9, config(32, 4), 4, 4, (100, 127)), (60, 64, 5, config(32, 8, consumers=2), 4, 0, (120, 134)),
-    (3, 200, 16, config(8, 4, 2), 16, 4, (120, 134)), (17, 64, 21, config(16, 6, 2, 2), 16, 0, (100, 127))], ids=str)
+    (3, 200, 16, config(8, 4, 2, rows=48), 16, 4, (120, 134)), (17, 64, 21, config(16, 6, 2, 2), 16, 0, (100, 127))], ids=str)
 def test_sums(device, m: int, n: int, blocks: int, made: Config, sw: int, sx: int, codes: tuple[int, int]) -> None:
     """Whole tiles and clusters, more K than the ring holds, ends of every dimension, codes at both ends and NaN."""
     rng = np.random.default_rng(m * n)
@@ -58,11 +58,11 @@ def test_sums(device, m: int, n: int, blocks: int, made: Config, sw: int, sx: in
     if m > 1:
         sa[-1, 2] = 255
     memory = np.full(m * n + 2 * EDGE, GUARD, np.float32)
-    boxes = [emu.Descriptor(x, [1, rows, 128], emu.float8e4nv) for x, rows in ((b, 64), (a, cfg.BT))]
+    boxes = [emu.Descriptor(x, [1, rows, 128], emu.float8e4nv) for x, rows in ((b, cfg.BN), (a, cfg.BT))]
     w_codes = emu.Pointer(sb.reshape(-1).view(np.int32) if cfg.VEC else sb.reshape(-1))
     x_codes = emu.Pointer(sa.reshape(-1).view(np.int32) if cfg.FOURS else sa.T.reshape(-1))     # single ones: rows next to each other
     strides = (blocks if cfg.VEC else 4 * blocks, *((blocks, 1) if cfg.FOURS else (1, m)))
-    tiles = -(-m // cfg.BT) * -(-n // 64)
+    tiles = -(-m // cfg.BT) * -(-n // cfg.BN)
     launch = partial(_gluon_cluster.launch, device.mx8_decode_kernel, tiles, cfg.CLUSTER, PARTITIONS + cfg.CONSUMERS - 1) if cfg.CLUSTER > 1 \
         else partial(emu.launch, device.mx8_decode_kernel, tiles)
     launch(*boxes, emu.Pointer(memory, EDGE), w_codes, x_codes, m, n, blocks, chunk_of(p, made), *strides, n, cfg, seed=m)

@@ -20,6 +20,7 @@ from .fp8_decode_model import estimate, expected_rows, tiles_expected
 from .fp8_decode_tile import (
     AHEADS,
     ITEMSIZE,
+    KEEP_BYTES,
     LAYOUT_IDS,
     MAX_SPLIT,
     TOKENS,
@@ -52,7 +53,6 @@ GUESS = 3                    # K blocks of weights fetched on a guess, before gr
 EARLY = 4                    # of a dense product, before the warps part
 SPLITS = (1, 2, 4, 8)
 ROOM = {2: 66 / 132, 4: 30 / 132, 8: 15 / 132}     # clusters of so many blocks, one on an SM, that an H100 of 132 SMs holds at once
-KEEP_BYTES = 16e6            # an output of so many bytes and fewer is asked to stay in L2, where its reader finds it
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:

@@ -13,6 +13,7 @@ TOKENS = (8, 16, 32, 64, 128)
 MAX_SPLIT = 16
 TRIPS = (1, 2, 4)
 AHEADS = (4, 8, 16)
+KEEP_BYTES = 16e6        # an output of so many bytes and fewer is asked to stay in L2, where its reader finds it
 CLUSTERS = (2, 4, 8)     # blocks that share a tile, each with a part of K; more than 8 not every chip grants
 
 

@@ -16,7 +16,7 @@ from ....problem import Config, Problem, Step
 from ... import launching
 from ...launching import Launch, Pointer
 from ...operands import Operands
-from .fp8_decode_tile import CLUSTERS, ITEMSIZE, extra
+from .fp8_decode_tile import CLUSTERS, ITEMSIZE, KEEP_BYTES, extra, max_registers, smem_budget
 
 __all__ = ["BACKEND", "NAME", "configs", "estimate", "launch", "launches", "legal", "smem_bytes", "supports", "workspace"]
 
@@ -24,14 +24,15 @@ NAME = "gluon_sm90.mx8_decode"
 BACKEND = "gluon_sm90"
 TOKENS = (8, 16, 32)
 GROUP = {8: 4, 16: 2, 32: 2}        # blocks of 32 of K whose sums are in flight together, twice: what registers hold
-ROWS = 64                    # weight rows of a tile
+ROWS = 64                    # weight rows of a tile at most: wgmma's
+STEP = 4                     # fewer, in steps of so many, where tiles of all SMs are equal then
+LEAST = 16
 TRIP = 4                     # K blocks of 128 whose codes are 16 bytes of a row
 MAX_ROWS = 64                # tokens; with more, other kernels do better
 MAX_STAGES = 16
 # (token columns, warps of consumers, CTAs on an SM) by the least columns that hold the tokens. 32 columns leave no registers
 # for two CTAs of two consumers; 64 tokens are two tiles of 32, whose weights come from L2 the second time
 SHAPES = {8: ((8, 8, 2), (8, 4, 2)), 16: ((16, 8, 2), (16, 4, 2)), 32: ((32, 8, 1), (32, 4, 2))}
-KEEP_BYTES = 16e6            # an output of so many bytes and fewer is asked to stay in L2, where its reader finds it
 
 
 @dataclass(frozen=True)
@@ -96,30 +97,19 @@ def chunk_of(problem: Problem, config: Config) -> int:
 
 def slot_bytes(config: Config) -> int:
     """A ring slot: weights, tokens, their powers of two, two barriers."""
-    return (config.block_n + config.block_m) * 128 + config.block_m * 16 + 16
+    return (ROWS + config.block_m) * 128 + config.block_m * 16 + 16
 
 
 def fixed_bytes(problem: Problem, config: Config) -> int:
     """Codes of weights of all of a block's K, and where the tile is transposed."""
-    codes = chunk_of(problem, config) // TRIP * config.block_n * 16
-    sums = 4 * config.block_m * config.block_n * (config.num_warps > 4)
-    return codes + sums + config.block_m * config.block_n * ITEMSIZE[problem.out_dtype] + 512
+    codes = chunk_of(problem, config) // TRIP * ROWS * 16
+    sums = 4 * config.block_m * ROWS * (config.num_warps > 4)
+    return codes + sums + config.block_m * ROWS * ITEMSIZE[problem.out_dtype] + 512
 
 
 def smem_bytes(problem: Problem, config: Config) -> int:
     """Shared memory of a CTA; never less than the compiler's figure."""
     return config.num_stages * slot_bytes(config) + fixed_bytes(problem, config)
-
-
-def smem_budget(config: Config, arch: Arch) -> int:
-    """What one of the CTAs on an SM may use; each costs 1 KB on top."""
-    ctas = extra(config, "ctas", 1)
-    return min(arch.smem, (arch.smem + 1024) // ctas - 1024)
-
-
-def max_registers(config: Config) -> int:
-    """Registers a thread that let the CTAs of one SM be resident together."""
-    return min(232, 65536 // (extra(config, "ctas", 1) * (config.num_warps + 4) * 32) // 8 * 8)
 
 
 def loader_registers(config: Config) -> int:
@@ -141,18 +131,28 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
     for bt, warps, ctas in SHAPES[least]:
         for split in (1, *CLUSTERS):
             more = (*((("ctas", ctas), ) if ctas > 1 else ()), *((("keep", 1), ) if keep else ()))
-            c = Config(bt, ROWS, 128, warps, 0, split_k=split, swap_ab=True, extra=more)
-            stages = min(MAX_STAGES, (smem_budget(c, arch) - fixed_bytes(problem, c)) // slot_bytes(c))
-            c = replace(c, num_stages=stages // 2 * 2 if warps == 8 else stages)
-            if legal(problem, c, arch) is None:
-                out.append(c)
+            for rows in tiles_of(problem, bt, ctas * arch.sms // split):
+                c = Config(bt, rows, 128, warps, 0, split_k=split, swap_ab=True, extra=more)
+                stages = min(MAX_STAGES, (smem_budget(c, arch) - fixed_bytes(problem, c)) // slot_bytes(c))
+                c = replace(c, num_stages=stages // 2 * 2 if warps == 8 else stages)
+                if legal(problem, c, arch) is None:
+                    out.append(c)
     return out
+
+
+def tiles_of(problem: Problem, tokens: int, room: int) -> list[int]:
+    """Weight rows of a tile: 64, and the fewest with which all tiles are on the chip at once, where that is fewer."""
+    fewest = -(-problem.n * -(-problem.m // tokens) // room)
+    fewest = max(LEAST, -(-fewest // STEP) * STEP)
+    return [ROWS, *([fewest] if fewest < ROWS else [])]
 
 
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     """Why `config` can't run the problem, or None."""
-    if config.block_m not in TOKENS or (config.block_n, config.block_k) != (ROWS, 128) or not config.swap_ab:
-        return f"expected {TOKENS} token columns x {ROWS} weight rows x 128, and swap_ab"
+    if config.block_m not in TOKENS or config.block_k != 128 or not config.swap_ab:
+        return f"expected {TOKENS} token columns x 128 of K, and swap_ab"
+    if not LEAST <= config.block_n <= ROWS or config.block_n % STEP:
+        return f"{config.block_n} weight rows, expected {LEAST} to {ROWS} in steps of {STEP}"
     if config.num_warps not in (4, 8):
         return f"{config.num_warps} warps, expected one or two consumers of 4"
     if config.num_warps == 8 and config.num_stages % 2:     # who does not see each use of a slot can't tell one from the next
@@ -187,7 +187,7 @@ _POWER = 3.1
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds: the bytes over the bandwidth and the K blocks of a CTA after one another, in waves."""
-    units = -(-problem.m // config.block_m) * -(-problem.n // ROWS) * config.split_k
+    units = -(-problem.m // config.block_m) * -(-problem.n // config.block_n) * config.split_k
     room = arch.sms * extra(config, "ctas", 1) // config.split_k * config.split_k
     beside = -(-min(units, room) // arch.sms) - 1
     block = BLOCK[config.block_m] * (1.0 + BESIDE * beside)
@@ -207,7 +207,7 @@ def by(scale: Tensor) -> int:
 def static(problem: Problem, config: Config, sw: int, sx: int) -> Static:
     """`sw`, `sx`: what `by` says of both scales."""
     vec = min(sw // 4, 1) if blocks_of(problem) % TRIP else sw // 4
-    x_at = config.num_stages * config.block_n // config.block_m
+    x_at = config.num_stages * ROWS // config.block_m
     return Static(config.block_m, config.block_n, GROUP[config.block_m], config.num_warps // 4, config.num_stages,
                   chunk_of(problem, config) // TRIP, config.split_k, x_at, vec, sx > 0, 16 // ITEMSIZE[problem.out_dtype],
                   bool(extra(config, "keep")), consumer_registers(config), loader_registers(config))
@@ -231,9 +231,9 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     x_codes = (Pointer(sx, torch.int32), sx.stride(-2) // 4, 1) if cfg.FOURS else (sx, sx.stride(-2), sx.stride(-1))
     tiles = -(-x.m // cfg.BT) * -(-x.n // cfg.BN)
     descriptors = [TensorDescriptor(t, *_box(t, rows), layout) for (t, rows), layout in
-                   zip(((x.b.data, cfg.BN), (x.a.data, cfg.BT)), device.layouts(cfg))]
+                   zip(((x.b.data, ROWS), (x.a.data, cfg.BT)), device.layouts(cfg))]
     return [Launch(
         device.mx8_decode_kernel, (tiles,),
         (*descriptors, x.out, w_codes[0], x_codes[0], x.m, x.n, x.k // 128, chunk_of(problem, config), w_codes[1], *x_codes[1:],
          x.out.stride(-2), cfg),
-        {"num_warps": 4, "maxnreg": max_registers(config)}, cfg.CLUSTER)]
+        {"num_warps": 4, "maxnreg": max_registers(config)}, cfg.CLUSTER, boxes=((0, cfg.BN),) if cfg.BN < ROWS else ())]

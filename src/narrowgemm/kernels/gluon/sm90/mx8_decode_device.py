@@ -28,6 +28,7 @@ from .mx8_decode_sums_device import HIGH, columns_of, power, row_codes, sums
 from .shim import copy_to_shared, tma_load, view_as, view_boxes
 
 EARLY = gl.constexpr(4)             # K blocks that are asked for before the warps part
+ROWS = gl.constexpr(64)             # weight rows that wgmma takes and a slot has room for; a tile has BN of them
 CODES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
@@ -64,7 +65,7 @@ def loader(w_desc, x_desc, w_s, x_s, bars, w_row, x_row, k0, blocks, cfg: gl.con
 @gluon.jit
 def ask_codes(ptr, row, stride, k0, trips, limit, shared, KB, cfg: gl.constexpr):
     """All codes of a tile's weight rows from `row` on, `limit` of which there are, on their way to `shared`."""
-    R: gl.constexpr = cfg.BN
+    R: gl.constexpr = ROWS
     V: gl.constexpr = cfg.VEC
     W: gl.constexpr = 4 if V == 4 else 1
     lay: gl.constexpr = gl.BlockedLayout([1, W], [8 * W, 4 // W], [4, 1], [1, 0])
@@ -137,10 +138,10 @@ def scaler(ptr, strides, row, k0, trips, limit, s_s, bars, KB, cfg: gl.constexpr
 
 
 @gluon.jit
-def consumer(w_s, x_s, s_s, w_codes, other, bars, out_ptr, ring, where, N, som, trips, cfg: gl.constexpr, CID: gl.constexpr):
+def consumer(w_s, x_s, s_s, w_codes, other, bars, out_ptr, ring, where, end, som, trips, cfg: gl.constexpr, CID: gl.constexpr):
     full, empty, ready = bars
     BT: gl.constexpr = cfg.BT
-    w_v = view_as(w_s, gl.float8e4nv, cfg.STAGES, 64, 128, gl.NVMMASharedLayout.get_default_for([64, 128], gl.float8e4nv))
+    w_v = view_as(w_s, gl.float8e4nv, cfg.STAGES, ROWS, 128, gl.NVMMASharedLayout.get_default_for([64, 128], gl.float8e4nv))
     x_v = view_as(x_s, gl.float8e4nv, cfg.X_AT + cfg.STAGES, BT, 128, gl.NVMMASharedLayout.get_default_for([BT, 128], gl.float8e4nv))
     views = (w_v, x_v)
     if CID == 0:
@@ -169,10 +170,10 @@ def consumer(w_s, x_s, s_s, w_codes, other, bars, out_ptr, ring, where, N, som, 
             mbarrier.wait(ready.index(1), 0)
             acc += other.load(tile_layout(BT))
         if cfg.CLUSTER > 1:
-            add_up(acc, ring, out_ptr, (0, som), where, N, cfg)
+            add_up(acc, ring, out_ptr, (0, som), where, end, cfg)
         else:
             g, row, live, nb = where
-            store_tile(acc, out_ptr, (0, som), g, row, live, nb * cfg.BN, N, 64, BT, cfg)
+            store_tile(acc, out_ptr, (0, som), g, row, live, nb * cfg.BN, end, ROWS, BT, cfg)
 
 
 @gluon.jit(do_not_specialize=["M", "KB", "swn", "sxm", "sxk"])
@@ -180,16 +181,16 @@ def mx8_decode_kernel(w_desc, x_desc, out_ptr, sw_ptr, sx_ptr, M, N, KB, chunk, 
     """A cluster a tile of 64 weight rows by BT tokens. KB: K blocks of 128, `chunk` of them a block, whole trips; sw, sx: codes,
     whose rows are swn and sxm apart; four in an int32, or (VEC = 0, not FOURS) single ones, A's with sxk from one to the next."""
     S: gl.constexpr = cfg.STAGES
-    ring = gl.allocate_shared_memory(gl.int8, [S * (cfg.BN + cfg.BT), 128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    ring = gl.allocate_shared_memory(gl.int8, [S * (ROWS + cfg.BT), 128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     W: gl.constexpr = w_desc.layout
     X: gl.constexpr = x_desc.layout
-    w_s = view_boxes(ring, gl.float8e4nv, S, cfg.BN, 128, W)
+    w_s = view_boxes(ring, gl.float8e4nv, S, ROWS, 128, W)
     x_s = view_boxes(ring, gl.float8e4nv, cfg.X_AT + S, cfg.BT, 128, X)
     s_s = gl.allocate_shared_memory(gl.float32, [S * 4, cfg.BT], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    w_codes = gl.allocate_shared_memory(gl.int32, [cfg.TRIPS, cfg.BN, 4], CODES)
+    w_codes = gl.allocate_shared_memory(gl.int32, [cfg.TRIPS, ROWS, 4], CODES)
     other = s_s
     if cfg.CONSUMERS > 1:       # sums of the second consumer
-        other = gl.allocate_shared_memory(gl.float32, [cfg.BN, cfg.BT], CODES)
+        other = gl.allocate_shared_memory(gl.float32, [ROWS, cfg.BT], CODES)
     full = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())      # codes of weights; the second's sums
@@ -207,7 +208,8 @@ def mx8_decode_kernel(w_desc, x_desc, out_ptr, sw_ptr, sx_ptr, M, N, KB, chunk, 
     blocks = trips * 4          # past the end of K boxes are zeros
     for i in range(0, gl.minimum(blocks, EARLY)):
         fill(w_desc, x_desc, w_s, x_s, full.index(i), i, nb * cfg.BN, row, k0 + i, cfg)
-    ask_codes(sw_ptr, nb * cfg.BN, swn, k0, trips, N - nb * cfg.BN, w_codes, KB, cfg)
+    end = gl.minimum(N, nb * cfg.BN + cfg.BN)
+    ask_codes(sw_ptr, nb * cfg.BN, swn, k0, trips, end - nb * cfg.BN, w_codes, KB, cfg)
     for i in gl.static_range(S):
         if i >= EARLY:
             mbarrier.init(full.index(i), count=2)
@@ -222,29 +224,29 @@ def mx8_decode_kernel(w_desc, x_desc, out_ptr, sw_ptr, sx_ptr, M, N, KB, chunk, 
     if cfg.CONSUMERS > 1:
         if cfg.CLUSTER > 1:
             gl.warp_specialize([
-                (consumer, (w_s, x_s, s_s, w_codes, other, bars, out_ptr, ring, where, N, som, trips, cfg, 0)),
-                (consumer, (w_s, x_s, s_s, w_codes, other, bars, out_ptr, ring, where, N, som, trips, cfg, 1)),
+                (consumer, (w_s, x_s, s_s, w_codes, other, bars, out_ptr, ring, where, end, som, trips, cfg, 0)),
+                (consumer, (w_s, x_s, s_s, w_codes, other, bars, out_ptr, ring, where, end, som, trips, cfg, 1)),
                 (idle, (cfg, )),
                 (loader, (w_desc, x_desc, w_s, x_s, bars, nb * cfg.BN, row, k0, blocks, cfg)),
                 (scaler, (sx_ptr, (sxm, sxk), row, k0, trips, M - row, s_s, bars, KB, cfg)),
             ], [4, 2, 1, 1], [C, R, R, R])
         else:
             gl.warp_specialize([
-                (consumer, (w_s, x_s, s_s, w_codes, other, bars, out_ptr, ring, where, N, som, trips, cfg, 0)),
-                (consumer, (w_s, x_s, s_s, w_codes, other, bars, out_ptr, ring, where, N, som, trips, cfg, 1)),
+                (consumer, (w_s, x_s, s_s, w_codes, other, bars, out_ptr, ring, where, end, som, trips, cfg, 0)),
+                (consumer, (w_s, x_s, s_s, w_codes, other, bars, out_ptr, ring, where, end, som, trips, cfg, 1)),
                 (loader, (w_desc, x_desc, w_s, x_s, bars, nb * cfg.BN, row, k0, blocks, cfg)),
                 (scaler, (sx_ptr, (sxm, sxk), row, k0, trips, M - row, s_s, bars, KB, cfg)),
             ], [4, 1, 1], [C, R, R])
     elif cfg.CLUSTER > 1:
         gl.warp_specialize([
-            (consumer, (w_s, x_s, s_s, w_codes, other, bars, out_ptr, ring, where, N, som, trips, cfg, 0)),
+            (consumer, (w_s, x_s, s_s, w_codes, other, bars, out_ptr, ring, where, end, som, trips, cfg, 0)),
             (idle, (cfg, )),
             (loader, (w_desc, x_desc, w_s, x_s, bars, nb * cfg.BN, row, k0, blocks, cfg)),
             (scaler, (sx_ptr, (sxm, sxk), row, k0, trips, M - row, s_s, bars, KB, cfg)),
         ], [2, 1, 1], [R, R, R])
     else:
         gl.warp_specialize([
-            (consumer, (w_s, x_s, s_s, w_codes, other, bars, out_ptr, ring, where, N, som, trips, cfg, 0)),
+            (consumer, (w_s, x_s, s_s, w_codes, other, bars, out_ptr, ring, where, end, som, trips, cfg, 0)),
             (loader, (w_desc, x_desc, w_s, x_s, bars, nb * cfg.BN, row, k0, blocks, cfg)),
             (scaler, (sx_ptr, (sxm, sxk), row, k0, trips, M - row, s_s, bars, KB, cfg)),
         ], [1, 1], [R, R])
@@ -252,4 +254,4 @@ def mx8_decode_kernel(w_desc, x_desc, out_ptr, sw_ptr, sx_ptr, M, N, KB, chunk, 
 
 def layouts(cfg):
     """Shared-memory layouts of the boxes: weights, tokens."""
-    return [gl.NVMMASharedLayout.get_default_for([1, rows, 128], gl.float8e4nv) for rows in (cfg.BN, cfg.BT)]
+    return [gl.NVMMASharedLayout.get_default_for([1, rows, 128], gl.float8e4nv) for rows in (ROWS.value, cfg.BT)]

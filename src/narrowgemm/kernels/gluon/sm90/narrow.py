@@ -20,6 +20,7 @@ from ....problem import Config, Operand, Problem, Step
 from ... import launching
 from ...launching import Launch, Pointer
 from ...operands import Operands
+from .fp8_decode_tile import KEEP_BYTES
 from .narrow_model import estimate, rows_expected
 from .narrow_split import ctas_at_most, splits
 from .narrow_tile import (
@@ -71,7 +72,6 @@ DOUBLE_SHAPES: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
 # of dense products of short K whose tiles about fill the SMs: a deep ring, and no tile is cut
 SHORT_K = 1024
 WHOLE: dict[int, tuple[tuple[int, int, int, int], ...]] = {8: ((64, 256, 5, 2),), 16: ((64, 256, 4, 2),)}
-KEEP_BYTES = 16e6            # an output of so many bytes and fewer is asked to stay in L2, where its reader finds it
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:

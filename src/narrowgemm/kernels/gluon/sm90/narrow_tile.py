@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ....arch import Arch
 from ....problem import Config, Problem
+from .fp8_decode_tile import ITEMSIZE, extra, smem_budget
 
 KINDS = {"dense": 0, "offsets": 1, "masked": 2, "routed": 3, "contiguous": 4, "psum": 5}
 PAIR_IDS = {"": 0, "halves": 1, "interleaved": 2}
@@ -15,7 +16,6 @@ ROWS = 64                    # weight rows of a packed tile
 CHUNK = 128                  # of K
 TABLE_HEAD = 16              # int32 in front of the expert table: [0] is the number of its entries
 MAX_CTAS = 1024
-ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 @dataclass(frozen=True)
@@ -100,10 +100,6 @@ def doubles(problem: Problem) -> bool:
     return problem.a.format.element == "fp16"
 
 
-def extra(config: Config, name: str, default: int = 0) -> int:
-    return next((v for k, v in config.extra if k == name), default)
-
-
 def chunks_of(problem: Problem) -> int:
     return -(-problem.k // CHUNK)
 
@@ -121,12 +117,6 @@ def smem_bytes(problem: Problem, config: Config) -> int:
     itemsize = 4 if problem.epilogue.combine else ITEMSIZE[problem.out_dtype]
     turn = config.block_n * config.block_m * itemsize if extra(config, "wide") else 0
     return config.num_stages * stage_bytes(problem, config) + turn + 512
-
-
-def smem_budget(config: Config, arch: Arch) -> int:
-    """What one of the CTAs on an SM may use; each costs 1 KB on top."""
-    ctas = extra(config, "ctas", 1)
-    return min(arch.smem, (arch.smem + 1024) // ctas - 1024)
 
 
 def registers(config: Config) -> int:
