@@ -84,7 +84,7 @@ def _arrive(bar: Any, blocks: int) -> None:
         other.by_address[int(emu.raw(bar))].update(arrivals=4)
 
 
-def _load(desc: emu.Descriptor, kernel: str, parameter: int, at: tuple[Any, ...], bar: Any, to: Any, blocks: int) -> None:
+def _load(desc: emu.Descriptor, kernel: str, parameter: int, at: tuple[Any, ...], bar: Any, to: Any, blocks: int, *_: bool) -> None:
     if int(emu.raw(at[-1])) * desc.dtype.size % 16:
         raise emu.EmulationError("a box that doesn't start on 16 bytes: an illegal instruction on the H200")
     inside, boxed = desc.windows(list(at))
@@ -147,7 +147,7 @@ def stand_ins(package: str) -> dict[str, types.ModuleType]:
         rank=lambda: emu.wrap(emu._run().rank), start_of_shared=lambda: emu.wrap(0), wait_all=_wait_all, init=_init, wait=_wait, ready=_ready,
         arrive_all=lambda: None,
         join_all=lambda: _wait_all(2), STAGED=emu.COLUMNS_FIRST, staged_at=lambda row, column, columns: column * 256 + row * 4,
-        of_block=_of_block, load_four=_load_four, everywhere=lambda bar, blocks: bar, arrive=_arrive, expect=lambda bar, size: _own(bar).update(arrivals=1, tx=int(emu.raw(size))), load=_load,
+        of_block=_of_block, load_four=_load_four, everywhere=lambda bar, blocks: bar, arrive=_arrive, arrive_once=lambda bar: _own(bar).update(arrivals=1), expect=lambda bar, size, *_: _own(bar).update(arrivals=1, tx=int(emu.raw(size))), load=_load,
         load_rows=lambda desc, kernel, parameter, at, bar, to: _load(desc, kernel, parameter, at, bar, to, 1))
     wgmma = types.ModuleType(f"{package}.wgmma_device")
     wgmma.__dict__.update(multiply=_multiply, wait=_wait_sums, keep=lambda sums, parts, columns: sums)

@@ -3,6 +3,7 @@ and the shared memory that the host states is no less than the compiler's."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -12,6 +13,7 @@ import torch
 from narrowgemm.arch import get_arch
 from narrowgemm.formats import MXFP8, ScaledTensor
 from narrowgemm.kernels.gluon.sm90 import mx8_decode
+from narrowgemm.kernels.launching import with_boxes
 from narrowgemm.kernels.operands import Operands
 from narrowgemm.problem import Config, Operand, Problem, Step
 
@@ -38,7 +40,18 @@ def operands(p: Problem, off: int = 0) -> Operands:
 
 def compile_step(p: Problem, config: Config, x: Operands) -> None:
     for made in mx8_decode.launches(Step(mx8_decode.NAME, config), p, x, None):
-        made.warm()
+        compiled = made.warm()
+        with_boxes(compiled, made.boxes)
+        check_places(compiled, config)
+
+
+def check_places(compiled, config: Config) -> None:
+    """Boxes are as large as the kernel waits for. It takes descriptors by the numbers of their parameters, and its ring by where shared
+    memory starts: tokens' boxes are where Gluon's view of the ring has them, and where they are brought to."""
+    assert [m["block_size"] for m in compiled.metadata.tensordesc_meta] == [[1, config.block_n, 128], [1, config.block_m, 128]]
+    ptx = compiled.asm["ptx"]
+    assert re.findall(r"\.param \.align 64 \.b8 mx8_decode_kernel_param_(\d+)\[128\]", ptx) == ["0", "7"]
+    assert len(re.findall(rf"add\.s32 [^;]*, {config.num_stages * mx8_decode.ROWS * 128};", ptx)) >= 3
 
 
 def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], object]]]:

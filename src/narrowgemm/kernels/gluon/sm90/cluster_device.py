@@ -9,6 +9,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
 
+EVICT_FIRST = 0x12F0000000000000        # a policy of L2, as `createpolicy` makes it for a whole access
+
 
 @gluon.jit
 def rank():
@@ -152,45 +154,75 @@ def arrive(bar, CLUSTER: gl.constexpr):
     gl.inline_asm_elementwise(arrive_code(CLUSTER), "=r,r", [bar], dtype=gl.int32, is_pure=False, pack=1)
 
 
-@gluon.jit
-def expect(bar, size):
-    """One arrival, and so many bytes to come. By a partition of one warp."""
-    gl.inline_asm_elementwise("""{
-        .reg .pred p;
-        elect.sync _|p, 0xffffffff;
-        @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $2;
-        mov.b32 $0, 0;
-    }""", "=r,r,r", [bar, size], dtype=gl.int32, is_pure=False, pack=1)
+@constexpr_function
+def one_code(ALONE):
+    """PTX: a thread of a partition of one warp as `p`, or the first of a block whose warps are together."""
+    return "elect.sync _|p, 0xffffffff;" if ALONE else "mov.u32 t, %tid.x;\n        setp.eq.u32 p, t, 0;"
 
 
 @constexpr_function
-def copy_code(KERNEL, PARAMETER, RANK, CLUSTER):
-    """PTX: elect a thread to bring a box. $1: to, $2: barrier, $3...: coordinates, innermost first."""
-    box = ", ".join(f"${3 + i}" for i in range(RANK))
-    multicast, mask = (".multicast::cluster", ", all") if CLUSTER > 1 else ("", "")
+def expect_code(ALONE):
     return f"""{{
         .reg .pred p;
-        .reg .b16 all;
-        .reg .b64 desc;
-        mov.b64 desc, {KERNEL}_param_{PARAMETER};
-        cvta.param.u64 desc, desc;
-        mov.b16 all, {(1 << CLUSTER) - 1};
-        elect.sync _|p, 0xffffffff;
-        @p cp.async.bulk.tensor.{RANK}d.shared::cluster.global.mbarrier::complete_tx::bytes{multicast} [$1], [desc, {{{box}}}], [$2]{mask};
+        .reg .b32 t;
+        {one_code(ALONE)}
+        @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $2;
         mov.b32 $0, 0;
     }}"""
 
 
 @gluon.jit
-def load(desc, KERNEL: gl.constexpr, PARAMETER: gl.constexpr, at, bar, to, CLUSTER: gl.constexpr):
+def expect(bar, size, ALONE: gl.constexpr = True):
+    """One arrival, and so many bytes to come. By a partition of one warp, or by all warps of a block, of which the first thread does it."""
+    gl.inline_asm_elementwise(expect_code(ALONE), "=r,r,r", [bar, size], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def arrive_once(bar):
+    """One arrival behind all that the threads of a warp, a partition of its own, have done."""
+    gl.inline_asm_elementwise("""{
+        .reg .pred p;
+        bar.warp.sync 0xffffffff;
+        elect.sync _|p, 0xffffffff;
+        @p mbarrier.arrive.shared::cta.b64 _, [$1];
+        mov.b32 $0, 0;
+    }""", "=r,r", [bar], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@constexpr_function
+def copy_code(KERNEL, PARAMETER, RANK, CLUSTER, ALONE, ONCE):
+    """PTX: one thread brings a box. $1: to, $2: barrier, $3...: coordinates, innermost first."""
+    box = ", ".join(f"${3 + i}" for i in range(RANK))
+    multicast, mask = (".multicast::cluster", ", all") if CLUSTER > 1 else ("", "")
+    hint, policy = (".L2::cache_hint", ", policy") if ONCE else ("", "")
+    copy = f"cp.async.bulk.tensor.{RANK}d.shared::cluster.global.mbarrier::complete_tx::bytes{multicast}{hint}"
+    return f"""{{
+        .reg .pred p;
+        .reg .b16 all;
+        .reg .b32 t;
+        .reg .b64 desc, policy;
+        mov.b64 desc, {KERNEL}_param_{PARAMETER};
+        cvta.param.u64 desc, desc;
+        mov.b16 all, {(1 << CLUSTER) - 1};
+        mov.b64 policy, {EVICT_FIRST:#x};
+        {one_code(ALONE)}
+        @p {copy} [$1], [desc, {{{box}}}], [$2]{mask}{policy};
+        mov.b32 $0, 0;
+    }}"""
+
+
+@gluon.jit
+def load(desc, KERNEL: gl.constexpr, PARAMETER: gl.constexpr, at, bar, to, CLUSTER: gl.constexpr, ALONE: gl.constexpr = True,
+         ONCE: gl.constexpr = False):
     """TMA of a box at (plane, row, column) to address `to`; `desc` is the kernel's PARAMETER-th. With CLUSTER > 1 it comes to
-    that address of every block of the cluster, and arrives on each one's barrier at the address `bar`. By a partition of one warp."""
-    gl.inline_asm_elementwise(copy_code(KERNEL, PARAMETER, 3, CLUSTER), "=r,r,r,r,r,r", [to, bar, at[2], at[1], at[0]], dtype=gl.int32,
-                              is_pure=False, pack=1)
+    that address of every block of the cluster, and arrives on each one's barrier at the address `bar`. ALONE: as `expect` has
+    it. ONCE: nobody reads it again, so L2 gives it up first."""
+    gl.inline_asm_elementwise(copy_code(KERNEL, PARAMETER, 3, CLUSTER, ALONE, ONCE), "=r,r,r,r,r,r", [to, bar, at[2], at[1], at[0]],
+                              dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
 def load_rows(desc, KERNEL: gl.constexpr, PARAMETER: gl.constexpr, at, bar, to):
     """`load` of a box at (row, column)."""
-    gl.inline_asm_elementwise(copy_code(KERNEL, PARAMETER, 2, 1), "=r,r,r,r,r", [to, bar, at[1], at[0]], dtype=gl.int32,
+    gl.inline_asm_elementwise(copy_code(KERNEL, PARAMETER, 2, 1, True, False), "=r,r,r,r,r", [to, bar, at[1], at[0]], dtype=gl.int32,
                               is_pure=False, pack=1)

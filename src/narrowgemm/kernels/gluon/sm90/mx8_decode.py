@@ -30,17 +30,12 @@ LEAST = 16
 TRIP = 4                     # K blocks of 128 whose codes are 16 bytes of a row
 MAX_ROWS = 64                # tokens; with more, other kernels do better
 MAX_STAGES = 16
-# (token columns, warps of consumers, CTAs on an SM) by the least columns that hold the tokens. 32 columns leave no registers
-# for two CTAs of two consumers; 64 tokens are two tiles of 32, whose weights come from L2 the second time
-SHAPES = {8: ((8, 8, 2), (8, 4, 2)), 16: ((16, 8, 2), (16, 4, 2)), 32: ((32, 8, 1), (32, 4, 2))}
-
-
 @dataclass(frozen=True)
 class Static:
     """What the device code is compiled for; its fields are read by `mx8_decode_device.py` and the parts of `fp8_decode`'s."""
 
     BT: int                  # token columns
-    BN: int                  # weight rows
+    BN: int                  # weight rows of a tile: no more than wgmma's 64
     GROUP: int               # blocks of 32 of K of a step
     CONSUMERS: int           # warpgroups that take K blocks in turn
     STAGES: int
@@ -51,6 +46,7 @@ class Static:
     FOURS: bool              # codes of tokens are loaded by four, else each
     STORE_VEC: int           # elements of 16 bytes of output
     KEEP: bool               # output stays in L2
+    ONCE: bool               # weights don't: each of them is read once
     CONSUMER_REGS: int
     LOADER_REGS: int
     ACCUMULATE: bool = False
@@ -125,13 +121,13 @@ def consumer_registers(config: Config) -> int:
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
-    least = next((t for t in TOKENS if t >= problem.m), TOKENS[-1])
+    bt = next((t for t in TOKENS if t >= problem.m), TOKENS[-1])
     keep = problem.m * problem.n * ITEMSIZE[problem.out_dtype] <= KEEP_BYTES
     out = []
-    for bt, warps, ctas in SHAPES[least]:
-        for split in (1, *CLUSTERS):
+    for split in (1, *CLUSTERS):
+        for rows, ctas in rows_of(problem.n, -(-problem.m // bt), split, arch.sms):
             more = (*((("ctas", ctas), ) if ctas > 1 else ()), *((("keep", 1), ) if keep else ()))
-            for rows in tiles_of(problem, bt, ctas * arch.sms // split):
+            for warps in (8, 4):
                 c = Config(bt, rows, 128, warps, 0, split_k=split, swap_ab=True, extra=more)
                 stages = min(MAX_STAGES, (smem_budget(c, arch) - fixed_bytes(problem, c)) // slot_bytes(c))
                 c = replace(c, num_stages=stages // 2 * 2 if warps == 8 else stages)
@@ -140,11 +136,15 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
     return out
 
 
-def tiles_of(problem: Problem, tokens: int, room: int) -> list[int]:
-    """Weight rows of a tile: 64, and the fewest with which all tiles are on the chip at once, where that is fewer."""
-    fewest = -(-problem.n * -(-problem.m // tokens) // room)
-    fewest = max(LEAST, -(-fewest // STEP) * STEP)
-    return [ROWS, *([fewest] if fewest < ROWS else [])]
+def rows_of(n: int, tiles_m: int, split: int, sms: int) -> list[tuple[int, int]]:
+    """(weight rows of a tile, CTAs on an SM): the fewest rows with which all tiles, `split` CTAs each, are on the chip at once, one
+    or two on an SM, so that all SMs have as much to do; 64 where they are more than that, which is not cut along K."""
+    found: list[tuple[int, int]] = []
+    for ctas in (1, 2):
+        fewest = next((r for r in range(LEAST, ROWS + 1, STEP) if -(-n // r) * tiles_m * split <= ctas * sms), 0)
+        if fewest and fewest not in [r for r, _ in found]:
+            found.append((fewest, ctas))
+    return found or ([(ROWS, 1), (ROWS, 2)] if split == 1 else [])
 
 
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
@@ -210,7 +210,7 @@ def static(problem: Problem, config: Config, sw: int, sx: int) -> Static:
     x_at = config.num_stages * ROWS // config.block_m
     return Static(config.block_m, config.block_n, GROUP[config.block_m], config.num_warps // 4, config.num_stages,
                   chunk_of(problem, config) // TRIP, config.split_k, x_at, vec, sx > 0, 16 // ITEMSIZE[problem.out_dtype],
-                  bool(extra(config, "keep")), consumer_registers(config), loader_registers(config))
+                  bool(extra(config, "keep")), problem.m <= config.block_m, consumer_registers(config), loader_registers(config))
 
 
 def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:

@@ -20,15 +20,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy as cp
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from . import cluster_device as cluster
 from .fp8_decode_cluster_device import add_up, idle
 from .fp8_decode_parts_device import store_tile
 from .fp8_decode_schedule_device import advance
 from .fp8_decode_sums_device import tile_layout
-from .mx8_decode_sums_device import HIGH, columns_of, power, row_codes, sums
-from .shim import copy_to_shared, tma_load, view_as, view_boxes
+from .mx8_decode_sums_device import HIGH, ROWS, columns_of, full_at, power, row_codes, sums
+from .shim import copy_to_shared, view_as
 
+KERNEL = gl.constexpr("mx8_decode_kernel")
+X_PARAMETER = gl.constexpr(7)       # the tokens' descriptor, by PTX: those of the weights come with three sizes and three strides
 EARLY = gl.constexpr(4)             # K blocks that are asked for before the warps part
-ROWS = gl.constexpr(64)             # weight rows that wgmma takes and a slot has room for; a tile has BN of them
 CODES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
@@ -40,16 +42,19 @@ def token_codes(BT):
 
 
 @gluon.jit
-def fill(w_desc, x_desc, w_s, x_s, bar, slot, w_row, x_row, kb, cfg: gl.constexpr):
-    mbarrier.expect(bar, (cfg.BN + cfg.BT) * 128)
-    tma_load(w_desc, [0, w_row, kb * 128], bar, w_s.index(slot))
-    tma_load(x_desc, [0, x_row, kb * 128], bar, x_s.index(cfg.X_AT + slot))
+def fill(w_desc, x_desc, slot, w_row, x_row, kb, cfg: gl.constexpr, ALONE: gl.constexpr):
+    """Ask for K block kb."""
+    bar = full_at(slot, cfg)
+    to = cluster.start_of_shared()
+    cluster.expect(bar, (cfg.BN + cfg.BT) * 128, ALONE)
+    cluster.load(w_desc, KERNEL, 0, (0, w_row, kb * 128), bar, to + slot * (ROWS * 128), 1, ALONE, cfg.ONCE)
+    cluster.load(x_desc, KERNEL, X_PARAMETER, (0, x_row, kb * 128), bar, to + (cfg.X_AT + slot) * (cfg.BT * 128), 1, ALONE)
 
 
 @gluon.jit
-def loader(w_desc, x_desc, w_s, x_s, bars, w_row, x_row, k0, blocks, cfg: gl.constexpr):
+def loader(w_desc, x_desc, bars, w_row, x_row, k0, blocks, cfg: gl.constexpr):
     """K blocks from EARLY on."""
-    full, empty, ready = bars
+    empty, ready = bars
     slot = gl.to_tensor(EARLY)
     phase = gl.to_tensor(1)
     if cfg.STAGES == EARLY:
@@ -57,7 +62,7 @@ def loader(w_desc, x_desc, w_s, x_s, bars, w_row, x_row, k0, blocks, cfg: gl.con
         phase = gl.to_tensor(0)
     for kb in range(EARLY, blocks):
         mbarrier.wait(empty.index(slot), phase)
-        fill(w_desc, x_desc, w_s, x_s, full.index(slot), slot, w_row, x_row, k0 + kb, cfg)
+        fill(w_desc, x_desc, slot, w_row, x_row, k0 + kb, cfg, True)
         slot, phase = advance(slot, phase, cfg.STAGES)
     idle(cfg)
 
@@ -112,7 +117,7 @@ def token_trip(ptr, strides, row, limit, kb, KB, cfg: gl.constexpr):
 @gluon.jit
 def scaler(ptr, strides, row, k0, trips, limit, s_s, bars, KB, cfg: gl.constexpr):
     """2^(c - 127) of the tokens' codes into every slot, NaN for 255. Loads run two trips ahead, single ones one: registers."""
-    full, empty, ready = bars
+    empty, ready = bars
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)
     here = token_trip(ptr, strides, row, limit, k0, KB, cfg)
@@ -127,7 +132,7 @@ def scaler(ptr, strides, row, k0, trips, limit, s_s, bars, KB, cfg: gl.constexpr
             for j in gl.static_range(4):
                 x = power(u[i], j)
                 s_s.index(slot * 4 + j).store(gl.where(x == float("inf"), float("nan"), x))
-            mbarrier.arrive(full.index(slot), count=1)
+            cluster.arrive_once(full_at(slot, cfg))
             slot, phase = advance(slot, phase, cfg.STAGES)
         if cfg.FOURS:
             here = ahead
@@ -138,11 +143,11 @@ def scaler(ptr, strides, row, k0, trips, limit, s_s, bars, KB, cfg: gl.constexpr
 
 
 @gluon.jit
-def consumer(w_s, x_s, s_s, w_codes, other, bars, out_ptr, ring, where, end, som, trips, cfg: gl.constexpr, CID: gl.constexpr):
-    full, empty, ready = bars
+def consumer(s_s, w_codes, other, bars, out_ptr, ring, where, end, som, trips, cfg: gl.constexpr, CID: gl.constexpr):
+    empty, ready = bars
     BT: gl.constexpr = cfg.BT
-    w_v = view_as(w_s, gl.float8e4nv, cfg.STAGES, ROWS, 128, gl.NVMMASharedLayout.get_default_for([64, 128], gl.float8e4nv))
-    x_v = view_as(x_s, gl.float8e4nv, cfg.X_AT + cfg.STAGES, BT, 128, gl.NVMMASharedLayout.get_default_for([BT, 128], gl.float8e4nv))
+    w_v = view_as(ring, gl.float8e4nv, cfg.STAGES, ROWS, 128, gl.NVMMASharedLayout.get_default_for([64, 128], gl.float8e4nv))
+    x_v = view_as(ring, gl.float8e4nv, cfg.X_AT + cfg.STAGES, BT, 128, gl.NVMMASharedLayout.get_default_for([BT, 128], gl.float8e4nv))
     views = (w_v, x_v)
     if CID == 0:
         cp.wait_group(0)
@@ -181,21 +186,16 @@ def mx8_decode_kernel(w_desc, x_desc, out_ptr, sw_ptr, sx_ptr, M, N, KB, chunk, 
     """A cluster a tile of 64 weight rows by BT tokens. KB: K blocks of 128, `chunk` of them a block, whole trips; sw, sx: codes,
     whose rows are swn and sxm apart; four in an int32, or (VEC = 0, not FOURS) single ones, A's with sxk from one to the next."""
     S: gl.constexpr = cfg.STAGES
-    ring = gl.allocate_shared_memory(gl.int8, [S * (ROWS + cfg.BT), 128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    W: gl.constexpr = w_desc.layout
-    X: gl.constexpr = x_desc.layout
-    w_s = view_boxes(ring, gl.float8e4nv, S, ROWS, 128, W)
-    x_s = view_boxes(ring, gl.float8e4nv, cfg.X_AT + S, cfg.BT, 128, X)
+    ring = gl.allocate_shared_memory(gl.int8, [S * (ROWS + cfg.BT) + 1, 128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     s_s = gl.allocate_shared_memory(gl.float32, [S * 4, cfg.BT], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     w_codes = gl.allocate_shared_memory(gl.int32, [cfg.TRIPS, ROWS, 4], CODES)
     other = s_s
     if cfg.CONSUMERS > 1:       # sums of the second consumer
         other = gl.allocate_shared_memory(gl.float32, [ROWS, cfg.BT], CODES)
-    full = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
     ready = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())      # codes of weights; the second's sums
     for i in gl.static_range(EARLY):
-        mbarrier.init(full.index(i), count=2)       # boxes; powers
+        cluster.init(full_at(i, cfg), 2)
     fence_async_shared()
     pid = gl.program_id(0)
     tile = pid // cfg.CLUSTER
@@ -207,47 +207,47 @@ def mx8_decode_kernel(w_desc, x_desc, out_ptr, sw_ptr, sx_ptr, M, N, KB, chunk, 
     trips = gl.maximum(gl.cdiv(gl.minimum(chunk, KB - k0), 4 * cfg.CONSUMERS) * cfg.CONSUMERS, 0)
     blocks = trips * 4          # past the end of K boxes are zeros
     for i in range(0, gl.minimum(blocks, EARLY)):
-        fill(w_desc, x_desc, w_s, x_s, full.index(i), i, nb * cfg.BN, row, k0 + i, cfg)
+        fill(w_desc, x_desc, i, nb * cfg.BN, row, k0 + i, cfg, False)
     end = gl.minimum(N, nb * cfg.BN + cfg.BN)
     ask_codes(sw_ptr, nb * cfg.BN, swn, k0, trips, end - nb * cfg.BN, w_codes, KB, cfg)
     for i in gl.static_range(S):
         if i >= EARLY:
-            mbarrier.init(full.index(i), count=2)
+            cluster.init(full_at(i, cfg), 2)
         mbarrier.init(empty.index(i), count=1)
     for i in gl.static_range(2):
         mbarrier.init(ready.index(i), count=1)
     fence_async_shared()
-    bars = (full, empty, ready)
+    bars = (empty, ready)
     where = (tile * 0, row, gl.minimum(M - row, cfg.BT), nb)
     R: gl.constexpr = cfg.LOADER_REGS
     C: gl.constexpr = cfg.CONSUMER_REGS
     if cfg.CONSUMERS > 1:
         if cfg.CLUSTER > 1:
             gl.warp_specialize([
-                (consumer, (w_s, x_s, s_s, w_codes, other, bars, out_ptr, ring, where, end, som, trips, cfg, 0)),
-                (consumer, (w_s, x_s, s_s, w_codes, other, bars, out_ptr, ring, where, end, som, trips, cfg, 1)),
+                (consumer, (s_s, w_codes, other, bars, out_ptr, ring, where, end, som, trips, cfg, 0)),
+                (consumer, (s_s, w_codes, other, bars, out_ptr, ring, where, end, som, trips, cfg, 1)),
                 (idle, (cfg, )),
-                (loader, (w_desc, x_desc, w_s, x_s, bars, nb * cfg.BN, row, k0, blocks, cfg)),
+                (loader, (w_desc, x_desc, bars, nb * cfg.BN, row, k0, blocks, cfg)),
                 (scaler, (sx_ptr, (sxm, sxk), row, k0, trips, M - row, s_s, bars, KB, cfg)),
             ], [4, 2, 1, 1], [C, R, R, R])
         else:
             gl.warp_specialize([
-                (consumer, (w_s, x_s, s_s, w_codes, other, bars, out_ptr, ring, where, end, som, trips, cfg, 0)),
-                (consumer, (w_s, x_s, s_s, w_codes, other, bars, out_ptr, ring, where, end, som, trips, cfg, 1)),
-                (loader, (w_desc, x_desc, w_s, x_s, bars, nb * cfg.BN, row, k0, blocks, cfg)),
+                (consumer, (s_s, w_codes, other, bars, out_ptr, ring, where, end, som, trips, cfg, 0)),
+                (consumer, (s_s, w_codes, other, bars, out_ptr, ring, where, end, som, trips, cfg, 1)),
+                (loader, (w_desc, x_desc, bars, nb * cfg.BN, row, k0, blocks, cfg)),
                 (scaler, (sx_ptr, (sxm, sxk), row, k0, trips, M - row, s_s, bars, KB, cfg)),
             ], [4, 1, 1], [C, R, R])
     elif cfg.CLUSTER > 1:
         gl.warp_specialize([
-            (consumer, (w_s, x_s, s_s, w_codes, other, bars, out_ptr, ring, where, end, som, trips, cfg, 0)),
+            (consumer, (s_s, w_codes, other, bars, out_ptr, ring, where, end, som, trips, cfg, 0)),
             (idle, (cfg, )),
-            (loader, (w_desc, x_desc, w_s, x_s, bars, nb * cfg.BN, row, k0, blocks, cfg)),
+            (loader, (w_desc, x_desc, bars, nb * cfg.BN, row, k0, blocks, cfg)),
             (scaler, (sx_ptr, (sxm, sxk), row, k0, trips, M - row, s_s, bars, KB, cfg)),
         ], [2, 1, 1], [R, R, R])
     else:
         gl.warp_specialize([
-            (consumer, (w_s, x_s, s_s, w_codes, other, bars, out_ptr, ring, where, end, som, trips, cfg, 0)),
-            (loader, (w_desc, x_desc, w_s, x_s, bars, nb * cfg.BN, row, k0, blocks, cfg)),
+            (consumer, (s_s, w_codes, other, bars, out_ptr, ring, where, end, som, trips, cfg, 0)),
+            (loader, (w_desc, x_desc, bars, nb * cfg.BN, row, k0, blocks, cfg)),
             (scaler, (sx_ptr, (sxm, sxk), row, k0, trips, M - row, s_s, bars, KB, cfg)),
         ], [1, 1], [R, R])
 

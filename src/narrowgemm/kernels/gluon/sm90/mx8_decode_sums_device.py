@@ -6,12 +6,20 @@ from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from . import cluster_device as cluster
 from .fp8_decode_sums_device import tile_layout
 
+ROWS = gl.constexpr(64)     # weight rows that wgmma takes and a slot has room for; a tile has BN of them
 LEAST = gl.constexpr(0x00400000)    # bits of 2^-127, for code 0
 LARGEST = gl.constexpr(3.4028234663852886e38)       # what a product of scales beyond FP32 counts as
 HIGH = gl.constexpr(-2139062144)    # 0x80808080: the upper bit of each code
 ALL = gl.constexpr(tl.PropagateNan.ALL)
+
+
+@gluon.jit
+def full_at(slot, cfg: gl.constexpr):
+    """The address of a slot's barrier: behind both rings, in their allocation. Boxes, and powers, make it full."""
+    return cluster.start_of_shared() + (cfg.STAGES * (ROWS + cfg.BT) * 128 + slot * 8)
 
 
 @constexpr_function
@@ -125,7 +133,7 @@ def trip_codes(w_codes, t, layout: gl.constexpr, cfg: gl.constexpr, CID: gl.cons
 def sums(views, s_s, w_codes, bars, trips, TAME: gl.constexpr, cfg: gl.constexpr, CID: gl.constexpr):
     """[64, BT] over every CONSUMERS-th K block. TAME: no code of a weight is above 127, so that no product of scales is beyond
     FP32."""
-    full, empty, ready = bars
+    empty, ready = bars
     BT: gl.constexpr = cfg.BT
     GROUP: gl.constexpr = cfg.GROUP
     STEPS: gl.constexpr = 4 // GROUP        # of a slot
@@ -145,7 +153,7 @@ def sums(views, s_s, w_codes, bars, trips, TAME: gl.constexpr, cfg: gl.constexpr
         if TAME == 0:
             for i in gl.static_range(4):
                 w_nan |= has_nan(v[i])
-        mbarrier.wait(full.index(slot), phase)
+        cluster.wait(full_at(slot, cfg), phase, 1)
         p = start(views, slot, p, 0, cfg)
         at = slot
         for i in gl.static_range(4 * STEPS):
@@ -153,7 +161,7 @@ def sums(views, s_s, w_codes, bars, trips, TAME: gl.constexpr, cfg: gl.constexpr
             if i + 1 < 4 * STEPS:
                 if (i + 1) % STEPS == 0:
                     slot, phase = next_slot(slot, phase, cfg)
-                    mbarrier.wait(full.index(slot), phase)
+                    cluster.wait(full_at(slot, cfg), phase, 1)
                 q = start(views, slot, q, (i + 1) % STEPS, cfg)
             p = warpgroup_mma_wait(GROUP if i + 1 < 4 * STEPS else 0, deps=p)
             if i % STEPS == STEPS - 1:
