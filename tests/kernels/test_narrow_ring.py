@@ -8,6 +8,7 @@ from functools import lru_cache
 import pytest
 
 W, S, SHARED = 1 << 40, 1 << 41, 1024       # addresses: weights, scale fields, shared memory
+EVICT_FIRST = 0x12F0000000000000            # what `createpolicy.fractional.L2::evict_first.b64` makes for all of an access
 TOKENS = 8192                               # bytes of the ring in front of the weights
 OPS = {"mov": lambda a: a, "mad": lambda a, b, c: a * b + c, "mul": lambda a, b: a * b, "add": lambda a, b: a + b, "xor": lambda a, b: a ^ b,
        "shr": lambda a, b: a >> b, "shl": lambda a, b: a << b, "and": lambda a, b: a & b}
@@ -33,7 +34,7 @@ def run(code: str, thread: int, **given: int) -> list[tuple[int, int | None]]:
     copies: list[tuple[int, int | None]] = []
 
     def value(name: str) -> int:
-        return values[name] if name in values else int(name)
+        return values[name] if name in values else int(name, 0)
 
     for guard, op, to, names in lines_of(code):
         if guard and not values[guard]:
@@ -41,7 +42,9 @@ def run(code: str, thread: int, **given: int) -> list[tuple[int, int | None]]:
         if op[0] == "cp":
             assert names[1] == "16"
             at, source = (sum(value(x.strip()) for x in where.strip("[]").split("+")) for where in (to, names[0]))
-            copies.append((at, None if names[2:] and values[names[2]] else source))
+            left_out = [values[n] for n in names[2:] if n != "policy"]
+            assert (names[-1] == "policy" and values["policy"] == EVICT_FIRST) == ("L2::cache_hint" in op)
+            copies.append((at, None if any(left_out) else source))
             continue
         x = [value(n) for n in names]
         if op[0] == "setp":
@@ -59,15 +62,15 @@ def place(code: str, thread: int, **given: int) -> int:
 
 @pytest.mark.parametrize(("rows", "chunks_a_step", "e4m3"), [(64, 4, False), (64, 2, False), (128, 4, False), (128, 2, False), (64, 2, True),
                                                            (128, 2, True)])
-@pytest.mark.parametrize(("chunks", "tiles"), [(8, 4), (7, 3)])
-def test_every_byte_of_a_step_comes_once_to_its_place(rows: int, chunks_a_step: int, e4m3: bool, chunks: int, tiles: int) -> None:
+@pytest.mark.parametrize(("chunks", "tiles", "stream"), [(8, 4, False), (7, 3, True)])
+def test_every_byte_of_a_step_comes_once_to_its_place(rows: int, chunks_a_step: int, e4m3: bool, chunks: int, tiles: int, stream: bool) -> None:
     from narrowgemm.kernels.gluon.sm90 import narrow_ring_device as ring
 
     units, ch, per = rows // 64, chunks_a_step, 2 if e4m3 else 1
     even = chunks % ch == 0 and tiles % units == 0
     w_at, pairs, threads = TOKENS, -(-chunks // 2), 2 * rows
     s_at = w_at + 3 * ch * per * rows * 64
-    code = ring.weights_code(rows, ch, ch * per, w_at, s_at, even)
+    code = ring.weights_code(rows, ch, ch * per, w_at, s_at, even, stream)
     for nt, k in ((0, 0), (-(-tiles // units) - 1, -(-chunks // ch) - 1)):
         slot = (nt + k) % 3
         tile, chunk = 2 * tiles + nt * units, k * ch        # of expert 2

@@ -21,7 +21,7 @@ from ... import launching
 from ...launching import Launch, Pointer
 from ...operands import Operands
 from .fp8_decode_tile import KEEP_BYTES
-from .narrow_model import estimate, rows_expected
+from .narrow_model import active_experts, estimate, rows_expected
 from .narrow_split import ctas_at_most, splits
 from .narrow_tile import (
     ACT_IDS,
@@ -51,6 +51,8 @@ __all__ = ["BACKEND", "NAME", "configs", "estimate", "launch", "launches", "lega
 NAME = "gluon_sm90.narrow"
 BACKEND = "gluon_sm90"
 MAX_GROUPS = 1024
+STREAM_ROWS = 4              # of an expert
+STREAM_CACHES = 4            # weights over the size of L2
 MASKED_ELEMENTS = 1 << 26
 PREP_K = 2048                # of K that one program of the launch in front converts
 COMBINE_N = 1024
@@ -128,23 +130,33 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
     out = []
     slots = problem.m * (problem.groups if problem.layout == "masked" else 1)
     keep = slots * problem.n * ITEMSIZE[problem.out_dtype] <= KEEP_BYTES
+    stream = passes_through(problem, arch)
     for bt in columns(problem):
         for rows, bk, stages, ctas in (DOUBLE_SHAPES if doubles(problem) else SHAPES)[problem.b.format.element][bt]:
-            c = make_config(bt, rows, bk, stages, ctas, keep, whole=problem.batch_invariant)
+            c = make_config(bt, rows, bk, stages, ctas, keep, whole=problem.batch_invariant, stream=stream)
             if legal(problem, c, arch) is None:
                 out += [c, *splits(problem, c, arch)]
         tiles = -(-problem.m // bt) * -(-problem.n // ROWS)
         short = problem.layout == "dense" and problem.b.format.element == "e4m3" and problem.k <= SHORT_K
         if short and arch.sms // 2 <= tiles <= 2 * arch.sms:
-            made = [make_config(bt, *shape, keep, whole=True) for shape in WHOLE.get(bt, ())]
+            made = [make_config(bt, *shape, keep, whole=True, stream=stream) for shape in WHOLE.get(bt, ())]
             out += [c for c in made if legal(problem, c, arch) is None and c not in out]
     return out
 
 
+def passes_through(problem: Problem, arch: Arch) -> bool:
+    """Whether L2 is to give up weights first. What else is there stays then: tokens of many rows, which every tile of weights reads
+    again, and what others wrote, which memory takes when it must. Beside more weights than that, with few tokens, it costs 1.5%."""
+    weights = active_experts(problem) * problem.b.format.storage_bytes(problem.n, problem.k)
+    return rows_expected(problem) >= STREAM_ROWS or weights <= STREAM_CACHES * arch.l2
+
+
 def make_config(bt: int, rows: int, bk: int, stages: int, ctas: int, keep: bool = True, wide: bool = True,
-                whole: bool = False) -> Config:
-    """`whole`: no tile is cut along K, so that a token's sum does not depend on how many tiles there are."""
-    more = (("ctas", ctas), *((name, 1) for name, given in (("keep", keep), ("whole", whole), ("wide", wide)) if given))
+                whole: bool = False, stream: bool = False) -> Config:
+    """`whole`: no tile is cut along K, so that a token's sum does not depend on how many tiles there are. `stream`: L2 gives up
+    weights first."""
+    options = (("keep", keep), ("stream", stream), ("whole", whole), ("wide", wide))
+    more = (("ctas", ctas), *((name, 1) for name, given in options if given))
     return Config(bt, rows, bk, rows // 16, stages, swap_ab=True, persistent=True, extra=more)
 
 
@@ -206,7 +218,8 @@ def statics(problem: Problem, config: Config, x: Operands) -> tuple[Static, Prep
         x.slots is not None, x.factor is not None, kind in (1, 2), PAIR_IDS[x.packed.pair], ACT_IDS[e.activation], alpha, limit,
         x.bias is not None, x.weight is not None, True,
         bool(extra(config, "keep")), bool(extra(config, "wide")), promotes(problem), doubles(problem),
-        DENSE=problem.layout == "dense", WAYS=8 if config.block_m <= 16 else 4, EARLY=registers(config) > 96)
+        DENSE=problem.layout == "dense", STREAM=bool(extra(config, "stream")), WAYS=8 if config.block_m <= 16 else 4,
+        EARLY=registers(config) > 96)
     prep = PrepStatic(KINDS[problem.layout], config.block_m, power_of_two(problem.groups), kind, problem.a.format.group[1] or 32,
                       power_of_two(x.block_m), e.combine, PREP_K, True)
     return cfg, prep

@@ -46,13 +46,14 @@ def slot_at_code():
 
 
 @constexpr_function
-def weights_code(ROWS, CH, CW, W_AT, S_AT, EVEN):
+def weights_code(ROWS, CH, CW, W_AT, S_AT, EVEN, STREAM):
     """PTX. $1, $2: a thread's place in the weights and in the fields; $3: in shared memory; $4, $5: chunks and pairs of chunks in front
     of the step; $6: slot; $7: chunks from the step on; $8: tiles of 64 rows from the first on; $9: chunks of a tile. Zeros come for what
-    is past the last chunk or the last tile."""
+    is past the last chunk or the last tile. STREAM: L2 gives up first what is copied."""
     units, per = ROWS // 64, CW // CH
     unit, pairs = 4096, CH // 2
     threads = ROWS * 2
+    copy, policy = ("cp.async.cg.shared.global.L2::cache_hint", ", policy") if STREAM else ("cp.async.cg.shared.global", "")
     lines = ""
     for c in range(CH):
         if not EVEN:
@@ -66,7 +67,7 @@ def weights_code(ROWS, CH, CW, W_AT, S_AT, EVEN):
                 for h in range(0, unit, threads * 16):
                     left_out = "" if EVEN else ", missing" if u else ", none"
                     lines += f"""
-        cp.async.cg.shared.global [to + {(at * units + u) * unit + h}], [src{u} + {at * unit + h}], 16{left_out};"""
+        {copy} [to + {(at * units + u) * unit + h}], [src{u} + {at * unit + h}], 16{left_out}{policy};"""
     second = f"""
         mul.wide.u32 far, $9, {per * unit};
         add.u64 src1, src0, far;""" if units > 1 else ""
@@ -84,7 +85,8 @@ def weights_code(ROWS, CH, CW, W_AT, S_AT, EVEN):
     return f"""{{
         .reg .pred p, none, missing;
         .reg .b32 t, to, sto;
-        .reg .b64 src0, src1, ssrc, far;
+        .reg .b64 src0, src1, ssrc, far, policy;
+        mov.b64 policy, {cluster.EVICT_FIRST:#x};
         mad.wide.u32 src0, $4, {per * unit}, $1;
         mad.wide.u32 ssrc, $5, 512, $2;
         mad.lo.u32 to, $6, {CW * ROWS * 64}, $3;
@@ -92,7 +94,7 @@ def weights_code(ROWS, CH, CW, W_AT, S_AT, EVEN):
         mad.lo.u32 sto, $6, {CH * ROWS * 4}, $3;{second}{lines}
         mov.u32 t, %tid.x;
         setp.lt.u32 p, t, {pairs * units * 32};{none}
-        @p cp.async.cg.shared.global [sto + {S_AT}], [ssrc], 16{"" if EVEN else ", none"};
+        @p {copy} [sto + {S_AT}], [ssrc], 16{"" if EVEN else ", none"}{policy};
         mov.b32 $0, 0;
     }}"""
 
@@ -111,7 +113,7 @@ def issue_weights(weights, e, nt, k, slot, cfg: gl.constexpr):
     tile = e * NT + at
     chunk = k * cfg.CH
     gl.inline_asm_elementwise(
-        weights_code(cfg.ROWS, cfg.CH, cfg.CW, cfg.W_BOX * cfg.ROWS * 64, cfg.S_BOX * cfg.ROWS * 8, cfg.EVEN), "=r,l,l,r,r,r,r,r,r,r",
+        weights_code(cfg.ROWS, cfg.CH, cfg.CW, cfg.W_BOX * cfg.ROWS * 64, cfg.S_BOX * cfg.ROWS * 8, cfg.EVEN, cfg.STREAM), "=r,l,l,r,r,r,r,r,r,r",
         [w, s, to, tile * KC + chunk, tile * ((KC + 1) // 2) + chunk // 2, slot, KC - chunk, NT - at, KC], dtype=gl.int32,
         is_pure=False, pack=1)
 

@@ -44,6 +44,7 @@ class Static:
     DOUBLE: bool = False     # A is FP16, the sum of two BF16 numbers, each multiplied
     DENSE: bool = False      # one expert: entries follow from the number of rows
     WAYS: int = 4            # pieces of a tile that are loaded at a time
+    STREAM: bool = False     # weights pass through L2, which gives them up first
     EARLY: bool = False      # factors, biases and routing weights are loaded ahead of a tile's products
 
     @property
