@@ -587,6 +587,7 @@ def load_device_module(name: str) -> types.ModuleType:
     shim = types.ModuleType("_emulated_sm90.shim")
     shim.__dict__.update(
         tma_load=tma_load, tma_store=tma_store, tma_add=tma_add, block_barrier=lambda: None, copy_to_shared=copy_to_shared,
+        touch=lambda p: p.checked(np.broadcast_to(True, p.offset.shape), "touch"),
         view_as=lambda buf, dtype, n, rows, cols, layout: buf.view(dtype, [n, cols, rows]).permute((0, 2, 1))
         if layout is COLUMNS_FIRST else buf.view(dtype, [n, rows, cols]),
         view_rows=lambda buf, dtype, n, cols, layout: buf.view(dtype, [n, cols]),

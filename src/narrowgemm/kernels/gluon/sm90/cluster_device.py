@@ -156,14 +156,18 @@ def arrive(bar, CLUSTER: gl.constexpr):
 
 @constexpr_function
 def one_code(ALONE):
-    """PTX: a thread of a partition of one warp as `p`, or the first of a block whose warps are together."""
-    return "elect.sync _|p, 0xffffffff;" if ALONE else "mov.u32 t, %tid.x;\n        setp.eq.u32 p, t, 0;"
+    """PTX: a thread of a partition of one warp as `p`, or of the first warp of a block whose warps are together."""
+    first = "" if ALONE else """
+        mov.u32 t, %tid.x;
+        setp.lt.u32 q, t, 32;
+        and.pred p, p, q;"""
+    return f"elect.sync _|p, 0xffffffff;{first}"
 
 
 @constexpr_function
 def expect_code(ALONE):
     return f"""{{
-        .reg .pred p;
+        .reg .pred p, q;
         .reg .b32 t;
         {one_code(ALONE)}
         @p mbarrier.arrive.expect_tx.shared::cta.b64 _, [$1], $2;
@@ -173,7 +177,7 @@ def expect_code(ALONE):
 
 @gluon.jit
 def expect(bar, size, ALONE: gl.constexpr = True):
-    """One arrival, and so many bytes to come. By a partition of one warp, or by all warps of a block, of which the first thread does it."""
+    """One arrival, and so many bytes to come. By a partition of one warp, or by all warps of a block, of which the first does it."""
     gl.inline_asm_elementwise(expect_code(ALONE), "=r,r,r", [bar, size], dtype=gl.int32, is_pure=False, pack=1)
 
 
@@ -197,7 +201,7 @@ def copy_code(KERNEL, PARAMETER, RANK, CLUSTER, ALONE, ONCE):
     hint, policy = (".L2::cache_hint", ", policy") if ONCE else ("", "")
     copy = f"cp.async.bulk.tensor.{RANK}d.shared::cluster.global.mbarrier::complete_tx::bytes{multicast}{hint}"
     return f"""{{
-        .reg .pred p;
+        .reg .pred p, q;
         .reg .b16 all;
         .reg .b32 t;
         .reg .b64 desc, policy;

@@ -30,6 +30,7 @@ LEAST = 16
 TRIP = 4                     # K blocks of 128 whose codes are 16 bytes of a row
 MAX_ROWS = 64                # tokens; with more, other kernels do better
 MAX_STAGES = 16
+STREAM_BYTES = 24e6          # so many weights and more pass through L2: what others wrote stays there, and memory has less to write
 @dataclass(frozen=True)
 class Static:
     """What the device code is compiled for; its fields are read by `mx8_decode_device.py` and the parts of `fp8_decode`'s."""
@@ -46,7 +47,7 @@ class Static:
     FOURS: bool              # codes of tokens are loaded by four, else each
     STORE_VEC: int           # elements of 16 bytes of output
     KEEP: bool               # output stays in L2
-    ONCE: bool               # weights don't: each of them is read once
+    STREAM: bool             # weights pass through L2, which gives them up first
     CONSUMER_REGS: int
     LOADER_REGS: int
     ACCUMULATE: bool = False
@@ -123,10 +124,12 @@ def consumer_registers(config: Config) -> int:
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     bt = next((t for t in TOKENS if t >= problem.m), TOKENS[-1])
     keep = problem.m * problem.n * ITEMSIZE[problem.out_dtype] <= KEEP_BYTES
+    stream = problem.m <= bt and problem.b.format.storage_bytes(problem.n, problem.k) >= STREAM_BYTES
     out = []
     for split in (1, *CLUSTERS):
         for rows, ctas in rows_of(problem.n, -(-problem.m // bt), split, arch.sms):
-            more = (*((("ctas", ctas), ) if ctas > 1 else ()), *((("keep", 1), ) if keep else ()))
+            options = (("ctas", ctas if ctas > 1 else 0), ("keep", keep), ("stream", stream))
+            more = tuple((name, int(value)) for name, value in options if value)
             for warps in (8, 4):
                 c = Config(bt, rows, 128, warps, 0, split_k=split, swap_ab=True, extra=more)
                 stages = min(MAX_STAGES, (smem_budget(c, arch) - fixed_bytes(problem, c)) // slot_bytes(c))
@@ -210,7 +213,7 @@ def static(problem: Problem, config: Config, sw: int, sx: int) -> Static:
     x_at = config.num_stages * ROWS // config.block_m
     return Static(config.block_m, config.block_n, GROUP[config.block_m], config.num_warps // 4, config.num_stages,
                   chunk_of(problem, config) // TRIP, config.split_k, x_at, vec, sx > 0, 16 // ITEMSIZE[problem.out_dtype],
-                  bool(extra(config, "keep")), problem.m <= config.block_m, consumer_registers(config), loader_registers(config))
+                  bool(extra(config, "keep")), bool(extra(config, "stream")), consumer_registers(config), loader_registers(config))
 
 
 def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:

@@ -26,7 +26,7 @@ from .fp8_decode_parts_device import store_tile
 from .fp8_decode_schedule_device import advance
 from .fp8_decode_sums_device import tile_layout
 from .mx8_decode_sums_device import HIGH, ROWS, columns_of, full_at, power, row_codes, sums
-from .shim import copy_to_shared, view_as
+from .shim import copy_to_shared, touch, view_as
 
 KERNEL = gl.constexpr("mx8_decode_kernel")
 X_PARAMETER = gl.constexpr(7)       # the tokens' descriptor, by PTX: those of the weights come with three sizes and three strides
@@ -47,7 +47,7 @@ def fill(w_desc, x_desc, slot, w_row, x_row, kb, cfg: gl.constexpr, ALONE: gl.co
     bar = full_at(slot, cfg)
     to = cluster.start_of_shared()
     cluster.expect(bar, (cfg.BN + cfg.BT) * 128, ALONE)
-    cluster.load(w_desc, KERNEL, 0, (0, w_row, kb * 128), bar, to + slot * (ROWS * 128), 1, ALONE, cfg.ONCE)
+    cluster.load(w_desc, KERNEL, 0, (0, w_row, kb * 128), bar, to + slot * (ROWS * 128), 1, ALONE, cfg.STREAM)
     cluster.load(x_desc, KERNEL, X_PARAMETER, (0, x_row, kb * 128), bar, to + (cfg.X_AT + slot) * (cfg.BT * 128), 1, ALONE)
 
 
@@ -115,9 +115,27 @@ def token_trip(ptr, strides, row, limit, kb, KB, cfg: gl.constexpr):
 
 
 @gluon.jit
+def touch_codes(ptr, strides, row, limit, k0, trips, KB, cfg: gl.constexpr):
+    """Have L2 fetch all codes of the tokens: trips are not far enough ahead of their use for memory."""
+    sxm, sxk = strides
+    lay: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, 1], [1, 0])
+    r = gl.arange(0, cfg.BT, gl.SliceLayout(1, lay))
+    k = gl.arange(0, 32, gl.SliceLayout(0, lay))
+    last = gl.minimum(k0 + trips * 4, KB)
+    if cfg.FOURS:       # a row's are next to each other, in int32
+        at = (row + gl.expand_dims(gl.minimum(r, limit - 1), 1)).to(gl.int64) * sxm + gl.expand_dims(gl.minimum(k0 + k * 32, last - 1), 0)
+        touch(ptr + at)
+    else:               # of a K block's, rows next to each other or not: those of the first are enough where they are
+        first = (row * sxm).to(gl.int64)
+        for i in range(k0 * 4, last * 4, 32):
+            touch(ptr + (first + gl.minimum(i + gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])), last * 4 - 1).to(gl.int64) * sxk))
+
+
+@gluon.jit
 def scaler(ptr, strides, row, k0, trips, limit, s_s, bars, KB, cfg: gl.constexpr):
     """2^(c - 127) of the tokens' codes into every slot, NaN for 255. Loads run two trips ahead, single ones one: registers."""
     empty, ready = bars
+    touch_codes(ptr, strides, row, limit, k0, trips, KB, cfg)
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)
     here = token_trip(ptr, strides, row, limit, k0, KB, cfg)
