@@ -63,4 +63,5 @@ def view_boxes(buf, dtype: gl.constexpr, n: gl.constexpr, rows: gl.constexpr, co
 @gluon.jit
 def touch(ptrs):
     """Have L2 fetch what is there, in memory, by lines."""
-    gl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptrs.to(gl.int64)], dtype=gl.int32, is_pure=False, pack=1)
+    gl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptrs.to(gl.int64)], dtype=gl.int32, is_pure=False,
+                              pack=1)
