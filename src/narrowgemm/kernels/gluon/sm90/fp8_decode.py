@@ -23,6 +23,7 @@ from .fp8_decode_tile import (
     KEEP_BYTES,
     LAYOUT_IDS,
     MAX_SPLIT,
+    ROOM,
     TOKENS,
     TRIPS,
     extra,
@@ -52,7 +53,6 @@ SHAPES: tuple[Shape, ...] = ((64, 4, 3), (64, 4, 2), (128, 4, 2), (128, 8, 1))  
 GUESS = 3                    # K blocks of weights fetched on a guess, before group sizes are known
 EARLY = 4                    # of a dense product, before the warps part
 SPLITS = (1, 2, 4, 8)
-ROOM = {2: 66 / 132, 4: 30 / 132, 8: 15 / 132}     # clusters of so many blocks, one on an SM, that an H100 of 132 SMs holds at once
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:

@@ -14,6 +14,8 @@ MAX_SPLIT = 16
 TRIPS = (1, 2, 4)
 AHEADS = (4, 8, 16)
 KEEP_BYTES = 16e6        # an output of so many bytes and fewer is asked to stay in L2, where its reader finds it
+STREAM_CACHES = 3        # weights of so many times L2 and fewer pass through it, which keeps what others wrote; more lose 3-5%
+ROOM = {2: 66 / 132, 4: 30 / 132, 8: 15 / 132}     # clusters of so many blocks, one on an SM, that an H100 of 132 SMs holds at once
 CLUSTERS = (2, 4, 8)     # blocks that share a tile, each with a part of K; more than 8 not every chip grants
 
 

@@ -16,7 +16,7 @@ from ....problem import Config, Problem, Step
 from ... import launching
 from ...launching import Launch, Pointer
 from ...operands import Operands
-from .fp8_decode_tile import CLUSTERS, ITEMSIZE, KEEP_BYTES, extra, max_registers, smem_budget
+from .fp8_decode_tile import CLUSTERS, ITEMSIZE, KEEP_BYTES, ROOM, STREAM_CACHES, extra, max_registers, smem_budget
 
 __all__ = ["BACKEND", "NAME", "configs", "estimate", "launch", "launches", "legal", "smem_bytes", "supports", "workspace"]
 
@@ -26,11 +26,10 @@ TOKENS = (8, 16, 32)
 GROUP = {8: 4, 16: 2, 32: 2}        # blocks of 32 of K whose sums are in flight together, twice: what registers hold
 ROWS = 64                    # weight rows of a tile at most: wgmma's
 STEP = 4                     # fewer, in steps of so many, where tiles of all SMs are equal then
-LEAST = 16
+LEAST = 32
 TRIP = 4                     # K blocks of 128 whose codes are 16 bytes of a row
 MAX_ROWS = 64                # tokens; with more, other kernels do better
 MAX_STAGES = 16
-STREAM_BYTES = 24e6          # so many weights and more pass through L2: what others wrote stays there, and memory has less to write
 @dataclass(frozen=True)
 class Static:
     """What the device code is compiled for; its fields are read by `mx8_decode_device.py` and the parts of `fp8_decode`'s."""
@@ -124,13 +123,21 @@ def consumer_registers(config: Config) -> int:
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     bt = next((t for t in TOKENS if t >= problem.m), TOKENS[-1])
     keep = problem.m * problem.n * ITEMSIZE[problem.out_dtype] <= KEEP_BYTES
-    stream = problem.m <= bt and problem.b.format.storage_bytes(problem.n, problem.k) >= STREAM_BYTES
+    # what has to be read twice stays
+    stream = problem.m <= bt and problem.b.format.storage_bytes(problem.n, problem.k) <= STREAM_CACHES * arch.l2
     out = []
-    for split in (1, *CLUSTERS):
-        for rows, ctas in rows_of(problem.n, -(-problem.m // bt), split, arch.sms):
-            options = (("ctas", ctas if ctas > 1 else 0), ("keep", keep), ("stream", stream))
-            more = tuple((name, int(value)) for name, value in options if value)
-            for warps in (8, 4):
+    for split, room in ((1, arch.sms), *((blocks, round(arch.sms * share)) for blocks, share in ROOM.items())):
+        for rows, ctas in rows_of(problem.n, -(-problem.m // bt), split, room):
+            for warps in (4, 8):
+                # two consumers need no longer ring than two CTAs on an SM have, even where one each would do; fewer rows need one
+                if warps == 8 and bt < 32:
+                    if rows < ROWS and ctas == 1:
+                        continue
+                    ctas = 2
+                elif warps == 8:
+                    ctas = 1
+                options = (("ctas", ctas if ctas > 1 else 0), ("keep", keep), ("stream", stream))
+                more = tuple((name, int(value)) for name, value in options if value)
                 c = Config(bt, rows, 128, warps, 0, split_k=split, swap_ab=True, extra=more)
                 stages = min(MAX_STAGES, (smem_budget(c, arch) - fixed_bytes(problem, c)) // slot_bytes(c))
                 c = replace(c, num_stages=stages // 2 * 2 if warps == 8 else stages)
@@ -139,15 +146,18 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
     return out
 
 
-def rows_of(n: int, tiles_m: int, split: int, sms: int) -> list[tuple[int, int]]:
-    """(weight rows of a tile, CTAs on an SM): the fewest rows with which all tiles, `split` CTAs each, are on the chip at once, one
-    or two on an SM, so that all SMs have as much to do; 64 where they are more than that, which is not cut along K."""
-    found: list[tuple[int, int]] = []
-    for ctas in (1, 2):
-        fewest = next((r for r in range(LEAST, ROWS + 1, STEP) if -(-n // r) * tiles_m * split <= ctas * sms), 0)
-        if fewest and fewest not in [r for r, _ in found]:
-            found.append((fewest, ctas))
-    return found or ([(ROWS, 1), (ROWS, 2)] if split == 1 else [])
+def rows_of(n: int, tiles_m: int, split: int, room: int) -> list[tuple[int, int]]:
+    """(weight rows of a tile, CTAs on an SM): 64, and the fewest with which all tiles are on the chip at once, one or two CTAs on
+    an SM, so that all SMs have as much to do. `room`: tiles of `split` CTAs, one on an SM; what is too much for two is not cut."""
+    def ctas(rows: int) -> int:
+        return -(-(-(-n // rows) * tiles_m) // room)
+
+    whole = ctas(ROWS)
+    found = [(ROWS, min(whole, 2))] if split == 1 or whole <= 2 else []
+    for most in (1, 2) if split == 2 else (1,) if whole == 1 else (2,):
+        fewest = next((r for r in range(LEAST, ROWS, STEP) if ctas(r) <= most), 0)
+        found += [(fewest, most)] if fewest and fewest not in [r for r, _ in found] else []
+    return found
 
 
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
@@ -179,24 +189,30 @@ def workspace(problem: Problem, config: Config) -> int:
     return 0
 
 
-# fitted on an H200: docs/measured.md
-START = 4.1e-6
-READ = 0.65                 # of the bandwidth
-BLOCK = {8: 0.18e-6, 16: 0.205e-6, 32: 0.30e-6}     # by token columns: a K block in one of an SM's CTAs
-BESIDE = 0.5                # more, for each other CTA on the SM
-CUT = 0.6e-6                # a cluster of two adds its sums up; as much again for each doubling
-_POWER = 3.1
+# fitted to 80 products on an H200: docs/measured.md
+START = 3.85e-6
+READ, STREAM = 0.62, 0.745      # of the bandwidth: of weights that stay in L2, that pass through it
+# a K block of a CTA by token columns and warps of consumers; 32 columns from earlier times
+BLOCK = {(8, 4): 0.123e-6, (8, 8): 0.111e-6, (16, 4): 0.151e-6, (16, 8): 0.133e-6, (32, 4): 0.23e-6, (32, 8): 0.21e-6}
+FEW = 1.25                  # of it, with fewer than 64 rows: CTAs are more
+BESIDE = 0.9                # more of it, where two CTAs are on an SM
+TILE = 1.0e-6               # a tile beside its K blocks
+CUT = 0.67e-6               # a cluster of two adds its sums up; as much again for each doubling
+_POWER = 3.6
 
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds: the bytes over the bandwidth and the K blocks of a CTA after one another, in waves."""
-    units = -(-problem.m // config.block_m) * -(-problem.n // config.block_n) * config.split_k
-    room = arch.sms * extra(config, "ctas", 1) // config.split_k * config.split_k
-    beside = -(-min(units, room) // arch.sms) - 1
-    block = BLOCK[config.block_m] * (1.0 + BESIDE * beside)
-    work = -(-units // room) * chunk_of(problem, config) * block
-    memory = problem.b.format.storage_bytes(problem.n, problem.k) / (arch.bandwidth * READ)
-    return START + (memory**_POWER + work**_POWER) ** (1 / _POWER) + CUT * math.log2(config.split_k)
+    split = config.split_k
+    alone = round(arch.sms * ROOM.get(split, 1.0))
+    tiles = -(-problem.m // config.block_m) * -(-problem.n // config.block_n)
+    waves = -(-tiles // (alone * extra(config, "ctas", 1)))
+    block = BLOCK[config.block_m, config.num_warps] * (FEW if config.block_n < ROWS else 1.0)
+    block *= 1.0 + BESIDE * (extra(config, "ctas", 1) > 1 and tiles > alone)
+    work = waves * (chunk_of(problem, config) * block + TILE)
+    rate = STREAM if extra(config, "stream") else READ
+    memory = problem.b.format.storage_bytes(problem.n, problem.k) / (arch.bandwidth * rate)
+    return START + (memory**_POWER + work**_POWER) ** (1 / _POWER) + CUT * math.log2(split)
 
 
 # ---------------------------------------------------------------- launch

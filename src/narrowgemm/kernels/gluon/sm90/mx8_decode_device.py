@@ -135,7 +135,8 @@ def touch_codes(ptr, strides, row, limit, k0, trips, KB, cfg: gl.constexpr):
 def scaler(ptr, strides, row, k0, trips, limit, s_s, bars, KB, cfg: gl.constexpr):
     """2^(c - 127) of the tokens' codes into every slot, NaN for 255. Loads run two trips ahead, single ones one: registers."""
     empty, ready = bars
-    touch_codes(ptr, strides, row, limit, k0, trips, KB, cfg)
+    if cfg.TRIPS > 4:       # of shorter K, trips' own loads are soon enough
+        touch_codes(ptr, strides, row, limit, k0, trips, KB, cfg)
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)
     here = token_trip(ptr, strides, row, limit, k0, KB, cfg)

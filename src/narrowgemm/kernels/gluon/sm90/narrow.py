@@ -20,7 +20,7 @@ from ....problem import Config, Operand, Problem, Step
 from ... import launching
 from ...launching import Launch, Pointer
 from ...operands import Operands
-from .fp8_decode_tile import KEEP_BYTES
+from .fp8_decode_tile import KEEP_BYTES, STREAM_CACHES
 from .narrow_model import active_experts, estimate, rows_expected
 from .narrow_split import ctas_at_most, splits
 from .narrow_tile import (
@@ -52,7 +52,6 @@ NAME = "gluon_sm90.narrow"
 BACKEND = "gluon_sm90"
 MAX_GROUPS = 1024
 STREAM_ROWS = 4              # of an expert
-STREAM_CACHES = 4            # weights over the size of L2
 MASKED_ELEMENTS = 1 << 26
 PREP_K = 2048                # of K that one program of the launch in front converts
 COMBINE_N = 1024
