@@ -2,12 +2,16 @@
 
     out[m, n] = sum over blocks j of 32 of K of  (A[m, j] . B[n, j]) * 2^(sa[m, j] - 127) * 2^(sb[n, j] - 127)
 
-Operands are swapped, as in `fp8_decode_device`: 64 weight rows are wgmma's rows, 8 to 32 tokens its columns. One wgmma takes
+Operands are swapped, as in `fp8_decode_device`: weight rows are wgmma's 64 rows, 8 to 32 tokens its columns. One wgmma takes
 32 of K, so a block's two scales meet its sum in registers: nothing is expanded and no launch is in front. A CTA has one
-tile, or a part of K of one, whose sums the blocks of a cluster add up.
+tile, or a part of K of one, whose sums the blocks of a cluster add up. A tile has BN of 64 rows, as many as give every SM
+as much to read: boxes are as high as that, and sums of rows past it are of what lay there before, and not stored.
+
+Boxes are asked for by PTX, for the sake of the policy that Gluon's copies don't take: L2 gives up first what no one reads
+again. So the barriers of full slots are addresses, behind the rings (`full_at`).
 
     before the warps part  first boxes are asked for, and all codes of the tile's weights (cp.async)
-    loader (1 warp)        TMA of 64 weight rows and BT token rows, 128 of K a slot
+    loader (1 warp)        TMA of BN weight rows and BT token rows, 128 of K a slot
     scaler (1 warp)        tokens' codes to powers of two, into the slot
     consumer (4 warps)     wgmma of a step, GROUP blocks, beside the sums of the one before; at the end transpose and store.
                            There may be two, which take K blocks in turn. Products of scales are kept within FP32; with
@@ -118,17 +122,17 @@ def token_trip(ptr, strides, row, limit, kb, KB, cfg: gl.constexpr):
 def touch_codes(ptr, strides, row, limit, k0, trips, KB, cfg: gl.constexpr):
     """Have L2 fetch all codes of the tokens: trips are not far enough ahead of their use for memory."""
     sxm, sxk = strides
-    lay: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, 1], [1, 0])
-    r = gl.arange(0, cfg.BT, gl.SliceLayout(1, lay))
-    k = gl.arange(0, 32, gl.SliceLayout(0, lay))
     last = gl.minimum(k0 + trips * 4, KB)
     if cfg.FOURS:       # a row's are next to each other, in int32
-        at = (row + gl.expand_dims(gl.minimum(r, limit - 1), 1)).to(gl.int64) * sxm + gl.expand_dims(gl.minimum(k0 + k * 32, last - 1), 0)
-        touch(ptr + at)
-    else:               # of a K block's, rows next to each other or not: those of the first are enough where they are
-        first = (row * sxm).to(gl.int64)
+        lay: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [1, 1], [1, 0])
+        r = gl.minimum(gl.arange(0, cfg.BT, gl.SliceLayout(1, lay)), limit - 1)
+        k = gl.minimum(k0 + gl.arange(0, 32, gl.SliceLayout(0, lay)) * 32, last - 1)
+        touch(ptr + ((row + gl.expand_dims(r, 1)).to(gl.int64) * sxm + gl.expand_dims(k, 0)))
+    else:               # those of the first row are enough where rows are next to each other
+        lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
+        first = ptr + row.to(gl.int64) * sxm
         for i in range(k0 * 4, last * 4, 32):
-            touch(ptr + (first + gl.minimum(i + gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0])), last * 4 - 1).to(gl.int64) * sxk))
+            touch(first + gl.minimum(i + lane, last * 4 - 1).to(gl.int64) * sxk)
 
 
 @gluon.jit
@@ -166,7 +170,8 @@ def consumer(s_s, w_codes, other, bars, out_ptr, ring, where, end, som, trips, c
     empty, ready = bars
     BT: gl.constexpr = cfg.BT
     w_v = view_as(ring, gl.float8e4nv, cfg.STAGES, ROWS, 128, gl.NVMMASharedLayout.get_default_for([64, 128], gl.float8e4nv))
-    x_v = view_as(ring, gl.float8e4nv, cfg.X_AT + cfg.STAGES, BT, 128, gl.NVMMASharedLayout.get_default_for([BT, 128], gl.float8e4nv))
+    x_v = view_as(ring, gl.float8e4nv, cfg.X_AT + cfg.STAGES, BT, 128,
+                  gl.NVMMASharedLayout.get_default_for([BT, 128], gl.float8e4nv))
     views = (w_v, x_v)
     if CID == 0:
         cp.wait_group(0)
@@ -202,7 +207,7 @@ def consumer(s_s, w_codes, other, bars, out_ptr, ring, where, end, som, trips, c
 
 @gluon.jit(do_not_specialize=["M", "KB", "swn", "sxm", "sxk"])
 def mx8_decode_kernel(w_desc, x_desc, out_ptr, sw_ptr, sx_ptr, M, N, KB, chunk, swn, sxm, sxk, som, cfg: gl.constexpr):
-    """A cluster a tile of 64 weight rows by BT tokens. KB: K blocks of 128, `chunk` of them a block, whole trips; sw, sx: codes,
+    """A cluster a tile of BN weight rows by BT tokens. KB: K blocks of 128, `chunk` of them a block, whole trips; sw, sx: codes,
     whose rows are swn and sxm apart; four in an int32, or (VEC = 0, not FOURS) single ones, A's with sxk from one to the next."""
     S: gl.constexpr = cfg.STAGES
     ring = gl.allocate_shared_memory(gl.int8, [S * (ROWS + cfg.BT) + 1, 128], gl.SwizzledSharedLayout(1, 1, 1, [0]))

@@ -25,7 +25,8 @@ def full_at(slot, cfg: gl.constexpr):
 @constexpr_function
 def row_codes():
     """Of codes int32 [64, 4]: a thread holds those of its two rows of the sums."""
-    return gl.DistributedLinearLayout([[0, 1], [0, 2], [8, 0]], [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4])
+    lanes = [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout([[0, 1], [0, 2], [8, 0]], lanes, [[16, 0], [32, 0]], [], [64, 4])
 
 
 @gluon.jit
