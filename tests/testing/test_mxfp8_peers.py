@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,12 +74,17 @@ def test_packed_weights_have_tables_of_their_own() -> None:
     assert store.table_name(plain) == "gemm-dense-mxfp8-mxfp8.json"
 
 
-def test_the_h100_table_covers_the_points_of_the_source() -> None:
-    """Time, runner-up and error beside each choice; a row of 64 rows says nothing of 128."""
-    rows = store.read_rows(store.PACKAGED / "h100" / "gemm-dense-mxfp8-mxfp8-packed.json")
+def test_the_h200_table_covers_the_points_of_the_source() -> None:
+    """Time, runner-up and error beside each choice."""
+    rows = store.read_rows(store.PACKAGED / "h200" / "gemm-dense-mxfp8-mxfp8.json")
     have = {store.row_key(r) for r in rows}
-    assert have >= {(c.n, c.k, c.m) for c in SUITES["mxfp8-dense-decode"]} and len(SUITES["mxfp8-dense-decode"]) == 105
+    assert have >= {(c.n, c.k, c.m) for c in SUITES["mxfp8-plain-decode"]} and len(SUITES["mxfp8-plain-decode"]) == 105
     assert all(r["us"] > 0 and r["runner_up_us"] > 0 and r["calc_diff"] <= 5e-6 for r in rows)
+
+
+def test_a_row_of_packed_weights_says_nothing_of_more_rows(tmp_path: Path) -> None:
     case = next(c for c in SUITES["mxfp8-dense-decode"] if (c.m, c.n, c.k) == (64, 768, 6144))
-    found = {m: store._found(problem_of(replace(case, m=m)), "h100", "") for m in (33, 64, 65, 128)}
+    row = {"n": case.n, "k": case.k, "rows": 64, "kernel": "gluon_sm90.narrow", "config": {}, "us": 1.0}
+    store.write_table(tmp_path, "h100", store.table_name(problem_of(case)), {}, [row])
+    found = {m: store._found(problem_of(replace(case, m=m)), "h100", str(tmp_path)) for m in (33, 64, 65, 128)}
     assert found[64] is not None and found[33] is found[64] and found[65] is None and found[128] is None
