@@ -591,6 +591,7 @@ def load_device_module(name: str) -> types.ModuleType:
         view_as=lambda buf, dtype, n, rows, cols, layout: buf.view(dtype, [n, cols, rows]).permute((0, 2, 1))
         if layout is COLUMNS_FIRST else buf.view(dtype, [n, rows, cols]),
         view_rows=lambda buf, dtype, n, cols, layout: buf.view(dtype, [n, cols]),
+        view_cube=lambda buf, dtype, n, planes, rows, cols, layout: buf.view(dtype, [n, planes, rows, cols]),
         view_boxes=lambda buf, dtype, n, rows, cols, layout: buf.view(dtype, [n, 1, rows, cols]))
     cuda = types.ModuleType("triton.language.extra.cuda")
     cuda.__dict__.update(gdc_wait=lambda: None, gdc_launch_dependents=lambda: None)

@@ -18,7 +18,7 @@ NAME = fold.NAME
 FP8_E8M0 = FP8_1x128.with_scale("e8m0")
 TILES = (Config(256, 128, 128, 13, 3, 8, persistent=True), Config(128, 256, 128, 13, 3, 8, persistent=True),
          Config(128, 128, 128, 13, 4, 8, persistent=True))
-AHEAD, WHOLE, ALONE = fold_whole.CANDIDATES
+AHEAD, WHOLE, ALONE, SMALL = fold_whole.CANDIDATES
 
 
 def case(layout: str, m: int = 200, n: int = 336, k: int = 672, **kw) -> Case:
@@ -35,6 +35,7 @@ RUNS = [*((case(layout, packed="fp8"), tile) for layout, tile in (("contiguous",
         *((case(layout, a=a), AHEAD) for layout in GROUPED for a in (FP8_1x128, MXFP4)),
         *((case(layout), WHOLE) for layout in GROUPED), (case("masked", a=FP8_E8M0, out_dtype="fp32"), WHOLE),
         *((case(layout), ALONE) for layout in ("dense", "contiguous", "masked")), (case("dense", a=MXFP4), ALONE),
+        (case("masked", packed="fp8"), SMALL), (case("dense", packed="fp8"), SMALL),
         (case("contiguous", sizes="empty:0.5", order="repeated", alignment=1, slack=128, m=300, out_dtype="fp16"), AHEAD),
         (case("offsets", m=300, groups=40, sizes="empty:0.4", k=1184, out_dtype="fp32"), AHEAD),
         *((case(layout), tile) for layout in ("dense", "contiguous", "masked") for tile in TILES), (case("offsets"), TILES[0]),

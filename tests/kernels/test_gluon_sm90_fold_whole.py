@@ -130,7 +130,7 @@ def test_first_group_is_expanded_in_front(modules) -> None:
 def test_configs_are_legal(layout: str) -> None:
     p = problem(layout, 32768, groups=1 if layout == "dense" else 8)
     found = [c for c in fold.configs(p, H200) if fold.whole(c)]
-    assert len(found) == (1 if layout == "dense" else 3)
+    assert len(found) == {"dense": 1, "masked": 4}.get(layout, 3)
     for c in found:
         t = fold_whole.tile_of(p, c, H200)
         assert (c.block_m, c.block_n) == (t.BM, t.BN) and t.shared_bytes <= H200.smem
@@ -140,7 +140,8 @@ def test_configs_are_legal(layout: str) -> None:
 def test_illegal_configs_say_why() -> None:
     p, good = problem("contiguous", 32768, groups=8), fold_whole.CANDIDATES[0]
     assert fold.legal(p, good, H200) is None
-    for bad in (Config(128, 128, 128, 9, 4, 16, persistent=True, extra=good.extra), fold_whole._config(9, 16, whole=1),
+    for bad in (Config(128, 128, 128, 9, 4, 16, persistent=True, extra=good.extra), Config(64, 128, 128, 9, 4, 8, persistent=True, extra=(("whole", 1), )),
+                fold_whole._config(9, 16, whole=1),
                 fold_whole._config(4, 16, whole=2), fold_whole._config(4, 16, whole=1, colour=2), fold_whole._config(4, 16, whole=3)):
         assert fold.legal(p, bad, H200), bad
     assert "registers" in fold.legal(problem("contiguous", 32768, groups=8, accumulate=True), good, H200)

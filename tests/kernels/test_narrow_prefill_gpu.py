@@ -39,6 +39,10 @@ RUNS = [*((MAIN, shape) for shape in narrow_prefill.SHAPES),
                                     ("offsets", FP8_1x128.with_scale("e8m0"), (64, 1), "bf16"))),
         (Case("narrow-prefill", "offsets", 40, 4, 192, 256, sizes="empty:0.4", a=FP8_1x128, b=MXFP4, packed="fp8"), (32, 1)),
         (Case("narrow-prefill", "dense", 1, 77, 320, 1152, a=FP8_1x128, b=MXFP4, packed="fp8"), (64, 1)),
+        # few rows where there is room for many; more groups than a warp finds entries of
+        (Case("narrow-prefill", "masked", 24, 3, 328, 672, max_m=4100, sizes="empty:0.4", a=FP8_1x128, b=MXFP4, packed="fp8"), (32, 1)),
+        (Case("narrow-prefill", "masked", 6, 9, 192, 256, max_m=1000, sizes="uniform:0.0:2.4", a=BF16, b=MXFP4, packed=True), SMALL),
+        (Case("narrow-prefill", "offsets", 300, 2, 128, 256, sizes="empty:0.4", a=FP8_1x128, b=MXFP4, packed="fp8"), (32, 1)),
         (Case("narrow-prefill", "psum", 6, 90, 320, 640, sizes="empty:0.3", a=MXFP4, b=MXFP4, packed=True), (128, 1)),
         (Case("narrow-prefill", "masked", 6, 50, 320, 640, max_m=100, sizes="uniform:0.3:1.7", a=BF16, b=MXFP4, packed=True), SMALL)]
 

@@ -42,10 +42,11 @@ def run(device: str, kind: str, xkind: int, x: torch.Tensor, xs: torch.Tensor | 
     scale, ssm, ssk = (x, 0, 0) if xs is None else (xs, xs.stride(0), xs.stride(1))
     sxg, ssg = (positions * x.stride(0), positions * ssm) if kind == "masked" else (0, 0)
     out["ratios"] = torch.full((total, kx // 128, 4), 7.0, device=device)
-    kernel[(1 + total,)](x, scale, out["x"], out["factor"], out["ratios"], out["weight"] if weight is None else weight, out["weight"], index, order,
+    share = 2
+    kernel[(1 + (groups * share if kind == "masked" else total),)](x, scale, out["x"], out["factor"], out["ratios"], out["weight"] if weight is None else weight, out["weight"], index, order,
                          order if blocks is None else experts, order if blocks is None else posted, out["table"], out["live"], K, kx,
                          sxg, x.stride(0), ssg, ssm, ssk, groups, num_slots, positions, block_m, cap,
-                         A_DIV if slots is not None else 1, cfg)
+                         A_DIV if slots is not None else 1, share, cfg)
     out["entries"] = out["table"][TABLE_HEAD:].view(3, cap)[:, :int(out["table"][0])].t()
     return out
 
@@ -112,6 +113,14 @@ def test_positions_are_rows(device: str, kind: str) -> None:
     assert kind == "dense" or bool((got["x"][[2, 3]] == 7).all()), "rows that a group doesn't use are not brought"
 
 
+def test_programs_share_the_rows_of_a_masked_group(device: str) -> None:
+    """Two programs a group, however many rows it has."""
+    x = torch.randn(15, K, generator=torch.Generator().manual_seed(7)).bfloat16().to(device)
+    got = run(device, "masked", 0, x, None, torch.tensor([5, -1, 1], dtype=torch.int32, device=device), None, None, 3, 5, 15)
+    used = torch.tensor([*range(5), 10], device=device)
+    assert torch.equal(got["x"][used], weight_order(x)[used]) and bool((got["x"][[*range(5, 10), *range(11, 15)]] == 7).all())
+
+
 def test_fp16_is_two_bf16_numbers(device: str) -> None:
     """Every 128 columns in BF16, then what BF16 leaves of them: together exact, from the smallest subnormal to the largest."""
     x = torch.randn(5, K, generator=torch.Generator().manual_seed(4)).half()
@@ -143,18 +152,22 @@ def test_narrow_rows_are_exact(device: str, fmt, xkind: int) -> None:
 
 @pytest.mark.parametrize("scale_type", ["fp32", "e8m0"])
 def test_fp8_rows_for_weights_packed_for_them(device: str, scale_type: str) -> None:
-    """Words of four of the four blocks of 32 in turn; scales as they are, each four times."""
+    """Words of four of the four blocks of 32 in turn; scales as they are, of a position and of those 1, 8 and 9 further on."""
     g = torch.Generator().manual_seed(6)
-    x = torch.randint(0, 120, (5, K), generator=g, dtype=torch.uint8)
-    scale = torch.rand(5, 2, generator=g) if scale_type == "fp32" else torch.tensor([[0, 1], [127, 130], [255, 3], [254, 9], [100, 90]]).byte()
+    x = torch.randint(0, 120, (11, K), generator=g, dtype=torch.uint8)
+    codes = torch.tensor([[0, 1], [127, 130], [255, 3], [254, 9], [100, 90], *([i, 9 * i] for i in range(6))]).byte()
+    scale = torch.rand(11, 2, generator=g) if scale_type == "fp32" else codes
     got = run(device, "dense", FP8_ORDER, x.view(torch.float8_e4m3fn).to(device), scale.to(device), torch.zeros(1, dtype=torch.int32, device=device),
-              None, None, 1, 5, 5)
-    want = torch.zeros(5, 256, dtype=torch.uint8)
+              None, None, 1, 11, 11)
+    want = torch.zeros(11, 256, dtype=torch.uint8)
     want[:, :K] = x
-    want = want.view(5, 2, 4, 8, 4).permute(0, 1, 3, 2, 4).reshape(5, 256)
+    want = want.view(11, 2, 4, 8, 4).permute(0, 1, 3, 2, 4).reshape(11, 256)
     assert torch.equal(got["x"].cpu().view(torch.uint8), want)
     value = scale if scale_type == "fp32" else e8m0_to_float(scale)
-    assert torch.equal(got["ratios"].cpu().nan_to_num(7.0), value.nan_to_num(7.0)[..., None].expand(5, 2, 4))
+    expected = torch.full((11, 2, 4), 7.0)
+    for j, on in enumerate((0, 1, 8, 9)):
+        expected[:11 - on, :, j] = value[on:].nan_to_num(7.0)
+    assert torch.equal(got["ratios"].cpu().nan_to_num(7.0), expected)
 
 
 def test_ratios_of_scales_take_a_sum_from_block_to_block(device: str) -> None:

@@ -16,8 +16,8 @@ RUNS = {"aligned": [(0, 16), (-1, 8), (2, 24), (1, 8)], "tails": [(3, 1), (0, 17
 
 
 def prepared(device: str, kind: str, index: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, groups: int, alignment: int, cap: int,
-             xkind: int = 3) -> dict[str, torch.Tensor]:
-    """What the launch in front leaves: the table, A in BF16, its scales."""
+             xkind: int = 3, room: int = 0) -> dict[str, torch.Tensor]:
+    """What the launch in front leaves: the table, A in BF16, its scales. room: rows that a masked group can hold."""
     from narrowgemm.kernels.gluon.sm90.narrow_prep_device import narrow_prep_kernel as kernel
 
     m, k = x.shape
@@ -26,8 +26,10 @@ def prepared(device: str, kind: str, index: torch.Tensor, x: torch.Tensor, scale
            "x": torch.full((m, kx), 7.0, dtype=torch.bfloat16, device=device), "scale": torch.full((m, kx // 128), 7.0, device=device)}
     counts, live = torch.ones(4, dtype=torch.int32, device=device), torch.zeros(1, dtype=torch.int8, device=device)
     cfg = PrepStatic(KINDS[kind], BT, 8, xkind, 128, 1, False, 2048, False)
-    kernel[(1 + m,)](x, scale, out["x"], out["scale"], index, index, index, index, out["table"], counts, live, m, k, kx, 0, x.stride(0),
-                     0, scale.stride(0), scale.stride(1), groups, m, m, alignment, cap, 4, cfg)
+    share = 2
+    kernel[(1 + (groups * share if room else m),)](
+        x, scale, out["x"], out["scale"], index, index, index, index, out["table"], counts, live, share, k, kx, room * x.stride(0), x.stride(0),
+        room * scale.stride(0), scale.stride(0), scale.stride(1), groups, m, room or m, alignment, cap, 4, cfg)
     out["entries"] = out["table"][TABLE_HEAD:].view(3, cap)[:, :int(out["table"][0])].t()
     assert not bool(counts.any())
     return out
@@ -93,3 +95,14 @@ def test_psum_entries_padding_and_scales(ends: list[int], alignment: int, device
     gone = torch.zeros(m, dtype=torch.bool)
     gone[padding_rows("psum", index, m, groups, alignment)] = True
     assert torch.equal((out == 0).all(1).cpu(), gone) and torch.equal((out == 5).all(1).cpu(), ~gone)
+
+
+def test_programs_share_the_rows_of_a_masked_group(device: str) -> None:
+    x = torch.randn(15, 256, generator=torch.Generator().manual_seed(8), device="cpu").to(device).to(torch.float8_e4m3fn)
+    scale = torch.rand(15, 2, generator=torch.Generator().manual_seed(9)).to(device)
+    got = prepared(device, "masked", torch.tensor([5, -1, 1], dtype=torch.int32, device=device), x, scale, 3, 1, 9, room=5)
+    assert got["entries"].tolist() == entries([(0, 0, 5), (2, 10, 1)])
+    used = torch.zeros(15, dtype=torch.bool, device=device)
+    used[[*range(5), 10]] = True
+    assert torch.equal(got["scale"][used, :2], scale[used]) and bool((got["scale"][~used] == 7).all())
+    assert bool((got["x"][used, :256] != 7).any(1).all()) and bool((got["x"][~used] == 7).all())

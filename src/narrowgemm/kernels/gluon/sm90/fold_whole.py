@@ -33,21 +33,26 @@ PROGRAMS = 8            # of it an SM, where there is enough to do
 PIECE = 16              # that a warp takes of 16 rows at a time while the product runs
 _WARPS = 9
 _TILE = (128, 256)
+_SMALL = (128, 128)     # of few masked groups, whose last wave is emptier with the other
+# tile -> warpgroups along M and N, pieces of one, K blocks of a trip
+_SHAPES = {_TILE: (1, 2, 2, 1), _SMALL: (2, 1, 1, 4)}
 _PIECES_K = 1024
 _EXTRA = {"whole": (1, 2), "cluster_n": (1, 2)}
 
 
 # ---------------------------------------------------------------- configs
-def _config(stages: int, strip: int, **extra: int) -> Config:
-    return Config(*_TILE, BLOCK, _WARPS, stages, strip, persistent=True, extra=tuple(sorted(extra.items())))
+def _config(stages: int, strip: int, tile: tuple[int, int] = _TILE, **extra: int) -> Config:
+    return Config(*tile, BLOCK, _WARPS, stages, strip, persistent=True, extra=tuple(sorted(extra.items())))
 
 
-CANDIDATES = (_config(4, 16, whole=2, cluster_n=2), _config(4, 16, whole=1, cluster_n=2), _config(4, 16, whole=1))
+CANDIDATES = (_config(4, 16, whole=2, cluster_n=2), _config(4, 16, whole=1, cluster_n=2), _config(4, 16, whole=1),
+              _config(5, 8, _SMALL, whole=1))
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     """Where K is short, to take pieces is most of the work: no candidate."""
-    return [c for c in CANDIDATES if legal(problem, c, arch) is None and (dict(c.extra)["whole"] == 1 or problem.k >= _PIECES_K)]
+    return [c for c in CANDIDATES if legal(problem, c, arch) is None and (dict(c.extra)["whole"] == 1 or problem.k >= _PIECES_K)
+            and ((c.block_m, c.block_n) == _TILE or problem.layout == "masked")]
 
 
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
@@ -57,9 +62,10 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
         if value not in _EXTRA.get(name, ()):
             return f"{name}={value!r}, expected one of {_EXTRA.get(name, 'no such option')}"
     clustered = extra.get("cluster_n", 1) > 1
-    if (config.block_m, config.block_n) != _TILE or config.block_k != BLOCK or config.num_warps != _WARPS:
+    shapes = [_TILE] if clustered else list(_SHAPES)
+    if (config.block_m, config.block_n) not in shapes or config.block_k != BLOCK or config.num_warps != _WARPS:
         tile = f"{config.block_m}x{config.block_n}x{config.block_k} by {config.num_warps} warps"
-        return f"tile {tile}, expected {_TILE}, {BLOCK}, {_WARPS}"
+        return f"tile {tile}, expected one of {shapes}, {BLOCK}, {_WARPS}"
     if not config.persistent or config.split_k != 1 or config.swap_ab:
         return "the kernel is persistent, without split_k and swap_ab"
     if not 2 <= config.num_stages <= 8 or config.group_m < 1:
@@ -86,7 +92,9 @@ def tile_of(problem: Problem, config: Config, arch: Arch, factor: bool = False) 
     layout, zero = LAYOUTS[problem.layout], problem.zero_padding and problem.layout in ("contiguous", "psum")
     size = OUT_BYTES[problem.out_dtype]
     tile: Tile | fp8_cluster_tile.Tile
-    for split, buffers in (1, 2), (2, 2), (2, 1):
+    wgm, wgn, mp, unroll = _SHAPES[config.block_m, config.block_n]
+    head = 1 + (-(-problem.k // BLOCK) - 1) % unroll
+    for split, buffers in (1, mp), (2, 2), (2, 1):
         if extra.get("cluster_n", 1) > 1:
             ahead = extra["whole"] == 2
             tile = fp8_cluster_tile.Tile(
@@ -96,8 +104,8 @@ def tile_of(problem: Problem, config: Config, arch: Arch, factor: bool = False) 
                 GATE=0 if problem.a.format.element == "e4m3" else 1, FLAGS=MAX_FLAGS, KERNEL="fold_cluster_kernel",
                 CONSUMER_REGISTERS=224 if ahead else 232, PRODUCER_REGISTERS=64 if ahead else 40)
         else:
-            tile = Tile(layout, 1, 2, 2, 1, 128, config.num_stages, 1, 1, 1, 0, config.group_m, 1, buffers, split, size, groups,
-                        A_SCALE_TMA=True, ZERO=zero, STORE_TMA=problem.out_aligned, LATE_STORE=False, FOLD=True,
+            tile = Tile(layout, wgm, wgn, mp, 1, 128, config.num_stages, 1, unroll, head, 0, config.group_m, 1, buffers, split,
+                        size, groups, A_SCALE_TMA=True, ZERO=zero, STORE_TMA=problem.out_aligned, LATE_STORE=False, FOLD=True,
                         FACTOR=factor, NIBBLES=nibbles(problem), CONSUMER_REGISTERS=232, PRODUCER_REGISTERS=40)
         if tile.shared_bytes <= arch.smem:
             return tile
@@ -122,6 +130,7 @@ def workspace(problem: Problem, config: Config) -> int:
 
 # ---------------------------------------------------------------- cost
 _BLOCK_TIMES = {1: 0.80, 2: 0.770}      # microseconds of a K block of a tile, by blocks of a cluster: docs/measured.md
+_SMALL_TIME = 0.42                      # of the small tile
 RATE = 0.88                             # of the streaming rate, in the launch in front
 _CLUSTER_SECONDS = 3.0e-6
 _ROWS, _FEWER_ROWS = 1024, 1.08         # of a group: with fewer, sizes of groups decide, and the launch in front is most of it
@@ -138,7 +147,8 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     counted = problem.layout not in ("dense", "contiguous")
     works = {fp8_block.tiles(problem, unit, spread) for spread in ((False, True) if counted else (False, ))}
     clusters = min(arch.sms, problem.max_sms or arch.sms) // columns
-    block = -(-problem.k // BLOCK) * 1e-6 * fp8_block.rate(arch) * _BLOCK_TIMES[columns]
+    block = -(-problem.k // BLOCK) * 1e-6 * fp8_block.rate(arch)
+    block *= _SMALL_TIME if (config.block_m, config.block_n) == _SMALL else _BLOCK_TIMES[columns]
     total = 0.0
     for work in works:
         waves = work / clusters

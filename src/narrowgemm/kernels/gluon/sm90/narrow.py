@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ....arch import Arch
 from ....prepack import PREPACK
+from ....prepack_bits import FP8_PREPACK
 from ....problem import Config, Operand, Problem, Step
 from ... import launching
 from ...launching import Launch, Pointer
@@ -52,8 +53,9 @@ NAME = "gluon_sm90.narrow"
 BACKEND = "gluon_sm90"
 MAX_GROUPS = 1024
 STREAM_ROWS = 4              # of an expert
-MASKED_ELEMENTS = 1 << 26
+MASKED_BYTES = 1 << 30       # of the workspace, for all rows that a masked A has room for
 PREP_K = 2048                # of K that one program of the launch in front converts
+SHARE = 2                    # programs of it to an expected row of a masked group, which may have more rows
 COMBINE_N = 1024
 # A's formats: element, scale -> how `narrow_prep_kernel` reads them
 XKINDS = {("bf16", ""): 0, ("e4m3", "e8m0"): 1, ("e2m1", "e8m0"): 2, ("e4m3", "fp32"): 3, ("e5m2", "fp32"): 3,
@@ -111,8 +113,9 @@ def takes(problem: Problem, arch: Arch, orders: tuple[str, ...]) -> str | None:
     slots = problem.m * (problem.groups if problem.layout == "masked" else 1)
     if slots * (problem.k + CHUNK) >= 2**31:
         return "needs A within 2^31 elements"
-    if problem.layout == "masked" and slots * problem.k > MASKED_ELEMENTS:
-        return f"brings all {slots} rows of a masked A to BF16, which pays up to {MASKED_ELEMENTS} elements"
+    size = slots * row_stride(problem.k) * (1 if order == FP8_PREPACK else 4 if doubles(problem) else 2)
+    if problem.layout == "masked" and size > MASKED_BYTES:
+        return f"has room for {MASKED_BYTES} bytes of a masked A, not for all {slots} rows of {size // slots}"
     return None
 
 
@@ -200,6 +203,11 @@ def workspace(problem: Problem, config: Config) -> int:
 
 
 # ---------------------------------------------------------------- launch
+def share(problem: Problem, room: int) -> int:
+    """Programs of the launch in front to a masked group, which has room for so many rows."""
+    return max(1, min(room, SHARE * power_of_two(problem.rows)))
+
+
 def power_of_two(n: int) -> int:
     return 1 << max(0, n - 1).bit_length()
 
@@ -248,14 +256,14 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     sms = sms_of(x.out.device)
     most = ctas_at_most(cap * -(-x.n // config.block_n), steps, config)
     grid = max(1, min(min(sms, problem.max_sms or sms) * extra(config, "ctas", 1), MAX_CTAS, most))
-    kx = row_stride(x.k)
+    kx, each = row_stride(x.k), share(problem, x.m)
     index = table if x.index is None else x.index
     order = table if x.slots is None else x.slots
     out, som = (y, n) if e.combine else (x.out, x.out.stride(-2))
     made = [
-        Launch(narrow_prep_device.narrow_prep_kernel, (1 + rows * -(-kx // PREP_K),),
+        Launch(narrow_prep_device.narrow_prep_kernel, (1 + (x.groups * each if masked else rows) * -(-kx // PREP_K),),
                (a, xp if scale is None else scale, xp, xscale if cfg.XSCALE or cfg.DOUBLE else xfactor, index, order,
-                table if x.experts is None else x.experts, table if x.posted is None else x.posted, table, counts, live, rows, x.k,
+                table if x.experts is None else x.experts, table if x.posted is None else x.posted, table, counts, live, each, x.k,
                 kx, *a_strides(x, masked), x.groups, slots,
                 x.positions or x.m, x.alignment if problem.layout == "psum" else x.block_m, cap, grid, prep), {"num_warps": 4}),
         Launch(narrow_device.narrow_kernel, (grid,),

@@ -16,10 +16,11 @@ from .fp8_block_parts_device import advance
 from .fp8_block_schedule_device import fresh
 from .narrow_expand_device import byte_layout, field_layout
 from .narrow_prefill_parts_device import BYTES3, ROWS_OF_BYTES, X8_TILE, settle
-from .shim import view_as
+from .shim import view_as, view_cube
 
 # a word of 8 codes and the table of its block's power of two, twice four times, the same
 WORD_ASM = gl.constexpr(NIBBLES % {"high": "$7"})
+CUBE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
 
 
 @constexpr_function
@@ -51,11 +52,25 @@ def to_e4m3(w, fields, tops, tables, operand: gl.constexpr):
     return gl.convert_layout(a, operand, assert_trivial=True)
 
 
+@constexpr_function
+def sixteens_layout(tokens):
+    """Of scales [tokens / 16, 4, 4]: of each 16 a thread has those of one first column and of the columns 1, 8 and 9 further on."""
+    rows = [[1 << i, 0, 0] for i in range((tokens // 16).bit_length() - 1)]
+    return gl.DistributedLinearLayout([[0, 0, 1], [0, 0, 2], *rows], [[0, 1, 0], [0, 2, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]],
+                                      [[0, 0, 0], [0, 0, 0]], [], [tokens // 16, 4, 4])
+
+
 @gluon.jit
 def scales_of(ring, slot, cfg: gl.constexpr, T: gl.constexpr, P: gl.constexpr):
     """[1, P] of a slot's tokens."""
-    f = view_as(ring, gl.float32, cfg.STAGES * (T // P), P, 4, ROWS_OF_BYTES).index(slot * (T // P))
-    return f.slice(0, 1, 1).permute((1, 0)).load(sums8_layout(P))
+    if P == 8:
+        f = view_as(ring, gl.float32, cfg.STAGES * (T // P), P, 4, ROWS_OF_BYTES).index(slot * (T // P))
+        return f.slice(0, 1, 1).permute((1, 0)).load(sums8_layout(P))
+    else:
+        f = view_cube(ring, gl.float32, cfg.STAGES * (T // P), P // 16, 8, 8, CUBE).index(slot * (T // P))
+        s = f.slice(0, 4, 1).slice(0, 4, 2).load(sixteens_layout(P))        # sixteen, first column, further on
+        s = gl.reshape(gl.permute(gl.reshape(s, [P // 16, 4, 2, 2]), (0, 2, 1, 3)), [P])
+        return gl.expand_dims(gl.convert_layout(s, gl.SliceLayout(0, sums8_layout(P)), assert_trivial=True), 0)
 
 
 @gluon.jit

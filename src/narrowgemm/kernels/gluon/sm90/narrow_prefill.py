@@ -22,6 +22,7 @@ from ... import launching
 from ...launching import Launch, Pointer
 from ...operands import Operands
 from . import narrow, narrow_fp8_model
+from .fp8_block_tile import LAYOUTS
 from .narrow import combine, power_of_two, sms_of, xkind
 from .narrow_model import active_experts, rows_expected, slots_expected
 from .narrow_prefill_tile import BOXES, RATIO_BYTES, SCALE_BYTES, WIDTHS, Tile
@@ -75,6 +76,7 @@ FP8_PAIR = (32, 1)      # two blocks an SM
 FP8_PAIR_STAGES = 7
 # those of SHAPES that run with FP32 scales of A: two units of E2M1 were seen to hang
 PROMOTED = {"e2m1": ((32, 1), (64, 1), (128, 1), (192, 1)), "e4m3": ((64, 2),)}
+MAX_GROUPS = 256        # whose entries a warp finds by itself
 FEWEST = {"e2m1": 0, "e4m3": 32}     # tiles of so many tokens and fewer are left to the kernel for few
 
 
@@ -129,7 +131,15 @@ def tile_of(problem: Problem, config: Config, slots: bool = True, factor: bool =
                 problem.b.format.element == "e4m3", slots, factor, problem.a.format.scaled and not fp8, PAIR_IDS[pair],
                 ACT_IDS[e.activation], args[0], args[1], e.bias, e.routing_weight, promotes(problem) and not fp8,
                 doubles(problem), fp8, ITEMSIZE["fp32" if fp32 else problem.out_dtype],
-                **({"CTAS": 2, "CONSUMER_REGISTERS": 104, "PRODUCER_REGISTERS": 24} if extra(config, "ctas", 1) == 2 else {}))
+                AHEAD=starts_ahead(problem), LAYOUT=LAYOUTS[problem.layout] if starts_ahead(problem) else 0,
+                GROUPS=max(32, power_of_two(problem.groups)) if starts_ahead(problem) else 32,
+                **({"CTAS": 2, "CONSUMER_REGISTERS": 104, "PRODUCER_REGISTERS": 24} if extra(config, "ctas", 1) == 2 else
+                   {"CONSUMER_REGISTERS": 240, "PRODUCER_REGISTERS": 24} if fp8 else {}))
+
+
+def starts_ahead(problem: Problem) -> bool:
+    """Whether the product starts while the launch in front runs, and asks for weights: it finds its entries itself."""
+    return packed_for_fp8(problem) and problem.layout in ("dense", "masked", "offsets") and problem.groups <= MAX_GROUPS
 
 
 # ---------------------------------------------------------------- workspace
@@ -239,6 +249,8 @@ class PrepStatic:
     SLOTS: bool              # positions are mapped to slots
     WEIGHT: bool             # slots have routing weights
     BLOCK: int = 1           # positions of a block (routed), a power of two no less
+    LIST: bool = True        # the entries are listed
+    PDL: bool = False        # the product starts meanwhile
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
@@ -264,10 +276,11 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     chunks, tiles = chunks_of(problem), -(-x.n // ROWS)
     kx = chunks * CHUNK
     index = table if x.index is None else x.index
+    share = narrow.share(problem, each)
     order = table if x.slots is None else x.slots
     prep = PrepStatic(KINDS[problem.layout], config.block_m, power_of_two(x.groups),
                       FP8_ORDER if tile.FP8 else xkind(problem.a), problem.a.format.group[1] or 32, e.combine, PREP_K,
-                      x.slots is not None, x.weight is not None, power_of_two(x.block_m))
+                      x.slots is not None, x.weight is not None, power_of_two(x.block_m), not tile.AHEAD or e.combine, tile.AHEAD)
     x_tile = narrow_prefill_parts_device.X8_TILE.value if tile.FP8 else narrow_prefill_parts_device.X_TILE.value
     planes = narrow_prefill_parts_device.PLANES.value
     wide = k_blocks(problem) * CHUNK
@@ -282,15 +295,17 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     sms = sms_of(x.out.device)
     grid = max(1, min(min(sms, problem.max_sms or sms) * tile.CTAS, cap * -(-tiles // tile.UNITS)))
     made = [
-        Launch(narrow_prefill_prep_device.narrow_prefill_prep_kernel, (1 + rows * -(-kx // PREP_K),),
+        Launch(narrow_prefill_prep_device.narrow_prefill_prep_kernel,
+               (1 + (x.groups * share if masked else rows) * -(-kx // PREP_K),),
                (a, tokens if scale is None else scale, tokens, xfactor, ratios, weight if x.weight is None else x.weight, weight,
                 index, order, order if x.experts is None else x.experts, order if x.posted is None else x.posted, table, live, x.k,
                 kx, *narrow.a_strides(x, masked), x.groups, slots, each, x.alignment if problem.layout == "psum" else x.block_m,
-                cap, problem.a_div, prep), {"num_warps": 4}),
+                cap, problem.a_div, share, prep), {"num_warps": 4}),
         Launch(narrow_prefill_device.narrow_prefill_kernel, (grid,),
                (*boxes, out, order, xfactor if x.factor is None else x.factor, xfactor, xfactor if x.bias is None else x.bias,
-                weight, table if x.top is None else x.top, table, k_blocks(problem), tiles, slots, cap, x.n, om, tile),
-               {"num_warps": 4, "maxnreg": tile.max_registers})]
+                weight, table if x.top is None else x.top, index if tile.AHEAD else table, k_blocks(problem), tiles, slots,
+                each if tile.AHEAD else cap, x.groups, x.n, om, tile),
+               {"num_warps": 4, "maxnreg": tile.max_registers, "launch_pdl": tile.AHEAD})]
     if problem.zero_padding and problem.layout in ("contiguous", "psum"):
         made.insert(0, narrow.zero_padding_rows(problem, x))
     if e.combine:

@@ -20,23 +20,40 @@ grid, so that blocks that run at the same time share their tokens through L2.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
+from triton.language.extra.cuda import gdc_wait
 
 from .fp8_block_parts_device import ROW_OF_FLOATS, advance
 from .fp8_block_schedule_device import ROW_OF_INTS
 from .narrow_fp8_device import products8
-from .narrow_prefill_parts_device import PLANES, RATIO_TILE, X8_TILE, X_TILE, finish, load_block, products, rows_vectors
+from .narrow_entries_device import entry_at, entry_sums, sum_up
+from .narrow_prefill_parts_device import PLANES, RATIO_TILE, X8_TILE, X_TILE, finish, load_activations, load_weights, products, rows_vectors
 
 HEAD = gl.constexpr(16)      # of the table: see narrow_tile.TABLE_HEAD
 
 
 @gluon.jit
-def tile_at(t, total, num_n, table_ptr, cap):
-    """(expert, n tile, first position, tokens) of tile t; no tokens past the end."""
+def tile_at(t, total, num_n, sums, table_ptr, groups, cap, cfg: gl.constexpr, WARPS: gl.constexpr):
+    """(expert, n tile, first position, tokens) of tile t; no tokens past the end. AHEAD: table_ptr is the layout's index, cap the
+    rows of a masked group."""
     live = t < total
     b = t // num_n
-    p = table_ptr + HEAD + b
-    rows = gl.load(p + 2 * cap, mask=live, other=0)
-    return gl.load(p, mask=live, other=0), t - b * num_n, gl.load(p + cap, mask=live, other=0), rows
+    if cfg.AHEAD:
+        e, first, rows = entry_at(b, live, sums, table_ptr, groups, cap, cfg, WARPS)
+        return e, t - b * num_n, first, rows
+    else:
+        p = table_ptr + HEAD + b
+        rows = gl.load(p + 2 * cap, mask=live, other=0)
+        return gl.load(p, mask=live, other=0), t - b * num_n, gl.load(p + cap, mask=live, other=0), rows
+
+
+@gluon.jit
+def entries(table, table_ptr, cfg: gl.constexpr, WARPS: gl.constexpr):
+    """(running sums of entries a group, how many there are)."""
+    if cfg.AHEAD:
+        sums = entry_sums(table, cfg, WARPS)
+        return sums, gl.max(sums, 0)
+    else:
+        return table, gl.load(table_ptr)
 
 
 @gluon.jit
@@ -49,26 +66,40 @@ def takes(rows, cfg: gl.constexpr, I: gl.constexpr):
 
 
 @gluon.jit
-def producer(descs, rings, bars, table_ptr, sizes, cfg: gl.constexpr):
+def producer(descs, rings, bars, table, table_ptr, sizes, cfg: gl.constexpr):
     full, empty = bars
-    KC, NT, N, R, cap = sizes
+    KC, NT, N, R, cap, G = sizes
     num_n = gl.cdiv(NT, cfg.UNITS)
-    total = gl.load(table_ptr) * num_n
+    sums, count = entries(table, table_ptr, cfg, 1)
+    total = count * num_n
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)
     t = gl.program_id(0)
-    e, n, first, rows = tile_at(t, total, num_n, table_ptr, cap)
+    e, n, first, rows = tile_at(t, total, num_n, sums, table_ptr, G, cap, cfg, 1)
+    asked = gl.to_tensor(0)
+    if cfg.AHEAD:       # the first weights come while the launch in front brings the tokens
+        if rows > 0:
+            asked = gl.minimum(KC, cfg.STAGES)
+        for kb in range(asked):
+            load_weights(descs, rings, full, kb, e * NT + n * cfg.UNITS, kb, cfg)
+        gdc_wait()
     while rows > 0:
         t += gl.num_programs(0)
         # the next tile is looked up first, so that its loads are off the path between two tiles
-        ahead = tile_at(t, total, num_n, table_ptr, cap)
+        ahead = tile_at(t, total, num_n, sums, table_ptr, G, cap, cfg, 1)
         unit = e * NT + n * cfg.UNITS
         for kb in range(KC):
             mbarrier.wait(empty.index(slot), phase)
+            if cfg.AHEAD:
+                if kb >= asked:
+                    load_weights(descs, rings, full, slot, unit, kb, cfg)
+            else:
+                load_weights(descs, rings, full, slot, unit, kb, cfg)
             for i in gl.static_range(len(cfg.WIDTHS)):
                 if takes(rows, cfg, i):
-                    load_block(descs, rings, full, slot, unit, first, kb, cfg, cfg.WIDTHS[i][0], cfg.WIDTHS[i][1])
+                    load_activations(descs, rings, full, slot, first, kb, cfg, cfg.WIDTHS[i][0], cfg.WIDTHS[i][1])
             slot, phase = advance(slot, phase, cfg.STAGES)
+        asked = gl.to_tensor(0)
         e, n, first, rows = ahead
 
 
@@ -76,7 +107,7 @@ def producer(descs, rings, bars, table_ptr, sizes, cfg: gl.constexpr):
 def run_tile(slot, phase, rings, bars, buf, vectors, pointers, tile, sizes, cfg: gl.constexpr, WG: gl.constexpr, P0: gl.constexpr,
              P1: gl.constexpr):
     """Sum and store one tile of up to P0 + P1 tokens."""
-    KC, NT, N, R, cap = sizes
+    KC, NT, N, R, cap, G = sizes
     out_ptr, om, slots_ptr, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr, top_ptr = pointers
     slot_s, xfactor_s, weight_s = vectors
     e, n, first, rows = tile
@@ -115,18 +146,21 @@ def run_tile(slot, phase, rings, bars, buf, vectors, pointers, tile, sizes, cfg:
 
 
 @gluon.jit
-def consumer(rings, bars, buf, vectors, pointers, table_ptr, sizes, cfg: gl.constexpr, WG: gl.constexpr):
+def consumer(rings, bars, buf, vectors, pointers, table, table_ptr, sizes, cfg: gl.constexpr, WG: gl.constexpr):
     """Units [WG * MP, +MP) of every tile."""
-    KC, NT, N, R, cap = sizes
+    KC, NT, N, R, cap, G = sizes
     num_n = gl.cdiv(NT, cfg.UNITS)
-    total = gl.load(table_ptr) * num_n
+    sums, count = entries(table, table_ptr, cfg, 4)
+    total = count * num_n
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     t = gl.program_id(0)
-    e, n, first, rows = tile_at(t, total, num_n, table_ptr, cap)
+    e, n, first, rows = tile_at(t, total, num_n, sums, table_ptr, G, cap, cfg, 4)
+    if cfg.AHEAD and cfg.WEIGHT:
+        gdc_wait()
     while rows > 0:
         t += gl.num_programs(0)
-        ahead = tile_at(t, total, num_n, table_ptr, cap)
+        ahead = tile_at(t, total, num_n, sums, table_ptr, G, cap, cfg, 4)
         for i in gl.static_range(len(cfg.WIDTHS)):
             if takes(rows, cfg, i):
                 slot, phase = run_tile(slot, phase, rings, bars, buf, vectors, pointers, (e, n, first, rows), sizes, cfg, WG,
@@ -134,13 +168,14 @@ def consumer(rings, bars, buf, vectors, pointers, table_ptr, sizes, cfg: gl.cons
         e, n, first, rows = ahead
 
 
-@gluon.jit(do_not_specialize=["KC", "NT", "R", "cap"])
+@gluon.jit(do_not_specialize=["KC", "NT", "R", "cap", "G"])
 def narrow_prefill_kernel(x8_desc, x16_desc, x32_desc, x64_desc, x128_desc, w_desc, s_desc, f_desc, out_ptr, slots_ptr, factor_ptr,
-                          xfactor_ptr, bias_ptr, weight_ptr, top_ptr, table_ptr, KC, NT, R, cap, N, om, cfg: gl.constexpr):
+                          xfactor_ptr, bias_ptr, weight_ptr, top_ptr, table_ptr, KC, NT, R, cap, G, N, om, cfg: gl.constexpr):
     """A persistent grid. x.._desc: tokens [positions, K] in boxes of so many tokens x 128; w_desc int32 [G * NT, KC * rows, 256];
     s_desc int32 [G * NT, ceil(KC / 2), 128]; f_desc: tokens' ratios of scales, or scales, [positions, 4 KC] in boxes of 16 x 4; top:
     rows' largest scale codes (FP8). NT tiles of 64 weight rows, KC chunks of 128 of K, R rows of the output, om: their stride, N:
-    logical weight rows, cap: entries a column of the table holds."""
+    logical weight rows, cap: entries a column of the table holds. AHEAD: table_ptr is the layout's index of G groups, cap the rows that a
+    masked group can hold (dense: that there are)."""
     STAGES: gl.constexpr = cfg.STAGES
     ELEMENT: gl.constexpr = gl.float8e4nv if cfg.FP8 else gl.bfloat16
     TILE: gl.constexpr = X8_TILE if cfg.FP8 else X_TILE
@@ -168,17 +203,21 @@ def narrow_prefill_kernel(x8_desc, x16_desc, x32_desc, x64_desc, x128_desc, w_de
         mbarrier.init(w_full.index(i), count=1)
         mbarrier.init(x_full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
+    table = empty
+    if cfg.AHEAD:
+        table = gl.allocate_shared_memory(gl.int32, [cfg.GROUPS], ROW_OF_INTS)
+        sum_up(table, table_ptr, G, cap, cfg)
     fence_async_shared()
 
     descs = ((x8_desc, x16_desc, x32_desc, x64_desc, x128_desc), w_desc, s_desc, f_desc)
     rings = (x0_s, x1_s, w_s, s_s, f0_s, f1_s)
     bars = ((w_full, x_full), empty)
-    sizes = (KC, NT, N, R, cap)
+    sizes = (KC, NT, N, R, cap, G)
     pointers = (out_ptr, om, slots_ptr, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr, top_ptr)
     v0 = (slot_s.index(0), xfactor_s.index(0), weight_s.index(0))
     v1 = (slot_s.index(1), xfactor_s.index(1), weight_s.index(1))
     gl.warp_specialize([
-        (consumer, (rings, bars, d_s.index(0), v0, pointers, table_ptr, sizes, cfg, 0)),
-        (consumer, (rings, bars, d_s.index(1), v1, pointers, table_ptr, sizes, cfg, 1)),
-        (producer, (descs, rings, bars, table_ptr, sizes, cfg)),
+        (consumer, (rings, bars, d_s.index(0), v0, pointers, table, table_ptr, sizes, cfg, 0)),
+        (consumer, (rings, bars, d_s.index(1), v1, pointers, table, table_ptr, sizes, cfg, 1)),
+        (producer, (descs, rings, bars, table, table_ptr, sizes, cfg)),
     ], [4, 1], [cfg.CONSUMER_REGISTERS, cfg.PRODUCER_REGISTERS])

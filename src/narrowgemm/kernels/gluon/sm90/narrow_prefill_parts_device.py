@@ -65,16 +65,22 @@ def weight_block(kb, cfg: gl.constexpr):
 
 
 @gluon.jit
-def load_block(descs, rings, full, slot, unit, first, kb, cfg: gl.constexpr, P0: gl.constexpr, P1: gl.constexpr):
-    """Fill a slot with K block kb: weights and scales of the tile's units, and P0 + P1 tokens from position `first`."""
+def load_weights(descs, rings, full, slot, unit, kb, cfg: gl.constexpr):
+    """K block kb of the tile's units and their scales into a slot."""
     x_descs, w_desc, s_desc, f_desc = descs
     x0_s, x1_s, w_s, s_s, f0_s, f1_s = rings
-    w_full, x_full = full
-    bar = w_full.index(slot)
+    bar = full[0].index(slot)
     mbarrier.expect(bar, cfg.WEIGHT_BYTES)
     tma_load(w_desc, [unit, weight_block(kb, cfg) * cfg.WEIGHT_ROWS, 0], bar, w_s.index(slot))
     tma_load(s_desc, [unit, weight_block(kb, cfg) // 2, 0], bar, s_s.index(slot))
-    bar = x_full.index(slot)
+
+
+@gluon.jit
+def load_activations(descs, rings, full, slot, first, kb, cfg: gl.constexpr, P0: gl.constexpr, P1: gl.constexpr):
+    """K block kb of P0 + P1 tokens from position `first` into a slot, and what their sums are multiplied by."""
+    x_descs, w_desc, s_desc, f_desc = descs
+    x0_s, x1_s, w_s, s_s, f0_s, f1_s = rings
+    bar = full[1].index(slot)
     TOKEN: gl.constexpr = 128 if cfg.FP8 else 256
     mbarrier.expect(bar, (P0 + P1) * TOKEN + ((P0 + 15) // 16 + P1 // 16) * (256 if cfg.CHUNKED or cfg.FP8 else 0))
     if cfg.CHUNKED or cfg.FP8:

@@ -1,14 +1,16 @@
 """The launch in front of the Hopper prefill kernel for narrow weights: the entry table, and A in BF16 in the order of positions.
 
 Program 0 lists the entries (see `narrow_prep_device`). The others take a row of A each, by the slot of its position, bring it to
-BF16 with K in the order that the expanded weights have, zeros up to the next 128, and leave what the epilogue wants of it.
+BF16 with K in the order that the expanded weights have, zeros up to the next 128, and leave what the epilogue wants of it. Of a
+masked group only the device knows how many rows it has of those that it can hold: some programs share them.
 """
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from .narrow_fp8_prep_device import FP8_ORDER, bring_fp8
-from .narrow_prep_device import E2M1, FP16, OFFSETS, PLAIN_FP8, in_use, list_all, offset_of, power_of_two, rest_of, row_shift
+from .narrow_prep_device import E2M1, FP16, MASKED, OFFSETS, PLAIN_FP8, in_use, list_all, offset_of, power_of_two, rest_of, row_shift
 
 
 @triton.jit
@@ -61,58 +63,75 @@ def bring_ratios(xs_ptr, ratio_ptr, last_ptr, K, KX, ssk):
     tl.store(last_ptr, unit_of(xs_ptr, count - 1, count, ssk))
 
 
-@triton.jit(do_not_specialize=["G", "R", "positions", "block_m", "cap", "a_div", "sxg", "ssg", "ssm", "ssk"])
+@triton.jit
+def bring(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, ratio_ptr, weight_ptr, of_position_ptr, slot, at, row, part, K, KX, sxg, sxm, ssg, ssm, ssk,
+          positions, cfg: tl.constexpr):
+    """BK columns of a row of A to position `at`."""
+    base = offset_of(row, positions, sxg, sxm, cfg)
+    xs_ptr += offset_of(row, positions, ssg, ssm, cfg)
+    to = xp_ptr + at.to(tl.int64) * (2 * KX if cfg.XKIND == FP16 else KX)
+    if cfg.WEIGHT:
+        if part == 0:
+            tl.store(of_position_ptr + at, tl.load(weight_ptr + slot))
+    if cfg.XKIND == FP8_ORDER:
+        bring_fp8(x_ptr + base, xs_ptr, to, ratio_ptr, at.to(tl.int64), part, K, KX, ssk, cfg)
+    elif cfg.XKIND == PLAIN_FP8:
+        o = part * cfg.BK + tl.arange(0, cfg.BK)
+        y = narrow_weight_order(x_ptr, base, part * cfg.BK, K, cfg.BK).to(tl.bfloat16)
+        scale = tl.load(xs_ptr + o // 128 * ssk, mask=o // 128 * 128 < K, other=0.0)
+        tl.store(to + o, tl.where(scale == 0.0, 0.0, y), mask=o < KX)
+        if part == 0:
+            bring_ratios(xs_ptr, ratio_ptr + at.to(tl.int64) * (KX // 32), xfactor_ptr + at, K, KX, ssk)
+    elif cfg.XKIND == 0:
+        o = part * cfg.BK + tl.arange(0, cfg.BK)
+        tl.store(to + o, narrow_weight_order(x_ptr, base, part * cfg.BK, K, cfg.BK).to(tl.bfloat16), mask=o < KX)
+    elif cfg.XKIND == FP16:
+        o = part * cfg.BK + tl.arange(0, cfg.BK)
+        x = narrow_weight_order(x_ptr, base, part * cfg.BK, K, cfg.BK).to(tl.float32)
+        two = to + o // 128 * 256 + o % 128       # every 128 columns in BF16, behind them what that leaves
+        tl.store(two, x.to(tl.bfloat16), mask=o < KX)
+        tl.store(two + 128, rest_of(x).to(tl.bfloat16), mask=o < KX)
+    else:
+        shift, nan = row_shift(xs_ptr, K, ssk, cfg)
+        block = part * (cfg.BK // cfg.GROUP) + tl.arange(0, cfg.BK // cfg.GROUP)
+        code = tl.load(xs_ptr + block * ssk, mask=block * cfg.GROUP < K, other=127).to(tl.int32)
+        x = tl.reshape(payload(x_ptr + base, part * cfg.BK, K, cfg), [cfg.BK // cfg.GROUP, cfg.GROUP])
+        x = tl.reshape(x * power_of_two(code - shift - 127)[:, None], [cfg.BK])
+        o = part * cfg.BK + tl.arange(0, cfg.BK)
+        tl.store(to + o, weight_order(x.to(tl.bfloat16), cfg.BK), mask=o < KX)
+        if part == 0:
+            tl.store(xfactor_ptr + at, tl.where(nan > 0, float("nan"), power_of_two(shift)))
+
+
+@triton.jit(do_not_specialize=["G", "R", "positions", "block_m", "cap", "a_div", "each", "sxg", "ssg", "ssm", "ssk"])
 def narrow_prefill_prep_kernel(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, ratio_ptr, weight_ptr, of_position_ptr, index_ptr, slots_ptr,
                                experts_ptr, posted_ptr, table_ptr, live_ptr, K, KX, sxg, sxm, ssg, ssm, ssk, G, R, positions,
-                               block_m, cap, a_div, cfg: tl.constexpr):
+                               block_m, cap, a_div, each, cfg: tl.constexpr):
     """positions: of the layout (masked: rows a group can hold); R: slots; weight_ptr: a slot's, of_position_ptr: where a position's
-    goes. The rest as narrow_prep_kernel's."""
+    goes; each: programs of a group's rows (masked). The rest as narrow_prep_kernel's."""
+    if cfg.PDL:
+        gdc_launch_dependents()
     pid = tl.program_id(0)
+    pieces = (KX + cfg.BK - 1) // cfg.BK
+    at = (pid - 1) // pieces
+    part = (pid - 1) % pieces
     if pid == 0:
-        list_all(index_ptr, slots_ptr, experts_ptr, posted_ptr, table_ptr, live_ptr, positions, G, R, cap, block_m, cfg)
+        if cfg.LIST:
+            list_all(index_ptr, slots_ptr, experts_ptr, posted_ptr, table_ptr, live_ptr, positions, G, R, cap, block_m, cfg)
+    elif cfg.KIND == MASKED:
+        g = at // each
+        for r in range(at % each, in_use(index_ptr, g, positions), each):
+            row = g.to(tl.int64) * positions + r
+            bring(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, ratio_ptr, weight_ptr, of_position_ptr, row, row, row, part, K, KX, sxg, sxm, ssg,
+                  ssm, ssk, positions, cfg)
     else:
-        pieces = (KX + cfg.BK - 1) // cfg.BK
-        at = (pid - 1) // pieces
-        part = (pid - 1) % pieces
         slot = at
         if cfg.SLOTS:
             slot = tl.load(slots_ptr + at)
         row = (tl.maximum(slot, 0) // a_div).to(tl.int64)
-        used = in_use(index_ptr, row, positions, cfg)
+        used = (slot >= 0) & (slot < R)
         if cfg.KIND == OFFSETS:     # behind the last group are slots that nobody here computes: under expert parallelism, most
             used = used & (at < tl.load(index_ptr + G))
-        if (slot >= 0) & (slot < R) & used:
-            base = offset_of(row, positions, sxg, sxm, cfg)
-            xs_ptr += offset_of(row, positions, ssg, ssm, cfg)
-            to = xp_ptr + at.to(tl.int64) * (2 * KX if cfg.XKIND == FP16 else KX)
-            if cfg.WEIGHT:
-                if part == 0:
-                    tl.store(of_position_ptr + at, tl.load(weight_ptr + slot))
-            if cfg.XKIND == FP8_ORDER:
-                bring_fp8(x_ptr + base, xs_ptr, to, ratio_ptr + at.to(tl.int64) * (KX // 32), part, K, KX, ssk, cfg)
-            elif cfg.XKIND == PLAIN_FP8:
-                o = part * cfg.BK + tl.arange(0, cfg.BK)
-                y = narrow_weight_order(x_ptr, base, part * cfg.BK, K, cfg.BK).to(tl.bfloat16)
-                scale = tl.load(xs_ptr + o // 128 * ssk, mask=o // 128 * 128 < K, other=0.0)
-                tl.store(to + o, tl.where(scale == 0.0, 0.0, y), mask=o < KX)
-                if part == 0:
-                    bring_ratios(xs_ptr, ratio_ptr + at.to(tl.int64) * (KX // 32), xfactor_ptr + at, K, KX, ssk)
-            elif cfg.XKIND == 0:
-                o = part * cfg.BK + tl.arange(0, cfg.BK)
-                tl.store(to + o, narrow_weight_order(x_ptr, base, part * cfg.BK, K, cfg.BK).to(tl.bfloat16), mask=o < KX)
-            elif cfg.XKIND == FP16:
-                o = part * cfg.BK + tl.arange(0, cfg.BK)
-                x = narrow_weight_order(x_ptr, base, part * cfg.BK, K, cfg.BK).to(tl.float32)
-                two = to + o // 128 * 256 + o % 128       # every 128 columns in BF16, behind them what that leaves
-                tl.store(two, x.to(tl.bfloat16), mask=o < KX)
-                tl.store(two + 128, rest_of(x).to(tl.bfloat16), mask=o < KX)
-            else:
-                shift, nan = row_shift(xs_ptr, K, ssk, cfg)
-                block = part * (cfg.BK // cfg.GROUP) + tl.arange(0, cfg.BK // cfg.GROUP)
-                code = tl.load(xs_ptr + block * ssk, mask=block * cfg.GROUP < K, other=127).to(tl.int32)
-                x = tl.reshape(payload(x_ptr + base, part * cfg.BK, K, cfg), [cfg.BK // cfg.GROUP, cfg.GROUP])
-                x = tl.reshape(x * power_of_two(code - shift - 127)[:, None], [cfg.BK])
-                o = part * cfg.BK + tl.arange(0, cfg.BK)
-                tl.store(to + o, weight_order(x.to(tl.bfloat16), cfg.BK), mask=o < KX)
-                if part == 0:
-                    tl.store(xfactor_ptr + at, tl.where(nan > 0, float("nan"), power_of_two(shift)))
+        if used:
+            bring(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, ratio_ptr, weight_ptr, of_position_ptr, slot, at, row, part, K, KX, sxg, sxm, ssg,
+                  ssm, ssk, positions, cfg)

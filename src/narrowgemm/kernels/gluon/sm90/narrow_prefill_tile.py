@@ -54,6 +54,9 @@ class Tile:
     OUT_BYTES: int = 2
     OUT_TOKENS: int = 32     # tokens that a consumer stages at once for the store
     CTAS: int = 1            # blocks of an SM
+    AHEAD: bool = False      # starts while the launch in front runs: entries are found by the block itself
+    LAYOUT: int = 0          # of `fp8_block_tile.LAYOUTS` then
+    GROUPS: int = 32         # a power of two, no less than the groups
     CONSUMER_REGISTERS: int = 232
     PRODUCER_REGISTERS: int = 40
     BN: int = field(init=False)
@@ -90,4 +93,4 @@ class Tile:
         ring = self.STAGES * (self.WEIGHT_BYTES + (self.T0 + self.T1) * token + 3 * _BARRIER_BYTES)
         staging = CONSUMERS * self.OUT_TOKENS * self.FEATURES * self.OUT_BYTES
         vectors = CONSUMERS * self.TP * 4 * (self.SLOTS + self.XFACTOR + self.WEIGHT)
-        return ring + staging + vectors + 1024
+        return ring + staging + vectors + (4 * self.GROUPS if self.AHEAD else 0) + 1024

@@ -123,12 +123,9 @@ def offset_of(row, positions, group_stride, stride, cfg: tl.constexpr):
 
 
 @triton.jit
-def in_use(index_ptr, row, positions, cfg: tl.constexpr):
-    """Whether a row of A may be asked for: of a masked A, the first of each group are."""
-    if cfg.KIND == MASKED:
-        return row % positions < tl.load(index_ptr + row // positions)
-    else:
-        return row >= 0
+def in_use(index_ptr, g, positions):
+    """Rows of group g of a masked A that may be asked for, its first ones."""
+    return tl.minimum(tl.load(index_ptr + g).to(tl.int32), positions)
 
 
 @triton.jit
@@ -211,11 +208,11 @@ def bring_row(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, row, part, K, KX, ssk, cfg: tl
     tl.store(xp_ptr + at, both, mask=at < KX)
 
 
-@triton.jit(do_not_specialize=["rows", "K", "sxg", "ssg", "ssm", "ssk", "G", "R", "positions", "block_m", "cap", "counters"])
+@triton.jit(do_not_specialize=["each", "K", "sxg", "ssg", "ssm", "ssk", "G", "R", "positions", "block_m", "cap", "counters"])
 def narrow_prep_kernel(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, index_ptr, slots_ptr, experts_ptr, posted_ptr, table_ptr, count_ptr,
-                       live_ptr, rows, K, KX, sxg, sxm, ssg, ssm, ssk, G, R, positions, block_m, cap, counters, cfg: tl.constexpr):
-    """positions: of the layout (masked: rows a group can hold); R: slots; rows: of A; counters: int32 to be zeroed; sxg, sxm: strides
-    of A's groups (masked) and rows, ssg, ssm, ssk: of its scales."""
+                       live_ptr, each, K, KX, sxg, sxm, ssg, ssm, ssk, G, R, positions, block_m, cap, counters, cfg: tl.constexpr):
+    """positions: of the layout (masked: rows a group can hold); R: slots; each: programs that share a group's rows (masked; others: one
+    a row); counters: int32 to be zeroed; sxg, sxm: strides of A's groups (masked) and rows, ssg, ssm, ssk: of its scales."""
     if cfg.PDL:
         gdc_launch_dependents()
     pid = tl.program_id(0)
@@ -224,11 +221,16 @@ def narrow_prep_kernel(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, index_ptr, slots_ptr,
         list_all(index_ptr, slots_ptr, experts_ptr, posted_ptr, table_ptr, live_ptr, positions, G, R, cap, block_m, cfg)
     else:
         pieces = (KX + cfg.BK - 1) // cfg.BK
-        row = ((pid - 1) // pieces).to(tl.int64)
+        at = ((pid - 1) // pieces).to(tl.int64)
         part = (pid - 1) % pieces
-        if in_use(index_ptr, row, positions, cfg):
-            bring_row(x_ptr + offset_of(row, positions, sxg, sxm, cfg), xs_ptr + offset_of(row, positions, ssg, ssm, cfg),
-                      xp_ptr + row * KX, xfactor_ptr, row, part, K, KX, ssk, cfg)
+        if cfg.KIND == MASKED:
+            g = at // each
+            for r in range((at % each).to(tl.int32), in_use(index_ptr, g, positions), each):
+                row = g * positions + r
+                bring_row(x_ptr + offset_of(row, positions, sxg, sxm, cfg), xs_ptr + offset_of(row, positions, ssg, ssm, cfg),
+                          xp_ptr + row * KX, xfactor_ptr, row, part, K, KX, ssk, cfg)
+        else:
+            bring_row(x_ptr + at * sxm, xs_ptr + at * ssm, xp_ptr + at * KX, xfactor_ptr, at, part, K, KX, ssk, cfg)
 
 
 @triton.jit(do_not_specialize=["TOP_K"])

@@ -65,3 +65,13 @@ def touch(ptrs):
     """Have L2 fetch what is there, in memory, by lines."""
     gl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [ptrs.to(gl.int64)], dtype=gl.int32, is_pure=False,
                               pack=1)
+
+
+@gluon.jit
+def view_cube(buf, dtype: gl.constexpr, n: gl.constexpr, planes: gl.constexpr, rows: gl.constexpr, cols: gl.constexpr,
+              layout: gl.constexpr):
+    """The same shared memory as [n, planes, rows, cols] in another layout."""
+    if HAS_REINTERPRET:
+        return buf.reinterpret(dtype, [n, planes, rows, cols], layout)
+    else:
+        return buf._reinterpret(dtype, [n, planes, rows, cols], layout)
