@@ -258,7 +258,7 @@ mbarrier = types.SimpleNamespace(
     MBarrierLayout=MBarrierLayout, init=_init,
     wait=lambda bar, phase, pred=True, **_: bar.wait(int(raw(phase))) if raw(pred) else None,
     arrive=lambda bar, count=1, pred=True, **_: bar.update(arrivals=int(count)) if raw(pred) else None,
-    expect=lambda bar, n, **_: bar.update(arrivals=1, tx=int(n)))
+    expect=lambda bar, n, pred=True, **_: bar.update(arrivals=1, tx=int(n)) if raw(pred) else None)
 
 
 # ---------------------------------------------------------------- TMA
@@ -331,7 +331,9 @@ def _run() -> Run:
     return _local.run
 
 
-def tma_load(desc: Descriptor, at: list[Any], bar: Barrier, out: Shared) -> None:
+def tma_load(desc: Descriptor, at: list[Any], bar: Barrier, out: Shared, pred: Any = True) -> None:
+    if not raw(pred):
+        return
     assert list(out.a.shape) == desc.box and out.dtype is desc.dtype, (out.a.shape, desc.box)
     if int(raw(at[-1])) * desc.dtype.size % 16:
         raise EmulationError("a box that doesn't start on 16 bytes: an illegal instruction on the H200")

@@ -92,6 +92,11 @@ def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], ob
         p = describe(layout)
         late = replace(fp8_block.configs(p, arch)[0], extra=(("late_store", 1),))
         yield f"{layout} {late}", lambda p=p, c=late: call(p, c)
+    large = replace(describe("masked"), groups=128, rows=256)
+    tails = fp8_block._config(128, 256, 4)
+    tile = fp8_block.tile_of(large, tails, arch)
+    assert tile is not None and tile.TAIL
+    yield f"tails {tails}", lambda: call(large, tails)
     for name, p in options.items():
         for c in fp8_block.configs(p, arch)[: 9 if which == "all" else 1]:
             yield f"{name} {c}", lambda p=p, c=c: call(p, c)

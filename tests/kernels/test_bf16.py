@@ -75,14 +75,15 @@ def test_bounds_that_are_wrong_reach_nothing_outside(device: str) -> None:
         assert bool(out.isfinite().all())
 
 
-def test_few_rows_are_ours_and_many_are_torchs() -> None:
-    def chosen(m: int, fmt: str = "bf16", **more: object) -> str:
-        return explain("grouped_gemm", layout="offsets", groups=128, m=m, n=1536, k=2048, a=fmt, b=fmt, out_dtype=fmt, device="h100",
+def test_few_rows_are_ours_and_many_are_hoppers_or_torchs() -> None:
+    def chosen(m: int, fmt: str = "bf16", device: str = "h200", **more: object) -> str:
+        return explain("grouped_gemm", layout="offsets", groups=128, m=m, n=1536, k=2048, a=fmt, b=fmt, out_dtype=fmt, device=device,
                        **more).plan.kernel
 
-    assert chosen(8) == chosen(128) == bf16.NAME and chosen(32768) == "torch_bf16"
-    assert chosen(32768, "fp16") == bf16.NAME       # torch's grouped product is for BF16
-    assert chosen(32768, max_sms=64) == bf16.NAME
+    assert chosen(8) == chosen(128) == chosen(2048) == bf16.NAME
+    assert chosen(4096) == chosen(32768) == chosen(32768, max_sms=64) == "gluon_sm90.bf16"
+    assert chosen(32768, "fp16") == bf16.NAME       # the others are for BF16
+    assert chosen(32768, device="b200") == "torch_bf16"
 
 
 @pytest.mark.parametrize("why, changed", [

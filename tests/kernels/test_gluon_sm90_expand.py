@@ -73,7 +73,7 @@ def run(device, layout: str, *, factors: bool = True, accumulate: bool = False, 
                emu.Pointer(sb.reshape(-1)), c.at, emu.Pointer(np.array([count], np.int32)), c.m, n, -(-k // 64), c.groups, c.alignment, 0,
                c.m, n if factors else 0, c.m * n, n, c.m, t)
     if count:
-        c.check(c.a.astype(np.float64) * sa, c.b.astype(np.float64) * sb, t.ZERO, accumulate)
+        c.check(c.a.astype(np.float64) * (sa if t.FACTORS else 1), c.b.astype(np.float64) * sb, t.ZERO, accumulate)
     return c
 
 
@@ -86,6 +86,13 @@ def test_bf16_product(device, layout: str, name: str) -> None:
 
 def test_bf16_product_is_added_and_rounded(device) -> None:
     run(device, "offsets", accumulate=True, out=emu.bfloat16)
+
+
+@pytest.mark.parametrize("layout", ["offsets", "masked"])
+@pytest.mark.parametrize("name", ["128x256", "128x192"])
+def test_plain_bf16_product(device, layout: str, name: str) -> None:
+    """No factors; a group's last tile may have rows for one warpgroup only."""
+    run(device, layout, factors=False, FACTORS=False, TAIL=True, **{**TILES[name], "PROMOTE": 0})
 
 
 def test_bf16_product_does_nothing_where_the_count_is_within_the_limit(device) -> None:

@@ -44,6 +44,11 @@ TILES = {
     "128x192": dict(NP=3, WN=64, STAGES=3, UNROLL=2, DOUBLE=True),
     "128x192-single": dict(NP=3, WN=64, STAGES=2, UNROLL=1, LATE_STORE=False),
 }
+# of layouts whose tiles are counted by group
+COUNTED = TILES | {
+    "128x256-tail": dict(WGM=1, WGN=2, MP=2, STAGES=3, UNROLL=1, OUT_BUFFERS=2, LATE_STORE=False, TAIL=True),
+    "128x128-tail-late": dict(WGM=1, MP=2, STAGES=2, UNROLL=1, OUT_SPLIT=2, TAIL=True),
+}
 
 
 class Case:
@@ -159,10 +164,10 @@ def test_contiguous(device, name: str) -> None:
     Case("contiguous", len(ids), 136, 5, 3, ids, **TILES[name]).check(device)
 
 
-@pytest.mark.parametrize("name", TILES)
+@pytest.mark.parametrize("name", COUNTED)
 def test_offsets(device, name: str) -> None:
     sizes = [0, 70, 1, 130, 0, 64, 3]
-    Case("offsets", 300, 136, 3, 7, offsets(sizes, 5), **TILES[name]).check(device)
+    Case("offsets", 300, 136, 3, 7, offsets(sizes, 5), **COUNTED[name]).check(device)
 
 
 @pytest.mark.parametrize("start", [1, 2, 3])
@@ -181,9 +186,9 @@ def test_psum(device, name: str) -> None:
     Case("psum", 700, 136, 2, 5, [100, 100, 129, 385, 500], alignment=128, **TILES[name]).check(device)
 
 
-@pytest.mark.parametrize("name", TILES)
+@pytest.mark.parametrize("name", COUNTED)
 def test_masked(device, name: str) -> None:
-    Case("masked", 150, 136, 3, 5, [0, 150, 1, 64, 129], **TILES[name]).check(device)
+    Case("masked", 150, 136, 3, 5, [0, 150, 1, 64, 129], **COUNTED[name]).check(device)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "psum"])
@@ -202,15 +207,37 @@ def test_options(device, layout: str, index: list[int], options: dict) -> None:
     Case(layout, 200, 136, 3, groups, index, alignment=32, **options).check(device)
 
 
-@pytest.mark.parametrize("layout", ["offsets", "masked", "psum", "contiguous"])
+@pytest.mark.parametrize("layout", ["offsets", "masked", "psum", "contiguous", "offsets tails", "masked tails"])
 def test_many_groups(device, layout: str) -> None:
     rng = random.Random(1)
     groups = 100
-    sizes = [rng.choice([0, 0, 0, 1, 5, 70]) for _ in range(groups)]
-    m = 80 if layout == "masked" else sum(sizes) + 9
+    layout, _, tails = layout.partition(" ")
+    tile = dict(WGM=1, MP=2, UNROLL=1, TAIL=True) if tails else dict(WGM=1)
+    sizes = [rng.choice([0, 0, 0, 1, 5, 70, *((130, 200) if tails else ())]) for _ in range(groups)]
+    m = max(sizes) + 10 if layout == "masked" else sum(sizes) + 9
     ids = [g for g in range(groups) for _ in range(sizes[g])] + [-1] * 9
     index = {"offsets": offsets(sizes), "masked": sizes, "psum": offsets(sizes)[1:], "contiguous": ids}[layout]
-    Case(layout, m, 64, 1, groups, index, WGM=1, STAGES=2).check(device, grid=5)
+    Case(layout, m, 64, 1, groups, index, STAGES=2, **tile).check(device, grid=5)
+
+
+def test_tails_and_whole_tiles_are_each_dealt_out_evenly(device, monkeypatch) -> None:
+    """Groups of a whole tile and a tail, in turn: in one sequence an even number of blocks would have tails in every other block only."""
+    sizes = [152, 192, 128, 140, 0, 64, 172, 300]
+    store, stored = device.store_tile, []
+
+    def seen(*args):
+        _, g, first, end, _ = (int(emu.raw(x)) for x in args[6])
+        stored.append((emu._local.block[0], first + 64 < end, g))
+        store(*args)
+
+    monkeypatch.setattr(device, "store_tile", seen)
+    case = Case("offsets", sum(sizes), 256, 2, len(sizes), offsets(sizes), WGM=1, MP=2, UNROLL=1, STAGES=2, LATE_STORE=False, TAIL=True)
+    case.check(device, grid=4)
+    counts = [[sum(p == i and whole == kind for p, whole, _ in stored) for i in range(4)] for kind in (True, False)]
+    assert [sum(c) for c in counts] == [14, 12] and all(max(c) - min(c) <= 1 for c in counts)
+    for i in range(4):      # group by group, so that what one reads of its weights is near what the others read
+        groups = [g for p, _, g in stored if p == i]
+        assert groups == sorted(groups)
 
 
 @pytest.mark.parametrize("layout, index", [("offsets", [0] * 4), ("masked", [0] * 3), ("psum", [0] * 3), ("contiguous", [-1] * 99)])

@@ -36,6 +36,7 @@ MODULES: tuple[str, ...] = (
     "gluon.sm90.narrow",
     "gluon.sm90.narrow_prefill",
     "gluon.sm90.expand",
+    "gluon.sm90.bf16",
     "gluon.sm90.fold_mixed",
     "gluon.sm90.fold",
     "triton.fp8_block",

@@ -21,6 +21,7 @@ LAYOUTS = ("dense", "offsets", "masked")
 ELEMENTS = ("bf16", "fp16")
 # of the BF16 rate on 128x128 tiles; of the read bandwidth; what a byte through L2 costs of one from memory (H100)
 EFFICIENCY, STREAMING, L2_COST = 0.43, 0.92, 0.03
+STREAMING_MORE = 0.80       # of the read bandwidth, where groups have more than 16 rows (H200)
 FEW = ((16, 64, 128, 4, 4, True), (16, 128, 128, 4, 5, True), (32, 64, 128, 4, 4, True), (64, 128, 64, 4, 5, True))
 MANY = ((128, 128, 64, 8, 4, False), (64, 128, 64, 4, 4, False), (128, 128, 64, 8, 3, False))
 AMD = ((128, 128, 64, 8, 2, False), (64, 128, 64, 4, 2, False), (32, 128, 64, 4, 2, False), (16, 64, 128, 4, 2, False))
@@ -84,7 +85,8 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     math = waves * 2.0 * bm * bn * problem.k / rate
     through_l2 = tiles * 2.0 * (config.block_m + config.block_n) * problem.k
     busy = tiles / (waves * sms) if tiles > sms else min(1.0, 2 * tiles / sms)
-    memory = (problem.bytes / (STREAMING * busy) + L2_COST * through_l2) / arch.bandwidth * arch.sms / sms
+    streaming = STREAMING if problem.rows <= 16 else STREAMING_MORE
+    memory = (problem.bytes / (streaming * busy) + L2_COST * through_l2) / arch.bandwidth * arch.sms / sms
     return common.LAUNCH_SECONDS + max(math, memory)
 
 

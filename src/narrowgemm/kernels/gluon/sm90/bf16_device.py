@@ -1,6 +1,6 @@
 """Device code of the Hopper BF16 product: dense, contiguous, offsets, psum, masked.
 
-    out[m, n] (+)= (sum over k of A[m, k] . B[g, n, k]) * sa[m] * sb[g, n]
+    out[m, n] (+)= (sum over k of A[m, k] . B[g, n, k]) * sa[m] * sb[g, n]      (without FACTORS: the sum)
 
 Ring, schedule, sums and store are those of the kernel for row-wise scales (`fp8_scaled_device.py`); a K block is 64 elements, 128
 bytes as there, and the tensor core's sum is FP32's, so nothing is promoted.
@@ -8,8 +8,9 @@ bytes as there, and the tensor core's sum is FP32's, so nothing is promoted.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import tma
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from .fp8_block_parts_device import advance
 from .fp8_block_schedule_device import DENSE, MASKED, first_tile, fresh, has_products, is_live, next_tile, total_tiles
 from .fp8_scaled_device import producer
 from .fp8_scaled_parts_device import store_padding, store_tile
@@ -66,13 +67,39 @@ def scaled(parts, rows, scales, tile, N, cfg: gl.constexpr, WN: gl.constexpr):
 
 
 @gluon.jit
+def multiply_tile(views, bars, slot, phase, d_s, d_desc, out, scales, problem, tile, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr):
+    """A warpgroup's part of a tile, from the slots that come next: (slot, phase) behind them."""
+    index_ptr, M, N, KB, G, alignment = problem
+    mma0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, cfg.COLS0, 16])
+    mma1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, cfg.COLS1 if cfg.COLS1 > 0 else cfg.COLS0, 16])
+    factors = slot      # stands in
+    if cfg.FACTORS:
+        factors = row_factors(scales, tile, cfg, WM)
+    acc, slot, phase = products(views, bars, slot, phase, KB, cfg, WM, WN, mma0, mma1)
+    parts = cut_all(stored_as(acc, cfg), cfg)
+    if cfg.FACTORS:
+        parts = scaled(parts, factors, scales, tile, N, cfg, WN)
+    store_tile(parts, d_s, d_desc, out, scales, problem, tile, cfg, WM, WN)
+    return slot, phase
+
+
+@gluon.jit
+def pass_on(bars, slot, phase, KB, cfg: gl.constexpr):
+    """As `multiply_tile`, where none of the warpgroup's rows is the group's: the tensor cores are left to the other one."""
+    full, empty = bars
+    for kb in range(KB):
+        mbarrier.wait(full.index(slot), phase)
+        mbarrier.arrive(empty.index(slot), count=1)
+        slot, phase = advance(slot, phase, cfg.STAGES)
+    return slot, phase
+
+
+@gluon.jit
 def consumer(d_desc, out, scales, rings, d_s, bars, table, problem, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr):
     """Rows [WM * 64, +64) and columns [WN * cfg.WN, +cfg.WN) of every tile."""
     a_s, b0_s, b1_s = rings
     index_ptr, M, N, KB, G, alignment = problem
     S: gl.constexpr = cfg.STAGES
-    mma0: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, cfg.COLS0, 16])
-    mma1: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, cfg.COLS1 if cfg.COLS1 > 0 else cfg.COLS0, 16])
     a_v = view_as(a_s, gl.bfloat16, S * cfg.WGM, 64, BLOCK, TILE)
     b0_v = view_as(b0_s, gl.bfloat16, S * cfg.WGN, cfg.COLS0, BLOCK, TILE)
     b1_v = b0_v
@@ -86,10 +113,13 @@ def consumer(d_desc, out, scales, rings, d_s, bars, table, problem, cfg: gl.cons
     while live:
         work = (index_ptr, table, fresh(M), fresh(N), KB, fresh(G), alignment, total)
         if has_products(tile, cfg):
-            factors = row_factors(scales, tile, cfg, WM)
-            acc, slot, phase = products((a_v, b0_v, b1_v), bars, slot, phase, KB, cfg, WM, WN, mma0, mma1)
-            parts = scaled(cut_all(stored_as(acc, cfg), cfg), factors, scales, tile, N, cfg, WN)
-            store_tile(parts, d_s, d_desc, out, scales, problem, tile, cfg, WM, WN)
+            if cfg.TAIL and WM > 0:
+                if tile[2] + WM * 64 < tile[3]:
+                    slot, phase = multiply_tile((a_v, b0_v, b1_v), bars, slot, phase, d_s, d_desc, out, scales, problem, tile, cfg, WM, WN)
+                else:
+                    slot, phase = pass_on(bars, slot, phase, KB, cfg)
+            else:
+                slot, phase = multiply_tile((a_v, b0_v, b1_v), bars, slot, phase, d_s, d_desc, out, scales, problem, tile, cfg, WM, WN)
         elif cfg.ZERO and cfg.LAYOUT != DENSE:
             store_padding(out, tile, tile[2] + WM * 64, tile[0] * cfg.BN + WN * cfg.WN, N, cfg)
         cursor, tile = next_tile(cursor, tile, work, cfg, 4)

@@ -47,6 +47,8 @@ class Tile(ScaledTile):
     """As the kernel's for row-wise scales. GATE: a count on the device says whether the product is wanted."""
 
     GATE: bool = False
+    TAIL: bool = False       # of two warpgroups along M: where a group's last tile has no rows for the second, it has no products
+    FACTORS: bool = True     # sums are multiplied by factors of rows, and of columns where B_ROWS says so
     BLOCKS: bool = True      # for the store: sums come to it scaled
     BLOCK_K: int = BLOCK
 

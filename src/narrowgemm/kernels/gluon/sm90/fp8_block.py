@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -27,6 +27,8 @@ from .tensor_maps import output, planes, row_tiles, stride
 
 NAME = "gluon_sm90.fp8_block"
 BACKEND = "gluon_sm90"
+TAIL_LEAST, TAIL_MOST = 192, 256    # expected rows of a group: with fewer, weights read again for tails cost more than they save
+TAIL_GROUPS, TAIL_ROWS = 512, 1 << 28      # within which tiles of 128 rows, and groups, are counted in one integer
 RESERVED_SMEM = 1024    # of an SM's shared memory, a block
 
 
@@ -56,7 +58,7 @@ _SHAPES = {
     (64, 256, 1): (1, 2, 1, 1, 128), (128, 64, 1): (2, 1, 1, 1, 64), (64, 128, 1): (1, 2, 1, 1, 64),
     (64, 128, 2): (1, 1, 1, 1, 128), (128, 128, 2): (1, 1, 2, 1, 128), (128, 192, 1): (2, 1, 1, 3, 64),
 }
-_EXTRA = {"ctas": (1, 2), "slot": (1, 2), "unroll": (1, 2, 4, 8), "late_store": (0, 1)}
+_EXTRA = {"ctas": (1, 2), "slot": (1, 2), "unroll": (1, 2, 4, 8), "late_store": (0, 1), "tails": (0, 1)}
 
 
 def _config(bm: int, bn: int, stages: int, strip: int = 16, **extra: int) -> Config:
@@ -67,6 +69,7 @@ def _config(bm: int, bn: int, stages: int, strip: int = 16, **extra: int) -> Con
 _CANDIDATES = (
     _config(128, 128, 5, 8), _config(128, 128, 5), _config(128, 128, 5, 8, late_store=1), _config(128, 128, 5, late_store=1),
     _config(128, 128, 5, 8, unroll=8, late_store=1), _config(128, 128, 3, slot=2), _config(128, 256, 4), _config(128, 256, 4, 8),
+    _config(128, 256, 4, tails=0),
     _config(128, 192, 5), _config(128, 128, 3, ctas=2), _config(64, 256, 4), _config(64, 256, 4, late_store=1),
     _config(64, 128, 3, ctas=2), _config(64, 128, 8), _config(128, 64, 7),
 )
@@ -126,11 +129,24 @@ def tile_of(problem: Problem, config: Config, arch: Arch) -> Tile | None:
             A_SCALE_TMA=problem.a.scale_major == "mn" and problem.a.scale_dtype == "fp32",
             ZERO=problem.zero_padding and problem.layout in ("contiguous", "psum"), ACCUMULATE=problem.accumulate,
             STORE_TMA=problem.out_aligned, LATE_STORE=bool(extra.get("late_store", 0)) and not problem.accumulate,
-            DOUBLE=np > 1,
+            DOUBLE=np > 1, TAIL=_halves(problem, config),
             CONSUMER_REGISTERS=232, PRODUCER_REGISTERS=40 if consumers == 2 else 24)
         if tile.shared_bytes <= budget:
             return tile
     return None
+
+
+def _halves(problem: Problem, config: Config) -> bool:
+    """Whether tiles of a config are of two pieces along M, and a group's last one may be worked on by half."""
+    extra = dict(config.extra)
+    wgm, _, mp, _, _ = _SHAPES[config.block_m, config.block_n, extra.get("ctas", 1)]
+    return (wgm, mp) == (1, 2) and bool(extra.get("tails", 1)) and has_tails(problem)
+
+
+def has_tails(problem: Problem) -> bool:
+    """Whether a group's last tile may be worked on by half: an entry of the schedule's table holds two sums then."""
+    fits = problem.groups <= TAIL_GROUPS and problem.m < TAIL_ROWS
+    return problem.layout in ("offsets", "masked") and TAIL_LEAST < problem.rows <= TAIL_MOST and fits
 
 
 def workspace(problem: Problem, config: Config) -> int:
@@ -143,6 +159,7 @@ MEMORY_SECONDS = 6.5e-6     # to fill the pipes and drain them, where bytes deci
 MEMORY_EFFICIENCY = 0.93    # of the streaming rate
 TILE_SECONDS = 0.6e-6       # of a tile, beyond its K blocks
 DENSE_TILE_SECONDS = 0.3e-6     # of a dense product's 128x128
+TAIL = 0.74                 # of a tile's time, where it has rows in its first half only
 _LAST_WAVE = 0.35           # power of the share of blocks that are at work in the mean, by which bytes take longer
 _NOT_HIDDEN = 0.15          # of the shorter of arithmetic and bytes,
 _BESIDE_BYTES = 4e-6        # but no more of arithmetic than this, where bytes take far longer
@@ -163,18 +180,47 @@ _H200_RATE = 1.40e15        # FP8 rate of the device that the figures are from
 
 def tiles(problem: Problem, config: Config, spread: bool) -> float:
     """Tiles expected to have work, of groups whose sizes are equal or spread about their mean."""
+    return dealt(problem, config, spread, False).tiles
+
+
+class Work(NamedTuple):
+    """Tiles: whole ones, tails, and those among the tails whose group has whole ones too."""
+
+    whole: float
+    tails: float = 0.0
+    again: float = 0.0
+
+    @property
+    def tiles(self) -> float:
+        return self.whole + self.tails
+
+
+def dealt(problem: Problem, config: Config, spread: bool, halves: bool) -> Work:
+    """Of these, which are worked on by half; `halves`: whether any are."""
     num_n = -(-problem.n // config.block_n)
     if problem.layout == "dense":
-        return -(-problem.m // config.block_m) * num_n
+        return Work(-(-problem.m // config.block_m) * num_n)
     if problem.layout == "contiguous":
         # a tile that two segments share is worked on twice; segments are taken to be aligned to 128 rows, half of them to 256
         shared = min(1.0, problem.groups * config.block_m / max(problem.m, 1)) / 2 if config.block_m > 128 else 0.0
-        return -(-problem.m // config.block_m) * num_n * (1 + shared)
+        return Work(-(-problem.m // config.block_m) * num_n * (1 + shared))
     groups = problem.groups if problem.layout == "masked" else problem.active_groups
     rows = middle(problem.rows) if problem.rows > 8 else max(problem.rows, 1)
     most = problem.m if problem.layout == "masked" else 2 * rows       # a masked group holds no more
     sizes = [min(most, max(1, round(rows * x))) for x in SPREAD] if spread else [rows]
-    return groups * num_n * sum(-(-size // config.block_m) for size in sizes) / len(sizes)
+    each = groups * num_n / len(sizes)
+    cut = [size for size in sizes if halves and 0 < size % config.block_m <= config.block_m // 2]
+    whole = sum(-(-size // config.block_m) for size in sizes) - len(cut)
+    return Work(whole * each, len(cut) * each, sum(size > config.block_m for size in cut) * each)
+
+
+def waves(work: Work, blocks: int) -> float:
+    """On so many blocks, each kind dealt out by itself: in whole tiles' times."""
+    full = work.whole / blocks
+    if full >= 8:
+        return full + 0.5 + TAIL * work.tails / blocks
+    full = math.ceil(full)
+    return full + TAIL * math.ceil(max(0.0, work.tails - (full * blocks - work.whole)) / blocks)
 
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
@@ -189,12 +235,12 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
 def of_spread(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds with the expected sizes of groups."""
     counted = problem.layout not in ("dense", "contiguous")
-    works = {tiles(problem, config, spread) for spread in ((False, True) if counted else (False, ))}
+    works = {dealt(problem, config, spread, _halves(problem, config)) for spread in ((False, True) if counted else (False, ))}
     return sum(_seconds(problem, config, arch, work) for work in works) / len(works)
 
 
-def _seconds(problem: Problem, config: Config, arch: Arch, work: float) -> float:
-    ctas = dict(config.extra).get("ctas", 1)
+def _seconds(problem: Problem, config: Config, arch: Arch, dealt: Work) -> float:
+    ctas, work = dict(config.extra).get("ctas", 1), dealt.tiles
     sms = min(arch.sms, problem.max_sms or arch.sms)
     busy, alone, plain = _BLOCK_TIMES[config.block_m, config.block_n, ctas]
     tile = TILE_SECONDS
@@ -210,16 +256,16 @@ def _seconds(problem: Problem, config: Config, arch: Arch, work: float) -> float
     unit = problem.k // 128 * 1e-6 * rate(arch)
     if work <= sms:     # one tile an SM: the fewer, the faster
         seconds = unit * (alone + (busy / ctas - alone if ctas == 1 else 0.0) * work / sms) + tile
+        seconds *= 1.0 if dealt.whole else TAIL
     else:
-        waves = work / (sms * ctas)
-        waves = math.ceil(waves) if waves < 8 else waves + 0.5
         last_alone = ctas == 2 and 0 < work % (sms * ctas) <= sms
-        seconds = waves * (unit * busy + tile) - (unit * (busy - alone) if last_alone else 0.0)
+        seconds = waves(dealt, sms * ctas) * (unit * busy + tile) - (unit * (busy - alone) if last_alone else 0.0)
     if dict(config.extra).get("late_store"):
         # the store beside the next tile's first product: seen to pay where K is long and tiles are many
         seconds *= 0.98 if problem.k >= 4096 and work > 2 * sms else 1.005
     busy_share = 1.0 if work <= sms else work / (sms * ctas) / math.ceil(work / (sms * ctas))
-    return with_memory(seconds, work, problem, arch, busy_share ** -_LAST_WAVE)
+    # a tail is worked on so long after the whole tiles of its columns that their weights are read for it again
+    return with_memory(seconds, work, problem, arch, busy_share ** -_LAST_WAVE, dealt.again * config.block_n * problem.k)
 
 
 def rate(arch: Arch) -> float:
@@ -227,10 +273,12 @@ def rate(arch: Arch) -> float:
     return (_H200_RATE / 132) / (arch.fp8_flops / arch.sms)
 
 
-def with_memory(seconds: float, work: float, problem: Problem, arch: Arch, slower: float = 1.0) -> float:
-    """The launch's seconds, of the arithmetic's and of the bytes: `work` blocks are at it, and bytes take so much longer."""
+def with_memory(seconds: float, work: float, problem: Problem, arch: Arch, slower: float = 1.0, more: float = 0.0) -> float:
+    """The launch's seconds, of the arithmetic's and of the bytes (`more` of them than there are at least): `work` blocks are at it,
+    and bytes take so much longer."""
     sms = min(arch.sms, problem.max_sms or arch.sms)
-    memory = MEMORY_SECONDS + slower * problem.bytes / (arch.bandwidth * MEMORY_EFFICIENCY * min(1.0, max(work, 1) / (0.6 * sms)))
+    rate = arch.bandwidth * MEMORY_EFFICIENCY * min(1.0, max(work, 1) / (0.6 * sms))
+    memory = MEMORY_SECONDS + slower * (problem.bytes + more) / rate
     if seconds > memory:
         return LAUNCH_SECONDS + seconds + _NOT_HIDDEN * memory
     beside = _NOT_HIDDEN * seconds
@@ -249,7 +297,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     arch = detect(x.out.device)
     tile = tile_of(problem, step.config, arch)
     assert tile is not None, f"{step.config} is not legal for {problem}"
-    tile, given = arguments(problem, x, tile, tile.BM)
+    tile, given = arguments(problem, x, tile, tile.A_BOX)
     sms = arch.sms if not problem.max_sms else min(problem.max_sms, arch.sms)
     # blocks spread over the SMs before two share one, so a limit on SMs takes one block each
     grid = max(1, min(sms * (tile.CTAS if sms == arch.sms else 1), row_tiles(problem, x, tile.BM) * -(-x.n // tile.BN)))

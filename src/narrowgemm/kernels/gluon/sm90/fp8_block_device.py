@@ -25,7 +25,7 @@ from .fp8_block_parts_device import (
     FP8_PLANE, FP8_TILE, ROW_OF_FLOATS, add_output, advance, column_scales, load_a_scales, load_b_scales, load_blocks, multiply,
     parts, scale_bases, store_part, store_zeros)
 from .fp8_block_schedule_device import DENSE, MASKED, first_tile, fresh, has_products, is_live, next_tile, total_tiles
-from .fp8_block_sums_device import before, blocks, piece_blocks
+from .fp8_block_sums_device import blocks, sum_pieces
 from .ring_device import groups_table, ring_barriers, store_buffers
 from .shim import view_as, view_rows
 
@@ -46,53 +46,65 @@ def producer(descs, rings, bars, table, problem, sa_pitch, cfg: gl.constexpr):
         at = (a_plane, first, g, n * cfg.BN, a_plane * sa_pitch, first)
         # the next tile is looked up first, so that its loads are off the path between two tiles
         run = has_products((n, g, first, end, stop), cfg)
+        whole = first + 64 < end
         cursor, ahead = next_tile(cursor, (n, g, first, end, stop), work, cfg, 1)
         if run:
             kb = gl.to_tensor(0)
             if cfg.SKIP > 0:
                 mbarrier.wait(empty.index(slot), phase)
-                load_blocks(descs, rings, full.index(slot), slot, at, kb, cfg, cfg.SKIP)
+                load_blocks(descs, rings, full.index(slot), slot, at, kb, whole, cfg, cfg.SKIP)
                 slot, phase = advance(slot, phase, cfg.STAGES)
                 kb += cfg.KS - cfg.SKIP
             while kb < KB:
                 mbarrier.wait(empty.index(slot), phase)
-                load_blocks(descs, rings, full.index(slot), slot, at, kb, cfg, 0)
+                load_blocks(descs, rings, full.index(slot), slot, at, kb, whole, cfg, 0)
                 slot, phase = advance(slot, phase, cfg.STAGES)
                 kb += cfg.KS
         n, g, first, end, stop = ahead
 
 
 @gluon.jit
+def store_piece(x, i: gl.constexpr, of_columns, d_s, d_desc, out, problem, tile, row0, cfg: gl.constexpr, WM: gl.constexpr,
+                WN: gl.constexpr, mma: gl.constexpr):
+    """Piece i of a warpgroup's, whose first row is row0."""
+    index_ptr, M, N, KB, G, alignment = problem
+    NP: gl.constexpr = cfg.NP
+    SPLIT: gl.constexpr = cfg.OUT_SPLIT
+    col0 = tile[0] * cfg.BN + (WN * NP + i % NP) * cfg.WN
+    if cfg.FOLD:
+        x = x * gl.expand_dims(of_columns[i % NP], 0)
+    if cfg.ACCUMULATE:
+        x = add_output(x, out, index_ptr, tile, row0, col0, M, N, G, cfg, mma)
+    part = parts(x, cfg)
+    for j in gl.static_range(SPLIT):
+        # the buffers take turns, and what was stored from one must have been read before it is written again. Only
+        # TMA stores count, so where some parts leave otherwise, nothing less than all of them can be waited for
+        if cfg.LAYOUT == DENSE and cfg.STORE_TMA:
+            tma.store_wait(cfg.OUT_BUFFERS - 1)
+        elif (i * SPLIT + j) % cfg.OUT_BUFFERS == 0:
+            tma.store_wait(0)
+        buf = d_s.index((WM * cfg.WGN + WN) * cfg.OUT_BUFFERS + (i * SPLIT + j) % cfg.OUT_BUFFERS)
+        store_part(part[j], buf, d_desc, out, index_ptr, tile, row0, col0 + j * cfg.OUT_COLS, M, N, G, cfg)
+
+
+@gluon.jit
 def store_tile(acc, scales, d_s, d_desc, out, problem, tile, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr,
                mma: gl.constexpr):
-    index_ptr, M, N, KB, G, alignment = problem
     n, g, first, end, stop = tile
     MP: gl.constexpr = cfg.MP
     NP: gl.constexpr = cfg.NP
     PIECES: gl.constexpr = MP * NP
-    SPLIT: gl.constexpr = cfg.OUT_SPLIT
     of_columns = ()
     if cfg.FOLD:
         for j in gl.static_range(NP):
             of_columns = of_columns + (column_scales(scales, tile, n * cfg.BN + (WN * NP + j) * cfg.WN, cfg, mma), )
     for i in gl.static_range(PIECES):
         row0 = first + (WM * MP + i // NP) * 64
-        col0 = n * cfg.BN + (WN * NP + i % NP) * cfg.WN
-        x = acc[i]
-        if cfg.FOLD:
-            x = x * gl.expand_dims(of_columns[i % NP], 0)
-        if cfg.ACCUMULATE:
-            x = add_output(x, out, index_ptr, tile, row0, col0, M, N, G, cfg, mma)
-        part = parts(x, cfg)
-        for j in gl.static_range(SPLIT):
-            # the buffers take turns, and what was stored from one must have been read before it is written again. Only
-            # TMA stores count, so where some parts leave otherwise, nothing less than all of them can be waited for
-            if cfg.LAYOUT == DENSE and cfg.STORE_TMA:
-                tma.store_wait(cfg.OUT_BUFFERS - 1)
-            elif (i * SPLIT + j) % cfg.OUT_BUFFERS == 0:
-                tma.store_wait(0)
-            buf = d_s.index((WM * cfg.WGN + WN) * cfg.OUT_BUFFERS + (i * SPLIT + j) % cfg.OUT_BUFFERS)
-            store_part(part[j], buf, d_desc, out, index_ptr, tile, row0, col0 + j * cfg.OUT_COLS, M, N, G, cfg)
+        if cfg.TAIL and i // NP > 0:
+            if row0 < end:
+                store_piece(acc[i], i, of_columns, d_s, d_desc, out, problem, tile, row0, cfg, WM, WN, mma)
+        else:
+            store_piece(acc[i], i, of_columns, d_s, d_desc, out, problem, tile, row0, cfg, WM, WN, mma)
 
 
 @gluon.jit
@@ -149,14 +161,15 @@ def consumer(d_desc, out, scales, rings, d_s, bars, table, problem, cfg: gl.cons
                 for kb in range(cfg.HEAD, KB, cfg.UNROLL):
                     acc, p, sa, sb, slot, phase = blocks(acc, p, sa, sb, slot, phase, kb, views, bars, problem, bases, scales, tile,
                                                          cfg, WM, WN, mma, cfg.UNROLL, False)
+            elif not cfg.TAIL:
+                acc, last, sa, sb, slot, phase = sum_pieces(acc, p, sa, sb, slot, phase, views, bars, problem, bases, scales, tile, cfg, WM,
+                                                         WN, mma, MP)
+            elif tile[2] + 64 < tile[3]:
+                acc, last, sa, sb, slot, phase = sum_pieces(acc, p, sa, sb, slot, phase, views, bars, problem, bases, scales, tile, cfg, WM,
+                                                         WN, mma, MP)
             else:
-                acc, p, sa, sb, slot, phase = piece_blocks(acc, p, sa, sb, slot, phase, KB * 0, views, bars, problem, bases, scales,
-                                                           tile, cfg, WM, WN, mma, cfg.HEAD, True)
-                for kb in range(cfg.HEAD, KB, cfg.UNROLL):
-                    acc, p, sa, sb, slot, phase = piece_blocks(acc, p, sa, sb, slot, phase, kb, views, bars, problem, bases, scales,
-                                                               tile, cfg, WM, WN, mma, cfg.UNROLL, False)
-                if not cfg.DOUBLE:
-                    mbarrier.arrive(empty.index(before(slot, cfg)), count=1)
+                acc, last, sa, sb, slot, phase = sum_pieces(acc, p, sa, sb, slot, phase, views, bars, problem, bases, scales, tile, cfg, WM,
+                                                         WN, mma, 1)
             if cfg.LATE_STORE:
                 done = tile
                 pending = is_live(tile)
@@ -186,7 +199,7 @@ def fp8_block_kernel(a_desc, sa_desc, b_desc, d_desc, out_ptr, sa_ptr, sb_ptr, i
     sa_desc [K blocks, M], d_desc [M, N]; sa_pitch, out_pitch: rows of the last two from one group to the next (masked).
     s..: strides of scales; og, om: of the output."""
     S: gl.constexpr = cfg.STAGES * cfg.KS
-    a_s = gl.allocate_shared_memory(gl.float8e4nv, [S, 1, cfg.BM, 128], FP8_PLANE)
+    a_s = gl.allocate_shared_memory(gl.float8e4nv, [S * (cfg.BM // cfg.A_BOX), 1, cfg.A_BOX, 128], FP8_PLANE)
     b_s = gl.allocate_shared_memory(gl.float8e4nv, [S * (cfg.BN // cfg.B_BOX), 1, cfg.B_BOX, 128], FP8_PLANE)
     d_s = store_buffers(out_ptr, cfg)
     sa_s = a_s

@@ -24,18 +24,27 @@ def advance(slot, phase, STAGES: gl.constexpr):
 
 # ---------------------------------------------------------------- producer
 @gluon.jit
-def load_blocks(descs, rings, bar, slot, at, kb, cfg: gl.constexpr, FROM: gl.constexpr):
-    """Fill places [FROM, KS) of a slot with K blocks kb, kb + 1, ...; they arrive on `bar`."""
+def load_blocks(descs, rings, bar, slot, at, kb, whole, cfg: gl.constexpr, FROM: gl.constexpr):
+    """Fill places [FROM, KS) of a slot with K blocks kb, kb + 1, ...; they arrive on `bar`. `whole`: of TAIL, whether A's second piece
+    is needed."""
     a_desc, sa_desc, b_desc = descs
     a_s, sa_s, b_s = rings
     a_plane, a_row, b_plane, b_row, sa_row, sa_col = at
     KS: gl.constexpr = cfg.KS
     BOXES: gl.constexpr = cfg.BN // cfg.B_BOX
-    mbarrier.expect(bar, (KS - FROM) * cfg.BLOCK_BYTES)
+    if cfg.TAIL:
+        mbarrier.expect(bar, cfg.BLOCK_BYTES, pred=whole)
+        mbarrier.expect(bar, cfg.BLOCK_BYTES - cfg.A_BOX * 128, pred=whole == 0)
+    else:
+        mbarrier.expect(bar, (KS - FROM) * cfg.BLOCK_BYTES)
     for i in gl.static_range(FROM, KS):
         k = kb + (i - FROM)
         place = slot * cfg.KS + i
-        tma_load(a_desc, [a_plane, a_row, k * 128], bar, a_s.index(place))
+        if cfg.TAIL:
+            tma_load(a_desc, [a_plane, a_row, k * 128], bar, a_s.index(place * 2))
+            tma_load(a_desc, [a_plane, a_row + cfg.A_BOX, k * 128], bar, a_s.index(place * 2 + 1), pred=whole)
+        else:
+            tma_load(a_desc, [a_plane, a_row, k * 128], bar, a_s.index(place))
         for j in gl.static_range(BOXES):
             tma_load(b_desc, [b_plane, b_row + j * cfg.B_BOX, k * 128], bar, b_s.index(place * BOXES + j))
         if cfg.A_SCALE_TMA:

@@ -71,8 +71,8 @@ def before(slot, cfg: gl.constexpr):
 
 @gluon.jit
 def piece_blocks(acc, p, sa, sb, slot, phase, kb, views, bars, problem, bases, scales, tile, cfg: gl.constexpr, WM: gl.constexpr,
-                 WN: gl.constexpr, mma: gl.constexpr, COUNT: gl.constexpr, HEAD: gl.constexpr):
-    """`blocks` for several pieces a warpgroup: 64 rows and WN columns each, along N first. The next slot is waited for while the last
+                 WN: gl.constexpr, mma: gl.constexpr, COUNT: gl.constexpr, HEAD: gl.constexpr, MP: gl.constexpr):
+    """`blocks` for several pieces a warpgroup: 64 rows and WN columns each, along N first, the first MP along M. The next slot is waited for while the last
     piece of this one runs, so the slot of block kb is known to be full.
 
     One partial sum: between two wgmma are the promotion's FMAs and nothing else, and the slot before is released once a wgmma of
@@ -83,8 +83,8 @@ def piece_blocks(acc, p, sa, sb, slot, phase, kb, views, bars, problem, bases, s
     index_ptr, M, N, KB, G, alignment = problem
     sa_base, sb_base = bases
     rows: gl.constexpr = gl.SliceLayout(1, mma)
-    MP: gl.constexpr = cfg.MP
     NP: gl.constexpr = cfg.NP
+    ALL: gl.constexpr = cfg.MP * NP
     PIECES: gl.constexpr = MP * NP
     SUB: gl.constexpr = cfg.SUB
     STEPS: gl.constexpr = PIECES * SUB
@@ -132,9 +132,27 @@ def piece_blocks(acc, p, sa, sb, slot, phase, kb, views, bars, problem, bases, s
                 p, q = q, p
         if cfg.DOUBLE:
             mbarrier.arrive(empty.index(old), count=1)
+        for i in gl.static_range(PIECES, ALL):
+            sums = sums + (acc[i], )
         acc = sums
         sa = sa_next
         sb = sb_next
     if cfg.A_SCALE_TMA:
         sa = ()
+    return acc, p, sa, sb, slot, phase
+
+
+@gluon.jit
+def sum_pieces(acc, p, sa, sb, slot, phase, views, bars, problem, bases, scales, tile, cfg: gl.constexpr, WM: gl.constexpr,
+               WN: gl.constexpr, mma: gl.constexpr, MP: gl.constexpr):
+    """A tile's sums of the first MP pieces along M, by `piece_blocks`; the first one's wgmma is on its way."""
+    full, empty = bars
+    index_ptr, M, N, KB, G, alignment = problem
+    acc, p, sa, sb, slot, phase = piece_blocks(acc, p, sa, sb, slot, phase, KB * 0, views, bars, problem, bases, scales, tile, cfg, WM,
+                                               WN, mma, cfg.HEAD, True, MP)
+    for kb in range(cfg.HEAD, KB, cfg.UNROLL):
+        acc, p, sa, sb, slot, phase = piece_blocks(acc, p, sa, sb, slot, phase, kb, views, bars, problem, bases, scales, tile, cfg, WM,
+                                                   WN, mma, cfg.UNROLL, False, MP)
+    if not cfg.DOUBLE:
+        mbarrier.arrive(empty.index(before(slot, cfg)), count=1)
     return acc, p, sa, sb, slot, phase

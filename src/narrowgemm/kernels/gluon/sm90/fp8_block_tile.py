@@ -46,19 +46,22 @@ class Tile:
     FACTOR: bool = False     # and columns have factors beside
     NIBBLES: bool = False    # weights that are folded are in the order FP8_PREPACK
     SUB: int = 1             # scales of A in a K block: 1, or 4, one every 32 (several pieces, one partial sum)
+    TAIL: bool = False       # of two pieces along M: where a group's last tile has rows in the first one only, so are its products
     CONSUMER_REGISTERS: int = 232
     PRODUCER_REGISTERS: int = 40
     BM: int = field(init=False)
     BN: int = field(init=False)
     CONSUMERS: int = field(init=False)
     BLOCK_BYTES: int = field(init=False)    # that TMA brings for one K block
-    B_BOX: int = field(init=False)          # rows of B that one TMA brings: a power of two
+    A_BOX: int = field(init=False)          # rows of A that one TMA brings
+    B_BOX: int = field(init=False)          # rows of B: a power of two
     OUT_COLS: int = field(init=False)       # columns of one store
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
         set_(self, "BM", self.WGM * self.MP * WARPGROUP_ROWS)
         set_(self, "BN", self.WGN * self.NP * self.WN)
+        set_(self, "A_BOX", WARPGROUP_ROWS if self.TAIL else self.BM)
         set_(self, "B_BOX", self.BN if self.BN & (self.BN - 1) == 0 else self.WN)
         set_(self, "OUT_COLS", self.WN // self.OUT_SPLIT)
         set_(self, "CONSUMERS", self.WGM * self.WGN)
