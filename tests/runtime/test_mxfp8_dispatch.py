@@ -86,8 +86,8 @@ SIZES = {"m": 8, "n": 256, "k": 512, "device": "h100"}
     ({"a": "fp8_row"}, "brings BF16, FP16, MXFP8, MXFP4 and FP8 1x128"),
     ({"op": "routed_gemm", "layout": "offsets", "groups": 2000}, "lists 1024 experts"),
     ({"m": 1 << 19, "k": 8192}, r"within 2\^31 elements"),
-    ({"op": "grouped_gemm", "layout": "masked", "groups": 256, "m": 4096, "k": 7168}, r"within 2\^31|which pays up to"),
-    ({"op": "grouped_gemm", "layout": "masked", "groups": 32, "m": 4096, "k": 7168}, "which pays up to"),
+    ({"op": "grouped_gemm", "layout": "masked", "groups": 256, "m": 4096, "k": 7168}, r"within 2\^31|has room for"),
+    ({"op": "grouped_gemm", "layout": "masked", "groups": 32, "m": 4096, "k": 7168}, "has room for 1073741824 bytes"),
 ])
 def test_each_guard_says_why(change: dict, match: str) -> None:
     given = {"op": "gemm", **MX, **SIZES} | change
