@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import narrowgemm as ng
+from narrowgemm.kernels.gluon.sm90 import fp8_cluster
 from narrowgemm.kernels.registry import backends, kernels
 from narrowgemm.runtime import dispatch
 from narrowgemm.testing.cases import Case, build, get_suite
@@ -76,6 +77,15 @@ SPACE = [Case("space", "dense", 1, 333, 1088, 1152), Case("space", "dense", 1, 2
          Case("space", "psum", 6, 150, 640, 1152, sizes="uniform:0.3:1.7", alignment=64),
          Case("space", "masked", 6, 150, 640, 1152, max_m=300, sizes="uniform:0.3:1.7"),
          Case("space", "masked", 6, 9, 640, 1152, max_m=100, sizes="empty:0.4")]
+
+
+@pytest.mark.parametrize("layout", ["offsets", "masked", "psum"])
+@pytest.mark.parametrize("rows", [256, 384])
+def test_either_width_of_a_tile(layout: str, rows: int) -> None:
+    """16 blocks of 128 rows x 2048 columns are fewer rounds of 160 columns, 24 are fewer of 192: on 132 SMs the device takes both."""
+    inputs = inputs_of(Case("space", layout, 8, rows, 2048, 640, max_m=rows if layout == "masked" else 0))
+    config, = (c for c in fp8_cluster._GROUPED if "wider" in dict(c.extra))
+    inputs.verify(backend=fp8_cluster.NAME, config=config)
 
 
 @pytest.mark.parametrize("case", SPACE, ids=lambda c: c.id)

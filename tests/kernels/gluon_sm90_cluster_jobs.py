@@ -26,12 +26,15 @@ def check_boxes(metas: list[dict], tile) -> None:
     a, b = metas[0]["block_size"], metas[2 if tile.A_SCALE_TMA else 1]["block_size"]
     assert [*a] == [1, tile.A_BOX, 128] and [*b] == [1, tile.B_BOX, 128], (metas, tile)
     assert tile.B_BOX * tile.CLUSTER_M == tile.BN and tile.B_BOX <= 256
+    if tile.WIDER:
+        assert [*metas[3 if tile.A_SCALE_TMA else 2]["block_size"]] == [1, tile.WIDER.BN, 128]
 
 
 def check_places(ptx: str, tile) -> None:
     """The kernel takes descriptors by the numbers of their parameters, and its ring by where shared memory starts."""
     maps = [int(i) for i in re.findall(rf"\.param \.align 64 \.b8 {tile.KERNEL}_param_(\d+)\[128\]", ptx)]
     numbers = [0, tile.SA_PARAMETER, tile.B_PARAMETER] if tile.A_SCALE_TMA else [0, tile.B_PARAMETER]
+    numbers += [tile.WIDER.B_PARAMETER] if tile.WIDER else []
     assert maps[:len(numbers)] == numbers, (maps, numbers)
     if tile.A_SCALE_TMA:    # read by way of Gluon's view of the ring, written by TMA to an address
         assert re.search(rf"(ld\.shared\.[^;]*\+|add\.s32 [^;]*, ){tile.SA_AT}\b", ptx), "A's scales are not where their TMA brings them"
@@ -40,10 +43,11 @@ def check_places(ptx: str, tile) -> None:
 def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], object]]]:
     """'few': what is chosen, and another kind of tile; 'all': every config of the search space and every option."""
     arch = get_arch(target)
-    chosen = fp8_cluster._CANDIDATES[0]
+    chosen = fp8_cluster._GROUPED[0]
     if which == "few":
         e8m0 = describe("masked", e8m0=True, a_scale="k")
         yield f"contiguous {chosen}", lambda: call(describe("contiguous"), chosen)
+        yield "offsets, two widths", lambda: call(describe("offsets"), fp8_cluster._GROUPED[-1])
         yield "dense, 192 columns", lambda: call(describe("dense"), fp8_cluster._DENSE[1])
         yield "dense, 192 and 128 columns", lambda: call(describe("dense"), fp8_cluster._MIXED)
         yield "dense, 144 columns", lambda: call(describe("dense"), fp8_cluster._DENSE[-1])

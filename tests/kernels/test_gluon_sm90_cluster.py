@@ -46,10 +46,14 @@ class ClusterCase(Case):
                          OUT_BYTES=t.OUT_BYTES, GROUPS=t.GROUPS, **{"STAGES": 3, **mine})
 
     def launch(self, device, grid: int, *args, seed: int) -> None:
-        if self.tile.MIX:
-            found = fp8_cluster.mixture(self.m, self.n, self.tile.UNIT.BM, grid)
+        wider, tile = None, self.tile
+        if tile.MIX:
+            found = fp8_cluster.mixture(self.m, self.n, tile.UNIT.BM, grid)
             args = (*args[:11], found.strips, found.wide, *args[13:])
-        _gluon_cluster.launch(device.fp8_cluster_kernel, grid, self.tile.CLUSTER, PARTITIONS, *args, seed=seed)
+        if tile.PITCH:
+            tile = tile.with_wider()
+            wider = emu.Descriptor(self.b, [1, tile.WIDER.B_BOX, 128], emu.float8e4nv)
+        _gluon_cluster.launch(device.fp8_cluster_kernel, grid, tile.CLUSTER, PARTITIONS, *args[:3], wider, *args[3:-1], tile, seed=seed)
 
 
 @pytest.mark.parametrize("name", TILES)
@@ -87,6 +91,16 @@ def test_contiguous(device, name: str) -> None:
 def test_groups(device, name: str, layout: str, index: list[int]) -> None:
     m = {"offsets": 440, "masked": 300, "psum": 700}[layout]
     ClusterCase(layout, m, 72, 2, 7, index, alignment=128, **TILES[name]).check(device, grid=2)
+
+
+@pytest.mark.parametrize("n, columns", [(320, 160), (384, 192)])
+def test_width_is_chosen_where_sizes_are_known(device, monkeypatch, n: int, columns: int) -> None:
+    """On two blocks, two tiles of 160 columns or of 192 are a round for each 128 rows; three of 160 are more than two of 192."""
+    taken = set()
+    start = device.start_piece
+    monkeypatch.setattr(device, "start_piece", lambda slot, p, cfg, *a: taken.add(cfg.BN) or start(slot, p, cfg, *a))
+    ClusterCase("offsets", 300, n, 2, 4, offsets([0, 130, 1, 140], 3), NP=5, WN=32, PITCH=192, OUT_BUFFERS=2).check(device, grid=2)
+    assert taken == {columns}
 
 
 INDEX = {"dense": [0], "contiguous": [0] * 90 + [1] * 60 + [-1] * 50, "offsets": [3, 90, 150], "psum": [90, 150], "masked": [190, 7]}
@@ -147,7 +161,16 @@ def test_dense_products_take_the_tiles_that_fill_waves() -> None:
 
 
 def test_clusters_are_for_large_groups() -> None:
-    chosen = lambda *a: dispatch.select(problem(*a), get_arch("h100")).steps[0].kernel  # noqa: E731
-    assert chosen("contiguous", 32768, 6144, 7168, 4) == chosen("offsets", 32768, 4096, 2048, 8) == fp8_cluster.NAME
-    assert chosen("contiguous", 4096, 7168, 2048, 8) != fp8_cluster.NAME != chosen("dense", 8192, 4096, 7168)
-    assert chosen("dense", 8192, 576, 7168) == chosen("dense", 4096, 32768, 512) == fp8_cluster.NAME     # by waves; by short tiles
+    step = lambda *a: dispatch.select(problem(*a), get_arch("h100")).steps[0]  # noqa: E731
+    chosen = lambda *a: (s := step(*a)).kernel == fp8_cluster.NAME and dict(s.config.extra)  # noqa: E731
+    assert chosen("contiguous", 32768, 6144, 7168, 4) == chosen("offsets", 32768, 4096, 2048, 8) == {"cluster_n": 2}
+    assert chosen("contiguous", 4096, 7168, 2048, 8) == {} and chosen("dense", 8192, 4096, 7168) is False
+    assert chosen("dense", 8192, 576, 7168) == {} and chosen("dense", 4096, 32768, 512) == {"cluster_n": 2}   # by waves; by short tiles
+
+
+def test_two_widths_are_for_few_rounds_of_long_tiles() -> None:
+    chosen = lambda *a: dict(dispatch.select(problem(*a), H200).steps[0].config.extra).get("wider")  # noqa: E731
+    assert chosen("offsets", 2078, 2048, 7168, 8) == 192
+    assert chosen("offsets", 2078, 7168, 2048, 8) is chosen("offsets", 32768, 2048, 7168, 8) is None
+    p = problem("contiguous", 2048, 2048, 7168, 8)
+    assert "sizes" in fp8_cluster.legal(p, fp8_cluster._config(128, 160, 5, wider=192), H200)

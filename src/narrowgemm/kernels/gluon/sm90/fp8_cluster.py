@@ -25,7 +25,7 @@ from .fp8_block import BACKEND as BACKEND
 from .fp8_block_tile import LAYOUTS, MAX_GROUPS
 from .fp8_cluster_tile import Tile
 from .refusals import OUT_BYTES
-from .tensor_maps import row_tiles
+from .tensor_maps import planes, row_tiles
 
 NAME = "gluon_sm90.fp8_cluster"
 
@@ -42,24 +42,25 @@ def supports(problem: Problem, arch: Arch) -> str | None:
 # block_m x block_n of one block -> warpgroups along M and N, pieces of a warpgroup, tensors of a piece, columns of one
 _SHAPES = {
     (128, 256): (1, 2, 2, 1, 128), (128, 192): (2, 1, 1, 3, 64), (128, 176): (2, 1, 1, 11, 16), (128, 144): (2, 1, 1, 9, 16),
+    (128, 160): (2, 1, 1, 5, 32),
 }
-_EXTRA = {"cluster_m": (1, 2), "cluster_n": (1, 2), "late_store": (0, 1), "mix": (0, 1)}
+_EXTRA = {"cluster_m": (1, 2), "cluster_n": (1, 2), "late_store": (0, 1), "mix": (0, 1), "wider": (0, 192)}
 
 
 def _config(bm: int, bn: int, stages: int, strip: int = 16, **extra: int) -> Config:
     return Config(bm, bn, 128, 9, stages, strip, persistent=True, extra=tuple(sorted(extra.items())))
 
 
-_CANDIDATES = (_config(128, 256, 4, cluster_n=2), )
 # of one piece a warpgroup, for where waves decide; 144 columns: four tiles of 576
-_DENSE = (*_CANDIDATES, _config(128, 192, 5, 8, cluster_m=2), _config(128, 144, 6))
+_DENSE = (_config(128, 256, 4, cluster_n=2), _config(128, 192, 5, 8, cluster_m=2), _config(128, 144, 6))
+_GROUPED = (_config(128, 256, 4, cluster_n=2), _config(128, 256, 4), _config(128, 160, 5, wider=192))
 _MIXED = _config(128, 192, 5, 8, cluster_m=2, mix=1)
 _FULL = 0.8                  # of the SMs' time in whole waves of 128x256: with more, nothing is won by mixing
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     if problem.layout != "dense":
-        return [c for c in _CANDIDATES if legal(problem, c, arch) is None]
+        return [c for c in _GROUPED if legal(problem, c, arch) is None]
     waves = -(-problem.m // 128) * -(-problem.n // 256) / min(arch.sms, problem.max_sms or arch.sms)
     mixed = (_MIXED, ) if waves < _FULL * math.ceil(waves) else ()
     return [c for c in (*_DENSE, *mixed) if legal(problem, c, arch) is None]
@@ -84,6 +85,8 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     if extra.get("mix") and (problem.layout != "dense" or config.block_n != 192 or problem.n <= 256 or cluster_n > 1
                              or extra.get("late_store")):
         return "mix=1 is for dense products of more than 256 columns on 192, clusters of rows, stores that aren't late"
+    if extra.get("wider") and (problem.layout in ("dense", "contiguous") or cluster > 1 or config.block_n != 160):
+        return "wider=192 is for blocks of 160 columns that are alone, and for layouts whose sizes are on the device"
     if tile_of(problem, config, arch) is None:
         return f"needs more shared memory than the {arch.smem} bytes of the device"
     return None
@@ -104,7 +107,7 @@ def tile_of(problem: Problem, config: Config, arch: Arch) -> Tile | None:
             A_SCALE_TMA=problem.a.scale_major == "mn" and problem.a.scale_dtype == "fp32",
             ZERO=problem.zero_padding and problem.layout in ("contiguous", "psum"), ACCUMULATE=problem.accumulate,
             STORE_TMA=problem.out_aligned, LATE_STORE=bool(extra.get("late_store", 0)) and not problem.accumulate,
-            MIX=bool(extra.get("mix", 0)))
+            MIX=bool(extra.get("mix", 0)), PITCH=extra.get("wider", 0))
         if tile.shared_bytes <= arch.smem:
             return tile
     return None
@@ -117,7 +120,11 @@ def workspace(problem: Problem, config: Config) -> int:
 # ---------------------------------------------------------------- cost
 # microseconds of one K block of 128 on one SM of an H200: where every SM is busy, and where only a few are: docs/measured.md
 _BLOCK_TIMES = {(128, 256): (0.757, 0.72), (128, 192): (0.640, 0.54), (128, 176): (0.680, 0.60),
-                (128, 144): (0.540, 0.46)}
+                (128, 144): (0.540, 0.46), (128, 160): (0.600, 0.50)}
+# of blocks that are alone in grouped products, by columns: the two, and where more than so many waves heat the chip
+_ALONE_TIMES = {256: (0.783, 0.72, 0.783), 192: (0.620, 0.56, 0.73), 160: (0.515, 0.47, 0.60)}
+_MANY_WAVES = 8
+_LONG, _SHORT = 4096, 1.06      # of K: with less, the start and end of more tiles outweigh what two widths save
 # of a dense product
 _DENSE_TIMES = {(128, 256): (0.780, 0.74), (128, 192): (0.560, 0.52), (128, 144): (0.520, 0.46)}
 _LONG_WAVES, _LONG_TIMES = 6, {(128, 192): 0.630}   # of one with more waves: power holds it
@@ -166,6 +173,9 @@ def of_spread(problem: Problem, config: Config, arch: Arch) -> float:
     rows, columns = extra.get("cluster_m", 1), extra.get("cluster_n", 1)
     unit = replace(config, block_m=config.block_m * rows, block_n=config.block_n * columns)
     counted = problem.layout not in ("dense", "contiguous")
+    if rows * columns == 1 and problem.layout != "dense" and config.block_n in _ALONE_TIMES:
+        both = [_of_alone(problem, config, arch, spread) for spread in ((False, True) if counted else (False, ))]
+        return sum(both) / len(both)
     works = {fp8_block.tiles(problem, unit, spread) for spread in ((False, True) if counted else (False, ))}
     clusters = min(arch.sms, problem.max_sms or arch.sms) // (rows * columns)
     busy, alone = _BLOCK_TIMES[config.block_m, config.block_n]
@@ -190,6 +200,25 @@ def of_spread(problem: Problem, config: Config, arch: Arch) -> float:
     return (total / len(works) + meet) * (_FEWER_ROWS if problem.layout != "dense" and problem.rows < _ROWS else 1.0)
 
 
+def _of_alone(problem: Problem, config: Config, arch: Arch, spread: bool) -> float:
+    """Seconds of blocks that are alone; of two widths, that which the device will find the faster one."""
+    sms = min(arch.sms, problem.max_sms or arch.sms)
+    works = {n: fp8_block.tiles(problem, replace(config, block_n=n), spread)
+             for n in (dict(config.extra).get("wider"), config.block_n) if n}
+    n = min(works, key=lambda n: math.ceil(works[n] / sms) * n)
+    busy, alone, many = _ALONE_TIMES[n]
+    work, block = works[n], problem.k // 128 * 1e-6 * fp8_block.rate(arch)
+    waves = work / sms
+    if waves <= 1:
+        seconds = block * (alone + (busy - alone) * waves) + fp8_block.TILE_SECONDS
+    else:
+        rounds = math.ceil(waves) if waves < 8 else waves + 0.5
+        seconds = rounds * (block * (many if waves > _MANY_WAVES else busy) + fp8_block.TILE_SECONDS)
+    slower = (math.ceil(waves) / waves) ** fp8_block._LAST_WAVE if waves > 1 else 1.0
+    seconds = fp8_block.with_memory(seconds, work, problem, arch, slower)
+    return seconds * (_SHORT if len(works) > 1 and problem.k < _LONG else 1.0)
+
+
 # ---------------------------------------------------------------- launch
 def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
     launching.launch(launches, step, problem, operands, workspace)
@@ -203,6 +232,9 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     tile = tile_of(problem, step.config, arch)
     assert tile is not None, f"{step.config} is not legal for {problem}"
     tile, given = fp8_block.arguments(problem, x, tile, tile.A_BOX)
+    wider = None
+    if tile.PITCH:
+        tile, wider = tile.with_wider(), planes(x.b.data, x.k, tile.PITCH & -tile.PITCH)
     clusters = min(problem.max_sms or arch.sms, arch.sms) // tile.CLUSTER
     grid = max(1, min(clusters, row_tiles(problem, x, tile.UNIT.BM) * -(-x.n // tile.UNIT.BN)))
     if tile.MIX:
@@ -210,4 +242,5 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
         grid = min(clusters, found.tiles)
         given = (*given[:11], found.strips, found.wide, *given[13:])     # in place of groups and their alignment
     options = {"num_warps": 4, "maxnreg": tile.max_registers}
-    return [Launch(device.fp8_cluster_kernel, (grid,), (*given, tile), options, tile.CLUSTER, boxes=tile.boxes)]
+    arguments = (*given[:3], wider, *given[3:], tile)
+    return [Launch(device.fp8_cluster_kernel, (grid,), arguments, options, tile.CLUSTER, boxes=tile.boxes)]

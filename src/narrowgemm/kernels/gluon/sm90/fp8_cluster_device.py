@@ -11,6 +11,9 @@ arrives at a barrier by itself. All of that is PTX (`cluster_device.py`, `wgmma_
     consumer (2 x 4)     wgmma of a piece, 64 rows, over a K block; promotion of its sum to FP32; release of the slot; stores
     idle (3)             are at the waits for the cluster, which is for every warp there is
 
+Where only the device knows the sizes of groups, a kernel may have two widths of tiles: every block counts the tiles of both by the
+table of groups, and takes that of the shorter rounds.
+
 There are registers for one partial sum, and it is the other warpgroup that keeps the tensor cores busy during a promotion:
 
     issue 0.0 | scales | promote 0.0, issue 0.1 | wait for the next slot | release this one, promote 0.1, issue 1.0 | ...
@@ -21,118 +24,17 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from . import cluster_device as cluster
-from .counters_device import await_count
 from .fp8_block_parts_device import (
     ROW_OF_FLOATS, add_output, advance, column_scales, load_a_scales, parts, promote, scaled, store_part, store_zeros)
 from .fp8_block_schedule_device import (
-    CONTIGUOUS, DENSE, MASKED, PSUM, first_tile, fresh, has_products, is_live, next_tile, total_tiles)
+    DENSE, PSUM, first_tile, fresh, has_products, is_live, next_tile, total_tiles)
+from .fp8_cluster_feed_device import barriers, has_rows, idle, own_tile, producer
 from .fp8_cluster_scales_device import a_scale_base, b_scale, b_scale_bases, load_b_scales
 from .ring_device import groups_table
 from .shim import view_as, view_rows
 from .wgmma_device import keep, multiply, wait
 
 BYTES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
-
-
-# ---------------------------------------------------------------- one block of a cluster
-@gluon.jit
-def own_tile(tile, cfg: gl.constexpr):
-    """This block's part of its cluster's tile. Past the last tile: n = -1 in both."""
-    n, g, first, end, stop = tile
-    if cfg.CLUSTER_M > 1:
-        first += cluster.rank() * cfg.BM
-    if cfg.CLUSTER_N > 1:
-        n = gl.where(n < 0, -1, n * cfg.CLUSTER_N + cluster.rank())
-    return n, g, first, end, stop
-
-
-@gluon.jit
-def has_rows(own, M, cfg: gl.constexpr, FROM: gl.constexpr):
-    """Whether any row of this block's part from row FROM of it on may be the group's. A block without any only passes on what the
-    other needs, a warpgroup without any leaves the tensor cores to the other."""
-    if cfg.LAYOUT == DENSE or cfg.LAYOUT == CONTIGUOUS:
-        return own[2] + FROM < M
-    else:
-        return own[2] + FROM < own[3]
-
-
-# ---------------------------------------------------------------- the ring: [staging of the store][A][B][A's scales][barriers]
-@gluon.jit
-def barriers(cfg: gl.constexpr):
-    """Addresses of (full, empty), a barrier a slot each."""
-    full = cluster.start_of_shared() + cfg.BARS_AT
-    return full, full + cfg.STAGES * 8
-
-
-@gluon.jit
-def load_block(descs, full, slot, at, kb, rows, cfg: gl.constexpr):
-    """K block kb into a slot; `rows`: whether this block needs any of A."""
-    a_desc, sa_desc, b_desc = descs
-    a_plane, a_row, b_plane, b_row, sa_row, sa_col = at
-    SKIPS: gl.constexpr = cfg.CLUSTER_M > 1
-    KERNEL: gl.constexpr = cfg.KERNEL
-    start = full - cfg.BARS_AT
-    bar = full + slot * 8
-    a_share = gl.to_tensor(0)
-    b_share = gl.to_tensor(0)
-    if cfg.CLUSTER_N > 1:
-        a_share = cluster.rank() * cfg.A_BOX
-    if cfg.CLUSTER_M > 1:
-        b_share = cluster.rank() * cfg.B_BOX
-    if SKIPS:
-        cluster.expect(bar, gl.where(rows, cfg.BLOCK_BYTES, cfg.BN * 128))
-    else:
-        cluster.expect(bar, cfg.BLOCK_BYTES)
-    cluster.load(b_desc, KERNEL, cfg.B_PARAMETER, (b_plane, b_row + b_share, kb * 128), bar,
-                 start + (cfg.B_AT + (slot * cfg.BN + b_share) * 128), cfg.CLUSTER_M)
-    if not SKIPS or rows:
-        cluster.load(a_desc, KERNEL, 0, (a_plane, a_row + a_share, kb * 128), bar, start + (cfg.A_AT + (slot * cfg.BM + a_share) * 128),
-                     cfg.CLUSTER_N)
-        if cfg.A_SCALE_TMA:
-            cluster.load_rows(sa_desc, KERNEL, cfg.SA_PARAMETER, (sa_row + kb, sa_col), bar,
-                              start + (cfg.SA_AT + slot * (cfg.BM * 4)))
-
-
-@gluon.jit
-def producer(descs, table, problem, sa_pitch, cfg: gl.constexpr, sync_ptr=None, NT=0):
-    """sync_ptr, NT: where the weights of groups to come are expanded meanwhile, see `fold_whole_device.py`."""
-    index_ptr, M, N, KB, G, alignment = problem
-    UNIT: gl.constexpr = cfg.UNIT
-    full, empty = barriers(cfg)
-    cluster.wait_all(cfg.CLUSTER)
-    work = (index_ptr, table, M, N, KB, G, alignment, total_tiles(table, M, N, UNIT, 1, G, alignment))
-    slot = gl.to_tensor(0)
-    phase = gl.to_tensor(1)
-    made = gl.to_tensor(-1)     # the group whose weights are known to be there
-    cursor, tile = first_tile(work, UNIT, 1)
-    n, g, first, end, stop = tile
-    while n >= 0:
-        own = own_tile((n, g, first, end, stop), cfg)
-        a_plane = g * 0
-        if cfg.LAYOUT == MASKED:
-            a_plane = g
-        at = (a_plane, own[2], g, own[0] * cfg.STEP, a_plane * sa_pitch, own[2])
-        rows = has_rows(own, M, cfg, 0)
-        # the next tile is looked up first, so that its loads are off the path between two tiles
-        run = has_products((n, g, first, end, stop), cfg)
-        cursor, ahead = next_tile(cursor, (n, g, first, end, stop), work, UNIT, 1)
-        if run:
-            if cfg.PIECE > 0:
-                if g != made:
-                    await_count(sync_ptr + 1 + g, NT * 4 * ((KB + cfg.PIECE - 1) // cfg.PIECE))
-                    made = g
-            for kb in range(0, KB):
-                cluster.wait(empty + slot * 8, phase, 1)
-                load_block(descs, full, slot, at, kb, rows, cfg)
-                slot, phase = advance(slot, phase, cfg.STAGES)
-        n, g, first, end, stop = ahead
-    cluster.wait_all(cfg.CLUSTER)      # what the other block still sends, it sends to one that is there
-
-
-@gluon.jit
-def idle(cfg: gl.constexpr):
-    cluster.wait_all(cfg.CLUSTER)
-    cluster.wait_all(cfg.CLUSTER)
 
 
 # ---------------------------------------------------------------- sums
@@ -142,7 +44,7 @@ def start_piece(slot, p, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr, 
     """Start a warpgroup's product of 64 rows over the K block in `slot`: COUNT sums of WN columns."""
     start = cluster.start_of_shared()
     a = start + (slot * (cfg.BM * 128) + (cfg.A_AT + (WM * cfg.MP + PIECE) * 64 * 128))
-    b = start + (slot * (cfg.BN * 128) + (cfg.B_AT + WN * cfg.NP * cfg.WN * 128))
+    b = start + (slot * (cfg.B_ROWS * 128) + (cfg.B_AT + WN * cfg.NP * cfg.WN * 128))
     return multiply(a, b, p, COUNT, cfg.WN, mma)
 
 
@@ -361,20 +263,58 @@ def prepare(out_ptr, index_ptr, M, G, alignment, cfg: gl.constexpr):
     return ring, d_s, groups_table(ring, index_ptr, M, G, alignment, UNIT)
 
 
+@gluon.jit
+def is_wider(table, M, N, cfg: gl.constexpr):
+    """Whether all tiles take less time WIDER. Rounds of tiles hang on the sizes of groups; a round's time, on its columns."""
+    OWN: gl.constexpr = cfg.UNIT
+    WIDER: gl.constexpr = cfg.WIDER.UNIT
+    blocks = gl.num_programs(0)
+    return gl.cdiv(total_tiles(table, M, N, WIDER, 4), blocks) * WIDER.BN <= gl.cdiv(total_tiles(table, M, N, OWN, 4), blocks) * OWN.BN
+
+
+@gluon.jit
+def consumer_of(wider, d_desc, out, scales, ring, d_s, table, problem, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr):
+    WIDER: gl.constexpr = cfg.WIDER
+    if wider:
+        consumer(d_desc, out, scales, ring, d_s, table, problem, WIDER, WM, WN)
+    else:
+        consumer(d_desc, out, scales, ring, d_s, table, problem, cfg, WM, WN)
+
+
+@gluon.jit
+def producer_of(wider, descs, wider_desc, table, problem, sa_pitch, cfg: gl.constexpr):
+    WIDER: gl.constexpr = cfg.WIDER
+    if wider:
+        producer((descs[0], descs[1], wider_desc), table, problem, sa_pitch, WIDER)
+    else:
+        producer(descs, table, problem, sa_pitch, cfg)
+
+
 @gluon.jit(do_not_specialize=["M", "KB", "G", "alignment", "sa_pitch", "sag", "sam", "sak", "sbg", "sbn",
                               "out_pitch"])
-def fp8_cluster_kernel(a_desc, sa_desc, b_desc, d_desc, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N, KB, G, alignment,
+def fp8_cluster_kernel(a_desc, sa_desc, b_desc, wider_desc, d_desc, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N, KB, G, alignment,
                     sa_pitch, sag, sam, sak, sbg, sbn, sbk, og, om, out_pitch, cfg: gl.constexpr):
-    """A persistent grid of clusters; arguments as `fp8_block_kernel` has them."""
+    """A persistent grid of clusters; arguments as `fp8_block_kernel` has them. wider_desc: B in boxes of WIDER."""
     ring, d_s, table = prepare(out_ptr, index_ptr, M, G, alignment, cfg)
 
     problem = (index_ptr, M, N, KB, G, alignment)
     scales = (sa_ptr, sag, sam, sak, sb_ptr, sbg, sbn, sbk)
     out = (out_ptr, og, om, out_pitch)
-    gl.warp_specialize([
-        (consumer, (d_desc, out, scales, ring, d_s, table, problem, cfg, 0, 0)),
-        (consumer, (d_desc, out, scales, ring, d_s, table, problem, cfg, cfg.WGM - 1, cfg.WGN - 1)),
-        (idle, (cfg, )),
-        (producer, ((a_desc, sa_desc, b_desc), table, problem, sa_pitch, cfg)),
-        (idle, (cfg, )),
-    ], [4, 2, 1, 1], [cfg.CONSUMER_REGISTERS, cfg.PRODUCER_REGISTERS, cfg.PRODUCER_REGISTERS, cfg.PRODUCER_REGISTERS])
+    descs = (a_desc, sa_desc, b_desc)
+    if cfg.WIDER is None:
+        gl.warp_specialize([
+            (consumer, (d_desc, out, scales, ring, d_s, table, problem, cfg, 0, 0)),
+            (consumer, (d_desc, out, scales, ring, d_s, table, problem, cfg, cfg.WGM - 1, cfg.WGN - 1)),
+            (idle, (cfg, )),
+            (producer, (descs, table, problem, sa_pitch, cfg)),
+            (idle, (cfg, )),
+        ], [4, 2, 1, 1], [cfg.CONSUMER_REGISTERS, cfg.PRODUCER_REGISTERS, cfg.PRODUCER_REGISTERS, cfg.PRODUCER_REGISTERS])
+    else:
+        wider = is_wider(table, M, N, cfg)
+        gl.warp_specialize([
+            (consumer_of, (wider, d_desc, out, scales, ring, d_s, table, problem, cfg, 0, 0)),
+            (consumer_of, (wider, d_desc, out, scales, ring, d_s, table, problem, cfg, cfg.WGM - 1, cfg.WGN - 1)),
+            (idle, (cfg, )),
+            (producer_of, (wider, descs, wider_desc, table, problem, sa_pitch, cfg)),
+            (idle, (cfg, )),
+        ], [4, 2, 1, 1], [cfg.CONSUMER_REGISTERS, cfg.PRODUCER_REGISTERS, cfg.PRODUCER_REGISTERS, cfg.PRODUCER_REGISTERS])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .fp8_block_tile import LAYOUTS, WARPGROUP_ROWS
 
@@ -62,6 +62,9 @@ class Tile:
     PIECE: int = 0           # K blocks of a piece of the weights of groups to come, which are expanded meanwhile; 0: none are
     GATE: int = 0            # as of `FoldTile`
     FLAGS: int = 32
+    PITCH: int = 0           # rows of B that a slot has room for; 0: BN
+    B_DESC: int = 0          # which of B's two descriptors
+    WIDER: Tile | None = None    # the tile that is taken instead where the device finds that its rounds are shorter
     KERNEL: str = "fp8_cluster_kernel"      # whose parameters the descriptors are
     CONSUMER_REGISTERS: int = 232
     PRODUCER_REGISTERS: int = 40
@@ -77,6 +80,7 @@ class Tile:
     B_SCALES: int = field(init=False)       # blocks of 128 that a piece's columns may lie in
     A_AT: int = field(init=False)           # bytes from the start of shared memory, where the staging of the store is, to A's ring
     B_AT: int = field(init=False)           # to B's
+    B_ROWS: int = field(init=False)         # rows of a slot of it
     SA_AT: int = field(init=False)          # to A's scales
     BARS_AT: int = field(init=False)        # to the barriers
     SA_PARAMETER: int = field(init=False)   # number, among the kernel's PTX parameters, of the descriptor of A's scales
@@ -100,11 +104,12 @@ class Tile:
         put("BLOCK_BYTES", (self.BM + self.BN) * 128 + (self.BM * 4 if self.A_SCALE_TMA else 0))
         put("A_AT", CONSUMERS * self.OUT_BUFFERS * WARPGROUP_ROWS * self.OUT_COLS * self.OUT_BYTES)
         put("B_AT", self.A_AT + self.STAGES * self.BM * 128)
-        put("SA_AT", self.B_AT + self.STAGES * self.BN * 128)
+        put("B_ROWS", self.PITCH or self.BN)
+        put("SA_AT", self.B_AT + self.STAGES * self.B_ROWS * 128)
         put("BARS_AT", self.SA_AT + (self.STAGES * self.BM * 4 if self.A_SCALE_TMA else 0))
         # a descriptor of rank r is 1 + 2 r parameters: itself, sizes, strides
         put("SA_PARAMETER", 7)
-        put("B_PARAMETER", 12 if self.A_SCALE_TMA else 7)
+        put("B_PARAMETER", (12 if self.A_SCALE_TMA else 7) + 7 * self.B_DESC)
 
     @property
     def max_registers(self) -> int:
@@ -113,7 +118,13 @@ class Tile:
     @property
     def boxes(self) -> tuple[tuple[int, int], ...]:
         """For `Launch.boxes`: rows of B's box, which Triton's frontend takes powers of two for."""
-        return ((2 if self.A_SCALE_TMA else 1, self.B_BOX), ) if self.B_BOX & (self.B_BOX - 1) else ()
+        which = (2 if self.A_SCALE_TMA else 1) + self.B_DESC
+        own = ((which, self.B_BOX), ) if self.B_BOX & (self.B_BOX - 1) else ()
+        return own + (self.WIDER.boxes if self.WIDER else ())
+
+    def with_wider(self) -> Tile:
+        """Of a tile whose slots have room for more columns: that with the wider one."""
+        return replace(self, WIDER=replace(self, NP=self.PITCH // self.WN, B_DESC=1))
 
     @property
     def shared_bytes(self) -> int:
