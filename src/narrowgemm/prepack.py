@@ -15,9 +15,9 @@ The element's bits are placed into BF16's exponent and mantissa, and one multipl
 exact while a row's scales lie in a window of 134 (E2M1) or 132 (E4M3) powers of two that ends at 2^1 or 2^7. A row outside
 is shifted into it, and `factor` takes the shift back in FP32; a row with a NaN has NaN there. See `shifts`.
 
-The order `narrow_fp8_sm90/1` is the same for E2M1 weights of FP8 activations, whose scales fold into E4M3 (`top`), with other bits
-in a word: magnitudes stay, in the nibbles that a table is looked up by, and signs lie where bytes have theirs. It takes seven
-operations for eight codes to E4M3, where the other order takes 19, and 15 to BF16.
+The order `narrow_fp8_sm90/1` is the same for E2M1 weights of FP8 and BF16 activations, whose scales fold into E4M3 (`top`), with
+other bits in a word: magnitudes stay, in the nibbles that a table is looked up by, and signs lie where bytes have theirs. It takes
+seven operations for eight codes to E4M3, where the other order takes 19, and 21 to BF16, where the other takes 15.
 """
 
 from __future__ import annotations
@@ -136,8 +136,8 @@ def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16")
     pair: for gate_up weights whose activation is to be fused, how gate and up rows lie in `weights`: 'halves' ([gate; up]) or
         'interleaved' (gate, up, gate, up, ... as GPT-OSS). N must then be even.
     activations: 'bf16', an order that works for activations of every format, or 'fp8': MXFP4 weights whose scales fold into E4M3
-        get the order `FP8_PREPACK`, which is multiplied with FP8 activations on FP8 tensor cores (activations of other formats
-        then run on the reference); other weights get the first order.
+        get the order `FP8_PREPACK`, which is multiplied on FP8 tensor cores with FP8 1x128 activations and with BF16 ones, as two
+        E4M3 numbers each (activations of other formats then run on the reference); other weights get the first order.
 
     Works on any device, some experts at a time. It reads the scales back once, so call it when loading. Raises TypeError or
     ValueError for weights that are not of this kind, and Unsupported if the scales of one row are further apart than BF16 can

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,7 +16,8 @@ from narrowgemm.formats import BF16, FP16, MXFP4, MXFP8, Format, FP8_1x128, Scal
 from narrowgemm.kernels.gluon.sm90 import narrow
 from narrowgemm.kernels.gluon.sm90.narrow_tile import Static
 from narrowgemm.kernels.operands import Operands
-from narrowgemm.prepack import PREPACK, PackedWeight
+from narrowgemm.prepack import PackedWeight
+from narrowgemm.prepack_bits import FP8_PREPACK, PREPACK
 from narrowgemm.problem import Config, Epilogue, Operand, Problem, Step
 
 from .._compile import compile_jobs
@@ -33,7 +35,8 @@ FEW = (("offsets", BF16, MXFP4, 128, 4, 5760, 2880, "interleaved", "swiglu_oai",
        ("contiguous", FP8_1x128, MXFP4, 8, 320, 7168, 2048, "", "", False, False),
        ("psum", FP8_1x128, MXFP8, 16, 200, 2048, 1152, "", "", False, False),
        ("masked", FP8_1x128, MXFP4, 8, 160, 7168, 2048, "", "", False, True),
-       ("offsets", FP16, MXFP4, 128, 64, 2880, 2880, "", "", False, False))
+       ("offsets", FP16, MXFP4, 128, 64, 2880, 2880, "", "", False, False),
+       ("offsets", BF16, FP8_PREPACK, 128, 1024, 5760, 2880, "interleaved", "swiglu_oai", False, False))
 
 SOME = (4, 9)       # what the newest Triton compiles in every run: tokens in their order; gathered, two halves of each
 
@@ -50,6 +53,11 @@ def problem(layout: str, a: Format, b: Format, groups: int, slots: int, n: int, 
                    Operand(b, prepack=f"{PREPACK}:{pair}" if pair else PREPACK, scale_dtype="e8m0"),
                    rows=max(1, slots // groups), epilogue=Epilogue(bool(activation), activation, args, pair == "interleaved", combine, combine),
                    a_div=TOP_K if activation else 1)
+
+
+def for_fp8(p: Problem) -> Problem:
+    """The same with weights that were packed for FP8."""
+    return replace(p, b=replace(p.b, prepack=p.b.prepack.replace(PREPACK, FP8_PREPACK), folds=True))
 
 
 def operands(p: Problem, pair: str, factors: bool) -> Operands:
@@ -106,14 +114,18 @@ def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], ob
     for number, (layout, a, b, groups, slots, n, k, pair, activation, combine, factors) in enumerate(FEW):
         if which == "some" and number not in SOME:
             continue
-        p = problem(layout, a, b, groups, slots, n, k, pair, activation, combine)
+        p = problem(layout, a, MXFP4 if b == FP8_PREPACK else b, groups, slots, n, k, pair, activation, combine)
+        x = operands(p, pair, factors)
+        if b == FP8_PREPACK:
+            p = for_fp8(p)
+            x.top = torch.empty((groups, -(-n // 64) * 64), dtype=torch.uint8, device="meta")
         assert narrow.supports(p, ARCH) is None
-        every = [narrow.make_config(bt, *shape, wide=wide) for bt, shapes in narrow.SHAPES[b.element].items() for shape in shapes
+        every = [narrow.make_config(bt, *shape, wide=wide) for bt, shapes in narrow.SHAPES[p.b.format.element].items() for shape in shapes
                  for wide in (False, True)]
         for c in every if which == "all" else narrow.configs(p, ARCH)[:1]:
             if narrow.legal(p, c, ARCH) is None:
-                yield (f"m64n{c.block_m}k16 | {layout} {a.name} x {b.name} {activation} | {c} | {narrow.smem_bytes(p, c)}",
-                       partial(compile_step, p, c, operands(p, pair, factors)))
+                yield (f"m64n{c.block_m}k16 | {layout} {a.name} x {p.b.format.name} {p.b.prepack} {activation} | {c} | {narrow.smem_bytes(p, c)}",
+                       partial(compile_step, p, c, x))
 
 
 def check(reports: list[dict]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from narrowgemm.arch import get_arch
-from narrowgemm.formats import BF16, MXFP4, MXFP8, Format, FP8_1x128
+from narrowgemm.formats import BF16, FP16, MXFP4, MXFP8, Format, FP8_1x128
 from narrowgemm.kernels.gluon.sm90 import narrow, narrow_fp8_model, narrow_prefill
 from narrowgemm.kernels.gluon.sm90.narrow_prefill_tile import BOXES, FP8_WIDTHS, WIDTHS
 from narrowgemm.ops.explain import describe, explain
@@ -81,12 +81,15 @@ def for_fp8(**kw: object) -> Problem:
 
 
 def test_weights_packed_for_fp8() -> None:
-    """Only FP8 1x128 tokens go with them; the kernel for few tokens leaves them to this one; every tile fits."""
+    """FP8 1x128 tokens go with them, which the kernel for few tokens leaves to this one, and BF16 ones; every tile fits."""
     p = for_fp8()
     assert narrow_prefill.supports(p, ARCH) is None
     assert narrow_prefill.supports(replace(p, a=Operand(FP8_1x128, scale_dtype="e8m0")), ARCH) is None
-    for a in (Operand(BF16), Operand(MXFP4, scale_dtype="e8m0"), Operand(MXFP8, scale_dtype="e8m0")):
-        assert "FP8 1x128" in (narrow_prefill.supports(replace(p, a=a), ARCH) or "")
+    bf16 = replace(p, a=Operand(BF16))
+    assert narrow_prefill.supports(bf16, ARCH) is None and narrow.supports(bf16, ARCH) is None
+    for a in (Operand(FP16), Operand(MXFP4, scale_dtype="e8m0"), Operand(MXFP8, scale_dtype="e8m0")):
+        for kernel in (narrow, narrow_prefill):
+            assert "BF16" in (kernel.supports(replace(p, a=a), ARCH) or "")
     assert FP8_PREPACK in (narrow.supports(p, ARCH) or "")
     found = narrow_prefill.configs(p, ARCH)
     shapes = {*narrow_prefill.FP8_SHAPES, narrow_prefill.FP8_PAIR}
@@ -95,6 +98,11 @@ def test_weights_packed_for_fp8() -> None:
     for slots, factor in ((False, False), (True, True)):
         tiles = [narrow_prefill.tile_of(p, c, slots, factor) for c in found]
         assert all(t.FP8 and not t.CHUNKED and not t.XFACTOR and t.shared_bytes <= ARCH.smem for t in tiles)
+    assert all(bool(dict(c.extra).get("bf16")) != narrow_prefill.tile_of(bf16, c).TWO for c in narrow_prefill.configs(bf16, ARCH))
+    wide = [c for c in narrow_prefill.configs(bf16, ARCH) if dict(c.extra).get("bf16")]
+    assert len(narrow_prefill.configs(bf16, ARCH)) - len(wide) == len(found) == len(shapes) and len(wide) == len(narrow_prefill.WIDE_SHAPES)
+    for c in wide:      # weights become BF16, and no FP8 tokens go with that
+        assert narrow_prefill.tile_of(bf16, c).NIBBLES and "bf16=1" in (narrow_prefill.legal(p, c, ARCH) or "")
     assert "tile" in (narrow_prefill.legal(p, narrow_prefill.configs(problem(), ARCH)[-1], ARCH) or "")
     assert narrow_prefill.regions(p, found[0], 100, 100).xfactor - narrow_prefill.regions(p, found[0], 100, 100).x < 2 * 100 * 2944
 

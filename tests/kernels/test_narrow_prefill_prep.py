@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from narrowgemm.formats import MXFP4, MXFP8, FP8_1x128
-from narrowgemm.kernels.gluon.sm90.narrow_prefill import FP8_ORDER, PREP_K, PrepStatic
+from narrowgemm.kernels.gluon.sm90 import narrow_tile
+from narrowgemm.kernels.gluon.sm90.narrow_prefill import FP8_ORDER, NIBBLE_ORDER, PREP_K, TWO_ORDER, PrepStatic
 from narrowgemm.kernels.gluon.sm90.narrow_tile import KINDS, TABLE_HEAD
 from narrowgemm.reference.quantize import dequantize, quantize
 from narrowgemm.scales import e8m0_to_float
@@ -30,9 +31,9 @@ def run(device: str, kind: str, xkind: int, x: torch.Tensor, xs: torch.Tensor | 
 
     total = positions * (groups if kind == "masked" else 1)
     kx = -(-K // 128) * 128
-    wide = 2 * kx if xkind == 4 else kx
+    wide = 2 * kx if xkind in (4, TWO_ORDER) else kx
     cap = total // BT + (total if blocks else groups)
-    payload = torch.float8_e4m3fn if xkind == FP8_ORDER else torch.bfloat16
+    payload = torch.float8_e4m3fn if xkind in (FP8_ORDER, TWO_ORDER) else torch.bfloat16
     out = {"x": torch.full((total, wide), 7.0, device=device).to(payload), "factor": torch.full((total,), 7.0, device=device),
            "weight": torch.full((total,), 7.0, device=device), "live": torch.full((num_slots,), 9, dtype=torch.int8, device=device),
            "table": torch.full((TABLE_HEAD + 3 * cap,), -9, dtype=torch.int32, device=device)}
@@ -168,6 +169,78 @@ def test_fp8_rows_for_weights_packed_for_them(device: str, scale_type: str) -> N
     for j, on in enumerate((0, 1, 8, 9)):
         expected[:11 - on, :, j] = value[on:].nan_to_num(7.0)
     assert torch.equal(got["ratios"].cpu().nan_to_num(7.0), expected)
+
+
+def fp8_order(x: torch.Tensor) -> torch.Tensor:
+    """[R, K] to [R, blocks, 128], as weights packed for FP8 have K: words of four of the four blocks of 32 in turn."""
+    rows, k = x.shape
+    out = torch.zeros(rows, -(-k // 128) * 128, dtype=x.dtype)
+    out[:, :k] = x
+    return out.view(rows, -1, 4, 8, 4).permute(0, 1, 3, 2, 4).reshape(rows, -1, 128)
+
+
+def bf16_rows() -> torch.Tensor:
+    """Values over 8 powers of two, over all of BF16's, at both ends of it, and what is no number."""
+    g = torch.Generator().manual_seed(7)
+    x = torch.randn(7, K, generator=g)
+    x[0] = (x[0].sign() * (1 + x[0].abs().fmod(1))) * 2.0 ** torch.arange(K).remainder(8)
+    x[1] *= 2.0 ** torch.randint(-100, 100, (K,), generator=g)
+    x[2] *= 2.0**-131
+    x[3] *= 2.0**125
+    x[4, 5], x[4, 6] = torch.inf, -torch.inf
+    x[5, 7] = torch.nan
+    x[6] = 0.0
+    return x.bfloat16()
+
+
+def check_two(first: torch.Tensor, second: torch.Tensor, unit: torch.Tensor, x: torch.Tensor) -> None:
+    """first, second [R, blocks, 128] in `unit` [R, blocks]: exact where the largest is at most 2^8 times a value, within 2^-17 of it
+    elsewhere; infinities and NaN where they are."""
+    want, finite = fp8_order(x.float()), torch.ones(len(x), dtype=torch.bool)
+    finite[4:6] = False
+    back = (first.float() + second) * unit[..., None]
+    top = (128 * unit)[..., None]
+    assert torch.equal(back[0], want[0]) and bool((want.abs().amax(-1) >= top[..., 0])[0].all())
+    error = (back - want).abs()[finite]
+    assert bool((error <= torch.where(want.abs() >= top * 2**-8, 0.0, torch.maximum(top * 2**-17, torch.tensor(2.0**-133)))[finite]).all())
+    assert not bool(back[6].any())
+    block = fp8_order((x[4:5].isinf()).float())[0] * fp8_order(x[4:5].float().sign())[0]
+    at = unit[4].isinf()
+    assert bool(at.any()) and torch.equal(first[4].float()[at], block[at]) and not bool(second[4][at].any())
+    assert torch.equal(back[5].isnan(), want[5].isnan())
+
+
+def test_bf16_as_two_numbers_in_units_of_128(device: str) -> None:
+    x = bf16_rows()
+    got = run(device, "dense", TWO_ORDER, x.to(device), None, torch.zeros(1, dtype=torch.int32, device=device), None, None, 1, 7, 7)
+    first, second = got["x"].cpu().float().view(7, -1, 2, 128).unbind(2)
+    units = got["ratios"].cpu()
+    assert torch.equal(units, units[..., :1].expand_as(units))
+    check_two(first, second, units[..., 0], x)
+
+
+def test_bf16_for_weights_packed_for_fp8(device: str) -> None:
+    """Code i of a word's eight beside code i + 4."""
+    x = torch.randn(5, K, generator=torch.Generator().manual_seed(8)).bfloat16()
+    got = run(device, "dense", NIBBLE_ORDER, x.to(device), None, torch.zeros(1, dtype=torch.int32, device=device), None, None, 1, 5, 5)
+    want = torch.zeros(5, 256, dtype=torch.bfloat16)
+    want[:, :K] = x
+    assert torch.equal(got["x"].cpu(), want.view(5, 2, 4, 4, 2, 4).permute(0, 1, 3, 5, 2, 4).reshape(5, 256))
+
+
+@pytest.mark.parametrize("part", [256, 512])
+def test_bf16_as_two_numbers_in_units_of_a_row(device: str, part: int) -> None:
+    """In the launch in front of the kernel for few tokens: second numbers in 32nds."""
+    from narrowgemm.kernels.gluon.sm90.narrow_prep_device import narrow_prep_kernel as kernel
+
+    x, kx = bf16_rows(), 512
+    out, unit = torch.full((7, 2 * kx), 7.0, device=device).to(torch.float8_e4m3fn), torch.zeros(7, device=device)
+    i32 = torch.zeros(64, dtype=torch.int32, device=device)
+    cfg = narrow_tile.PrepStatic(KINDS["dense"], 8, 1, TWO_ORDER, 32, 1, False, part, False)
+    kernel[(1 + 7 * (512 // part),)](x.to(device), out, out, unit, i32, i32, i32, i32, i32, i32, i32, 7, K, kx, 0, K, 0, 0, 0, 1, 7, 7, 1, 8, 4, cfg)
+    first, second = out.cpu().float().view(7, -1, 2, 128).unbind(2)
+    assert not bool(first[:, 2:].any() or second[:, 2:].any())
+    check_two(first[:, :2], second[:, :2] / 32, unit.cpu()[:, None].expand(7, 2), x)
 
 
 def test_ratios_of_scales_take_a_sum_from_block_to_block(device: str) -> None:

@@ -25,6 +25,7 @@ class Log:
         self.computed: list[tuple] = []
         self.stored: list[tuple] = []
         self.pieces: list[tuple] = []
+        self.tops: list[tuple] = []
 
 
 def module(log: Log, table: list[tuple[int, int, int]], program: int, programs: int) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def module(log: Log, table: list[tuple[int, int, int]], program: int, programs: 
     gl = types.SimpleNamespace(
         constexpr=lambda x: x, where=lambda c, a, b: a if c else b, minimum=min, maximum=max, cdiv=lambda a, b: -(-a // b), to_tensor=lambda x: x,
         static_range=range, load=load, program_id=lambda _: program, num_programs=lambda _: programs, zeros=lambda *_: 0,
-        float32=None, uint8=None, int8=None, int32=None, bfloat16=None, allocate_shared_memory=lambda *_: None,
+        float32=None, uint8=None, int8=None, int32=None, int64=None, bfloat16=None, float8e4nv=None, allocate_shared_memory=lambda *_: None,
         **{n: (lambda *a, **k: None) for n in ("NVMMADistributedLayout", "SliceLayout", "BlockedLayout", "SwizzledSharedLayout",
                                                "NVMMASharedLayout")})
     source = Path(sm90.__path__[0], "narrow_device.py").read_text()
@@ -55,9 +56,16 @@ def module(log: Log, table: list[tuple[int, int, int]], program: int, programs: 
     def issue_tokens(x, xs, xo, live, k, slot, *_: Any) -> None:
         log.tokens.append((xo, live, k, slot))
 
-    def multiply(acc, rings, slot, cfg):
+    def multiply(acc, rings, slot, *_: Any):
         log.computed.append(slot)
         return acc + 1
+
+    def tile_tops(ptr, e, nt, tiles, cfg) -> tuple:
+        return e, nt
+
+    def multiply8(acc, rings, slot, tops, tables, cfg):
+        log.tops.append(tops)
+        return multiply(acc, rings, slot)
 
     def leave(acc, part, count, piece, first_cta, *_: Any) -> int:
         log.pieces.append((first_cta, piece, acc))
@@ -70,7 +78,7 @@ def module(log: Log, table: list[tuple[int, int, int]], program: int, programs: 
         assert given[1:] == (nt, slots)
         log.stored.append((*given, acc))
 
-    names |= {"issue_weights": issue_weights, "issue_tokens": issue_tokens, "multiply": multiply, "leave": leave, "vectors": vectors, "finish": finish,
+    names |= {"tile_tops": tile_tops, "lane_table": lambda: None, "X8_TILE": None, "issue_weights": issue_weights, "issue_tokens": issue_tokens, "multiply": multiply, "multiply8": multiply8, "leave": leave, "vectors": vectors, "finish": finish,
               "load_slots": lambda p, first, rows, cfg, layout: (first, rows), "x_offsets": lambda slots, *_: (slots, 1)}
     return names
 
@@ -86,7 +94,7 @@ def test_every_step_once_and_what_is_copied_is_what_is_computed(entries, tiles, 
     if kind == "dense":
         table = [(0, 8 * b, 8 if b < entries - 1 else 3) for b in range(entries)]
     cfg = types.SimpleNamespace(BT=8, STAGES=stages, ROWS=64, CW=1, CH=1, PDL=True, XSCALE=False, DOUBLE=False, WAYS=4,
-                                SLOTS=kind == "gathered", DENSE=kind == "dense", EARLY=stages == 2, W_BOX=0, S_BOX=0, RING_ROWS=0)
+                                SLOTS=kind == "gathered", DENSE=kind == "dense", EARLY=stages == 2, FP8=stages == 3, W_BOX=0, S_BOX=0, RING_ROWS=0)
     done: Counter = Counter()
     sums: Counter = Counter()
     places: set[int] = set()
@@ -115,6 +123,7 @@ def test_every_step_once_and_what_is_copied_is_what_is_computed(entries, tiles, 
                 runs.append([(e, nt)])
         whole = [r for r in runs if len(r) == steps]
         assert [(e, nt, rows[e], steps) for (e, nt), *_ in whole] == log.stored
+        assert log.tops == ([(0 if kind == "dense" else e, nt) for run in runs for e, nt in run] if cfg.FP8 else [])
         assert len(log.pieces) == len(runs) - len(whole) <= 2
         for first, piece, acc in log.pieces:
             sums[first] += acc

@@ -151,7 +151,7 @@ def a16w4(suite: str, tokens: Iterable[int]) -> list[Case]:
     """Both stages of gpt-oss-120b, Kimi-K2 at TP 2 and DeepSeek-V3."""
     models = ((get_model("gpt-oss-120b"), 1), (get_model("kimi-k2"), 2), (get_model("deepseek-v3"), 1))
     shapes = [(m.experts, m.top_k, *nk) for m, tp in models for nk in (m.gate_up(tp), m.down(tp))]
-    return routed(suite, BF16, MXFP4, tokens, shapes)
+    return [replace(c, packed="fp8") for c in routed(suite, BF16, MXFP4, tokens, shapes)]
 
 
 def mxfp8_routed(suite: str) -> list[Case]:

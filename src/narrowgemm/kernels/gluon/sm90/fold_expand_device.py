@@ -95,10 +95,10 @@ def lane_table():
 
 
 @gluon.jit
-def of_lane(table, d):
+def of_lane(table, d, PURE: gl.constexpr = False):
     """`table` as lane d has it."""
     return gl.inline_asm_elementwise("shfl.sync.idx.b32 $0, $1, $2, 31, 0xffffffff;", "=r,r,r", [table, d], dtype=gl.int32,
-                                     is_pure=False, pack=1)
+                                     is_pure=PURE, pack=1)
 
 
 @gluon.jit

@@ -1,7 +1,8 @@
 """Hopper products of few tokens with prepacked MXFP4 / MXFP8 weights, in every layout; bias, activation, combine.
 
 Activations are BF16, FP16 (two BF16 numbers), or MXFP8, MXFP4, FP8 1x128 with E8M0 scales, which a launch in front brings to BF16
-without loss; FP32 scales of FP8 1x128 are left to the product, once for 128 of K. The launch also lists the experts that have rows.
+without loss; FP32 scales of FP8 1x128 are left to the product, once for 128 of K. With weights packed for FP8, tokens are BF16 and
+two E4M3 numbers each, in one unit a row. The launch also lists the experts that have rows.
 How it works: `narrow_device.py`; the order of the weights: `narrowgemm.prepack`.
 """
 
@@ -15,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ....arch import Arch
-from ....prepack import PREPACK
-from ....prepack_bits import FP8_PREPACK
+from ....prepack_bits import FP8_PREPACK, ORDERS
 from ....problem import Config, Operand, Problem, Step
 from ... import launching
 from ...launching import Launch, Pointer
@@ -40,7 +40,9 @@ from .narrow_tile import (
     doubles,
     entries_at_most,
     extra,
+    in_two,
     legal,
+    packed_for_fp8,
     promotes,
     registers,
     smem_bytes,
@@ -56,10 +58,12 @@ STREAM_ROWS = 4              # of an expert
 MASKED_BYTES = 1 << 30       # of the workspace, for all rows that a masked A has room for
 PREP_K = 2048                # of K that one program of the launch in front converts
 SHARE = 2                    # programs of it to an expected row of a masked group, which may have more rows
+PREP_ROW = 8192              # at most, where it has to know a row's largest number first
 COMBINE_N = 1024
 # A's formats: element, scale -> how `narrow_prep_kernel` reads them
 XKINDS = {("bf16", ""): 0, ("e4m3", "e8m0"): 1, ("e2m1", "e8m0"): 2, ("e4m3", "fp32"): 3, ("e5m2", "fp32"): 3,
           ("fp16", ""): 4}
+TWO_ORDER = 6                # BF16 for weights that were packed for FP8
 # (weight rows, block_k, stages, CTAs on an SM) by token columns
 SHAPES: dict[str, dict[int, tuple[tuple[int, int, int, int], ...]]] = {
     "e2m1": {8: ((64, 512, 2, 4), (64, 256, 4, 4), (128, 512, 2, 2)),
@@ -78,7 +82,10 @@ WHOLE: dict[int, tuple[tuple[int, int, int, int], ...]] = {8: ((64, 256, 5, 2),)
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:
-    return takes(problem, arch, (PREPACK, ))
+    reason = takes(problem, arch, ORDERS)
+    if reason is None and packed_for_fp8(problem) and not in_two(problem):
+        reason = f"multiplies weights in the order {FP8_PREPACK} by BF16 activations, not {problem.a.format.name}"
+    return reason
 
 
 def xkind(a: Operand) -> int:
@@ -184,7 +191,7 @@ def regions(problem: Problem, config: Config, slots: int, rows: int) -> Regions:
     positions = slots // problem.groups if problem.layout == "masked" else slots
     entries = entries_at_most(problem.layout, positions, problem.groups, config.block_m)
     sizes = (4 * (TABLE_HEAD + 3 * entries), 4 * MAX_CTAS, slots if e.combine else 0, 2 * rows * row_stride(problem.k),
-             0 if promotes(problem) or not problem.a.format.scaled else 4 * rows,
+             4 * rows if in_two(problem) or (problem.a.format.scaled and not promotes(problem)) else 0,
              rows * row_stride(problem.k) * (2 if doubles(problem) else 0) + 4 * rows * (row_stride(problem.k) // CHUNK)
              * promotes(problem),
              4 * 2 * MAX_CTAS * config.block_n * config.block_m, 4 * slots * n if e.combine else 0)
@@ -217,18 +224,21 @@ def statics(problem: Problem, config: Config, x: Operands) -> tuple[Static, Prep
     e = problem.epilogue
     assert x.packed is not None
     alpha, limit, *_ = (*e.activation_args, 0.0, 0.0)
-    kind = XKINDS[problem.a.format.element, problem.a.scale_dtype]
+    two = in_two(problem)
+    kind = TWO_ORDER if two else xkind(problem.a)
     ch = config.block_k // CHUNK
     even = chunks_of(problem) % ch == 0 and -(-problem.n // ROWS) % (config.block_n // ROWS) == 0
     cfg = Static(
         problem.b.format.element == "e4m3", config.block_m, config.block_n, ch, config.num_stages, even,
-        x.slots is not None, x.factor is not None, kind in (1, 2), PAIR_IDS[x.packed.pair], ACT_IDS[e.activation], alpha, limit,
+        x.slots is not None, x.factor is not None, kind in (1, 2, TWO_ORDER), PAIR_IDS[x.packed.pair], ACT_IDS[e.activation],
+        alpha, limit,
         x.bias is not None, x.weight is not None, True,
         bool(extra(config, "keep")), bool(extra(config, "wide")), promotes(problem), doubles(problem),
         DENSE=problem.layout == "dense", STREAM=bool(extra(config, "stream")), WAYS=8 if config.block_m <= 16 else 4,
-        EARLY=registers(config) > 96)
+        FP8=two, EARLY=registers(config) > 96)
     prep = PrepStatic(KINDS[problem.layout], config.block_m, power_of_two(problem.groups), kind, problem.a.format.group[1] or 32,
-                      power_of_two(x.block_m), e.combine, PREP_K, True)
+                      power_of_two(x.block_m), e.combine,
+                      min(power_of_two(row_stride(problem.k)), PREP_ROW) if two else PREP_K, True)
     return cfg, prep
 
 
@@ -248,7 +258,8 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     table, counts = Pointer(workspace, i32, at.table), Pointer(workspace, i32, at.counts)
     live, xfactor = Pointer(workspace, torch.int8, at.live), Pointer(workspace, f32, at.xfactor)
     xscale = Pointer(workspace, torch.bfloat16 if cfg.DOUBLE else f32, at.xscale)
-    xp, parts, y = Pointer(workspace, torch.bfloat16, at.x), Pointer(workspace, f32, at.parts), Pointer(workspace, f32, at.y)
+    xp = Pointer(workspace, torch.float8_e4m3fn if cfg.FP8 else torch.bfloat16, at.x)
+    parts, y = Pointer(workspace, f32, at.parts), Pointer(workspace, f32, at.y)
     a, scale, n = x.a.data, x.a.scale, x.n // 2 if e.activation else x.n
     chunks, tiles = chunks_of(problem), -(-x.n // ROWS)
     steps = -(-chunks // cfg.CH)
@@ -261,13 +272,15 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     order = table if x.slots is None else x.slots
     out, som = (y, n) if e.combine else (x.out, x.out.stride(-2))
     made = [
-        Launch(narrow_prep_device.narrow_prep_kernel, (1 + (x.groups * each if masked else rows) * -(-kx // PREP_K),),
+        Launch(narrow_prep_device.narrow_prep_kernel, (1 + (x.groups * each if masked else rows) * -(-kx // prep.BK),),
                (a, xp if scale is None else scale, xp, xscale if cfg.XSCALE or cfg.DOUBLE else xfactor, index, order,
                 table if x.experts is None else x.experts, table if x.posted is None else x.posted, table, counts, live, each, x.k,
                 kx, *a_strides(x, masked), x.groups, slots,
-                x.positions or x.m, x.alignment if problem.layout == "psum" else x.block_m, cap, grid, prep), {"num_warps": 4}),
+                x.positions or x.m, x.alignment if problem.layout == "psum" else x.block_m, cap, grid, prep),
+               {"num_warps": max(4, prep.BK // 512)}),
         Launch(narrow_device.narrow_kernel, (grid,),
-               (x.b.data, Pointer(fields, i32), xp, xscale, out, order, xfactor if x.factor is None else x.factor, xfactor,
+               (x.b.data, Pointer(fields, i32), xp, xscale, out, order, xfactor if x.factor is None else x.factor,
+                table if x.top is None else x.top, xfactor,
                 xfactor if x.bias is None else x.bias, xfactor if x.weight is None else x.weight, table, counts, parts,
                 tiles, steps, chunks, slots, problem.a_div, cap, steps if extra(config, "whole") else 1, x.n, kx, som, cfg),
                {"num_warps": config.num_warps, "maxnreg": registers(config), "launch_pdl": True})]

@@ -4,7 +4,8 @@
     out[slot, n] = routing_weight[slot] * activation(sum[slot, n] + bias[e, n])
 
 Operands are swapped: W^T is wgmma's A operand, expanded to BF16 in registers from the prepacked bytes (`narrow_expand_device`),
-tokens are its 8 to 64 columns, gathered row by row. One warpgroup a CTA, or two over 128
+tokens are its 8 to 64 columns, gathered row by row. Weights that were packed for FP8 become E4M3 in half the instructions, BF16 tokens
+two E4M3 numbers each, whose sums are columns side by side (`multiply8`). One warpgroup a CTA, or two over 128
 weight rows that share the tokens; 2 to 5 CTAs on an SM; a ring of asynchronous copies.
 
 Work is a list of (expert, tile of ROWS weight rows, step of CH * 128 of K), experts from the table that `narrow_prep_kernel` made:
@@ -21,8 +22,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, warpgroup_mma, warpgroup_mma_wait
 from triton.language.extra.cuda import gdc_wait
 
+from .fold_expand_device import lane_table, row_tops
 from .narrow_epilogue_device import finish, vectors
 from .narrow_expand_device import byte_layout, expand, field_layout
+from .narrow_fp8_device import sums8_layout, to_e4m3
+from .narrow_prefill_parts_device import X8_TILE
 from .narrow_ring_device import commit, first_place, issue_rows, issue_weights, lane_columns, places, wait
 from .shim import block_barrier, copy_to_shared, view_as
 
@@ -116,6 +120,38 @@ def multiply(acc, rings, slot, cfg: gl.constexpr):
 
 
 @gluon.jit
+def multiply8(acc, rings, slot, tops, tables, cfg: gl.constexpr):
+    """Add one ring step's product of E4M3: the first numbers of its tokens are BT columns, the second ones, 2^5 times what they stand for,
+    another BT."""
+    w_s, s_s, x_s, f_s = rings
+    mma: gl.constexpr = acc.type.layout
+    ROWS: gl.constexpr = cfg.ROWS
+    BT: gl.constexpr = cfg.BT
+    both: gl.constexpr = sums8_layout(2 * BT, ROWS // 16)
+    operand: gl.constexpr = gl.DotOperandLayout(0, both, 4)
+    part = gl.zeros([ROWS, 2 * BT], gl.float32, both)
+    CH: gl.constexpr = cfg.CH
+    for c in gl.static_range(CH):
+        if c % 2 == 0:
+            fields = s_s.index(cfg.S_BOX + slot * (cfg.CH // 2) + c // 2).load(field_layout(ROWS))
+        w = w_s.index(cfg.W_BOX + slot * cfg.CH + c).load(byte_layout(ROWS))
+        a = to_e4m3(w, fields >> (16 * (c % 2)), tops, tables, operand, ROWS, True)
+        if c > 0:
+            part = warpgroup_mma_wait(0, deps=(part, ))
+        part = warpgroup_mma(a, x_s.index(slot * cfg.CH + c).permute((1, 0)), part, use_acc=c > 0, is_async=True)
+    part = warpgroup_mma_wait(0, deps=(part, ))
+    first, second = gl.split(gl.permute(gl.reshape(part, [ROWS, 2, BT]), (0, 2, 1)))
+    return acc + gl.convert_layout(gl.fma(second, gl.full_like(second, 0.03125), first), mma, assert_trivial=True)
+
+
+@gluon.jit
+def tile_tops(top_ptr, e, nt, NT, cfg: gl.constexpr):
+    """`row_tops` of tile nt of expert e."""
+    UNITS: gl.constexpr = cfg.ROWS // 64
+    return row_tops(top_ptr, (e * NT + nt * UNITS) * 64, (NT - nt * UNITS) * 64, cfg.ROWS // 16)
+
+
+@gluon.jit
 def token_scales(f_s, chunk: gl.constexpr, mma: gl.constexpr):
     """[1, BT] of a ring slot's scales [BT, CH]."""
     return f_s.slice(chunk, 1, 1).permute((1, 0)).load(mma)
@@ -175,7 +211,7 @@ def gather_pieces(acc, part_ptr, first_cta, pieces, ROWS: gl.constexpr, BT: gl.c
 
 
 @gluon.jit(do_not_specialize=["NT", "KB", "KC", "R", "a_div", "cap", "quantum"])
-def narrow_kernel(w_ptr, s_ptr, x_ptr, xs_ptr, out_ptr, slots_ptr, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr, table_ptr, count_ptr,
+def narrow_kernel(w_ptr, s_ptr, x_ptr, xs_ptr, out_ptr, slots_ptr, factor_ptr, top_ptr, xfactor_ptr, bias_ptr, weight_ptr, table_ptr, count_ptr,
                   part_ptr, NT, KB, KC, R, a_div, cap, quantum, N, KX, som, cfg: gl.constexpr):
     """A persistent grid. NT tiles of 64 rows of a weight, KB ring steps and KC chunks of K, R slots, `cap` entries a column of the
     table, `quantum`: a CTA's stretch is a multiple of so many steps (KB: whole tiles), KX: row stride of A, som: of out.
@@ -184,14 +220,18 @@ def narrow_kernel(w_ptr, s_ptr, x_ptr, xs_ptr, out_ptr, slots_ptr, factor_ptr, x
     S: gl.constexpr = cfg.STAGES
     ROWS: gl.constexpr = cfg.ROWS
     NW: gl.constexpr = ROWS // 16
-    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NW, 1], [16, BT, 16])
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NW, 1], [16, BT, 32 if cfg.FP8 else 16])
     cols: gl.constexpr = gl.SliceLayout(0, mma)
     xl: gl.constexpr = gl.BlockedLayout([1, 8], [1, 32], [NW, 1], [1, 0])
     xr: gl.constexpr = gl.SliceLayout(1, xl)
     # the largest allocation, which is at the start of shared memory: copies take addresses
     ring = gl.allocate_shared_memory(gl.int8, [cfg.RING_ROWS, 128], BYTES)
-    x_s = view_as(ring, gl.bfloat16, S, 2 * BT if cfg.DOUBLE else BT, cfg.CH * 128,
-                  gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
+    if cfg.FP8:
+        x_s = view_as(ring, gl.float8e4nv, S * cfg.CH, 2 * BT, 128, X8_TILE)
+        tables = lane_table()
+    else:
+        x_s = view_as(ring, gl.bfloat16, S, 2 * BT if cfg.DOUBLE else BT, cfg.CH * 128,
+                      gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
     w_s = view_as(ring, gl.uint8, cfg.W_BOX + S * cfg.CW, ROWS, 64, FLAT)
     s_s = view_as(ring, gl.int32, cfg.S_BOX + S * (cfg.CH // 2), ROWS // 2, 4, FLAT)
     f_s = x_s
@@ -221,6 +261,8 @@ def narrow_kernel(w_ptr, s_ptr, x_ptr, xs_ptr, out_ptr, slots_ptr, factor_ptr, x
         e0, r0, c0 = lookup(table_ptr, b, blocks, cap, R, cfg)
         e1, r1, c1 = lookup(table_ptr, b + 1, blocks, cap, R, cfg)
         e2, r2, c2 = lookup(table_ptr, b + 2, blocks, cap, R, cfg)
+        if cfg.FP8:
+            tops_ahead = tile_tops(top_ptr, e0, nt, NT, cfg)
         # the ring's first steps; they may reach into the next tile, and the next expert
         ik = k
         it = nt
@@ -262,10 +304,15 @@ def narrow_kernel(w_ptr, s_ptr, x_ptr, xs_ptr, out_ptr, slots_ptr, factor_ptr, x
         while u < end:
             steps = gl.minimum(KB - k, end - u)
             acc = gl.zeros([ROWS, BT], gl.float32, mma)
+            if cfg.FP8:     # the next tile's are asked for
+                same = nt + 1 < NU
+                tops = tops_ahead
+                tops_ahead = tile_tops(top_ptr, gl.where(same, ec, ed), gl.where(same, nt + 1, 0), NT, cfg)
             if cfg.EARLY:       # what the end of the tile needs is asked for ahead of it: every copy of its own waits there
                 if cfg.SLOTS == 0:
                     slots = load_slots(slots_ptr, rc, cc, cfg, cols)
-                given = vectors(ec, nt * (ROWS // 64), slots, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr, NT, N, R, a_div, mma, cfg)
+                given = vectors(ec, nt * (ROWS // 64), slots, factor_ptr, top_ptr, xfactor_ptr, bias_ptr, weight_ptr, NT, N, R, a_div,
+                                mma, cfg)
             for _ in range(steps):
                 wait(S - 2)
                 fence_async_shared()
@@ -287,10 +334,14 @@ def narrow_kernel(w_ptr, s_ptr, x_ptr, xs_ptr, out_ptr, slots_ptr, factor_ptr, x
                         en = ea
                         xn = load_slots(slots_ptr, ra, ca, cfg, xr)
                         ea, ra, ca = lookup(table_ptr, ib + 2, blocks, cap, R, cfg)
-                acc = multiply(acc, rings, slot, cfg)
+                if cfg.FP8:
+                    acc = multiply8(acc, rings, slot, tops, tables, cfg)
+                else:
+                    acc = multiply(acc, rings, slot, cfg)
                 slot = gl.where(slot == S - 1, 0, slot + 1)
                 islot = gl.where(islot == S - 1, 0, islot + 1)
-                acc = warpgroup_mma_wait(0, deps=(acc, ))
+                if cfg.FP8 == 0:
+                    acc = warpgroup_mma_wait(0, deps=(acc, ))
             last = gl.to_tensor(1)
             if steps < KB:
                 at = (b * NU + nt) * KB
@@ -305,8 +356,8 @@ def narrow_kernel(w_ptr, s_ptr, x_ptr, xs_ptr, out_ptr, slots_ptr, factor_ptr, x
                 if cfg.SLOTS == 0:      # two numbers are kept instead of a thread's columns
                     slots = load_slots(slots_ptr, rc, cc, cfg, cols)
                 if cfg.EARLY == 0:
-                    given = vectors(ec, nt * (ROWS // 64), slots, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr, NT, N, R, a_div,
-                                    mma, cfg)
+                    given = vectors(ec, nt * (ROWS // 64), slots, factor_ptr, top_ptr, xfactor_ptr, bias_ptr, weight_ptr, NT, N, R,
+                                    a_div, mma, cfg)
                 finish(acc, nt * (ROWS // 64), slots, given, out_ptr, N, R, som, cfg)
             u += steps
             k = gl.to_tensor(0)

@@ -4,6 +4,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
 
+from .scales_device import as_float
+
 HALVES = gl.constexpr(1)
 SWIGLU_OAI = gl.constexpr(2)
 
@@ -69,7 +71,13 @@ def store(y, slots, nt, out_ptr, N, R, som, cfg: gl.constexpr):
 
 
 @gluon.jit
-def vectors(e, nt, slots, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr, NT, N, R, a_div, mma: gl.constexpr, cfg: gl.constexpr):
+def payload_unit(top):
+    """What rows of weights whose scales are folded into E4M3 are in units of. top: their largest codes."""
+    return as_float(top) * 0.015625
+
+
+@gluon.jit
+def vectors(e, nt, slots, factor_ptr, top_ptr, xfactor_ptr, bias_ptr, weight_ptr, NT, N, R, a_div, mma: gl.constexpr, cfg: gl.constexpr):
     """What `finish` needs of a tile's rows and tokens: (factors, biases [ROWS], token factors, routing weights [BT]); 1 where there
     are none."""
     row = gl.arange(0, cfg.ROWS, gl.SliceLayout(1, mma))
@@ -80,6 +88,8 @@ def vectors(e, nt, slots, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr, NT, N, 
     weight = 1.0
     if cfg.FACTOR:
         factor = gl.load(factor_ptr + (e * NT + nt) * 64 + row, mask=row < (NT - nt) * 64, other=1.0)
+    if cfg.FP8:
+        factor *= payload_unit(gl.load(top_ptr + (e * NT + nt) * 64 + row, mask=row < (NT - nt) * 64, other=0))
     if cfg.XFACTOR:
         xfactor = gl.load(xfactor_ptr + gl.where(live, slots, 0) // a_div, mask=live, other=0.0)
     if cfg.BIAS:
@@ -96,10 +106,13 @@ def finish(acc, nt, slots, given, out_ptr, N, R, som, cfg: gl.constexpr):
     stored; given: the tile's `vectors`."""
     ROWS: gl.constexpr = cfg.ROWS
     factor, bias, xfactor, weight = given
-    if cfg.FACTOR:
-        acc = acc * gl.expand_dims(factor, 1)
-    if cfg.XFACTOR:
-        acc = acc * gl.expand_dims(xfactor, 0)
+    if cfg.FP8:     # powers of two, which sums of payloads might leave FP32 by one after the other
+        acc = acc * (gl.expand_dims(factor, 1) * gl.expand_dims(xfactor, 0))
+    else:
+        if cfg.FACTOR:
+            acc = acc * gl.expand_dims(factor, 1)
+        if cfg.XFACTOR:
+            acc = acc * gl.expand_dims(xfactor, 0)
     if cfg.BIAS:
         acc = acc + gl.expand_dims(bias.to(gl.float32), 1)
     if cfg.ACT > 0:

@@ -29,6 +29,32 @@ lop3.b32 d, e, 0x00400040, d, 0xea;
 mul.rn.bf16x2 $3, d, $5;
 }""")
 
+# 8 codes in the order FP8_PREPACK to 4 registers of two, code i beside i + 4; see `narrowgemm.prepack_bits._SIGNS`
+NIBBLES_ASM = gl.constexpr("""{
+.reg .b32 x, s, e;
+shl.b32 x, $4, 4;
+shl.b32 e, $4, 6;
+and.b32 e, e, 0x01c001c0;
+prmt.b32 s, $4, x, 0x4000;
+lop3.b32 e, s, 0x80008000, e, 0xea;
+mul.rn.bf16x2 $0, e, $5;
+shl.b32 e, $4, 2;
+and.b32 e, e, 0x01c001c0;
+prmt.b32 s, $4, x, 0x5010;
+lop3.b32 e, s, 0x80008000, e, 0xea;
+mul.rn.bf16x2 $1, e, $5;
+shr.b32 e, $4, 2;
+and.b32 e, e, 0x01c001c0;
+prmt.b32 s, $4, x, 0x6020;
+lop3.b32 e, s, 0x80008000, e, 0xea;
+mul.rn.bf16x2 $2, e, $5;
+shr.b32 e, $4, 6;
+and.b32 e, e, 0x01c001c0;
+prmt.b32 s, $4, x, 0x7030;
+lop3.b32 e, s, 0x80008000, e, 0xea;
+mul.rn.bf16x2 $3, e, $5;
+}""")
+
 # 4 codes to 2 registers of two; see `narrowgemm.prepack_bits._E4M3`
 E4M3_ASM = gl.constexpr("""{
 .reg .b32 a, b, c;
@@ -79,11 +105,7 @@ def expand(w, v, chunk: gl.constexpr, ROWS: gl.constexpr, E4M3: gl.constexpr, op
     """One ring tile, bytes [ROWS, 64] in `byte_layout(ROWS)`, to BF16 [ROWS, 128] (E4M3: [ROWS, 64]) in `operand`'s layout.
 
     v: int32 [ROWS / 2, 4] in `field_layout(ROWS)`, the scale fields of two chunks; chunk: which of them."""
-    NW: gl.constexpr = ROWS // 16
-    WB: gl.constexpr = [[16, 0, 0], [32, 0, 0]] if NW == 4 else [[16, 0, 0], [32, 0, 0], [64, 0, 0]]
-    lay: gl.constexpr = gl.DistributedLinearLayout(
-        [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8], [8, 0, 0]],
-        [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]], WB, [], [ROWS, 4, 16])
+    lay: gl.constexpr = bytes_layout(ROWS)
     s = gl.expand_dims(block_factors(v, chunk, ROWS, gl.SliceLayout(2, lay)), 2)
     w3 = gl.convert_layout(gl.reshape(w, [ROWS, 4, 16]), lay, assert_trivial=True)
     if E4M3:
@@ -98,6 +120,14 @@ def byte_layout(rows):
     warps = [[16, 0], [32, 0]] if rows == 64 else [[16, 0], [32, 0], [64, 0]]
     return gl.DistributedLinearLayout([[0, 1], [0, 2], [0, 4], [0, 8], [8, 0]],
                                       [[0, 16], [0, 32], [1, 0], [2, 0], [4, 0]], warps, [], [rows, 64])
+
+
+@constexpr_function
+def bytes_layout(rows):
+    """The same as [rows, block of 32, 16]."""
+    warps = [[16, 0, 0], [32, 0, 0]] if rows == 64 else [[16, 0, 0], [32, 0, 0], [64, 0, 0]]
+    return gl.DistributedLinearLayout([[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8], [8, 0, 0]],
+                                      [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]], warps, [], [rows, 4, 16])
 
 
 @constexpr_function

@@ -1,5 +1,6 @@
 """FP8 tokens by MXFP4 weights in the order `narrowgemm.prepack_bits.FP8_PREPACK`: the products of the Hopper kernel for narrow weights
-on the FP8 tensor cores.
+on the FP8 tensor cores. And BF16 tokens (TWO), each the sum of two E4M3 numbers in units of 128 of K: as two products or, of few tokens,
+as columns side by side of one.
 
 Weights become E4M3 in registers: their scales are folded in (`fold_expand_device`), a row's own power of two is left for the
 epilogue. A thread's 16 bytes are a block of 32 of K of one row, which is what wgmma takes from a thread for 128 of K if tokens have K
@@ -14,8 +15,8 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from .fold_expand_device import NIBBLES, lane_table, of_lane, row_tops
 from .fp8_block_parts_device import advance
 from .fp8_block_schedule_device import fresh
-from .narrow_expand_device import byte_layout, field_layout
-from .narrow_prefill_parts_device import BYTES3, ROWS_OF_BYTES, X8_TILE, settle
+from .narrow_expand_device import byte_layout, bytes_layout, field_layout
+from .narrow_prefill_parts_device import ROWS_OF_BYTES, X8_TILE, settle
 from .shim import view_as, view_cube
 
 # a word of 8 codes and the table of its block's power of two, twice four times, the same
@@ -24,31 +25,31 @@ CUBE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [2, 1, 0]))
 
 
 @constexpr_function
-def sums8_layout(tokens):
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, tokens, 32])
+def sums8_layout(tokens, warps=4):
+    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, tokens, 32])
 
 
 @gluon.jit
-def of_rows(upper, lower):
-    """Two int32 [32, 4], of rows g and g + 8 of each 16, as [64, 4, 1] beside a unit's bytes."""
-    x = gl.permute(gl.reshape(gl.join(upper, lower), [4, 8, 4, 2]), (0, 3, 1, 2))
-    return gl.expand_dims(gl.convert_layout(gl.reshape(x, [64, 4]), gl.SliceLayout(2, BYTES3), assert_trivial=True), 2)
+def of_rows(upper, lower, ROWS: gl.constexpr):
+    """Two int32 [ROWS / 2, 4], of rows g and g + 8 of each 16, as [ROWS, 4, 1] beside a unit's bytes."""
+    x = gl.permute(gl.reshape(gl.join(upper, lower), [ROWS // 16, 8, 4, 2]), (0, 3, 1, 2))
+    return gl.expand_dims(gl.convert_layout(gl.reshape(x, [ROWS, 4]), gl.SliceLayout(2, bytes_layout(ROWS)), assert_trivial=True), 2)
 
 
 @gluon.jit
-def to_e4m3(w, fields, tops, tables, operand: gl.constexpr):
-    """Bytes [64, 64] of a unit, the scale fields of their chunk and their rows' largest (`row_tops`), to E4M3 [64, 128] in `operand`'s
+def to_e4m3(w, fields, tops, tables, operand: gl.constexpr, ROWS: gl.constexpr = 64, PURE: gl.constexpr = False):
+    """Bytes [ROWS, 64] of a unit, the scale fields of their chunk and their rows' largest (`row_tops`), to E4M3 [ROWS, 128] in `operand`'s
     layout. The assembly counts as impure, so it stays in front of a wait for products in flight."""
     low, high = tables
     d0 = (tops - fields) & 15
     d1 = ((tops >> 8) - (fields >> 8)) & 15
-    lows = of_rows(of_lane(low, d0), of_lane(low, d1))
-    highs = of_rows(of_lane(high, d0), of_lane(high, d1))
-    w = gl.convert_layout(gl.reshape(w, [64, 4, 16]), BYTES3, assert_trivial=True)
+    lows = of_rows(of_lane(low, d0, PURE), of_lane(low, d1, PURE), ROWS)
+    highs = of_rows(of_lane(high, d0, PURE), of_lane(high, d1, PURE), ROWS)
+    w = gl.convert_layout(gl.reshape(w, [ROWS, 4, 16]), bytes_layout(ROWS), assert_trivial=True)
     lo, hi = gl.inline_asm_elementwise(WORD_ASM, "=&r,=&r,r,r,r,r,r,r,r,r,r", [w, lows, highs], dtype=(gl.float8e4nv, gl.float8e4nv),
-                                       is_pure=False, pack=4)
-    a = gl.reshape(gl.join(lo, hi), [64, 4, 4, 4, 2])                        # row, block, word, byte, half
-    a = gl.reshape(gl.permute(a, (0, 2, 4, 1, 3)), [64, 128])                # row, word, half, block, byte
+                                       is_pure=PURE, pack=4)
+    a = gl.reshape(gl.join(lo, hi), [ROWS, 4, 4, 4, 2])                      # row, block, word, byte, half
+    a = gl.reshape(gl.permute(a, (0, 2, 4, 1, 3)), [ROWS, 128])              # row, word, half, block, byte
     return gl.convert_layout(a, operand, assert_trivial=True)
 
 
@@ -73,12 +74,39 @@ def scales_of(ring, slot, cfg: gl.constexpr, T: gl.constexpr, P: gl.constexpr):
         return gl.expand_dims(gl.convert_layout(s, gl.SliceLayout(0, sums8_layout(P)), assert_trivial=True), 0)
 
 
+@constexpr_function
+def side_by_side(tokens, cfg):
+    """Whether the two numbers of BF16 tokens are columns of one product; else two products of the same columns, whose sums take half
+    the registers."""
+    return cfg.TWO and tokens <= 16
+
+
+@constexpr_function
+def columns8(tokens, cfg):
+    """Of the products of so many tokens."""
+    return 2 * tokens if side_by_side(tokens, cfg) else tokens
+
+
 @gluon.jit
 def multiply8(a, ring, slot, p, cfg: gl.constexpr, T: gl.constexpr, P: gl.constexpr):
     """Start p = a . tokens^T over a slot's 128 of K; p comes in only to keep its registers."""
-    x = view_as(ring, gl.float8e4nv, cfg.STAGES * (T // P), P, 128, X8_TILE).index(slot * (T // P))
-    a = gl.convert_layout(a, gl.DotOperandLayout(0, sums8_layout(P), 4), assert_trivial=True)
-    return warpgroup_mma(a, x.permute((1, 0)), p, use_acc=False, is_async=True)
+    N: gl.constexpr = columns8(P, cfg)
+    BOXES: gl.constexpr = T // P * (2 if cfg.TWO else 1) * P // N
+    xs = view_as(ring, gl.float8e4nv, cfg.STAGES * BOXES, N, 128, X8_TILE)
+    a = gl.convert_layout(a, gl.DotOperandLayout(0, sums8_layout(N), 4), assert_trivial=True)
+    p = warpgroup_mma(a, xs.index(slot * BOXES).permute((1, 0)), p, use_acc=False, is_async=True)
+    if cfg.TWO and N == P:
+        p = warpgroup_mma(a, xs.index(slot * BOXES + 1).permute((1, 0)), p, is_async=True)
+    return p
+
+
+@gluon.jit
+def whole(p, P: gl.constexpr):
+    """Sums [64, P] of a product."""
+    if p.shape[1] > P:
+        first, second = gl.split(gl.permute(gl.reshape(p, [64, 2, P]), (0, 2, 1)))
+        p = gl.convert_layout(first + second, sums8_layout(P), assert_trivial=True)
+    return p
 
 
 @gluon.jit
@@ -88,7 +116,7 @@ def add_up(sums, parts, scales, cfg: gl.constexpr, UNIT: gl.constexpr, PIECES: g
     new = ()
     for i in gl.static_range(MP * PIECES):
         if i % MP == UNIT:
-            s, p = gl.broadcast(scales[i // MP], parts[i // MP])
+            s, p = gl.broadcast(scales[i // MP], whole(parts[i // MP], sums[i].shape[1]))
             new = new + (gl.fma(p, s, sums[i]), )
         else:
             new = new + (sums[i], )
@@ -150,11 +178,11 @@ def products8(slot, phase, KC, top_ptr, unit, rows, rings, bars, cfg: gl.constex
     for i in gl.static_range(MP):
         sums = sums + (gl.zeros([64, P0], gl.float32, L0), )
         tops = tops + (row_tops(top_ptr, (unit + i).to(gl.int64) * 64, rows - i * 64), )
-    parts = (gl.zeros([64, P0], gl.float32, L0), )
+    parts = (gl.zeros([64, columns8(P0, cfg)], gl.float32, sums8_layout(columns8(P0, cfg))), )
     if P1 > 0:
         for i in gl.static_range(MP):
             sums = sums + (gl.zeros([64, P1], gl.float32, L1), )
-        parts = parts + (gl.zeros([64, P1], gl.float32, L1), )
+        parts = parts + (gl.zeros([64, columns8(P1, cfg)], gl.float32, sums8_layout(columns8(P1, cfg))), )
     for kb in range(0, KC - cfg.REST, cfg.UNROLL):
         slot = fresh(slot)      # where it comes round once a trip, every slot's addresses would be kept in registers
         sums, parts, slot, phase = blocks8(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg, WG, P0, P1, cfg.UNROLL)

@@ -8,7 +8,7 @@ from ....arch import Arch
 from ....problem import Config, Problem
 from .narrow_model import active_experts, rows_expected, slots_expected
 from .narrow_prefill_tile import FP8_WIDTHS
-from .narrow_tile import CHUNK, ITEMSIZE, ROWS, chunks_of, extra
+from .narrow_tile import CHUNK, ITEMSIZE, ROWS, chunks_of, extra, in_two
 
 # fitted to 60 products on an H200: docs/measured.md
 # by blocks of an SM: two launches, the table, the first bytes, blocks that are idle at the end
@@ -16,7 +16,10 @@ START = {1: 12.0e-6, 2: 11.0e-6}
 TILE_CLOCKS = 200.0         # of a tile, beyond its K blocks
 # of one K block of 64 weight rows on one SM: expansion, and for each column, by most tokens and units of a consumer
 BLOCK_CLOCKS = {(32, 1): (170.0, 2.9), (32, 2): (170.0, 2.9), (64, 1): (205.0, 3.5), (64, 2): (170.0, 2.9), (128, 1): (115.0, 4.3)}
+# the same of BF16 tokens, two numbers each, as a factor: fitted to 40 products
+TWO_CLOCKS = {(32, 1): 1.10, (32, 2): 1.22, (64, 1): 1.20, (64, 2): 1.27, (128, 1): 1.38}
 EFFICIENCY = 0.97           # of the streaming rate
+TWO_EFFICIENCY = {(32, 1): 1.0, (32, 2): 0.98}      # seen with BF16 tokens: pairs of blocks are up to 2% faster than wide ones
 COPY = 0.5                  # of the streaming rate, in the launch in front
 CLOCK = 1.7e9
 _POWER = 6                  # of the norm that arithmetic and bytes are put together with
@@ -35,7 +38,9 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     spread = rows**0.5 if problem.layout != "dense" else 0.0
     sizes = [max(1.0, rows + spread * z) for z in (_SPREAD if spread else (0.0, ))]
     chunks, units, ctas = chunks_of(problem), config.block_n // ROWS, extra(config, "ctas", 1)
-    expand, column = BLOCK_CLOCKS[config.block_m, units // 2]
+    shape, two = (config.block_m, units // 2), in_two(problem)
+    expand, column = (x * (TWO_CLOCKS[shape] if two else 1.0) for x in BLOCK_CLOCKS[shape])
+    bytes_ = 2.0 if two else 1.0
     clocks = entries = 0.0
     for size in sizes:
         whole, rest = divmod(round(size), config.block_m)
@@ -50,7 +55,8 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     written = total * problem.n * ITEMSIZE[problem.out_dtype]
     weights = experts * -(-problem.n // ROWS) * chunks * ROWS * (CHUNK / 2 + 4)
     rate = arch.bandwidth * sms / arch.sms
-    memory = (weights + 2 * written + total * problem.k) / (rate * EFFICIENCY)
-    gather = 2.0 * total * problem.k / (rate * COPY)
+    efficiency = TWO_EFFICIENCY.get(shape, EFFICIENCY) if two else EFFICIENCY
+    memory = (weights + 2 * written + bytes_ * total * problem.k) / (rate * efficiency)
+    gather = 2.0 * bytes_ * total * problem.k / (rate * COPY)
     combine = 3 * 4.0 * total * problem.n / (rate * 0.95) if problem.epilogue.combine else 0.0
     return START[ctas] + (compute**_POWER + memory**_POWER) ** (1 / _POWER) + gather + combine

@@ -1,7 +1,8 @@
 """Hopper products of many tokens with prepacked MXFP4 / MXFP8 weights: dense, offsets, masked, routed; bias, activation, combine.
 
 Tokens are brought to BF16 and gathered by a launch in front; the product runs at wgmma's BF16 rate, weights staying narrow in
-memory. How it works: `narrow_prefill_device.py`. It takes what the kernel for few tokens takes: `narrow.py`.
+memory. With weights packed for FP8, FP8 tokens stay FP8, and BF16 ones are two E4M3 numbers each or, where they are many,
+BF16. How it works: `narrow_prefill_device.py`. It takes what the kernel for few tokens takes: `narrow.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from ...launching import Launch, Pointer
 from ...operands import Operands
 from . import narrow, narrow_fp8_model
 from .fp8_block_tile import LAYOUTS
-from .narrow import combine, power_of_two, sms_of, xkind
+from .narrow import TWO_ORDER, combine, power_of_two, sms_of, xkind
 from .narrow_model import active_experts, rows_expected, slots_expected
 from .narrow_prefill_tile import BOXES, RATIO_BYTES, SCALE_BYTES, WIDTHS, Tile
 from .narrow_tile import (
@@ -38,6 +39,8 @@ from .narrow_tile import (
     doubles,
     entries_at_most,
     extra,
+    in_two,
+    packed_for_fp8,
     promotes,
     smem_budget,
 )
@@ -47,17 +50,15 @@ BACKEND = "gluon_sm90"
 PREP_K = 2048           # of K that one program of the launch in front converts
 
 
-FP8_ORDER = 5           # how `narrow_prefill_prep_kernel` brings FP8 tokens for weights that were packed for them
-
-
-def packed_for_fp8(problem: Problem) -> bool:
-    return problem.b.prepack.partition(":")[0] == FP8_PREPACK
+# how `narrow_prefill_prep_kernel` brings FP8 tokens for weights that were packed for them, and BF16 ones that stay BF16
+FP8_ORDER, NIBBLE_ORDER = 5, 7
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:
     reason = narrow.takes(problem, arch, ORDERS)
-    if reason is None and packed_for_fp8(problem) and (problem.a.format.element, problem.a.format.group) != ("e4m3", (1, CHUNK)):
-        reason = f"multiplies weights in the order {FP8_PREPACK} by FP8 1x128 activations, not {problem.a.format.name}"
+    a = problem.a.format
+    if reason is None and packed_for_fp8(problem) and (a.element, a.group) not in (("e4m3", (1, CHUNK)), ("bf16", (0, 0))):
+        reason = f"multiplies weights in the order {FP8_PREPACK} by FP8 1x128 and BF16 activations, not {a.name}"
     if reason is None and problem.layout == "routed" and not problem.positions:
         return "gathers tokens in the order of positions: a routed layout has to say how many there are"
     if reason is None and ":" in problem.b.prepack and not problem.epilogue.activation:
@@ -74,6 +75,11 @@ SHAPES = {(32, 1): (12, 8), (64, 1): (7, 5), (64, 2): (5, 3), (128, 1): (4, 3), 
 FP8_SHAPES = {(32, 2): 9, (64, 1): 10, (64, 2): 7, (128, 1): 6}
 FP8_PAIR = (32, 1)      # two blocks an SM
 FP8_PAIR_STAGES = 7
+# of BF16 ones
+TWO_SHAPES = {(32, 2): 7, (64, 1): 7, (64, 2): 5, (128, 1): 4}
+TWO_PAIR_STAGES = 5
+# tiles where those weights become BF16, as BF16 tokens are many: "bf16" of a config
+WIDE_SHAPES = ((128, 1), (192, 1))
 # those of SHAPES that run with FP32 scales of A: two units of E2M1 were seen to hang
 PROMOTED = {"e2m1": ((32, 1), (64, 1), (128, 1), (192, 1)), "e4m3": ((64, 2),)}
 MAX_GROUPS = 256        # whose entries a warp finds by itself
@@ -84,10 +90,17 @@ def _config(tokens: int, units: int, stages: int) -> Config:
     return Config(tokens, 2 * units * ROWS, CHUNK, 9, stages, swap_ab=True, persistent=True)
 
 
+def by_fp8(problem: Problem, config: Config) -> bool:
+    """Whether the product is FP8 wgmma's."""
+    return packed_for_fp8(problem) and not extra(config, "bf16")
+
+
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     if packed_for_fp8(problem):
-        pair = replace(_config(*FP8_PAIR, FP8_PAIR_STAGES), extra=(("ctas", 2), ))
-        return [c for c in (*(_config(t, u, s) for (t, u), s in FP8_SHAPES.items()), pair) if legal(problem, c, arch) is None]
+        shapes, stages = (TWO_SHAPES, TWO_PAIR_STAGES) if in_two(problem) else (FP8_SHAPES, FP8_PAIR_STAGES)
+        pair = replace(_config(*FP8_PAIR, stages), extra=(("ctas", 2), ))
+        wide = [replace(_config(*x, SHAPES[x][0]), extra=(("bf16", 1), )) for x in WIDE_SHAPES]
+        return [c for c in (*(_config(t, u, s) for (t, u), s in shapes.items()), pair, *wide) if legal(problem, c, arch) is None]
     e4m3 = problem.b.format.element == "e4m3"
     every = [_config(t, u, stages[e4m3]) for (t, u), stages in SHAPES.items() if t > FEWEST[problem.b.format.element]]
     return [c for c in every if legal(problem, c, arch) is None]
@@ -96,17 +109,20 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     """Why `config` can't run the problem, or None."""
     units = config.block_n // (2 * ROWS)
-    shapes = [FP8_PAIR, *FP8_SHAPES] if packed_for_fp8(problem) else list(SHAPES)
+    fp8 = by_fp8(problem, config)
+    shapes = [FP8_PAIR, *FP8_SHAPES] if fp8 else list(WIDE_SHAPES if packed_for_fp8(problem) else SHAPES)
     shape = (config.block_m, units)
     if shape not in shapes or config.block_n % (2 * ROWS) or config.block_k != CHUNK:
         return f"tile {config.block_m}x{config.block_n}x{config.block_k}, expected tokens and units of {shapes}, and {CHUNK}"
-    if promotes(problem) and not packed_for_fp8(problem) and shape not in PROMOTED[problem.b.format.element]:
+    if extra(config, "bf16") and not in_two(problem):
+        return f"bf16=1 is for BF16 tokens and weights in the order {FP8_PREPACK}, not {problem.a.format.name}, {problem.b.prepack}"
+    if promotes(problem) and not fp8 and shape not in PROMOTED[problem.b.format.element]:
         return f"tokens and units {shape} have not run right with FP32 scales of A, expected {PROMOTED[problem.b.format.element]}"
     if config.num_warps != 9 or not config.swap_ab or not config.persistent or config.split_k != 1:
         return "expected 9 warps, swap_ab and persistent, without split_k"
     if extra(config, "unroll", 2) not in (2, 4):
         return f"unroll={extra(config, 'unroll')}, expected 2 or 4"
-    paired = packed_for_fp8(problem) and shape == FP8_PAIR
+    paired = fp8 and shape == FP8_PAIR
     if extra(config, "ctas", 1) != (2 if paired else 1):
         return f"ctas={extra(config, 'ctas', 1)}, expected 2 for {FP8_PAIR} FP8 tokens and units, else 1"
     tile = tile_of(problem, config)
@@ -125,21 +141,22 @@ def tile_of(problem: Problem, config: Config, slots: bool = True, factor: bool =
     """The compile-time constants of a config. `slots`: positions are mapped to slots; `factor`: weight rows have factors."""
     e, unroll = problem.epilogue, extra(config, "unroll", 2)
     args = (*e.activation_args, 0.0, 0.0)
-    pair, fp8 = problem.b.prepack.partition(":")[2], packed_for_fp8(problem)
-    fp32 = e.combine or problem.out_dtype == "fp32"
+    pair, fp8 = problem.b.prepack.partition(":")[2], by_fp8(problem, config)
+    fp32, ahead = e.combine or problem.out_dtype == "fp32", starts_ahead(problem, config)
     return Tile(config.block_m, config.block_n // (2 * ROWS), config.num_stages, unroll, k_blocks(problem) % unroll,
                 problem.b.format.element == "e4m3", slots, factor, problem.a.format.scaled and not fp8, PAIR_IDS[pair],
                 ACT_IDS[e.activation], args[0], args[1], e.bias, e.routing_weight, promotes(problem) and not fp8,
-                doubles(problem), fp8, ITEMSIZE["fp32" if fp32 else problem.out_dtype],
-                AHEAD=starts_ahead(problem), LAYOUT=LAYOUTS[problem.layout] if starts_ahead(problem) else 0,
-                GROUPS=max(32, power_of_two(problem.groups)) if starts_ahead(problem) else 32,
+                doubles(problem), fp8, packed_for_fp8(problem) and not fp8, fp8 and in_two(problem),
+                ITEMSIZE["fp32" if fp32 else problem.out_dtype],
+                AHEAD=ahead, LAYOUT=LAYOUTS[problem.layout] if ahead else 0,
+                GROUPS=max(32, power_of_two(problem.groups)) if ahead else 32,
                 **({"CTAS": 2, "CONSUMER_REGISTERS": 104, "PRODUCER_REGISTERS": 24} if extra(config, "ctas", 1) == 2 else
                    {"CONSUMER_REGISTERS": 240, "PRODUCER_REGISTERS": 24} if fp8 else {}))
 
 
-def starts_ahead(problem: Problem) -> bool:
+def starts_ahead(problem: Problem, config: Config) -> bool:
     """Whether the product starts while the launch in front runs, and asks for weights: it finds its entries itself."""
-    return packed_for_fp8(problem) and problem.layout in ("dense", "masked", "offsets") and problem.groups <= MAX_GROUPS
+    return by_fp8(problem, config) and problem.layout in ("dense", "masked", "offsets") and problem.groups <= MAX_GROUPS
 
 
 # ---------------------------------------------------------------- workspace
@@ -161,8 +178,9 @@ def regions(problem: Problem, config: Config, slots: int, rows: int) -> Regions:
     e = problem.epilogue
     n = problem.n // 2 if e.activation else problem.n
     sizes = (4 * (TABLE_HEAD + 3 * capacity(problem, config, rows)), slots if e.combine else 0,
-             (1 if packed_for_fp8(problem) else 2) * rows * k_blocks(problem) * CHUNK, 4 * rows if problem.a.format.scaled else 0,
-             RATIO_BYTES * rows * chunks_of(problem) if promotes(problem) or packed_for_fp8(problem) else 0,
+             (1 if packed_for_fp8(problem) and not in_two(problem) else 2) * rows * k_blocks(problem) * CHUNK,
+             4 * rows if problem.a.format.scaled else 0,
+             RATIO_BYTES * rows * chunks_of(problem) if promotes(problem) or by_fp8(problem, config) else 0,
              4 * rows if e.routing_weight else 0, 4 * slots * n if e.combine else 0)
     return Regions(*accumulate((-(-s // 256) * 256 for s in sizes), initial=0))
 
@@ -187,6 +205,7 @@ TILE_CLOCKS = 900.0         # of a tile, beyond its K blocks
 EXPAND_CLOCKS = 520.0       # of one K block of two units: no less, however few the tokens
 # of the tensor cores' rate at CLOCK, by most tokens and units of a tile
 RATE = {(32, 1): 0.60, (64, 1): 0.60, (64, 2): 0.605, (128, 1): 0.72, (128, 2): 0.72, (192, 1): 0.70}
+NIBBLES = (1.09, 1.65)      # of the arithmetic and the expansion, where weights in the order FP8_PREPACK become BF16
 # what the arithmetic of dense products with E4M3 weights takes of that: seen on an H200 at 512 tokens, not at 2048
 DENSE_E4M3 = {(64, 1): 1.11, (64, 2): 1.03, (128, 1): 0.92, (128, 2): 0.86, (192, 1): 0.94}
 # of the streaming rate, by most tokens: they take the place of weights in flight
@@ -203,7 +222,7 @@ def width(rows: float, tokens: int) -> int:
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds: tiles by their widths, experts' sizes spread as a Poisson's do; or the bytes at the streaming rate."""
-    if packed_for_fp8(problem):
+    if by_fp8(problem, config):
         return narrow_fp8_model.estimate(problem, config, arch)
     sms = min(arch.sms, problem.max_sms or arch.sms)
     units = config.block_n // ROWS
@@ -211,11 +230,12 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     spread = rows**0.5 if problem.layout == "offsets" else 0.0
     sizes = [max(1.0, rows + spread * z) for z in (-1.3, -0.7, -0.3, 0.0, 0.3, 0.7, 1.3)]
     chunks, element = chunks_of(problem), problem.b.format.element
+    more, expand = NIBBLES if extra(config, "bf16") else (1.0, 1.0)
     clocks = entries = 0.0
     for size in sizes:
         whole, rest = divmod(round(size), config.block_m)
         for columns, count in ((config.block_m, whole), (width(rest, config.block_m), rest > 0)):
-            block = max(units / 2 * 8 * columns / RATE[config.block_m, units // 2], units / 2 * EXPAND_CLOCKS)
+            block = units / 2 * max(8 * columns / RATE[config.block_m, units // 2] * more, EXPAND_CLOCKS * expand)
             clocks += count * (k_blocks(problem) * block + TILE_CLOCKS * units / 2) / len(sizes)
             entries += count / len(sizes)
     work = experts * -(-problem.n // config.block_n)        # an expert's entries are dealt out one by one
@@ -279,11 +299,12 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     share = narrow.share(problem, each)
     order = table if x.slots is None else x.slots
     prep = PrepStatic(KINDS[problem.layout], config.block_m, power_of_two(x.groups),
-                      FP8_ORDER if tile.FP8 else xkind(problem.a), problem.a.format.group[1] or 32, e.combine, PREP_K,
+                      NIBBLE_ORDER if tile.NIBBLES else TWO_ORDER if tile.TWO else FP8_ORDER if tile.FP8 else xkind(problem.a),
+                      problem.a.format.group[1] or 32, e.combine, PREP_K,
                       x.slots is not None, x.weight is not None, power_of_two(x.block_m), not tile.AHEAD or e.combine, tile.AHEAD)
     x_tile = narrow_prefill_parts_device.X8_TILE.value if tile.FP8 else narrow_prefill_parts_device.X_TILE.value
     planes = narrow_prefill_parts_device.PLANES.value
-    wide = k_blocks(problem) * CHUNK
+    wide = k_blocks(problem) * CHUNK * (2 if tile.TWO else 1)
     boxes = [TensorDescriptor(tokens, [rows, wide], [wide, 1], [p, CHUNK], x_tile) for p in BOXES]
     for base, deep, box in ((Pointer(x.b.data, i32), chunks * tile.WEIGHT_ROWS, [tile.UNITS, tile.WEIGHT_ROWS, 256]),
                             (Pointer(fields, i32), -(-chunks // 2), [tile.UNITS, 1, SCALE_BYTES // 4])):

@@ -178,11 +178,12 @@ def narrow_prefill_kernel(x8_desc, x16_desc, x32_desc, x64_desc, x128_desc, w_de
     masked group can hold (dense: that there are)."""
     STAGES: gl.constexpr = cfg.STAGES
     ELEMENT: gl.constexpr = gl.float8e4nv if cfg.FP8 else gl.bfloat16
+    NUMBERS: gl.constexpr = 2 if cfg.TWO else 1
     TILE: gl.constexpr = X8_TILE if cfg.FP8 else X_TILE
-    x0_s = gl.allocate_shared_memory(ELEMENT, [STAGES, cfg.T0, 128], TILE)
+    x0_s = gl.allocate_shared_memory(ELEMENT, [STAGES, NUMBERS * cfg.T0, 128], TILE)
     x1_s = x0_s
     if cfg.T1 > 0:
-        x1_s = gl.allocate_shared_memory(ELEMENT, [STAGES, cfg.T1, 128], TILE)
+        x1_s = gl.allocate_shared_memory(ELEMENT, [STAGES, NUMBERS * cfg.T1, 128], TILE)
     w_s = gl.allocate_shared_memory(gl.int32, [STAGES, cfg.UNITS, cfg.WEIGHT_ROWS, 256], PLANES)
     s_s = gl.allocate_shared_memory(gl.int32, [STAGES, cfg.UNITS, 1, 128], PLANES)
     f0_s = x0_s

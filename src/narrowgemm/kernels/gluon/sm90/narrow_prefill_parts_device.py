@@ -7,10 +7,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 
 from .fp8_block_parts_device import advance, vector_layout
 from .fp8_block_schedule_device import fresh
-from .narrow_epilogue_device import activate
+from .narrow_epilogue_device import activate, payload_unit
 from .narrow_epilogue_device import columns as logical_columns
-from .narrow_expand_device import E2M1_ASM, E4M3_ASM, block_factors, byte_layout, field_layout
-from .scales_device import as_float
+from .narrow_expand_device import E2M1_ASM, E4M3_ASM, NIBBLES_ASM, block_factors, byte_layout, bytes_layout, field_layout
 from .shim import tma_load, view_as
 
 X_TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
@@ -18,9 +17,7 @@ X8_TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitw
 PLANES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3))
 RATIO_TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2))
 ROWS_OF_BYTES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
-BYTES3 = gl.constexpr(gl.DistributedLinearLayout(
-    [[0, 0, 1], [0, 0, 2], [0, 0, 4], [0, 0, 8], [8, 0, 0]], [[0, 1, 0], [0, 2, 0], [1, 0, 0], [2, 0, 0], [4, 0, 0]],
-    [[16, 0, 0], [32, 0, 0]], [], [64, 4, 16]))
+BYTES3 = gl.constexpr(bytes_layout(64))
 
 
 @constexpr_function
@@ -41,7 +38,11 @@ def load_tokens(descs, ring, bar, slot, row, k, cfg: gl.constexpr, T: gl.constex
         desc = descs[3]
     if P == 128:
         desc = descs[4]
-    if cfg.FP8:
+    if cfg.TWO:         # the first numbers of all tokens, then the second ones
+        boxes = view_as(ring, gl.float8e4nv, cfg.STAGES * (2 * T // P), P, 128, X8_TILE)
+        for i in gl.static_range(2):
+            tma_load(desc, [row, 2 * k + 128 * i], bar, boxes.index(slot * (2 * T // P) + i))
+    elif cfg.FP8:
         tma_load(desc, [row, k], bar, view_as(ring, gl.float8e4nv, cfg.STAGES * (T // P), P, 128, X8_TILE).index(slot * (T // P)))
     else:
         tma_load(desc, [row, k], bar, view_as(ring, gl.bfloat16, cfg.STAGES * (T // P), P, 128, X_TILE).index(slot * (T // P)))
@@ -81,7 +82,7 @@ def load_activations(descs, rings, full, slot, first, kb, cfg: gl.constexpr, P0:
     x_descs, w_desc, s_desc, f_desc = descs
     x0_s, x1_s, w_s, s_s, f0_s, f1_s = rings
     bar = full[1].index(slot)
-    TOKEN: gl.constexpr = 128 if cfg.FP8 else 256
+    TOKEN: gl.constexpr = 128 if cfg.FP8 and not cfg.TWO else 256
     mbarrier.expect(bar, (P0 + P1) * TOKEN + ((P0 + 15) // 16 + P1 // 16) * (256 if cfg.CHUNKED or cfg.FP8 else 0))
     if cfg.CHUNKED or cfg.FP8:
         load_ratios(f_desc, f0_s, bar, slot, first, kb, cfg, cfg.T0, P0)
@@ -94,7 +95,7 @@ def load_activations(descs, rings, full, slot, first, kb, cfg: gl.constexpr, P0:
 
 # ---------------------------------------------------------------- products
 @gluon.jit
-def expand(w, fields, E4M3: gl.constexpr, operand: gl.constexpr):
+def expand(w, fields, E4M3: gl.constexpr, NIBBLES: gl.constexpr, operand: gl.constexpr):
     """Bytes [64, 64] and the scale fields of their chunk to BF16 [64, 128] (E4M3: [64, 64]) in `operand`'s layout.
 
     As narrow_expand_device's, but the assembly counts as impure, so it stays in front of a wait for products in flight."""
@@ -105,7 +106,8 @@ def expand(w, fields, E4M3: gl.constexpr, operand: gl.constexpr):
         a = gl.permute(gl.reshape(a, [64, 4, 4, 2, 2]), (0, 2, 3, 1, 4))         # row, word, b1, block, b0
         return gl.convert_layout(gl.reshape(a, [64, 64]), operand, assert_trivial=True)
     else:
-        lo, hi = gl.inline_asm_elementwise(E2M1_ASM, "=r,=r,=r,=r,r,r,r,r,r", [w, s], dtype=(gl.bfloat16, gl.bfloat16),
+        ASM: gl.constexpr = NIBBLES_ASM if NIBBLES else E2M1_ASM
+        lo, hi = gl.inline_asm_elementwise(ASM, "=r,=r,=r,=r,r,r,r,r,r", [w, s], dtype=(gl.bfloat16, gl.bfloat16),
                                            is_pure=False, pack=4)
         a = gl.reshape(gl.join(lo, hi), [64, 4, 4, 2, 2, 2])                     # row, block, word, b1, b0, pair
         a = gl.permute(a, (0, 2, 5, 3, 1, 4))                                    # row, word, pair, b1, block, b0
@@ -184,7 +186,7 @@ def blocks(sums, slot, phase, kb, rings, bars, cfg: gl.constexpr, WG: gl.constex
             unit = slot * cfg.UNITS + (WG * MP + i)
             fields = s_v.index(unit).load(field_layout(64)) >> (16 * (weight_block(kb + c, cfg) % 2))
             for sub in gl.static_range(SUB):
-                a = expand(w_v.index(unit * SUB + sub).load(byte_layout(64)), fields, cfg.E4M3, A)
+                a = expand(w_v.index(unit * SUB + sub).load(byte_layout(64)), fields, cfg.E4M3, cfg.NIBBLES, A)
                 mbarrier.wait(x_full.index(slot), phase)
                 if c + i + sub > 0:
                     sums = settle(sums, MP * PIECES)
@@ -297,8 +299,8 @@ def rows_vectors(factor_ptr, bias_ptr, top_ptr, e, unit, NT, N, cfg: gl.constexp
     bias = factor
     at = (e * NT + unit) * 64 + row
     there = row < (NT - unit) * 64
-    if cfg.FP8:     # the payload is 2^6 times the value
-        factor = as_float(gl.load(top_ptr + at, mask=there, other=0)) * 0.015625
+    if cfg.FP8:
+        factor = payload_unit(gl.load(top_ptr + at, mask=there, other=0))
     if cfg.FACTOR:
         factor = factor * gl.load(factor_ptr + at, mask=there, other=0.0)
     if cfg.BIAS:

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from .narrow_fp8_prep_device import FP8_ORDER, bring_fp8
+from .narrow_fp8_prep_device import FP8_ORDER, NIBBLE_ORDER, TWO_ORDER, bring_fp8, bring_two
 from .narrow_prep_device import E2M1, FP16, MASKED, OFFSETS, PLAIN_FP8, in_use, list_all, offset_of, power_of_two, rest_of, row_shift
 
 
@@ -17,6 +17,12 @@ from .narrow_prep_device import E2M1, FP16, MASKED, OFFSETS, PLAIN_FP8, in_use, 
 def weight_order(x, BK: tl.constexpr):
     """BK elements of a row, permuted: out[m * 8 + q * 2 + r] = in[q * 32 + m * 2 + r] of every 128."""
     return tl.reshape(tl.permute(tl.reshape(x, [BK // 128, 4, 16, 2]), (0, 2, 1, 3)), [BK])
+
+
+@triton.jit
+def nibble_order(x, BK: tl.constexpr):
+    """The same for weights in the order FP8_PREPACK: out[(w * 4 + i) * 8 + q * 2 + r] = in[q * 32 + w * 8 + r * 4 + i]."""
+    return tl.reshape(tl.permute(tl.reshape(x, [BK // 128, 4, 4, 2, 4]), (0, 2, 4, 1, 3)), [BK])
 
 
 @triton.jit
@@ -69,12 +75,14 @@ def bring(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, ratio_ptr, weight_ptr, of_position
     """BK columns of a row of A to position `at`."""
     base = offset_of(row, positions, sxg, sxm, cfg)
     xs_ptr += offset_of(row, positions, ssg, ssm, cfg)
-    to = xp_ptr + at.to(tl.int64) * (2 * KX if cfg.XKIND == FP16 else KX)
+    to = xp_ptr + at.to(tl.int64) * (2 * KX if (cfg.XKIND == FP16) | (cfg.XKIND == TWO_ORDER) else KX)
     if cfg.WEIGHT:
         if part == 0:
             tl.store(of_position_ptr + at, tl.load(weight_ptr + slot))
     if cfg.XKIND == FP8_ORDER:
         bring_fp8(x_ptr + base, xs_ptr, to, ratio_ptr, at.to(tl.int64), part, K, KX, ssk, cfg)
+    elif cfg.XKIND == TWO_ORDER:
+        bring_two(x_ptr + base, to, ratio_ptr, at.to(tl.int64), part, K, KX, cfg)
     elif cfg.XKIND == PLAIN_FP8:
         o = part * cfg.BK + tl.arange(0, cfg.BK)
         y = narrow_weight_order(x_ptr, base, part * cfg.BK, K, cfg.BK).to(tl.bfloat16)
@@ -82,6 +90,9 @@ def bring(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, ratio_ptr, weight_ptr, of_position
         tl.store(to + o, tl.where(scale == 0.0, 0.0, y), mask=o < KX)
         if part == 0:
             bring_ratios(xs_ptr, ratio_ptr + at.to(tl.int64) * (KX // 32), xfactor_ptr + at, K, KX, ssk)
+    elif cfg.XKIND == NIBBLE_ORDER:
+        o = part * cfg.BK + tl.arange(0, cfg.BK)
+        tl.store(to + o, nibble_order(tl.load(x_ptr + base + o, mask=o < K, other=0.0), cfg.BK), mask=o < KX)
     elif cfg.XKIND == 0:
         o = part * cfg.BK + tl.arange(0, cfg.BK)
         tl.store(to + o, narrow_weight_order(x_ptr, base, part * cfg.BK, K, cfg.BK).to(tl.bfloat16), mask=o < KX)

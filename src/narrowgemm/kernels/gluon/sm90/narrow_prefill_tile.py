@@ -51,6 +51,8 @@ class Tile:
     CHUNKED: bool = False    # tokens have FP32 scales, one for 128 of K: sums are rescaled from one to the next
     DOUBLE: bool = False     # tokens are FP16: two K blocks of BF16 for each of the weights
     FP8: bool = False        # tokens are FP8, weights packed for that: see narrow_fp8_device
+    NIBBLES: bool = False    # weights that become BF16 are in the order FP8_PREPACK
+    TWO: bool = False        # those are BF16 tokens, each the sum of two E4M3 numbers
     OUT_BYTES: int = 2
     OUT_TOKENS: int = 32     # tokens that a consumer stages at once for the store
     CTAS: int = 1            # blocks of an SM
@@ -89,7 +91,7 @@ class Tile:
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block: an upper bound."""
-        token = (128 if self.FP8 else 256) + (RATIO_BYTES if self.CHUNKED or self.FP8 else 0)
+        token = (128 if self.FP8 and not self.TWO else 256) + (RATIO_BYTES if self.CHUNKED or self.FP8 else 0)
         ring = self.STAGES * (self.WEIGHT_BYTES + (self.T0 + self.T1) * token + 3 * _BARRIER_BYTES)
         staging = CONSUMERS * self.OUT_TOKENS * self.FEATURES * self.OUT_BYTES
         vectors = CONSUMERS * self.TP * 4 * (self.SLOTS + self.XFACTOR + self.WEIGHT)

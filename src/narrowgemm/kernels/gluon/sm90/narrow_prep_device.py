@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from .narrow_fp8_prep_device import TWO_ORDER, bring_two_of_row
 from .narrow_rows_device import CONTIGUOUS, PSUM, contiguous_entries, psum_rows
 
 DENSE = tl.constexpr(0)
@@ -208,6 +209,15 @@ def bring_row(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, row, part, K, KX, ssk, cfg: tl
     tl.store(xp_ptr + at, both, mask=at < KX)
 
 
+@triton.jit
+def bring_any(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, row, part, K, KX, ssk, cfg: tl.constexpr):
+    """A piece of row `row`, which is at x_ptr, to where it goes."""
+    if cfg.XKIND == TWO_ORDER:
+        bring_two_of_row(x_ptr, xp_ptr + row * 2 * KX, xfactor_ptr + row, part, K, KX, cfg)
+    else:
+        bring_row(x_ptr, xs_ptr, xp_ptr + row * KX, xfactor_ptr, row, part, K, KX, ssk, cfg)
+
+
 @triton.jit(do_not_specialize=["each", "K", "sxg", "ssg", "ssm", "ssk", "G", "R", "positions", "block_m", "cap", "counters"])
 def narrow_prep_kernel(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, index_ptr, slots_ptr, experts_ptr, posted_ptr, table_ptr, count_ptr,
                        live_ptr, each, K, KX, sxg, sxm, ssg, ssm, ssk, G, R, positions, block_m, cap, counters, cfg: tl.constexpr):
@@ -227,10 +237,10 @@ def narrow_prep_kernel(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, index_ptr, slots_ptr,
             g = at // each
             for r in range((at % each).to(tl.int32), in_use(index_ptr, g, positions), each):
                 row = g * positions + r
-                bring_row(x_ptr + offset_of(row, positions, sxg, sxm, cfg), xs_ptr + offset_of(row, positions, ssg, ssm, cfg),
-                          xp_ptr + row * KX, xfactor_ptr, row, part, K, KX, ssk, cfg)
+                bring_any(x_ptr + offset_of(row, positions, sxg, sxm, cfg), xs_ptr + offset_of(row, positions, ssg, ssm, cfg),
+                          xp_ptr, xfactor_ptr, row, part, K, KX, ssk, cfg)
         else:
-            bring_row(x_ptr + at * sxm, xs_ptr + at * ssm, xp_ptr + at * KX, xfactor_ptr, at, part, K, KX, ssk, cfg)
+            bring_any(x_ptr + at * sxm, xs_ptr + at * ssm, xp_ptr, xfactor_ptr, at, part, K, KX, ssk, cfg)
 
 
 @triton.jit(do_not_specialize=["TOP_K"])

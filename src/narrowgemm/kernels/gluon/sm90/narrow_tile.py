@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ....arch import Arch
+from ....prepack_bits import FP8_PREPACK
 from ....problem import Config, Problem
 from .fp8_decode_tile import ITEMSIZE, extra, smem_budget
 
@@ -45,6 +46,7 @@ class Static:
     DENSE: bool = False      # one expert: entries follow from the number of rows
     WAYS: int = 4            # pieces of a tile that are loaded at a time
     STREAM: bool = False     # weights pass through L2, which gives them up first
+    FP8: bool = False        # weights become E4M3, tokens are two E4M3 numbers each: see narrow_fp8_device
     EARLY: bool = False      # factors, biases and routing weights are loaded ahead of a tile's products
 
     @property
@@ -89,6 +91,15 @@ class PrepStatic:
     LIVE: bool               # marks slots that an expert computes
     BK: int
     PDL: bool
+
+
+def packed_for_fp8(problem: Problem) -> bool:
+    return problem.b.prepack.partition(":")[0] == FP8_PREPACK
+
+
+def in_two(problem: Problem) -> bool:
+    """Whether tokens are BF16, multiplied as two E4M3 numbers each."""
+    return packed_for_fp8(problem) and problem.a.format.element == "bf16"
 
 
 def promotes(problem: Problem) -> bool:
@@ -156,6 +167,7 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     if units < config.num_stages - 1:
         return f"{config.num_stages} stages for {units} steps of one expert"
     need = config.block_m // 2 * (2 if config.block_m > 16 else 1) + 72 + (24 if promotes(problem) else 0)
+    need += config.block_m if in_two(problem) else 0
     if need > registers(config):
         return f"{config.block_m} token columns take about {need} registers, {registers(config)} there"
     return None
