@@ -147,11 +147,11 @@ def routed(suite: str, a: Format, b: Format, tokens: Iterable[int], shapes: Iter
             for e, k, n, depth in shapes for t in times]
 
 
-def a16w4(suite: str, tokens: Iterable[int]) -> list[Case]:
-    """Both stages of gpt-oss-120b, Kimi-K2 at TP 2 and DeepSeek-V3."""
+def a16w4(suite: str, tokens: Iterable[int], packed: bool | str = True) -> list[Case]:
+    """Both stages of gpt-oss-120b, Kimi-K2 at TP 2 and DeepSeek-V3. packed: as a case's."""
     models = ((get_model("gpt-oss-120b"), 1), (get_model("kimi-k2"), 2), (get_model("deepseek-v3"), 1))
     shapes = [(m.experts, m.top_k, *nk) for m, tp in models for nk in (m.gate_up(tp), m.down(tp))]
-    return [replace(c, packed="fp8") for c in routed(suite, BF16, MXFP4, tokens, shapes)]
+    return [replace(c, packed=packed) for c in routed(suite, BF16, MXFP4, tokens, shapes)]
 
 
 def mxfp8_routed(suite: str) -> list[Case]:
@@ -330,7 +330,7 @@ _BUILDERS: dict[str, Callable[[str], list[Any]]] = {
     "fp8-skew": skewed,
     "untuned": untuned,
     "a16w4-decode": lambda s: a16w4(s, (1, 4, 8, 16)),
-    "a16w4-mid": lambda s: a16w4(s, (64, 256)),
+    "a16w4-mid": lambda s: a16w4(s, (64, 256), "fp8"),
     "a16w4-prefill": lambda s: a16w4(s, (1024, 4096)),
     # both stages of Qwen3-30B-A3B, weights as they are
     "bf16-routed": lambda s: [replace(c, packed=False) for c in routed(s, BF16, BF16, (1, 16, 64, 512, 2048, 4096),
