@@ -100,7 +100,8 @@ def test_weights_packed_for_fp8() -> None:
         assert all(t.FP8 and not t.CHUNKED and not t.XFACTOR and t.shared_bytes <= ARCH.smem for t in tiles)
     assert all(bool(dict(c.extra).get("bf16")) != narrow_prefill.tile_of(bf16, c).TWO for c in narrow_prefill.configs(bf16, ARCH))
     wide = [c for c in narrow_prefill.configs(bf16, ARCH) if dict(c.extra).get("bf16")]
-    assert len(narrow_prefill.configs(bf16, ARCH)) - len(wide) == len(found) == len(shapes) and len(wide) == len(narrow_prefill.WIDE_SHAPES)
+    two = {(c.block_m, c.block_n // 128) for c in narrow_prefill.configs(bf16, ARCH) if c not in wide}
+    assert two == {*narrow_prefill.TWO_SHAPES, narrow_prefill.FP8_PAIR} and len(wide) == len(narrow_prefill.WIDE_SHAPES)
     for c in wide:      # weights become BF16, and no FP8 tokens go with that
         assert narrow_prefill.tile_of(bf16, c).NIBBLES and "bf16=1" in (narrow_prefill.legal(p, c, ARCH) or "")
     assert "tile" in (narrow_prefill.legal(p, narrow_prefill.configs(problem(), ARCH)[-1], ARCH) or "")

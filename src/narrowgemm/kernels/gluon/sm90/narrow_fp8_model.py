@@ -17,7 +17,7 @@ TILE_CLOCKS = 200.0         # of a tile, beyond its K blocks
 # of one K block of 64 weight rows on one SM: expansion, and for each column, by most tokens and units of a consumer
 BLOCK_CLOCKS = {(32, 1): (170.0, 2.9), (32, 2): (170.0, 2.9), (64, 1): (205.0, 3.5), (64, 2): (170.0, 2.9), (128, 1): (115.0, 4.3)}
 # the same of BF16 tokens, two numbers each, as a factor: fitted to 40 products
-TWO_CLOCKS = {(32, 1): 1.10, (32, 2): 1.22, (64, 1): 1.20, (64, 2): 1.27, (128, 1): 1.38}
+TWO_CLOCKS = {(32, 1): 1.10, (32, 2): 1.22, (64, 1): 1.20, (64, 2): 1.27}
 EFFICIENCY = 0.97           # of the streaming rate
 TWO_EFFICIENCY = {(32, 1): 1.0, (32, 2): 0.98}      # seen with BF16 tokens: pairs of blocks are up to 2% faster than wide ones
 COPY = 0.5                  # of the streaming rate, in the launch in front

@@ -76,7 +76,7 @@ FP8_SHAPES = {(32, 2): 9, (64, 1): 10, (64, 2): 7, (128, 1): 6}
 FP8_PAIR = (32, 1)      # two blocks an SM
 FP8_PAIR_STAGES = 7
 # of BF16 ones
-TWO_SHAPES = {(32, 2): 7, (64, 1): 7, (64, 2): 5, (128, 1): 4}
+TWO_SHAPES = {(32, 2): 7, (64, 1): 7, (64, 2): 5}
 TWO_PAIR_STAGES = 5
 # tiles where those weights become BF16, as BF16 tokens are many: "bf16" of a config
 WIDE_SHAPES = ((128, 1), (192, 1))
@@ -110,7 +110,9 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     """Why `config` can't run the problem, or None."""
     units = config.block_n // (2 * ROWS)
     fp8 = by_fp8(problem, config)
-    shapes = [FP8_PAIR, *FP8_SHAPES] if fp8 else list(WIDE_SHAPES if packed_for_fp8(problem) else SHAPES)
+    shapes = list(WIDE_SHAPES if packed_for_fp8(problem) else SHAPES)
+    if fp8:
+        shapes = [FP8_PAIR, *(TWO_SHAPES if in_two(problem) else FP8_SHAPES)]
     shape = (config.block_m, units)
     if shape not in shapes or config.block_n % (2 * ROWS) or config.block_k != CHUNK:
         return f"tile {config.block_m}x{config.block_n}x{config.block_k}, expected tokens and units of {shapes}, and {CHUNK}"
@@ -156,7 +158,8 @@ def tile_of(problem: Problem, config: Config, slots: bool = True, factor: bool =
 
 def starts_ahead(problem: Problem, config: Config) -> bool:
     """Whether the product starts while the launch in front runs, and asks for weights: it finds its entries itself."""
-    return by_fp8(problem, config) and problem.layout in ("dense", "masked", "offsets") and problem.groups <= MAX_GROUPS
+    fp8 = by_fp8(problem, config) and not in_two(problem)       # beside two numbers a token it would spill registers
+    return fp8 and problem.layout in ("dense", "masked", "offsets") and problem.groups <= MAX_GROUPS
 
 
 # ---------------------------------------------------------------- workspace
