@@ -13,8 +13,9 @@ import torch
 from narrowgemm import FP8_1x128, FP8_128x128, Unsupported
 from narrowgemm.compat import flydsl, notice
 from narrowgemm.compat.flydsl import weights
-from narrowgemm.testing.cases import FLYDSL_CONTIGUOUS, FLYDSL_MASKED, Case, build
+from narrowgemm.testing.cases import Case, build
 from narrowgemm.testing.numerics import calc_diff, check_gates
+from narrowgemm.testing.suites import FLYDSL_CONTIGUOUS, FLYDSL_MASKED
 
 GPU = pytest.mark.gpu
 FACTORIES = {"contiguous": flydsl.compile_grouped_gemm_blockscale_contiguous,

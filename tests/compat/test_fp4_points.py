@@ -16,8 +16,8 @@ from torch import Tensor
 import narrowgemm as ng
 from narrowgemm.compat import deep_gemm
 from narrowgemm.formats import MXFP4, FP8_1x128, ScaledTensor
-from narrowgemm.testing.cases import FP4_CONTIGUOUS, FP4_MASKED, FP4_SHAPES
 from narrowgemm.testing.numerics import KERNEL_GATE, calc_diff
+from narrowgemm.testing.suites import FP4_CONTIGUOUS, FP4_MASKED, FP4_SHAPES
 
 pytestmark = pytest.mark.gpu
 DEV = "cuda"

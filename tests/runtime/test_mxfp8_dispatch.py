@@ -13,8 +13,8 @@ from narrowgemm.kernels.gluon.sm90 import narrow
 from narrowgemm.ops.explain import describe, explain
 from narrowgemm.problem import Epilogue, Operand
 from narrowgemm.runtime import dispatch
-from narrowgemm.testing.cases import M3_DENSE
 from narrowgemm.testing.models import MODELS
+from narrowgemm.testing.suites import M3_DENSE
 
 MX = {"a": "mxfp8", "b": "mxfp8", "packed": True}
 TOKENS = (1, 16, 256, 16384)
