@@ -22,7 +22,7 @@ from . import expand, refusals
 from .expand import BLOCK, RATE, TILE_SECONDS, Tile
 from .fp8_block import dealt, has_tails, waves, with_memory
 from .fp8_scaled import SHAPES
-from .tensor_maps import output, row_tiles, stride
+from .tensor_maps import stride
 
 NAME = "gluon_sm90.bf16"
 BACKEND = "gluon_sm90"
@@ -90,26 +90,13 @@ def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor |
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
     from ....arch import detect
-    from . import bf16_device as device
 
     arch = detect(x.out.device)
     tile = tile_of(problem, step.config, arch)
     assert tile is not None, f"{step.config} is not legal for {problem}"
-    masked = problem.layout == "masked"
-    om = stride(x.out, -2, x.n)
-    og = stride(x.out, 0, om * x.m) if masked else 0
-    if tile.STORE_TMA and og % om:
-        tile = replace(tile, STORE_TMA=False)
-    out_desc = output(x, og, om, tile.OUT_COLS, tile.OUT_BYTES) if tile.STORE_TMA else None
-    sms = min(problem.max_sms or arch.sms, arch.sms)
-    grid = max(1, min(sms, row_tiles(problem, x, tile.BM) * -(-x.n // tile.BN)))
     a, b = x.a.data, x.b.data
-    return [Launch(
-        device.bf16_kernel, (grid,),
-        (_planes(a, x.k, tile.BM), _planes(b, x.k, tile.WGN * tile.COLS0), _planes(b, x.k, tile.COLS1) if tile.COLS1 else None,
-         out_desc, x.out, None, None, x.index, None, x.m, x.n, -(-x.k // BLOCK), x.groups, x.alignment, 0, 0, 0, og, om, og // om,
-         tile),
-        {"num_warps": 4, "maxnreg": tile.max_registers})]
+    planes = (_planes(a, x.k, tile.BM), _planes(b, x.k, tile.WGN * tile.COLS0), _planes(b, x.k, tile.COLS1) if tile.COLS1 else None)
+    return [expand.product(problem, x, tile, arch, planes, x.k)]
 
 
 def _planes(t: Tensor, k: int, box: int) -> Any:

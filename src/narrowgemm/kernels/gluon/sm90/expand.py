@@ -279,7 +279,6 @@ def _front(problem: Problem, x: Operands, workspace: Tensor, start: int = 0, gat
 
 def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, start: int, gate: Gate | None) -> Launch:
     from ....arch import detect
-    from . import bf16_device as device
 
     arch = detect(x.out.device)
     masked, kx = problem.layout == "masked", columns(x.k)
@@ -287,25 +286,34 @@ def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, s
     tile = tile_of(problem, config, arch, own or x.factor is not None, gate is not None)
     assert tile is not None, f"{config} is not legal for {problem}"
     at, units = regions(problem, _rows(problem, x), start), unit_rows(x.n)
+    weights = Pointer(workspace, torch.bfloat16, at.weights)
+    one = Pointer(workspace, torch.float32, at.one)
+    factors = Pointer(workspace, torch.float32, at.columns) if own else one if x.factor is None else x.factor
+    counter, limit = gate or (one, 0)
+    planes = (_planes(Pointer(workspace, torch.bfloat16, at.x), x.groups if masked else 1, x.m, kx, tile.BM),
+              _planes(weights, x.groups, units, kx, tile.WGN * tile.COLS0),
+              _planes(weights, x.groups, units, kx, tile.COLS1) if tile.COLS1 else None)
+    return product(problem, x, tile, arch, planes, kx, Pointer(workspace, torch.float32, at.factor), factors, counter,
+                   (limit, x.m if masked else 0, 0 if x.factor is None else units))
+
+
+def product(problem: Problem, x: Operands, tile: Tile, arch: Arch, planes: tuple[Any, Any, Any], k: int,
+            factor: Pointer | None = None, factors: Pointer | Tensor | None = None, counter: Pointer | None = None,
+            of_factors: tuple[int, int, int] = (0, 0, 0)) -> Launch:
+    """The BF16 kernel over TMA descriptors of both operands, `k` wide; with factors of rows and columns where either was narrow."""
+    from . import bf16_device as device
+
     om = stride(x.out, -2, x.n)
-    og = stride(x.out, 0, om * x.m) if masked else 0
+    og = stride(x.out, 0, om * x.m) if problem.layout == "masked" else 0
     if tile.STORE_TMA and og % om:
         tile = replace(tile, STORE_TMA=False)
     out_desc = output(x, og, om, tile.OUT_COLS, tile.OUT_BYTES) if tile.STORE_TMA else None
     sms = min(problem.max_sms or arch.sms, arch.sms)
     grid = max(1, min(sms, row_tiles(problem, x, tile.BM) * -(-x.n // tile.BN)))
-    weights = Pointer(workspace, torch.bfloat16, at.weights)
-    one = Pointer(workspace, torch.float32, at.one)
-    factors = Pointer(workspace, torch.float32, at.columns) if own else one if x.factor is None else x.factor
-    counter, limit = gate or (one, 0)
     return Launch(
         device.bf16_kernel, (grid,),
-        (_planes(Pointer(workspace, torch.bfloat16, at.x), x.groups if masked else 1, x.m, kx, tile.BM),
-         _planes(weights, x.groups, units, kx, tile.WGN * tile.COLS0),
-         _planes(weights, x.groups, units, kx, tile.COLS1) if tile.COLS1 else None, out_desc, x.out,
-         Pointer(workspace, torch.float32, at.factor), factors, x.index, counter, x.m, x.n,
-         kx // BLOCK, x.groups, x.alignment, limit, x.m if masked else 0, 0 if x.factor is None else units, og, om, og // om, tile),
-        {"num_warps": 4, "maxnreg": tile.max_registers})
+        (*planes, out_desc, x.out, factor, factors, x.index, counter, x.m, x.n, -(-k // BLOCK), x.groups, x.alignment, *of_factors,
+         og, om, og // om, tile), {"num_warps": 4, "maxnreg": tile.max_registers})
 
 
 def _planes(base: Pointer, groups: int, rows: int, k: int, box: int) -> Any:
