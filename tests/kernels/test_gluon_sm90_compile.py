@@ -42,7 +42,7 @@ def test_every_config() -> None:
 def test_clusters(triton: str) -> None:
     reports = compile_jobs("sm90", CLUSTER_JOBS, triton=triton)
     alone = {r["job"] for r in reports if not r["ops"]["multicast::cluster"]}
-    assert len({r["job"] for r in reports}) == 5 and alone == {"dense, 144 columns"}
+    assert len({r["job"] for r in reports}) == 6 and alone == {"dense, 144 columns", "offsets, two widths"}
     assert reports[-1]["ops"]["m64n192k32.f32.e4m3.e4m3"]
     check(reports, WORST_SPILL_CLUSTER[triton])
 
