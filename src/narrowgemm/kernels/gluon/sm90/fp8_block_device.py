@@ -22,8 +22,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .fp8_block_parts_device import (
-    FP8_PLANE, FP8_TILE, ROW_OF_FLOATS, add_output, advance, column_scales, load_a_scales, load_b_scales, load_blocks, multiply,
-    parts, scale_bases, store_part, store_zeros)
+    FP8_PLANE, FP8_TILE, ROW_OF_FLOATS, advance, column_scales, load_a_scales, load_b_scales, load_blocks, multiply, scale_bases,
+    store_piece, store_zeros)
 from .fp8_block_schedule_device import DENSE, MASKED, first_tile, fresh, has_products, is_live, next_tile, total_tiles
 from .fp8_block_sums_device import blocks, sum_pieces
 from .ring_device import groups_table, ring_barriers, store_buffers
@@ -64,30 +64,6 @@ def producer(descs, rings, bars, table, problem, sa_pitch, cfg: gl.constexpr):
 
 
 @gluon.jit
-def store_piece(x, i: gl.constexpr, of_columns, d_s, d_desc, out, problem, tile, row0, cfg: gl.constexpr, WM: gl.constexpr,
-                WN: gl.constexpr, mma: gl.constexpr):
-    """Piece i of a warpgroup's, whose first row is row0."""
-    index_ptr, M, N, KB, G, alignment = problem
-    NP: gl.constexpr = cfg.NP
-    SPLIT: gl.constexpr = cfg.OUT_SPLIT
-    col0 = tile[0] * cfg.BN + (WN * NP + i % NP) * cfg.WN
-    if cfg.FOLD:
-        x = x * gl.expand_dims(of_columns[i % NP], 0)
-    if cfg.ACCUMULATE:
-        x = add_output(x, out, index_ptr, tile, row0, col0, M, N, G, cfg, mma)
-    part = parts(x, cfg)
-    for j in gl.static_range(SPLIT):
-        # the buffers take turns, and what was stored from one must have been read before it is written again. Only
-        # TMA stores count, so where some parts leave otherwise, nothing less than all of them can be waited for
-        if cfg.LAYOUT == DENSE and cfg.STORE_TMA:
-            tma.store_wait(cfg.OUT_BUFFERS - 1)
-        elif (i * SPLIT + j) % cfg.OUT_BUFFERS == 0:
-            tma.store_wait(0)
-        buf = d_s.index((WM * cfg.WGN + WN) * cfg.OUT_BUFFERS + (i * SPLIT + j) % cfg.OUT_BUFFERS)
-        store_part(part[j], buf, d_desc, out, index_ptr, tile, row0, col0 + j * cfg.OUT_COLS, M, N, G, cfg)
-
-
-@gluon.jit
 def store_tile(acc, scales, d_s, d_desc, out, problem, tile, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr,
                mma: gl.constexpr):
     n, g, first, end, stop = tile
@@ -102,9 +78,9 @@ def store_tile(acc, scales, d_s, d_desc, out, problem, tile, cfg: gl.constexpr, 
         row0 = first + (WM * MP + i // NP) * 64
         if cfg.TAIL and i // NP > 0:
             if row0 < end:
-                store_piece(acc[i], i, of_columns, d_s, d_desc, out, problem, tile, row0, cfg, WM, WN, mma)
+                store_piece(acc[i], i, of_columns, d_s, d_desc, out, problem, tile, row0, cfg, WM, WN, mma, NP, cfg.BN)
         else:
-            store_piece(acc[i], i, of_columns, d_s, d_desc, out, problem, tile, row0, cfg, WM, WN, mma)
+            store_piece(acc[i], i, of_columns, d_s, d_desc, out, problem, tile, row0, cfg, WM, WN, mma, NP, cfg.BN)
 
 
 @gluon.jit

@@ -4,7 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
-    fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait)
+    fence_async_shared, mbarrier, tma, warpgroup_mma, warpgroup_mma_wait)
 
 from .fp8_block_schedule_device import CONTIGUOUS, DENSE, MASKED, NO_GROUP, OFFSETS, PSUM, fresh
 from .scales_device import as_float
@@ -300,3 +300,26 @@ def store_zeros(out, index_ptr, tile, row0, col0, M, N, G, cfg: gl.constexpr):
         col = col0 + i % NP * COLS + gl.arange(0, COLS, gl.SliceLayout(0, lay))
         mask = gl.expand_dims(row < (end if cfg.LAYOUT == CONTIGUOUS else stop), 1) & gl.expand_dims(col < N, 0)
         gl.store(output_pointers(out, tile, row, col, cfg), gl.zeros([64, COLS], out_ptr.dtype.element_ty, lay), mask=mask)
+
+
+@gluon.jit
+def store_piece(x, i: gl.constexpr, of_columns, d_s, d_desc, out, problem, tile, row0, cfg: gl.constexpr, WM: gl.constexpr,
+                WN: gl.constexpr, mma: gl.constexpr, NP: gl.constexpr, STEP: gl.constexpr):
+    """Tensor i of a warpgroup's, NP to a piece, whose first row is row0; tiles start at multiples of STEP columns."""
+    index_ptr, M, N, KB, G, alignment = problem
+    SPLIT: gl.constexpr = cfg.OUT_SPLIT
+    col0 = tile[0] * STEP + (WN * NP + i % NP) * cfg.WN
+    if cfg.FOLD:
+        x = x * gl.expand_dims(of_columns[i % NP], 0)
+    if cfg.ACCUMULATE:
+        x = add_output(x, out, index_ptr, tile, row0, col0, M, N, G, cfg, mma)
+    part = parts(x, cfg)
+    for j in gl.static_range(SPLIT):
+        # the buffers take turns, and what was stored from one must have been read before it is written again. Only
+        # TMA stores count, so where some parts leave otherwise, nothing less than all of them can be waited for
+        if cfg.LAYOUT == DENSE and cfg.STORE_TMA:
+            tma.store_wait(cfg.OUT_BUFFERS - 1)
+        elif (i * SPLIT + j) % cfg.OUT_BUFFERS == 0:
+            tma.store_wait(0)
+        buf = d_s.index((WM * cfg.WGN + WN) * cfg.OUT_BUFFERS + (i * SPLIT + j) % cfg.OUT_BUFFERS)
+        store_part(part[j], buf, d_desc, out, index_ptr, tile, row0, col0 + j * cfg.OUT_COLS, M, N, G, cfg)

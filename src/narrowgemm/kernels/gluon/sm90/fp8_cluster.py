@@ -193,8 +193,7 @@ def of_spread(problem: Problem, config: Config, arch: Arch) -> float:
         elif work <= clusters:
             seconds = block * (alone + (busy - alone) * work / clusters) + tile
         else:
-            waves = work / clusters
-            seconds = (math.ceil(waves) if waves < 8 else waves + 0.5) * (block * busy + tile)
+            seconds = fp8_block.waves(fp8_block.Work(work), clusters) * (block * busy + tile)
         total += fp8_block.with_memory(seconds, work * rows * columns, problem, arch)
     meet = _CLUSTER_SECONDS if rows * columns > 1 else 0.0
     return (total / len(works) + meet) * (_FEWER_ROWS if problem.layout != "dense" and problem.rows < _ROWS else 1.0)
@@ -212,7 +211,7 @@ def _of_alone(problem: Problem, config: Config, arch: Arch, spread: bool) -> flo
     if waves <= 1:
         seconds = block * (alone + (busy - alone) * waves) + fp8_block.TILE_SECONDS
     else:
-        rounds = math.ceil(waves) if waves < 8 else waves + 0.5
+        rounds = fp8_block.waves(fp8_block.Work(work), sms)
         seconds = rounds * (block * (many if waves > _MANY_WAVES else busy) + fp8_block.TILE_SECONDS)
     slower = (math.ceil(waves) / waves) ** fp8_block._LAST_WAVE if waves > 1 else 1.0
     seconds = fp8_block.with_memory(seconds, work, problem, arch, slower)

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 
 from . import cluster_device as cluster
 from .fp8_block_parts_device import (
-    ROW_OF_FLOATS, add_output, advance, column_scales, load_a_scales, parts, promote, scaled, store_part, store_zeros)
+    ROW_OF_FLOATS, advance, column_scales, load_a_scales, promote, scaled, store_piece, store_zeros)
 from .fp8_block_schedule_device import (
     DENSE, PSUM, first_tile, fresh, has_products, is_live, next_tile, total_tiles)
 from .fp8_cluster_feed_device import barriers, has_rows, idle, own_tile, producer
@@ -109,29 +109,13 @@ def store_tile(acc, scales, d_s, d_desc, out, problem, own, cfg: gl.constexpr, W
     MP: gl.constexpr = cfg.MP
     NP: gl.constexpr = COUNT
     PIECES: gl.constexpr = MP * NP
-    SPLIT: gl.constexpr = cfg.OUT_SPLIT
-    FIRST: gl.constexpr = (WM * cfg.WGN + WN) * cfg.OUT_BUFFERS
     of_columns = ()
     if cfg.FOLD:
         for j in gl.static_range(NP):
             of_columns = of_columns + (column_scales(scales, own, own[0] * cfg.STEP + (WN * NP + j) * cfg.WN, cfg, mma), )
     for i in gl.static_range(PIECES):
         row0 = own[2] + (WM * MP + i // NP) * 64
-        col0 = own[0] * cfg.STEP + (WN * NP + i % NP) * cfg.WN
-        x = acc[i]
-        if cfg.FOLD:
-            x = x * gl.expand_dims(of_columns[i % NP], 0)
-        if cfg.ACCUMULATE:
-            x = add_output(x, out, index_ptr, own, row0, col0, M, N, G, cfg, mma)
-        part = parts(x, cfg)
-        for j in gl.static_range(SPLIT):
-            # as in fp8_block_device: the buffers take turns.
-            if cfg.LAYOUT == DENSE and cfg.STORE_TMA:
-                tma.store_wait(cfg.OUT_BUFFERS - 1)
-            elif (i * SPLIT + j) % cfg.OUT_BUFFERS == 0:
-                tma.store_wait(0)
-            buf = d_s.index(FIRST + (i * SPLIT + j) % cfg.OUT_BUFFERS)
-            store_part(part[j], buf, d_desc, out, index_ptr, own, row0, col0 + j * cfg.OUT_COLS, M, N, G, cfg)
+        store_piece(acc[i], i, of_columns, d_s, d_desc, out, problem, own, row0, cfg, WM, WN, mma, NP, cfg.STEP)
 
 
 @gluon.jit
