@@ -23,6 +23,7 @@ from narrowgemm.kernels.triton import quantize as kernel
 from narrowgemm.ops.quantize import quantize
 from narrowgemm.problem import Config, Operand, Problem, Step, bucket
 from narrowgemm.reference import quantize as reference
+from narrowgemm.runtime.launch import launch
 
 from .._compile import TRITONS, compile_jobs
 
@@ -167,8 +168,7 @@ def test_nothing_outside_is_written(on, fmt):
     scale = torch.full((rows + 4, cols + 3), 77, dtype=want.scale.dtype, device=on)
     inner, inner_scale = data[2:9, 8:-8].view(want.data.dtype), scale[2:-2, 1:-2]
     workspace = torch.full((kernel.workspace(problem_of(x, fmt), step.config),), 0xFF, dtype=torch.uint8, device=on)
-    kernel.launch(step, problem_of(x, fmt), Operands(ScaledTensor(x, None, BF16), want, inner, 7, 0, 160,
-                                                     out_scale=inner_scale), workspace)
+    launch(step, problem_of(x, fmt), Operands(ScaledTensor(x, None, BF16), want, inner, 7, 0, 160, out_scale=inner_scale), workspace)
     same(ScaledTensor(inner.clone(), inner_scale, fmt), want)
     data[2:9, 8:-8], scale[2:-2, 1:-2] = 0x5A, 77
     assert bool((data == 0x5A).all()) and bool((scale == 77).all())

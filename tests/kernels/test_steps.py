@@ -19,6 +19,7 @@ from narrowgemm.ops.steps import scale_layout_of, sort_gather_problem
 from narrowgemm.problem import Config, Operand, Problem, Step
 from narrowgemm.reference import activate as reference_activate
 from narrowgemm.reference import route as reference
+from narrowgemm.runtime.launch import launch
 from narrowgemm.testing.numerics import calc_diff
 
 FORMATS = [FP8_1x128, FP8_1x128.with_scale("e8m0"), MXFP8, MXFP4, FP8_ROW, BF16]
@@ -203,7 +204,7 @@ def test_sort_gather_is_both_bit_for_bit(on, fmt, tokens, top_k, k, experts):
             got = reference.Routing(*(torch.full_like(t, -7).to(on) for t in (routing.row_map, routing.offsets, routing.inverse)), top_k)
             operands = SortGatherOperands(ids.to(on, cast), None if expert_map is None else expert_map.to(on), first, experts, x.to(on),
                                           top_k, got.row_map, got.offsets, got.inverse, out, "rceil", 1e-4)
-            kernel.launch(Step(kernel.NAME, config), problem, operands, None)
+            launch(Step(kernel.NAME, config), problem, operands)
             equal_routing(got, routing)
             live_equal(out, want, int(routing.offsets[-1]))
 

@@ -27,6 +27,7 @@ BLOCK_TIMES = {64: 0.5}
 class Tile:
     """Compile time."""
     rows: int = 64
+    BLOCK_TIMES: int = 0
 
 
 def supports(problem, arch):

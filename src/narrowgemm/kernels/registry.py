@@ -6,23 +6,23 @@ A kernel module has `NAME`, `BACKEND` and five functions:
     configs(problem, arch) -> list[Config]     legal candidates, about a dozen
     workspace(problem, config) -> int          bytes
     estimate(problem, config, arch) -> float   predicted seconds
-    launch(step, problem, operands, workspace) on the current stream; no validation, no decisions
+    launches(step, problem, operands, workspace) -> list[Launch]    no validation, no decisions
 
-and, where it is no kernel of `PRODUCTS`, `OPS`: the ops that it is a candidate for.
+It may have `OPS`, the ops that it is a candidate for (default: `PRODUCTS`), and `legal(problem, config, arch) -> None | str`, where
+it runs more configs than it offers. One that launches nothing of Triton's, or not always, has `launch` with the arguments of
+`launches`, on the current stream; `runtime.launch` makes the launches of the others.
 
-The modules import without Triton and without a GPU: device code is in `*_device.py`, imported by `launch`.
+The modules import without Triton and without a GPU: device code is in `*_device.py`, imported by `launches`.
 """
 
 from __future__ import annotations
 
 from functools import lru_cache
 from importlib import import_module
-from typing import Any, Protocol
-
-from torch import Tensor
+from typing import Protocol
 
 from ..arch import Arch
-from ..problem import Config, Problem, Step
+from ..problem import Config, Problem
 
 MODULES: tuple[str, ...] = (
     "gluon.sm90.fp8_decode",
@@ -69,8 +69,6 @@ class Kernel(Protocol):
     def configs(self, problem: Problem, arch: Arch) -> list[Config]: ...
     def workspace(self, problem: Problem, config: Config) -> int: ...
     def estimate(self, problem: Problem, config: Config, arch: Arch) -> float: ...
-    def launch(self, step: Step, problem: Problem, operands: Any, workspace: Tensor | None) -> None: ...
-
 
 @lru_cache(maxsize=1)
 def kernels() -> dict[str, Kernel]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..errors import expect
-from ..kernels.launching import READY, collect
+from ..kernels import launching
+from ..kernels.launching import READY
 from ..kernels.operands import Operands
 from ..kernels.registry import kernels
 from ..kernels.step_operands import StepOperands
-from ..problem import Plan
+from ..problem import Plan, Problem, Step
 
 
 def run(plan: Plan, operands: Operands | StepOperands, workspace: Tensor | None = None) -> None:
@@ -35,11 +38,20 @@ def run(plan: Plan, operands: Operands | StepOperands, workspace: Tensor | None 
     ready = None if memo is None else memo.get(READY)
     if ready is not None and ready(operands.addresses(workspace)):
         return
-    table = kernels()
     for step in plan.steps:
-        table[step.kernel].launch(step, plan.problem, operands, workspace)
+        launch(step, plan.problem, operands, workspace)
     if memo is not None and READY not in memo:
-        memo[READY] = collect(plan, operands, workspace)
+        memo[READY] = launching.collect(plan, operands, workspace)
+
+
+def launch(step: Step, problem: Problem, operands: Operands | StepOperands, workspace: Tensor | None = None) -> None:
+    """One step on the current stream, by its kernel's own `launch`, or by what its `launches` lists."""
+    kernel: Any = kernels()[step.kernel]
+    own = getattr(kernel, "launch", None)
+    if own is not None:
+        own(step, problem, operands, workspace)
+    else:
+        launching.launch(kernel.launches, step, problem, operands, workspace)
 
 
 def again(memo: dict, addresses: tuple[int, ...], out: Tensor, out_scale: int = 0) -> bool:

@@ -1,6 +1,6 @@
 """What a kernel is as far as its speed goes, in twelve digits: rows of tuned tables name what they were measured with.
 
-It covers the source of everything that the kernel's `configs` and `launches` (or `launch`) reach within its own folder: device
+It covers the source of everything that the kernel's `configs`, `launches` and `launch` reach within its own folder: device
 code, tiles, candidates, grid. Not the cost model, which picks and doesn't run; not comments, docstrings and spacing.
 """
 
@@ -75,7 +75,7 @@ class _Source:
         """What a definition names, of this file and of those beside it."""
         out: list[Symbol] = []
         for x in ast.walk(node):
-            if isinstance(x, ast.Name):
+            if isinstance(x, ast.Name) and isinstance(x.ctx, ast.Load):
                 out.append((self.path, x.id))
             elif isinstance(x, ast.Attribute) and isinstance(x.value, ast.Name) and x.value.id in self.modules:
                 out.append((self.modules[x.value.id], x.attr))

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ...arch import Arch
 from ...problem import Config, Problem, Step
-from .. import launching
 from ..launching import Launch
 from ..step_operands import ActivateOperands
 from . import steps
@@ -20,7 +19,7 @@ BACKEND = "triton"
 OPS = ("activate",)
 WAVES = 4                  # programs an SM, times what is resident: they walk the live tiles
 
-__all__ = ["BACKEND", "NAME", "OPS", "configs", "estimate", "launch", "legal", "supports", "workspace"]
+__all__ = ["BACKEND", "NAME", "OPS", "configs", "estimate", "launches", "legal", "supports", "workspace"]
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:
@@ -51,10 +50,6 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     rows = min(problem.m, problem.groups * problem.rows) if problem.groups else problem.m
     nbytes = problem.a.format.storage_bytes(rows, 2 * problem.k) + problem.b.format.storage_bytes(rows, problem.k)
     return steps.seconds(nbytes, -(-rows * problem.k // (config.block_m * config.block_k)), config, arch)
-
-
-def launch(step: Step, problem: Problem, operands: ActivateOperands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)
 
 
 def launches(step: Step, problem: Problem, operands: ActivateOperands, workspace: Tensor | None) -> list[Launch]:

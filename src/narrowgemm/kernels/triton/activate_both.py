@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ...arch import Arch
 from ...problem import Config, Problem, Step
-from .. import launching
 from ..launching import Launch, Pointer
 from ..step_operands import ActivateBothOperands
 from . import steps
@@ -65,10 +64,6 @@ def seconds(problem: Problem, config: Config, arch: Arch, efficiency: float) -> 
     read = (1 + parts) * problem.a.format.storage_bytes(problem.m, problem.k) * (2 if workspace(problem, config) else 1)
     written = parts * (2 if problem.b.format.scaled else 1) * problem.b.format.storage_bytes(problem.m, problem.k)
     return 2 * steps.LAUNCH_SECONDS + (read + written) / (arch.bandwidth * efficiency)
-
-
-def launch(step: Step, problem: Problem, operands: ActivateBothOperands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)
 
 
 def arguments(o: ActivateBothOperands) -> tuple[float, float]:

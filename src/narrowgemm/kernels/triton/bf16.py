@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ...arch import Arch
 from ...problem import Config, Problem, Step
-from .. import launching
 from ..launching import Launch
 from ..operands import Operands
 from . import common
@@ -88,10 +87,6 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     streaming = STREAMING if problem.rows <= 16 else STREAMING_MORE
     memory = (problem.bytes / (streaming * busy) + L2_COST * through_l2) / arch.bandwidth * arch.sms / sms
     return common.LAUNCH_SECONDS + max(math, memory)
-
-
-def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from ...arch import Arch
 from ...problem import Config, Problem, Step
-from .. import launching
 from ..launching import Launch
 from ..step_operands import CombineOperands
 from . import steps
@@ -34,10 +33,6 @@ def workspace(problem: Problem, config: Config) -> int:
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     nbytes = problem.a.format.storage_bytes(problem.m * problem.k, problem.n) + 4.0 * problem.m * problem.n
     return steps.seconds(nbytes, problem.m * -(-problem.n // config.block_n), config, arch)
-
-
-def launch(step: Step, problem: Problem, operands: CombineOperands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)
 
 
 def launches(step: Step, problem: Problem, operands: CombineOperands, workspace: Tensor | None) -> list[Launch]:

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ...arch import Arch, detect
 from ...problem import Config, Problem, Step
-from .. import launching
 from ..launching import Launch, Pointer
 from ..operands import Operands
 from . import common
@@ -70,10 +69,6 @@ def workspace(problem: Problem, config: Config) -> int:
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     return common.estimate(problem, config, arch, EFFICIENCY)
-
-
-def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:

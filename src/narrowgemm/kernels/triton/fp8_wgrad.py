@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ...arch import Arch
 from ...problem import Config, Problem, Step
-from .. import launching
 from ..launching import Launch
 from ..operands import Operands
 from . import common
@@ -47,10 +46,6 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     tile = 2.0 * config.block_m * config.block_n * max(problem.k // max(problem.groups, 1), 128) / rate
     sms = min(arch.sms, problem.max_sms or arch.sms)
     return common.LAUNCH_SECONDS + max(-(-tiles // sms) * (tile + TILE_SECONDS), problem.bytes / (0.8 * arch.bandwidth))
-
-
-def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from ...arch import Arch
 from ...problem import Config, Problem, Step
-from .. import launching
 from ..launching import Launch
 from ..step_operands import GatherOperands
 from . import steps
@@ -17,7 +16,7 @@ NAME = "triton.gather_quantize"
 BACKEND = "triton"
 OPS = ("gather_quantize",)
 
-__all__ = ["BACKEND", "NAME", "OPS", "configs", "estimate", "launch", "legal", "supports", "workspace"]
+__all__ = ["BACKEND", "NAME", "OPS", "configs", "estimate", "launches", "legal", "supports", "workspace"]
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:
@@ -37,10 +36,6 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     nbytes = source.storage_bytes(problem.m, problem.k) + top_k * fmt.storage_bytes(problem.m, problem.k)
     programs = -(-problem.m * problem.k // (config.block_m * config.block_k))
     return steps.seconds(nbytes, programs, config, arch)
-
-
-def launch(step: Step, problem: Problem, operands: GatherOperands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)
 
 
 def launches(step: Step, problem: Problem, operands: GatherOperands, workspace: Tensor | None) -> list[Launch]:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from ...arch import Arch, detect
 from ...problem import Config, Problem, Step
-from .. import launching
 from ..launching import Launch
 from ..operands import Operands
 from . import common
@@ -100,10 +99,6 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     tiles = common.tiles(problem, config)
     math = tiles * 2.0 * config.block_m * config.block_n * problem.k / (arch.bf16_flops * EFFICIENCY)
     return common.LAUNCH_SECONDS + max(math, problem.bytes / (arch.bandwidth * STREAMING))
-
-
-def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:

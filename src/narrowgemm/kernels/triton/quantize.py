@@ -13,7 +13,6 @@ from ...arch import Arch, detect
 from ...formats import Format
 from ...problem import Config, Problem, Step
 from ...reference.quantize import MANTISSA_BITS, mantissa
-from .. import launching
 from ..launching import Launch, Pointer
 from ..operands import Operands
 
@@ -148,10 +147,6 @@ def merge(*tensors: Tensor) -> tuple[Tensor, ...]:
 def is_wide(*tensors: Tensor) -> bool:
     """An offset inside one matrix passes 2^31 elements."""
     return any(sum((n - 1) * s for n, s in zip(t.shape[1:], t.stride()[1:])) >= 2**31 for t in tensors)
-
-
-def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)
 
 
 def launches(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> list[Launch]:

@@ -13,7 +13,6 @@ from torch import Tensor
 from ...arch import Arch
 from ...problem import Config, Problem, Step
 from ...reference.quantize import MANTISSA_BITS, mantissa
-from .. import launching
 from ..launching import Launch, Pointer
 from ..operands import Operands
 
@@ -61,10 +60,6 @@ def seconds(problem: Problem, config: Config, arch: Arch, efficiency: float) -> 
     reads = 2 if workspace(problem, config) else 1
     moved = size * (2 * reads + 2)
     return LAUNCH_SECONDS * (reads + 1) + moved / (arch.bandwidth * efficiency)
-
-
-def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)
 
 
 def wide(o: Operands) -> bool:

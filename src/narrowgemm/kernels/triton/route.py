@@ -6,7 +6,6 @@ from torch import Tensor
 
 from ...arch import Arch
 from ...problem import Config, Problem, Step
-from .. import launching
 from ..launching import Launch
 from ..step_operands import RouteOperands
 from . import steps
@@ -43,10 +42,6 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     rounds = problem.k * (40e-9 + 2e-9 * config.block_n / (config.num_warps * arch.warp) + 30e-9 * (config.num_warps > 1))
     resident = arch.sms * max(1, min(32, 64 // config.num_warps))
     return steps.LAUNCH_SECONDS + max(nbytes / arch.bandwidth, max(1.0, problem.m / resident) * (1e-6 + rounds))
-
-
-def launch(step: Step, problem: Problem, operands: RouteOperands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)
 
 
 def launches(step: Step, problem: Problem, operands: RouteOperands, workspace: Tensor | None) -> list[Launch]:

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ...arch import Arch
 from ...problem import Config, Problem, Step
-from .. import launching
 from ..launching import Launch, Pointer
 from ..operands import Operands
 from . import common, mx
@@ -59,10 +58,6 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     launches = 3 if problem.epilogue.combine else 1
     moved = 8.0 * problem.m * columns(problem) / arch.bandwidth if problem.epilogue.combine else 0.0
     return mx.estimate(problem, config, arch) + (launches - 1) * common.LAUNCH_SECONDS + moved
-
-
-def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:

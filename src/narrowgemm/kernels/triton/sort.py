@@ -7,7 +7,6 @@ from torch import Tensor
 
 from ...arch import Arch
 from ...problem import Config, Problem, Step
-from .. import launching
 from ..launching import Launch, Pointer
 from ..step_operands import SortOperands
 from . import steps
@@ -50,10 +49,6 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
         waves = max(1.0, (problem.groups + 1) / (arch.sms * 2048 / (config.num_warps * arch.warp)))
         return steps.LAUNCH_SECONDS + waves * (0.4e-6 + passes * 2.1e-6)
     return 3 * steps.LAUNCH_SECONDS + 3e-6 + max(1.0, passes / (4 * arch.sms)) * 2e-6
-
-
-def launch(step: Step, problem: Problem, operands: SortOperands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)
 
 
 def launches(step: Step, problem: Problem, operands: SortOperands, workspace: Tensor | None) -> list[Launch]:

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from ...arch import Arch
 from ...problem import Config, Problem, Step
-from .. import launching
 from ..launching import Launch
 from ..step_operands import SortGatherOperands
 from . import steps
@@ -19,7 +18,7 @@ OPS = ("sort_gather",)
 MAX_SLOTS = 512            # each program looks at all of them
 TABLE = 8                  # offsets that a program writes
 
-__all__ = ["BACKEND", "NAME", "OPS", "configs", "estimate", "launch", "legal", "supports", "workspace"]
+__all__ = ["BACKEND", "NAME", "OPS", "configs", "estimate", "launches", "legal", "supports", "workspace"]
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:
@@ -45,10 +44,6 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     nbytes = problem.a.format.storage_bytes(problem.m, problem.k) + problem.b.format.storage_bytes(slots, problem.k)
     programs = slots * -(-problem.k // (config.block_m * config.block_k)) + -(-problem.groups // TABLE)
     return 1.0e-6 + 1.5e-9 * slots + steps.seconds(nbytes, programs, config, arch)
-
-
-def launch(step: Step, problem: Problem, operands: SortGatherOperands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)
 
 
 def launches(step: Step, problem: Problem, operands: SortGatherOperands, workspace: Tensor | None) -> list[Launch]:

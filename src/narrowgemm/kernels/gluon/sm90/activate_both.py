@@ -11,7 +11,6 @@ from torch import Tensor
 
 from ....arch import Arch, detect
 from ....problem import Config, Problem, Step
-from ... import launching
 from ...launching import Launch, Pointer
 from ...step_operands import ActivateBothOperands
 from ...triton import activate_both as portable
@@ -57,10 +56,6 @@ def workspace(problem: Problem, config: Config) -> int:
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     return portable.seconds(problem, config, arch, EFFICIENCY)
-
-
-def launch(step: Step, problem: Problem, operands: ActivateBothOperands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)
 
 
 def launches(step: Step, problem: Problem, operands: ActivateBothOperands, workspace: Tensor | None) -> list[Launch]:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ....arch import Arch
 from ....problem import Config, Problem, Step
-from ... import launching
 from ...launching import Launch
 from ...operands import Operands
 from . import expand, refusals
@@ -82,10 +81,6 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     again = 2.0 * config.block_n * problem.k
     each = [with_memory(waves(work, sms) * block, work.tiles, problem, arch, more=again * work.again) for work in works]
     return few * sum(each) / len(each)
-
-
-def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:

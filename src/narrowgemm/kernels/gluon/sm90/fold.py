@@ -22,7 +22,6 @@ from torch import Tensor
 from ....arch import Arch
 from ....prepack_bits import ORDERS
 from ....problem import Config, Problem, Step
-from ... import launching
 from ...launching import Launch, Pointer
 from ...operands import Operands
 from . import fold_whole, refusals
@@ -209,10 +208,6 @@ def _product_seconds(problem: Problem, config: Config, arch: Arch) -> float:
 
 
 # ---------------------------------------------------------------- launch
-def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)
-
-
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
     """The launch in front, if there is one, the product, and the one that is exact where that isn't."""
     from ....arch import detect

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from ....arch import Arch
 from ....problem import Config, Problem, Step
-from ... import launching
 from ...launching import Launch, Pointer
 from ...operands import Operands
 from . import expand
@@ -152,10 +151,6 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
 
 
 # ---------------------------------------------------------------- launch
-def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)
-
-
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
     """Weights to E4M3, A folded, the product; BF16's two launches, for what that left."""
     from ....arch import detect

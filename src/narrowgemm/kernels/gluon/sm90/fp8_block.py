@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ....arch import Arch
 from ....problem import Config, Problem, Step, middle
-from ... import launching
 from ...launching import Launch
 from ...operands import Operands
 from . import refusals
@@ -286,10 +285,6 @@ def with_memory(seconds: float, work: float, problem: Problem, arch: Arch, slowe
 
 
 # ---------------------------------------------------------------- launch
-def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)
-
-
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
     from ....arch import detect
     from . import fp8_block_device as device

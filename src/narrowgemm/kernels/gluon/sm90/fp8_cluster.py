@@ -16,7 +16,6 @@ from torch import Tensor
 
 from ....arch import Arch
 from ....problem import Config, Problem, Step
-from ... import launching
 from ...launching import Launch
 from ...operands import Operands
 from . import fp8_block
@@ -219,10 +218,6 @@ def _of_alone(problem: Problem, config: Config, arch: Arch, spread: bool) -> flo
 
 
 # ---------------------------------------------------------------- launch
-def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)
-
-
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
     from ....arch import detect
     from . import fp8_cluster_device as device

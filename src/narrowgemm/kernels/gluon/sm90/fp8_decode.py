@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ....arch import Arch, detect
 from ....problem import Config, Problem, Step
-from ... import launching
 from ...launching import Launch, Pointer
 from ...operands import Operands
 from .fp8_decode_model import estimate, expected_rows, tiles_expected
@@ -37,7 +36,7 @@ from .fp8_decode_tile import (
     static,
 )
 
-__all__ = ["BACKEND", "LAYOUT_IDS", "NAME", "configs", "estimate", "extra", "launch", "launches", "legal", "max_registers", "pads",
+__all__ = ["BACKEND", "LAYOUT_IDS", "NAME", "configs", "estimate", "extra", "launches", "legal", "max_registers", "pads",
            "smem_bytes", "supports", "workspace"]
 
 NAME = "gluon_sm90.fp8_decode"
@@ -205,10 +204,6 @@ def workspace(problem: Problem, config: Config) -> int:
 
 
 # ---------------------------------------------------------------- launch
-def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)
-
-
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ....arch import Arch
 from ....problem import Config, Operand, Problem, Step
-from ... import launching
 from ...launching import Launch
 from ...operands import Operands
 from ...triton import k_major
@@ -176,10 +175,6 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
 
 
 # ---------------------------------------------------------------- launch
-def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)
-
-
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
     from ....arch import detect
     from . import fp8_scaled_device as device

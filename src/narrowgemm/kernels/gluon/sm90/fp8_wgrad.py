@@ -17,7 +17,6 @@ from torch import Tensor
 
 from ....arch import Arch
 from ....problem import Config, Problem, Step
-from ... import launching
 from ...launching import Launch, Pointer
 from ...operands import Operands
 from ...triton import k_major
@@ -164,10 +163,6 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     memory = fp8_scaled.MEMORY_SECONDS + problem.bytes / (arch.bandwidth * fp8_scaled.MEMORY_EFFICIENCY)
     copies = sum(k_major.seconds(size, arch) for size in _copies(problem) if size)
     return 2 * fp8_scaled.LAUNCH_SECONDS + max(seconds, memory) + fp8_scaled.NOT_HIDDEN * min(seconds, memory) + copies
-
-
-def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:

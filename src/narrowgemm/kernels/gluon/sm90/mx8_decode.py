@@ -13,12 +13,11 @@ from torch import Tensor
 
 from ....arch import Arch
 from ....problem import Config, Problem, Step
-from ... import launching
 from ...launching import Launch, Pointer
 from ...operands import Operands
 from .fp8_decode_tile import CLUSTERS, ITEMSIZE, KEEP_BYTES, ROOM, STREAM_CACHES, extra, max_registers, smem_budget
 
-__all__ = ["BACKEND", "NAME", "configs", "estimate", "launch", "launches", "legal", "smem_bytes", "supports", "workspace"]
+__all__ = ["BACKEND", "NAME", "configs", "estimate", "launches", "legal", "smem_bytes", "supports", "workspace"]
 
 NAME = "gluon_sm90.mx8_decode"
 BACKEND = "gluon_sm90"
@@ -230,10 +229,6 @@ def static(problem: Problem, config: Config, sw: int, sx: int) -> Static:
     return Static(config.block_m, config.block_n, GROUP[config.block_m], config.num_warps // 4, config.num_stages,
                   chunk_of(problem, config) // TRIP, config.split_k, x_at, vec, sx > 0, 16 // ITEMSIZE[problem.out_dtype],
                   bool(extra(config, "keep")), bool(extra(config, "stream")), consumer_registers(config), loader_registers(config))
-
-
-def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:

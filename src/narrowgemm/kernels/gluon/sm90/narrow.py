@@ -18,7 +18,6 @@ from torch import Tensor
 from ....arch import Arch
 from ....prepack_bits import FP8_PREPACK, ORDERS
 from ....problem import Config, Operand, Problem, Step
-from ... import launching
 from ...launching import Launch, Pointer
 from ...operands import Operands
 from .fp8_decode_tile import KEEP_BYTES, STREAM_CACHES
@@ -48,7 +47,7 @@ from .narrow_tile import (
     smem_bytes,
 )
 
-__all__ = ["BACKEND", "NAME", "configs", "estimate", "launch", "launches", "legal", "make_config", "smem_bytes", "supports",
+__all__ = ["BACKEND", "NAME", "configs", "estimate", "launches", "legal", "make_config", "smem_bytes", "supports",
            "workspace"]
 
 NAME = "gluon_sm90.narrow"
@@ -320,7 +319,3 @@ def combine(x: Operands, y: Pointer, live: Pointer, n: int, slots: int, pdl: boo
 @lru_cache(maxsize=64)
 def sms_of(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
-
-
-def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)

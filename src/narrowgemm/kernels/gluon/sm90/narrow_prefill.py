@@ -19,7 +19,6 @@ from torch import Tensor
 from ....arch import Arch
 from ....prepack_bits import FP8_PREPACK, ORDERS
 from ....problem import Config, Problem, Step
-from ... import launching
 from ...launching import Launch, Pointer
 from ...operands import Operands
 from . import narrow, narrow_fp8_model
@@ -335,7 +334,3 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     if e.combine:
         made.append(combine(x, y, live, n, slots, False))
     return made
-
-
-def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)

@@ -11,7 +11,6 @@ from torch import Tensor
 from ....arch import Arch, detect
 from ....problem import Config, Problem, Step
 from ....reference.quantize import MANTISSA_BITS, mantissa
-from ... import launching
 from ...launching import Launch, Pointer
 from ...operands import Operands
 from ...triton import quantize_both as portable
@@ -55,10 +54,6 @@ def workspace(problem: Problem, config: Config) -> int:
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     return portable.seconds(problem, config, arch, EFFICIENCY)
-
-
-def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)
 
 
 def launches(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> list[Launch]:
