@@ -1,4 +1,4 @@
-"""The Hopper prefill kernel on clusters, on the CPU: its device code emulated (tests/_gluon.py), its host part."""
+"""The Hopper prefill kernel on clusters, on the CPU: its device code emulated (tests/_gluon), its host part."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from narrowgemm.problem import Config
 from narrowgemm.runtime import dispatch
 
 from .. import _gluon as emu
-from .. import _gluon_cluster
 from .test_gluon_sm90_prefill import H200, Case, offsets, problem
 
 PARTITIONS = 5
@@ -53,7 +52,7 @@ class ClusterCase(Case):
         if tile.PITCH:
             tile = tile.with_wider()
             wider = emu.Descriptor(self.b, [1, tile.WIDER.B_BOX, 128], emu.float8e4nv)
-        _gluon_cluster.launch(device.fp8_cluster_kernel, grid, tile.CLUSTER, PARTITIONS, *args[:3], wider, *args[3:-1], tile, seed=seed)
+        emu.cluster.launch(device.fp8_cluster_kernel, grid, tile.CLUSTER, PARTITIONS, *args[:3], wider, *args[3:-1], tile, seed=seed)
 
 
 @pytest.mark.parametrize("name", TILES)
@@ -118,8 +117,8 @@ def test_options(device, layout: str, options: dict) -> None:
 def test_emulator_sees_a_slot_released_for_one_block_only(device, monkeypatch) -> None:
     """A part of B comes from the other block: where a consumer doesn't tell it, that block overwrites or never goes on."""
     case = ClusterCase("dense", 256, 192, 9, 1, [0], CLUSTER_M=2)
-    monkeypatch.setattr(emu, "TIMEOUT", 2.0)
-    monkeypatch.setattr(device.cluster, "arrive", lambda bar, blocks: emu._run().by_address[int(emu.raw(bar))].update(arrivals=4))
+    monkeypatch.setattr(emu.Block, "TIMEOUT", 2.0)
+    monkeypatch.setattr(device.cluster, "arrive", lambda bar, blocks: emu.current().by_address[int(emu.raw(bar))].update(arrivals=4))
     with pytest.raises(emu.EmulationError):
         case.check(device, grid=1)
 

@@ -1,4 +1,4 @@
-"""The Hopper decode kernel's device code, emulated on the CPU (tests/_gluon.py)."""
+"""The Hopper decode kernel's device code, emulated on the CPU (tests/_gluon)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from narrowgemm.ops.explain import describe
 from narrowgemm.problem import Config, Problem
 
 from .. import _gluon as emu
-from .. import _gluon_cluster
 
 H200 = get_arch("h200")
 GUARD = 777.0
@@ -108,7 +107,7 @@ class Case:
         sog, som = (self.m * self.n if masked else 0), self.n
         common = (self.m, self.n, self.blocks, self.groups, self.alignment, self.m)
         blocks = -(-self.m // cfg.BT) * -(-self.n // cfg.BN)
-        launch = partial(_gluon_cluster.launch, device.fp8_decode_kernel, blocks, cfg.CLUSTER, PARTITIONS) if cfg.CLUSTER > 1 \
+        launch = partial(emu.cluster.launch, device.fp8_decode_kernel, blocks, cfg.CLUSTER, PARTITIONS) if cfg.CLUSTER > 1 \
             else partial(emu.launch, device.fp8_decode_kernel, grid)
         launch(*boxes, out, emu.Pointer(self.sa.reshape(-1)), emu.Pointer(self.sb.reshape(-1)),
                    ids, part, emu.Pointer(counts), tab, *common, self.m * self.blocks if masked else 0, self.blocks, 1,

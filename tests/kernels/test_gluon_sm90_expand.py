@@ -1,4 +1,4 @@
-"""The Hopper BF16 product and the FP8 one of MXFP8 activations on the CPU: their device code emulated (tests/_gluon.py)."""
+"""The Hopper BF16 product and the FP8 one of MXFP8 activations on the CPU: their device code emulated (tests/_gluon)."""
 
 from __future__ import annotations
 

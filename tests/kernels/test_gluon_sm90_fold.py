@@ -1,4 +1,4 @@
-"""The Hopper prefill kernel with folded weights on the CPU: its device code emulated (tests/_gluon.py), its host part."""
+"""The Hopper prefill kernel with folded weights on the CPU: its device code emulated (tests/_gluon), its host part."""
 
 from __future__ import annotations
 

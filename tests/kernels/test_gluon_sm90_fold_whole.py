@@ -1,4 +1,4 @@
-"""Folded weights that are brought to E4M3 once a call, on the CPU: the expansion and the products, emulated (tests/_gluon.py)."""
+"""Folded weights that are brought to E4M3 once a call, on the CPU: the expansion and the products, emulated (tests/_gluon)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from narrowgemm.problem import Config
 from narrowgemm.runtime.dispatch import select
 
 from .. import _gluon as emu
-from .. import _gluon_cluster, _gluon_words
 from .test_gluon_sm90_fold import Case, problem
 
 H200, H100 = get_arch("h200"), get_arch("h100")
@@ -24,8 +23,8 @@ KINDS = {"alone": (1, 0), "clusters": (2, 0), "ahead": (2, 1)}      # blocks of 
 def modules():
     """Device modules, E4M3 as the bytes that it is."""
     found = {name: emu.load_device_module(f"{name}_device") for name in ("fold_whole", "fold_cluster", "fp8_block")}
-    _gluon_words.patch(found["fold_whole"].expand_rows)
-    _gluon_words.patch(found["fold_cluster"].ahead.__globals__["expand_rows"])
+    emu.words.patch(found["fold_whole"].expand_rows)
+    emu.words.patch(found["fold_cluster"].ahead.__globals__["expand_rows"])
     return found
 
 
@@ -64,12 +63,12 @@ class WholeCase(Case):
         words = self.made.reshape(self.groups, units * 64, self.blocks * 32)
         a_box = t.BM // self.blocks_of_cluster
         descs = (emu.Descriptor(self.a, [1, a_box, 128], emu.float8e4nv), emu.Descriptor(sa[:, :self.m], [1, t.BM], emu.float32),
-                 _gluon_words.Descriptor(words, [1, t.B_BOX, 128], emu.float8e4nv),
+                 emu.words.Descriptor(words, [1, t.B_BOX, 128], emu.float8e4nv),
                  emu.Descriptor(body.reshape(-1, self.n), [64, t.OUT_COLS], self.out), emu.Pointer(self.memory, 4096, self.out))
         sizes, to = (index, self.m, self.n, self.blocks, self.groups, self.alignment), (self.m * self.n, self.n, self.m, t)
         pitch = self.blocks if self.layout == "masked" else 0
         if self.blocks_of_cluster > 1:
-            _gluon_cluster.launch(modules["fold_cluster"].fold_cluster_kernel, grid, 2, 6 if self.piece else 5, *descs, *packed, factor,
+            emu.cluster.launch(modules["fold_cluster"].fold_cluster_kernel, grid, 2, 6 if self.piece else 5, *descs, *packed, factor,
                                   made, sync if self.piece else None, packed[2], *sizes, 0, units, pitch, *to)
         else:
             emu.launch(modules["fp8_block"].fp8_block_kernel, grid, *descs, None, packed[2], *sizes, pitch, None, None, None, units * 64,

@@ -1,4 +1,4 @@
-"""The Hopper kernel for plain MXFP8 weights and few tokens: its device code, emulated on the CPU (tests/_gluon.py), and what it takes."""
+"""The Hopper kernel for plain MXFP8 weights and few tokens: its device code, emulated on the CPU (tests/_gluon), and what it takes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from narrowgemm.kernels.gluon.sm90.mx8_decode import chunk_of
 from narrowgemm.problem import Config, Operand, Problem
 
 from .. import _gluon as emu
-from .. import _gluon_cluster
 from .test_gluon_sm90_mx8_decode_compile import problem
 
 H200 = get_arch("h200")
@@ -63,7 +62,7 @@ def test_sums(device, m: int, n: int, blocks: int, made: Config, sw: int, sx: in
     x_codes = emu.Pointer(sa.reshape(-1).view(np.int32) if cfg.FOURS else sa.T.reshape(-1))     # single ones: rows next to each other
     strides = (blocks if cfg.VEC else 4 * blocks, *((blocks, 1) if cfg.FOURS else (1, m)))
     tiles = -(-m // cfg.BT) * -(-n // cfg.BN)
-    launch = partial(_gluon_cluster.launch, device.mx8_decode_kernel, tiles, cfg.CLUSTER, PARTITIONS + cfg.CONSUMERS - 1) if cfg.CLUSTER > 1 \
+    launch = partial(emu.cluster.launch, device.mx8_decode_kernel, tiles, cfg.CLUSTER, PARTITIONS + cfg.CONSUMERS - 1) if cfg.CLUSTER > 1 \
         else partial(emu.launch, device.mx8_decode_kernel, tiles)
     launch(*boxes, emu.Pointer(memory, EDGE), w_codes, x_codes, m, n, blocks, chunk_of(p, made), *strides, n, cfg, seed=m)
     assert (memory[:EDGE] == GUARD).all() and (memory[-EDGE:] == GUARD).all(), "wrote outside the output"

@@ -1,5 +1,5 @@
 """Entries that a block of the Hopper prefill kernel for narrow weights finds by itself, and the order in which its producer asks for
-K blocks, on the CPU, emulated (tests/_gluon.py)."""
+K blocks, on the CPU, emulated (tests/_gluon)."""
 
 from __future__ import annotations
 
@@ -97,14 +97,14 @@ def test_producer_asks_for_the_first_weights_ahead(ahead: bool, kb: int) -> None
         module.producer((), (), (None, Slots()), sums, index_ptr, (kb, 2 * tiles, None, None, cap, groups), cfg)
 
     seen = []
-    for block in range(programs):
+    for program in range(programs):
         log.clear()
-        run = emu.Run(block)
-        emu._start(run, (block, programs))
+        block = emu.Block(program)
+        emu.start(block, (program, programs))
         try:
             kernel(*emu.arguments((emu.Pointer(np.asarray(index, np.int32) if ahead else table), kb, tiles, room if ahead else 64, len(index))))
         finally:
-            run.end()
+            block.end()
         weights, tokens = ([x for x in log if x[0] == kind] for kind in ("weights", "tokens"))
         assert [x[1] for x in weights] == [x[1] for x in tokens] == [i % stages for i in range(len(tokens))]
         assert [x[1:] for x in log if x[0] == "wait"] == [(i % stages, 1 ^ i // stages % 2) for i in range(len(tokens))]

@@ -1,4 +1,4 @@
-"""The Hopper prefill kernel on the CPU: its device code emulated (tests/_gluon.py), its host part, its launch cache."""
+"""The Hopper prefill kernel on the CPU: its device code emulated (tests/_gluon), its host part, its launch cache."""
 
 from __future__ import annotations
 
@@ -227,7 +227,7 @@ def test_tails_and_whole_tiles_are_each_dealt_out_evenly(device, monkeypatch) ->
 
     def seen(*args):
         _, g, first, end, _ = (int(emu.raw(x)) for x in args[6])
-        stored.append((emu._local.block[0], first + 64 < end, g))
+        stored.append((emu.local.program[0], first + 64 < end, g))
         store(*args)
 
     monkeypatch.setattr(device, "store_tile", seen)

@@ -1,4 +1,4 @@
-"""The Hopper kernels for row-wise and tensor-wise scales on the CPU: device code emulated (tests/_gluon.py), host part, plan."""
+"""The Hopper kernels for row-wise and tensor-wise scales on the CPU: device code emulated (tests/_gluon), host part, plan."""
 
 from __future__ import annotations
 

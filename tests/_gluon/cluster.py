@@ -1,0 +1,167 @@
+"""Kernels on clusters: stand-ins for the modules that are PTX, and a launch of several blocks at once.
+
+Shared memory is one allocation of bytes, so that addresses mean something. Blocks of a cluster run at the same time; a box that is
+multicast comes to each at another time.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import types
+from typing import Any
+
+import numpy as np
+
+from .asynchronous import Descriptor, Pending, warpgroup_mma_wait
+from .block import Block, current, local, start
+from .language import atomic_add
+from .shared import COLUMNS_FIRST, Barrier, Shared, init
+from .values import EmulationError, Pointer, Tensor, arguments, float8e4nv, float32, load, raw, wrap
+
+
+class Cluster:
+    """Blocks that run together, and where all their partitions wait for each other."""
+
+    def __init__(self, blocks: int, partitions: int) -> None:
+        self.blocks: list[Block] = []
+        self.all = threading.Barrier(blocks * partitions, timeout=Block.TIMEOUT)
+
+
+def _wait_all(blocks: int) -> None:
+    if blocks == 1:
+        return
+    try:
+        current().cluster.all.wait()
+    except threading.BrokenBarrierError:
+        raise EmulationError("deadlock, or another partition failed: not every partition came to a wait for the cluster") from None
+
+
+def _init(bar: Any, count: Any) -> None:
+    made = Barrier()
+    init(made, count)
+    own = current()
+    own.by_address[int(raw(bar))] = made
+    own.barriers.append(made)
+
+
+def _own(bar: Any) -> Barrier:
+    return current().by_address[int(raw(bar))]
+
+
+def _wait(bar: Any, phase: Any, pred: Any) -> None:
+    if raw(pred):
+        _own(bar).wait(int(raw(phase)))
+
+
+def _ready(bar: Any, phase: Any) -> Tensor:
+    own = _own(bar)
+    with own.changed:
+        return wrap(int((own.phase & 1) != int(raw(phase))))
+
+
+def _arrive(bar: Any, blocks: int) -> None:
+    """The four warps of a warpgroup, at each block of the cluster."""
+    own = current()
+    for other in own.cluster.blocks if blocks > 1 else [own]:
+        other.by_address[int(raw(bar))].update(arrivals=4)
+
+
+def _load(desc: Descriptor, kernel: str, parameter: int, at: tuple[Any, ...], bar: Any, to: Any, blocks: int, *_: bool) -> None:
+    if int(raw(at[-1])) * desc.dtype.size % 16:
+        raise EmulationError("a box that doesn't start on 16 bytes: an illegal instruction on the H200")
+    inside, boxed = desc.windows(list(at))
+    count, size = int(np.prod(desc.box)), desc.dtype.size
+    own = current()
+    for other in own.cluster.blocks if blocks > 1 else [own]:
+        place = other.memory.at(int(raw(to)), count, size)
+        barrier = other.by_address[int(raw(bar))]
+        place[...] = np.nan
+
+        def move(place: np.ndarray = place, barrier: Barrier = barrier) -> None:
+            box = np.zeros(desc.box, np.float32)
+            box[boxed] = desc.a[inside]
+            place[...] = box.reshape(-1)
+            barrier.update(tx=-count * size)
+
+        other.submit(move)
+
+
+def _await_count(counter: Pointer, count: Any) -> None:
+    end = time.monotonic() + Block.TIMEOUT
+    while load(counter).a < raw(count):
+        if time.monotonic() > end:
+            raise EmulationError("deadlock: a count that never comes")
+        time.sleep(0.001)
+
+
+def _of_block(address: Any, rank: Any) -> Tensor:
+    return wrap(int(raw(rank)) << 24 | int(raw(address)))
+
+
+def _load_four(at: Tensor) -> Tensor:
+    out = np.empty((at.a.size // 4, 4), np.float32)
+    for four, address in zip(out, at.a.reshape(-1)[::4].tolist()):
+        four[:] = current().cluster.blocks[address >> 24].memory.at(address & 0xFFFFFF, 4, 4)
+    return Tensor(out.reshape(at.a.shape))
+
+
+def _multiply(a: Any, b: Any, sums: tuple[Any, ...], parts: int, columns: int, mma: Any) -> tuple[Pending, ...]:
+    if len(sums) != parts or any(isinstance(p, Pending) and p in local.flight for p in sums):
+        raise EmulationError("registers of sums in flight are given to others")
+    memory, a, b = current().memory, int(raw(a)), int(raw(b))
+    x = Shared(memory.at(a, 64 * 128).reshape(64, 128), float8e4nv)
+    started = []
+    for i in range(parts):
+        y = memory.at(b + i * columns * 128, columns * 128).reshape(columns, 128)
+        started.append(Pending(x, Shared(y.T, float8e4nv), None, float32))
+    local.flight.extend(started)
+    return tuple(started)
+
+
+def _wait_sums(sums: tuple[Any, ...], parts: int, columns: int) -> tuple[Any, ...]:
+    done = warpgroup_mma_wait(0, deps=sums)
+    return done if isinstance(done, tuple) else (done, )
+
+
+def stand_ins(package: str) -> dict[str, types.ModuleType]:
+    cluster = types.ModuleType(f"{package}.cluster_device")
+    cluster.__dict__.update(
+        rank=lambda: wrap(current().rank), start_of_shared=lambda: wrap(0), wait_all=_wait_all, init=_init, wait=_wait, ready=_ready,
+        arrive_all=lambda: None, join_all=lambda: _wait_all(2), STAGED=COLUMNS_FIRST, staged_at=lambda row, column, columns: column * 256 + row * 4,
+        of_block=_of_block, load_four=_load_four, everywhere=lambda bar, blocks: bar, arrive=_arrive,
+        arrive_once=lambda bar: _own(bar).update(arrivals=1),
+        expect=lambda bar, size, *_: _own(bar).update(arrivals=1, tx=int(raw(size))), load=_load,
+        load_rows=lambda desc, kernel, parameter, at, bar, to: _load(desc, kernel, parameter, at, bar, to, 1))
+    wgmma = types.ModuleType(f"{package}.wgmma_device")
+    wgmma.__dict__.update(multiply=_multiply, wait=_wait_sums, keep=lambda sums, parts, columns: sums)
+    counters = types.ModuleType(f"{package}.counters_device")
+    counters.__dict__.update(take=lambda p: atomic_add(p, 1), finish=lambda p: atomic_add(p, 1), await_count=_await_count)
+    return {m.__name__: m for m in (cluster, wgmma, counters)}
+
+
+def launch(kernel: Any, grid: int, blocks: int, partitions: int, *args: Any, seed: int = 0) -> None:
+    """Every cluster of the grid, one after the other; its blocks at the same time. The first error is raised."""
+    args = arguments(args)
+    for c in range(grid):
+        cluster = Cluster(blocks, partitions)
+        cluster.blocks = [Block(seed * 1000 + c * blocks + r, cluster, r) for r in range(blocks)]
+
+        def partition(block: Block, number: int, cluster: Cluster = cluster) -> None:
+            start(block, (number, grid * blocks))
+            try:
+                kernel(*args)
+            except BaseException as e:
+                for other in cluster.blocks:
+                    other.fail(e)
+
+        threads = [threading.Thread(target=partition, args=(block, c * blocks + r), daemon=True) for r, block in enumerate(cluster.blocks)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join(3 * Block.TIMEOUT)
+        for block in cluster.blocks:
+            block.end()
+        for block in cluster.blocks:
+            if block.failed:
+                raise block.failed
