@@ -32,13 +32,30 @@ Times of different runs, and of different devices, are not compared. What was tr
 
 `floor` is the larger of a streaming read of the same bytes in the same run and the FLOPs over the rate that the device was measured
 to have. The read keeps its lines in L2, as loads do: a kernel whose weights pass through L2 can be a tenth faster than that.
+
+| peer | what it is |
+| --- | --- |
+| `deepgemm` | DeepGEMM, FP8 in blocks; for MXFP4 weights, which it doesn't take on Hopper, FP8 weights of that shape |
+| `deepgemm_block` | DeepGEMM, FP8 in blocks, from the same sources as an MXFP8 case |
+| `deepgemm_layer`, `triton_kernels_layer` | a whole layer: DeepGEMM with Triton steps around it; triton_kernels |
+| `triton_moe` | a whole layer in Triton, as vLLM's fused MoE is built |
+| `triton_kernels` | Triton's own MoE product, BF16 x MXFP4 |
+| `humming`, `humming_w4a8_token` | Humming, BF16 activations; FP8 ones with a scale a row |
+| `torch_bf16`, `torch_row` | torch: the product in BF16; its row-wise FP8 grouped product |
+| `torch_step`, `torch_step_fused` | a training step in BF16 by torch alone; with our SwiGLU |
+| `dequant_bf16`, `dot_scaled` | both sides to BF16 in every call, then torch; Triton's `tl.dot_scaled` in one fixed tile |
+| `triton`, `triton_best`, `own_fp8` | ours: the portable kernel; its best config; our FP8 kernel for that shape |
 """
 
 
 def rows_of(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows that count of one device: what a call gets, without transforms inside."""
-    chosen = {key: members for key, members in make_tables.in_order(make_tables.newest(files)).items() if not key[1]}
-    return [r for r in make_tables.rows_of(chosen) if r["asked"] == "auto"]
+    """The rows that count of one device."""
+    return make_tables.rows_of(make_tables.in_order(make_tables.newest(files)))
+
+
+def pictured(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that pictures show: what a call gets, without transforms inside."""
+    return [r for r in rows if r["asked"] == "auto"]
 
 
 def newest(files: list[dict[str, Any]]) -> dict[str, Any]:
@@ -87,12 +104,15 @@ def page_of(devices: dict[str, list[dict[str, Any]]], rows: dict[str, list[dict[
     parts = [HEAD]
     for name, files in devices.items():
         header, mine = newest(files), rows[name]
+        chosen = make_tables.newest(files)
+        used = [*{id(d): d for some in chosen.values() for d in some}.values()]
         c = header["ceilings"] or {}
-        parts += [f"## {header['device']}", "",
+        parts += [f"## {header['device']}", "", make_tables.described("Measured with", used), "",
                   f"Measured in the newest of these runs: {c.get('read_gbs', 0):.0f} GB/s streaming read, "
                   f"{c.get('flops_8', 0):.0f} TFLOPS in FP8 and {c.get('flops_16', 0):.0f} in BF16 through torch.",
-                  "", *markdown_table(results.summarise(mine)), ""]
-        parts += [f"![{what}](pictures/performance-{name}-{kind}.svg)\n" for kind, what in drawn(mine)]
+                  "", *markdown_table(results.summarise(mine)), "",
+                  *make_tables.not_asked(make_tables.left_out(chosen)), *make_tables.wrong(mine)]
+        parts += [f"![{what}](pictures/performance-{name}-{kind}.svg)\n" for kind, what in drawn(pictured(mine))]
     return "\n".join(parts).rstrip() + "\n"
 
 
@@ -181,7 +201,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     rows = {name: rows_of(files) for name, files in devices.items()}
     text, page = page_of(devices, rows), root / PAGE
     if args.check:
-        missing = [name for name in rows for kind, _ in drawn(rows[name])
+        missing = [name for name in rows for kind, _ in drawn(pictured(rows[name]))
                    if not (root / PICTURES / f"performance-{name}-{kind}.svg").exists()]
         same = page.exists() and page.read_text() == text
         if missing or not same:
@@ -189,7 +209,7 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
         return int(bool(missing) or not same)
     page.write_text(text)
     for name, mine in rows.items():
-        draw(root / PICTURES, name, mine, newest(devices[name]))
+        draw(root / PICTURES, name, pictured(mine), newest(devices[name]))
     return 0
 
 

@@ -1,11 +1,11 @@
-"""Rewrites the tables of README.md from the committed result files: figures are never typed.
+"""Rewrites the table of README.md from the committed result files: figures are never typed.
 
     python benchmarks/make_tables.py            writes README.md
     python benchmarks/make_tables.py --check    exits with 1 where README.md is not what the files say
 
 Every folder of benchmarks/results is a device. A suite's rows are those of the newest commit that measured it; several
-files of that commit count as one result. A suite with a row missing or failed fails the script; peers that a run was not asked
-for are named below the table.
+files of that commit count as one result. A suite with a row missing or failed fails the script. The whole tables, with the cases
+behind the worst ratios and the peers that were left out or were wrong, are on the page that `make_performance.py` writes.
 """
 
 from __future__ import annotations
@@ -72,21 +72,36 @@ def by_device(paths: list[Path]) -> dict[str, list[dict[str, Any]]]:
     return dict(sorted(devices.items()))
 
 
-def table(device_files: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
-    """(lines of one device's section, problems)."""
-    from narrowgemm.cli.report import markdown_table
+def described(name: str, files: list[dict[str, Any]]) -> str:
+    """A device, and the versions, commits and dates of what was measured there."""
+    versions = {n: v for d in files for n, v in d["versions"].items() if v and n in ("torch", "triton", "deepgemm")}
+    return (f"{name}: {', '.join(f'{n} {v}' for n, v in versions.items())}; commits "
+            f"{', '.join(sorted({'`' + str(d['commit'])[:10] + '`' for d in files}))}; measured "
+            f"{', '.join(sorted({str(d['date'])[:10] for d in files}))}.")
+
+
+def cells(rows: list[dict[str, Any]]) -> dict[str, str]:
+    """Suite -> its peers, each with the mean and the worst of the ratios; the floor only where there is no other."""
+    from narrowgemm.testing import results
+    from narrowgemm.testing.cases import PEERS
+
+    found: dict[str, list[results.Summary]] = {}
+    for s in results.summarise(rows):
+        if not s.asked.endswith("+transform"):
+            found.setdefault(s.suite, []).append(s)
+    out = {}
+    for suite, mine in found.items():
+        order = {peer: i for i, peer in enumerate(PEERS[suite])}
+        shown = sorted((s for s in mine if s.peer != "floor"), key=lambda s: order.get(s.peer, len(order))) or mine
+        out[suite] = "<br>".join(f"{s.peer} {s.mean:.2f} ({s.worst:.2f})" for s in shown)
+    return out
+
+
+def left_out(chosen: dict[tuple[str, bool], list[dict[str, Any]]]) -> dict[str, list[str]]:
+    """Suite -> its peers that the runs were not asked for."""
     from narrowgemm.testing import results
 
-    chosen = in_order(newest(device_files))
-    rows = rows_of(chosen)
-    used = {id(d): d for files in chosen.values() for d in files}.values()
-    versions = {n: v for d in used for n, v in d["versions"].items() if v and n in ("torch", "triton", "deepgemm")}
-    lines = [f"**{device_files[-1]['device']}** ({', '.join(f'{n} {v}' for n, v in versions.items())}; commits "
-             f"{', '.join(sorted({'`' + str(d['commit'])[:10] + '`' for d in used}))}; measured "
-             f"{', '.join(sorted({str(d['date'])[:10] for d in used}))})", ""]
-    without = {suite: missing for (suite, _), files in chosen.items() if (missing := results.left_out(suite, files))}
-    lines += [*markdown_table(results.summarise(rows)), "", *not_asked(without), *wrong(rows)]
-    return lines, results.check(rows, without=without)
+    return {suite: missing for (suite, _), files in chosen.items() if (missing := results.left_out(suite, files))}
 
 
 def not_asked(without: dict[str, list[str]]) -> list[str]:
@@ -114,17 +129,25 @@ def named(what: str, found: list[tuple[str, str]]) -> list[str]:
 
 def render(paths: list[Path]) -> tuple[str, list[str]]:
     """(text between the marks, problems)."""
-    devices = by_device(paths)
-    lines = ["Ratio = the peer's time / ours, from the same interleaved run: above 1 ours is faster. `floor` is the",
-             "larger of a streaming read of the same bytes and the FLOPs over the measured ceiling.", ""]
-    problems = []
-    for name, files in devices.items():
-        section, bad = table(files)
-        lines += section
-        problems += [f"{name}: {b}" for b in bad]
-    if not devices:
-        lines = ["No result is committed yet.", ""]
-    return "\n".join(lines).rstrip() + "\n", problems
+    from narrowgemm.testing import results
+    from narrowgemm.testing.cases import SUITES
+    from narrowgemm.testing.suite_titles import TITLES
+
+    columns: dict[str, dict[str, str]] = {}
+    sources, problems = [], []
+    for name, files in by_device(paths).items():
+        chosen = in_order(newest(files))
+        rows = rows_of(chosen)
+        device = files[-1]["device"]
+        columns[device] = cells(rows)
+        sources.append(described(device, [*{id(d): d for some in chosen.values() for d in some}.values()]))
+        problems += [f"{name}: {p}" for p in results.check(rows, without=left_out(chosen))]
+    if not columns:
+        return "No result is committed yet.\n", problems
+    lines = [f"| | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
+    lines += [f"| {TITLES[s]} (`{s}`) | {' | '.join(c.get(s, '-') for c in columns.values())} |"
+              for s in sorted(SUITES, key=lambda s: s.startswith("portable")) if any(s in c for c in columns.values())]
+    return "\n".join([*lines, "", *(line for text in sources for line in (text, ""))]).rstrip() + "\n", problems
 
 
 def rewritten(text: str, block: str) -> str:

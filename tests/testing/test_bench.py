@@ -240,7 +240,7 @@ def test_options_that_name_nothing() -> None:
         done = run(*args)
         assert done.exit_code == 2 and message in " ".join(done.output.replace("│", " ").split()), done.output
     listed = run("--list")
-    assert listed.exit_code == 0 and "fp8-skew                 72 cases  against deepgemm, floor" in listed.output
+    assert listed.exit_code == 0 and "fp8-skew                 72 cases  against deepgemm, floor: FP8, 256 experts" in listed.output
     assert run("--suite", SUITE, "--list").output.count("\n") == len(SUITES[SUITE])
 
 
@@ -277,10 +277,17 @@ def test_tables_come_from_the_files(whole: Path, tmp_path: Path, capsys: pytest.
     assert make.main([], tmp_path) == 0 and make.main(["--check"], tmp_path) == 0
     text = readme.read_text()
     assert text.startswith("head\n") and text.endswith("tail\n") and "old" not in text
-    assert "| `cpu-small` | torch_bf16 |" in text and "commits `abc`" in text
+    assert re.search(r"^\| every layout .* \(`cpu-small`\) \| torch_bf16 \d+\.\d\d \(\d+\.\d\d\) \|$", text, re.MULTILINE)
+    assert "commits `abc`" in text and "floor" not in text
     edited(whole, folder, lambda d: d["rows"].pop())
     (folder / "edited.json").rename(folder / "2026-01-01-r.json")
     assert make.main([], tmp_path) == 1 and "MISSING cpu: cpu-small/" in capsys.readouterr().err
+
+
+def page(make, folder: Path) -> str:
+    """The performance page of the result files in a device's folder."""
+    devices = make.make_tables.by_device(sorted(folder.glob("*.json")))
+    return make.page_of(devices, {name: make.rows_of(files) for name, files in devices.items()})
 
 
 def test_peers_that_a_run_was_not_asked_for_are_named(whole: Path, tmp_path: Path) -> None:
@@ -292,7 +299,8 @@ def test_peers_that_a_run_was_not_asked_for_are_named(whole: Path, tmp_path: Pat
     data["rows"] = [r for r in data["rows"] if r["peer"] != "torch_bf16"]
     (folder / "r.json").write_text(json.dumps(data))
     text, problems = make.render([folder / "r.json"])
-    assert not problems and "Not measured there: torch_bf16 (`cpu-small`)." in text
+    assert not problems and "(`cpu-small`) | floor " in text
+    assert "Not measured there: torch_bf16 (`cpu-small`)." in page(tables("make_performance"), folder)
     data["peers"] = ["torch_bf16", "floor"]
     (folder / "r.json").write_text(json.dumps(data))
     assert any("against torch_bf16: missing" in p for p in make.render([folder / "r.json"])[1])
@@ -308,7 +316,8 @@ def test_wrong_peers_are_named_and_wrong_rows_of_ours_are_problems(whole: Path, 
                          ("torch_bf16: out of memory", False)):
         row.update(error=error, ratio=None)
         (folder / "r.json").write_text(json.dumps(data))
-        text, problems = make.render([folder / "r.json"])
+        problems = make.render([folder / "r.json"])[1]
+        text = page(tables("make_performance"), folder)
         assert ("numeric gate: torch_bf16 (`cpu-small` 1)." in text) == named and bool(problems) != named
 
 

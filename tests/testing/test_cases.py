@@ -13,6 +13,7 @@ from narrowgemm.testing.case import Case, apportion, spread
 from narrowgemm.testing.cases import PEERS, SUITES, build, find, get_case, get_suite, guarded_empty
 from narrowgemm.testing.inputs import make_layout
 from narrowgemm.testing.peers import computes, names
+from narrowgemm.testing.suite_titles import TITLES
 from narrowgemm.testing.tokens import Tokens
 
 COUNTS = {
@@ -56,7 +57,8 @@ def test_ids_are_unique_and_found(suite: str) -> None:
 
 
 def test_every_suite_names_its_peers() -> None:
-    assert set(PEERS) == set(SUITES)
+    assert set(PEERS) == set(SUITES) == set(TITLES)
+    assert len(set(TITLES.values())) == len(TITLES)
     assert all(p in names() for peers in PEERS.values() for p in peers)
     assert all(computes("deepgemm", c) for c in SUITES["fp8-masked-decode"] + SUITES["fp8-skew"] + SUITES["fp8-dense"])
     assert not computes("deepgemm", get_case("portable-contiguous", "contiguous-g1-m128-n128-k128-uniform_0.8_1.2-fp16"))

@@ -15,6 +15,7 @@ import click
 from ..testing import results, runner
 from ..testing.case import Case
 from ..testing.cases import PEERS, SUITES, find, get_case
+from ..testing.suite_titles import TITLES
 from ..testing.worker import Job
 
 
@@ -140,7 +141,7 @@ def bench(suites: tuple[str, ...], patterns: tuple[str, ...], backends: tuple[st
         if not list_only:
             raise click.UsageError("say what to measure: --suite NAME or --case PATTERN; --list shows the suites")
         for name, members in SUITES.items():
-            click.echo(f"{name:22s} {len(members):4d} cases  against {', '.join(PEERS[name]) or 'nobody'}")
+            click.echo(f"{name:22s} {len(members):4d} cases  against {', '.join(PEERS[name]) or 'nobody'}: {TITLES[name]}")
         return
     cases = choose(names, patterns)
     if list_only:
