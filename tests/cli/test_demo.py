@@ -145,10 +145,10 @@ def test_one_token_and_experts_without_tokens(tmp_path: Path) -> None:
 def test_activations() -> None:
     h = torch.tensor([[-1.0, 9.0, 2.0, -9.0]])
     gate, up = h[:, :2], h[:, 2:]
-    assert torch.equal(moe_block.activate(h, "swiglu"), torch.nn.functional.silu(gate) * up)
+    assert torch.equal(moe_block.swiglu(h, "swiglu"), torch.nn.functional.silu(gate) * up)
     clamped = torch.tensor([[-1.0, 7.0]])
     want = clamped * torch.sigmoid(1.702 * clamped) * torch.tensor([[3.0, -6.0]])
-    assert torch.allclose(moe_block.activate(h, "swiglu_oai"), want)
+    assert torch.allclose(moe_block.swiglu(h, "swiglu_oai"), want)
 
 
 def test_every_model_has_the_shapes_of_its_config() -> None:

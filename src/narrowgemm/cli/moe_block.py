@@ -24,6 +24,7 @@ from ..ops.gather import gather_quantize
 from ..ops.route import Routing, combine, gather, route, sort_by_expert
 from ..ops.steps import select
 from ..problem import Plan
+from ..reference.activate import activate as reference_activate
 from ..reference.gemm import full_float32
 from ..runtime.dispatch import by_reason
 from ..testing.numerics import GateResult, calc_diff, check_gates
@@ -176,13 +177,11 @@ def _measure(fp8: list[Step], bf16: list[Step], timer: Timer, on_step: Callable[
             s.us = max(times[str(i)].us, 1e-3)  # a graph of very short launches can measure as nothing
 
 
-def activate(h: Tensor, kind: str) -> Tensor:
-    """SwiGLU of `[R, 2I]` (gate, then up) to `[R, I]`, in FP32 inside. 'swiglu_oai': GPT-OSS's clamped form."""
-    gate, up = h.float().chunk(2, dim=-1)
-    if kind == "swiglu_oai":
-        gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
-        return (gate * torch.sigmoid(1.702 * gate) * (up + 1.0)).to(h.dtype)
-    return (torch.nn.functional.silu(gate) * up).to(h.dtype)
+def swiglu(h: Tensor, activation: str) -> Tensor:
+    """Its definition in torch: what an unquantised layer runs."""
+    y = reference_activate(h, activation=activation)
+    assert isinstance(y, Tensor)
+    return y
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +209,7 @@ def _reference(layer: MoELayer, x: Tensor, routing: Routing, weights: Tensor, sl
                         torch.mm(side[rows], weight, out=result[rows])
         values[name], bits[name], plain[name] = outs
         if name == "gate_up":
-            values["swiglu"] = activate(values[name], activation)
+            values["swiglu"] = swiglu(values[name], activation)
     values["combine"] = values["experts"] = combine(values["down"], routing, weights)
     return _Reference(values, bits, plain)
 
@@ -232,7 +231,7 @@ def _bf16(layer: MoELayer, x: Tensor, routing: Routing, weights: Tensor, activat
 
     rows = steps("gather", lambda: gather(x, routing), 2 * (x.numel() + r * hidden))
     h = product("gate_up", rows, layer.gate_up)
-    act = steps("swiglu", lambda: activate(h, activation), 2 * r * 3 * inter)
+    act = steps("swiglu", lambda: swiglu(h, activation), 2 * r * 3 * inter)
     y = product("down", act, layer.down)
     out = steps("combine", lambda: combine(y, routing, weights), 2 * r * hidden + 2 * x.numel())
     _errors(steps.done, {"gather": rows, "gate_up": h, "swiglu": act, "down": y, "combine": out}, ref)
