@@ -62,6 +62,7 @@ CHANGES: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
     "rows": lambda t: t["x"].resize_(8, 256),
     "alignment of an operand": lambda t: t.update(sx=aligned((16, 2), torch.float32, 4)),
     "alignment of the output": lambda t: t.update(out=aligned((16, 128), torch.bfloat16, 2)),
+    "alignment of the index": lambda t: t.update(index=aligned((16,), torch.int32, 4)),
     "no output": lambda t: t.pop("out"),
     "no index": lambda t: t.pop("index"),
 }
@@ -76,6 +77,17 @@ def test_whatever_differs_is_not_recalled(cache: common.PlanCache, change: Calla
         assert recalled(cache, t, *rest) is None
     except RuntimeError as e:       # a meta tensor has no address
         assert "data_ptr" in str(e) or "storage" in str(e)
+
+
+@pytest.mark.parametrize("name", ["x", "sx", "y", "sy", "out", "index"])
+def test_a_call_off_16_bytes_is_not_remembered(name: str) -> None:
+    """Its Plan may be one for tensors that TMA can't take: calls that are aligned must not get it."""
+    if recall._maker() is None:
+        pytest.skip("this torch's guards are not what they were")
+    cache, t = common.PlanCache(), operands()
+    t[name] = aligned(tuple(t[name].shape), t[name].dtype, 8)
+    cache.remember(KNOWN, ScaledTensor(t["x"], t["sx"], FP8_1x128), ScaledTensor(t["y"], t["sy"], FP8_128x128), t["out"], t["index"])
+    assert recalled(cache, operands()) is None
 
 
 def test_options_and_environment(cache: common.PlanCache, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -166,7 +166,7 @@ class PlanCache:
         if alike is None:
             return None, ()
         addresses = x.data_ptr(), sx.data_ptr(), y.data_ptr(), sy.data_ptr(), 0 if index is None else index.data_ptr()
-        bits = addresses[0] | addresses[1] | addresses[2] | addresses[3] | (0 if out is None else out.data_ptr())
+        bits = addresses[0] | addresses[1] | addresses[2] | addresses[3] | addresses[4] | (0 if out is None else out.data_ptr())
         if bits & 15:
             return None, ()
         tensors = _all_of(x, sx, y, sy, out, index)
@@ -177,11 +177,14 @@ class PlanCache:
 
     def remember(self, known: Known, a: ScaledTensor, b: ScaledTensor, out: Tensor | None, index: Tensor | None,
                  *rest: object) -> None:
-        """For `recall`, what is known of a call with these arguments."""
+        """For `recall`, what is known of a call with these arguments; nothing where a tensor is off 16 bytes: guards don't tell."""
         if a.scale is None or b.scale is None:
             return
+        tensors = _all_of(a.data, a.scale, b.data, b.scale, out, index)
+        if any(t.data_ptr() & 15 for t in tensors):
+            return
         key = (a.format, a.data.shape, b.format, b.data.shape, rest, out is None, index is None, env.choice())
-        self._calls.add(key, _all_of(a.data, a.scale, b.data, b.scale, out, index), known)
+        self._calls.add(key, tensors, known)
 
     def add(self, key: tuple, plan: Plan | None, out: Empty, validate: str | None = None) -> Known:
         """`validate` and what the environment says of it are in the key."""
