@@ -21,7 +21,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from .errors import expect
+from .errors import expect, expect_count
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,9 +68,8 @@ class Contiguous(Layout):
 
 def check_hint(expected_m: int) -> None:
     """A tensor would be read back in every call."""
-    expect(not isinstance(expected_m, (Tensor, float)), "expected_m", type(expected_m).__name__, "an int, known on the host",
-           error=TypeError)
-    expect(expected_m >= 0, "expected_m", expected_m, "a number of rows, 0 for unknown")
+    if type(expected_m) is not int or expected_m < 0:
+        expect_count(expected_m, "expected_m", 0, ", a number of rows, 0 for unknown")
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +86,8 @@ class Psum(Layout):
 
     def __post_init__(self) -> None:
         check_index(self.ends, "psum ends", 1, (torch.int32,))
-        expect(self.alignment >= 1, "psum alignment", self.alignment, "at least 1 row")
+        if type(self.alignment) is not int or self.alignment < 1:
+            expect_count(self.alignment, "psum alignment", 1, " row")
         check_hint(self.expected_m)
 
     @property
@@ -164,9 +164,9 @@ class Routed(Layout):
         check_index(self.sorted_token_ids, "sorted_token_ids", 1, (torch.int32,))
         check_index(self.expert_ids, "expert_ids", 1, (torch.int32,))
         check_index(self.num_tokens_post_padded, "num_tokens_post_padded", 1, (torch.int32,))
-        expect(self.block_m >= 1, "block_m", self.block_m, "at least 1")
-        expect(self.a_div >= 1, "a_div", self.a_div, "at least 1")
-        expect(self.top_k >= 1, "top_k", self.top_k, "at least 1")
+        for name in ("block_m", "a_div", "top_k"):
+            expect_count(getattr(self, name), name)
+        expect_count(self.num_slots, "num_slots", 0)
 
     @property
     def index(self) -> Tensor:
@@ -188,7 +188,8 @@ class KGrouped(Layout):
     def __post_init__(self) -> None:
         check_index(self.offsets, "k_grouped offsets", 1, INT)
         expect(self.offsets.numel() >= 1, "k_grouped offsets, length", self.offsets.numel(), "G + 1")
-        expect(self.alignment >= 1, "k_grouped alignment", self.alignment, "at least 1 column")
+        if type(self.alignment) is not int or self.alignment < 1:
+            expect_count(self.alignment, "k_grouped alignment", 1, " column")
 
     @property
     def index(self) -> Tensor:

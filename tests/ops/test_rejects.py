@@ -132,3 +132,41 @@ def test_good_data_passes_validation() -> None:
     a, b = operands(G)
     for layout in layouts().values():
         ng.grouped_gemm(a, b, layout, validate="sync")
+
+
+OWN = ng.sort_by_expert(torch.tensor([[0, 1], [2, 0], [1, 2]], dtype=I32), G)
+TOKENS, ROWS = torch.randn(3, 64).bfloat16(), torch.randn(6, 64).bfloat16()
+
+
+def narrow_out(dtype: torch.dtype) -> ng.ScaledTensor:
+    return ng.ScaledTensor(torch.zeros(6, 64, dtype=torch.float8_e4m3fn), torch.zeros(6, 1, dtype=dtype), ng.FP8_1x128)
+
+
+MORE = {
+    "fast_accum of packed weights": (lambda: ng.gemm(torch.randn(4, 64).bfloat16(), ng.prepack(ng.quantize(torch.randn(64, 64), ng.MXFP4)), fast_accum=True), ValueError, "fast_accum of packed mxfp4: got True"),
+    "accumulate is no flag": (lambda: ng.gemm(*operands(), out=torch.zeros(M, N), accumulate="no"), TypeError, "accumulate: got 'no', expected True or False"),
+    "workspace is a size": (lambda: ng.gemm(*operands(), workspace=4096), TypeError, "workspace: got int, expected a torch.Tensor"),
+    "alignment is a float": (lambda: ng.Psum(torch.zeros(G, dtype=I32), 128.5), TypeError, "psum alignment: got float, expected an int"),
+    "alignment is a tensor": (lambda: ng.KGrouped(torch.zeros(G, dtype=I32), torch.tensor(128)), TypeError, "k_grouped alignment: got Tensor"),
+    "negative num_slots": (lambda: ng.Routed(torch.zeros(16, dtype=I32), torch.zeros(1, dtype=I32), torch.zeros(1, dtype=I32), -1, 2, 16), ValueError, "num_slots: got -1, expected at least 0"),
+    "scales of another dtype to write": (lambda: ng.gather_quantize(TOKENS, OWN, ng.FP8_1x128, out=narrow_out(torch.uint8)), TypeError, "out, scale dtype: got torch.uint8, expected torch.float32"),
+    "no scales to write": (lambda: ng.gather_quantize(TOKENS, OWN, ng.FP8_1x128, out=replace(narrow_out(torch.float32), scale=None)), TypeError, "out, scale: got NoneType"),
+    "a routing of another dtype": (lambda: ng.gather_quantize(TOKENS, replace(OWN, row_map=OWN.row_map.long()), ng.FP8_1x128), TypeError, "routing, row_map, dtype: got torch.int64, expected torch.int32"),
+    "offsets of another dtype": (lambda: ng.combine(ROWS, replace(OWN, offsets=OWN.offsets.int()), torch.rand(3, 2)), TypeError, "routing, offsets, dtype: got torch.int32, expected torch.int64"),
+    "an inverse too short": (lambda: ng.combine(ROWS, replace(OWN, inverse=OWN.inverse[:5]), torch.rand(3, 2)), ValueError, r"routing, inverse, shape: got \(5,\), expected \(6,\)"),
+    "a routing to write of another dtype": (lambda: ng.sort_by_expert(torch.zeros(3, 2, dtype=I32), G, out=replace(OWN, offsets=OWN.offsets.int())), TypeError, "routing, offsets, dtype"),
+    "negative first expert": (lambda: ng.sort_by_expert(torch.zeros(3, 2, dtype=I32), G, first_expert=-1), ValueError, "first_expert: got -1"),
+    "top_k is a float": (lambda: ng.route(torch.randn(4, 8), 2.0), TypeError, "top_k: got float, expected an int"),
+    "args in a list": (lambda: ng.activate(ROWS, activation="swiglu_oai", args=[1.7, 7.0]), TypeError, r"args: got list, expected a tuple"),
+    "layout of activate": (lambda: ng.activate(ROWS, layout=OWN.offsets), TypeError, "layout: got Tensor, expected Offsets"),
+    "bias of a layer's step": (lambda: ng.activate(ROWS, layout=OWN.layout, bias=1.0), TypeError, "bias: got float, expected a torch.Tensor"),
+    "bias of a routed product": (lambda: ng.routed_gemm(ROWS, ng.quantize(torch.randn(G, 64, 64), ng.MXFP4), OWN.layout, bias=[1.0]), TypeError, "bias: got list, expected a dense torch.Tensor"),
+    "negative max_sms of a layer": (lambda: ng.experts(TOKENS, torch.randn(G, 64, 64).bfloat16(), torch.randn(G, 64, 32).bfloat16(), router_logits=torch.randn(3, G), top_k=2, max_sms=-3), ValueError, "max_sms: got -3"),
+}
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_what_was_taken_in_silence(name: str) -> None:
+    call, error, message = MORE[name]
+    with pytest.raises(error, match=message):
+        call()

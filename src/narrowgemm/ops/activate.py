@@ -52,6 +52,9 @@ def activate(h: Tensor, *, activation: str = "swiglu", args: tuple[float, ...] =
     Raises ValueError / TypeError before anything is launched.
     """
     form = None if fmt is None else get_format(fmt)
+    steps.check_args(args)
+    if layout is not None and not isinstance(layout, Offsets):
+        expect(False, "layout", type(layout).__name__, "Offsets or None", error=TypeError)
     offsets = None if layout is None else layout.offsets
     scale_layout = scale_layout or steps.scale_layout_of(form or BF16)
     if steps.wants_definition(h, bias):
@@ -83,14 +86,14 @@ def _check(h: Tensor, activation: str, args: tuple[float, ...], bias: Tensor | N
     expect(activation in reference.ACTIVATIONS, "activation", repr(activation), f"one of {reference.ACTIVATIONS}")
     expect(not args or (activation == "swiglu_oai" and len(args) == 2), "args", args,
            "(alpha, limit) of swiglu_oai, or none")
-    expect(layout is None or isinstance(layout, Offsets), "layout", type(layout).__name__, "Offsets or None", error=TypeError)
     expect(layout is None or layout.offsets.device == h.device, "layout, device",
            None if layout is None else layout.offsets.device, f"h's, {h.device}")
     if bias is not None:
         expect(layout is not None, "layout, with a bias", None, "the Offsets that say whose row is which")
         assert layout is not None
         want = (layout.offsets.numel() - 1, h.shape[1])
-        expect(isinstance(bias, Tensor) and tuple(bias.shape) == want, "bias, shape", tuple(bias.shape), str(want))
+        expect(isinstance(bias, Tensor), "bias", type(bias).__name__, "a torch.Tensor", error=TypeError)
+        expect(tuple(bias.shape) == want, "bias, shape", tuple(bias.shape), str(want))
         expect(bias.dtype in steps.FLOATS, "bias, dtype", bias.dtype, f"one of {steps.FLOATS}", error=TypeError)
         expect(bias.device == h.device, "bias, device", bias.device, f"h's, {h.device}")
     expect(scale_layout in steps.SCALE_LAYOUTS, "scale_layout", repr(scale_layout), f"one of {steps.SCALE_LAYOUTS}")
@@ -110,6 +113,7 @@ def plan_of(h: Tensor, activation: str, args: tuple[float, ...], interleaved: bo
             layout: Offsets | None, fmt: Format | None, rounding: str, amax_clamp: float, scale_layout: str,
             out: ScaledTensor | None, backend: str | None, config: Config | None) -> Plan | None:
     _check(h, activation, args, bias, layout, fmt, rounding, amax_clamp, scale_layout, out)
+    common.check_flags(interleaved=interleaved)
     if h.numel() == 0:
         return None
     groups = 0 if layout is None else layout.offsets.numel() - 1

@@ -102,6 +102,7 @@ def _run(c: Call) -> Tensor | Both:
         common.check_traced(c.config, None, False)
         _check(c)
         return _traced(c)
+    steps.check_args(c.args)
     offsets = c.layout.offsets if isinstance(c.layout, Offsets) else None
     key = (c.fmt, *(steps.sign(t) for t in (c.h, c.dy, offsets, c.seg, c.scale, c.amax)), c.activation, c.args, c.rounding,
            c.amax_clamp, c.backend, c.config, env.choice())

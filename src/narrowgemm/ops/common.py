@@ -20,6 +20,7 @@ from ..errors import expect
 from ..formats import PLAIN, Format, ScaledTensor, dtype_name
 from ..problem import Config, Operand, Plan, Problem, bucket, promotion
 from ..runtime import dispatch, env
+from .overlap import share_memory, stored_twice
 from .recall import Calls
 
 OUT_DTYPES = tuple(PLAIN)
@@ -38,6 +39,7 @@ class Options:
     fast_accum: bool = False
 
     def check(self) -> None:
+        check_flags(fast_accum=self.fast_accum)
         expect(isinstance(self.max_sms, int) and self.max_sms >= 0, "max_sms", self.max_sms, "0 (all) or a positive count")
         expect(self.validate in (None, "sync"), "validate", repr(self.validate), "None or 'sync'")
 
@@ -186,10 +188,11 @@ class PlanCache:
         key = (a.format, a.data.shape, b.format, b.data.shape, rest, out is None, index is None, env.choice())
         self._calls.add(key, tensors, known)
 
-    def add(self, key: tuple, plan: Plan | None, out: Empty, validate: str | None = None) -> Known:
-        """`validate` and what the environment says of it are in the key."""
+    def add(self, key: tuple, plan: Plan | None, out: Empty, validate: str | None = None, memo: dict | None = None) -> Known:
+        """`validate` and what the environment says of it are in the key. `memo`: what it begins with; another thread may find what
+        was added at once."""
         with self._lock:
-            known = self._known.setdefault(key, Known(plan, {}, out, wants_sync(validate)))
+            known = self._known.setdefault(key, Known(plan, {} if memo is None else memo, out, wants_sync(validate)))
             if len(self._known) > _LIMIT:
                 self._known.popitem(last=False)
         return known
@@ -244,8 +247,15 @@ def check_row_scales(a: ScaledTensor) -> None:
            "1 or whole tensor: rows of one block may belong to several groups")
 
 
-def check_out(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
-              accumulate: bool) -> None:
+def check_flags(**flags: object) -> None:
+    """TypeError for what is neither True nor False: 'no' would count as True."""
+    for name, given in flags.items():
+        expect(isinstance(given, bool), name, repr(given), "True or False", error=TypeError)
+
+
+def check_out(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, accumulate: bool,
+              *reads: ScaledTensor | Tensor) -> None:
+    """`reads`: what is read while `out` is written."""
     if out is None:
         expect(dtype in OUT_DTYPES, "out_dtype", dtype, f"one of {OUT_DTYPES}", error=TypeError)
         expect(not accumulate, "out with accumulate=True", None, "the tensor to add to")
@@ -255,8 +265,12 @@ def check_out(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, de
     expect(tuple(out.shape) == shape, "out, shape", tuple(out.shape), str(shape))
     expect(out.device == device, "out, device", out.device, f"the operands', {device}")
     expect(out.stride(-1) == 1 or out.shape[-1] <= 1, "out, strides", out.stride(), "contiguous rows (last stride 1)")
-    expect(out.numel() == 0 or all(s > 0 or n == 1 for s, n in zip(out.stride(), out.shape)), "out, strides", out.stride(),
-           "no row stored twice (no stride 0)")
+    expect(out.numel() == 0 or not stored_twice(out), "out, strides", out.stride(), "no row stored twice")
+    if out.device.type == "meta":
+        return
+    for x in (t for r in reads for t in ((r.data, r.scale) if isinstance(r, ScaledTensor) else (r,)) if t is not None):
+        expect(x.device != out.device or not share_memory(out, x), "out", f"memory of an operand, {tuple(x.shape)}",
+               "memory of its own: operands are read while it is written")
 
 
 def on_16_bytes(x: Tensor) -> bool:

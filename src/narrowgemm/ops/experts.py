@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..arch import detect
-from ..errors import expect
+from ..errors import expect, expect_count
 from ..formats import Format, ScaledTensor, get_format
 from ..prepack import PackedWeight
 from ..runtime import env
@@ -66,6 +66,7 @@ def experts(x: Tensor, gate_up: Weights, down: Weights, *, router_logits: Tensor
 
     Layer: Mixtral, Qwen3-MoE, DeepSeek-V3; GPT-OSS with 'swiglu_oai', interleaved and biases.
     """
+    steps.check_args(activation_args, "activation_args")
     options = (backend, batch_invariant, max_sms, on_unsupported)
     routing_options = (scoring, renormalize, num_expert_group, topk_group, scaling_factor)
     kind = (activation, activation_args, interleaved)
@@ -96,6 +97,7 @@ def experts(x: Tensor, gate_up: Weights, down: Weights, *, router_logits: Tensor
     _, memo = steps.known(_plans, signs, lambda: None)
     made = memo.get("plan")
     if made is None:
+        expect_count(first_expert, "first_expert", 0)
         made = memo["plan"] = plan_of(x, up, dn, router_logits, top_k, topk_weights, topk_ids, router_bias, routing, kind,
                                       fmt, gate_up_bias, down_bias, both, shared_output, expert_map, num_experts, out,
                                       Options(*options))
@@ -160,7 +162,8 @@ def plan_of(x: Tensor, gate_up: Weight, down: Weight, router_logits: Tensor | No
     experts_check.layer(x, gate_up, down, kind, gate_up_bias, down_bias, shared, shared_output, out)
     world, top_k = experts_check.routing(x, gate_up.shape[0], router_logits, top_k, topk_weights, topk_ids, router_bias,
                                          routing, expert_map)
-    expect(num_experts >= 0, "num_experts", num_experts, "0 for unknown, or a number of experts")
+    expect_count(num_experts, "num_experts", 0, ": 0 for unknown, or a number of experts")
+    options.check()
     source = steps.PLAIN[x.dtype]
     recipe = Recipe(source, experts_check.activations(fmt or default_activations(gate_up, source), source, gate_up),
                     kind[0], kind[1], kind[2], router_logits is not None, routing["num_expert_group"] or 1,

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..arch import Arch
-from ..errors import expect
+from ..errors import expect, expect_count
 from ..formats import FP8_ROW, MXFP4, MXFP8, Format, FP8_1x128, ScaledTensor
 from ..kernels.registry import kernels
 from ..prepack import PackedWeight
@@ -29,7 +29,7 @@ from ..problem import Epilogue, Operand, Plan, Problem, bucket
 from ..reference.activate import OAI_ARGS
 from ..runtime import dispatch
 from ..scales import tma_aligned_rows
-from . import steps
+from . import common, steps
 from .routed import weight_operand
 
 ALIGN = 256
@@ -89,6 +89,10 @@ class Options:
     batch_invariant: bool = False
     max_sms: int = 0
     on_unsupported: str = "portable"
+
+    def check(self) -> None:
+        expect_count(self.max_sms, "max_sms", 0, ": 0 (all) or a count")
+        common.check_flags(batch_invariant=self.batch_invariant)
 
 
 @dataclass(frozen=True, slots=True)

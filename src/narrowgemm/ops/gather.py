@@ -40,7 +40,7 @@ def gather_quantize(x: Tensor, routing: Routing, fmt: Format | str, *, rounding:
 
         return gather(quantize(x, fmt, rounding=rounding, amax_clamp=amax_clamp), routing) if fmt.scaled \
             else ScaledTensor(gather(x, routing), None, fmt)
-    key = (fmt, steps.sign(x), steps.sign(routing.row_map), routing.top_k, rounding, amax_clamp, scale_layout, backend,
+    key = (fmt, steps.sign(x), steps.sign(routing.row_map), *steps.like(routing), rounding, amax_clamp, scale_layout, backend,
            config, env.choice(), *(() if out is None else (out.format, steps.sign(out.data), steps.sign(out.scale))))
     plan, memo = steps.known(_plans, key, lambda: _plan(x, routing, fmt, rounding, amax_clamp, scale_layout, out, backend, config))
     x = steps.rows_contiguous(x.detach() if x.requires_grad else x)
@@ -65,6 +65,7 @@ def _plan(x: Tensor, routing: Routing, fmt: Format, rounding: str, amax_clamp: f
         expect(isinstance(x, Tensor), "x", type(x).__name__, "a torch.Tensor", error=TypeError)
         expect(x.dtype in steps.PLAIN, "x, dtype", x.dtype, f"one of {steps.FLOATS}", error=TypeError)
         expect(steps.PLAIN[x.dtype] == fmt, "format", fmt.name, f"a scaled one, or x's own, {steps.PLAIN[x.dtype].name}")
+    steps.check_tensors_of(routing)
     expect(x.dim() == 2 and x.shape[0] == routing.num_tokens, "x, shape", tuple(x.shape),
            f"[{routing.num_tokens}, K], a row for each routed token")
     expect(x.device == routing.row_map.device, "x, device", x.device, f"that of the routing, {routing.row_map.device}")

@@ -41,7 +41,7 @@ def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tensor, *, o
     """
     if isinstance(b, PackedWeight):
         return packed_gemm(a, b, None, out, out_dtype, accumulate,
-                           Options(backend, config, max_sms, validate, on_unsupported), workspace)
+                           Options(backend, config, max_sms, validate, on_unsupported, fast_accum), workspace)
     if type(a) is not ScaledTensor or type(b) is not ScaledTensor:
         a, b = common.as_operand(a, "a"), common.as_operand(b, "b")
     if torch.compiler.is_compiling():
@@ -76,7 +76,8 @@ def plan_of(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, dtype: torch.d
     options.check()
     common.check_pair(a, b, "[M, K]", "[N, K]", 2, 2)
     shape = (a.shape[0], b.shape[0])
-    common.check_out(out, shape, dtype, a.device, accumulate)
+    common.check_flags(accumulate=accumulate)
+    common.check_out(out, shape, dtype, a.device, accumulate, a, b)
     if 0 in shape:
         return None
     like = out if out is not None else torch.empty(shape, dtype=dtype, device="meta")

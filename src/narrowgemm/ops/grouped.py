@@ -40,7 +40,7 @@ def grouped_gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tens
     expect(isinstance(layout, Layout), "layout", type(layout).__name__, "Contiguous, Psum, Offsets or Masked", error=TypeError)
     if isinstance(b, PackedWeight):
         return packed_gemm(a, b, layout, out, out_dtype, accumulate,
-                           Options(backend, config, max_sms, validate, on_unsupported), workspace, zero_padding)
+                           Options(backend, config, max_sms, validate, on_unsupported, fast_accum), workspace, zero_padding)
     if type(a) is not ScaledTensor or type(b) is not ScaledTensor:
         a, b = common.as_operand(a, "a"), common.as_operand(b, "b")
     if torch.compiler.is_compiling():
@@ -96,7 +96,8 @@ def plan_of(a: ScaledTensor, b: ScaledTensor, layout: Layout, out: Tensor | None
     expect(index.device == a.device, f"{layout.kind} index, device", index.device, f"the operands', {a.device}")
     expect(layout.kind != "contiguous" or index.numel() == m, "m_indices, length", index.numel(), f"M = {m}")
     shape = (*a.shape[:-1], b.shape[-2])
-    common.check_out(out, shape, dtype, a.device, accumulate)
+    common.check_flags(accumulate=accumulate, zero_padding=zero_padding)
+    common.check_out(out, shape, dtype, a.device, accumulate, a, b)
     if 0 in shape:
         return None
     expect(groups > 0, f"groups of b for {m} rows", 0, "at least one")

@@ -59,8 +59,7 @@ def _known(x: Tensor, fmt: Format, rounding: str, amax_clamp: float, scale_layou
     if known is None:
         plan = plan_of(x, fmt, rounding, amax_clamp, scale_layout, backend, config)
         payload, scales = _outputs(x, fmt, scale_layout)
-        known = _plans.add(key, plan, payload)
-        known.memo[SCALES] = scales
+        known = _plans.add(key, plan, payload, memo={SCALES: scales})
     return known
 
 

@@ -16,7 +16,7 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from ..errors import expect
+from ..errors import expect, expect_count
 from ..formats import ScaledTensor
 from ..kernels.step_operands import CombineOperands, RouteOperands, SortOperands
 from ..layouts import INT, Routed, check_index
@@ -76,6 +76,9 @@ def check(logits: Tensor, top_k: int, scoring: str, bias: Tensor | None, num_exp
                  topk_group: int | None) -> None:
     _float(logits, "logits", 2)
     experts = logits.shape[1]
+    for name, given in (("top_k", top_k), ("num_expert_group", num_expert_group), ("topk_group", topk_group)):
+        if given is not None:
+            expect_count(given, name)
     expect(1 <= top_k <= experts, "top_k", top_k, f"in [1, {experts}], the number of experts")
     expect(scoring in SCORINGS, "scoring", repr(scoring), f"one of {SCORINGS}")
     if bias is not None:
@@ -119,21 +122,16 @@ def sort_by_expert(topk_ids: Tensor, num_experts: int, *, expert_map: Tensor | N
     Raises ValueError or TypeError for shapes and dtypes that don't fit.
     """
     if steps.wants_definition(topk_ids):
-        _ids(topk_ids, num_experts, expert_map)
+        _ids(topk_ids, num_experts, expert_map, first_expert)
         return reference.sort_by_expert(topk_ids, num_experts, expert_map=expert_map, first_expert=first_expert)
-    key = ("sort", steps.sign(topk_ids), num_experts, steps.sign(expert_map), first_expert, out is None, backend, config,
-           env.choice())
-    plan, memo = steps.known(_plans, key, lambda: plan_sort(topk_ids, num_experts, expert_map, backend, config))
+    key = ("sort", steps.sign(topk_ids), num_experts, steps.sign(expert_map), first_expert,
+           *(() if out is None else (steps.sign(out.row_map), *steps.like(out))), backend, config, env.choice())
+    plan, memo = steps.known(_plans, key, lambda: plan_sort(topk_ids, num_experts, expert_map, backend, config, first_expert, out))
     if out is None:
         slots, device = topk_ids.numel(), topk_ids.device
         out = Routing(torch.empty(slots, dtype=torch.int32, device=device),
                       torch.empty(num_experts + 1, dtype=torch.int64, device=device),
                       torch.empty(slots, dtype=torch.int32, device=device), topk_ids.shape[1])
-    else:
-        expect(out.row_map.numel() == topk_ids.numel() and out.top_k == topk_ids.shape[1]
-               and out.num_experts == num_experts, "out, slots, top_k, experts",
-               (out.row_map.numel(), out.top_k, out.num_experts),
-               str((topk_ids.numel(), topk_ids.shape[1], num_experts)))
     assert plan is not None
     run(plan, SortOperands(topk_ids.contiguous(), expert_map, first_expert, num_experts, out.row_map, out.offsets,
                            out.inverse, memo), workspace)
@@ -141,9 +139,15 @@ def sort_by_expert(topk_ids: Tensor, num_experts: int, *, expert_map: Tensor | N
 
 
 def plan_sort(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None, backend: str | None,
-              config: Config | None) -> Plan:
+              config: Config | None, first_expert: int = 0, out: Routing | None = None) -> Plan:
     """Check the call and select its Plan."""
-    _ids(topk_ids, num_experts, expert_map)
+    _ids(topk_ids, num_experts, expert_map, first_expert)
+    if out is not None:
+        steps.check_routing(out)
+        steps.check_tensors_of(out)
+        _same_device("out", out.row_map, topk_ids)
+        given, want = (out.row_map.numel(), out.top_k, out.num_experts), (topk_ids.numel(), topk_ids.shape[1], num_experts)
+        expect(given == want, "out, slots, top_k, experts", given, str(want))
     return steps.select(steps.sort_problem(topk_ids.numel(), num_experts), topk_ids.device, backend, config)
 
 
@@ -180,7 +184,7 @@ def combine(y: Tensor, routing: Routing, topk_weights: Tensor, *, bias: Tensor |
         made = reference.combine(y, routing, topk_weights, bias=bias, add=add, out_dtype=out_dtype or
                                  (out.dtype if out is not None else None))
         return made if out is None else out.copy_(made)
-    key = ("combine", steps.sign(y), steps.sign(routing.row_map), routing.top_k, routing.num_experts,
+    key = ("combine", steps.sign(y), steps.sign(routing.row_map), *steps.like(routing),
            steps.sign(topk_weights), steps.sign(bias), steps.sign(add), steps.sign(out), out_dtype, backend, config,
            env.choice())
     plan, memo = steps.known(_plans, key, lambda: _plan_combine(y, routing, topk_weights, bias, add, out, out_dtype, backend,
@@ -220,6 +224,7 @@ def _check_combine(y: Tensor, routing: Routing, topk_weights: Tensor, bias: Tens
 def _plan_combine(y: Tensor, routing: Routing, topk_weights: Tensor, bias: Tensor | None, add: Tensor | None,
                   out: Tensor | None, out_dtype: torch.dtype | None, backend: str | None,
                   config: Config | None) -> Plan | None:
+    steps.check_tensors_of(routing)
     _check_combine(y, routing, topk_weights, bias, add, out, out_dtype)
     tokens, n = routing.num_tokens, y.shape[1]
     if tokens == 0 or n == 0:
@@ -236,18 +241,20 @@ def moe_align_block_size(topk_ids: Tensor, block_m: int, num_experts: int, *, ex
     in `sort_by_expert`) are not in it at all; vLLM instead gives experts of other ranks blocks with expert id -1.
     """
     _ids(topk_ids, num_experts, expert_map)
-    expect(block_m >= 1, "block_m", block_m, "at least 1")
-    expect(a_div is None or a_div >= 1, "a_div", a_div, "None or at least 1")
+    expect_count(block_m, "block_m")
+    if a_div is not None:
+        expect_count(a_div, "a_div")
     return reference.moe_align_block_size(topk_ids, block_m, num_experts, expert_map=expert_map, a_div=a_div)
 
 
-def _ids(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None) -> None:
+def _ids(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None, first_expert: int = 0) -> None:
     expect(isinstance(topk_ids, Tensor), "topk_ids", type(topk_ids).__name__, "a torch.Tensor", error=TypeError)
     expect(topk_ids.dtype in INT, "topk_ids, dtype", topk_ids.dtype, "int32 or int64", error=TypeError)
     expect(topk_ids.dim() == 2 and topk_ids.shape[1] >= 1, "topk_ids, shape", tuple(topk_ids.shape),
            "[T, top_k] with top_k at least 1")
     check_rows(topk_ids.numel(), "topk_ids, slots")
-    expect(num_experts >= 1, "num_experts", num_experts, "at least 1")
+    expect_count(num_experts, "num_experts")
+    expect_count(first_expert, "first_expert", 0)
     if expert_map is not None:
         check_index(expert_map, "expert_map", 1, INT)
         _same_device("expert_map", expert_map, topk_ids)

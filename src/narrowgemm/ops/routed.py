@@ -85,7 +85,8 @@ def routed_gemm(a: ScaledTensor | Tensor, b: PackedWeight | ScaledTensor | Tenso
     index = layout.index
     key = (*signature(a, b, out), dtype, backend, config, max_sms, validate, on_unsupported, layout.kind, a_div, epilogue,
            zero_padding, s.num_slots, s.top_k, s.positions, s.block_m,
-           *(_like(x) for x in (index, s.slots, s.experts, s.posted, s.bias, s.weight, s.add)))
+           *(_like(x) for x in (index, s.slots, s.experts, s.posted)), _like(s.bias, "bias"), _like(s.weight, "routing_weight"),
+           _like(s.add, "add"))
     known = _plans.find(key)
     if known is None:
         plan = _routed_plan(a, b, layout, s, out, dtype, a_div, epilogue,
@@ -179,8 +180,15 @@ def _plain(b: PackedWeight | ScaledTensor) -> ScaledTensor:
     return ScaledTensor(b.data, b.scale, b.format) if isinstance(b, PackedWeight) else b
 
 
-def _like(x: Tensor | None) -> tuple | None:
-    return None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
+def _stored(b: PackedWeight | ScaledTensor) -> list[ScaledTensor | Tensor]:
+    return list(b.tensors().values()) if isinstance(b, PackedWeight) else [b]
+
+
+def _like(x: Tensor | None, name: str = "a tensor argument") -> tuple | None:
+    if x is None:
+        return None
+    expect(isinstance(x, Tensor) and x.layout == torch.strided, name, type(x).__name__, "a dense torch.Tensor", error=TypeError)
+    return (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
 
 
 def signature(a: ScaledTensor, b: PackedWeight | ScaledTensor, out: Tensor | None) -> tuple:
@@ -226,7 +234,6 @@ def _routed_plan(a: ScaledTensor, b: PackedWeight | ScaledTensor, layout: Routed
     expect(not epilogue.combine or s.num_slots % s.top_k == 0, "slots to combine", s.num_slots, f"a multiple of top_k = {s.top_k}")
     expect(not epilogue.activation or n % 2 == 0, "N of gate and up", n, "an even number")
     if s.bias is not None:
-        expect(isinstance(s.bias, Tensor), "bias", type(s.bias).__name__, "a torch.Tensor", error=TypeError)
         expect(s.bias.dtype in FLOATS, "bias, dtype", s.bias.dtype, f"one of {FLOATS}", error=TypeError)
         expect(tuple(s.bias.shape) == (groups, n) and s.bias.is_contiguous(), "bias, shape", tuple(s.bias.shape),
                f"contiguous {(groups, n)}")
@@ -242,11 +249,11 @@ def _routed_plan(a: ScaledTensor, b: PackedWeight | ScaledTensor, layout: Routed
         expect(layout.num_tokens_post_padded.numel() >= 1, "num_tokens_post_padded, length", 0, "1")
     shape = out_shape(b, s, epilogue)
     if s.add is not None:
-        expect(isinstance(s.add, Tensor), "add", type(s.add).__name__, "a torch.Tensor", error=TypeError)
         expect(s.add.dtype in FLOATS, "add, dtype", s.add.dtype, f"one of {FLOATS}", error=TypeError)
         expect(epilogue.combine, "add", "a tensor", "None without combine: it is added to a token's sum")
         expect(tuple(s.add.shape) == shape and s.add.stride(-1) == 1, "add, shape", tuple(s.add.shape), f"{shape}, contiguous rows")
-    common.check_out(out, shape, dtype, a.device, False)
+    common.check_flags(combine=epilogue.combine)
+    common.check_out(out, shape, dtype, a.device, False, a, *_stored(b), *(t for t in (s.bias, s.weight) if t is not None))
     if 0 in shape:
         return None
     expect(groups > 0, "groups of b", 0, "at least one")
@@ -275,7 +282,10 @@ def packed_plan(a: ScaledTensor, b: PackedWeight, layout: Layout | None, out: Te
         expect(layout.kind != "contiguous" or layout.index.numel() == m, "m_indices, length", layout.index.numel(), f"M = {m}")
     expect(not masked or a.shape[0] == b.groups, "groups of a", a.shape[0], f"b's, {b.groups}")
     shape = (*a.shape[:-1], b.n)
-    common.check_out(out, shape, dtype, a.device, accumulate)
+    common.check_flags(accumulate=accumulate, zero_padding=zero_padding)
+    expect(not options.fast_accum, f"fast_accum of packed {b.format.name}", True,
+           "False: sums are scaled, and so promoted, every block of K")
+    common.check_out(out, shape, dtype, a.device, accumulate, a, *_stored(b))
     if 0 in shape:
         return None
     even = out is None or not masked or out.shape[0] == 1 or out.stride(0) == m * out.stride(1)

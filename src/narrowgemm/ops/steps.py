@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from ..arch import detect
-from ..errors import expect
+from ..errors import expect, expect_count
 from ..formats import PLAIN, Format, ScaledTensor
 from ..problem import Config, Epilogue, Operand, Plan, Problem, bucket
 from ..reference.route import Routing
 from ..runtime import dispatch
 from ..scales import tma_aligned_rows
 from . import common
+from .overlap import stored_twice
 
 FLOATS = tuple(PLAIN)
 SCALE_LAYOUTS = ("row_major", "mn_major")
@@ -104,6 +105,29 @@ def check_routing(routing: object) -> None:
         expect(False, "routing", type(routing).__name__, "a Routing, as `sort_by_expert` returns it", error=TypeError)
 
 
+def check_args(args: object, name: str = "args") -> None:
+    """In front of the cache: a list can't be hashed."""
+    if type(args) is not tuple:
+        expect(False, name, type(args).__name__, "a tuple, (alpha, limit) of swiglu_oai or none", error=TypeError)
+
+
+def like(routing: Routing) -> tuple:
+    """What of a Routing's tensors checks and launches depend on, beside `row_map`."""
+    return (routing.top_k, *((type(t), t.shape, t.stride(), t.dtype) for t in (routing.offsets, routing.inverse)))
+
+
+def check_tensors_of(routing: Routing) -> None:
+    """Once a signature: a Routing may be the caller's own, and kernels take its tensors by address."""
+    slots = routing.row_map.numel()
+    expect_count(routing.top_k, "routing, top_k")
+    expect(slots % routing.top_k == 0, "routing, top_k", routing.top_k, f"a divisor of the {slots} slots of row_map")
+    device = routing.row_map.device
+    check_like(routing.row_map, "routing, row_map", (slots,), torch.int32, device)
+    check_like(routing.inverse, "routing, inverse", (slots,), torch.int32, device)
+    check_like(routing.offsets, "routing, offsets", (routing.offsets.numel(),), torch.int64, device)
+    expect(routing.num_experts >= 1, "routing, offsets", tuple(routing.offsets.shape), "one more than there are experts")
+
+
 def select(problem: Problem, device: torch.device, backend: str | None, config: Config | None) -> Plan:
     return dispatch.select(problem, detect(device), backend, config)
 
@@ -144,7 +168,11 @@ def check_out(out: ScaledTensor, rows: int, k: int, fmt: Format, dtype: torch.dt
     want = fmt.elem.dtype if fmt.scaled else dtype
     check_like(out.data, "out, payload", (rows, k // fmt.elem.per_byte), want, device, rows_only=True)
     if fmt.scaled:
+        want = torch.float32 if fmt.scale == "fp32" else torch.uint8
+        expect(isinstance(out.scale, Tensor), "out, scale", type(out.scale).__name__, "a torch.Tensor", error=TypeError)
         assert out.scale is not None
+        expect(out.scale.dtype == want, "out, scale dtype", out.scale.dtype, str(want), error=TypeError)
         expect(tuple(out.scale.shape) == fmt.scale_shape((rows, k)), "out, scale shape", tuple(out.scale.shape),
                str(fmt.scale_shape((rows, k))))
         expect(out.scale.device == device, "out, scale device", out.scale.device, str(device))
+        expect(not stored_twice(out.scale), "out, scale strides", out.scale.stride(), "no scale stored twice")

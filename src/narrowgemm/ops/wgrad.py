@@ -67,7 +67,8 @@ def plan_of(a: ScaledTensor, b: ScaledTensor, layout: KGrouped, out: Tensor | No
     common.check_pair(a, b, "[M, K_total]", "[N, K_total]", 2, 2, layout.num_groups)
     expect(layout.offsets.device == a.device, "k_grouped offsets, device", layout.offsets.device, f"the operands', {a.device}")
     shape = (layout.num_groups, a.shape[0], b.shape[0])
-    common.check_out(out, shape, dtype, a.device, accumulate)
+    common.check_flags(accumulate=accumulate)
+    common.check_out(out, shape, dtype, a.device, accumulate, a, b)
     if 0 in shape:
         return None
     like = out if out is not None else torch.empty(shape, dtype=dtype, device="meta")

@@ -22,6 +22,8 @@ def run(plan: Plan, operands: Operands | StepOperands, workspace: Tensor | None 
     `workspace`: uint8 on 16 bytes, at least `plan.workspace_bytes`; allocated where None.
     """
     out, memo = operands.out, operands.memo
+    expect(workspace is None or isinstance(workspace, Tensor), "workspace", type(workspace).__name__, "a torch.Tensor or None",
+           error=TypeError)
     if out.is_cuda and out.get_device() != torch.cuda.current_device():
         with torch.cuda.device(out.device):
             return run(plan, operands, workspace)
