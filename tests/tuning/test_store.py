@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -97,8 +98,6 @@ def test_no_rows_is_no_key(tmp_path: Path) -> None:
     store.write_table(tmp_path, "h200", DENSE, {}, [row(1)])
     problem = describe("gemm", m=1, n=512, k=1024)
     assert store.lookup(problem, "h200", str(tmp_path)) is not None
-    import dataclasses
-
     assert store.lookup(dataclasses.replace(problem, rows=0), "h200", str(tmp_path)) is None
 
 
@@ -153,6 +152,17 @@ def test_a_device_without_tables_takes_rows_of_its_sibling_where_arithmetic_deci
     store.write_table(tmp_path, "h100", DENSE, {}, [row(8192, "mine", n=4096, k=4096), row(4096, n=4096, k=4096) | {"adopted": False}])
     assert store.choose(large, h100, str(tmp_path)).kernel == "mine"                # type: ignore[union-attr]
     assert store.choose(near, h100, str(tmp_path)) is None      # its own row says that the model is right
+
+
+def test_a_slice_of_a_device_takes_no_packaged_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They were measured on all SMs; its own rows, in a folder of the user's, count."""
+    monkeypatch.setattr(store, "PACKAGED", tmp_path / "packaged")
+    store.write_table(tmp_path / "packaged", "h200", DENSE, {}, [row(64)])
+    problem, whole = describe("gemm", m=64, n=512, k=1024), get_arch("h200")
+    part = dataclasses.replace(whole, sms=16)
+    assert store.choose(problem, whole) is not None and store.choose(problem, part) is None
+    store.write_table(tmp_path / "mine", "h200", DENSE, {}, [row(64, "mine")])
+    assert store.choose(problem, part, str(tmp_path / "mine")).kernel == "mine"     # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("older", ["gluon_sm90.fp8_decode", "model", "unknown", ""])

@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import json_rows
-from ..arch import Arch
+from ..arch import ARCHS, Arch
 from ..prepack_bits import FP8_PREPACK
 from ..problem import Config, Problem, bucket
 from .fingerprint import fingerprint
@@ -75,8 +75,12 @@ def key(problem: Problem) -> Key:
 def choose(problem: Problem, arch: Arch, extra: str = "") -> Tuned | None:
     """`lookup` for the device; where it has no row, a row of its `SIBLINGS` device for a problem that is bound by arithmetic.
 
-    The two have the same SMs, so what such a problem runs fastest with is the same; where bytes decide, it need not be.
+    The two have the same SMs, so what such a problem runs fastest with is the same; where bytes decide, it need not be. A slice of
+    a device (MIG), or a variant with other SMs, goes by that name too: packaged tables, made on all SMs, say nothing of it.
     """
+    if arch.name in ARCHS and arch.sms != ARCHS[arch.name].sms:
+        found = _found(problem, arch.name, extra, packaged=False)
+        return found if found is not None and found.adopted else None
     found = _found(problem, arch.name, extra)
     if found is None and (other := SIBLINGS.get(arch.name)) and arch.fp8_flops * problem.bytes < arch.bandwidth * problem.flops:
         found = _found(problem, other, extra)
@@ -94,11 +98,11 @@ def lookup(problem: Problem, device: str, extra: str = "") -> Tuned | None:
     return found if found is not None and found.adopted else None
 
 
-def _found(problem: Problem, device: str, extra: str) -> Tuned | None:
+def _found(problem: Problem, device: str, extra: str, packaged: bool = True) -> Tuned | None:
     """The row that counts, adopted or not."""
     name = table_name(problem)
     n, k, rows = key(problem)
-    tables = [_table(root, device, name).get((n, k), {}) for root in (extra, str(PACKAGED)) if root]
+    tables = [_table(root, device, name).get((n, k), {}) for root in (extra, str(PACKAGED) if packaged else "") if root]
     packed = bool(problem.b.prepack)    # few tokens and many have kernels of their own: a row of fewer rows says nothing of more
     buckets = [b for t in tables for b in t if b >= rows or not packed] if rows else []
     near = min(((abs(math.log(b / rows)), -b) for b in buckets), default=None)
