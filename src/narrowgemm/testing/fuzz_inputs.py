@@ -1,0 +1,398 @@
+"""What `fuzz` calls a kernel with, and how it judges the result: operands of any bits and strides, corrupt layouts, bounds on every
+element."""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..formats import E8M0_NAN, ELEMENTS, Format, ScaledTensor
+from ..layouts import KGrouped, Layout, Masked, Offsets, Psum
+from ..reference.gemm import full_float32
+from ..reference.grouped import grouped_gemm, own_scales, take_columns
+from .case import Case
+from .guard import GUARD, POISON, all_bytes
+from .inputs import Inputs, make_layout
+from .numerics import FAST_ACCUM_GATE, KERNEL_GATE, Sums
+from .values import mn_major, poisoned, put
+
+if TYPE_CHECKING:
+    from .fuzz import Draw
+
+VALUES = ("normal", "bits", "spread", "nan", "zero")
+CORRUPT = ("past", "negative", "huge", "shuffled", "beyond_int32")
+MONOTONE = ("past", "negative", "beyond_int32")     # bounds still don't decrease, so whose row is which is defined
+GUARDS = 4096
+GROUPS_CHECKED = 48
+# of the sum of magnitudes: what a sum of products may be off by, by the narrowest element
+SUM_ERROR = {"e4m3": 2.0**-10, "e5m2": 2.0**-10, "e2m1": 2.0**-10, "bf16": 2.0**-14, "fp16": 2.0**-14, "fp32": 2.0**-16}
+FEW_LARGE = 4       # times as much where few products make the sum: a tensor core cuts each off below the largest
+ROUNDING = {"bf16": 2.0**-8, "fp16": 2.0**-10, "fp32": 2.0**-20}
+
+
+@dataclass(frozen=True, slots=True)
+class Store:
+    """How a `[..., R, C]` tensor lies: `pad` elements behind every row, from `offset` elements on, `gap` rows behind every group;
+    `transposed`: columns are rows."""
+
+    pad: int = 0
+    offset: int = 0
+    gap: int = 0
+    transposed: bool = False
+
+
+def stored(x: Tensor, how: Store) -> Tensor:
+    """`x` in a buffer of its own, which ends where it does: a memory checker sees a read behind it."""
+    view, _ = room(tuple(x.shape), x.dtype, x.device, how, 0)
+    size = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    view.view(size).copy_(x.view(size))
+    return view
+
+
+def room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, how: Store, guard: int = GUARDS
+         ) -> tuple[Tensor, Tensor]:
+    """(a view of `shape`, the bytes that it lies in, so many guards at both ends)."""
+    if how.transposed:
+        view, buffer = room((*shape[:-2], shape[-1], shape[-2]), dtype, device, replace(how, transposed=False), guard)
+        return view.mT, buffer
+    *lead, rows, columns = shape
+    outer = (*lead, rows + (how.gap if lead else 0), columns + how.pad)
+    size = torch.empty((), dtype=dtype).element_size()
+    nbytes, start = size * math.prod(outer), guard + size * how.offset
+    buffer = torch.full((start + nbytes + guard,), GUARD, dtype=torch.uint8, device=device)
+    view = buffer[start : start + nbytes].view(dtype).view(outer)[..., :rows, :columns]
+    return view, buffer
+
+
+class GuardedView:
+    """As `guard.Guarded`, for an output with strides: no byte of the buffer beside the view's own elements may change."""
+
+    def __init__(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, how: Store) -> None:
+        self.tensor, self.buffer = room(shape, dtype, device, how)
+        size = {1: torch.int8, 2: torch.int16, 4: torch.int32}[self.tensor.element_size()]
+        self._bits = self.tensor.view(size)
+        self.reset()
+
+    def reset(self) -> None:
+        self.buffer.fill_(GUARD)
+        self._bits.fill_(-1)
+
+    def faults(self, untouched: list[Tensor] | None = None) -> list[str]:
+        bad = [i for i, x in enumerate(untouched or ()) if x.numel() and not all_bytes(x.contiguous(), POISON)]
+        out = [f"wrote rows that belong to no group (part {bad[0]} of {len(untouched or ())})"] if bad else []
+        kept = self._bits.clone()
+        self._bits.copy_(torch.full_like(kept, int.from_bytes(bytes([GUARD]) * kept.element_size(), "little", signed=True)))
+        if not all_bytes(self.buffer, GUARD):
+            at = (self.buffer != GUARD).nonzero().flatten()
+            out.append(f"wrote {at.numel()} bytes beside the output, the first at byte {int(at[0]) - GUARDS}")
+        self._bits.copy_(kept)
+        return out
+
+
+def values(shape: tuple[int, ...], fmt: Format, kind: str, device: torch.device, generator: torch.Generator) -> ScaledTensor:
+    """An operand of one of `VALUES`: 'bits' has any finite code, 'spread' scales far apart, 'nan' a few rows with one."""
+    e = fmt.elem
+    packed = (*shape[:-1], shape[-1] // e.per_byte)
+
+    def uniform(*size: int) -> Tensor:
+        return torch.rand(size, device=device, generator=generator)
+
+    if e.bits == 4:
+        data = torch.randint(0, 256, packed, dtype=torch.uint8, device=device, generator=generator)
+        data = torch.zeros_like(data) if kind == "zero" else data
+    elif e.bits == 8 and kind == "bits":
+        codes = torch.randint(0, 256, packed, dtype=torch.uint8, device=device, generator=generator)
+        data = codes.view(e.dtype)
+        codes[~data.float().isfinite()] = 0x36
+    else:
+        x = torch.randn(packed, device=device, generator=generator)
+        if e.bits == 8:
+            x = (x * 56).clamp(-e.max, e.max)
+        if e.bits == 16 and kind == "spread":
+            x = x * torch.exp2((uniform(*packed[:-1], 1) * 16 - 8).round())
+        data = (x * 0 if kind == "zero" else x).to(e.dtype)
+    scale = None
+    if fmt.scaled:
+        size = fmt.scale_shape(shape)
+        far = {"spread": 14.0 if fmt.element != "e2m1" or generator.initial_seed() % 2 else 40.0, "bits": 6.0}.get(kind, 2.0)
+        if kind == "spread" and fmt.group[1] and shape[-1] > 2048:
+            far = min(far, 14.0)
+        exponent = (uniform(*size) - 0.5) * far
+        if fmt.scale == "e8m0":
+            scale = (127 + exponent.round()).to(torch.uint8)
+        else:
+            scale = torch.exp2(exponent)
+    if kind == "nan" and data.numel():
+        row = int(generator.initial_seed() % shape[-2])
+        where = (0,) * (len(shape) - 2) + (row,)
+        if fmt.element == "e2m1" or (scale is not None and fmt.group[0] == 1 and fmt.group[1] and generator.initial_seed() % 3):
+            assert scale is not None
+            scale[where + (scale.shape[-1] - 1,)] = E8M0_NAN if fmt.scale == "e8m0" else float("nan")
+        elif e.bits == 8:
+            data.view(torch.uint8)[where + (packed[-1] - 1,)] = 0x7F
+        else:
+            data[where + (packed[-1] - 1,)] = float("nan")
+    return ScaledTensor(data, scale, fmt)
+
+
+def restored(x: ScaledTensor, how: Store, scales: str) -> ScaledTensor:
+    scale = x.scale
+    if scale is not None:
+        if scales == "mn_major":
+            scale = mn_major(x).scale if scale.dim() == x.data.dim() else scale
+        elif scales == "odd" and scale.dim() >= 2:
+            scale = stored(scale, Store(3, 1, 1))
+    return ScaledTensor(stored(x.data, how), scale, x.format)
+
+
+def build(draw: Draw, device: torch.device) -> Inputs:
+    """Inputs of a draw, as `Inputs` has them."""
+    c = draw.case
+    generator = torch.Generator(device).manual_seed(draw.seed)
+
+    def make(shape: tuple[int, ...], fmt: Format) -> ScaledTensor:
+        return values(shape, fmt, draw.values, device, generator)
+
+    out_shape: tuple[int, ...]
+    own = draw.own_scales and c.layout == "k_grouped"
+    if c.layout == "k_grouped":
+        k = c.rows + draw.columns
+        a, b = (_columns(make((r, c.rows), f), r, k, f, device) for r, f in ((c.m, c.a), (c.n, c.b)))
+        a, b = ((ScaledTensor(x.data, torch.stack([x.scale * (1 + g % 3) for g in range(c.groups)]), x.format)    # type: ignore[operator]
+                 if own and x.scale is not None and not x.format.group[1] and c.groups else x) for x in (a, b))
+        out_shape = (c.groups, c.m, c.n)
+    elif c.layout == "dense":
+        a, b, out_shape = make((c.m, c.k), c.a), make((c.n, c.k), c.b), (c.m, c.n)
+    else:
+        b = make((c.groups, c.n, c.k), c.b)
+        lead = (c.groups, c.max_m) if c.layout == "masked" else (c.a_rows,)
+        a = poisoned((*lead, c.k), c.a, device)
+        if c.layout == "masked":
+            for g, rows in enumerate(c.group_sizes):
+                if rows:
+                    put(a[g], slice(0, rows), make((rows, c.k), c.a))
+        elif c.segments:
+            whole = make((sum(n for *_, n in c.segments), c.k), c.a)
+            at = 0
+            for _, start, n in c.segments:
+                scale = whole.scale if whole.scale is None or c.a.group[0] == 0 else whole.scale[at:at + n]
+                put(a, slice(start, start + n), ScaledTensor(whole.data[at:at + n], scale, c.a))
+                at += n
+        out_shape = (*lead, c.n)
+    layout = make_layout(c, device)
+    if isinstance(layout, Masked) and draw.hint >= 0:
+        layout = Masked(layout.masked_m, draw.hint)
+    elif isinstance(layout, Psum) and draw.hint >= 0:
+        layout = Psum(layout.ends, layout.alignment, draw.hint)
+    elif isinstance(layout, Offsets) and draw.wide_index:
+        layout = Offsets(layout.offsets.long())
+    elif isinstance(layout, KGrouped) and draw.wide_index:
+        layout = KGrouped(layout.offsets.long(), layout.alignment)
+    out: Any = GuardedView(out_shape, ELEMENTS[c.out_dtype].dtype, device, draw.out)
+    inputs = Inputs(c, device, draw.seed, restored(a, draw.a, draw.scale), restored(b, draw.b, draw.scale if c.layout == "k_grouped"
+                                                                                     else "odd" if draw.scale == "odd" else ""),
+                    layout, out)
+    if draw.corrupt and layout is not None:
+        inputs.layout = corrupted(layout, c, draw.corrupt, random.Random(draw.seed))
+    inputs.reset_out()
+    return inputs
+
+
+def _columns(x: ScaledTensor, rows: int, k: int, fmt: Format, device: torch.device) -> ScaledTensor:
+    """With columns of poison behind, up to `k`."""
+    if x.shape[-1] == k:
+        return x
+    out = poisoned((rows, k), fmt, device)
+    out.data[:, :x.shape[-1]] = x.data
+    if x.scale is not None and out.scale is not None:
+        out.scale[:, :x.scale.shape[-1]] = x.scale
+    return out
+
+
+def corrupted(layout: Layout, c: Case, how: str, rng: random.Random) -> Layout:
+    """The layout with an index that no caller should have."""
+    x = layout.index.clone()
+    limit = c.a_rows
+    if not x.numel():
+        return layout
+    i = rng.randrange(x.numel())
+    if how == "beyond_int32" and isinstance(layout, Offsets):
+        x = x.long()
+        x[i:] = x[i:] + (1 << 32)
+    elif how in ("past", "beyond_int32"):
+        x[i:] = x[i:] + limit + 3
+    elif how == "negative":
+        x[: i + 1] = -5
+    elif how == "huge":
+        x[i] = 2**31 - 1
+    else:
+        x = x[torch.tensor(rng.sample(range(x.numel()), x.numel()), device=x.device)]
+    if isinstance(layout, Masked):
+        return Masked(x, layout.expected_m)
+    if isinstance(layout, Psum):
+        return Psum(x, layout.alignment, layout.expected_m)
+    return type(layout)(x)      # type: ignore[call-arg]
+
+
+def call(inputs: Inputs, draw: Draw, workspace: bool = True) -> list[str]:
+    """The call, with a workspace of poison between guards; what it wrote beside that."""
+    options: dict[str, Any] = {"backend": draw.kernel or None, "config": draw.config, "max_sms": draw.max_sms}
+    plan = inputs.plan(**options)
+    need = 0 if plan is None else plan.workspace_bytes
+    guarded = torch.full((4096 + need + 4096,), GUARD, dtype=torch.uint8, device=inputs.device)
+    own = guarded[4096 : 4096 + need]
+    if workspace and need:
+        own.fill_(0xFF if draw.seed % 2 else 0x01)
+        options["workspace"] = own
+    inputs.call(**options)
+    own.fill_(GUARD)
+    return [] if all_bytes(guarded, GUARD) else ["wrote beside the workspace"]
+
+
+def run(draw: Draw, device: torch.device) -> list[str]:
+    """What is wrong with the draw's result."""
+    inputs = build(draw, device)
+    found = call(inputs, draw)
+    if draw.corrupt:
+        return [*found, *corrupt_faults(inputs, draw)]
+    found += inputs.faults()
+    found += elements(inputs, draw)
+    first = bits(inputs.out.tensor)
+    for again in (True, False):
+        inputs.reset_out()
+        found += call(inputs, draw, again)
+        if not torch.equal(first, bits(inputs.out.tensor)):
+            found.append("other bits the second time" if again else "other bits without a workspace that was given")
+    if draw.seed % 3 == 0 and not found:
+        found += warm(draw, device)
+    return list(dict.fromkeys(found))
+
+
+def warm(draw: Draw, device: torch.device) -> list[str]:
+    """Other tensors of the same signature, on a stream of their own, and replayed from a CUDA graph."""
+    inputs = build(replace(draw, seed=draw.seed ^ 4), device)
+    options: dict[str, Any] = {"backend": draw.kernel or None, "config": draw.config, "max_sms": draw.max_sms}
+    if device.type != "cuda":
+        inputs.call(**options)
+        return [f"warm: {f}" for f in (*inputs.faults(), *elements(inputs, draw))]
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        inputs.call(**options)
+    torch.cuda.current_stream(device).wait_stream(stream)
+    found = [f"warm: {f}" for f in (*inputs.faults(), *elements(inputs, draw))]
+    first, graph = bits(inputs.out.tensor), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        inputs.call(**options)
+    for _ in range(2):
+        inputs.reset_out()
+        graph.replay()
+        if not torch.equal(first, bits(inputs.out.tensor)):
+            found.append("other bits from a graph")
+    return found
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.contiguous().view(torch.uint8).clone()
+
+
+def sides(inputs: Inputs, g: int) -> tuple[Tensor, Tensor]:
+    c = inputs.case
+    if c.layout != "k_grouped":
+        return inputs._dequantized(g)
+    start = sum(c.group_sizes[:g])
+    end = start + c.group_sizes[g]
+    return take_columns(own_scales(inputs.a, g), start, end), take_columns(own_scales(inputs.b, g), start, end)
+
+
+def elements(inputs: Inputs, draw: Draw) -> list[str]:
+    """The kernel gate, and every element within what its own sum can be off by."""
+    c, found = inputs.case, []
+    sums, off = Sums(), SUM_ERROR[c.a.element if c.a.elem.bits < c.b.elem.bits else c.b.element]
+    if c.a.elem.bits == 16:
+        off = SUM_ERROR["bf16"]
+    elif draw.values != "normal" or c.k < 128 or c.layout == "k_grouped":
+        off *= FEW_LARGE
+    worst: tuple[float, str] = (0.0, "")
+    top = torch.finfo(inputs.out.tensor.dtype).max
+    groups = list(inputs.groups)
+    if len(groups) > GROUPS_CHECKED:
+        groups = [groups[0], groups[-1], *random.Random(draw.seed).sample(groups[1:-1], GROUPS_CHECKED - 2)]
+    for g in groups:
+        a, b = sides(inputs, g)
+        with full_float32():
+            want, size = a @ b.mT, a.abs().nan_to_num() @ b.abs().nan_to_num().mT
+        if c.accumulate:
+            base = inputs.base(g).float()
+            want, size = want + base, size + base.abs()
+        got = inputs.rows(inputs.out.tensor, g).float()
+        live = want.isfinite() & (want.abs() + off * size <= 0.99 * top)
+        nan = want.isnan() != got.isnan()
+        if bool(nan.any()):
+            at = [int(x) for x in nan.nonzero()[0]]
+            found.append(f"group {g}: {int(nan.sum())} elements are NaN that should not be, or the other way, first {at}: "
+                         f"{float(got[tuple(at)])}, {float(want[tuple(at)])}")
+            continue
+        tolerance = ROUNDING[c.out_dtype] * want.abs() + off * size + (6e-8 if c.out_dtype == "fp16" else 0.0)
+        excess = torch.where(live, (got - want).abs() - tolerance, -1.0)
+        if excess.numel() and bool((excess > 0).any()):
+            at = [int(x) for x in divmod(int(excess.argmax()), excess.shape[1])]
+            x, y, t = (float(v[tuple(at)]) for v in (got, want, tolerance))
+            if x != x or abs(x - y) / max(t, 1e-38) > worst[0]:
+                worst = (abs(x - y) / max(t, 1e-38), f"group {g}, {int((excess > 0).sum())} of {excess.numel()} elements are off, "
+                         f"most {at}: {x}, expected {y} +- {t:.3g}")
+        sums.add(g, torch.where(live, got, 0.0), torch.where(live, want, 0.0))
+    gate = sums.gate("kernel", FAST_ACCUM_GATE if c.fast_accum else KERNEL_GATE[c.out_dtype])
+    if worst[1]:
+        found.append(worst[1])
+    if not gate.ok and draw.values == "normal":
+        found.append(str(gate))
+    return found
+
+
+def corrupt_faults(inputs: Inputs, draw: Draw) -> list[str]:
+    """With a corrupt layout: rows of one group only are that group's product, rows of none are not written, nothing beside."""
+    c, layout = inputs.case, inputs.layout
+    assert layout is not None
+    if layout.kind in ("offsets", "psum") and draw.corrupt not in MONOTONE:
+        return [f for f in inputs.out.faults() if "beside" in f]
+    alignment = layout.alignment if isinstance(layout, Psum) else 1
+    got = inputs.out.tensor.clone()
+    found = inputs.out.faults()
+    owners = torch.zeros(got.shape[:-1], dtype=torch.int32, device=got.device)
+    from ..reference.grouped import rows_of_groups
+
+    for g, rows in rows_of_groups(layout.kind, layout.index, inputs.a.shape[-2], c.groups, alignment):
+        (owners[g] if c.layout == "masked" else owners)[rows] += 1
+    inputs.reset_out()
+    want = grouped_gemm(inputs.a, inputs.b, inputs.out.tensor, layout.kind, layout.index, alignment=alignment,
+                        accumulate=c.accumulate, zero_padding=c.zero_padding)
+    none = owners == 0
+    if not torch.equal(bits(got[none]), bits(want[none])):
+        found.append(f"corrupt {layout.kind}: rows of no group differ from the reference's")
+    one = owners == 1
+    x, y = got[one].float(), want[one].float()
+    if not torch.equal(x.isnan(), y.isnan()):
+        found.append(f"corrupt {layout.kind}: NaN in other rows than the reference")
+    elif x.numel() and float((x.nan_to_num() - y.nan_to_num()).abs().max()) > 0.02 * float(y.nan_to_num().abs().max()) + 1e-6:
+        found.append(f"corrupt {layout.kind}: rows of one group differ from the reference's")
+    return found
+
+
+def differences(draw: Draw, device: torch.device) -> list[str]:
+    """For a replay: what the call is."""
+    inputs = build(draw, device)
+    plan = inputs.plan(backend=draw.kernel or None, config=draw.config, max_sms=draw.max_sms)
+
+    def describe(x: ScaledTensor) -> str:
+        scale = None if x.scale is None else (tuple(x.scale.shape), x.scale.stride())
+        return f"{x.format.name} {tuple(x.data.shape)} {x.data.stride()} scale {scale}"
+
+    return [f"a {describe(inputs.a)}", f"b {describe(inputs.b)}", f"out {inputs.out.tensor.stride()}",
+            f"plan {plan and (plan.kernel, str(plan.config), plan.reason)}"]
+

@@ -1,0 +1,107 @@
+"""The fuzzer: draws survive JSON, what is wrong is found, and a few seconds of it find nothing in the reference and the interpreter."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+
+from narrowgemm.kernels.registry import kernels
+from narrowgemm.reference import gemm as reference
+from narrowgemm.testing import fuzz, fuzz_steps
+from narrowgemm.testing.fuzz_inputs import GuardedView, Store, build, stored
+
+CPU = torch.device("cpu")
+SMALL = 1 << 18
+
+
+def draws(seed: int, count: int) -> list[fuzz.Draw]:
+    rng = random.Random(seed)
+    return [fuzz.draw(rng, SMALL) for _ in range(count)]
+
+
+def test_a_draw_survives_json() -> None:
+    for one in draws(1, 50):
+        assert fuzz.Draw.from_json(one.to_json()) == one
+
+
+def test_the_reference_passes() -> None:
+    for one in draws(2, 25):
+        what, found = fuzz.attempt(one, CPU)
+        assert what != "wrong", f"{found}\n{one.to_json()}"
+
+
+@pytest.mark.parametrize("op", fuzz_steps.OPS)
+def test_the_steps_pass(op: str) -> None:
+    for seed in range(2):
+        assert fuzz_steps.run(op, seed, CPU) == []
+
+
+DENSE = fuzz.Draw(fuzz.Case("fuzz", "dense", 1, 40, 64, 256), 5)
+
+
+@pytest.mark.parametrize("fault", ["one element", "NaN", "a pad", "another time"])
+def test_what_is_wrong_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = 0
+    right = reference.gemm
+
+    def wrong(a, b, out, **more):
+        nonlocal calls
+        calls += 1
+        right(a, b, out, **more)
+        if fault == "one element":      # of which the gate sees nothing
+            out[7, 9] *= 1.5
+        elif fault == "NaN":
+            out[7, 9] = float("nan")
+        elif fault == "a pad":
+            out.as_strided((1,), (1,), out.storage_offset() + out.shape[1])[:] = 0
+        elif calls > 1:
+            out[7, 9] *= 1.004
+        return out
+
+    monkeypatch.setattr(reference, "gemm", wrong)
+    what, found = fuzz.attempt(replace(DENSE, out=Store(3, 1)), CPU)
+    assert what == "wrong" and found
+
+
+def test_stores_keep_values_and_notice_writes() -> None:
+    x = torch.randn(2, 5, 6).bfloat16()
+    for how in (Store(), Store(3, 1, 2), Store(transposed=True), Store(8, 8, 1, True)):
+        assert torch.equal(stored(x, how), x)
+    out = GuardedView((4, 8), torch.bfloat16, CPU, Store(2, 3))
+    assert out.faults([out.tensor]) == []
+    out.tensor[0] = 1.0
+    assert out.faults() == [] and out.faults([out.tensor]) != []
+    out.buffer[5000] = 0
+    assert "beside the output" in out.faults()[0] or out.tensor.numel() * 2 + 4096 > 5000
+
+
+@pytest.mark.interpret
+def test_the_portable_kernels_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a device, in Triton's interpreter."""
+    monkeypatch.setenv("NARROWGEMM_ARCH", "h100")
+    rng, tried = random.Random(3), 0
+    while tried < 4:
+        one = fuzz.draw(rng, 1 << 15)
+        for each in fuzz.choose(one, rng, CPU, every=True):
+            if each.kernel and kernels()[each.kernel].BACKEND == "triton":
+                what, found = fuzz.attempt(each, CPU)
+                assert what != "wrong", f"{found}\n{each.to_json()}"
+                tried += 1
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_a_minute_on_a_gpu() -> None:
+    """Another seed in every run; what it finds is printed so that it can be replayed."""
+    seed = random.SystemRandom().randrange(1 << 31)
+    wrong = [f"{found}\n{one.to_json()}" for one, what, found in fuzz.fuzz(torch.device("cuda"), 60.0, seed) if what == "wrong"]
+    assert not wrong, f"seed {seed}:\n" + "\n".join(wrong)
+
+
+def test_inputs_are_what_a_draw_says() -> None:
+    one = replace(DENSE, a=Store(16, 16), b=Store(transposed=True), out=Store(2, 1))
+    inputs = build(one, CPU)
+    assert inputs.a.data.stride() == (272, 1) and inputs.b.data.stride()[0] == 1 and inputs.out.tensor.stride() == (66, 1)
