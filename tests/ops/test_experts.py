@@ -2,68 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 
-from narrowgemm import FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, FP8_1x128, FP8_128x128, ScaledTensor, quantize, route
-from narrowgemm.formats import BF16, Format
-from narrowgemm.kernels.launching import READY
-from narrowgemm.ops import common, experts_warm, recall
-from narrowgemm.ops import experts as experts_module
-from narrowgemm.ops.experts import compose, experts, experts_workspace
+from narrowgemm import FP8_ROW, MXFP4, MXFP8, FP8_1x128, FP8_128x128, ScaledTensor, route
+from narrowgemm.formats import BF16
+from narrowgemm.ops import common
+from narrowgemm.ops.experts import experts, experts_workspace
 from narrowgemm.ops.experts_plan import activations_for
 from narrowgemm.ops.steps import PLAIN
 from narrowgemm.reference import experts as reference
-from narrowgemm.testing.numerics import calc_diff
 
-# A last bit of the first product moves a few roundings of the activation: a step of E4M3 is 2^-4 of a value, of E2M1 2^-2.
-LIMITS = {"bf16": 1e-5, "fp16": 1e-5, "fp32": 1e-5, "e4m3": 1e-4, "e2m1": 1e-3}
-WEIGHTS = [FP8_128x128, FP8_ROW, FP8_TENSOR, MXFP8, MXFP4, BF16]
-HERE = [pytest.param("cpu"), pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(params=HERE)
-def where(request) -> str:
-    """The CPU, where the reference runs, or the GPU and what is chosen there."""
-    return request.param
-
-
-def made(fmt: Format, experts_: int, hidden: int, inter: int, device: str, seed: int = 0) -> tuple[ScaledTensor, ScaledTensor]:
-    gen = torch.Generator().manual_seed(seed)
-    up = torch.randn(experts_, 2 * inter, hidden, generator=gen).div(hidden**0.5)
-    down = torch.randn(experts_, hidden, inter, generator=gen).div(inter**0.5)
-    if not fmt.scaled:
-        return tuple(ScaledTensor(w.bfloat16().to(device), None, BF16) for w in (up, down))
-    return tuple(quantize(w.to(device), fmt) for w in (up, down))
-
-
-def tokens(t: int, hidden: int, device: str, seed: int = 1) -> torch.Tensor:
-    return torch.randn(t, hidden, generator=torch.Generator().manual_seed(seed)).bfloat16().to(device)
-
-
-def choices(t: int, top_k: int, experts_: int, device: str, seed: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
-    gen = torch.Generator().manual_seed(seed)
-    return route(torch.randn(t, experts_, generator=gen).to(device), top_k)
-
-
-def bits(x: torch.Tensor) -> torch.Tensor:
-    return x.contiguous().view(torch.int16)
-
-
-def close(got: torch.Tensor, want: torch.Tensor, fmt: Format) -> None:
-    """The layer against its definition, activations in `fmt`; every token too, so that none hides behind the others."""
-    limit = LIMITS[fmt.element]
-    assert calc_diff(got.float(), want) <= limit
-    assert all(calc_diff(g.float(), w) <= 20 * limit for g, w in zip(got, want))
-
-
-def composed(x, up, down, **options) -> torch.Tensor:
-    full = dict(router_logits=None, top_k=0, topk_weights=None, topk_ids=None, routing={}, router_bias=None,
-                kind=("swiglu", (), False), fmt=None, gate_up_bias=None, down_bias=None, shared=None, shared_output=None,
-                expert_map=None, first_expert=0, out=None, backend=None) | options
-    return compose(x, up, down, **full)
+from ._experts import WEIGHTS, bits, choices, close, composed, made, tokens
 
 
 @pytest.mark.parametrize("fmt", WEIGHTS, ids=lambda f: f.name)
@@ -223,129 +173,6 @@ def test_batch_invariant(where, fmt):
     for n in (1, 5, 64):
         part = experts(x[:n], up, down, topk_weights=weights[:n], topk_ids=ids[:n], batch_invariant=True)
         assert torch.equal(bits(part), bits(whole[:n]))
-
-
-class Ready:
-    """In place of a step's bound launches: notes what it is called with, and launches nothing."""
-
-    def __init__(self) -> None:
-        self.seen: list[tuple[int, ...]] = []
-
-    def __call__(self, addresses) -> bool:
-        self.seen.append(addresses)
-        return False
-
-
-class Joined:
-    """In place of all steps' launches as one: hands each step its addresses."""
-
-    def __init__(self, parts, operands: int) -> None:
-        self.parts, self.operands, self.answer = parts, operands, True
-
-    def launch(self, addresses) -> bool:
-        assert len(addresses) == self.operands
-        for ready, at in self.parts:
-            ready.seen.append(tuple(addresses[i] for i in at))
-        return self.answer
-
-
-@pytest.fixture
-def warm(monkeypatch) -> Callable[[dict[str, dict]], list[Joined]]:
-    """Binds the steps of a plan to nothing; what their launches are put into comes back as it is made."""
-    made: list[Joined] = []
-
-    def joined(parts, operands: int) -> Joined:
-        made.append(Joined(parts, operands))
-        return made[-1]
-
-    def bind(memos: dict[str, dict]) -> list[Joined]:
-        for memo in memos.values():
-            memo[READY] = Ready()
-        return made
-
-    if recall._maker() is None:
-        pytest.skip("this torch's guards are not what they were")
-    monkeypatch.setattr(experts_warm, "joined", joined)
-    monkeypatch.setattr(experts_module, "_calls", recall.Calls())
-    return bind
-
-
-def aligned(x: torch.Tensor, offset: int = 0) -> torch.Tensor:
-    """A copy that starts `offset` bytes behind a multiple of 64."""
-    raw = torch.zeros(x.nbytes + 128, dtype=torch.uint8)
-    start = -raw.data_ptr() % 64 + offset
-    return raw[start:start + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
-
-
-@pytest.mark.parametrize("shared", [False, True])
-def test_warm_calls_hand_bound_launches_the_right_addresses(warm, shared):
-    """The addresses of a warm call, for which no tensor is made, are those that the steps had as tensors."""
-    up, down = made(FP8_128x128, 3, 128, 128, "cpu")
-    x, logits = aligned(tokens(6, 128, "cpu")), aligned(torch.randn(6, 3))
-    extra = {"shared": (up[0], down[0])} if shared else {}
-    spaces = [aligned(torch.empty(experts_workspace(6, up, down, top_k=2, **extra), dtype=torch.uint8)) for _ in range(2)]
-
-    def call(space, out) -> torch.Tensor:
-        return experts(x, up, down, router_logits=logits, top_k=2, workspace=space, out=out, **extra)
-
-    outs = [aligned(x) for _ in range(2)]
-    want = call(spaces[0], outs[0]).clone()
-    plan = experts_module._plans.newest().memo["plan"]
-    assert plan.whole is None                          # nothing is bound on a CPU
-    joined = warm(plan.memos)
-    slow = []
-    for space, out in zip(spaces, outs):
-        plan.whole = None
-        experts_module._calls = recall.Calls()
-        assert torch.equal(bits(call(space, out)), bits(want))
-        slow.append({name: memo[READY].seen[-1] for name, memo in plan.memos.items()})
-    for space, out, seen in zip(spaces, outs, slow):
-        out.fill_(7.0)
-        assert bool((call(space, out) == 7.0).all())   # the steps are left to the bound launches
-        assert {name: memo[READY].seen[-1] for name, memo in plan.memos.items()} == seen
-    joined[-1].answer = False                          # they can't: the steps run
-    assert torch.equal(bits(call(spaces[0], outs[0])), bits(want))
-
-
-def test_a_tensor_that_is_two_arguments_is_not_noted(warm):
-    up, down = made(FP8_128x128, 3, 128, 128, "cpu")
-    x, (weights, ids) = tokens(6, 128, "cpu"), choices(6, 2, 3, "cpu")
-    experts(x, up, down, topk_weights=weights, topk_ids=ids, shared_output=x)
-    plan = experts_module._plans.newest().memo["plan"]
-    joined = warm(plan.memos)
-    experts(x, up, down, topk_weights=weights, topk_ids=ids, shared_output=x)
-    assert plan.whole is None and not joined
-
-
-OTHERS = {
-    "bias of the other product": lambda a: a.update(gate_up_bias=None, down_bias=a["gate_up_bias"]),
-    "rows of x": lambda a: a.update(x=aligned(torch.cat([a["x"], a["x"]], 1))[:, :256]),
-    "dtype of ids": lambda a: a.update(topk_ids=aligned(a["topk_ids"].long())),
-    "alignment of ids": lambda a: a.update(topk_ids=aligned(a["topk_ids"], 4)),
-    "an option": lambda a: a.update(batch_invariant=True),
-    "the activation": lambda a: a.update(activation="swiglu_oai"),
-    "a workspace": lambda a: a.update(workspace=aligned(torch.zeros(1 << 20, dtype=torch.uint8))),
-    "scales of weights": lambda a: a.update(down=ScaledTensor(a["down"].data, a["down"].scale.mT.contiguous().mT, a["down"].format)),
-}
-
-
-@pytest.mark.parametrize("change", OTHERS.values(), ids=OTHERS)
-def test_a_call_that_differs_is_not_taken_for_one_that_was_seen(warm, change):
-    up, down = made(FP8_128x128, 3, 256, 128, "cpu")
-    (weights, ids), x = choices(6, 2, 3, "cpu"), tokens(6, 256, "cpu")
-    bias = torch.linspace(-1, 1, 3 * 256).view(3, 256)
-    call = dict(x=aligned(x), gate_up=up, down=down, topk_weights=aligned(weights), topk_ids=aligned(ids), gate_up_bias=aligned(bias))
-    experts(**call)
-    warm(experts_module._plans.newest().memo["plan"].memos)
-    experts(**call)
-    experts(**call)          # by the launches: its output is not written
-    count = len(experts_module._calls.known)
-    assert count == 1
-    change(call)
-    got = experts(**call)
-    assert torch.equal(bits(got), bits(composed(call["x"], up, call["down"], topk_weights=weights, topk_ids=ids,
-                                                gate_up_bias=call["gate_up_bias"], down_bias=call.get("down_bias"),
-                                                kind=(call.get("activation", "swiglu"), (), False))))
 
 
 @pytest.mark.gpu

@@ -17,7 +17,7 @@ from narrowgemm.ops.explain_experts import operand, packed_operand
 from narrowgemm.reference import experts as reference
 from narrowgemm.testing.numerics import calc_diff
 
-from .test_experts import aligned, bits, choices, composed, made, tokens, warm, where  # noqa: F401  where, warm: fixtures
+from ._experts import aligned, bits, choices, composed, made, tokens
 
 E, H, I = 4, 256, 128
 
@@ -30,7 +30,7 @@ def packed(fmt, pair: str, device: str, seed: int = 0):
 @pytest.mark.parametrize("t", [1, 21])
 @pytest.mark.parametrize(("fmt", "activation", "pair"), [(MXFP4, "swiglu_oai", "interleaved"), (MXFP4, "swiglu", "halves"),
                                                          (MXFP8, "swiglu", "halves")], ids=str)
-def test_against_the_definition(where, fmt, activation, pair, t):  # noqa: F811
+def test_against_the_definition(where, fmt, activation, pair, t):
     plain, weights = packed(fmt, pair, where)
     gen = torch.Generator().manual_seed(4)
     bias = {"gate_up_bias": torch.randn(E, 2 * I, generator=gen).to(where), "down_bias": torch.randn(E, H, generator=gen).to(where)}
@@ -46,7 +46,7 @@ def test_against_the_definition(where, fmt, activation, pair, t):  # noqa: F811
     assert torch.equal(out, got)
 
 
-def test_logits_shared_experts_and_a_range(where):  # noqa: F811
+def test_logits_shared_experts_and_a_range(where):
     plain, weights = packed(MXFP4, "halves", where)
     x = tokens(9, H, where)
     logits = torch.randn(9, 2 * E, generator=torch.Generator().manual_seed(5)).to(where)
@@ -59,7 +59,7 @@ def test_logits_shared_experts_and_a_range(where):  # noqa: F811
 
 
 @pytest.mark.parametrize("fmt", [MXFP8, FP8_1x128, MXFP4], ids=lambda f: f.name)
-def test_narrow_activations(where, fmt):  # noqa: F811
+def test_narrow_activations(where, fmt):
     plain, weights = packed(MXFP4, "halves", where)
     x, (w, ids) = tokens(9, H, where), choices(9, 2, E, where)
     got = experts(x, *weights, topk_weights=w, topk_ids=ids, activation_format=fmt)
@@ -68,7 +68,7 @@ def test_narrow_activations(where, fmt):  # noqa: F811
 
 
 @pytest.mark.parametrize("t", [3, 70])
-def test_fp16_tokens(where, t):  # noqa: F811
+def test_fp16_tokens(where, t):
     """FP16 in, FP16 on the way and out, no bit of a token lost."""
     plain, weights = packed(MXFP4, "halves", where)
     x, (w, ids) = tokens(t, H, where).float().mul(1.001).half(), choices(t, 2, E, where)
@@ -79,7 +79,7 @@ def test_fp16_tokens(where, t):  # noqa: F811
 @pytest.mark.parametrize("fmt", [None, FP8_1x128], ids=["tokens", "fp8"])
 @pytest.mark.parametrize("shared", [False, True], ids=["routed", "shared"])
 @pytest.mark.parametrize("pair", ["halves", ""])
-def test_bit_for_bit_the_composition(where, fmt, shared, pair):  # noqa: F811
+def test_bit_for_bit_the_composition(where, fmt, shared, pair):
     plain, weights = packed(MXFP4, pair, where)
     x, logits = tokens(19, H, where), torch.randn(19, E, generator=torch.Generator().manual_seed(7)).to(where)
     one = made(MXFP4, 1, H, 64, where, seed=9)
@@ -94,7 +94,7 @@ def test_bit_for_bit_the_composition(where, fmt, shared, pair):  # noqa: F811
         assert calc_diff(got.float(), want) <= (1e-5 if fmt is None else 1e-4)
 
 
-def test_one_workspace_is_the_callers(where):  # noqa: F811
+def test_one_workspace_is_the_callers(where):
     """Everything that the products need lies in it; what lay there before, and behind it, does not matter and is not touched."""
     _, weights = packed(MXFP4, "halves", where)
     x, (w, ids) = tokens(21, H, where), choices(21, 2, E, where)
@@ -108,7 +108,7 @@ def test_one_workspace_is_the_callers(where):  # noqa: F811
     assert plan.scratch[1] == max(p.workspace_bytes for p in plan.steps.values()) and set(plan.steps) == {"sort", "gate_up", "down"}
 
 
-def test_batch_invariant(where):  # noqa: F811
+def test_batch_invariant(where):
     """A token's bits are the same alone, in a small batch and in a large one."""
     _, weights = packed(MXFP4, "halves", where)
     x, (w, ids) = tokens(300, H, where), choices(300, 2, E, where)
@@ -119,7 +119,7 @@ def test_batch_invariant(where):  # noqa: F811
 
 
 @pytest.mark.parametrize("ids", [[[0, 0]] * 4, [[-1, 9]] * 3, [[3, -1], [1, 3]]], ids=["repeated", "all skipped", "some"])
-def test_odd_routings(where, ids):  # noqa: F811
+def test_odd_routings(where, ids):
     plain, weights = packed(MXFP4, "halves", where)
     ids = torch.tensor(ids, device=where)
     x, w = tokens(len(ids), H, where), torch.rand(ids.shape, generator=torch.Generator().manual_seed(6)).to(where)
@@ -128,7 +128,7 @@ def test_odd_routings(where, ids):  # noqa: F811
     assert bool(got.isfinite().all()) and (calc_diff(got.float(), want) <= 1e-5 if bool(want.any()) else not bool(got.any()))
 
 
-def test_warm_calls_hand_bound_launches_the_right_addresses(warm):  # noqa: F811
+def test_warm_calls_hand_bound_launches_the_right_addresses(warm):
     _, weights = packed(MXFP4, "halves", "cpu")
     x, logits = aligned(tokens(6, H, "cpu")), aligned(torch.randn(6, E))
     options: dict = {"router_logits": logits, "top_k": 2, "activation_format": MXFP8}

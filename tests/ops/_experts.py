@@ -1,0 +1,57 @@
+"""What the tests of `experts` share: layers of random weights, tokens, routing, and what a result is held against."""
+
+from __future__ import annotations
+
+import torch
+
+from narrowgemm import FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, FP8_128x128, ScaledTensor, quantize, route
+from narrowgemm.formats import BF16, Format
+from narrowgemm.ops.experts import compose
+from narrowgemm.testing.numerics import calc_diff
+
+# A last bit of the first product moves a few roundings of the activation: a step of E4M3 is 2^-4 of a value, of E2M1 2^-2.
+LIMITS = {"bf16": 1e-5, "fp16": 1e-5, "fp32": 1e-5, "e4m3": 1e-4, "e2m1": 1e-3}
+WEIGHTS = [FP8_128x128, FP8_ROW, FP8_TENSOR, MXFP8, MXFP4, BF16]
+
+
+def made(fmt: Format, experts_: int, hidden: int, inter: int, device: str, seed: int = 0) -> tuple[ScaledTensor, ScaledTensor]:
+    gen = torch.Generator().manual_seed(seed)
+    up = torch.randn(experts_, 2 * inter, hidden, generator=gen).div(hidden**0.5)
+    down = torch.randn(experts_, hidden, inter, generator=gen).div(inter**0.5)
+    if not fmt.scaled:
+        return tuple(ScaledTensor(w.bfloat16().to(device), None, BF16) for w in (up, down))
+    return tuple(quantize(w.to(device), fmt) for w in (up, down))
+
+
+def tokens(t: int, hidden: int, device: str, seed: int = 1) -> torch.Tensor:
+    return torch.randn(t, hidden, generator=torch.Generator().manual_seed(seed)).bfloat16().to(device)
+
+
+def choices(t: int, top_k: int, experts_: int, device: str, seed: int = 2) -> tuple[torch.Tensor, torch.Tensor]:
+    gen = torch.Generator().manual_seed(seed)
+    return route(torch.randn(t, experts_, generator=gen).to(device), top_k)
+
+
+def bits(x: torch.Tensor) -> torch.Tensor:
+    return x.contiguous().view(torch.int16)
+
+
+def close(got: torch.Tensor, want: torch.Tensor, fmt: Format) -> None:
+    """The layer against its definition, activations in `fmt`; every token too, so that none hides behind the others."""
+    limit = LIMITS[fmt.element]
+    assert calc_diff(got.float(), want) <= limit
+    assert all(calc_diff(g.float(), w) <= 20 * limit for g, w in zip(got, want))
+
+
+def composed(x, up, down, **options) -> torch.Tensor:
+    full = dict(router_logits=None, top_k=0, topk_weights=None, topk_ids=None, routing={}, router_bias=None,
+                kind=("swiglu", (), False), fmt=None, gate_up_bias=None, down_bias=None, shared=None, shared_output=None,
+                expert_map=None, first_expert=0, out=None, backend=None) | options
+    return compose(x, up, down, **full)
+
+
+def aligned(x: torch.Tensor, offset: int = 0) -> torch.Tensor:
+    """A copy that starts `offset` bytes behind a multiple of 64."""
+    raw = torch.zeros(x.nbytes + 128, dtype=torch.uint8)
+    start = -raw.data_ptr() % 64 + offset
+    return raw[start:start + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
