@@ -16,7 +16,7 @@ from . import cluster
 from .asynchronous import async_copy, copy_to_shared, tma, tma_add, tma_load, tma_store, warpgroup_mma, warpgroup_mma_wait
 from .block import Block, start
 from .language import gl
-from .shared import COLUMNS_FIRST, mbarrier
+from .shared import COLUMNS_FIRST, AddressedBarriers, MBarrierLayout, mbarrier
 from .values import arguments, raw, wrap
 
 
@@ -45,7 +45,8 @@ def load_device_module(name: str) -> types.ModuleType:
         touch=lambda p: p.checked(np.broadcast_to(True, p.offset.shape), "touch"),
         view_as=lambda buf, dtype, n, rows, cols, layout: buf.view(dtype, [n, cols, rows]).permute((0, 2, 1))
         if layout is COLUMNS_FIRST else buf.view(dtype, [n, rows, cols]),
-        view_rows=lambda buf, dtype, n, cols, layout: buf.view(dtype, [n, cols]),
+        view_rows=lambda buf, dtype, n, cols, layout: AddressedBarriers() if isinstance(layout, MBarrierLayout)
+        else buf.view(dtype, [n, cols]),
         view_cube=lambda buf, dtype, n, planes, rows, cols, layout: buf.view(dtype, [n, planes, rows, cols]),
         view_boxes=lambda buf, dtype, n, rows, cols, layout: buf.view(dtype, [n, 1, rows, cols]))
     cuda = types.ModuleType("triton.language.extra.cuda")

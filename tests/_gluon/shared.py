@@ -97,6 +97,18 @@ class Barriers:
         return self.barriers[int(raw(i))]
 
 
+class AddressedBarriers:
+    """Barriers in a view of shared memory, which PTX takes by their addresses."""
+
+    def index(self, i: Any) -> Barrier:
+        own, at = current(), 8 * int(raw(i))
+        with own.wake:
+            if at not in own.by_address:
+                own.by_address[at] = Barrier()
+                own.barriers.append(own.by_address[at])
+            return own.by_address[at]
+
+
 class MBarrierLayout:
     pass
 

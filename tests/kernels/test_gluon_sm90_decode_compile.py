@@ -25,15 +25,17 @@ WORST_SPILL = {"oldest": 0, "newest": 32}      # bytes; the newest's masked tile
 INDEX = {"contiguous": torch.int32, "offsets": torch.int64, "psum": torch.int32, "masked": torch.int32}
 # layout, rows a group, token columns, in between, of few rows, weight rows, warps, most units a tile, K blocks of a trip
 FEW = (("dense", 64, 64, 0, 0, 64, 4, 2, 4), ("dense", 16, 16, 0, 0, 64, 4, 2, 4), ("masked", 20, 64, 0, 32, 64, 4, 1, 1),
-       ("offsets", 8, 64, 0, 8, 64, 4, 1, 1), ("psum", 16, 64, 0, 16, 128, 4, 1, 1), ("contiguous", 64, 64, 0, 0, 128, 4, 1, 4),
-       ("offsets", 20, 128, 32, 8, 128, 8, 1, 1), ("offsets", 1, 8, 0, 0, 64, 4, 2, 4))
+       ("offsets", 8, 64, 0, 16, 64, 4, 1, 1), ("psum", 16, 64, 0, 32, 128, 4, 1, 1), ("contiguous", 64, 64, 0, 0, 128, 4, 1, 4),
+       ("offsets", 20, 128, 64, 32, 128, 8, 1, 1), ("offsets", 1, 8, 0, 0, 64, 4, 2, 4))
+FRONT = {8: "sizes", 20: "tokens", 1: "tokens"}        # of offsets with so many rows a group: behind a launch of the layer
 
 
 def problem(layout: str, rows: int, out_dtype: str = "bf16") -> Problem:
     if layout == "dense":
         return describe("gemm", m=rows, n=N, k=K, out_dtype=out_dtype)
     m = rows if layout == "masked" else rows * G
-    return describe("grouped_gemm", layout=layout, groups=G, m=m, n=N, k=K, out_dtype=out_dtype)
+    p = describe("grouped_gemm", layout=layout, groups=G, m=m, n=N, k=K, out_dtype=out_dtype)
+    return replace(p, front=FRONT.get(rows, "")) if layout == "offsets" else p
 
 
 def operands(p: Problem, dtype: torch.dtype = torch.bfloat16, scale: torch.dtype = torch.float32) -> Operands:

@@ -239,14 +239,15 @@ def _operand(buffers: dict[str, Buffer], name: str, fmt: Format) -> Operand:
 
 
 def product(rows: int, groups: int, expected: int, a: Operand, b: Weight, out: Buffer, source: Format,
-            options: Options) -> Problem:
-    """A product of the layer over the `rows` that are expected here, which may be fewer than there is room for."""
+            options: Options, front: str = "") -> Problem:
+    """A product of the layer over the `rows` that are expected here, which may be fewer than there is room for.
+    `front`: as in Problem; what wrote the weights is two launches in front at least."""
     n, k = b.shape[-2:]
     wide = 256 * max(n, k) >= 2**31
     return Problem("grouped_gemm" if groups else "gemm", "offsets" if groups else "dense", bucket(rows), n, k,
                    groups or 1, a, weight_operand(b), rows=bucket(expected), out_dtype=source.name,
                    out_aligned=out.strides[0] * out.dtype.itemsize % 16 == 0, batch_invariant=options.batch_invariant,
-                   max_sms=options.max_sms, wide=wide)
+                   max_sms=options.max_sms, wide=wide, front=front)
 
 
 def slot_product(s: Sizes, r: Recipe, a: Operand, b: Weight, epilogue: Epilogue, a_div: int, options: Options) -> Problem:
@@ -307,12 +308,13 @@ def _plans(s: Sizes, r: Recipe, gate_up: Weight, down: Weight, buffers: dict[str
         plans["route"] = step(steps.route_problem(s.tokens, s.world, s.top_k, r.groups, r.source))
     plans |= _arranged(s, r.source, fmt, step)
     plans["gate_up"] = select_product(product(s.here, s.experts, s.expected, _operand(buffers, "x", fmt), gate_up,
-                                              buffers["h"], r.source, options), s.rows, arch, options)
+                                              buffers["h"], r.source, options, "sizes" if "sort gather" in plans else "tokens"),
+                                      s.rows, arch, options)
     plans["activate"] = step(steps.activate_problem(s.rows, s.inter, s.experts, s.expected, r.source, fmt,
                                                     steps.scale_layout_of(fmt), r.activation, r.args, r.interleaved,
                                                     r.gate_up_bias))
     plans["down"] = select_product(product(s.here, s.experts, s.expected, _operand(buffers, "act", fmt), down,
-                                           buffers["y"], r.source, options), s.rows, arch, options)
+                                           buffers["y"], r.source, options, "tokens"), s.rows, arch, options)
     plans["combine"] = step(steps.combine_problem(s.tokens, s.hidden, s.top_k, s.experts, r.source, r.down_bias))
     return plans
 

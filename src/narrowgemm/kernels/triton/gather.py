@@ -56,4 +56,4 @@ def launches(step: Step, problem: Problem, operands: GatherOperands, workspace: 
     return [Launch(device.gather_kernel, (-(-t // bt) * -(-blocks // bg),), (
         x, o.inverse, o.offsets, out, scale, t, k, blocks, experts, o.amax_clamp, x.stride(0), out.stride(0), sr, ss),
         {"N": c.block_k, "BT": bt, "BG": bg, "EVEN": k % c.block_k == 0, "KIND": "blocks" if fmt.scaled else "copy",
-         **steps.scale_constants(fmt, o.rounding, x), **common})]
+         "LEADS": steps.leads(x), **steps.scale_constants(fmt, o.rounding, x), **common})]

@@ -5,6 +5,7 @@ Skipped slots have rows from `offsets[E]` on; those are not written, and a token
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from .quantize_device import block_e2m1, block_fp8
 
@@ -23,8 +24,12 @@ def gather_kernel(x_ptr, inverse_ptr, offsets_ptr, out_ptr, scale_ptr, T, K, S, 
                   TOP_K: tl.constexpr, N: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, EVEN: tl.constexpr,
                   KIND: tl.constexpr, E2M1: tl.constexpr, SATURATE: tl.constexpr, ROUNDING: tl.constexpr,
                   E8M0: tl.constexpr, TOP: tl.constexpr, EMAX: tl.constexpr, MANTISSA: tl.constexpr,
-                  MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr):
-    """BT tokens x BG blocks of N columns. KIND 'copy': no scales, the bits as they are; 'blocks': a scale a block."""
+                  MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr, LEADS: tl.constexpr):
+    """BT tokens x BG blocks of N columns. KIND 'copy': no scales, the bits as they are; 'blocks': a scale a block.
+
+    LEADS: the launch behind may start meanwhile, if it waits for this one by itself."""
+    if LEADS:
+        gdc_launch_dependents()
     PER_BYTE: tl.constexpr = 2 if E2M1 else 1
     tiles = tl.cdiv(S, BG)
     i = tl.arange(0, BT * BG)

@@ -61,4 +61,4 @@ def launches(step: Step, problem: Problem, operands: SortGatherOperands, workspa
         o.amax_clamp, x.stride(0), out.stride(0), sr, ss),
         {"MAP": o.expert_map is not None, "SLOTS": max(16, next_pow2(slots)), "TABLE": TABLE, "TOP_K": o.top_k, "N": c.block_k,
          "BG": bg, "EVEN": k % c.block_k == 0, "KIND": "blocks" if fmt.scaled else "copy",
-         **steps.scale_constants(fmt, o.rounding, x), "num_warps": c.num_warps, "num_stages": 1})]
+         "LEADS": steps.leads(x), **steps.scale_constants(fmt, o.rounding, x), "num_warps": c.num_warps, "num_stages": 1})]

@@ -8,6 +8,7 @@ Nobody waits for anybody: each program reads all ids and works out what it needs
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from .quantize_device import block_e2m1, block_scale, magnitude, narrow_fp8
 from .sort_device import load_keys
@@ -18,8 +19,13 @@ def sort_gather_kernel(ids_ptr, map_ptr, x_ptr, row_map_ptr, inverse_ptr, offset
                        K, S, clamp, xr, orow, sr, ss, MAP: tl.constexpr, SLOTS: tl.constexpr, TABLE: tl.constexpr,
                        TOP_K: tl.constexpr, N: tl.constexpr, BG: tl.constexpr, EVEN: tl.constexpr, KIND: tl.constexpr,
                        E2M1: tl.constexpr, SATURATE: tl.constexpr, ROUNDING: tl.constexpr, E8M0: tl.constexpr,
-                       TOP: tl.constexpr, EMAX: tl.constexpr, MANTISSA: tl.constexpr, MANTISSA_BITS: tl.constexpr):
-    """SLOTS >= n, padded. TABLE experts a program of the table; BG blocks of N columns a program of a slot."""
+                       TOP: tl.constexpr, EMAX: tl.constexpr, MANTISSA: tl.constexpr, MANTISSA_BITS: tl.constexpr,
+                       LEADS: tl.constexpr):
+    """SLOTS >= n, padded. TABLE experts a program of the table; BG blocks of N columns a program of a slot.
+
+    LEADS: the launch behind may start meanwhile, if it waits for this one by itself."""
+    if LEADS:
+        gdc_launch_dependents()
     PER_BYTE: tl.constexpr = 2 if E2M1 else 1
     i = tl.arange(0, SLOTS)
     keys = load_keys(ids_ptr, map_ptr, i, n, FIRST, E, ALL, MAP)

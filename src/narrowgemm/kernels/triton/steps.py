@@ -6,11 +6,11 @@ from typing import Any
 
 from torch import Tensor
 
-from ...arch import Arch
+from ...arch import Arch, detect
 from ...formats import Format
 from ...problem import Config, Problem
 from ...reference.quantize import MANTISSA_BITS, mantissa
-from .quantize import GROUP_COLUMNS, LAUNCH_SECONDS, ROW_ONCE, e2m1_kind, next_pow2, warps
+from .quantize import GROUP_COLUMNS, LAUNCH_SECONDS, ROW_ONCE, e2m1_kind, native, next_pow2, warps
 
 FLOATS = ("bf16", "fp16", "fp32")
 COPY_COLUMNS = 128         # of a block where there are no scales
@@ -95,6 +95,11 @@ def split_blocks(block_m: int, blocks: int, scale_rows_contiguous: bool, itemsiz
     bg = max(1, block_m // (32 // itemsize)) if scale_rows_contiguous and blocks > 1 else block_m
     bg = min(bg, next_pow2(blocks))
     return block_m // bg, bg
+
+
+def leads(x: Tensor) -> bool:
+    """Whether a launch may tell the one behind that it may start (programmatic dependent launch)."""
+    return native(x) and detect(x.device).capability >= 90
 
 
 def scale_constants(fmt: Format, rounding: str, x: Tensor) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from ....problem import Problem
 
 SPREAD = (0.7, 0.85, 1.0, 1.15, 1.3)        # groups' sizes over the expected one
 FEW = 8
-INSURANCE = 0.35       # what such a loss weighs
+INSURANCE = 0.35       # what such a loss weighs,
+OF_A_LAYER = 0.05       # and where the router of a layer is in front: those are trained to spread tokens
 START = 3.5e-6          # of what bytes and products must take: launch, schedule, first bytes, drain
 
 
@@ -27,4 +28,5 @@ def few(problem: Problem) -> Problem | None:
 def insured(seconds: float, when_few: float, problem: Problem, arch: Arch) -> float:
     """Seconds of the expected spread, with the share of what is lost where it takes `when_few`. `problem`: of `few`."""
     least = START + max(problem.bytes / arch.bandwidth, problem.flops / arch.fp8_flops)
-    return seconds * (1 + INSURANCE * max(0.0, when_few - least) / least)
+    weight = OF_A_LAYER if problem.front else INSURANCE
+    return seconds * (1 + weight * max(0.0, when_few - least) / least)

@@ -23,6 +23,7 @@ from .fp8_decode_tile import (
     LAYOUT_IDS,
     MAX_SPLIT,
     ROOM,
+    STREAM_CACHES,
     TOKENS,
     TRIPS,
     extra,
@@ -90,7 +91,9 @@ def widths(problem: Problem) -> list[tuple[int, int, int, tuple[Shape, ...]]]:
         # two CTAs beat three, and one or two with 128 weight rows
         return [(t, 0, 0, SHAPES[1:2]) for t in ((token, token // 2) if token >= 32 else (token,))]
     if token <= 32:
-        return [(64, token, 0, SHAPES[:3]), (128, 8, 32, SHAPES[3:])]
+        # as wide as nearly all groups need. Few that have all the rows go by 128 at a time
+        most = min(32, next(t for t in TOKENS if t >= 1.5 * rows))
+        return [(64, most, 0, SHAPES[:3]), (128, most, 64 if most > 8 else 32, SHAPES[3:])]
     # with 128 rows a group 1.7 times what tiles of 64 tokens and 128 weight rows take
     wide = [(128, 16, 64, SHAPES[3:])] if rows <= 48 or problem.layout == "masked" else []
     return [(64, 0, 0, SHAPES[:3]), *wide]
@@ -156,6 +159,8 @@ def offers(problem: Problem, arch: Arch, config: Config, *, ctas: int, narrow: i
     two, dense = config.block_n > 16 * config.num_warps, problem.layout == "dense"
     sms = min(arch.sms, problem.max_sms or arch.sms)
     wanted = {"ctas": ctas if ctas > 1 else 0, "narrow": narrow, "middle": middle, "keep": int(keep)}
+    if streams(problem, config, arch):
+        wanted["stream"] = 1
     tiles = tiles_expected(problem, replace(config, extra=tuple(sorted((k, v) for k, v in wanted.items() if v))))
     # overlapping wgmma and promotions of several K blocks pays where steps are what a CTA waits for
     slow = two or config.block_m <= 16 or (tiles <= sms * ctas or problem.k <= SHORT if dense else config.num_warps == 4)
@@ -178,6 +183,12 @@ def offers(problem: Problem, arch: Arch, config: Config, *, ctas: int, narrow: i
     out = [with_stages(problem, arch, replace(config, split_k=split), wanted | cut(split))
            for split in SPLITS if split <= max(1, most)]
     return [c for c in out if legal(problem, c, arch) is None]
+
+
+def streams(problem: Problem, config: Config, arch: Arch) -> bool:
+    """Whether weights pass through L2, so that it keeps what others wrote: those of groups, which are read once."""
+    weights = problem.active_groups * problem.b.format.storage_bytes(problem.n, problem.k)
+    return problem.layout != "dense" and expected_rows(problem) <= config.block_m and weights <= STREAM_CACHES * arch.l2
 
 
 def programs(config: Config, sms: int, max_sms: int) -> int:
@@ -233,7 +244,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
         (*descriptors, out, sa, sb, index, parts, counts, table, *sizes,
          sa.stride(0) if masked else 0, sa.stride(-2), sa.stride(-1),
          sb.stride(0) if sb.dim() == 3 else 0, sb.stride(-2), sb.stride(-1), sog, som, cfg),
-        {"num_warps": 4, "maxnreg": max_registers(config)}, cfg.CLUSTER,
+        {"num_warps": 4, "maxnreg": max_registers(config)} | ({"launch_pdl": True} if cfg.FRONT else {}), cfg.CLUSTER,
         by_256=() if problem.layout == "dense" else (0,))]      # weights; a dense product gets 1-2% slower
 
 

@@ -16,6 +16,10 @@ and multiplies NARROW token columns instead of BT: skewed groups cost what they 
 With SPLIT, tiles that are too few for the grid are cut along K; every unit leaves FP32 partial sums in the workspace, and the
 last unit of a tile to arrive adds them in the order of K. None waits for another. With CLUSTER, the units of a tile are the
 blocks of a cluster, one each, and every block adds up a part of the tile from the others' shared memory.
+
+With FRONT, the launch in front may still be at it. It brings tokens, or sizes of groups too, and what is older is used meanwhile:
+weights, which fill the ring before the loader waits. Every warp waits by itself before it touches what may be on its way, or
+writes. With STREAM, L2 gives weights up first: the ring is one allocation, since the copies that take a policy take addresses.
 """
 
 from triton.experimental import gluon
@@ -24,11 +28,12 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .fp8_decode_cluster_device import add_up, idle
 from .fp8_decode_parts_device import (
-    fetch_weights, is_last, open_count, scale_loader, store_part, store_tile, sum_parts, weight_loader, zero_filler)
+    fetch_weights, is_last, open_count, scale_loader, sizes_there, store_part, store_tile, sum_parts, tokens_there, weight_loader,
+    zero_filler)
 from .fp8_decode_schedule_device import (
     CONTIGUOUS, begin, fetched, k_range, left_over, list_pieces, locate)
 from .fp8_decode_sums_device import multiply
-from .shim import block_barrier, view_boxes
+from .shim import block_barrier, view_boxes, view_rows
 
 
 @gluon.jit
@@ -96,28 +101,30 @@ def consumer(rings, bars, outs, out_strides, shape_args, index_ptr, table_ptr, c
              CID: gl.constexpr):
     """Weight rows [CID * BN / CONSUMERS, + BN / CONSUMERS) of every tile."""
     M, N, G, alignment = shape_args
+    sizes_there(cfg)
     upto, units, split, chunk, slot = begin(shape_args, index_ptr, table_ptr, KB, cfg, 4)
+    tokens_there(cfg)
     phase = gl.to_tensor(0)
     for t in range(gl.program_id(0), units, gl.num_programs(0)):
         tile, k0, k1 = k_range(t, split, chunk, KB, cfg)
         where = locate(tile, upto, shape_args, index_ptr, table_ptr, cap, cfg, True)
         if cfg.GUESS > 0:
             there, vain = fetched(t, where, shape_args, index_ptr, KB, cfg)
-            slot += pass_over(vain, bars)
+            slot += pass_over(vain, bars, cfg)
         if cfg.SPLIT > cfg.CLUSTER:
             if split > 1:
                 open_count(outs[2] + (tile * cfg.CONSUMERS + CID), split)
         slot, phase = sized(rings, bars, slot, phase, k0, k1, t, split, outs, out_strides, where, N, cfg, CID)
     if cfg.GUESS > 0:
-        pass_over(left_over(units, shape_args, index_ptr, KB, cfg), bars)
+        pass_over(left_over(units, shape_args, index_ptr, KB, cfg), bars, cfg)
 
 
 @gluon.jit
-def pass_over(count, bars):
+def pass_over(count, bars, cfg: gl.constexpr):
     """Release slots [0, count) as they come; how many they are."""
     full, empty = bars
     for i in range(0, count):
-        mbarrier.wait(full.index(i), 0)
+        mbarrier.wait(full.index(cfg.F_AT + i), 0)
         mbarrier.arrive(empty.index(i), count=1)
     return count
 
@@ -128,30 +135,34 @@ def fp8_decode_kernel(w_desc, x_desc, middle_desc, narrow_desc, out_ptr, sa_ptr,
     """A persistent grid. M: rows of A, or rows a group can hold (masked). `cap`: entries of each column of the table."""
     S: gl.constexpr = cfg.STAGES
     sums = part_ptr
-    if cfg.CLUSTER > 1:
-        sums = gl.allocate_shared_memory(gl.int8, [cfg.RING_ROWS, 128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    if cfg.CLUSTER > 1 or cfg.STREAM:
+        ring = gl.allocate_shared_memory(gl.int8, [cfg.RING_ROWS, 128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         W: gl.constexpr = w_desc.layout
         X: gl.constexpr = x_desc.layout
-        w_s = view_boxes(sums, gl.float8e4nv, cfg.W_AT + S, cfg.BN, 128, W)
-        x_s = view_boxes(sums, gl.float8e4nv, cfg.X_AT + S, cfg.BT, 128, X)
+        w_s = view_boxes(ring, gl.float8e4nv, cfg.W_AT + S, cfg.BN, 128, W)
+        x_s = view_boxes(ring, gl.float8e4nv, cfg.X_AT + S, cfg.BT, 128, X)
     else:
         w_s = gl.allocate_shared_memory(gl.float8e4nv, [S, 1, cfg.BN, 128], w_desc.layout)
         x_s = gl.allocate_shared_memory(gl.float8e4nv, [S, 1, cfg.BT, 128], x_desc.layout)
     s_s = gl.allocate_shared_memory(gl.float32, [S, cfg.BT], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    full = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
+    if cfg.CLUSTER > 1:
+        sums = ring
+    if cfg.STREAM:      # where their addresses are known
+        full = view_rows(ring, gl.int64, cfg.RING_ROWS * 16, 1, mbarrier.MBarrierLayout())
+    else:
+        full = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [S, 1], mbarrier.MBarrierLayout())
-    # weights and tokens, together or apart; scales
-    ARRIVALS: gl.constexpr = 3 if cfg.GUESS > 0 else 2
+    ARRIVALS: gl.constexpr = cfg.ARRIVALS
     EARLY: gl.constexpr = cfg.GUESS
     for i in gl.static_range(EARLY):
-        mbarrier.init(full.index(i), count=ARRIVALS)
+        mbarrier.init(full.index(cfg.F_AT + i), count=ARRIVALS)
     sh = (M, N, G, alignment)
     if cfg.GUESS > 0:
         fence_async_shared()
         fetch_weights(w_desc, w_s, full, sh, index_ptr, KB, cfg)
     for i in gl.static_range(S):
         if i >= EARLY:
-            mbarrier.init(full.index(i), count=ARRIVALS)
+            mbarrier.init(full.index(cfg.F_AT + i), count=ARRIVALS)
         mbarrier.init(empty.index(i), count=cfg.CONSUMERS)
     fence_async_shared()
 

@@ -3,14 +3,17 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.language.extra.cuda import gdc_wait
 
 from .fp8_decode_schedule_device import (
     CONTIGUOUS, MASKED, PSUM, advance, all_groups, begin, fetched, guess, k_range, left_over, locate)
 from .fp8_decode_sums_device import tile_layout
 from .fp8_decode_cluster_device import idle
 from .scales_device import as_float
+from . import cluster_device as cluster
 from .shim import block_barrier, tma_load, view_boxes
 
+KERNEL = gl.constexpr("fp8_decode_kernel")
 OPEN = gl.constexpr(0x7FA5C3D17FB00000)      # as two floats: NaNs that no arithmetic makes
 
 
@@ -18,16 +21,42 @@ OPEN = gl.constexpr(0x7FA5C3D17FB00000)      # as two floats: NaNs that no arith
 def tokens_of(x_s, cfg: gl.constexpr, NT: gl.constexpr):
     """The ring of tokens as boxes of NT rows; as it is for NT = 0, which no tile takes."""
     if NT > 0:
-        return view_boxes(x_s, gl.float8e4nv, cfg.STAGES * (cfg.BT // NT), NT, 128,
+        return view_boxes(x_s, gl.float8e4nv, (cfg.X_AT + cfg.STAGES) * (cfg.BT // NT), NT, 128,
                           gl.NVMMASharedLayout.get_default_for([1, NT, 128], gl.float8e4nv))
     else:
         return x_s
 
 
 @gluon.jit
-def load_weights(w_desc, w_s, bar, slot, g, w_row, kb, cfg: gl.constexpr):
+def load_weights(w_desc, w_s, full, slot, g, w_row, kb, cfg: gl.constexpr):
+    bar = full.index(cfg.F_AT + slot)
     mbarrier.expect(bar, cfg.BN * 128)
-    tma_load(w_desc, [g, w_row, kb * 128], bar, w_s.index(cfg.W_AT + slot))
+    copy_weights(w_desc, w_s, bar, slot, g, w_row, kb, cfg)
+
+
+@gluon.jit
+def copy_weights(w_desc, w_s, bar, slot, g, w_row, kb, cfg: gl.constexpr):
+    """By one warp, a partition of its own. STREAM: in PTX, as Gluon's copy takes no policy."""
+    if cfg.STREAM:
+        start = cluster.start_of_shared()
+        cluster.load(w_desc, KERNEL, 0, (g, w_row, kb * 128), start + cfg.F_AT * 8 + slot * 8, start + (cfg.W_AT + slot) * (cfg.BN * 128), 1,
+                     True, True)
+    else:
+        tma_load(w_desc, [g, w_row, kb * 128], bar, w_s.index(cfg.W_AT + slot))
+
+
+@gluon.jit
+def sizes_there(cfg: gl.constexpr):
+    """Wait for the launch in front, where it brings the sizes of groups."""
+    if cfg.FRONT == 2:
+        gdc_wait()
+
+
+@gluon.jit
+def tokens_there(cfg: gl.constexpr):
+    """Wait for the launch in front, where it brings tokens alone."""
+    if cfg.FRONT == 1:
+        gdc_wait()
 
 
 @gluon.jit
@@ -35,22 +64,36 @@ def fetch_weights(w_desc, w_s, full, shape_args, index_ptr, KB, cfg: gl.constexp
     """Start a CTA's first loads on a guess, before its warps part and before any group's size is read."""
     g, nb, k0, count = guess(gl.program_id(0), shape_args, index_ptr, KB, cfg)
     for i in range(0, count):
-        load_weights(w_desc, w_s, full.index(i), i, g, nb * cfg.BN, k0 + i, cfg)
+        mbarrier.expect(full.index(cfg.F_AT + i), cfg.BN * 128)
+        tma_load(w_desc, [g, nb * cfg.BN, (k0 + i) * 128], full.index(cfg.F_AT + i), w_s.index(cfg.W_AT + i))
 
 
 @gluon.jit
-def load_block(descs, rings, bar, slot, at, there, cfg: gl.constexpr, NT: gl.constexpr):
+def fetch_first(w_desc, w_s, full, upto, units, split, chunk, shape_args, index_ptr, table_ptr, cap, KB, cfg: gl.constexpr):
+    """Start loading the weights of a CTA's first unit, as many K blocks as the ring has slots; how many."""
+    t = gl.program_id(0)
+    tile, k0, k1 = k_range(t, split, chunk, KB, cfg)
+    g, row, rows, nb = locate(tile, upto, shape_args, index_ptr, table_ptr, cap, cfg, False)
+    count = gl.where(t < units, gl.minimum(k1 - k0, cfg.STAGES), 0)
+    for i in range(0, count):
+        load_weights(w_desc, w_s, full, i, g, nb * cfg.BN, k0 + i, cfg)
+    return count
+
+
+@gluon.jit
+def load_block(descs, rings, full, slot, at, there, cfg: gl.constexpr, NT: gl.constexpr):
     """One K block into a slot: BN weight rows, unless it is one of those that are there, and NT token rows."""
     w_desc, x_desc = descs
     w_s, x_s = rings
     g, w_row, plane, x_row, kb = at
-    if cfg.GUESS > 0:
+    bar = full.index(cfg.F_AT + slot)
+    if cfg.ARRIVALS == 3:
         if kb >= there:
-            load_weights(w_desc, w_s, bar, slot, g, w_row, kb, cfg)
+            load_weights(w_desc, w_s, full, slot, g, w_row, kb, cfg)
         mbarrier.expect(bar, NT * 128)
     else:
         mbarrier.expect(bar, (cfg.BN + NT) * 128)
-        tma_load(w_desc, [g, w_row, kb * 128], bar, w_s.index(cfg.W_AT + slot))
+        copy_weights(w_desc, w_s, bar, slot, g, w_row, kb, cfg)
     tma_load(x_desc, [plane, x_row, kb * 128], bar, x_s.index((cfg.X_AT + slot) * (cfg.BT // NT)))
 
 
@@ -62,8 +105,13 @@ def weight_loader(descs, rings, bars, shape_args, index_ptr, table_ptr, cap, KB,
     wide = ((w_desc, x_desc), (w_s, x_s))
     middle = ((w_desc, middle_desc), (w_s, tokens_of(x_s, cfg, cfg.MIDDLE)))
     narrow = ((w_desc, narrow_desc), (w_s, tokens_of(x_s, cfg, cfg.NARROW)))
+    sizes_there(cfg)
     upto, units, split, chunk, slot = begin(shape_args, index_ptr, table_ptr, KB, cfg, 1)
     phase = gl.to_tensor(1)
+    ahead = gl.to_tensor(0)
+    if cfg.FRONT == 1:      # a ring of weights while the launch in front brings the tokens
+        ahead = fetch_first(w_desc, w_s, full, upto, units, split, chunk, shape_args, index_ptr, table_ptr, cap, KB, cfg)
+    tokens_there(cfg)
     for t in range(gl.program_id(0), units, gl.num_programs(0)):
         tile, k0, k1 = k_range(t, split, chunk, KB, cfg)
         g, row, rows, nb = locate(tile, upto, shape_args, index_ptr, table_ptr, cap, cfg, cfg.NARROW > 0)
@@ -72,35 +120,37 @@ def weight_loader(descs, rings, bars, shape_args, index_ptr, table_ptr, cap, KB,
         if cfg.GUESS > 0:
             there, vain = fetched(t, (g, row, rows, nb), shape_args, index_ptr, KB, cfg)
             there += k0
-            slot += give_up(vain, full)
+            slot += give_up(vain, full, cfg)
+        if cfg.FRONT == 1:
+            there = k0 + ahead
+            ahead = ahead * 0
         for kb in range(k0, k1):
             mbarrier.wait(empty.index(slot), phase)
             at = (g, nb * cfg.BN, plane, row, kb)
-            bar = full.index(slot)
             if cfg.NARROW == 0:
-                load_block(wide[0], wide[1], bar, slot, at, there, cfg, cfg.BT)
+                load_block(wide[0], wide[1], full, slot, at, there, cfg, cfg.BT)
             else:
                 if rows <= cfg.NARROW:
-                    load_block(narrow[0], narrow[1], bar, slot, at, there, cfg, cfg.NARROW)
+                    load_block(narrow[0], narrow[1], full, slot, at, there, cfg, cfg.NARROW)
                 else:
                     if cfg.MIDDLE > 0:
                         if rows <= cfg.MIDDLE:
-                            load_block(middle[0], middle[1], bar, slot, at, there, cfg, cfg.MIDDLE)
+                            load_block(middle[0], middle[1], full, slot, at, there, cfg, cfg.MIDDLE)
                         else:
-                            load_block(wide[0], wide[1], bar, slot, at, there, cfg, cfg.BT)
+                            load_block(wide[0], wide[1], full, slot, at, there, cfg, cfg.BT)
                     else:
-                        load_block(wide[0], wide[1], bar, slot, at, there, cfg, cfg.BT)
+                        load_block(wide[0], wide[1], full, slot, at, there, cfg, cfg.BT)
             slot, phase = advance(slot, phase, cfg.STAGES)
     if cfg.GUESS > 0:
-        give_up(left_over(units, shape_args, index_ptr, KB, cfg), full)
+        give_up(left_over(units, shape_args, index_ptr, KB, cfg), full, cfg)
     idle(cfg)
 
 
 @gluon.jit
-def give_up(count, full):
+def give_up(count, full, cfg: gl.constexpr):
     """Complete slots [0, count), whose weights nobody wants, with nothing; how many they are."""
     for i in range(0, count):
-        mbarrier.arrive(full.index(i), count=1)
+        mbarrier.arrive(full.index(cfg.F_AT + i), count=1)
     return count
 
 
@@ -135,7 +185,7 @@ def put_scales(s, rings, bars, slot, phase, cfg: gl.constexpr):
     sa, sb = s
     mbarrier.wait(empty.index(slot), phase)
     s_s.index(slot).store(sa * sb)
-    mbarrier.arrive(full.index(slot), count=1)
+    mbarrier.arrive(full.index(cfg.F_AT + slot), count=1)
     return advance(slot, phase, cfg.STAGES)
 
 
@@ -152,14 +202,16 @@ def scale_loader(ptrs, strides, rings, bars, shape_args, index_ptr, table_ptr, c
     tok = gl.arange(0, cfg.BT, lay)
     full, empty = bars
     AHEAD: gl.constexpr = cfg.AHEAD
+    sizes_there(cfg)
     upto, units, split, chunk, slot = begin(shape_args, index_ptr, table_ptr, KB, cfg, 1)
+    tokens_there(cfg)
     phase = gl.to_tensor(1)
     for t in range(gl.program_id(0), units, gl.num_programs(0)):
         tile, k0, k1 = k_range(t, split, chunk, KB, cfg)
         g, row, rows, nb = locate(tile, upto, shape_args, index_ptr, table_ptr, cap, cfg, True)
         if cfg.GUESS > 0:
             there, vain = fetched(t, (g, row, rows, nb), shape_args, index_ptr, KB, cfg)
-            slot += give_up(vain, full)
+            slot += give_up(vain, full, cfg)
         a_ptr = sa_ptr + row.to(gl.int64) * sam
         if cfg.LAYOUT == MASKED:
             a_ptr += g.to(gl.int64) * sag
@@ -201,7 +253,7 @@ def scale_loader(ptrs, strides, rings, bars, shape_args, index_ptr, table_ptr, c
                 c2 = n2
                 c3 = n3
     if cfg.GUESS > 0:
-        give_up(left_over(units, shape_args, index_ptr, KB, cfg), full)
+        give_up(left_over(units, shape_args, index_ptr, KB, cfg), full, cfg)
     idle(cfg)
 
 

@@ -66,7 +66,7 @@ def trip(acc, p, slot, phase, views, s_s, bars, cfg: gl.constexpr, CID: gl.const
     STEPS: gl.constexpr = COUNT * P
     tokens: gl.constexpr = gl.SliceLayout(0, tile_layout(NT))
     q = gl.zeros_like(p)
-    mbarrier.wait(full.index(slot), phase)
+    mbarrier.wait(full.index(cfg.F_AT + slot), phase)
     p = start(views, slot, p, cfg, CID, 0, NT)
     s = s_s.index(slot).slice(0, NT).load(tokens)
     at = slot
@@ -74,7 +74,7 @@ def trip(acc, p, slot, phase, views, s_s, bars, cfg: gl.constexpr, CID: gl.const
         if i + 1 < STEPS:
             if (i + 1) % P == 0:
                 slot, phase = advance(slot, phase, cfg.STAGES)
-                mbarrier.wait(full.index(slot), phase)
+                mbarrier.wait(full.index(cfg.F_AT + slot), phase)
             q = start(views, slot, q, cfg, CID, (i + 1) % P, NT)
         if i > 0 and i % P == 0:
             s = s_s.index(at).slice(0, NT).load(tokens)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ....arch import Arch
 from ....problem import Config, Problem
+from .refusals import FRONTS
 
 LAYOUT_IDS = {"dense": 0, "contiguous": 1, "offsets": 2, "psum": 3, "masked": 4}
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -40,12 +41,16 @@ class Static:
     W_AT: int                # boxes in front of the weights', where the rings are one allocation
     X_AT: int                # and of the tokens'
     RING_ROWS: int           # 128 bytes each, of that allocation
+    STREAM: bool             # weights pass through L2, which gives them up first
+    F_AT: int                # then: words of 8 bytes in front of the full slots' barriers, in that allocation
     GROUPS: int              # size of the group table, a power of two from 32
     STORE_VEC: int           # elements of 16 bytes of output
     ACCUMULATE: bool
     ZERO: bool               # rows of no group are written as zero
     KEEP: bool               # output stays in L2
     AHEAD: int               # K blocks whose scales are loaded together
+    FRONT: int               # the launch in front may still be at it, and brings tokens (1), or sizes of groups too (2)
+    ARRIVALS: int            # at a full slot: weights and tokens, together or apart, and scales
     LOADER_REGS: int
     CONSUMER_REGS: int
 
@@ -119,15 +124,21 @@ def static(problem: Problem, config: Config, groups: int) -> Static:
     middle, narrow = extra(config, "middle"), extra(config, "narrow")
     wide_trip, middle_trip, narrow_trip = (trip_of(config, w, consumer) for w in (config.block_m, middle, narrow))
     cluster = extra(config, "cluster", 1)
+    front = FRONTS[problem.front] if problem.layout == "offsets" else 0
+    guess = extra(config, "guess") if front != 1 else 0       # where groups are known there is nothing to guess
     # the larger boxes come first, so that both rings start at a multiple of their box
-    w_at = config.num_stages * config.block_m // config.block_n if cluster > 1 and config.block_m > config.block_n else 0
-    x_at = config.num_stages * config.block_n // config.block_m if cluster > 1 and not w_at else 0
+    stream = extra(config, "stream")
+    together = cluster > 1 or stream
+    w_at = config.num_stages * config.block_m // config.block_n if together and config.block_m > config.block_n else 0
+    x_at = config.num_stages * config.block_n // config.block_m if together and not w_at else 0
+    rows = config.num_stages * (config.block_m + config.block_n)
     return Static(LAYOUT_IDS[problem.layout], config.block_m, middle, narrow, config.block_n,
                   config.num_warps // 4, pieces(config), wide_trip, middle_trip, narrow_trip, config.num_stages,
-                  extra(config, "guess"), config.split_k, cluster, w_at, x_at,
-                  config.num_stages * (config.block_m + config.block_n), table, 16 // ITEMSIZE[problem.out_dtype],
-                  problem.accumulate, pads(problem), bool(extra(config, "keep")), extra(config, "ahead", AHEADS[0]), loader,
-                  consumer)
+                  guess, config.split_k, cluster, w_at, x_at,
+                  rows + (-(-config.num_stages // 16) if stream else 0), bool(stream), rows * 16 if stream else 0, table,
+                  16 // ITEMSIZE[problem.out_dtype],
+                  problem.accumulate, pads(problem), bool(extra(config, "keep")), extra(config, "ahead", AHEADS[0]), front,
+                  3 if guess or front == 1 else 2, loader, consumer)
 
 
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
@@ -149,6 +160,8 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
         return f"{columns} columns of sums take about {need} registers, {there} there"
     if extra(config, "guess") and not 0 < extra(config, "guess") < config.num_stages:
         return f"guess={extra(config, 'guess')}, expected fewer than the stages"
+    if extra(config, "stream") not in (0, 1) or (extra(config, "stream") and problem.layout == "dense"):
+        return f"stream={extra(config, 'stream')}, expected 1 where there are groups, or 0"
     if extra(config, "guess") and config.split_k > 1 and problem.layout != "dense":
         return "guess has no split_k where there are groups"
     if not 1 <= config.split_k <= MAX_SPLIT:

@@ -7,6 +7,7 @@ from ....problem import Problem
 from .fp8_block_tile import LAYOUTS, MAX_GROUPS
 
 OUT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+FRONTS = {"": 0, "tokens": 1, "sizes": 2}     # `Problem.front`, for device code
 
 
 def op(p: Problem, arch: Arch) -> str | None:
