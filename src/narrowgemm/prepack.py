@@ -164,7 +164,7 @@ def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16")
     halves = (2,) if fmt.element == "e4m3" else ()
     packed = torch.empty((groups, tiles, chunks, *halves, TILE, TILE), dtype=torch.uint8, device=data.device)
     fields = torch.empty((groups, tiles, -(-chunks // 2), 4, 8, 4, 2, 2), dtype=torch.uint8, device=data.device)
-    factor = torch.ones((groups, tiles * TILE), device=data.device)
+    factor = torch.ones((groups, tiles * TILE), dtype=torch.float32, device=data.device)
     step = max(1, CHUNK_BYTES // max(1, data[:1].numel()))
     regular = torch.ones((), dtype=torch.bool, device=data.device)
     exact = torch.ones((), dtype=torch.bool, device=data.device)
@@ -234,7 +234,7 @@ def tiles_of(n: int, pair: str = "") -> int:
 
 def row_order(n: int, pair: str = "") -> Tensor:
     """int64 `[NT * 64]`: the logical row that each packed row holds, -1 for padding."""
-    packed = torch.arange(tiles_of(n, pair) * TILE)
+    packed = torch.arange(tiles_of(n, pair) * TILE, device="cpu")
     if not pair:
         return torch.where(packed < n, packed, -1)
     feature = packed // SLAB * (SLAB // 2) + packed % (SLAB // 2)
@@ -246,8 +246,8 @@ def row_order(n: int, pair: str = "") -> Tensor:
 def inverse_order(n: int, pair: str = "") -> Tensor:
     """int64 `[N]`: the packed row that holds each logical row."""
     order = row_order(n, pair)
-    out = torch.empty(n, dtype=torch.int64)
-    out[order[order >= 0]] = torch.arange(order.numel())[order >= 0]
+    out = torch.empty(n, dtype=torch.int64, device="cpu")
+    out[order[order >= 0]] = torch.arange(order.numel(), device="cpu")[order >= 0]
     return out
 
 

@@ -6,6 +6,12 @@ import pytest
 import torch
 
 from narrowgemm import Offsets, explain, gemm, grouped_gemm
+from narrowgemm.arch import get_arch
+from narrowgemm.formats import BF16 as BF16_FORMAT
+from narrowgemm.formats import ScaledTensor
+from narrowgemm.kernels import torch_bf16
+from narrowgemm.kernels.operands import Operands
+from narrowgemm.problem import Step
 from narrowgemm.testing.numerics import check_kernel
 
 BF16 = {"a": "bf16", "b": "bf16"}
@@ -26,6 +32,27 @@ def test_says_what_it_does_not_take(why: str, changed: dict) -> None:
     case = {"layout": "offsets", "groups": 8, "m": 256, "n": 512, "k": 512, "device": "h200", **BF16} | changed
     passed = dict(explain("grouped_gemm", **case).plan.passed_over)
     assert why in passed["torch_bf16"]
+
+
+def test_parameters_as_operands() -> None:
+    """Torch refuses `out` where an operand requires a gradient; a product records none, on no device."""
+    x, w = torch.randn(16, 128).bfloat16(), torch.nn.Parameter(torch.randn(64, 128).bfloat16())
+    out = torch.empty(16, 64).bfloat16()
+    problem = explain("gemm", m=16, n=64, k=128, device="h200", **BF16).plan.problem
+    operands = Operands(ScaledTensor(x, None, BF16_FORMAT), ScaledTensor(w, None, BF16_FORMAT), out, 16, 64, 128)
+    torch_bf16.launch(Step("torch_bf16", torch_bf16.configs(problem, get_arch("h200"))[0]), problem, operands, None)
+    check_kernel(out, x.float() @ w.detach().float().T).assert_()
+    assert not gemm(x, w).requires_grad and not gemm(x, w, out=out).requires_grad
+
+
+@pytest.mark.gpu
+def test_parameters_on_a_gpu() -> None:
+    x, w = torch.randn(64, 128, device="cuda").bfloat16(), torch.nn.Parameter(torch.randn(2, 256, 128, device="cuda").bfloat16())
+    offsets = Offsets(torch.tensor([0, 30, 64], device="cuda"))
+    with torch.autocast("cuda", dtype=torch.float16):
+        for y, want in ((gemm(x, w[0], backend="torch_bf16"), gemm(x, w[0].detach(), backend="torch_bf16")),
+                        (grouped_gemm(x, w, offsets, backend="torch_bf16"), grouped_gemm(x, w.detach(), offsets, backend="torch_bf16"))):
+            assert torch.equal(y, want) and y.dtype == torch.bfloat16 and not y.requires_grad
 
 
 @pytest.mark.gpu

@@ -56,6 +56,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
         + copied / arch.bandwidth
 
 
+@torch.no_grad()        # torch takes no `out` where an operand requires a gradient, as a parameter does
 def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
     x = operands
     if problem.layout == "dense":
@@ -65,7 +66,8 @@ def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor |
     bounds = x.index.clamp(0, x.m)
     # groups start where the one before ends: rows in front of the first group are computed with it, and not copied
     ends = bounds[1:].cummax(0).values.to(torch.int32)
-    y = torch.nn.functional.grouped_mm(x.a.data, x.b.data.mT, offs=ends)
+    with torch.autocast(x.out.device.type, enabled=False):
+        y = torch.nn.functional.grouped_mm(x.a.data, x.b.data.mT, offs=ends)
     rows = torch.arange(x.m, device=x.out.device)
     live = (rows >= bounds[0]) & (rows < ends[-1])
     torch.where(live[:, None], y, x.out, out=x.out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..arch import Arch
@@ -43,6 +44,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     return 100e-6 + per_group + problem.flops / (arch.bf16_flops / 16) + 8 * problem.bytes / arch.bandwidth
 
 
+@torch.no_grad()        # as on a GPU, where no kernel records anything
 def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
     from ..reference import gemm, grouped, routed
 

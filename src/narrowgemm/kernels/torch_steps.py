@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..arch import Arch
@@ -41,6 +42,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     return launches * 3e-6 + 8.0 * launches * problem.m * max(problem.n, problem.k, 1) / arch.bandwidth
 
 
+@torch.no_grad()
 def launch(step: Step, problem: Problem, operands: StepOperands, workspace: Tensor | None) -> None:
     from ..reference import activate, route
 

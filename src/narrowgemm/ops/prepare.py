@@ -65,7 +65,7 @@ def zeros(shape: tuple[int, ...], fmt: Format, device: torch.device) -> ScaledTe
     data = torch.zeros(packed, dtype=torch.uint8 if fmt.elem.bits <= 8 else fmt.elem.dtype, device=device).view(fmt.elem.dtype)
     if not fmt.scaled:
         return ScaledTensor(data, None, fmt)
-    scale = torch.ones(fmt.scale_shape(shape), device=device) if fmt.scale == "fp32" else \
+    scale = torch.ones(fmt.scale_shape(shape), dtype=torch.float32, device=device) if fmt.scale == "fp32" else \
         torch.full(fmt.scale_shape(shape), 127, dtype=torch.uint8, device=device)
     return ScaledTensor(data, mn_major_tma_aligned(scale) if fmt.group[0] == 1 else scale, fmt)
 

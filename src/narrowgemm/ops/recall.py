@@ -62,12 +62,14 @@ def _maker() -> Callable[[Sequence[Tensor]], Check] | None:
     kind = getattr(getattr(getattr(torch._C, "_dynamo", None), "guards", None), "TensorGuards", None)
     if kind is None:
         return None
-    x, y = torch.empty_strided((4, 6), (8, 1)), torch.empty((5,), dtype=torch.uint8)
-    others = (torch.empty_strided((4, 6), (6, 1)), torch.empty_strided((4, 5), (8, 1)), x.double(), torch.nn.Parameter(x),
-              torch.empty_strided((4, 6), (8, 1), device="meta"), x.unsqueeze(0))
+    def like(columns: int, stride: int, device: str = "cpu") -> Tensor:
+        return torch.empty_strided((4, columns), (stride, 1), dtype=torch.float32, device=device)
+
+    x, y = like(6, 8), torch.empty((5,), dtype=torch.uint8, device="cpu")
+    others = (like(6, 6), like(5, 8), x.double(), torch.nn.Parameter(x), like(6, 8, "meta"), x.unsqueeze(0))
     try:
         check = _make(kind, (x, y))
-        right = check(x, y) and check(torch.empty_strided((4, 6), (8, 1)), y.clone())
+        right = check(x, y) and check(like(6, 8), y.clone())
         right = right and not any(check(other, y) for other in others)
     except (TypeError, ValueError, SystemError, RuntimeError, AttributeError):
         return None

@@ -99,7 +99,7 @@ def block_scale(amax: Tensor, fmt: Format, rounding: str, amax_clamp: float) -> 
     finite = amax.isfinite()
     amax = torch.where(finite, amax.clamp_min(amax_clamp), torch.nan)
     if fmt.scale == "fp32":
-        top = torch.full((), fmt.elem.max, device=amax.device)  # a number would do as its reciprocal on CUDA
+        top = torch.full((), fmt.elem.max, dtype=torch.float32, device=amax.device)  # a number would do as its reciprocal on CUDA
         scale = (amax / top).clamp_min(2.0**-126)
         nan = torch.tensor(NAN_BITS, dtype=torch.int32, device=amax.device).view(torch.float32)
         scale = torch.where(finite, scale, nan)
@@ -122,7 +122,7 @@ def e8m0_code(amax: Tensor, fmt: Format, rounding: str) -> Tensor:
 
 def mantissa(value: float) -> int:
     """The 23 mantissa bits of a float32."""
-    return int(torch.tensor(value, dtype=torch.float32).view(torch.int32)) & 0x7FFFFF
+    return int(torch.tensor(value, dtype=torch.float32, device="cpu").view(torch.int32)) & 0x7FFFFF
 
 
 def cast_fp8(x: Tensor, fmt: Format) -> Tensor:

@@ -25,7 +25,7 @@ def bounds(offsets: Tensor, rows: int) -> list[tuple[int, int]]:
 def segments(offsets: Tensor, rows: int, capacity: int) -> Tensor:
     """int32 `[G + 1]`: where each group's columns start, multiples of 128, and where the last one's end."""
     widths = [-(-(b - a) // ALIGNMENT) * ALIGNMENT for a, b in bounds(offsets, rows)]
-    return torch.tensor([0, *widths]).cumsum(0).clamp(max=capacity).to(torch.int32).to(offsets.device)
+    return torch.tensor([0, *widths], device="cpu").cumsum(0).clamp(max=capacity).to(torch.int32).to(offsets.device)
 
 
 def quantize_both(x: Tensor, fmt: Format, rows: ScaledTensor, columns: ScaledTensor, offsets: Tensor | None, seg: Tensor | None,

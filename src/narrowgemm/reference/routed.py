@@ -54,7 +54,7 @@ def routed_gemm(s: Operands, b: ScaledTensor, problem: Problem) -> Tensor:
     """See `ops.routed.routed_gemm`. b `[G, N, K]` with rows in their logical order, in place of the operands' own."""
     a, out, index, e = s.a, s.out, s.index, problem.epilogue
     n = b.shape[-2] // 2 if e.activation else b.shape[-2]
-    rows = torch.zeros((s.num_slots, n), device=out.device) if e.combine else out
+    rows = torch.zeros((s.num_slots, n), dtype=torch.float32, device=out.device) if e.combine else out
     for g, slots in slots_of_experts(problem.layout, index, s, b.shape[0]):
         y = product(take_rows(a, slots // problem.a_div), b[g])
         if s.bias is not None:
@@ -65,7 +65,7 @@ def routed_gemm(s: Operands, b: ScaledTensor, problem: Problem) -> Tensor:
             y = y * s.weight.reshape(-1)[slots, None]
         rows[slots] = y.to(rows.dtype)
     if e.combine:
-        total = torch.zeros((s.num_slots // s.top_k, n), device=out.device)
+        total = torch.zeros((s.num_slots // s.top_k, n), dtype=torch.float32, device=out.device)
         for j in range(s.top_k):        # in order: a fixed sum
             total = total + rows[j::s.top_k]
         if s.add is not None:

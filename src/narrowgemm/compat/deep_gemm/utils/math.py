@@ -126,7 +126,7 @@ def cast_back_from_fp4(packed: Tensor, sf: Tensor, gran_k: int = 128, use_packed
     _, half = _two_dims(packed)
     scale = unpack_ue8m0_from_int(sf) if use_packed_ue8m0 else sf
     codes = _nibbles(packed)
-    values = torch.tensor(E2M1_VALUES, device=packed.device)[(codes & 7).long()]
+    values = torch.tensor(E2M1_VALUES, dtype=torch.float32, device=packed.device)[(codes & 7).long()]
     values = torch.where(codes == 8, values, torch.where(codes > 8, -values, values))  # 8 is -0: keep it positive
     return values * scale.repeat_interleave(gran_k, 1)[:, : 2 * half]
 
