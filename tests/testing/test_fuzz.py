@@ -11,6 +11,7 @@ import torch
 from narrowgemm.kernels.registry import kernels
 from narrowgemm.reference import gemm as reference
 from narrowgemm.testing import fuzz, fuzz_steps
+from narrowgemm.testing.case import Case
 from narrowgemm.testing.fuzz_inputs import GuardedView, Store, build, stored
 
 CPU = torch.device("cpu")
@@ -39,7 +40,7 @@ def test_the_steps_pass(op: str) -> None:
         assert fuzz_steps.run(op, seed, CPU) == []
 
 
-DENSE = fuzz.Draw(fuzz.Case("fuzz", "dense", 1, 40, 64, 256), 5)
+DENSE = fuzz.Draw(Case("fuzz", "dense", 1, 40, 64, 256), 5)
 
 
 @pytest.mark.parametrize("fault", ["one element", "NaN", "a pad", "another time"])
