@@ -160,7 +160,13 @@ MORE = {
     "args in a list": (lambda: ng.activate(ROWS, activation="swiglu_oai", args=[1.7, 7.0]), TypeError, r"args: got list, expected a tuple"),
     "layout of activate": (lambda: ng.activate(ROWS, layout=OWN.offsets), TypeError, "layout: got Tensor, expected Offsets"),
     "bias of a layer's step": (lambda: ng.activate(ROWS, layout=OWN.layout, bias=1.0), TypeError, "bias: got float, expected a torch.Tensor"),
-    "bias of a routed product": (lambda: ng.routed_gemm(ROWS, ng.quantize(torch.randn(G, 64, 64), ng.MXFP4), OWN.layout, bias=[1.0]), TypeError, "bias: got list, expected a dense torch.Tensor"),
+    "bias of a routed product": (lambda: ng.routed_gemm(ROWS, ng.quantize(torch.randn(G, 64, 64), ng.MXFP4), OWN.layout, bias=[1.0]), TypeError, "bias: got list, expected a torch.Tensor"),
+    "a sparse operand": (lambda: ng.gemm(torch.eye(4).to_sparse(), torch.eye(4)), TypeError, "a, layout: got torch.sparse_coo, expected a dense"),
+    "a number for scales": (lambda: ng.gemm(with_scale(operands()[0], 1.0), operands()[1]), TypeError, "scale of a: got float, expected a torch.Tensor"),
+    "an array to quantise": (lambda: ng.quantize_both(torch.randn(4, 128).numpy(), ng.FP8_ROW), TypeError, "input of quantize: got ndarray"),
+    "offsets in a list": (lambda: ng.quantize_both(torch.randn(4, 128), ng.FP8_ROW, [0, 4]), TypeError, "offsets: got list, expected a torch.Tensor"),
+    "a tensor to write rows to": (lambda: ng.gather_quantize(TOKENS, OWN, ng.FP8_1x128, out=ROWS), TypeError, "out: got Tensor, expected a ScaledTensor"),
+    "segments are a tensor": (lambda: ng.activate_both(ROWS, OWN.layout, ng.FP8_ROW, segments=OWN.offsets), TypeError, "segments: got Tensor"),
     "negative max_sms of a layer": (lambda: ng.experts(TOKENS, torch.randn(G, 64, 64).bfloat16(), torch.randn(G, 64, 32).bfloat16(), router_logits=torch.randn(3, G), top_k=2, max_sms=-3), ValueError, "max_sms: got -3"),
 }
 

@@ -53,6 +53,7 @@ def activate(h: Tensor, *, activation: str = "swiglu", args: tuple[float, ...] =
     """
     form = None if fmt is None else get_format(fmt)
     steps.check_args(args)
+    steps.check_kind_of_out(out)
     if layout is not None and not isinstance(layout, Offsets):
         expect(False, "layout", type(layout).__name__, "Offsets or None", error=TypeError)
     offsets = None if layout is None else layout.offsets

@@ -103,6 +103,9 @@ def _run(c: Call) -> Tensor | Both:
         _check(c)
         return _traced(c)
     steps.check_args(c.args)
+    if c.segments is not None and not isinstance(c.segments, KGrouped):
+        expect(False, "segments", type(c.segments).__name__, "the layout that quantize_both returned for these offsets",
+               error=TypeError)
     offsets = c.layout.offsets if isinstance(c.layout, Offsets) else None
     key = (c.fmt, *(steps.sign(t) for t in (c.h, c.dy, offsets, c.seg, c.scale, c.amax)), c.activation, c.args, c.rounding,
            c.amax_clamp, c.backend, c.config, env.choice())
@@ -174,6 +177,7 @@ def _check(c: Call) -> None:
         check_input(torch.empty(h.shape[0], h.shape[1] // 2, dtype=h.dtype, device="meta"), fmt, rounding, amax_clamp)
         expect(fmt.group in GROUPS and fmt.element in ("e4m3", "e5m2"), "format of the activation", fmt.name,
                "FP8 with scales of the whole tensor, rows or 1x128")
+    common.check_kinds(scale=scale, amax=amax)
     tensorwise = fmt is not None and fmt.group == (0, 0)
     for name, t in (("scale", scale), ("amax", amax)):
         if t is not None:

@@ -59,37 +59,49 @@ def signature(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, *rest: objec
     return identify(a, b, out, None, *rest)[0]
 
 
+def check_kinds(**tensors: object) -> None:
+    """TypeError for what is given for a tensor and is none with memory of its own; None is nothing."""
+    for name, x in tensors.items():
+        expect(x is None or isinstance(x, Tensor), name.replace("_", " "), type(x).__name__, "a torch.Tensor", error=TypeError)
+        expect(x is None or x.layout == torch.strided, f"{name.replace('_', ' ')}, layout", getattr(x, "layout", None),     # type: ignore[attr-defined]
+               "a dense strided tensor", error=TypeError)
+
+
 def identify(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, index: Tensor | None,
              *rest: object) -> tuple[tuple, tuple[int, ...]]:
     """(everything that checks and the Plan depend on, addresses of a, its scales, b, its scales and the index).
 
     It is made in every call, so it is plain reads, no objects of our own; a device is its number, which costs a third.
     """
-    x, y, sx, sy = a.data, b.data, a.scale, b.scale
-    p, q = x.data_ptr(), y.data_ptr()
-    key: tuple
-    if sx is not None and sy is not None:
-        ps, qs = sx.data_ptr(), sy.data_ptr()
-        key = (a.format, x.shape, x.stride(), x.dtype, x.get_device(), sx.shape, sx.stride(), sx.dtype, sx.get_device(),
-               b.format, y.shape, y.stride(), y.dtype, y.get_device(), sy.shape, sy.stride(), sy.dtype, sy.get_device(),
-               rest, env.choice())
-    else:
-        ps, qs = 0 if sx is None else sx.data_ptr(), 0 if sy is None else sy.data_ptr()
-        key = (a.format, b.format, _traits(x), _traits(y), _traits(sx), _traits(sy), rest, env.choice())
-    bits = p | ps | q | qs
-    if out is not None:
-        bits |= out.data_ptr()
-        key += (out.shape, out.stride(), out.dtype, out.get_device())
-    pi = 0
-    if index is not None:
-        pi = index.data_ptr()
-        bits |= pi
-        key += (index.shape, index.dtype, index.get_device())
-    if bits & 15:
-        key += (p & 15, ps & 15, q & 15, qs & 15, 0 if out is None else out.data_ptr() & 15, pi & 15)
-    if x.get_device() < 0:      # CPU and meta tensors both say -1
-        key += tuple([t if t is None else t.device for t in (x, sx, y, sy, out, index)])
-    return key, (p, ps, q, qs, pi)
+    try:
+        x, y, sx, sy = a.data, b.data, a.scale, b.scale
+        p, q = x.data_ptr(), y.data_ptr()
+        key: tuple
+        if sx is not None and sy is not None:
+            ps, qs = sx.data_ptr(), sy.data_ptr()
+            key = (a.format, x.shape, x.stride(), x.dtype, x.get_device(), sx.shape, sx.stride(), sx.dtype, sx.get_device(),
+                   b.format, y.shape, y.stride(), y.dtype, y.get_device(), sy.shape, sy.stride(), sy.dtype, sy.get_device(),
+                   rest, env.choice())
+        else:
+            ps, qs = 0 if sx is None else sx.data_ptr(), 0 if sy is None else sy.data_ptr()
+            key = (a.format, b.format, _traits(x), _traits(y), _traits(sx), _traits(sy), rest, env.choice())
+        bits = p | ps | q | qs
+        if out is not None:
+            bits |= out.data_ptr()
+            key += (out.shape, out.stride(), out.dtype, out.get_device())
+        pi = 0
+        if index is not None:
+            pi = index.data_ptr()
+            bits |= pi
+            key += (index.shape, index.dtype, index.get_device())
+        if bits & 15:
+            key += (p & 15, ps & 15, q & 15, qs & 15, 0 if out is None else out.data_ptr() & 15, pi & 15)
+        if x.get_device() < 0:      # CPU and meta tensors both say -1
+            key += tuple([t if t is None else t.device for t in (x, sx, y, sy, out, index)])
+        return key, (p, ps, q, qs, pi)
+    except (AttributeError, RuntimeError):
+        check_kinds(a=a.data, b=b.data, scale_of_a=a.scale, scale_of_b=b.scale, out=out, index=index)
+        raise
 
 
 def _traits(t: Tensor | None) -> tuple | None:
@@ -161,21 +173,25 @@ class PlanCache:
                *rest: object) -> tuple[Known | None, tuple[int, ...]]:
         """(what is known of a call, addresses as of `identify`), for scaled operands whose tensors start on 16 bytes and have
         the signature of a call that `remember` was told of. None: `identify` has to read it."""
-        x, y, sx, sy = a.data, b.data, a.scale, b.scale
-        if sx is None or sy is None:
+        try:
+            x, y, sx, sy = a.data, b.data, a.scale, b.scale
+            if sx is None or sy is None:
+                return None, ()
+            alike = self._calls.known.get((a.format, x.shape, b.format, y.shape, rest, out is None, index is None, env.choice()))
+            if alike is None:
+                return None, ()
+            addresses = x.data_ptr(), sx.data_ptr(), y.data_ptr(), sy.data_ptr(), 0 if index is None else index.data_ptr()
+            bits = addresses[0] | addresses[1] | addresses[2] | addresses[3] | addresses[4] | (0 if out is None else out.data_ptr())
+            if bits & 15:
+                return None, ()
+            tensors = _all_of(x, sx, y, sy, out, index)
+            for check, known in alike:
+                if check(*tensors):
+                    return known, addresses
             return None, ()
-        alike = self._calls.known.get((a.format, x.shape, b.format, y.shape, rest, out is None, index is None, env.choice()))
-        if alike is None:
-            return None, ()
-        addresses = x.data_ptr(), sx.data_ptr(), y.data_ptr(), sy.data_ptr(), 0 if index is None else index.data_ptr()
-        bits = addresses[0] | addresses[1] | addresses[2] | addresses[3] | addresses[4] | (0 if out is None else out.data_ptr())
-        if bits & 15:
-            return None, ()
-        tensors = _all_of(x, sx, y, sy, out, index)
-        for check, known in alike:
-            if check(*tensors):
-                return known, addresses
-        return None, ()
+        except (AttributeError, RuntimeError):
+            check_kinds(a=a.data, b=b.data, scale_of_a=a.scale, scale_of_b=b.scale, out=out, index=index)
+            raise
 
     def remember(self, known: Known, a: ScaledTensor, b: ScaledTensor, out: Tensor | None, index: Tensor | None,
                  *rest: object) -> None:

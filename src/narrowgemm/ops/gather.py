@@ -34,6 +34,7 @@ def gather_quantize(x: Tensor, routing: Routing, fmt: Format | str, *, rounding:
     """
     fmt = get_format(fmt)
     steps.check_routing(routing)
+    steps.check_kind_of_out(out)
     scale_layout = scale_layout or steps.scale_layout_of(fmt)
     if torch.compiler.is_compiling():
         from .route import gather

@@ -65,12 +65,11 @@ def quantize_both(x: Tensor, fmt: Format | str, offsets: Tensor | None = None, *
         torch.ops.narrowgemm.quantize_both(x.detach(), offsets, rows.data, rows.scale, columns.data, own, seg, fmt.name,
                                            scale is not None, rounding, amax_clamp, backend or "")
         return Both(rows, columns, None if seg is None else KGrouped(seg, ALIGNMENT))
-    key = (fmt, x.shape, x.stride(), x.dtype, x.device, x.data_ptr() & 15, rounding, amax_clamp, backend, env.choice(),
-           *(None if t is None else (t.shape, t.dtype, t.device, t.data_ptr() & 15) for t in (offsets, scale, amax)))
+    key = (fmt, *map(steps.sign, (x, offsets, scale, amax)), rounding, amax_clamp, backend, env.choice())
     known = _plans.find(key)
     if known is None:
         known = _plans.add(key, plan_of(x, fmt, offsets, scale, rounding, amax_clamp, backend, amax),
-                           common.empty((0,), fmt.elem.dtype, x.device))
+                           common.NOTHING)
     x = x.detach()
     rows, columns, seg = allocate_both(x, fmt, offsets, scale)
     _fill(known.plan, x, fmt, rows, columns, offsets, seg, scale is not None, rounding, amax_clamp, known.memo, amax)
@@ -90,6 +89,7 @@ def _check(x: Tensor, fmt: Format, offsets: Tensor | None, scale: Tensor | None,
                "one whose scales don't span rows: those of one block may belong to several groups")
         expect(offsets.numel() >= 1, "offsets, length", offsets.numel(), "G + 1")
         expect(offsets.device == x.device, "offsets, device", offsets.device, f"the input's, {x.device}")
+    common.check_kinds(scale=scale)
     if scale is not None:
         count = x.shape[0] if x.dim() == 3 else 1
         expect(fmt.group == (0, 0), "scale with format", fmt.name, "None: only tensor-wise scales can be given")
@@ -102,6 +102,7 @@ def plan_of(x: Tensor, fmt: Format, offsets: Tensor | None, scale: Tensor | None
             backend: str | None, amax: Tensor | None = None) -> Plan | None:
     """Check the call and select its Plan; None where there is nothing to launch."""
     _check(x, fmt, offsets, scale, rounding, amax_clamp)
+    common.check_kinds(amax=amax)
     if amax is not None:
         expect(scale is not None, "amax without a scale", "a tensor", "None: the scales that are found say it")
         expect(amax.dtype == torch.float32 and amax.numel() == 1 and amax.device == x.device, "amax",

@@ -124,6 +124,8 @@ def sort_by_expert(topk_ids: Tensor, num_experts: int, *, expert_map: Tensor | N
     if steps.wants_definition(topk_ids):
         _ids(topk_ids, num_experts, expert_map, first_expert)
         return reference.sort_by_expert(topk_ids, num_experts, expert_map=expert_map, first_expert=first_expert)
+    if out is not None:
+        steps.check_routing(out)
     key = ("sort", steps.sign(topk_ids), num_experts, steps.sign(expert_map), first_expert,
            *(() if out is None else (steps.sign(out.row_map), *steps.like(out))), backend, config, env.choice())
     plan, memo = steps.known(_plans, key, lambda: plan_sort(topk_ids, num_experts, expert_map, backend, config, first_expert, out))
@@ -143,7 +145,6 @@ def plan_sort(topk_ids: Tensor, num_experts: int, expert_map: Tensor | None, bac
     """Check the call and select its Plan."""
     _ids(topk_ids, num_experts, expert_map, first_expert)
     if out is not None:
-        steps.check_routing(out)
         steps.check_tensors_of(out)
         _same_device("out", out.row_map, topk_ids)
         given, want = (out.row_map.numel(), out.top_k, out.num_experts), (topk_ids.numel(), topk_ids.shape[1], num_experts)
@@ -162,6 +163,8 @@ def gather(x: Tensor | ScaledTensor, routing: Routing) -> Tensor | ScaledTensor:
     its scales span rows.
     """
     steps.check_routing(routing)
+    if not isinstance(x, ScaledTensor | Tensor):
+        expect(False, "x", type(x).__name__, "a torch.Tensor or a ScaledTensor", error=TypeError)
     if len(x.shape) != 2 or x.shape[0] != routing.num_tokens:  # a message made in advance would fix T in a traced graph
         expect(False, "x, shape", tuple(x.shape), f"[{routing.num_tokens}, K], a row for each routed token")
     return reference.gather(x, routing)

@@ -143,7 +143,7 @@ def slots_of(layout: Routed | Offsets, row_map: Tensor | None, top_k: int | None
              weight: Tensor | None, add: Tensor | None) -> Slots:
     """The call's slots. Checks what its own arithmetic needs; the rest is checked once a signature."""
     if weight is not None:
-        expect(isinstance(weight, Tensor), "routing_weight", type(weight).__name__, "a torch.Tensor", error=TypeError)
+        common.check_kinds(routing_weight=weight)
         weight = weight.reshape(-1)
     if isinstance(layout, Routed):
         expect(row_map is None, "row_map of a Routed layout", "a tensor", "None: the layout has its slots")
@@ -187,7 +187,7 @@ def _stored(b: PackedWeight | ScaledTensor) -> list[ScaledTensor | Tensor]:
 def _like(x: Tensor | None, name: str = "a tensor argument") -> tuple | None:
     if x is None:
         return None
-    expect(isinstance(x, Tensor) and x.layout == torch.strided, name, type(x).__name__, "a dense torch.Tensor", error=TypeError)
+    common.check_kinds(**{name: x})
     return (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
 
 

@@ -28,7 +28,11 @@ def sign(x: Tensor | None) -> object:
     if not isinstance(x, Tensor):
         return type(x)
     at = x.get_device()
-    return x.shape, x.stride(), x.dtype, at if at >= 0 else x.device, x.data_ptr() & 15
+    try:
+        return x.shape, x.stride(), x.dtype, at if at >= 0 else x.device, x.data_ptr() & 15
+    except RuntimeError:
+        common.check_kinds(tensor=x)
+        raise
 
 
 def aligned(x: Tensor) -> bool:
@@ -105,6 +109,12 @@ def check_routing(routing: object) -> None:
         expect(False, "routing", type(routing).__name__, "a Routing, as `sort_by_expert` returns it", error=TypeError)
 
 
+def check_kind_of_out(out: object) -> None:
+    """In front of the cache, whose key reads it."""
+    if out is not None and not isinstance(out, ScaledTensor):
+        expect(False, "out", type(out).__name__, "a ScaledTensor", error=TypeError)
+
+
 def check_args(args: object, name: str = "args") -> None:
     """In front of the cache: a list can't be hashed."""
     if type(args) is not tuple:
@@ -163,7 +173,6 @@ def allocate(rows: int, k: int, fmt: Format, dtype: torch.dtype, device: torch.d
 
 def check_out(out: ScaledTensor, rows: int, k: int, fmt: Format, dtype: torch.dtype, device: torch.device) -> None:
     """A caller's ScaledTensor to write: payload and scales of the shape, and payload rows contiguous."""
-    expect(isinstance(out, ScaledTensor), "out", type(out).__name__, "a ScaledTensor", error=TypeError)
     expect(out.format == fmt, "out, format", out.format.name, fmt.name)
     want = fmt.elem.dtype if fmt.scaled else dtype
     check_like(out.data, "out, payload", (rows, k // fmt.elem.per_byte), want, device, rows_only=True)
