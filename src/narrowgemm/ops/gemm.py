@@ -26,6 +26,7 @@ def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tensor, *, o
     a: `[M, K]`, b: `[N, K]`: `ScaledTensor`s (any FORMATS entry), or BF16 / FP16 / FP32 tensors. Shapes are logical: pass an
         operand that is stored `[K, N]` as its transpose, which is a view. b may be packed (`prepack`).
     out: `[M, N]` BF16 / FP16 / FP32 with contiguous rows, written in place; allocated with `out_dtype` (BF16) if None.
+        It has memory of its own: an operand's is refused where the first call of a signature shows it.
     accumulate: add the product to what `out` holds.
     fast_accum: row-wise and tensor-wise FP8 only: leave the whole sum to the tensor core, which keeps about 14 bits of it on
         Hopper, instead of promoting it to FP32 every 512 elements of K.
@@ -34,8 +35,9 @@ def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tensor, *, o
     validate: 'sync' reads the scales back and raises if one is NaN (slow). on_unsupported: 'raise' refuses the portable kernels.
     workspace: uint8 scratch memory, at least `explain(...).plan.workspace_bytes` bytes, aligned to 16; allocated if None.
 
-    Returns `out`. Empty operands are legal; K = 0 gives zeros. Raises TypeError (dtype, type) or ValueError (shape, device, stride,
-    option) before anything is written, and Unsupported if no kernel computes the problem.
+    Returns `out`. No gradient is recorded (`grouped_linear` records one). Empty operands are legal; K = 0 gives zeros. Raises
+    TypeError (dtype, type) or ValueError (shape, device, stride, option) before anything is written, and Unsupported if no kernel
+    computes the problem.
 
     Scale recipes follow DeepSeek-V3 (1x128 activations, 128x128 weights), OCP MX (1x32) and torch.scaled_mm (row, tensor).
     """
