@@ -18,6 +18,7 @@ from narrowgemm import quantize as quantised
 from narrowgemm.formats import BF16, FP8_128x128, get_format
 from narrowgemm.integrations import transformers as narrow
 from narrowgemm.integrations.transformers import weights
+from narrowgemm.prepack_bits import FP8_PREPACK
 from narrowgemm.testing.numerics import calc_diff, recipe_gate
 
 from . import _models as models
@@ -104,8 +105,8 @@ def test_quantised_in_place(name: str, quantize: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize("quantize", ["mxfp4", "mxfp8"])
-def test_prepacked(name: str, quantize: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("quantize, order", [("mxfp4", "bf16"), ("mxfp4", "fp8"), ("mxfp8", "bf16")])
+def test_prepacked(name: str, quantize: str, order: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Prepacked experts are the same numbers, whether their activation is fused or the module's own runs behind."""
     from narrowgemm.integrations.transformers import experts
 
@@ -116,7 +117,10 @@ def test_prepacked(name: str, quantize: str, monkeypatch: pytest.MonkeyPatch) ->
     call = torch.randn(64, 128).bfloat16(), torch.rand(64, 4).argsort(1), torch.rand(64, 4)
     with torch.no_grad():
         want, whole = layer(*call), logits(model)
-        assert narrow.prepack(model) == 2 and narrow.prepack(model) == 0
+        with pytest.raises(ValueError, match="order: got 'fp4'"):
+            narrow.prepack(model, "fp4")
+        assert narrow.prepack(model, order) == 2 and narrow.prepack(model) == 0
+        assert (weights.plain(layer).up.prepack == FP8_PREPACK) == (order == "fp8")
         assert weights.plain(layer).up.pair == ("interleaved" if name == "gpt_oss" else "halves")
         assert calc_diff(layer(*call), want) < 1e-4
         layer.to(torch.float32)     # payload and scales stay what they are
@@ -124,7 +128,7 @@ def test_prepacked(name: str, quantize: str, monkeypatch: pytest.MonkeyPatch) ->
         assert calc_diff(logits(model), whole) < 1e-2  # a random model makes more of a rounding that moved
         again = models.build(name, torch.bfloat16, implementation="narrowgemm", **SIZES)
         monkeypatch.setattr(experts, "fused", lambda module: None)
-        narrow.quantize(again, quantize, prepacked=True)
+        narrow.quantize(again, quantize, prepacked=order)
         layer = again.model.layers[0].mlp.experts
         assert weights.plain(layer).up.pair == ""
         assert calc_diff(layer(*call), want) < 5e-4  # the module's own gate reads what was rounded to BF16

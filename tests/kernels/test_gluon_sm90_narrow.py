@@ -196,6 +196,19 @@ def test_offsets_that_are_wrong_stay_inside() -> None:
         assert bool(out.isfinite().all())
 
 
+@pytest.mark.parametrize("kernel", ("gluon_sm90.narrow", "gluon_sm90.narrow_prefill"))
+@pytest.mark.parametrize("order", ("bf16", "fp8"))
+def test_no_tokens_and_tokens_of_nobody(order: str, kernel: str) -> None:
+    p = ng.prepack(weights((4, 128, 256), MXFP4, False), activations=order)
+    for tokens in (0, 3):
+        r = ng.sort_by_expert(torch.full((tokens, 2), -1, dtype=torch.int32, device=DEV), 4)
+        options = {"row_map": r.row_map, "top_k": 2, "a_div": 2, "backend": kernel}
+        x = activations(tokens, 256, None)
+        assert ng.routed_gemm(x, p, r.layout, **options).shape == (2 * tokens, 128)
+        out = ng.routed_gemm(x, p, r.layout, combine=True, routing_weight=torch.ones(tokens, 2, device=DEV), **options)
+        assert out.shape == (tokens, 128) and not bool(out.any())
+
+
 def test_graph_with_changed_routing() -> None:
     experts, tokens, top_k = 32, 6, 4
     p = ng.prepack(weights((experts, 256, 512), MXFP4, False))
@@ -215,7 +228,7 @@ def test_graph_with_changed_routing() -> None:
         assert calc_diff(out, call(ids, "reference")) <= KERNEL_GATE["bf16"]
 
 
-@pytest.mark.parametrize("case", [c for s in ("a16w4-decode", "mxfp8-routed", "mxfp8-dense-decode") for c in get_suite(s)
+@pytest.mark.parametrize("case", [c for s in ("a16w4-decode", "a16w4-mid", "a16w4-prefill", "mxfp8-routed", "mxfp8-dense-decode") for c in get_suite(s)
                                   if c.groups * c.b.storage_bytes(c.n, c.k) < 7e8][::8], ids=lambda c: f"{c.suite}/{c.id}")
 def test_suites(case: Case) -> None:
     inputs = build(case, DEV, seed=5)

@@ -33,6 +33,7 @@ LEAST = "5.7"
 # format of weights for each value of `quantize`, and the format that activations take beside it by default
 WEIGHTS = {"fp8": "fp8_128x128", "mxfp8": "mxfp8", "mxfp4": "mxfp4"}
 ACTIVATIONS = {"fp8": "fp8_1x128", "mxfp8": "mxfp8", "mxfp4": "bf16"}
+ORDERS = ("bf16", "fp8")        # of prepacked MXFP4 weights that meet BF16 activations
 
 __all__ = ["ACTIVATIONS", "NAME", "WEIGHTS", "from_pretrained", "prepack", "quantize", "register"]
 
@@ -57,13 +58,14 @@ def register() -> str:
 
 
 def from_pretrained(path: str, *, quantize: str | None = None, activations: str | None = None, auto_class: Any = None,
-                    prepacked: bool | None = None, **options: Any) -> torch.nn.Module:
+                    prepacked: bool | str | None = None, **options: Any) -> torch.nn.Module:
     """`auto_class.from_pretrained(path, **options)` (default: AutoModelForCausalLM) with experts on narrowgemm.
 
     quantize: None keeps the experts as they are; 'fp8', 'mxfp8' or 'mxfp4' quantises them as they are read, so that the
         wide weights of one projection of one layer are all that is held beside the model. Other layers stay as they are.
     activations: what the experts' inputs are quantised to, default by `ACTIVATIONS`; 'bf16' leaves them.
-    prepacked: bring MXFP4 / MXFP8 experts into the order that the Hopper kernels read, see `prepack`; None: on a Hopper GPU.
+    prepacked: bring MXFP4 / MXFP8 experts into the order that the Hopper kernels read, see `prepack`, whose `order` it can be;
+        None: on a Hopper GPU.
 
     A GPT-OSS checkpoint in MXFP4 keeps its experts bit for bit (`quantize` None or 'mxfp4'). Of a block FP8 checkpoint
     the linear layers run on `narrowgemm.gemm`, too: transformers' own way is a kernel from the hub. Raises ValueError for
@@ -97,37 +99,43 @@ def from_pretrained(path: str, *, quantize: str | None = None, activations: str 
     return model
 
 
-def prepack(model: torch.nn.Module) -> int:
+def prepack(model: torch.nn.Module, order: str = "bf16") -> int:
     """Bring MXFP4 / MXFP8 experts (those that `quantize` or `from_pretrained` made, and a checkpoint's `expert_dtype="fp4"`) into
     the order that the Hopper kernels for narrow weights read (`narrowgemm.prepack`), in place, a layer at a time; how many layers.
     It is a permutation: results are those of the same bits. Layers whose scales spread too far for it stay as they are.
+
+    order: 'fp8' gives MXFP4 experts of a BF16 model the order that BF16 activations are multiplied with on FP8 tensor cores
+        (`narrowgemm.prepack(activations="fp8")` says what for), 'bf16' the one for activations of every format; experts with FP8
+        1x128 activations always get the former.
     """
     from ...errors import Unsupported
     from . import experts
     from . import weights as stored
 
+    expect(order in ORDERS, "order", repr(order), f"one of {ORDERS}")
     done = 0
     for layer in model.modules():
         if stored.is_experts(layer):
             try:
-                done += experts.prepack(layer)
+                done += experts.prepack(layer, order)
             except Unsupported:  # scales of one row more than 2^131 apart: the portable kernel takes them
                 continue
     return done
 
 
-def _prepack(model: torch.nn.Module, wanted: bool | None) -> None:
-    """`prepack` where it is `wanted`, or where None is and every parameter is on a Hopper GPU."""
+def _prepack(model: torch.nn.Module, wanted: bool | str | None) -> None:
+    """`prepack` where it is `wanted`, in that order if it is one, or where None is and every parameter is on a Hopper GPU."""
     from ...arch import detect
 
     if wanted is None:
         devices = {p.device for p in model.parameters()}
         wanted = bool(devices) and all(d.type == "cuda" and detect(d).target == "sm90" for d in devices)
     if wanted:
-        prepack(model)
+        prepack(model, wanted if isinstance(wanted, str) else ORDERS[0])
 
 
-def quantize(model: torch.nn.Module, weights: str, *, activations: str | None = None, prepacked: bool | None = None) -> int:
+def quantize(model: torch.nn.Module, weights: str, *, activations: str | None = None,
+             prepacked: bool | str | None = None) -> int:
     """Quantise the experts of a model that is loaded, in place, one projection at a time; how many expert layers.
 
     `weights`, `activations` and `prepacked` as in `from_pretrained`. The model must use experts that transformers lets be replaced,

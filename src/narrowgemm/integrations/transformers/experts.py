@@ -94,10 +94,10 @@ def fused(module: Any) -> tuple[str, tuple[float, ...], bool] | None:
     return None
 
 
-def prepack(module: Any) -> bool:
+def prepack(module: Any, order: str = "bf16") -> bool:
     """Prepack the module's weights, where they are MXFP4 or MXFP8; whether they are."""
     kind = fused(module)
-    return weights.prepack_(module, "" if kind is None else "interleaved" if kind[2] else "halves")
+    return weights.prepack_(module, "" if kind is None else "interleaved" if kind[2] else "halves", order)
 
 
 def _steps(module: Any, w: Weights, x: Tensor, top_k_index: Tensor, topk_weights: Tensor) -> Tensor:

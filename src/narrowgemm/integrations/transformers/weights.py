@@ -120,10 +120,10 @@ def put(module: Any, name: str, data: Tensor, scale: Tensor | None) -> None:
     setattr(module, f"{name}_scale", nn.Parameter(scale, requires_grad=False))
 
 
-def prepack_(module: Any, pair: str) -> bool:
+def prepack_(module: Any, pair: str, order: str = "bf16") -> bool:
     """Bring MXFP4 / MXFP8 weights of a module (those that we quantised, and a checkpoint's FP4) into the order of
     `narrowgemm.prepack`, in place, one projection at a time; whether it holds such weights that were not. pair: how gate and up
-    rows lie, '' where the module's own gate runs behind.
+    rows lie, '' where the module's own gate runs behind; order: `activations` of `narrowgemm.prepack` where they stay BF16.
 
     Weights that meet FP8 1x128 activations are packed without their pair: the kernel for many such rows has no activation.
     Raises Unsupported where a row's scales are too far apart to be packed: the module is then as it was.
@@ -136,7 +136,7 @@ def prepack_(module: Any, pair: str) -> bool:
     names = projections(module)
     assert isinstance(w.up, ScaledTensor) and isinstance(w.down, ScaledTensor)
     for_fp8 = w.activations == FP8_1x128
-    kind = "fp8" if for_fp8 else "bf16"
+    kind = "fp8" if for_fp8 else order if w.activations == BF16 else "bf16"
     packed = {names[0]: prepack(w.up, pair="" if for_fp8 else pair, activations=kind), names[1]: prepack(w.down, activations=kind)}
     del w
     for name, p in packed.items():
