@@ -7,11 +7,14 @@ from collections.abc import Callable, Iterator
 import torch
 
 from narrowgemm import FP8_ROW, MXFP4, MXFP8, FP8_1x128, Offsets, combine, route, sort_by_expert
+from narrowgemm.arch import get_arch
 from narrowgemm.formats import BF16, Format
+from narrowgemm.kernels.registry import kernels
 from narrowgemm.kernels.step_operands import SortGatherOperands
 from narrowgemm.ops.activate import activate
 from narrowgemm.ops.gather import gather_quantize
-from narrowgemm.ops.steps import allocate, scale_layout_of, select, sort_gather_problem
+from narrowgemm.ops.steps import allocate, gather_problem, scale_layout_of, select, sort_gather_problem
+from narrowgemm.problem import Config
 from narrowgemm.reference.route import Routing
 from narrowgemm.runtime.launch import run
 
@@ -21,6 +24,11 @@ FORMATS: tuple[Format, ...] = (FP8_1x128, FP8_1x128.with_scale("e8m0"), MXFP8, M
 def routing(tokens: int, top_k: int, experts: int) -> Routing:
     slots = torch.arange(tokens * top_k, dtype=torch.int32)
     return Routing(slots, torch.zeros(experts + 1, dtype=torch.int64), slots, top_k)
+
+
+def by_row(fmt: Format) -> Config:
+    problem = gather_problem(4096, 7168, 8, 256, BF16, fmt, scale_layout_of(fmt))
+    return next(c for c in kernels()["triton.gather_quantize"].configs(problem, get_arch("h200")) if c.persistent)
 
 
 def sort_gather(x: torch.Tensor, fmt: Format) -> None:
@@ -47,6 +55,8 @@ def jobs(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
     x, h, y = (torch.zeros(n, k, dtype=torch.bfloat16) for n, k in ((4096, 7168), (32768, 4096), (32768, 7168)))
     for fmt in FORMATS:
         yield f"gather {fmt.name}", lambda f=fmt: gather_quantize(x, r, f, **triton)
+        if fmt is not FP8_ROW:
+            yield f"gather by row {fmt.name}", lambda f=fmt: gather_quantize(x, r, f, config=by_row(f))
         yield f"activate {fmt.name}", lambda f=fmt: activate(h, fmt=f, layout=r.layout, **triton)
     for fmt in FORMATS:
         if fmt is not FP8_ROW:

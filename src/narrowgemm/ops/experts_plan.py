@@ -322,7 +322,8 @@ def _plans(s: Sizes, r: Recipe, gate_up: Weight, down: Weight, buffers: dict[str
 def arranged_apart(s: Sizes, source: Format, fmt: Format, step: Callable[[Problem], Plan]) -> dict[str, Plan]:
     """Sort, then gather."""
     return {"sort": step(steps.sort_problem(s.rows, s.experts)),
-            "gather": step(steps.gather_problem(s.tokens, s.hidden, s.top_k, s.experts, source, fmt, steps.scale_layout_of(fmt)))}
+            "gather": step(steps.gather_problem(s.tokens, s.hidden, s.top_k, s.experts, source, fmt, steps.scale_layout_of(fmt),
+                                                s.expected))}
 
 
 def _arranged(s: Sizes, source: Format, fmt: Format, step: Callable[[Problem], Plan]) -> dict[str, Plan]:

@@ -75,9 +75,11 @@ def sort_problem(slots: int, experts: int) -> Problem:
     return Problem("sort_by_expert", "offsets", bucket(slots), 1, 1, experts)
 
 
-def gather_problem(tokens: int, k: int, top_k: int, experts: int, source: Format, fmt: Format, scale_layout: str) -> Problem:
+def gather_problem(tokens: int, k: int, top_k: int, experts: int, source: Format, fmt: Format, scale_layout: str,
+                   expected: int = 0) -> Problem:
+    """`expected`: rows a group is expected to have, where that is known; 0: every slot may be a row."""
     return Problem("gather_quantize", "offsets", bucket(tokens), 1, k, experts, Operand(source), target(fmt, scale_layout),
-                   gather=True, a_div=top_k)
+                   rows=bucket(expected), gather=True, a_div=top_k)
 
 
 def sort_gather_problem(tokens: int, k: int, top_k: int, experts: int, source: Format, fmt: Format, scale_layout: str) -> Problem:

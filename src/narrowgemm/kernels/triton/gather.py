@@ -1,10 +1,15 @@
-"""Tokens to the rows of their experts, quantised on the way: read once, written top_k times. Device: `gather_device.py`."""
+"""Tokens to the rows of their experts, quantised on the way. Device: `gather_device.py`.
+
+By token: read once, written to each of its rows. By row (`persistent`): each row reads its token, where few slots are rows here.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
-from ...arch import Arch
+from ...arch import Arch, detect
 from ...problem import Config, Problem, Step
 from ..launching import Launch
 from ..step_operands import GatherOperands
@@ -15,6 +20,8 @@ from .steps import legal, tile_configs
 NAME = "triton.gather_quantize"
 BACKEND = "triton"
 OPS = ("gather_quantize",)
+WAVES = 4                  # programs an SM, times what is resident: they walk the live rows
+APART = 1.15               # of the bytes' time, where a token's rows and their scales are written apart
 
 __all__ = ["BACKEND", "NAME", "OPS", "configs", "estimate", "launches", "legal", "supports", "workspace"]
 
@@ -24,7 +31,8 @@ def supports(problem: Problem, arch: Arch) -> str | None:
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
-    return tile_configs(problem, arch)
+    by_token = tile_configs(problem, arch)
+    return by_token if steps.by_rows(problem.b.format) else [*by_token, *(replace(c, persistent=True) for c in by_token)]
 
 
 def workspace(problem: Problem, config: Config) -> int:
@@ -33,9 +41,13 @@ def workspace(problem: Problem, config: Config) -> int:
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     source, fmt, top_k = problem.a.format, problem.b.format, problem.a_div
-    nbytes = source.storage_bytes(problem.m, problem.k) + top_k * fmt.storage_bytes(problem.m, problem.k)
-    programs = -(-problem.m * problem.k // (config.block_m * config.block_k))
-    return steps.seconds(nbytes, programs, config, arch)
+    slots = problem.m * top_k
+    rows = min(slots, problem.groups * problem.rows) if problem.rows else slots
+    if config.persistent:
+        nbytes = source.storage_bytes(rows, problem.k) + fmt.storage_bytes(rows, problem.k)
+        return steps.seconds(nbytes, -(-rows * problem.k // (config.block_m * config.block_k)), config, arch)
+    nbytes = source.storage_bytes(problem.m, problem.k) + fmt.storage_bytes(rows, problem.k)
+    return steps.seconds(APART * nbytes, -(-problem.m * problem.k // (config.block_m * config.block_k)), config, arch)
 
 
 def launches(step: Step, problem: Problem, operands: GatherOperands, workspace: Tensor | None) -> list[Launch]:
@@ -51,9 +63,19 @@ def launches(step: Step, problem: Problem, operands: GatherOperands, workspace: 
             x, o.inverse, o.offsets, out, scale, t, k, experts, o.amax_clamp, x.stride(0), out.stride(0), scale.stride(0)),
             {"BT": c.block_m, "BK": c.block_k, "TOP": fmt.elem.max, **common})]
     blocks = -(-k // c.block_k)
-    bt, bg = steps.split_blocks(c.block_m, blocks, False, 4)
     sr, ss = (0, 0) if scale is None else scale.stride()
+    kinds = {"N": c.block_k, "EVEN": k % c.block_k == 0, "KIND": "blocks" if fmt.scaled else "copy", "LEADS": steps.leads(x),
+             **steps.scale_constants(fmt, o.rounding, x), **common}
+    if c.persistent:
+        arch = detect(x.device)
+        size = 1 if scale is None else scale.element_size()
+        br, bg = steps.split_blocks(c.block_m, blocks, scale is not None and sr == 1, size)
+        most = arch.sms * max(1, 2048 // (c.num_warps * arch.warp)) * WAVES
+        slots = o.row_map.numel()
+        return [Launch(device.gather_by_row_kernel, (min(-(-slots // br) * -(-blocks // bg), most),), (
+            x, o.row_map, o.offsets, out, scale, slots, k, blocks, experts, o.amax_clamp, x.stride(0), out.stride(0), sr, ss),
+            {"BR": br, "BG": bg, **kinds})]
+    bt, bg = steps.split_blocks(c.block_m, blocks, False, 4)
     return [Launch(device.gather_kernel, (-(-t // bt) * -(-blocks // bg),), (
         x, o.inverse, o.offsets, out, scale, t, k, blocks, experts, o.amax_clamp, x.stride(0), out.stride(0), sr, ss),
-        {"N": c.block_k, "BT": bt, "BG": bg, "EVEN": k % c.block_k == 0, "KIND": "blocks" if fmt.scaled else "copy",
-         "LEADS": steps.leads(x), **steps.scale_constants(fmt, o.rounding, x), **common})]
+        {"BT": bt, "BG": bg, **kinds})]

@@ -61,6 +61,45 @@ def gather_kernel(x_ptr, inverse_ptr, offsets_ptr, out_ptr, scale_ptr, T, K, S, 
             tl.store(scale_ptr + row * sr + g * ss, scale, mask=there, eviction_policy="evict_last")
 
 
+@triton.jit(do_not_specialize=["R"])
+def gather_by_row_kernel(x_ptr, row_map_ptr, offsets_ptr, out_ptr, scale_ptr, R, K, S, E, clamp, xr, orow, sr, ss,
+                         TOP_K: tl.constexpr, N: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr, EVEN: tl.constexpr,
+                         KIND: tl.constexpr, E2M1: tl.constexpr, SATURATE: tl.constexpr, ROUNDING: tl.constexpr,
+                         E8M0: tl.constexpr, TOP: tl.constexpr, EMAX: tl.constexpr, MANTISSA: tl.constexpr,
+                         MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr, LEADS: tl.constexpr):
+    """Tiles of BR rows x BG blocks of N columns, of R rows at most: each reads its token. Else as `gather_kernel`."""
+    if LEADS:
+        gdc_launch_dependents()
+    PER_BYTE: tl.constexpr = 2 if E2M1 else 1
+    i = tl.arange(0, BR * BG)
+    rows = tl.minimum(tl.load(offsets_ptr + E), R).to(tl.int32)
+    across = tl.cdiv(S, BG)
+    for tile in range(tl.program_id(0), tl.cdiv(rows, BR) * across, tl.num_programs(0)):
+        r = tile // across * BR + i // BG
+        g = tile % across * BG + i % BG
+        live = (r < rows) & (g < S)
+        t = tl.load(row_map_ptr + r, mask=r < rows, other=0) // TOP_K
+        k = (g * N)[:, None] + tl.arange(0, N)[None, :]
+        kh = (g * (N // PER_BYTE))[:, None] + tl.arange(0, N // PER_BYTE)[None, :]
+        mask = live[:, None]
+        out_mask = live[:, None]
+        if not EVEN:
+            mask = mask & (k < K)
+            out_mask = out_mask & (kh < K // PER_BYTE)
+        x = tl.load(x_ptr + (t.to(tl.int64) * xr)[:, None] + k, mask=mask, other=0.0)
+        at = out_ptr + (r.to(tl.int64) * orow)[:, None] + kh
+        if KIND == "copy":
+            tl.store(at, x, mask=out_mask)
+        else:
+            if E2M1:
+                scale, y = block_e2m1(x, clamp, E2M1, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS, BR * BG, N)
+            else:
+                scale, y = block_fp8(x, clamp, out_ptr.dtype.element_ty, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS,
+                                     NATIVE)
+            tl.store(scale_ptr + r.to(tl.int64) * sr + g * ss, scale, mask=live)
+            tl.store(at, y, mask=out_mask)
+
+
 @triton.jit(do_not_specialize=["T"])
 def gather_rows_kernel(x_ptr, inverse_ptr, offsets_ptr, out_ptr, scale_ptr, T, K, E, clamp, xr, orow, sr,
                        TOP_K: tl.constexpr, BT: tl.constexpr, BK: tl.constexpr, TOP: tl.constexpr, NATIVE: tl.constexpr):
