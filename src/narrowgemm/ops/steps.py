@@ -125,7 +125,12 @@ def check_args(args: object, name: str = "args") -> None:
 
 def like(routing: Routing) -> tuple:
     """What of a Routing's tensors checks and launches depend on, beside `row_map`."""
-    return (routing.top_k, *((type(t), t.shape, t.stride(), t.dtype) for t in (routing.offsets, routing.inverse)))
+    x, y = routing.offsets, routing.inverse
+    try:
+        return routing.top_k, x.shape, x.stride(), x.dtype, y.shape, y.stride(), y.dtype
+    except AttributeError:
+        common.check_kinds(offsets=x, inverse=y)
+        raise
 
 
 def check_tensors_of(routing: Routing) -> None:
