@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import time
 from dataclasses import replace
 
 import pytest
 import torch
 
+from narrowgemm.errors import Unsupported
 from narrowgemm.kernels.registry import kernels
 from narrowgemm.reference import gemm as reference
 from narrowgemm.testing import fuzz, fuzz_steps
@@ -100,6 +102,22 @@ def test_a_minute_on_a_gpu() -> None:
     seed = random.SystemRandom().randrange(1 << 31)
     wrong = [f"{found}\n{one.to_json()}" for one, what, found in fuzz.fuzz(torch.device("cuda"), 60.0, seed) if what == "wrong"]
     assert not wrong, f"seed {seed}:\n" + "\n".join(wrong)
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+@pytest.mark.parametrize("op", fuzz_steps.OPS)
+def test_steps_on_a_gpu(op: str) -> None:
+    rng, end, wrong = random.SystemRandom(), time.monotonic() + 6.0, []
+    while time.monotonic() < end:
+        seed = rng.randrange(1 << 31)
+        try:
+            found = fuzz_steps.run(op, seed, torch.device("cuda"))
+        except Unsupported:
+            continue
+        if found:
+            wrong.append(f"{op} {seed}: {found}")
+    assert not wrong, "\n".join(wrong)
 
 
 def test_inputs_are_what_a_draw_says() -> None:
