@@ -203,6 +203,25 @@ def test_aiter_names_on_many_rows_an_expert() -> None:
     assert out is not None and calc_diff(out.double(), want) <= 5e-6 and not out[flat >= e].any()
 
 
+@pytest.mark.parametrize("m, k", [(1, 384), (64, 768), (3, 160), (65, 384)])
+def test_aiter_gemv_of_few_and_many_rows(m: int, k: int) -> None:
+    """Weights as they are, and packed where K is no multiple of 128 or rows are more."""
+    x, w = mx((m, k)), mx((200, k))
+    for dtype in GATE:
+        y = aiter.mxfp8_gemv(x.data, x.scale, w.data, w.scale, dtype)
+        assert y is not None and calc_diff(y.double(), double(x) @ double(w).mT) <= GATE[dtype]
+
+
+def test_aiter_takes_weights_first_seen_in_a_capture_as_they_are() -> None:
+    x, w, other = mx((2, 256)), mx((64, 256)), mx((64, 256))
+    aiter.mxfp8_gemv(x.data, x.scale, other.data, other.scale)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = aiter.mxfp8_gemv(x.data, x.scale, w.data, w.scale)
+    graph.replay()
+    assert y is not None and calc_diff(y.double(), double(x) @ double(w).mT) <= 5e-6
+
+
 def test_aiter_declines_weights_first_seen_in_a_capture() -> None:
     x, w = mx((2, 64)), mx((64, 64))
     aiter.mxfp8_gemv(x.data, x.scale, mx((64, 64)).data, w.scale)

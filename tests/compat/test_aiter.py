@@ -26,7 +26,7 @@ DENSE = [(6144, 2304), (2048, 6144), (6144, 768), (768, 6144)]
 def fresh():
     packed_copies._entries.clear()
     notice._given.clear()
-    mxfp8._allow.cache_clear()
+    mxfp8._can_run.cache_clear()
     torch.manual_seed(0)
     yield
 
@@ -248,6 +248,26 @@ def test_a_failure_is_no_none(monkeypatch):
     monkeypatch.setattr(mxfp8, "gemm", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("a launch failed")))
     with pytest.raises(RuntimeError, match="a launch failed"):
         aiter.mxfp8_gemv(x, sx, w, sw)
+
+
+@pytest.mark.parametrize("rows, k, at, packed", [(1, 256, 0, False), (64, 256, 0, False), (65, 256, 0, True), (4, 96, 0, True), (4, 256, 4, True)])
+def test_few_rows_take_weights_as_they_are(monkeypatch, rows, k, at, packed):
+    """Up to 64, where the kernel for such weights takes them; else they are packed. `at`: bytes that they start off 16."""
+    seen = []
+
+    def gemm(x, w, **kw):
+        seen.append(not isinstance(w, ScaledTensor))
+        return mxfp8_gemm(x, w, backend="reference", **kw)
+
+    mxfp8_gemm = mxfp8.gemm
+    monkeypatch.setattr(mxfp8, "gemm", lambda *a, backend=None, **kw: gemm(*a, **kw))
+    monkeypatch.setattr(mxfp8, "can_run", lambda *a, device, **kw: can_run(*a, device="h200", **kw))
+    x, sx, xf = mx(rows, k)
+    w, sw, wf = mx(32, k)
+    room = torch.empty(w.numel() + 16, dtype=torch.uint8)
+    room = room[(at - room.data_ptr()) % 16:][: w.numel()].view(w.shape)
+    y = aiter.mxfp8_gemv(x, sx, room.copy_(w), sw)
+    assert seen == [packed] and bool(packed_copies._entries) == packed and calc_diff(y, xf @ wf.T) < 5e-6
 
 
 def test_weights_are_packed_once_and_anew_after_a_write(monkeypatch):

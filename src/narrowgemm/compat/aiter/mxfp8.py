@@ -7,6 +7,7 @@ None gives its reason, as a warning, once.
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +25,7 @@ from ..notice import warn_once
 from ..packed_copies import packed_copy
 
 GEMV_ROWS = 16          # of the raw GEMV; `mxfp8_gemv` takes any
+FEW_ROWS, FEW_K = 64, 128       # to which, and in whose multiples, weights as they are do better than packed ones
 MANY_ROWS = 64          # an expert, from which sorting the slots anew pays: the kernel for many tokens takes offsets
 
 
@@ -32,8 +34,9 @@ def mxfp8_gemv(xq: Tensor, x_scale: Tensor, wq: Tensor | PackedWeight, w_scale: 
     """`x [M, K] . w [N, K]^T` as `[M, N]`, or None where no kernel made for it runs it here, with a warning that says why.
 
     xq, wq: E4M3 or its bytes; x_scale `[M, K/32]`, w_scale `[N, K/32]`: E8M0 codes. Any M, N and K a multiple of 32 (the source's
-    envelope is M <= 64 and the tuned N, K). out_dtype: BF16, FP16 or FP32. wq may be a PackedWeight, with w_scale None; plain
-    weights are packed at their first call, and kept (`packed_copies`). backend: on this one, whatever `can_run` says of the others.
+    envelope is M <= 64 and the tuned N, K). out_dtype: BF16, FP16 or FP32. wq may be a PackedWeight, with w_scale None. Up to 64
+    rows weights stay as they are where K is a multiple of 128 and both sides start on 16 bytes; else they are packed at their
+    first such call, and kept (`packed_copies`). backend: on this one, whatever `can_run` says of the others, on packed weights.
 
     `narrowgemm.can_run("gemm", m=M, n=N, k=K, a="mxfp8", b="mxfp8", packed=True)` tells beforehand. Raises ValueError or TypeError
     for input that is no such product.
@@ -107,7 +110,12 @@ def _gemv(xq: Tensor, x_scale: Tensor, wq: Tensor | PackedWeight, w_scale: Tenso
     check_weight(wq, w_scale, x.shape[-1], 2)
     m, n, k = x.shape[0], wq.shape[-2], x.shape[-1]
     if m and n and backend is None:
-        _allow("gemm", "dense", 1, m, n, k, dtype_name(out_dtype), x.device, env.choice())
+        asked = ("gemm", "dense", 1, m, n, k, dtype_name(out_dtype), x.device, env.choice())
+        as_it_is = m <= FEW_ROWS and k % FEW_K == 0 and isinstance(wq, Tensor) and _on_16_bytes(xq, wq)
+        if as_it_is and _can_run(*asked, packed=False)[0]:
+            assert isinstance(wq, Tensor)
+            return gemm(x, operand(wq, w_scale, "weights", 2), out_dtype=out_dtype)
+        _allow(*asked)
     return gemm(x, weight(wq, w_scale), out_dtype=out_dtype, backend=backend)
 
 
@@ -130,20 +138,31 @@ def _grouped(a_q: Tensor, a_scale: Tensor, w: Tensor | PackedWeight, w_scale: Te
                        out=out, out_dtype=out_dtype, zero_padding=out is None, backend=backend)
 
 
-@lru_cache(maxsize=4096)
-def _allow(op: str, layout: str, groups: int, m: int, n: int, k: int, out_dtype: str, device: torch.device, choice: tuple) -> None:
-    """Unsupported, with the reason, where `can_run` says no. `choice`: the variables that it depends on."""
-    ok, reason = can_run(op, layout=layout, groups=groups, m=m, n=n, k=k, a=MXFP8, b=MXFP8, out_dtype=out_dtype, packed=True,
-                         device=device)
+def _allow(*asked: Any) -> None:
+    """Unsupported, with the reason, where `can_run` says no of packed weights."""
+    ok, reason = _can_run(*asked, packed=True)
     if not ok:
         raise Unsupported(reason)
+
+
+@lru_cache(maxsize=4096)
+def _can_run(op: str, layout: str, groups: int, m: int, n: int, k: int, out_dtype: str, device: torch.device, choice: tuple,
+             packed: bool) -> tuple[bool, str]:
+    """`choice`: the variables that it depends on."""
+    return can_run(op, layout=layout, groups=groups, m=m, n=n, k=k, a=MXFP8, b=MXFP8, out_dtype=out_dtype, packed=packed,
+                   device=device)
+
+
+def _on_16_bytes(*given: Tensor) -> bool:
+    """What TMA takes; what is not contiguous is copied, to where it is."""
+    return not any(t.is_contiguous() and t.data_ptr() % 16 for t in given)
 
 
 def _declined(name: str, refusal: Unsupported) -> None:
     warn_once(f"{name} returned None: {refusal}")
 
 
-def operand(data: Tensor, scale: Tensor, name: str, dims: int) -> ScaledTensor:
+def operand(data: Tensor, scale: Any, name: str, dims: int) -> ScaledTensor:
     """Payload `[..., K]` and row-major codes `[..., K/32]` as a ScaledTensor, contiguous."""
     expect(isinstance(data, Tensor), name, type(data).__name__, "a torch.Tensor", error=TypeError)
     expect(isinstance(scale, Tensor), f"scales of {name}", type(scale).__name__, "a torch.Tensor", error=TypeError)
