@@ -75,15 +75,15 @@ def extremes(q: ScaledTensor, kind: str, other: bool) -> None:
 
 @pytest.mark.parametrize("side", ["weights", "activations"])
 @pytest.mark.parametrize("kind", ["ends", "ones", "spread", "nan", "zeros"])
-@pytest.mark.parametrize("m", [1, 5, 64, 700])
-def test_exponent_extremes(m: int, kind: str, side: str) -> None:
-    x, w = mx((max(m, 4), 320)), mx((192, 320))
+@pytest.mark.parametrize("m", [1, 5, 64, 100, 700])
+@pytest.mark.parametrize("k, packed", [(320, True), (320, False), (384, False)])
+def test_exponent_extremes(m: int, k: int, packed: bool, kind: str, side: str) -> None:
+    x, w = mx((max(m, 4), k)), mx((192, k))
     extremes(x, kind, side == "weights")
     extremes(w, kind, side != "weights")
     x = ScaledTensor(x.data[:m], x.scale[:m], MXFP8)
-    packed = ng.prepack(w)
     for dtype in (torch.bfloat16, torch.float32):
-        check(ng.gemm(x, packed, out_dtype=dtype), double(x) @ double(w).mT)
+        check(ng.gemm(x, ng.prepack(w) if packed else w, out_dtype=dtype), double(x) @ double(w).mT)
 
 
 @pytest.mark.parametrize("codes", [(7, 120), (0, 127), (120, 10), (245, 90)])
@@ -96,11 +96,12 @@ def test_products_at_the_ends_of_fp32_are_not_lost_on_the_way(codes: tuple[int, 
 
 @pytest.mark.parametrize("m, n, k", [(1, 1, 32), (2, 7, 64), (3, 100, 96), (16, 65, 160), (17, 2304, 6144), (33, 384, 192),
                                      (100, 1000, 1056), (129, 129, 2880), (513, 768, 384), (2049, 576, 352)])
-def test_any_size_and_output(m: int, n: int, k: int) -> None:
+@pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
+def test_any_size_and_output(packed: bool, m: int, n: int, k: int) -> None:
     x, w = mx((m, k), (112, 120)), mx((n, k), (112, 120))
-    packed, want = ng.prepack(w), double(x) @ double(w).mT
+    given, want = ng.prepack(w) if packed else w, double(x) @ double(w).mT
     for dtype in GATE:
-        assert calc_diff(ng.gemm(x, packed, out_dtype=dtype).double(), want) <= GATE[dtype]
+        assert calc_diff(ng.gemm(x, given, out_dtype=dtype).double(), want) <= GATE[dtype]
 
 
 SHAPES = [(m, tp, ep, stage) for m in (MODELS[n] for n in ("minimax-m3", "minimax-m2", "deepseek-v3", "qwen3-235b"))

@@ -25,6 +25,7 @@ class FoldRates(NamedTuple):
     """Shares, from 0 to 1."""
 
     tiles: dict[int, float]      # by rows: K blocks of so many rows that fold, with a power of two for each row
+    square: float                # K blocks of 128 rows that one power of two holds, as FP8 kernels scale weights
     two_parts: float             # K blocks of 128 rows that are the sum of two E4M3 parts, of upper and of lower bits
     whole: float                 # rows that fold with one power of two for all of their K
     rounded: float               # elements that this one would round
@@ -49,8 +50,16 @@ def fold_rates(q: ScaledTensor) -> FoldRates:
     once, twice = room >= LOWEST, room >= LOWEST - BINADES
     top = most.amax((-2, -1), keepdim=True)
     lost = last - top < LOWEST
-    return FoldRates({rows: _tiles(once, rows) for rows in TILES}, _tiles(twice, 128),
+    return FoldRates({rows: _tiles(once, rows) for rows in TILES}, _square(most.amax(-1), last.amin(-1)), _tiles(twice, 128),
                      1.0 - lost.any(-1).any(-1).double().mean().item(), lost.sum().item() / q.data.numel())
+
+
+def _square(most: Tensor, last: Tensor) -> float:
+    """Of `[E, R, K blocks]`, what rows of a K block ask for: the share of 128x128 blocks that one power of two holds."""
+    pad = (0, 0, 0, -most.shape[1] % 128)
+    top = torch.nn.functional.pad(most, pad, value=-NOTHING).view(most.shape[0], -1, 128, most.shape[2]).amax(2)
+    low = torch.nn.functional.pad(last, pad, value=NOTHING).view(top.shape[0], -1, 128, top.shape[2]).amin(2)
+    return (low - top >= LOWEST).double().mean().item()
 
 
 def _tiles(folds: Tensor, rows: int) -> float:
