@@ -95,7 +95,7 @@ def test_products_at_the_ends_of_fp32_are_not_lost_on_the_way(codes: tuple[int, 
 
 
 @pytest.mark.parametrize("m, n, k", [(1, 1, 32), (2, 7, 64), (3, 100, 96), (16, 65, 160), (17, 2304, 6144), (33, 384, 192),
-                                     (100, 1000, 1056), (129, 129, 2880), (513, 768, 384), (2049, 576, 352)])
+                                     (100, 1000, 1056), (129, 129, 2880), (200, 1000, 1152), (513, 768, 384), (2049, 576, 352)])
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
 def test_any_size_and_output(packed: bool, m: int, n: int, k: int) -> None:
     x, w = mx((m, k), (112, 120)), mx((n, k), (112, 120))

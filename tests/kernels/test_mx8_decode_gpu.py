@@ -16,7 +16,7 @@ from ..test_mxfp8_gpu import GATE, calc_diff, check, double, extremes, mx
 pytestmark = pytest.mark.gpu
 DEV = "cuda"
 SHAPES = ((1, 9216, 6144, "bf16"), (5, 100, 768, "fp32"), (16, 65, 256, "fp16"), (3, 7, 128, "bf16"), (17, 384, 1152, "bf16"),
-          (64, 2304, 6144, "fp32"), (8, 768, 16384, "bf16"))
+          (64, 2304, 6144, "fp32"), (8, 768, 16384, "bf16"), (201, 392, 1152, "bf16"))
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +38,7 @@ def test_every_config(m: int, n: int, k: int, out: str) -> None:
 
 @pytest.mark.parametrize("side", ["weights", "activations"])
 @pytest.mark.parametrize("kind", ["ends", "ones", "spread", "nan", "zeros"])
-@pytest.mark.parametrize("m", [1, 5, 16, 33])
+@pytest.mark.parametrize("m", [1, 5, 16, 33, 150])
 def test_exponent_extremes(m: int, kind: str, side: str) -> None:
     x, w = mx((max(m, 4), 384)), mx((192, 384))
     extremes(x, kind, side == "weights")

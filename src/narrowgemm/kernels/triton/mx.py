@@ -22,6 +22,10 @@ A_KINDS = ("bf16", "e4m3", "e2m1")
 B_KINDS = ("e4m3", "e2m1")
 # of the BF16 rate on 128x128 tiles; of the read bandwidth where weights are the traffic
 EFFICIENCY, STREAMING = 0.3, 0.15
+# where the compiler converts: seconds of 128x128 weights on an SM of a Hopper, beside their products; tiles there that hide a
+# tile's latency
+CONVERT, HIDDEN = 1.05e-6, 1.63
+NATIVE = 100                # NVIDIA's first compute capability with scaled products
 TILES = ((16, 128, 4, 3), (32, 128, 8, 3), (64, 128, 8, 3), (128, 128, 8, 3), (64, 64, 4, 2), (16, 64, 4, 2))
 
 
@@ -95,9 +99,13 @@ def workspace(problem: Problem, config: Config) -> int:
 
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
-    """Seconds: the slower of padded tiles at a share of the BF16 rate and the bytes at a share of the bandwidth."""
+    """Seconds: the slower of padded tiles at a share of the BF16 rate, weights converted for each, and the bytes at a share of the
+    bandwidth."""
     tiles = common.tiles(problem, config)
     math = tiles * 2.0 * config.block_m * config.block_n * problem.k / (arch.bf16_flops * EFFICIENCY)
+    if arch.vendor == "nvidia" and arch.capability < NATIVE:
+        blocks = -(-problem.k // config.block_k) * max(HIDDEN, tiles / arch.sms)
+        math = max(math, HIDDEN * math * arch.sms / max(tiles, 1)) + blocks * CONVERT * config.block_n / 128
     return common.LAUNCH_SECONDS + max(math, problem.bytes / (arch.bandwidth * STREAMING))
 
 

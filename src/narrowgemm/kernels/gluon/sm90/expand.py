@@ -38,8 +38,7 @@ BLOCK = 64                  # of K, BF16: 128 bytes
 PREP_ROWS, PREP_K = 8, 1024     # of A that a program of the launch in front brings
 PREP_PROGRAMS = 1056        # that share rows of A, where there are so many: each reads all scales of its rows
 WEIGHT_ROWS, CHUNKS = 16, 4     # of weights, of 128 of K, that one expands
-RESCALE_ROWS = 64           # that a program of the launch behind cuBLAS looks at
-CHECK = 2048                # columns that it looks at together
+RESCALE = 64, 2048          # rows and columns that a program of the launch behind cuBLAS looks at
 LARGEST = 1 << 32           # bytes that all weights of a call may take in BF16
 
 
@@ -350,9 +349,9 @@ def _rescale(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     assert workspace is not None
     at = regions(problem, x.m)
     factor, cols = (Pointer(workspace, torch.float32, a) for a in (at.factor, at.columns))
-    return [Launch(rescale_kernel, (-(-x.m // RESCALE_ROWS),), (x.out, factor, cols, x.m, x.n, x.out.stride(-2)),
-                   {"BM": RESCALE_ROWS, "BN": 64, "CHECK": CHECK, "COLS": plain(problem), "PDL": True, "num_warps": 4,
-                    "launch_pdl": True})]
+    bm, bn = RESCALE
+    return [Launch(rescale_kernel, (-(-x.m // bm), -(-x.n // bn)), (x.out, factor, cols, x.m, x.n, x.out.stride(-2)),
+                   {"BM": bm, "BN": bn, "STEP": 64, "COLS": plain(problem), "num_warps": 4})]
 
 
 def _run(step: Step, problem: Problem, x: Operands, workspace: Tensor, describe: launching.Describe) -> None:

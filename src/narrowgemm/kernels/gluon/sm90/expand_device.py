@@ -7,7 +7,6 @@ whose powers of two BF16 can't hold are shifted, a row at a time, and the shift 
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_wait
 
 from .narrow_prefill_prep_device import e2m1_value
 from .narrow_prep_device import E2M1, HIGH, LOW, MASKED, OFFSETS, offset_of, power_of_two
@@ -177,23 +176,20 @@ def expand_kernel(x_ptr, xs_ptr, y_ptr, factor_ptr, one_ptr, w_ptr, s_ptr, v_ptr
 
 
 @triton.jit(do_not_specialize=["M"])
-def rescale_kernel(y_ptr, factor_ptr, columns_ptr, M, N, som, BM: tl.constexpr, BN: tl.constexpr, CHECK: tl.constexpr, COLS: tl.constexpr,
-                   PDL: tl.constexpr):
-    """A program takes BM rows: what a product left times the factors of its rows and, COLS, of its columns, where any isn't one; it
-    looks at CHECK columns together. PDL: it is launched while the product ends."""
-    if PDL:
-        gdc_wait()
+def rescale_kernel(y_ptr, factor_ptr, columns_ptr, M, N, som, BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr, COLS: tl.constexpr):
+    """What a product left times the factors of its rows and, COLS, of its columns. A program takes BM rows of BN columns, and does
+    nothing where none of its factors is other than one, else STEP columns at a time."""
     row = tl.program_id(0) * BM + tl.arange(0, BM)
+    first = tl.program_id(1) * BN
     factor = tl.load(factor_ptr + row, mask=row < M, other=1.0)
     shifted = tl.max((factor != 1.0).to(tl.int32), 0)
     if COLS:
-        for n in range(0, N, CHECK):
-            o = n + tl.arange(0, CHECK)
-            column = tl.load(columns_ptr + o, mask=o < N, other=1.0)
-            shifted = tl.maximum(shifted, tl.max((column != 1.0).to(tl.int32), 0))
+        o = first + tl.arange(0, BN)
+        column = tl.load(columns_ptr + o, mask=o < N, other=1.0)
+        shifted = tl.maximum(shifted, tl.max((column != 1.0).to(tl.int32), 0))
     if shifted > 0:
-        for n in range(0, N, BN):
-            o = n + tl.arange(0, BN)
+        for n in range(first, tl.minimum(first + BN, N), STEP):
+            o = n + tl.arange(0, STEP)
             at = y_ptr + row.to(tl.int64)[:, None] * som + o[None, :]
             inside = (row < M)[:, None] & (o < N)[None, :]
             if COLS:

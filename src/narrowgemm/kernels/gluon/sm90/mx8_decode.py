@@ -27,7 +27,7 @@ ROWS = 64                    # weight rows of a tile at most: wgmma's
 STEP = 4                     # fewer, in steps of so many, where tiles of all SMs are equal then
 LEAST = 32
 TRIP = 4                     # K blocks of 128 whose codes are 16 bytes of a row
-MAX_ROWS = 64                # tokens; with more, other kernels do better
+MAX_ROWS = 256               # tokens; with more, `expand` does better
 MAX_STAGES = 16
 @dataclass(frozen=True)
 class Static:
