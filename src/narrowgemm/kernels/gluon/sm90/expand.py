@@ -178,14 +178,14 @@ def workspace(problem: Problem, config: Config) -> int:
 
 # ---------------------------------------------------------------- cost
 # fitted on an H100: docs/measured.md
-LAUNCH_SECONDS = 6.0e-6     # two launches
+LAUNCH_SECONDS = 4.0e-6     # beside their bytes, which L2 takes some of
 TILE_SECONDS = 1.0e-6       # of a tile, beyond its K blocks
 COPY = 0.82                 # of the streaming rate, in the launch in front
 # microseconds of one K block of 64 on one SM of a device of the rate below, where every SM is busy
 BLOCK_TIMES = {(128, 128): 0.43, (128, 192): 0.51, (128, 256): 0.64, (64, 256): 0.43, (64, 128): 0.34}
 RATE = 0.76e15
 CUBLAS_RATE = 0.80e15       # FLOP/s of cuBLAS where a product is large
-CUBLAS_SECONDS = 8.0e-6     # beside it
+CUBLAS_SECONDS = 6.0e-6     # beside it
 
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
