@@ -50,12 +50,21 @@ def call(p: Problem, config: Config, factor: bool = False, count: int = 2) -> No
         launch.warm()
 
 
+def behind(p: Problem) -> None:
+    """Compile what takes shifts back behind cuBLAS."""
+    work = torch.empty(expand.workspace(p, expand.CUBLAS), dtype=torch.uint8, device="meta")
+    (launch, ) = expand._rescale(Step(expand.NAME, expand.CUBLAS, len(work)), p, operands(p), work)
+    launch.warm()
+
+
 def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], object]]]:
-    """'few': two tiles, two pairs of formats, and the launch in front where weights are not packed; 'all': every config in every layout and with every option."""
+    """'few': two tiles, two pairs of formats, the launch in front where weights are not packed, the one behind cuBLAS; 'all': every config in every layout and with every option."""
     arch = get_arch(target)
     own = expand.configs(describe("offsets"), arch)
     runs = [(describe("offsets", MXFP8, MXFP4), own[0], False), (describe("masked", MXFP4, MXFP8), own[2], True)]
     yield "plain weights | 0", partial(call, describe("dense", prepack=""), own[0], count=1)
+    for prepack in ("", PREPACK):
+        yield f"behind cuBLAS, weights {prepack or 'plain'} | 0", partial(behind, describe("dense", prepack=prepack))
     if which == "all":
         kinds = [describe(layout, a, b, **kw) for layout in LAYOUTS for a in (MXFP8, MXFP4) for b in (MXFP8, MXFP4)
                  for kw in ({}, {"out_dtype": "fp32"}, {"accumulate": True, "out_dtype": "fp16"}, {"out_aligned": False})]

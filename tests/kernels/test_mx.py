@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from narrowgemm import gemm, quantize
+from narrowgemm import Offsets, gemm, grouped_gemm, quantize
 from narrowgemm.arch import get_arch
 from narrowgemm.formats import BF16, MXFP4, MXFP8, FP8_1x128, ScaledTensor
 from narrowgemm.kernels.triton import mx
@@ -81,3 +81,31 @@ def test_nan_scale_reaches_only_its_column(device: str) -> None:
     inputs.b.scale[7, 1] = 255
     out = inputs.call(backend="triton")
     assert bool(out[:, 7].isnan().all()) and int(out.isnan().sum()) == 20
+
+
+@pytest.mark.parametrize("layout", ["dense", "offsets"])
+@pytest.mark.parametrize("codes, other", [((0, 4), (250, 255)), ((251, 255), (0, 4)), ((120, 130), (120, 130))])
+def test_scales_at_the_ends(layout: str, codes: tuple[int, int], other: tuple[int, int], device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a conversion to BF16 would lose is shifted; a NaN stays in its row and column."""
+    monkeypatch.setattr(mx, "converts", lambda arch: True)
+    gen = torch.Generator().manual_seed(2)
+
+    def side(codes: tuple[int, int], *shape: int) -> ScaledTensor:
+        data = torch.randint(0, 0x38, shape, dtype=torch.uint8, generator=gen)
+        scale = torch.randint(*codes, (*shape[:-1], shape[-1] // 32), dtype=torch.uint8, generator=gen)
+        return ScaledTensor(data.view(torch.float8_e4m3fn).to(device), scale.to(device), MXFP8)
+
+    def double(q: ScaledTensor) -> torch.Tensor:
+        return q.data.double() * torch.exp2(q.scale.double() - 127).repeat_interleave(32, -1)
+
+    a, w = side(codes, 20, 160), side(other, 2, 40, 160)
+    if layout == "dense":
+        got, want = gemm(a, w[0], out_dtype=torch.float32, backend="triton"), double(a) @ double(w[0]).mT
+    else:
+        offsets = torch.tensor([0, 7, 20], device=device)
+        got = grouped_gemm(a, w, Offsets(offsets), out_dtype=torch.float32, backend="triton")
+        want = torch.cat([double(a)[:7] @ double(w[0]).mT, double(a)[7:] @ double(w[1]).mT])
+    assert calc_diff(got.double(), want) <= 1e-6
+    a.scale[3, 1] = 255
+    got = gemm(a, w[0], out_dtype=torch.float32, backend="triton")
+    assert got[3].isnan().all() and not got[[i for i in range(20) if i != 3]].isnan().any()

@@ -103,10 +103,15 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     bandwidth."""
     tiles = common.tiles(problem, config)
     math = tiles * 2.0 * config.block_m * config.block_n * problem.k / (arch.bf16_flops * EFFICIENCY)
-    if arch.vendor == "nvidia" and arch.capability < NATIVE:
+    if converts(arch):
         blocks = -(-problem.k // config.block_k) * max(HIDDEN, tiles / arch.sms)
         math = max(math, HIDDEN * math * arch.sms / max(tiles, 1)) + blocks * CONVERT * config.block_n / 128
     return common.LAUNCH_SECONDS + max(math, problem.bytes / (arch.bandwidth * STREAMING))
+
+
+def converts(arch: Arch) -> bool:
+    """Whether the compiler brings both sides to BF16 in front of a product."""
+    return arch.vendor == "nvidia" and arch.capability < NATIVE
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
@@ -117,7 +122,9 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     assert sb is not None
     masked = problem.layout == "masked"
     slots = common.slots(problem, x, c.block_m)
-    programs = min(slots * -(-x.n // c.block_n), problem.max_sms or common.resident(out, common.smem_bytes(c, detect(out.device))))
+    arch = detect(out.device)
+    programs = min(slots * -(-x.n // c.block_n), problem.max_sms or common.resident(out, common.smem_bytes(c, arch)))
+    far = converts(arch) and problem.a.format.element == problem.b.format.element == "e4m3" and not by_chunk(problem)
     sag, sam, sak = (0, 0, 0) if sa is None else (sa.stride(0) if masked else 0, sa.stride(-2), sa.stride(-1))
     return [Launch(
         device.mx_kernel, (programs,),
@@ -128,4 +135,4 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
         dict(LAYOUT=common.LAYOUT_IDS[problem.layout], A_KIND=problem.a.format.element, B_KIND=problem.b.format.element,
              BM=c.block_m, BN=c.block_n, BK=128, GROUP_M=c.group_m, EVEN_K=x.k % 128 == 0, EVEN_N=x.n % c.block_n == 0,
              CHUNKED=by_chunk(problem), ACCUMULATE=problem.accumulate, ZERO=problem.zero_padding, WIDE=problem.wide,
-             num_warps=c.num_warps, num_stages=c.num_stages))]
+             FAR=far, num_warps=c.num_warps, num_stages=c.num_stages))]

@@ -13,6 +13,8 @@ import triton.language as tl
 from .fp8_block_device import e8m0
 from .tiles_device import CONTIGUOUS, DENSE, MASKED, PSUM, live_slots, store_tile, swizzle, tile_rows
 
+LOW, HIGH = tl.constexpr(3), tl.constexpr(240)      # codes with which every E4M3 number is one of BF16
+
 
 @triton.jit
 def load_tail(ptrs, offsets, left, AXIS: tl.constexpr):
@@ -50,6 +52,77 @@ def mx_add(acc, a, sa, zero, b, sb, A_KIND: tl.constexpr, B_KIND: tl.constexpr, 
         return acc + part * chunk_scale(sa)[:, None]
     else:
         return tl.dot_scaled(a, sa, A_KIND, b, sb, B_KIND, acc)
+
+
+@triton.jit
+def shifts(s_ptrs, K, stride_k, R: tl.constexpr):
+    """int32 [R]: what codes of rows are lowered by so that a BF16 number can be each with its E4M3 payload: the least that does.
+    s_ptrs: of their first codes."""
+    top = tl.zeros([R], tl.int32)
+    bottom = tl.full([R], 255, tl.int32)
+    count = (K + 31) // 32
+    for i in range(0, count, 32):
+        o = tl.minimum(i + tl.arange(0, 32), count - 1)
+        code = tl.load(s_ptrs[:, None] + o[None, :] * stride_k).to(tl.int32)
+        top = tl.maximum(top, tl.max(tl.where(code == 255, 0, code), 1))
+        bottom = tl.minimum(bottom, tl.min(code, 1))
+    return tl.where(top > HIGH, top - HIGH, tl.where(bottom < LOW, tl.maximum(bottom - LOW, top - HIGH), 0))
+
+
+@triton.jit
+def lowered(code, shift):
+    """Codes less `shift`, a row; 255 stays."""
+    c = code.to(tl.int32)
+    return tl.where(c == 255, 255, tl.minimum(tl.maximum(c - shift[:, None], 0), 254)).to(tl.uint8)
+
+
+@triton.jit
+def far_tile_sum(a_ptr, b_ptr, sa_ptr, sb_ptr, m_off, n_off, shift_a, shift_b, K, stride_am, stride_bn, stride_sam, stride_sak,
+                 stride_sbn, stride_sbk, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WIDE: tl.constexpr):
+    """`mx_tile_sum` of E4M3 on both sides, for scales that a conversion to BF16 would lose: with their rows' shifts, which go to the
+    sum. It is not made to be fast."""
+    if WIDE:
+        m_off = m_off.to(tl.int64)
+        n_off = n_off.to(tl.int64)
+    ks = tl.arange(0, BK // 32)
+    acc = tl.zeros([BM, BN], tl.float32)
+    for k in tl.range(0, K, BK, num_stages=1):
+        at = k + tl.arange(0, BK)
+        inside = at < K
+        block = tl.minimum(k // 32 + ks, (K + 31) // 32 - 1)
+        a = tl.load(a_ptr + (m_off[:, None] * stride_am + at[None, :]), mask=inside[None, :], other=0.0)
+        b = tl.load(b_ptr + (at[:, None] + n_off[None, :] * stride_bn), mask=inside[:, None], other=0.0)
+        sa = lowered(tl.load(sa_ptr + (m_off[:, None] * stride_sam + block[None, :] * stride_sak)), shift_a)
+        sb = lowered(tl.load(sb_ptr + (n_off[:, None] * stride_sbn + block[None, :] * stride_sbk)), shift_b)
+        acc = tl.dot_scaled(a, sa, "e4m3", b, sb, "e4m3", acc)
+    return acc * power_of_two(shift_a)[:, None] * power_of_two(shift_b)[None, :]
+
+
+@triton.jit
+def power_of_two(e):
+    """FP32 2^e for e in [-149, 127]."""
+    bits = tl.where(e >= -126, (e + 127) << 23, 1 << tl.minimum(tl.maximum(e + 149, 0), 22))
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def any_tile_sum(a_ptr, b_ptr, sa_ptr, sb_ptr, m_off, n_off, K, stride_am, stride_bn, stride_sam, stride_sak, stride_sbn, stride_sbk,
+                 A_KIND: tl.constexpr, B_KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                 EVEN_K: tl.constexpr, CHUNKED: tl.constexpr, WIDE: tl.constexpr, FAR: tl.constexpr):
+    """FP32 [BM, BN]. FAR: looks first at whether its scales are too far from one for a conversion to BF16."""
+    if FAR:
+        shift_a = shifts(sa_ptr + m_off * stride_sam, K, stride_sak, BM)
+        shift_b = shifts(sb_ptr + n_off * stride_sbn, K, stride_sbk, BN)
+        if tl.max(tl.abs(shift_a), 0) + tl.max(tl.abs(shift_b), 0) > 0:
+            acc = far_tile_sum(a_ptr, b_ptr, sa_ptr, sb_ptr, m_off, n_off, shift_a, shift_b, K, stride_am, stride_bn, stride_sam,
+                               stride_sak, stride_sbn, stride_sbk, BM, BN, BK, WIDE)
+        else:
+            acc = mx_tile_sum(a_ptr, b_ptr, sa_ptr, sb_ptr, m_off, n_off, K, stride_am, stride_bn, stride_sam, stride_sak, stride_sbn,
+                              stride_sbk, A_KIND, B_KIND, BM, BN, BK, EVEN_K, CHUNKED, WIDE)
+        return acc
+    else:
+        return mx_tile_sum(a_ptr, b_ptr, sa_ptr, sb_ptr, m_off, n_off, K, stride_am, stride_bn, stride_sam, stride_sak, stride_sbn,
+                           stride_sbk, A_KIND, B_KIND, BM, BN, BK, EVEN_K, CHUNKED, WIDE)
 
 
 @triton.jit
@@ -107,7 +180,7 @@ def mx_tile(tile, slots, a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N,
             stride_bn, stride_og, stride_om, stride_sag, stride_sam, stride_sak, stride_sbg, stride_sbn, stride_sbk,
             LAYOUT: tl.constexpr, A_KIND: tl.constexpr, B_KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
             GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, CHUNKED: tl.constexpr,
-            ACCUMULATE: tl.constexpr, ZERO: tl.constexpr, WIDE: tl.constexpr):
+            ACCUMULATE: tl.constexpr, ZERO: tl.constexpr, WIDE: tl.constexpr, FAR: tl.constexpr):
     """One tile, all layouts."""
     slot, nb = swizzle(tile, slots, tl.cdiv(N, BN), GROUP_M)
     m_arange = tl.arange(0, BM)
@@ -135,9 +208,9 @@ def mx_tile(tile, slots, a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N,
                 store_tile(out_ptr, zeros, m_arange, n_off, (m_arange < extent) & ~real, col_live, stride_om, False, False, WIDE)
             gid = tl.min(tl.where(real, ids, G))
             while gid < G:
-                acc = mx_tile_sum(a_ptr, b_ptr + gid.to(tl.int64) * stride_bg, sa_ptr, sb_ptr + gid.to(tl.int64) * stride_sbg, m_load,
-                                  n_load, K, stride_am, stride_bn, stride_sam, stride_sak, stride_sbn, stride_sbk, A_KIND, B_KIND,
-                                  BM, BN, BK, EVEN_K, CHUNKED, WIDE)
+                acc = any_tile_sum(a_ptr, b_ptr + gid.to(tl.int64) * stride_bg, sa_ptr, sb_ptr + gid.to(tl.int64) * stride_sbg, m_load,
+                                   n_load, K, stride_am, stride_bn, stride_sam, stride_sak, stride_sbn, stride_sbk, A_KIND, B_KIND,
+                                   BM, BN, BK, EVEN_K, CHUNKED, WIDE, FAR)
                 store_tile(out_ptr, acc, m_arange, n_off, ids == gid, col_live, stride_om, ACCUMULATE, False, WIDE)
                 gid = tl.min(tl.where(real & (ids > gid), ids, G))
         else:
@@ -145,8 +218,8 @@ def mx_tile(tile, slots, a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N,
                 if LAYOUT != DENSE:
                     b_ptr += g.to(tl.int64) * stride_bg
                     sb_ptr += g.to(tl.int64) * stride_sbg
-                acc = mx_tile_sum(a_ptr, b_ptr, sa_ptr, sb_ptr, m_load, n_load, K, stride_am, stride_bn, stride_sam, stride_sak,
-                                  stride_sbn, stride_sbk, A_KIND, B_KIND, BM, BN, BK, EVEN_K, CHUNKED, WIDE)
+                acc = any_tile_sum(a_ptr, b_ptr, sa_ptr, sb_ptr, m_load, n_load, K, stride_am, stride_bn, stride_sam, stride_sak,
+                                   stride_sbn, stride_sbk, A_KIND, B_KIND, BM, BN, BK, EVEN_K, CHUNKED, WIDE, FAR)
                 store_tile(out_ptr, acc, m_arange, n_off, m_arange < valid, col_live, stride_om, ACCUMULATE, False, WIDE)
             if LAYOUT == PSUM and ZERO:
                 if extent > valid and valid < BM:
@@ -160,11 +233,11 @@ def mx_kernel(a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N, K, G, slot
               stride_bn, stride_og, stride_om, stride_sag, stride_sam, stride_sak, stride_sbg, stride_sbn, stride_sbk,
               LAYOUT: tl.constexpr, A_KIND: tl.constexpr, B_KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
               GROUP_M: tl.constexpr, EVEN_K: tl.constexpr, EVEN_N: tl.constexpr, CHUNKED: tl.constexpr,
-              ACCUMULATE: tl.constexpr, ZERO: tl.constexpr, WIDE: tl.constexpr):
+              ACCUMULATE: tl.constexpr, ZERO: tl.constexpr, WIDE: tl.constexpr, FAR: tl.constexpr):
     """A grid of programs that take tiles in turn. `slots`: tiles of M where the host knows them (not masked)."""
     if LAYOUT == MASKED:
         slots = live_slots(index_ptr, G, M, BM, LAYOUT)
     for tile in range(tl.program_id(0), slots * tl.cdiv(N, BN), tl.num_programs(0)):
         mx_tile(tile, slots, a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N, K, G, alignment, stride_ag, stride_am, stride_bg,
                 stride_bn, stride_og, stride_om, stride_sag, stride_sam, stride_sak, stride_sbg, stride_sbn, stride_sbk, LAYOUT,
-                A_KIND, B_KIND, BM, BN, BK, GROUP_M, EVEN_K, EVEN_N, CHUNKED, ACCUMULATE, ZERO, WIDE)
+                A_KIND, B_KIND, BM, BN, BK, GROUP_M, EVEN_K, EVEN_N, CHUNKED, ACCUMULATE, ZERO, WIDE, FAR)

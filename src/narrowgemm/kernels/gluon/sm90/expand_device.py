@@ -184,9 +184,9 @@ def rescale_kernel(y_ptr, factor_ptr, columns_ptr, M, N, som, BM: tl.constexpr, 
     factor = tl.load(factor_ptr + row, mask=row < M, other=1.0)
     shifted = tl.max((factor != 1.0).to(tl.int32), 0)
     if COLS:
-        o = first + tl.arange(0, BN)
-        column = tl.load(columns_ptr + o, mask=o < N, other=1.0)
-        shifted = tl.maximum(shifted, tl.max((column != 1.0).to(tl.int32), 0))
+        mine = first + tl.arange(0, BN)
+        factors = tl.load(columns_ptr + mine, mask=mine < N, other=1.0)
+        shifted = tl.maximum(shifted, tl.max((factors != 1.0).to(tl.int32), 0))
     if shifted > 0:
         for n in range(first, tl.minimum(first + BN, N), STEP):
             o = n + tl.arange(0, STEP)
