@@ -22,9 +22,8 @@ A_KINDS = ("bf16", "e4m3", "e2m1")
 B_KINDS = ("e4m3", "e2m1")
 # of the BF16 rate on 128x128 tiles; of the read bandwidth where weights are the traffic
 EFFICIENCY, STREAMING = 0.3, 0.15
-# where the compiler converts: seconds of 128x128 weights on an SM of a Hopper, beside their products; tiles there that hide a
-# tile's latency
-CONVERT, HIDDEN = 1.05e-6, 1.63
+# where the compiler converts E4M3 on both sides: of the BF16 rate, on tiles of 16 to 64 rows; what 128 of K of a tile take alone
+CONVERTED, LATENCY = 0.07, 2.75e-6
 NATIVE = 100                # NVIDIA's first compute capability with scaled products
 TILES = ((16, 128, 4, 3), (32, 128, 8, 3), (64, 128, 8, 3), (128, 128, 8, 3), (64, 64, 4, 2), (16, 64, 4, 2))
 
@@ -99,19 +98,22 @@ def workspace(problem: Problem, config: Config) -> int:
 
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
-    """Seconds: the slower of padded tiles at a share of the BF16 rate, weights converted for each, and the bytes at a share of the
-    bandwidth."""
-    tiles = common.tiles(problem, config)
-    math = tiles * 2.0 * config.block_m * config.block_n * problem.k / (arch.bf16_flops * EFFICIENCY)
-    if converts(arch):
-        blocks = -(-problem.k // config.block_k) * max(HIDDEN, tiles / arch.sms)
-        math = max(math, HIDDEN * math * arch.sms / max(tiles, 1)) + blocks * CONVERT * config.block_n / 128
+    """Seconds: the slower of padded tiles at a share of the BF16 rate and the bytes at a share of the bandwidth."""
+    flops = common.tiles(problem, config) * 2.0 * config.block_m * config.block_n * problem.k
+    math = flops / (arch.bf16_flops * EFFICIENCY)
+    if far(problem, arch):
+        math = max(flops / (arch.bf16_flops * CONVERTED), -(-problem.k // config.block_k) * LATENCY)
     return common.LAUNCH_SECONDS + max(math, problem.bytes / (arch.bandwidth * STREAMING))
 
 
 def converts(arch: Arch) -> bool:
     """Whether the compiler brings both sides to BF16 in front of a product."""
     return arch.vendor == "nvidia" and arch.capability < NATIVE
+
+
+def far(problem: Problem, arch: Arch) -> bool:
+    """Whether it brings E4M3 with E8M0 scales to BF16 on both sides, and scales may be too far from one for that."""
+    return converts(arch) and problem.a.format.element == problem.b.format.element == "e4m3" and not by_chunk(problem)
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
@@ -124,7 +126,6 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     slots = common.slots(problem, x, c.block_m)
     arch = detect(out.device)
     programs = min(slots * -(-x.n // c.block_n), problem.max_sms or common.resident(out, common.smem_bytes(c, arch)))
-    far = converts(arch) and problem.a.format.element == problem.b.format.element == "e4m3" and not by_chunk(problem)
     sag, sam, sak = (0, 0, 0) if sa is None else (sa.stride(0) if masked else 0, sa.stride(-2), sa.stride(-1))
     return [Launch(
         device.mx_kernel, (programs,),
@@ -135,4 +136,4 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
         dict(LAYOUT=common.LAYOUT_IDS[problem.layout], A_KIND=problem.a.format.element, B_KIND=problem.b.format.element,
              BM=c.block_m, BN=c.block_n, BK=128, GROUP_M=c.group_m, EVEN_K=x.k % 128 == 0, EVEN_N=x.n % c.block_n == 0,
              CHUNKED=by_chunk(problem), ACCUMULATE=problem.accumulate, ZERO=problem.zero_padding, WIDE=problem.wide,
-             FAR=far, num_warps=c.num_warps, num_stages=c.num_stages))]
+             FAR=far(problem, arch), num_warps=c.num_warps, num_stages=c.num_stages))]
