@@ -7,6 +7,8 @@ import torch
 from narrowgemm import FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, FP8_128x128, ScaledTensor, quantize, route
 from narrowgemm.formats import BF16, Format
 from narrowgemm.ops.experts import compose
+from narrowgemm.ops.experts_arguments import Arguments
+from narrowgemm.ops.experts_plan import Options
 from narrowgemm.testing.numerics import calc_diff
 
 # A last bit of the first product moves a few roundings of the activation: a step of E4M3 is 2^-4 of a value, of E2M1 2^-2.
@@ -43,11 +45,9 @@ def close(got: torch.Tensor, want: torch.Tensor, fmt: Format) -> None:
     assert all(calc_diff(g.float(), w) <= 20 * limit for g, w in zip(got, want))
 
 
-def composed(x, up, down, **options) -> torch.Tensor:
-    full = dict(router_logits=None, top_k=0, topk_weights=None, topk_ids=None, routing={}, router_bias=None,
-                kind=("swiglu", (), False), fmt=None, gate_up_bias=None, down_bias=None, shared=None, shared_output=None,
-                expert_map=None, first_expert=0, out=None, backend=None) | options
-    return compose(x, up, down, **full)
+def composed(x, up, down, *, fmt: Format | None = None, backend: str | None = None, **given) -> torch.Tensor:
+    """By the public steps."""
+    return compose(Arguments(x, up, down, activation_format=fmt, options=Options(backend), **given))
 
 
 def aligned(x: torch.Tensor, offset: int = 0) -> torch.Tensor:

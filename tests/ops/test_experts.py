@@ -239,6 +239,8 @@ IDS, W = torch.zeros(4, 2, dtype=torch.int32), torch.ones(4, 2)
     (dict(gate_up_bias=torch.zeros(2, 128)), ValueError, "gate_up_bias, shape"),
     (dict(down_bias=torch.zeros(2, 128).long()), TypeError, "down_bias, dtype"),
     (dict(shared=(UP[0], UP[0])), ValueError, "shared"),
+    (dict(shared=(UP[0], )), TypeError, "shared: got 1 weights, expected a pair of weights"),
+    (dict(shared=UP[0]), TypeError, "shared: got ScaledTensor, expected a pair of weights"),
     (dict(shared=(UP[0], DOWN[0]), shared_output=X), ValueError, "one of them"),
     (dict(shared_output=X[:2]), ValueError, "shared_output, shape"),
     (dict(out=X[:2]), ValueError, "out, shape"),

@@ -11,11 +11,11 @@ from torch import Tensor
 from ..errors import expect
 from ..formats import Format, ScaledTensor, get_format
 from ..ops import experts_check
-from ..ops.experts import Weights, experts, experts_workspace, weights_of
+from ..ops.experts import ROUTING, experts, experts_workspace
+from ..ops.experts_arguments import Shared, Weights, as_weight, check_shared
 from ..ops.experts_plan import Weight
 from ..prepack import PackedWeight
 
-ROUTING = ("scoring", "renormalize", "num_expert_group", "topk_group", "scaling_factor")
 WEIGHTS = ("gate_up", "down", "shared_gate_up", "shared_down")
 EXTRAS = ("gate_up_bias", "down_bias", "router_bias", "expert_map")
 
@@ -34,14 +34,15 @@ class Experts(torch.nn.Module):
     def __init__(self, gate_up: Weights, down: Weights, *, top_k: int,
                  activation: str = "swiglu", activation_args: tuple[float, ...] = (), interleaved: bool = False,
                  activation_format: Format | str | None = None, gate_up_bias: Tensor | None = None,
-                 down_bias: Tensor | None = None,
-                 shared: tuple[Weights, Weights] | None = None,
+                 down_bias: Tensor | None = None, shared: Shared | None = None,
                  router_bias: Tensor | None = None, expert_map: Tensor | None = None, first_expert: int = 0,
                  batch_invariant: bool = False, backend: str | None = None, **routing: Any) -> None:
         super().__init__()
         unknown = set(routing) - set(ROUTING)
         expect(not unknown, "routing options", sorted(unknown), f"some of {ROUTING}", error=TypeError)
-        pairs = [(name, weights_of(w, name)) for name, w in zip(WEIGHTS, (gate_up, down, *(shared or ())))]
+        if shared is not None:
+            check_shared(shared)
+        pairs = [(name, as_weight(w, name)) for name, w in zip(WEIGHTS, (gate_up, down, *(shared or ())))]
         kind = (activation, activation_args, interleaved)
         weights = dict(pairs)
         both = (weights["shared_gate_up"], weights["shared_down"]) if shared is not None else None

@@ -9,26 +9,23 @@ planned, and where it lies: `experts_plan.py`.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ..arch import detect
 from ..errors import expect, expect_count
-from ..formats import Format, ScaledTensor, get_format
+from ..formats import Format, get_format
 from ..prepack import PackedWeight
 from ..runtime import env
 from . import common, experts_check, experts_warm, steps
+from .experts_arguments import Arguments, Kind, Shared, Weights, as_weight, as_weights, check_shared, known_by
 from .experts_call import Call, compose
-from .experts_plan import ExpertsPlan, Options, Recipe, Sizes, Weight, by_slot, default_activations, make
+from .experts_plan import ExpertsPlan, Options, Recipe, Sizes, by_slot, default_activations, make
 from .recall import Calls
 
 ROUTING = ("scoring", "renormalize", "num_expert_group", "topk_group", "scaling_factor")
 _plans = common.PlanCache()
 _calls: Calls[ExpertsPlan] = Calls()
-Weights = ScaledTensor | Tensor | PackedWeight
-Shared = tuple[Weights, Weights]
 
 
 def experts(x: Tensor, gate_up: Weights, down: Weights, *, router_logits: Tensor | None = None, top_k: int = 0,
@@ -67,40 +64,31 @@ def experts(x: Tensor, gate_up: Weights, down: Weights, *, router_logits: Tensor
     Layer: Mixtral, Qwen3-MoE, DeepSeek-V3; GPT-OSS with 'swiglu_oai', interleaved and biases.
     """
     steps.check_args(activation_args, "activation_args")
+    if shared is not None:
+        check_shared(shared)
     options = (backend, batch_invariant, max_sms, on_unsupported)
-    routing_options = (scoring, renormalize, num_expert_group, topk_group, scaling_factor)
+    routing = (scoring, renormalize, num_expert_group, topk_group, scaling_factor)
     kind = (activation, activation_args, interleaved)
-    tensors = (x, router_logits, topk_weights, topk_ids, router_bias, gate_up_bias, down_bias, shared_output, expert_map, out)
-    tracing = torch.compiler.is_compiling()
-    if not tracing:
+    tensors = (x, router_logits, topk_weights, topk_ids, router_bias, gate_up_bias, down_bias, shared_output, expert_map)
+    compiling = torch.compiler.is_compiling()
+    if not compiling:      # a call that was seen before: every step's launches are bound
         names, weights = known_by(gate_up, down, *(shared or ()))
-        key = (getattr(x, "shape", None), *map(type, tensors), *names, type(workspace), top_k, first_expert, num_experts,
-               activation_format, *routing_options, *kind, *options, env.choice())
-        given = [t for t in (*tensors, *weights, workspace) if t is not None]
+        key = (getattr(x, "shape", None), *map(type, tensors), type(out), *names, type(workspace), top_k, first_expert, num_experts,
+               activation_format, *routing, *kind, *options, env.choice())
+        given = [t for t in (*tensors, out, *weights, workspace) if t is not None]
         made = _calls.find(key, given)
         if made is not None:
             result = torch.empty_strided(x.shape, (x.shape[1], 1), dtype=x.dtype, device=x.device) if out is None else out
             space = experts_warm.space(made, x.device) if workspace is None else workspace
-            if made.whole is not None and made.whole((*tensors[:-1], result, *weights), space):
+            if made.whole is not None and made.whole((*tensors, result, *weights), space):
                 return result
     fmt = None if activation_format is None else get_format(activation_format)
-    routing = dict(zip(ROUTING, routing_options))
-    up, dn = weights_of(gate_up, "gate_up"), weights_of(down, "down")
-    both = None if shared is None else (weights_of(shared[0], "shared[0]"), weights_of(shared[1], "shared[1]"))
-    if tracing:
-        return compose(x, up, dn, router_logits=router_logits, top_k=top_k, topk_weights=topk_weights, topk_ids=topk_ids,
-                       routing=routing, router_bias=router_bias, kind=kind, fmt=fmt, gate_up_bias=gate_up_bias,
-                       down_bias=down_bias, shared=both, shared_output=shared_output, expert_map=expert_map,
-                       first_expert=first_expert, out=out, backend=backend)
-    signs = (*map(steps.sign, tensors), *weight_signs(up, dn, *(both or ())), top_k, first_expert, num_experts,
-             routing_options, kind, fmt, options, env.choice())
-    _, memo = steps.known(_plans, signs, lambda: None)
-    made = memo.get("plan")
-    if made is None:
-        expect_count(first_expert, "first_expert", 0)
-        made = memo["plan"] = plan_of(x, up, dn, router_logits, top_k, topk_weights, topk_ids, router_bias, routing, kind,
-                                      fmt, gate_up_bias, down_bias, both, shared_output, expert_map, num_experts, out,
-                                      Options(*options))
+    a = Arguments(x, as_weight(gate_up, "gate_up"), as_weight(down, "down"), router_logits, top_k, topk_weights, topk_ids,
+                  router_bias, dict(zip(ROUTING, routing)), kind, fmt, gate_up_bias, down_bias, as_weights(shared),
+                  shared_output, expert_map, first_expert, num_experts, out, Options(*options))
+    if compiling:
+        return compose(a)
+    made = planned(a)      # the first of its signature, or one that can't be bound: step by step
     result = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
     if x.shape[0] == 0:
         return result
@@ -109,69 +97,36 @@ def experts(x: Tensor, gate_up: Weights, down: Weights, *, router_logits: Tensor
     else:
         experts_check.workspace(workspace, made.bytes, x.device)
         space = workspace
-    outside = (*tensors[:-1], result, *tensors_of(up, dn, *(both or ())))
-    call = Call(made, x, up, dn, result, both, shared_output, gate_up_bias, down_bias, space, outside)
-    if router_logits is not None:
-        topk_weights, topk_ids = call.route(router_logits, router_bias, routing)
-    assert topk_weights is not None and topk_ids is not None
-    call.layer(topk_weights, topk_ids, expert_map, first_expert)
+    Call(made, a, result, space, (*tensors, result, *known_by(*a.weights)[1])).run()
     if made.whole is not None:
         _calls.add(key, given, made)
     return result
 
 
-def known_by(*weights: Weights) -> tuple[list[object], list[Tensor | None]]:
-    """What is not in the tensors of weights, for a key, and the tensors. Weights of no known kind have none."""
-    names: list[object] = []
-    tensors: list[Tensor | None] = []
-    for w in weights:
-        if type(w) is ScaledTensor:
-            names += (w.format, type(w.scale))
-            tensors += (w.data, w.scale)
-        elif type(w) is PackedWeight:
-            names += (w.format, w.shape, w.pair, w.prepack, type(w.factor), type(w.top))
-            tensors += (w.data, w.scale, w.factor, w.top)
-        else:
-            names.append(type(w))
-            if isinstance(w, Tensor):
-                tensors += (w, None)
-    return names, tensors
+def planned(a: Arguments) -> ExpertsPlan:
+    """The plan of calls of this signature; the first of them is checked."""
+    _, memo = steps.known(_plans, (*a.signature(), env.choice()), lambda: None)
+    if "plan" not in memo:
+        memo["plan"] = plan_of(a)
+    return memo["plan"]
 
 
-def weights_of(w: Weights, name: str) -> Weight:
-    """Weights as an operand, packed or not. TypeError for what is neither."""
-    return w if isinstance(w, PackedWeight) else common.as_operand(w, name)
-
-
-def weight_signs(*weights: Weight) -> tuple:
-    return tuple((w.format, steps.sign(w.data), steps.sign(w.scale)) if isinstance(w, ScaledTensor) else
-                 (w.format, w.shape, w.pair, w.prepack, *map(steps.sign, (w.data, w.scale, w.factor, w.top)))
-                 for w in weights)
-
-
-def tensors_of(*weights: Weight) -> list[Tensor | None]:
-    return [t for w in weights for t in (w.data, w.scale, *((w.factor, w.top) if isinstance(w, PackedWeight) else ()))]
-
-
-def plan_of(x: Tensor, gate_up: Weight, down: Weight, router_logits: Tensor | None, top_k: int,
-            topk_weights: Tensor | None, topk_ids: Tensor | None, router_bias: Tensor | None, routing: dict[str, Any],
-            kind: tuple[str, tuple[float, ...], bool], fmt: Format | None, gate_up_bias: Tensor | None,
-            down_bias: Tensor | None, shared: tuple[Weight, Weight] | None, shared_output: Tensor | None,
-            expert_map: Tensor | None, num_experts: int, out: Tensor | None, options: Options) -> ExpertsPlan:
+def plan_of(a: Arguments) -> ExpertsPlan:
     """Check the call and plan it."""
-    experts_check.layer(x, gate_up, down, kind, gate_up_bias, down_bias, shared, shared_output, out)
-    world, top_k = experts_check.routing(x, gate_up.shape[0], router_logits, top_k, topk_weights, topk_ids, router_bias,
-                                         routing, expert_map)
-    expect_count(num_experts, "num_experts", 0, ": 0 for unknown, or a number of experts")
-    options.check()
-    source = steps.PLAIN[x.dtype]
-    recipe = Recipe(source, experts_check.activations(fmt or default_activations(gate_up, source), source, gate_up),
-                    kind[0], kind[1], kind[2], router_logits is not None, routing["num_expert_group"] or 1,
-                    gate_up_bias is not None, down_bias is not None, by_slot(gate_up),
-                    shared is not None or shared_output is not None)
-    sizes = Sizes(x.shape[0], x.shape[1], down.shape[2], gate_up.shape[0], top_k, max(world, num_experts),
-                  0 if shared is None else shared[1].shape[1])
-    return make(sizes, recipe, gate_up, down, detect(x.device), options, shared)
+    expect_count(a.first_expert, "first_expert", 0)
+    experts_check.layer(a.x, a.gate_up, a.down, a.kind, a.gate_up_bias, a.down_bias, a.shared, a.shared_output, a.out)
+    world, top_k = experts_check.routing(a.x, a.gate_up.shape[0], a.router_logits, a.top_k, a.topk_weights, a.topk_ids,
+                                         a.router_bias, a.routing, a.expert_map)
+    expect_count(a.num_experts, "num_experts", 0, ": 0 for unknown, or a number of experts")
+    a.options.check()
+    source = steps.PLAIN[a.x.dtype]
+    fmt = experts_check.activations(a.activation_format or default_activations(a.gate_up, source), source, a.gate_up)
+    recipe = Recipe(source, fmt, *a.kind, a.router_logits is not None, a.routing["num_expert_group"] or 1,
+                    a.gate_up_bias is not None, a.down_bias is not None, by_slot(a.gate_up),
+                    a.shared is not None or a.shared_output is not None)
+    sizes = Sizes(a.x.shape[0], a.x.shape[1], a.down.shape[2], a.gate_up.shape[0], top_k, max(world, a.num_experts),
+                  0 if a.shared is None else a.shared[1].shape[1])
+    return make(sizes, recipe, a.gate_up, a.down, detect(a.x.device), a.options, a.shared)
 
 
 def experts_workspace(tokens: int, gate_up: Weights, down: Weights, *, top_k: int, num_experts: int = 0,
@@ -191,13 +146,14 @@ def experts_workspace(tokens: int, gate_up: Weights, down: Weights, *, top_k: in
 
 
 def plan_for(tokens: int, gate_up: Weights, down: Weights, top_k: int, num_experts: int, num_expert_group: int | None,
-             dtype: torch.dtype, kind: tuple[str, tuple[float, ...], bool], activation_format: Format | str | None,
+             dtype: torch.dtype, kind: Kind, activation_format: Format | str | None,
              bias: bool, shared: Shared | None, options: Options, device: torch.device | str | None) -> ExpertsPlan:
     """The plan of a layer given by its weights (on any device) and its sizes."""
     from ..arch import get_arch
 
-    up, dn = weights_of(gate_up, "gate_up"), weights_of(down, "down")
-    both = None if shared is None else (weights_of(shared[0], "shared[0]"), weights_of(shared[1], "shared[1]"))
+    if shared is not None:
+        check_shared(shared)
+    up, dn, both = as_weight(gate_up, "gate_up"), as_weight(down, "down"), as_weights(shared)
     if isinstance(up, PackedWeight) and up.pair:
         kind = (*kind[:2], up.pair == "interleaved")     # the weights know
     expect(tokens >= 0, "tokens", tokens, "at least 0")
