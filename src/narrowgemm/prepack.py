@@ -115,7 +115,7 @@ class PackedWeight:
         expect(self.prepack == PREPACK or (self.format == MXFP4 and self.top is not None), f"weights in the order {self.prepack}",
                self.format.name, "mxfp4 with `top`, which says that scales fold into E4M3")
         groups = self.shape[0] if len(self.shape) == 3 else 1
-        tiles, chunks = tiles_of(self.n, self.pair), -(-self.k // CHUNK)
+        tiles, chunks = tiles_of(self.n), -(-self.k // CHUNK)
         want = (groups, tiles, chunks, *((2,) if self.format.element == "e4m3" else ()), TILE, TILE)
         expect(tuple(self.data.shape) == want, f"packed data of {self.shape}, shape", tuple(self.data.shape), str(want))
         want = (groups, tiles, -(-chunks // 2), 4, 8, 4, 2, 2)
@@ -159,7 +159,7 @@ def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16")
     data = weights.data.view(torch.uint8)
     if len(shape) == 2:
         data, scale = data.unsqueeze(0), scale.unsqueeze(0)
-    groups, tiles, chunks = data.shape[0], tiles_of(n, pair), -(-k // CHUNK)
+    groups, tiles, chunks = data.shape[0], tiles_of(n), -(-k // CHUNK)
     order = row_order(n, pair).to(data.device)
     halves = (2,) if fmt.element == "e4m3" else ()
     packed = torch.empty((groups, tiles, chunks, *halves, TILE, TILE), dtype=torch.uint8, device=data.device)
@@ -227,14 +227,14 @@ def unpack(packed: PackedWeight) -> ScaledTensor:
 
 
 # ---------------------------------------------------------------- rows
-def tiles_of(n: int, pair: str = "") -> int:
-    """Tiles of 64 packed rows for N logical ones; paired: 32 features, gate and up."""
+def tiles_of(n: int) -> int:
+    """Tiles of 64 packed rows for N logical ones; paired, a tile is 32 features, gate and up."""
     return -(-n // TILE)
 
 
 def row_order(n: int, pair: str = "") -> Tensor:
     """int64 `[NT * 64]`: the logical row that each packed row holds, -1 for padding."""
-    packed = torch.arange(tiles_of(n, pair) * TILE, device="cpu")
+    packed = torch.arange(tiles_of(n) * TILE, device="cpu")
     if not pair:
         return torch.where(packed < n, packed, -1)
     feature = packed // SLAB * (SLAB // 2) + packed % (SLAB // 2)

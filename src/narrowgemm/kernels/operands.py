@@ -10,8 +10,22 @@ from ..formats import ScaledTensor
 from ..prepack import PackedWeight
 
 
+class Tensors:
+    """What `kernels.launching` asks of a call's tensors."""
+
+    __slots__ = ()
+
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Every tensor of the call, in one order."""
+        raise NotImplementedError
+
+    def addresses(self, workspace: Tensor | None) -> tuple[int, ...]:
+        """The workspace's, then those of `tensors`; 0 where there is none."""
+        return tuple([0 if t is None else t.data_ptr() for t in (workspace, *self.tensors())])
+
+
 @dataclass(slots=True, eq=False)
-class Operands:
+class Operands(Tensors):
     """`out` is written in place. `index` is the layout's device tensor; `alignment` is psum's; `m` is real, not a bucket.
 
     routed_gemm: row of A = slot // a_div, row of the output = slot; see `layouts.Routed`. `slots` int32: the slot of each of
@@ -49,11 +63,6 @@ class Operands:
     memo: dict | None = None              # launches bound to calls of the same signature (`kernels.launching`); None: bind none
 
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """Every tensor of the call, in one order."""
         return (self.a.data, self.a.scale, self.b.data, self.b.scale, self.out, self.index, self.out_scale, self.factor, self.slots,
                 self.experts, self.posted, self.bias, self.weight, self.segments, self.add, self.top,
                 self.amax)
-
-    def addresses(self, workspace: Tensor | None) -> tuple[int, ...]:
-        """The workspace's, then those of `tensors`; 0 where there is none."""
-        return tuple([0 if t is None else t.data_ptr() for t in (workspace, *self.tensors())])

@@ -11,20 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..formats import ScaledTensor
-
-
-class Tensors:
-    """What `kernels.launching` asks of a call's tensors."""
-
-    __slots__ = ()
-
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        """Every tensor of the call, in one order."""
-        raise NotImplementedError
-
-    def addresses(self, workspace: Tensor | None) -> tuple[int, ...]:
-        """The workspace's, then those of `tensors`; 0 where there is none."""
-        return tuple([0 if t is None else t.data_ptr() for t in (workspace, *self.tensors())])
+from .operands import Tensors
 
 
 @dataclass(slots=True, eq=False)

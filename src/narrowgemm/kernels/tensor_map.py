@@ -14,7 +14,6 @@ from typing import Any
 BYTES = 128                 # of a CUtensorMap, aligned to 64
 BY_128, BY_256 = 2, 3       # CUtensorMapL2promotion
 UINT8 = 0                   # CUtensorMapDataType
-Encode = Callable[[int, int], bool]
 
 
 def widen(made: Any, descriptor: Any, meta: Any) -> bool:

@@ -79,7 +79,7 @@ def explain_experts(*, tokens: int, hidden: int, inter: int, experts: int, top_k
 def packed_operand(w: ScaledTensor, pair: str) -> PackedWeight:
     """`prepack` without memory, of weights whose scales are as near to each other as they usually are."""
     groups, n, k = w.shape
-    tiles, chunks = tiles_of(n, pair), -(-k // CHUNK)
+    tiles, chunks = tiles_of(n), -(-k // CHUNK)
     halves = (2,) if w.format.element == "e4m3" else ()
     data = torch.empty((groups, tiles, chunks, *halves, TILE, TILE), dtype=torch.uint8, device="meta")
     scale = torch.empty((groups, tiles, -(-chunks // 2), 4, 8, 4, 2, 2), dtype=torch.uint8, device="meta")

@@ -261,7 +261,7 @@ def _routed_plan(a: ScaledTensor, b: PackedWeight | ScaledTensor, layout: Routed
                       rows=bucket(max(1, -(-s.num_slots // groups))), out_dtype=dtype_name(dtype), epilogue=epilogue,
                       gather=s.slots is not None, a_div=a_div, zero_padding=False, max_sms=options.max_sms,
                       positions=bucket(s.positions) if isinstance(layout, Routed) else 0)
-    return _select(problem, a, b, options)
+    return _select(problem, a.device, options)
 
 
 def packed_plan(a: ScaledTensor, b: PackedWeight, layout: Layout | None, out: Tensor | None, dtype: torch.dtype, accumulate: bool,
@@ -298,8 +298,8 @@ def packed_plan(a: ScaledTensor, b: PackedWeight, layout: Layout | None, out: Te
                       out_dtype=dtype_name(dtype), out_aligned=common.on_16_bytes(like), accumulate=accumulate,
                       zero_padding=zero_padding, max_sms=options.max_sms,
                       alignment=layout.alignment if isinstance(layout, Psum) else 1)
-    return _select(problem, a, b, options)
+    return _select(problem, a.device, options)
 
 
-def _select(problem: Problem, a: ScaledTensor, b: PackedWeight | ScaledTensor, options: Options) -> Plan:
-    return dispatch.select(problem, detect(a.device), options.backend, options.config, options.on_unsupported)
+def _select(problem: Problem, device: torch.device, options: Options) -> Plan:
+    return dispatch.select(problem, detect(device), options.backend, options.config, options.on_unsupported)
