@@ -146,8 +146,7 @@ def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16")
     expect(isinstance(weights, ScaledTensor), "weights", type(weights).__name__,
            "a ScaledTensor in MXFP4 or MXFP8 (narrowgemm.quantize or ScaledTensor.make)", error=TypeError)
     fmt = weights.format
-    if fmt.name not in (MXFP4.name, MXFP8.name):
-        raise Unsupported(f"prepack takes mxfp4 and mxfp8 (E4M3), not {fmt.name}", "other formats are taken as they are")
+    check_packable(fmt)
     expect(weights.data.dim() in (2, 3), "weights, shape", tuple(weights.shape), "[E, N, K] or [N, K]")
     expect(pair in PAIRS, "pair", repr(pair), f"one of {PAIRS}")
     expect(activations in ACTIVATIONS, "activations", repr(activations), f"one of {ACTIVATIONS}")
@@ -224,6 +223,12 @@ def unpack(packed: PackedWeight) -> ScaledTensor:
     if len(packed.shape) == 2:
         data, scale = data[0], scale[0] if scale.dim() == 3 else scale
     return ScaledTensor(data.view(fmt.elem.dtype), scale, fmt)
+
+
+def check_packable(fmt: Format) -> None:
+    """Unsupported for weights of a format that has no packed order."""
+    if fmt.name not in (MXFP4.name, MXFP8.name):
+        raise Unsupported(f"prepack takes mxfp4 and mxfp8 (E4M3), not {fmt.name}", "other formats are taken as they are")
 
 
 # ---------------------------------------------------------------- rows

@@ -7,6 +7,7 @@ import json
 import pytest
 from click.testing import CliRunner
 
+from narrowgemm import can_run
 from narrowgemm.arch import ARCHS
 from narrowgemm.cli.group import cli
 from narrowgemm.kernels.registry import candidates
@@ -92,6 +93,13 @@ def test_packed_weights() -> None:
     assert doc["problem"]["layout"] == "routed" and doc["kernel"] == "gluon_sm90.narrow"
     layer = explain("--op", "experts", "-G", "8", *sizes, "--a", "bf16", "--b", "mxfp4", "--packed").output
     assert "gluon_sm90.narrow" in layer
+
+
+@pytest.mark.parametrize("op", ["gemm", "experts"])
+def test_weights_that_have_no_packed_order(op: str) -> None:
+    result = explain("--op", op, "-M", "16", "-N", "256", "-K", "256", "--device", "h200", "--packed")
+    assert result.exit_code == 1 and "prepack takes mxfp4 and mxfp8 (E4M3), not fp8_128x128" in result.output
+    assert can_run("gemm", m=16, n=256, k=256, packed=True, device="h200") == (False, "prepack takes mxfp4 and mxfp8 (E4M3), not fp8_128x128")
 
 
 def test_an_expert_layer_step_by_step() -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from narrowgemm import MXFP4, MXFP8, FP8_1x128, ScaledTensor, explain_experts, prepack, route
+from narrowgemm import MXFP4, MXFP8, FP8_1x128, ScaledTensor, Unsupported, explain_experts, prepack, route
 from narrowgemm.kernels.launching import READY
 from narrowgemm.ops import experts as experts_module
 from narrowgemm.ops import recall
@@ -187,7 +187,7 @@ def test_explained():
     assert few.plan.launches == 4 and "gluon_sm90.narrow" in str(few)
     fixed = [explain_experts(tokens=t, **sizes, batch_invariant=True).steps for t in (1, 4096)]
     assert all(fixed[0][n].plan.steps[0].config == fixed[1][n].plan.steps[0].config for n in ("gate_up", "down"))
-    with pytest.raises(ValueError, match="weights, packed"):
+    with pytest.raises(Unsupported, match="prepack takes mxfp4 and mxfp8"):
         explain_experts(tokens=4, **sizes | {"weights": "bf16"})
 
 

@@ -236,6 +236,8 @@ def test_options_that_name_nothing() -> None:
                           (("--case", "nothing*"), "no case matches 'nothing*'"),
                           (("--suite", SUITE, "--peers", "cutlass"), "'cutlass' is none of deepgemm"),
                           (("--suite", SUITE, "--backends", "cuda"), "'cuda' is none of auto"),
+                          (("--suite", SUITE, "--json", "/proc/none/result.json"), "result.json can't be written: No such file"),
+                          (("--suite", SUITE, "--csv", "/"), "/ can't be written: give a file"),
                           ((), "--suite NAME or --case PATTERN")):
         done = run(*args)
         assert done.exit_code == 2 and message in " ".join(done.output.replace("│", " ").split()), done.output

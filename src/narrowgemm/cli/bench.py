@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import subprocess
 import sys
 import time
@@ -49,6 +50,19 @@ def git_commit() -> str:
         return head + ("-dirty" if head and git("status", "--porcelain", "--untracked-files=no") else "")
     except (OSError, subprocess.TimeoutExpired):
         return ""
+
+
+def check_writable(option: str, path: Path | None) -> None:
+    """BadParameter for a file that can't be written, before anything is measured for it. Makes its folder."""
+    if path is None:
+        return
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        writable = os.access(path if path.exists() else path.parent, os.W_OK) and not path.is_dir()
+    except OSError as e:
+        raise click.BadParameter(f"{path} can't be written: {e.strerror}", param_hint=option) from e
+    if not writable:
+        raise click.BadParameter(f"{path} can't be written: give a file in a folder of yours", param_hint=option)
 
 
 class Progress:
@@ -150,6 +164,8 @@ def bench(suites: tuple[str, ...], patterns: tuple[str, ...], backends: tuple[st
         return
     check_names("--backends", split(backends), peers=False)
     check_names("--peers", [p for p in split(peers) if p != "none"], peers=True)
+    for option, path in (("--json", json_path), ("--csv", csv_path), ("--plot", plot_path)):
+        check_writable(option, path)
     wanted = {c.suite: peers_of(c.suite, peers) for c in cases}
     job = Job([(c.suite, c.id) for c in cases], wanted, split(backends), measuring_device(device), seed, refcheck,
               scale_transform, rounds, started + budget if budget else 0.0)

@@ -17,7 +17,7 @@ from ..testing.case import Case
 from ..tuning import adopt, report, search, store, sweep, vllm
 from ..tuning.measure import Job
 from ..tuning.space import candidates, problem_of, promising
-from .bench import Progress, choose, git_commit, measuring_device, split
+from .bench import Progress, check_writable, choose, git_commit, measuring_device, split
 from .cache import target
 
 
@@ -110,6 +110,7 @@ def tune(suites: tuple[str, ...], patterns: tuple[str, ...], kernels: tuple[str,
     if device == "cpu":
         click.echo("on the CPU the reference is the only kernel there is to choose: tune on the GPU that will serve", err=True)
     log = sweep_path or (root if not packaged else user_tables()) / f"tune-{_slug(device)}.json"
+    check_writable("--sweep" if sweep_path else "--out", log)
     run = search.Tuning(log, None if sweep_path else root, dict.fromkeys(c.suite for c in chosen),
                         commit if commit is not None else git_commit())
     try:

@@ -10,6 +10,7 @@ import torch
 from ..arch import Arch, detect, get_arch
 from ..errors import Unsupported, expect
 from ..formats import Format, get_format
+from ..prepack import check_packable
 from ..prepack_bits import FP8_PREPACK, PREPACK
 from ..problem import LAYOUTS, Operand, Plan, Problem, bucket, promotion
 from ..runtime import dispatch
@@ -72,6 +73,7 @@ def describe(op: str, *, layout: str = "dense", groups: int = 1, m: int, n: int,
     sa, sb = [Operand(f, "k", "", f.scale if f.scaled else "", "mn" if f.scaled and i == 0 else "k" if f.scaled else "",
                     k * f.elem.bits // 8 % 16 == 0) for i, f in enumerate((fa, fb))]
     if packed:
+        check_packable(fb)
         order = FP8_PREPACK if packed == "fp8" and fb.element == "e2m1" else PREPACK
         sb = Operand(fb, "k", order, fb.scale, "", folds=fb.element == "e2m1")
     return Problem(op, layout, bucket(m), n, k, groups, sa, sb, rows=bucket(max(rows, 1)), out_dtype=out_dtype,

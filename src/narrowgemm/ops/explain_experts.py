@@ -10,7 +10,7 @@ import torch
 from ..arch import Arch, detect, get_arch
 from ..errors import expect
 from ..formats import ELEMENTS, Format, ScaledTensor, get_format
-from ..prepack import CHUNK, TILE, PackedWeight, tiles_of
+from ..prepack import CHUNK, TILE, PackedWeight, check_packable, tiles_of
 from .experts import plan_for
 from .experts_plan import ExpertsPlan, Options, Weight
 from .explain import Explanation
@@ -68,7 +68,7 @@ def explain_experts(*, tokens: int, hidden: int, inter: int, experts: int, top_k
     up: Weight = plain[0]
     down: Weight = plain[1]
     if packed:
-        expect(fmt.name in ("mxfp4", "mxfp8"), "weights, packed", fmt.name, "mxfp4 or mxfp8")
+        check_packable(fmt)
         up, down = packed_operand(plain[0], "interleaved" if interleaved else "halves"), packed_operand(plain[1], "")
     both = (operand((2 * shared, hidden), fmt, dtype), operand((hidden, shared), fmt, dtype)) if shared else None
     plan = plan_for(tokens, up, down, top_k, num_experts, num_expert_group, dtype, (activation, (), interleaved),
