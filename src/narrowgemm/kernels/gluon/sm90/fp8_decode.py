@@ -91,9 +91,10 @@ def widths(problem: Problem) -> list[tuple[int, int, int, tuple[Shape, ...]]]:
         # two CTAs beat three, and one or two with 128 weight rows
         return [(t, 0, 0, SHAPES[1:2]) for t in ((token, token // 2) if token >= 32 else (token,))]
     if token <= 32:
-        # as wide as nearly all groups need. Few that have all the rows go by 128 at a time
+        # as wide as nearly all groups need. Few that have all the rows go by 128 at a time, which a layer pays less for elsewhere
         most = min(32, next(t for t in TOKENS if t >= 1.5 * rows))
-        return [(64, most, 0, SHAPES[:3]), (128, most, 64 if most > 8 else 32, SHAPES[3:])]
+        narrow, middle = (most, 64) if problem.front and most > 8 else (8, 32)
+        return [(64, most, 0, SHAPES[:3]), (128, narrow, middle, SHAPES[3:])]
     # with 128 rows a group 1.7 times what tiles of 64 tokens and 128 weight rows take
     wide = [(128, 16, 64, SHAPES[3:])] if rows <= 48 or problem.layout == "masked" else []
     return [(64, 0, 0, SHAPES[:3]), *wide]
