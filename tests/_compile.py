@@ -27,7 +27,7 @@ TRITONS = ("oldest", "newest")
 # R1 is the stack's pointer: bits taken from it as data stand for a value that nothing has written
 UNWRITTEN = re.compile(r"(?:LOP3\.LUT|SHF[A-Z0-9.]*) R\d+, [^;]*\bR1\b[^;]*;")
 NVIDIA_OPS = ("wgmma.mma_async", "mma.sync", "tcgen05.mma", "cp.async", "cp.async.bulk.tensor", "e4m3", "setmaxnreg",
-              "block_scale",
+              "block_scale", "kind::mxf8f6f4", "kind::mxf4.",
               *(f"m64n{n}k32.f32.e4m3.e4m3" for n in (8, 16, 32, 64, 128, 192, 256)), "multicast::cluster")
 
 
@@ -115,7 +115,9 @@ def amd_report(kernel) -> dict:
                  for x in x if x)
     registers = re.search(r"\.vgpr_count:\s+(\d+)", asm)
     ops: dict[str, int] = {}
-    for op in re.findall(r"\b(v_mfma\w+|v_cvt_scalef32\w+|buffer_load\w+|global_load\w+|ds_read_b64_tr\w+)", asm):
+    for op, modifiers in re.findall(r"\b(v_mfma\w+|v_cvt_scalef32\w+|buffer_load\w+|global_load\w+|ds_read_b64_tr\w+)([^\n]*)", asm):
+        # of a scaled product: which operands are of four bits
+        op = " ".join([op, *re.findall(r"\b(?:cbsz|blgp):4", modifiers)])
         ops[op] = ops.get(op, 0) + 1
     return {"spills": spills, "registers": int(registers[1]) if registers else -1, "serialized": False, "ops": ops}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -39,16 +40,18 @@ def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], ob
                        lambda a=a, b=b, c=c: ng.gemm(operand(a, 256, 1024), operand(b, 512, 1024), backend="triton", config=c))
 
 
+# CDNA4's scaled product, with operands of four bits (the compiler may swap the two)
+FP4_ONE, FP4_BOTH = r"v_mfma_scale\w+ (cbsz|blgp):4$", r"v_mfma_scale\w+ cbsz:4 blgp:4$"
 # the scaled product, or what converts in front of a BF16 one, by formats
 OPS = {
     "sm90": {f"{a.name} x {b.name}": () for a, b in PAIRS},
-    "sm100": {"mxfp8 x mxfp8": ("tcgen05.mma", "block_scale"), "mxfp8 x mxfp4": ("tcgen05.mma", "block_scale"),
-              "mxfp4 x mxfp4": ("tcgen05.mma", "block_scale"), "fp8_1x128 x mxfp4": ("tcgen05.mma", "block_scale"),
-              "fp8_1x128 x mxfp8": ("tcgen05.mma", "block_scale"), "fp8_1x128_ue8m0 x mxfp4": ("tcgen05.mma", "block_scale")},
+    "sm100": {"mxfp4 x mxfp4": ("tcgen05.mma", "block_scale", "kind::mxf4."),
+              **{pair: ("tcgen05.mma", "block_scale", "kind::mxf8f6f4") for pair in
+                 ("mxfp8 x mxfp8", "mxfp8 x mxfp4", "fp8_1x128 x mxfp4", "fp8_1x128 x mxfp8", "fp8_1x128_ue8m0 x mxfp4")}},
     "gfx942": {"bf16 x mxfp4": (), "bf16 x mxfp8": ()},
     "gfx950": {"bf16 x mxfp4": ("v_cvt_scalef32_pk_bf16_fp4",), "bf16 x mxfp8": ("v_cvt_scalef32_pk_bf16_fp8",),
-               "mxfp8 x mxfp8": ("v_mfma_scale",), "mxfp8 x mxfp4": ("v_mfma_scale",), "mxfp4 x mxfp4": ("v_mfma_scale",),
-               "fp8_1x128 x mxfp4": ("v_mfma_scale",), "fp8_1x128 x mxfp8": ("v_mfma_scale",), "fp8_1x128_ue8m0 x mxfp4": ("v_mfma_scale",)},
+               "mxfp8 x mxfp8": ("v_mfma_scale",), "mxfp4 x mxfp4": (FP4_BOTH, ), "fp8_1x128 x mxfp8": ("v_mfma_scale",),
+               **{pair: (FP4_ONE, ) for pair in ("mxfp8 x mxfp4", "fp8_1x128 x mxfp4", "fp8_1x128_ue8m0 x mxfp4")}},
 }
 
 
@@ -72,7 +75,7 @@ def check(target: str, reports: list[dict]) -> None:
         pair, _, stated = r["job"].split(" | ")
         # Blackwell's fifth-generation tensor core takes 128 rows of A; fewer go to mma.sync
         wanted = OPS[target].get(pair, ()) if target != "sm100" or r["job"].split(" | ")[1].startswith("128x") else ()
-        missing = [op for op in wanted if not any(name.startswith(op) and n for name, n in r["ops"].items())]
+        missing = [op for op in wanted if not any(re.match(op, name) and n for name, n in r["ops"].items())]
         assert not missing, f"{target}, {r['job']}: no {missing} in {r['ops']}"
         assert r["shared"] <= get_arch(target).smem, f"{target}, {r['job']}: {r['shared']} bytes of shared memory"
         assert r["shared"] <= int(stated), f"{target}, {r['job']}: {r['shared']} bytes of shared memory"
