@@ -259,6 +259,25 @@ def test_activate_is_the_composition_bit_for_bit(on, fmt):
         assert torch.equal(raw(fused.data), raw(apart.data)) and torch.equal(raw(fused.scale), raw(apart.scale))
 
 
+@pytest.mark.parametrize("rounding", ["floor", "even"])
+@pytest.mark.parametrize("fmt", [MXFP4, MXFP8], ids=lambda f: f.name)
+def test_roundings_of_scales_reach_what_is_fused(on, fmt, rounding):
+    """Gather and SwiGLU with each rounding of E8M0 scales: the bits of `quantize` with it, which are not the default's."""
+    from narrowgemm.ops.quantize import quantize
+
+    x = torch.randn(12, 256, generator=torch.Generator().manual_seed(9)).bfloat16().to(on)
+    routing = sort_by_expert(ids_of(12, 2, 4).to(on), 4)
+    live = int(routing.offsets[-1])
+    got = gather_quantize(x, routing, fmt, rounding=rounding, backend="triton")
+    rows = x[(routing.row_map[:live] // 2).long()]
+    step = activate(x, backend="triton")
+    for fused, plain in ((ScaledTensor(got.data[:live], got.scale[:live], fmt), rows),
+                         (activate(x, fmt=fmt, rounding=rounding, backend="triton"), step)):
+        apart, other = quantize(plain, fmt, rounding=rounding, backend="triton"), quantize(plain, fmt, backend="triton")
+        assert torch.equal(raw(fused.data), raw(apart.data)) and torch.equal(raw(fused.scale), raw(apart.scale))
+        assert not torch.equal(raw(fused.scale), raw(other.scale))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(("tokens", "top_k", "n"), [(1, 8, 512), (5, 3, 200), (2, 16, 64)])
 def test_combine(on, dtype, tokens, top_k, n):
