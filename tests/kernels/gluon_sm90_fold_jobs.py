@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -60,7 +61,7 @@ def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], ob
     arch = get_arch(target)
     dense, contiguous = describe("dense"), describe("contiguous")
     runs = [(describe("contiguous", order=FP8_PREPACK), 0, False), (contiguous, 0, False), (describe("masked", MXFP4), -3, True), (dense, 1, False),
-            (describe("offsets", FP8_1x128.with_scale("e8m0"), "k", out_dtype="fp32"), 1, True)]
+            (describe("offsets", FP8_1x128.with_scale("e8m0"), "k", out_dtype="fp32"), 1, True), (replace(describe("masked", order=FP8_PREPACK), rows=256), 5, False)]
     if which == "all":
         kinds = [describe(layout, a, **kw) for layout in LAYOUTS for a in (FP8_1x128, MXFP4)
                  for kw in ({}, {"order": FP8_PREPACK}, {"out_dtype": "fp32"}, {"accumulate": True, "out_dtype": "fp16"}, {"out_aligned": False})]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -18,6 +20,7 @@ NAME = fold.NAME
 FP8_E8M0 = FP8_1x128.with_scale("e8m0")
 TILES = (Config(256, 128, 128, 13, 3, 8, persistent=True), Config(128, 256, 128, 13, 3, 8, persistent=True),
          Config(128, 128, 128, 13, 4, 8, persistent=True))
+TAILS = replace(TILES[0], extra=(("tails", 1), ))
 AHEAD, WHOLE, ALONE, SMALL = fold_whole.CANDIDATES
 
 
@@ -36,6 +39,9 @@ RUNS = [*((case(layout, packed="fp8"), tile) for layout, tile in (("contiguous",
         *((case(layout), WHOLE) for layout in GROUPED), (case("masked", a=FP8_E8M0, out_dtype="fp32"), WHOLE),
         *((case(layout), ALONE) for layout in ("dense", "contiguous", "masked")), (case("dense", a=MXFP4), ALONE),
         (case("masked", packed="fp8"), SMALL), (case("dense", packed="fp8"), SMALL),
+        *((case(layout, packed="fp8", groups=6), TAILS) for layout in ("offsets", "masked")), (case("offsets", m=140, groups=300, k=256), TAILS),
+        (case("masked", a=MXFP4, m=300), TAILS), (case("masked", m=1, packed="fp8"), TAILS), (case("masked", sizes="zero", packed="fp8"), TAILS),
+        (case("offsets", a=FP8_E8M0, m=200, groups=40, sizes="empty:0.5", out_dtype="fp32"), TAILS),
         (case("contiguous", sizes="empty:0.5", order="repeated", alignment=1, slack=128, m=300, out_dtype="fp16"), AHEAD),
         (case("offsets", m=300, groups=40, sizes="empty:0.4", k=1184, out_dtype="fp32"), AHEAD),
         *((case(layout), tile) for layout in ("dense", "contiguous", "masked") for tile in TILES), (case("offsets"), TILES[0]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import torch
 from narrowgemm import prepack
 from narrowgemm.arch import get_arch
 from narrowgemm.formats import BF16, MXFP4, MXFP8, FP8_1x128, ScaledTensor
-from narrowgemm.kernels.gluon.sm90 import fold
+from narrowgemm.kernels.gluon.sm90 import fold, fold_whole
 from narrowgemm.kernels.gluon.sm90.fold_tile import FoldTile
 from narrowgemm.kernels.gluon.sm90.fp8_block_tile import LAYOUTS
 from narrowgemm.prepack import PREPACK
@@ -93,7 +94,7 @@ class Case:
         at = np.asarray(self.index, np.int64 if self.layout == "offsets" else np.int32)
         factor = p.factor.numpy().reshape(-1) if p.factor is not None else np.zeros(1, np.float32)
         flags = np.array([0, self.flag, 0], np.int32)
-        emu.launch(device.fold_kernel, grid, emu.Descriptor(self.a, [1, t.BM, 128], emu.float8e4nv),
+        emu.launch(device.fold_kernel, grid, emu.Descriptor(self.a, [1, t.A_BOX, 128], emu.float8e4nv),
                    emu.Descriptor(sa[..., :self.m], [1, t.SUB, t.BM], emu.float32), emu.Descriptor(words, [t.UNITS, 4, 256], emu.int32),
                    emu.Descriptor(fields, [t.UNITS, 1, 128], emu.int32),
                    emu.Descriptor(body.reshape(-1, self.n), [64, t.OUT_COLS], self.out), emu.Pointer(self.memory, 4096, self.out),
@@ -145,6 +146,24 @@ def test_grouped(device, layout: str) -> None:
     index, options = RUNS[layout]
     m = len(index) if layout == "contiguous" else 150 if layout == "masked" else 210
     Case(layout, m, 136, 2, 3, index, **TILES["256x128"], **options).check(device)
+
+
+# groups of one row, of half a tile and a row more, of a tile and some, of two tiles; and none with rows
+TAILS = {"masked": [150, 0, 1, 129, 300, 256], "offsets": [3, 4, 70, 70, 201, 480, 736], "offsets-empty": [0] * 7}
+
+
+def test_tails(device) -> None:
+    """A group's last tile by half where it has no more rows: the same product, and blocks of neither kind left out."""
+    Case("masked", 300, 136, 1, 6, TAILS["masked"], **TILES["256x128"], TAIL=True).check(device, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", TAILS)
+@pytest.mark.parametrize("name", ["256x128", "128x256"])
+def test_tails_of_every_layout(device, name: str, case: str) -> None:
+    layout, index = case.partition("-")[0], TAILS[case]
+    for grid in (1, 3, 40):
+        Case(layout, 300 if layout == "masked" else 736, 264, 2, 6, index, **TILES[name], TAIL=True).check(device, grid)
 
 
 @pytest.mark.slow
@@ -200,11 +219,35 @@ def test_configs_are_legal(layout: str, out_dtype: str) -> None:
             assert 0 < fold.estimate(p, c, H200) < 1
 
 
+def test_tails_by_half_are_for_masked_groups() -> None:
+    """Where they were timed: more than 128 rows a group. They pay where groups are little more than whole tiles."""
+    def offered(p: Problem) -> list[Config]:
+        return [c for c in fold.configs(p, H200) if c.extra == (("tails", 1), )]
+
+    four = replace(problem("masked", groups=4), rows=300)
+    tails, = offered(four)
+    whole = replace(tails, extra=())
+    assert not offered(problem("offsets", groups=4)) and not offered(replace(four, rows=128)) and not offered(problem())
+    assert fold.estimate(four, tails, H200) < 0.95 * fold.estimate(four, whole, H200)
+    assert fold.tile_of(four, tails, H200).A_BOX == 128 and fold.tile_of(four, whole, H200).A_BOX == 256
+    assert fold.legal(problem("contiguous", groups=4), tails, H200) and fold.legal(replace(four, groups=600), tails, H200)
+
+
+def test_a_mean_of_few_groups_is_close_to_their_sizes() -> None:
+    two, one = replace(problem("masked", groups=2), rows=448), replace(problem("masked", groups=1), rows=1024)
+    assert 0.7 < fold_whole.spread_width(two) < 0.71 and fold_whole.spread_width(one) == 0
+    assert fold_whole.spread_width(problem("offsets", groups=2)) == 1
+    # two groups of 448 take a round of tiles of 256 rows, were they up to 512
+    best = min(fold.configs(two, H200), key=lambda c: fold.estimate(two, c, H200))
+    assert (best.block_m, best.block_n) == (256, 128) and not fold.whole(best)
+
+
 def test_illegal_configs_say_why() -> None:
     good = fold.configs(problem(), H200)[0]
     for bad in (Config(96, 128, num_warps=13, num_stages=3, persistent=True), Config(256, 128, num_warps=13, num_stages=9, persistent=True),
                 Config(256, 128, num_warps=9, num_stages=3, persistent=True), Config(256, 128, num_warps=13, num_stages=3),
-                Config(256, 128, num_warps=13, num_stages=3, persistent=True, extra=(("late_store", 1),))):
+                Config(256, 128, num_warps=13, num_stages=3, persistent=True, extra=(("late_store", 1),)),
+                Config(256, 128, num_warps=13, num_stages=3, persistent=True, extra=(("tails", 1), ))):
         assert fold.legal(problem(), bad, H200)
     assert fold.legal(problem(), good, H200) is None
 

@@ -12,13 +12,16 @@ from .._compile import compile_jobs
 JOBS = "tests.kernels.gluon_sm90_fold_jobs:jobs"
 
 
-SPILLS = 128    # bytes, outside the loop over K: what a store with factors, or one that adds to the output, has no registers for
+# bytes, outside the loop over K: what a store with factors, or one that adds to the output, has no registers for, nor two places in the
+# order of tiles
+SPILLS, SPILLS_TAILS = 128, 384
 
 
 def check(reports: list[dict]) -> None:
     for r in reports:
         product = r["kernel"] in ("fold_kernel", "fold_cluster_kernel")
-        assert r["spills"] <= SPILLS * product, f"{r['job']}: {r['spills']} bytes spilled in {r['kernel']}"
+        limit = SPILLS_TAILS if "tails=" in r["job"] else SPILLS
+        assert r["spills"] <= limit * product, f"{r['job']}: {r['spills']} bytes spilled in {r['kernel']}"
         assert not r["serialized"], f"{r['job']}: ptxas serialises wgmma"
         if r["kernel"] not in ("fold_kernel", "fold_cluster_kernel", "fp8_block_kernel"):
             continue
@@ -32,7 +35,7 @@ def check(reports: list[dict]) -> None:
 def test_few() -> None:
     reports = compile_jobs("sm90", JOBS)
     kernels = [r["kernel"] for r in reports]
-    want = {"fold_kernel": 5, "fold_words_kernel": 1, "fold_scales_kernel": 1, "fold_whole_kernel": 1, "fold_cluster_kernel": 1}
+    want = {"fold_kernel": 6, "fold_words_kernel": 1, "fold_scales_kernel": 1, "fold_whole_kernel": 1, "fold_cluster_kernel": 1}
     assert {n: kernels.count(n) for n in want} == want
     check(reports)
 

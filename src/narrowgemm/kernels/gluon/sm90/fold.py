@@ -3,14 +3,14 @@
 Weights stay 4-bit in memory. A row's scales are folded into E4M3, losslessly where they lie within 15 powers of two of each
 other (`PackedWeight.top`), and the row's own power of two is applied to the sum. Activations are FP8 with 1x128 scales, or MXFP4,
 which a launch in front brings to FP8 with 1x128 scales; where the device finds that this would not be exact, a second product,
-which is launched behind and does nothing otherwise, takes K 32 at a time with all of A's scales. Device code: `fold_device.py`;
+which is launched behind and does nothing otherwise, takes K 32 at a time with all of A's scales. A group's last tile that has rows
+in its first half only may be worked on by half (`tails`). Device code: `fold_device.py`;
 what is fixed at compile time: `fold_tile.py`. To expand a tile anew for every 256 rows costs more instructions than there are
 beside wgmma: where groups have so many rows that it pays, all weights are expanded once a call instead (`fold_whole.py`).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 from itertools import accumulate
@@ -24,9 +24,9 @@ from ....prepack_bits import ORDERS
 from ....problem import Config, Problem, Step
 from ...launching import Launch, Pointer
 from ...operands import Operands
-from . import fold_whole, refusals
+from . import fold_whole, fp8_block, refusals
 from .fold_tile import MAX_FLAGS, SCALE_BYTES, UNIT_ROWS, FoldTile
-from .fp8_block import LAUNCH_SECONDS, tiles
+from .fp8_block import LAUNCH_SECONDS
 from .fp8_block_tile import LAYOUTS, MAX_GROUPS
 from .fp8_scaled import MEMORY_EFFICIENCY, MEMORY_SECONDS
 from .refusals import OUT_BYTES
@@ -73,20 +73,24 @@ def direct(problem: Problem) -> bool:
 # ---------------------------------------------------------------- configs
 # block_m x block_n -> warpgroups along M and N, pieces of 64 x 128 of each along M
 _SHAPES = {(256, 128): (2, 1, 2), (128, 256): (1, 2, 2), (128, 128): (2, 1, 1)}
+_TAILS = (("tails", 1), )   # a group's last tile may be worked on by half
+TAILS_LEAST = 128           # expected rows of a group, with fewer tiles of 128x128 do
 _EXACT = (128, 128)     # tile of the product with all of A's scales
 _WARPS = 13             # two consumers, the expander, the producer
 
 
-def _config(bm: int, bn: int, strip: int, stages: int = 3) -> Config:
-    return Config(bm, bn, BLOCK, _WARPS, stages, strip, persistent=True)
+def _config(bm: int, bn: int, strip: int, stages: int = 3, **extra: int) -> Config:
+    return Config(bm, bn, BLOCK, _WARPS, stages, strip, persistent=True, extra=tuple(sorted(extra.items())))
 
 
 _CANDIDATES = (_config(256, 128, 8), _config(128, 256, 8), _config(256, 128, 16), _config(128, 256, 16),
-               _config(128, 128, 8, 4))
+               _config(128, 128, 8, 4), _config(256, 128, 8, tails=1))
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
-    return [*(c for c in _CANDIDATES if legal(problem, c, arch) is None), *fold_whole.configs(problem, arch)]
+    tails = problem.layout == "masked" and problem.rows > TAILS_LEAST
+    own = [c for c in _CANDIDATES if legal(problem, c, arch) is None and (tails or not c.extra)]
+    return [*own, *fold_whole.configs(problem, arch)]
 
 
 def whole(config: Config) -> int:
@@ -102,8 +106,11 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
         return f"tile {config.block_m}x{config.block_n}x{config.block_k}, expected one of {list(_SHAPES)}, and {BLOCK}"
     if config.num_warps != _WARPS or not config.persistent or config.split_k != 1 or config.swap_ab:
         return f"expected {_WARPS} warps and persistent, without split_k and swap_ab"
-    if config.extra or config.num_stages < 2 or config.group_m < 1:
-        return f"num_stages={config.num_stages}, group_m={config.group_m}, extra={config.extra}, expected at least 2, 1, and none"
+    if config.extra not in ((), _TAILS) or config.num_stages < 2 or config.group_m < 1:
+        given = f"num_stages={config.num_stages}, group_m={config.group_m}, extra={config.extra}"
+        return f"{given}, expected at least 2 and 1, and {_TAILS} or none"
+    if config.extra and not (_SHAPES[config.block_m, config.block_n][2] > 1 and fp8_block.counts_tails(problem)):
+        return "tails=1 is for two pieces along M, and for groups whose whole tiles and tails are counted in one integer"
     if problem.accumulate and (config.block_m, config.block_n) != (128, 128):
         return "adding to the output beside 128 rows of sums a warpgroup takes more registers than there are"
     if tile_of(problem, config, arch) is None:
@@ -126,7 +133,7 @@ def tile_of(problem: Problem, config: Config, arch: Arch, factor: bool = False, 
             LAYOUTS[problem.layout], wgm, wgn, mp, 1, 128, config.num_stages, 1, 1, 1, 0, config.group_m, 1, buffers, split,
             OUT_BYTES[problem.out_dtype], groups, A_SCALE_TMA=True,
             ZERO=problem.zero_padding and problem.layout in ("contiguous", "psum"), ACCUMULATE=problem.accumulate,
-            STORE_TMA=problem.out_aligned, LATE_STORE=False, SINGLE=mp == 1, FACTOR=factor,
+            STORE_TMA=problem.out_aligned, LATE_STORE=False, SINGLE=mp == 1, TAIL=bool(config.extra) and not exact, FACTOR=factor,
             NIBBLES=fold_whole.nibbles(problem), SUB=4 if exact else 1, CONSUMER_REGISTERS=208,
             PRODUCER_REGISTERS=24, W_STAGES=w_stages, GATE=gate, FLAGS=MAX_FLAGS if gate else 32)
         if tile.shared_bytes <= arch.smem:
@@ -169,7 +176,8 @@ TILE_SECONDS = 0.9e-6       # of a tile, beyond its K blocks
 # microseconds of one K block of 128 on one SM, where every SM is busy: docs/measured.md
 _BLOCK_TIMES = {(256, 128): 1.15, (128, 256): 1.50, (128, 128): 0.82}
 # the same of weights packed for FP8 activations, seen in masked groups of 256 rows and more
-_NIBBLE_TIMES = {(256, 128): 0.97, (128, 256): 1.20, (128, 128): 0.68}
+_NIBBLE_TIMES = {(256, 128): 0.88, (128, 256): 1.10, (128, 128): 0.62}
+_TAIL = 0.76                # of a tile's time, where it has rows in its first half only
 _H200_RATE = 1.40e15
 _MANY_GROUPS, _FEW_ROWS, _SPREAD = 64, 256, 1.4     # many groups of few rows took so much more
 COPY = 0.80                 # of the streaming rate, in the launch in front
@@ -190,7 +198,9 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
 
 def _product_seconds(problem: Problem, config: Config, arch: Arch) -> float:
     counted = problem.layout not in ("dense", "contiguous")
-    works = {tiles(problem, config, spread) for spread in ((False, True) if counted else (False, ))}
+    halves = bool(config.extra)
+    width = fold_whole.spread_width(problem)
+    works = {fp8_block.dealt(problem, config, spread, halves, width) for spread in ((False, True) if counted else (False, ))}
     sms = min(arch.sms, problem.max_sms or arch.sms)
     blocks = -(-problem.k // BLOCK)
     seen = fold_whole.nibbles(problem) and problem.layout == "masked" and problem.rows >= _FEW_ROWS
@@ -198,8 +208,7 @@ def _product_seconds(problem: Problem, config: Config, arch: Arch) -> float:
     unit = blocks * 1e-6 * (_H200_RATE / 132) / (arch.fp8_flops / arch.sms) * times[config.block_m, config.block_n]
     seconds = 0.0
     for work in works:
-        waves = math.ceil(work / sms) if work < 8 * sms else work / sms + 0.5
-        seconds += waves * (unit + TILE_SECONDS) / len(works)
+        seconds += fp8_block.waves(work, sms, _TAIL) * (unit + TILE_SECONDS) / len(works)
     if problem.groups >= _MANY_GROUPS and problem.rows <= _FEW_ROWS and counted:
         seconds *= _SPREAD
     rate = arch.bandwidth * sms / arch.sms
@@ -272,7 +281,7 @@ def _products(config: Config, problem: Problem, x: Operands, arch: Arch, a: Call
         config = _CANDIDATES[0]     # the FP8 kernels take A's scales as rows of one matrix
     tile = tile_of(problem, config, arch, x.factor is not None)
     assert tile is not None, f"{config} is not legal for {problem}"
-    return [_product(tile, problem, x, arch, a(tile.BM), scales, strides, flags)]
+    return [_product(tile, problem, x, arch, a(tile.A_BOX), scales, strides, flags)]
 
 
 def _product(tile: FoldTile, problem: Problem, x: Operands, arch: Arch, a_desc: Any, scales: Tensor | Pointer,
@@ -301,6 +310,7 @@ def _product(tile: FoldTile, problem: Problem, x: Operands, arch: Arch, a_desc: 
     sms = min(problem.max_sms or arch.sms, arch.sms)
     grid = max(1, min(sms, row_tiles(problem, x, tile.BM) * -(-x.n // tile.BN)))
     pointer, count = flags or (top, 0)
-    return Launch(device.fold_kernel, (grid,),
-                  (*descriptors, x.out, top, top if x.factor is None else x.factor, x.index, pointer, x.m, x.n, blocks, x.groups,
-                   x.alignment, count, units, og, om, og // om, tile), {"num_warps": 4, "maxnreg": tile.max_registers})
+    given = (x.out, top, top if x.factor is None else x.factor, x.index, pointer)
+    sizes = (x.m, x.n, blocks, x.groups, x.alignment, count, units, og, om, og // om)
+    options = {"num_warps": 4, "maxnreg": tile.max_registers}
+    return Launch(device.fold_kernel, (grid,), (*descriptors, *given, *sizes, tile), options)

@@ -50,6 +50,7 @@ def producer(descs, rings, bars, table, problem, NT, cfg: gl.constexpr):
         row = first
         # the next tile is looked up first, so that its loads are off the path between two tiles
         run = has_products((n, g, first, end, stop), cfg)
+        whole = first + cfg.BM // 2 < end
         cursor, ahead = next_tile(cursor, (n, g, first, end, stop), work, cfg, 1)
         if run:
             for kb in range(KB):
@@ -61,8 +62,14 @@ def producer(descs, rings, bars, table, problem, NT, cfg: gl.constexpr):
                 w_slot, w_phase = advance(w_slot, w_phase, cfg.W_STAGES)
                 mbarrier.wait(empty.index(slot), phase)
                 bar = full.index(slot)
-                mbarrier.expect(bar, cfg.BLOCK_BYTES)
-                tma_load(a_desc, [plane, row, kb * 128], bar, a_s.index(slot))
+                if cfg.TAIL:
+                    mbarrier.expect(bar, cfg.BLOCK_BYTES, pred=whole)
+                    mbarrier.expect(bar, cfg.BLOCK_BYTES - cfg.A_BOX * 128, pred=whole == 0)
+                    tma_load(a_desc, [plane, row, kb * 128], bar, a_s.index(slot * 2))
+                    tma_load(a_desc, [plane, row + cfg.A_BOX, kb * 128], bar, a_s.index(slot * 2 + 1), pred=whole)
+                else:
+                    mbarrier.expect(bar, cfg.BLOCK_BYTES)
+                    tma_load(a_desc, [plane, row, kb * 128], bar, a_s.index(slot))
                 tma_load(sa_desc, [plane, kb * cfg.SUB, row], bar, sa_s.index(slot))
                 slot, phase = advance(slot, phase, cfg.STAGES)
         n, g, first, end, stop = ahead
@@ -130,7 +137,7 @@ def fold_kernel(a_desc, sa_desc, w_desc, s_desc, d_desc, out_ptr, top_ptr, facto
     [M, N]; top, factor [G, NT * 64]; flags: their number; out_pitch: rows of d_desc from one group to the next (masked)."""
     M = gated(M, flags_ptr, flags, cfg)
     STAGES: gl.constexpr = cfg.STAGES
-    a_s = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, cfg.BM, 128], FP8_PLANE)
+    a_s = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * (cfg.BM // cfg.A_BOX), 1, cfg.A_BOX, 128], FP8_PLANE)
     b_s = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * cfg.UNITS, 64, 128], FP8_RING)
     W_STAGES: gl.constexpr = cfg.W_STAGES
     w_s = gl.allocate_shared_memory(gl.int32, [W_STAGES, cfg.UNITS, 4, 256], PLANES)

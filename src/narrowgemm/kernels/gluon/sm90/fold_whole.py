@@ -139,13 +139,19 @@ _AHEAD_RATE = 0.28                      # and its own rate, where the product wa
 _AHEAD_HIDDEN = 0.65                    # of the product, which is done meanwhile then
 
 
+def spread_width(problem: Problem) -> float:
+    """Of the sizes of masked groups about the mean that their caller gave: one of a few numbers is less far from their own mean
+    than from that of many, and alone it is the mean."""
+    return math.sqrt(1 - 1 / max(problem.groups, 1)) if problem.layout == "masked" else 1.0
+
+
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds of the product and the launch in front of it."""
     extra = dict(config.extra)
     columns = extra.get("cluster_n", 1)
     unit = replace(config, block_n=config.block_n * columns)
     counted = problem.layout not in ("dense", "contiguous")
-    works = {fp8_block.tiles(problem, unit, spread) for spread in ((False, True) if counted else (False, ))}
+    works = {fp8_block.tiles(problem, unit, spread, spread_width(problem)) for spread in ((False, True) if counted else (False, ))}
     clusters = min(arch.sms, problem.max_sms or arch.sms) // columns
     block = -(-problem.k // BLOCK) * 1e-6 * fp8_block.rate(arch)
     block *= _SMALL_TIME if (config.block_m, config.block_n) == _SMALL else _BLOCK_TIMES[columns]

@@ -144,8 +144,12 @@ def _halves(problem: Problem, config: Config) -> bool:
 
 def has_tails(problem: Problem) -> bool:
     """Whether a group's last tile may be worked on by half: an entry of the schedule's table holds two sums then."""
-    fits = problem.groups <= TAIL_GROUPS and problem.m < TAIL_ROWS
-    return problem.layout in ("offsets", "masked") and TAIL_LEAST < problem.rows <= TAIL_MOST and fits
+    return TAIL_LEAST < problem.rows <= TAIL_MOST and counts_tails(problem)
+
+
+def counts_tails(problem: Problem) -> bool:
+    """Whether an entry of the schedule's table can hold both sums."""
+    return problem.layout in ("offsets", "masked") and problem.groups <= TAIL_GROUPS and problem.m < TAIL_ROWS
 
 
 def workspace(problem: Problem, config: Config) -> int:
@@ -177,9 +181,9 @@ _OUTSIDE = 0.8              # TMA is slow where a box reaches outside its tensor
 _H200_RATE = 1.40e15        # FP8 rate of the device that the figures are from
 
 
-def tiles(problem: Problem, config: Config, spread: bool) -> float:
+def tiles(problem: Problem, config: Config, spread: bool, width: float = 1.0) -> float:
     """Tiles expected to have work, of groups whose sizes are equal or spread about their mean."""
-    return dealt(problem, config, spread, False).tiles
+    return dealt(problem, config, spread, False, width).tiles
 
 
 class Work(NamedTuple):
@@ -194,8 +198,8 @@ class Work(NamedTuple):
         return self.whole + self.tails
 
 
-def dealt(problem: Problem, config: Config, spread: bool, halves: bool) -> Work:
-    """Of these, which are worked on by half; `halves`: whether any are."""
+def dealt(problem: Problem, config: Config, spread: bool, halves: bool, width: float = 1.0) -> Work:
+    """Of these, which are worked on by half; `halves`: whether any are; `width`: of the spread."""
     num_n = -(-problem.n // config.block_n)
     if problem.layout == "dense":
         return Work(-(-problem.m // config.block_m) * num_n)
@@ -206,20 +210,20 @@ def dealt(problem: Problem, config: Config, spread: bool, halves: bool) -> Work:
     groups = problem.groups if problem.layout == "masked" else problem.active_groups
     rows = middle(problem.rows) if problem.rows > 8 else max(problem.rows, 1)
     most = problem.m if problem.layout == "masked" else 2 * rows       # a masked group holds no more
-    sizes = [min(most, max(1, round(rows * x))) for x in SPREAD] if spread else [rows]
+    sizes = [min(most, max(1, round(rows * (1 + (x - 1) * width)))) for x in SPREAD] if spread else [rows]
     each = groups * num_n / len(sizes)
     cut = [size for size in sizes if halves and 0 < size % config.block_m <= config.block_m // 2]
     whole = sum(-(-size // config.block_m) for size in sizes) - len(cut)
     return Work(whole * each, len(cut) * each, sum(size > config.block_m for size in cut) * each)
 
 
-def waves(work: Work, blocks: int) -> float:
-    """On so many blocks, each kind dealt out by itself: in whole tiles' times."""
+def waves(work: Work, blocks: int, tail: float = TAIL) -> float:
+    """On so many blocks, each kind dealt out by itself: in whole tiles' times, of which a tail takes `tail`."""
     full = work.whole / blocks
     if full >= 8:
-        return full + 0.5 + TAIL * work.tails / blocks
+        return full + 0.5 + tail * work.tails / blocks
     full = math.ceil(full)
-    return full + TAIL * math.ceil(max(0.0, work.tails - (full * blocks - work.whole)) / blocks)
+    return full + tail * math.ceil(max(0.0, work.tails - (full * blocks - work.whole)) / blocks)
 
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:

@@ -22,7 +22,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .fp8_block_parts_device import (
-    FP8_PLANE, FP8_TILE, ROW_OF_FLOATS, advance, column_scales, load_a_scales, load_b_scales, load_blocks, multiply, scale_bases,
+    FP8_PLANE, FP8_TILE, ROW_OF_FLOATS, advance, block_of, column_scales, load_a_scales, load_b_scales, load_blocks, multiply, scale_bases,
     store_piece, store_zeros)
 from .fp8_block_schedule_device import DENSE, MASKED, first_tile, fresh, has_products, is_live, next_tile, total_tiles
 from .fp8_block_sums_device import blocks, sum_pieces
@@ -46,7 +46,7 @@ def producer(descs, rings, bars, table, problem, sa_pitch, cfg: gl.constexpr):
         at = (a_plane, first, g, n * cfg.BN, a_plane * sa_pitch, first)
         # the next tile is looked up first, so that its loads are off the path between two tiles
         run = has_products((n, g, first, end, stop), cfg)
-        whole = first + 64 < end
+        whole = first + cfg.BM // 2 < end
         cursor, ahead = next_tile(cursor, (n, g, first, end, stop), work, cfg, 1)
         if run:
             kb = gl.to_tensor(0)
@@ -75,7 +75,7 @@ def store_tile(acc, scales, d_s, d_desc, out, problem, tile, cfg: gl.constexpr, 
         for j in gl.static_range(NP):
             of_columns = of_columns + (column_scales(scales, tile, n * cfg.BN + (WN * NP + j) * cfg.WN, cfg, mma), )
     for i in gl.static_range(PIECES):
-        row0 = first + (WM * MP + i // NP) * 64
+        row0 = first + block_of(cfg, WM, i // NP) * 64
         if cfg.TAIL and i // NP > 0:
             if row0 < end:
                 store_piece(acc[i], i, of_columns, d_s, d_desc, out, problem, tile, row0, cfg, WM, WN, mma, NP, cfg.BN)
@@ -140,7 +140,7 @@ def consumer(d_desc, out, scales, rings, d_s, bars, table, problem, cfg: gl.cons
             elif not cfg.TAIL:
                 acc, last, sa, sb, slot, phase = sum_pieces(acc, p, sa, sb, slot, phase, views, bars, problem, bases, scales, tile, cfg, WM,
                                                          WN, mma, MP)
-            elif tile[2] + 64 < tile[3]:
+            elif tile[2] + cfg.BM // 2 < tile[3]:
                 acc, last, sa, sb, slot, phase = sum_pieces(acc, p, sa, sb, slot, phase, views, bars, problem, bases, scales, tile, cfg, WM,
                                                          WN, mma, MP)
             else:

@@ -22,6 +22,12 @@ def advance(slot, phase, STAGES: gl.constexpr):
     return gl.where(wrap, 0, slot), gl.where(wrap, phase ^ 1, phase)
 
 
+@constexpr_function
+def block_of(cfg, WM, piece):
+    """Which 64 rows of a tile are a warpgroup's piece along M. TAIL: the first pieces of all warpgroups are the tile's first half."""
+    return piece * cfg.WGM + WM if getattr(cfg, "TAIL", False) else WM * cfg.MP + piece
+
+
 # ---------------------------------------------------------------- producer
 @gluon.jit
 def load_blocks(descs, rings, bar, slot, at, kb, whole, cfg: gl.constexpr, FROM: gl.constexpr):
@@ -165,7 +171,7 @@ def fence(pending: gl.constexpr, acc, p):
 @gluon.jit
 def multiply(a_v, b_v, place, p, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr, PIECE: gl.constexpr, PART: gl.constexpr = 0):
     """Start p = A . B^T over one K block, or one of its SUB parts; p comes in only to keep its registers. Pieces: along N first."""
-    a = a_v.index(place * (cfg.WGM * cfg.MP) + WM * cfg.MP + PIECE // cfg.NP)
+    a = a_v.index(place * (cfg.WGM * cfg.MP) + block_of(cfg, WM, PIECE // cfg.NP))
     b = b_v.index(place * (cfg.WGN * cfg.NP) + WN * cfg.NP + PIECE % cfg.NP)
     if cfg.SUB > 1:
         a = a.slice(PART * (128 // cfg.SUB), 128 // cfg.SUB, 1)
@@ -176,7 +182,7 @@ def multiply(a_v, b_v, place, p, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.con
 
 @gluon.jit
 def read_a_scale(sa_v, place, cfg: gl.constexpr, WM: gl.constexpr, PIECE: gl.constexpr, rows: gl.constexpr, PART: gl.constexpr = 0):
-    return sa_v.index((place * cfg.SUB + PART) * (cfg.WGM * cfg.MP) + WM * cfg.MP + PIECE).load(rows)
+    return sa_v.index((place * cfg.SUB + PART) * (cfg.WGM * cfg.MP) + block_of(cfg, WM, PIECE)).load(rows)
 
 
 # ---------------------------------------------------------------- store

@@ -46,7 +46,7 @@ class Tile:
     FACTOR: bool = False     # and columns have factors beside
     NIBBLES: bool = False    # weights that are folded are in the order FP8_PREPACK
     SUB: int = 1             # scales of A in a K block: 1, or 4, one every 32 (several pieces, one partial sum)
-    TAIL: bool = False       # of two pieces along M: where a group's last tile has rows in the first one only, so are its products
+    TAIL: bool = False       # of two pieces along M: where a group's last tile has rows in the first half only, so are its products
     CONSUMER_REGISTERS: int = 232
     PRODUCER_REGISTERS: int = 40
     BM: int = field(init=False)
@@ -61,7 +61,7 @@ class Tile:
         set_ = object.__setattr__
         set_(self, "BM", self.WGM * self.MP * WARPGROUP_ROWS)
         set_(self, "BN", self.WGN * self.NP * self.WN)
-        set_(self, "A_BOX", WARPGROUP_ROWS if self.TAIL else self.BM)
+        set_(self, "A_BOX", self.BM // 2 if self.TAIL else self.BM)
         set_(self, "B_BOX", self.BN if self.BN & (self.BN - 1) == 0 else self.WN)
         set_(self, "OUT_COLS", self.WN // self.OUT_SPLIT)
         set_(self, "CONSUMERS", self.WGM * self.WGN)
