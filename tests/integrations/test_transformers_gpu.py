@@ -53,14 +53,14 @@ def test_bf16_generates_the_tokens_of_eager(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
-@pytest.mark.parametrize("quantize", sorted(narrow.WEIGHTS))
-def test_quantised_experts(name: str, quantize: str) -> None:
+@pytest.mark.parametrize("quantize, prepacked", [*((w, None) for w in sorted(narrow.WEIGHTS)), ("mxfp4", "fp8")])
+def test_quantised_experts(name: str, quantize: str, prepacked: str | None) -> None:
     model = models.build(name, torch.bfloat16, **SIZES).cuda()
     experts = model.model.layers[0].mlp.experts
     calls = [layer_call(t, 256, 8, 4) for t in (3, 300)]
     with torch.no_grad():
         wants, want = [experts(*c) for c in calls], logits(model, "eager")
-        narrow.quantize(model, quantize)
+        narrow.quantize(model, quantize, prepacked=prepacked)
         formats = getattr(experts, weights.FORMATS)
         assert calc_diff(logits(model, "narrowgemm"), want) < MODEL * recipe_gate(*formats)
         for call, expected in zip(calls, wants):
@@ -84,9 +84,11 @@ def test_fp8_checkpoint_generates(tmp_path: Path) -> None:
     assert tokens.shape == (2, 8) and torch.equal(tokens, again)
 
 
-def test_gpt_oss_mxfp4_checkpoint_generates(tmp_path: Path) -> None:
+@pytest.mark.parametrize("prepacked", [None, "fp8"])
+def test_gpt_oss_mxfp4_checkpoint_generates(tmp_path: Path, prepacked: str | None) -> None:
     model = models.build("gpt_oss", torch.bfloat16, hidden=256, inter=128)
-    loaded = narrow.from_pretrained(models.write_mxfp4(tmp_path / "mxfp4", model), dtype=torch.bfloat16, device_map="cuda")
+    path = models.write_mxfp4(tmp_path / "mxfp4", model)
+    loaded = narrow.from_pretrained(path, prepacked=prepacked, dtype=torch.bfloat16, device_map="cuda")
     tokens, _ = models.greedy(loaded, models.prompt().cuda())
     assert tokens.shape == (2, 8) and loaded.model.layers[0].mlp.experts.down_proj.dtype == torch.uint8
 
