@@ -43,7 +43,7 @@ def activate(h: Tensor, *, activation: str = "swiglu", args: tuple[float, ...] =
         gate <= limit and |up| <= limit, `args` = (alpha, limit), by default (1.702, 7). FP32 inside.
     interleaved: gate and up alternate along the columns; else they are the two halves.
     bias: `[E, 2I]` (columns as h's), added in FP32 to the rows of expert e; needs `layout`.
-    layout: rows in no group are neither computed nor written. None: every row is.
+    layout: rows behind the last group are neither computed nor written. None: every row is.
     fmt: scales of blocks in a row (1x128, 1x32) or of a row, or h's own (a ScaledTensor without scales). The
         activation is rounded to h's type first: the result is `quantize(activate(h), fmt)`.
     rounding, amax_clamp, scale_layout: as in `quantize` (default: as in `gather_quantize`).

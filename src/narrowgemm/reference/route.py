@@ -119,7 +119,8 @@ def combine(y: Tensor, routing: Routing, topk_weights: Tensor, *, bias: Tensor |
     """See `ops.route.combine`."""
     tokens, top_k = topk_weights.shape
     rows = routing.inverse.view(tokens, top_k)
-    live = rows < routing.offsets[-1]
+    live = (rows >= 0) & (rows < routing.offsets[-1].clamp(max=y.shape[0]))     # a wrong row counts 0, like a skipped slot
+    rows = torch.where(live, rows, 0)
     weights = torch.where(live, topk_weights, 0)
     wide = torch.promote_types(y.dtype, torch.float32)
     out = torch.zeros((tokens, y.shape[1]), dtype=wide, device=y.device)

@@ -14,11 +14,11 @@ def combine_kernel(y_ptr, inverse_ptr, offsets_ptr, weights_ptr, bias_ptr, add_p
     across = tl.cdiv(N, BN)
     t = (tl.program_id(0) // across).to(tl.int64)
     n = tl.program_id(0) % across * BN + tl.arange(0, BN)
-    rows = tl.load(offsets_ptr + E)
+    rows = tl.minimum(tl.load(offsets_ptr + E), T * TOP_K)
     total = tl.zeros((BN, ), tl.float32)
     for j in tl.static_range(TOP_K):
         row = tl.load(inverse_ptr + t * TOP_K + j).to(tl.int64)
-        live = row < rows
+        live = (row >= 0) & (row < rows)
         mask = live & (n >= 0) if EVEN else live & (n < N)
         y = tl.load(y_ptr + row * yr + n, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
         if BIAS:

@@ -1,6 +1,7 @@
 """Device code of `gather_quantize`: a token is read and quantised once, and written to each of its rows.
 
-Skipped slots have rows from `offsets[E]` on; those are not written, and a token that has no others is not read. Arithmetic: `quantize_device.py`.
+Skipped slots have rows from `offsets[E]` on; those are not written, and a token that has no others is not read. A routing with wrong rows or
+slots loses them, and nothing outside is touched. Arithmetic: `quantize_device.py`.
 """
 
 import triton
@@ -15,7 +16,8 @@ def wanted(inverse_ptr, t, live, rows, TOP_K: tl.constexpr):
     """Whether some row of each token is written."""
     found = live & (t < 0)
     for j in range(TOP_K):
-        found |= live & (tl.load(inverse_ptr + t * TOP_K + j, mask=live, other=0).to(tl.int64) < rows)
+        row = tl.load(inverse_ptr + t * TOP_K + j, mask=live, other=-1).to(tl.int64)
+        found |= live & (row >= 0) & (row < rows)
     return found
 
 
@@ -35,7 +37,7 @@ def gather_kernel(x_ptr, inverse_ptr, offsets_ptr, out_ptr, scale_ptr, T, K, S, 
     i = tl.arange(0, BT * BG)
     t = tl.program_id(0) // tiles * BT + i // BG
     g = tl.program_id(0) % tiles * BG + i % BG
-    rows = tl.load(offsets_ptr + E)
+    rows = tl.minimum(tl.load(offsets_ptr + E), T * TOP_K)
     live = wanted(inverse_ptr, t, (t < T) & (g < S), rows, TOP_K)
     k = (g * N)[:, None] + tl.arange(0, N)[None, :]
     kh = (g * (N // PER_BYTE))[:, None] + tl.arange(0, N // PER_BYTE)[None, :]
@@ -54,7 +56,7 @@ def gather_kernel(x_ptr, inverse_ptr, offsets_ptr, out_ptr, scale_ptr, T, K, S, 
         scale, y = block_fp8(x, clamp, out_ptr.dtype.element_ty, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS, NATIVE)
     for j in range(TOP_K):
         row = tl.load(inverse_ptr + t * TOP_K + j, mask=live, other=0).to(tl.int64)
-        there = live & (row < rows)
+        there = live & (row >= 0) & (row < rows)
         tl.store(out_ptr + (row * orow)[:, None] + kh, y, mask=there[:, None] & out_mask)
         if KIND == "blocks":
             # MN-major scales of rows next to each other come from tokens that are not: L2 keeps them until their sectors are full
@@ -77,8 +79,9 @@ def gather_by_row_kernel(x_ptr, row_map_ptr, offsets_ptr, out_ptr, scale_ptr, R,
     for tile in range(tl.program_id(0), tl.cdiv(rows, BR) * across, tl.num_programs(0)):
         r = tile // across * BR + i // BG
         g = tile % across * BG + i % BG
-        live = (r < rows) & (g < S)
-        t = tl.load(row_map_ptr + r, mask=r < rows, other=0) // TOP_K
+        slot = tl.load(row_map_ptr + r, mask=r < rows, other=-1)
+        live = (g < S) & (slot >= 0) & (slot < R)
+        t = slot // TOP_K
         k = (g * N)[:, None] + tl.arange(0, N)[None, :]
         kh = (g * (N // PER_BYTE))[:, None] + tl.arange(0, N // PER_BYTE)[None, :]
         mask = live[:, None]
@@ -106,13 +109,13 @@ def gather_rows_kernel(x_ptr, inverse_ptr, offsets_ptr, out_ptr, scale_ptr, T, K
     """One FP32 scale a row: BT tokens a program, BK holds a row."""
     t = tl.program_id(0) * BT + tl.arange(0, BT)
     k = tl.arange(0, BK)
-    rows = tl.load(offsets_ptr + E)
+    rows = tl.minimum(tl.load(offsets_ptr + E), T * TOP_K)
     live = wanted(inverse_ptr, t, t < T, rows, TOP_K)
     mask = live[:, None] & (k < K)[None, :]
     x = tl.load(x_ptr + (t.to(tl.int64) * xr)[:, None] + k[None, :], mask=mask, other=0.0, eviction_policy="evict_first")
     scale, y = block_fp8(x, clamp, out_ptr.dtype.element_ty, False, "", False, TOP, 0, 0, 0, NATIVE)
     for j in range(TOP_K):
         row = tl.load(inverse_ptr + t * TOP_K + j, mask=live, other=0).to(tl.int64)
-        there = live & (row < rows)
+        there = live & (row >= 0) & (row < rows)
         tl.store(out_ptr + (row * orow)[:, None] + k[None, :], y, mask=there[:, None] & mask)
         tl.store(scale_ptr + row * sr, scale, mask=there)
