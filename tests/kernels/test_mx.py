@@ -64,6 +64,15 @@ def test_rows_off_sixteen_bytes_take_one_stage_on_nvidia() -> None:
     assert mx.legal(aligned, deep, h100) is None and "expected 1" in mx.legal(off, deep, h100)
 
 
+def test_more_rows_take_larger_tiles_where_both_sides_are_converted() -> None:
+    """As they did on an H100: what was fastest of all six."""
+    for groups, m, n, k, tile in ((1, 80, 6144, 2048, (16, 128)), (8, 64, 6144, 3072, (64, 64)), (8, 512, 4096, 2048, (128, 128))):
+        given = {"op": "gemm"} if groups == 1 else {"op": "grouped_gemm", "layout": "offsets", "groups": groups}
+        p = describe(m=groups * m, n=n, k=k, a="mxfp8", b="mxfp8", **given)
+        best = min(mx.configs(p, get_arch("h100")), key=lambda c: mx.estimate(p, c, get_arch("h100")))
+        assert (best.block_m, best.block_n) == tile, (groups, m, best)
+
+
 @pytest.mark.gpu
 def test_weights_off_sixteen_bytes_are_right() -> None:
     """A view of a wider tensor, whose rows begin on 8 bytes."""

@@ -22,8 +22,11 @@ A_KINDS = ("bf16", "e4m3", "e2m1")
 B_KINDS = ("e4m3", "e2m1")
 # of the BF16 rate on 128x128 tiles; of the read bandwidth where weights are the traffic
 EFFICIENCY, STREAMING = 0.3, 0.15
-# where the compiler converts E4M3 on both sides: of the BF16 rate, on tiles of 16 to 64 rows; what 128 of K of a tile take alone
-CONVERTED, LATENCY = 0.07, 2.75e-6
+# where the compiler converts E4M3 on both sides: seconds of 128 of K of a tile on an SM of a device of the rate below, where others
+# hide its latency, and alone
+BLOCK_TIMES = {(16, 128): (1.4e-6, 2.75e-6), (32, 128): (3.2e-6, 3.5e-6), (64, 128): (4.1e-6, 4.4e-6), (128, 128): (4.9e-6, 6.9e-6),
+               (64, 64): (1.9e-6, 4.1e-6), (16, 64): (0.97e-6, 2.5e-6)}
+RATE = 0.76e15
 NATIVE = 100                # NVIDIA's first compute capability with scaled products
 TILES = ((16, 128, 4, 3), (32, 128, 8, 3), (64, 128, 8, 3), (128, 128, 8, 3), (64, 64, 4, 2), (16, 64, 4, 2))
 
@@ -99,10 +102,12 @@ def workspace(problem: Problem, config: Config) -> int:
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds: the slower of padded tiles at a share of the BF16 rate and the bytes at a share of the bandwidth."""
-    flops = common.tiles(problem, config) * 2.0 * config.block_m * config.block_n * problem.k
-    math = flops / (arch.bf16_flops * EFFICIENCY)
-    if far(problem, arch):
-        math = max(flops / (arch.bf16_flops * CONVERTED), -(-problem.k // config.block_k) * LATENCY)
+    tiles = common.tiles(problem, config)
+    if far(problem, arch) and (times := BLOCK_TIMES.get((config.block_m, config.block_n))):
+        each, alone = times
+        block = max(tiles / arch.sms * each, alone) * (RATE / 132) / (arch.bf16_flops / arch.sms)
+        return common.LAUNCH_SECONDS + max(-(-problem.k // config.block_k) * block, problem.bytes / arch.bandwidth)
+    math = tiles * 2.0 * config.block_m * config.block_n * problem.k / (arch.bf16_flops * EFFICIENCY)
     return common.LAUNCH_SECONDS + max(math, problem.bytes / (arch.bandwidth * STREAMING))
 
 
