@@ -65,6 +65,7 @@ def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], ob
     if which == "all":
         kinds = [describe(layout, a, **kw) for layout in LAYOUTS for a in (FP8_1x128, MXFP4)
                  for kw in ({}, {"order": FP8_PREPACK}, {"out_dtype": "fp32"}, {"accumulate": True, "out_dtype": "fp16"}, {"out_aligned": False})]
+        kinds += [replace(p, rows=256) for p in kinds if p.layout == "masked"]      # with tails by half
         runs = [(p, i, factor) for p in kinds for i in range(len(fold.configs(p, arch))) for factor in (False, True)]
     for p, i, factor in runs:
         c = fold.configs(p, arch)[i]

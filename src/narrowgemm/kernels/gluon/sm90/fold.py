@@ -88,7 +88,8 @@ _CANDIDATES = (_config(256, 128, 8), _config(128, 256, 8), _config(256, 128, 16)
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
-    tails = problem.layout == "masked" and problem.rows > TAILS_LEAST
+    # rows of the output off 16 bytes take registers that two places in the order of tiles leave none of
+    tails = problem.layout == "masked" and problem.rows > TAILS_LEAST and problem.out_aligned
     own = [c for c in _CANDIDATES if legal(problem, c, arch) is None and (tails or not c.extra)]
     return [*own, *fold_whole.configs(problem, arch)]
 

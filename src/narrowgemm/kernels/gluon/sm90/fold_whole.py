@@ -130,7 +130,7 @@ def workspace(problem: Problem, config: Config) -> int:
 
 # ---------------------------------------------------------------- cost
 _BLOCK_TIMES = {1: 0.80, 2: 0.770}      # microseconds of a K block of a tile, by blocks of a cluster: docs/measured.md
-_SMALL_TIME = 0.42                      # of the small tile
+_SMALL_TIME = 0.39                      # of the small tile
 RATE = 0.88                             # of the streaming rate, in the launch in front
 _CLUSTER_SECONDS = 3.0e-6
 _ROWS, _FEWER_ROWS = 1024, 1.08         # of a group: with fewer, sizes of groups decide, and the launch in front is most of it
