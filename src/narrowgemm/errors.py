@@ -22,6 +22,7 @@ def expect(condition: bool, what: str, given: object, expected: str, *, error: t
 
 def expect_count(x: object, what: str, least: int = 1, unit: str = "") -> None:
     """Raise unless `x` is a whole number known on the host, at least `least`: a tensor would be read back, a float be cut off."""
-    whole = isinstance(x, int) or (hasattr(x, "__index__") and not hasattr(x, "stride"))     # torch.compile traces the first of these alone
+    # torch.compile traces isinstance of a size, not hasattr
+    whole = isinstance(x, int) or (hasattr(x, "__index__") and not hasattr(x, "stride"))
     expect(whole, what, type(x).__name__, "an int, known on the host", error=TypeError)
     expect(x >= least, what, x, f"at least {least}{unit}")  # type: ignore[operator]
