@@ -1,0 +1,228 @@
+"""Hopper product of MXFP8 x MXFP8 by BF16 wgmma, weights as a checkpoint has them: dense, 33 to 64 tokens.
+
+How it works: `mx8_bf16_device.py`. Fewer tokens take `mx8_decode`, prepacked weights `narrow` and `narrow_prefill`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from itertools import accumulate
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ....arch import Arch
+from ....problem import Config, Problem, Step
+from ... import launching
+from ...launching import Launch, Pointer
+from ...operands import Operands
+from . import mx8_decode
+from .fp8_decode_tile import ITEMSIZE, KEEP_BYTES, STREAM_CACHES, extra
+from .fp8_decode_tile import ROOM as CLUSTER_ROOM
+
+__all__ = ["BACKEND", "NAME", "configs", "estimate", "launch", "launches", "legal", "smem_bytes", "supports", "workspace"]
+
+NAME = "gluon_sm90.mx8_bf16"
+BACKEND = "gluon_sm90"
+FEWEST, MOST = 33, 64        # tokens: fewer are one tile of `mx8_decode`, which has nothing in front
+ROWS = 64                    # weight rows of a consumer
+PREP_K = 2048                # of K that one program of the launch in front brings
+MAX_STAGES = 10
+TRIP = 4                     # K blocks whose codes are 16 bytes of a row
+TOKENS = 64                  # columns of a tile
+CONSUMERS = 2                # warpgroups of 64 weight rows at most
+# registers of a thread at the launch, of a consumer's, of the other four warps': the launch in front has room beside them
+REGISTERS = (136, 184, 40)
+STEP = 4                     # weight rows of a consumer are a multiple of it
+LEAST = 32                   # and no fewer
+
+
+@dataclass(frozen=True)
+class Static:
+    """What the device code is compiled for; its fields are read by `mx8_bf16_device.py` and the parts of `fp8_decode`'s."""
+
+    BT: int                  # token columns
+    BN: int                  # weight rows of a tile
+    ROWS: int                # and of a consumer's part of it
+    STAGES: int
+    TRIPS: int               # of the longest part of K
+    CLUSTER: int             # blocks that share a tile, each with a part of K
+    W_AT: int                # bytes of shared memory in front of the weights
+    BARS: int                # and of the barriers of boxes
+    VEC: int                 # codes of weights, by four, that an asynchronous copy brings; 0: rows off 4 bytes, each is loaded
+    STORE_VEC: int           # elements of 16 bytes of output
+    KEEP: bool               # output stays in L2
+    STREAM: bool             # weights pass through L2, which gives them up first
+    CONSUMER_REGS: int
+    LOADER_REGS: int
+    ACCUMULATE: bool = False
+    LAYOUT: int = 0
+
+
+@dataclass(frozen=True)
+class PrepStatic:
+    """What `mx8_bf16_prep_kernel` is compiled for."""
+
+    BK: int                  # columns of a program
+    GROUP: int = 32          # columns that share a scale
+    PDL: bool = True         # the product starts meanwhile
+
+
+def supports(problem: Problem, arch: Arch) -> str | None:
+    if problem.op == "gemm" and not FEWEST <= problem.m <= MOST:
+        return f"is for {FEWEST} to {MOST} tokens, not {problem.m}"
+    return mx8_decode.supports(problem, arch)
+
+
+def blocks_of(problem: Problem) -> int:
+    """K blocks of 128."""
+    return problem.k // 128
+
+
+def chunk_of(problem: Problem, config: Config) -> int:
+    """K blocks of one block of a cluster: whole trips."""
+    trips = -(-blocks_of(problem) // TRIP)
+    return -(-trips // config.split_k) * TRIP
+
+
+def tiles_of(problem: Problem, config: Config) -> int:
+    return -(-problem.m // config.block_m) * -(-problem.n // config.block_n)
+
+
+def slot_bytes(config: Config) -> int:
+    """A ring slot: tokens in BF16, weights, three barriers."""
+    return config.block_m * 256 + CONSUMERS * ROWS * 128 + 24
+
+
+def smem_bytes(problem: Problem, config: Config) -> int:
+    """Shared memory of a CTA; never less than the compiler's figure."""
+    staging = CONSUMERS * config.block_m * ROWS * 4 if problem.out_dtype == "fp32" and config.split_k == 1 else 0
+    codes = chunk_of(problem, config) * CONSUMERS * ROWS * 4
+    return config.num_stages * slot_bytes(config) + codes + staging + 6144
+
+
+def configs(problem: Problem, arch: Arch) -> list[Config]:
+    keep = problem.m * problem.n * ITEMSIZE[problem.out_dtype] <= KEEP_BYTES
+    weights = problem.b.format.storage_bytes(problem.n, problem.k)
+    out = []
+    stream = weights <= STREAM_CACHES * arch.l2
+    more = tuple((name, 1) for name, given in (("keep", keep), ("stream", stream)) if given)
+    for split, room in ((1, arch.sms), *((blocks, round(arch.sms * share)) for blocks, share in CLUSTER_ROOM.items())):
+        if split > 1 and math.ceil(problem.n / (CONSUMERS * ROWS)) > room:      # what is too much for one wave is not cut
+            continue
+        c = Config(TOKENS, CONSUMERS * rows_of(problem.n, room), 128, 4 * CONSUMERS, 0, split_k=split, swap_ab=True, extra=more)
+        c = with_stages(problem, c, arch)
+        if legal(problem, c, arch) is None:
+            out.append(c)
+    return out
+
+
+def rows_of(n: int, room: int) -> int:
+    """Weight rows of a consumer: as few as bring all tiles onto the chip at once, in as few waves as whole ones take. `room`: tiles
+    that are on the chip together."""
+    tiles = math.ceil(math.ceil(n / (CONSUMERS * ROWS)) / room) * room
+    return max(LEAST, math.ceil(math.ceil(n / tiles) / CONSUMERS / STEP) * STEP)
+
+
+def with_stages(problem: Problem, config: Config, arch: Arch) -> Config:
+    """With as many as fit."""
+    room = (arch.smem - smem_bytes(problem, config)) // slot_bytes(config)
+    return replace(config, num_stages=min(room, MAX_STAGES))
+
+
+def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
+    """Why `config` can't run the problem, or None."""
+    if config.block_m != TOKENS or config.block_k != 128 or config.num_warps != 4 * CONSUMERS or not config.swap_ab:
+        return f"expected {TOKENS} token columns x 128 of K, {4 * CONSUMERS} warps and swap_ab"
+    rows = config.block_n // CONSUMERS
+    if config.block_n % CONSUMERS or not LEAST <= rows <= ROWS or rows % STEP:
+        return f"{config.block_n} weight rows, expected {LEAST} to {ROWS} in steps of {STEP} for each of {CONSUMERS} consumers"
+    if config.split_k not in (1, *CLUSTER_ROOM):
+        return f"split_k={config.split_k}, expected 1 or one of {(*CLUSTER_ROOM, )}, the blocks of a cluster"
+    if config.split_k > 1 and problem.batch_invariant:
+        return "split_k cuts K by the work at hand: not batch-invariant"
+    if (config.split_k - 1) * chunk_of(problem, config) >= blocks_of(problem):
+        return f"{config.split_k} blocks have no {TRIP} K blocks each"
+    if config.num_stages < 4 or smem_bytes(problem, config) > arch.smem:
+        return f"{config.num_stages} stages take {smem_bytes(problem, config)} bytes of shared memory; expected 4 or more that fit"
+    return None
+
+
+# ---------------------------------------------------------------- workspace
+class Regions(NamedTuple):
+    """Byte offsets of the parts of the workspace, and its size: tokens, and a factor of each."""
+
+    x: int
+    xfactor: int
+    size: int
+
+
+def regions(problem: Problem) -> Regions:
+    return Regions(*accumulate((-(-s // 256) * 256 for s in (2 * problem.m * problem.k, 4 * problem.m)), initial=0))
+
+
+def workspace(problem: Problem, config: Config) -> int:
+    return regions(problem).size
+
+
+# ---------------------------------------------------------------- cost
+# fitted to 20 times on an H200 and an H100: docs/measured.md
+START = 8.4e-6              # both launches, the first boxes, the store
+READ = 0.745                # of the bandwidth
+BLOCK = 0.66e-6             # a K block of a CTA, whatever its rows are
+CUT = 0.7e-6                # a cluster of two adds its sums up; as much again for each doubling
+_POWER = 8
+
+
+def estimate(problem: Problem, config: Config, arch: Arch) -> float:
+    """Seconds: the bytes over the bandwidth and the K blocks of a CTA after one another, in waves."""
+    split = config.split_k
+    room = round(arch.sms * CLUSTER_ROOM.get(split, 1.0))
+    waves = -(-tiles_of(problem, config) // room)
+    work = waves * chunk_of(problem, config) * BLOCK
+    memory = problem.b.format.storage_bytes(problem.n, problem.k) / (arch.bandwidth * READ)
+    return START + (memory**_POWER + work**_POWER) ** (1 / _POWER) + CUT * math.log2(split)
+
+
+# ---------------------------------------------------------------- launch
+def static(problem: Problem, config: Config, sw: int) -> Static:
+    """`sw`: what `mx8_decode.by` says of the weights' scales."""
+    w_at = config.num_stages * config.block_m * 256
+    _, own, rest = REGISTERS
+    return Static(config.block_m, config.block_n, config.block_n // CONSUMERS, config.num_stages,
+                  chunk_of(problem, config) // TRIP, config.split_k, w_at, w_at + config.num_stages * CONSUMERS * ROWS * 128,
+                  min(sw // 4, 1) if blocks_of(problem) % TRIP else sw // 4,
+                  16 // ITEMSIZE[problem.out_dtype], bool(extra(config, "keep")), bool(extra(config, "stream")), own, rest)
+
+
+def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
+    launching.launch(launches, step, problem, operands, workspace)
+
+
+def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
+    """The launch in front, and the product."""
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from . import mx8_bf16_device as device
+    from . import mx8_bf16_prep_device as prep
+    from .fp8_decode import _box
+
+    config = step.config
+    sw, sx = x.b.scale, x.a.scale
+    assert sw is not None and sx is not None and workspace is not None
+    cfg, at = static(problem, config, mx8_decode.by(sw)), regions(problem)
+    codes, swn = (Pointer(sw, torch.int32), sw.stride(-2) // 4) if cfg.VEC else (sw, sw.stride(-2))
+    xp, xfactor = Pointer(workspace, torch.bfloat16, at.x), Pointer(workspace, torch.float32, at.xfactor)
+    shape, strides, box = _box(x.b.data, ROWS)
+    boxes = (TensorDescriptor(x.b.data, shape, strides, box, device.layouts()[0]),
+             TensorDescriptor(xp, [x.m, x.k], [x.k, 1], [cfg.BT, 64], device.X_TILE.value))
+    return [
+        Launch(prep.mx8_bf16_prep_kernel, (x.m, -(-x.k // PREP_K)),
+               (x.a.data, sx, xp, xfactor, x.k, x.a.data.stride(-2), sx.stride(-2), sx.stride(-1), PrepStatic(PREP_K)),
+               {"num_warps": 4}),
+        Launch(device.mx8_bf16_kernel, (tiles_of(problem, config),),
+               (*boxes, codes, x.out, xfactor, x.m, x.n, blocks_of(problem), chunk_of(problem, config), swn, x.out.stride(-2), cfg),
+               {"num_warps": 4, "maxnreg": REGISTERS[0], "launch_pdl": True}, cfg.CLUSTER,
+               boxes=((0, cfg.ROWS),) if cfg.ROWS < ROWS else ())]
