@@ -136,8 +136,8 @@ def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16")
     pair: for gate_up weights whose activation is to be fused, how gate and up rows lie in `weights`: 'halves' ([gate; up]) or
         'interleaved' (gate, up, gate, up, ... as GPT-OSS). N must then be even.
     activations: 'bf16', an order that works for activations of every format, or 'fp8': MXFP4 weights whose scales fold into E4M3
-        get the order `FP8_PREPACK`, which is multiplied on FP8 tensor cores with FP8 1x128 activations and with BF16 ones, as two
-        E4M3 numbers each (activations of other formats then run on the reference); other weights get the first order.
+        get the order `FP8_PREPACK`, which is multiplied on FP8 tensor cores with FP8 activations, 1x128 and row-wise, and with BF16
+        ones, as two E4M3 numbers each (activations of other formats then run on the reference); other weights get the first order.
 
     Works on any device, some experts at a time. It reads the scales back once, so call it when loading. Raises TypeError or
     ValueError for weights that are not of this kind, and Unsupported if the scales of one row are further apart than BF16 can

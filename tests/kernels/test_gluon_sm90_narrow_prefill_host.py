@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from narrowgemm.arch import get_arch
-from narrowgemm.formats import BF16, FP16, MXFP4, MXFP8, Format, FP8_1x128
+from narrowgemm.formats import BF16, FP8_ROW, FP16, MXFP4, MXFP8, Format, FP8_1x128
 from narrowgemm.kernels.gluon.sm90 import narrow, narrow_fp8_model, narrow_prefill
 from narrowgemm.kernels.gluon.sm90.narrow_prefill_tile import BOXES, FP8_WIDTHS, WIDTHS
 from narrowgemm.ops.explain import describe, explain
@@ -106,6 +106,26 @@ def test_weights_packed_for_fp8() -> None:
         assert narrow_prefill.tile_of(bf16, c).NIBBLES and "bf16=1" in (narrow_prefill.legal(p, c, ARCH) or "")
     assert "tile" in (narrow_prefill.legal(p, narrow_prefill.configs(problem(), ARCH)[-1], ARCH) or "")
     assert narrow_prefill.regions(p, found[0], 100, 100).xfactor - narrow_prefill.regions(p, found[0], 100, 100).x < 2 * 100 * 2944
+
+
+def test_rows_with_one_scale_go_with_weights_packed_for_fp8() -> None:
+    """Their scale is the epilogue's, and nothing comes beside a K block; weights in the other order have no kernel for them."""
+    p = replace(for_fp8(), a=Operand(FP8_ROW, scale_dtype="fp32"))
+    assert narrow_prefill.supports(p, ARCH) is None and "BF16" in (narrow.supports(p, ARCH) or "")
+    assert "FP8 1x128" in (narrow_prefill.supports(replace(p, b=replace(p.b, prepack=PREPACK)), ARCH) or "")
+    found = narrow_prefill.configs(p, ARCH)
+    assert {(c.block_m, c.block_n // 128) for c in found} == {*narrow_prefill.FP8_SHAPES, narrow_prefill.FP8_PAIR}
+    for c in found:
+        tile, other = (narrow_prefill.tile_of(x, c, False, False) for x in (p, for_fp8()))
+        assert tile.ROW and tile.XFACTOR and not tile.SCALES and not other.ROW and other.SCALES
+        assert tile.shared_bytes < other.shared_bytes and not tile.IN_TURN and (c.block_m in narrow_prefill.FP8_IN_TURN) == other.IN_TURN
+        at, beside = (narrow_prefill.regions(x, c, 100, 100) for x in (p, for_fp8()))
+        assert at.weight == at.ratios and at.size < beside.size
+
+
+def test_consumers_in_turn_want_an_even_number_of_slots() -> None:
+    c = next(c for c in narrow_prefill.configs(for_fp8(), ARCH) if c.block_m in narrow_prefill.FP8_IN_TURN)
+    assert c.num_stages % 2 == 0 and "even" in (narrow_prefill.legal(for_fp8(), replace(c, num_stages=c.num_stages - 1), ARCH) or "")
 
 
 def test_explain_and_tables_know_the_order() -> None:

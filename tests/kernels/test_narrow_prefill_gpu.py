@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import narrowgemm as ng
-from narrowgemm import BF16, MXFP4, MXFP8, FP8_1x128, Offsets
+from narrowgemm import BF16, FP8_ROW, MXFP4, MXFP8, FP8_1x128, Offsets
 from narrowgemm.arch import detect
 from narrowgemm.formats import FP16
 from narrowgemm.kernels.gluon.sm90 import narrow_prefill
@@ -37,6 +37,12 @@ RUNS = [*((MAIN, shape) for shape in narrow_prefill.SHAPES),
           for layout, a, t, out in (("offsets", FP8_1x128, (32, 1), "bf16"), ("offsets", FP8_1x128, (32, 2), "fp32"), ("masked", FP8_1x128, (64, 2), "fp32"),
                                     ("contiguous", FP8_1x128, (128, 1), "bf16"), ("psum", FP8_1x128, (64, 2), "bf16"),
                                     ("offsets", FP8_1x128.with_scale("e8m0"), (64, 1), "bf16"))),
+        *((Case("narrow-prefill", layout, 12, 110, 328, 1184, sizes="uniform:0.0:2.4", alignment=1, a=a, b=MXFP4, packed="fp8", out_dtype=out,
+                max_m=300 if layout == "masked" else 0), t)
+          for layout, a, t, out in (("offsets", FP8_1x128, (160, 1), "bf16"), ("masked", FP8_1x128, (160, 1), "fp32"), ("offsets", FP8_ROW, (160, 1), "bf16"),
+                                    ("masked", FP8_ROW, (160, 1), "bf16"), ("psum", FP8_ROW, (128, 1), "fp32"), ("contiguous", FP8_ROW, (64, 2), "bf16"),
+                                    ("offsets", FP8_ROW, (64, 1), "bf16"), ("offsets", FP8_ROW, (32, 2), "bf16"), ("masked", FP8_ROW, (32, 1), "bf16"))),
+        (Case("narrow-prefill", "dense", 1, 333, 320, 1152, a=FP8_ROW, b=MXFP4, packed="fp8"), (160, 1)),
         (Case("narrow-prefill", "offsets", 40, 4, 192, 256, sizes="empty:0.4", a=FP8_1x128, b=MXFP4, packed="fp8"), (32, 1)),
         (Case("narrow-prefill", "dense", 1, 77, 320, 1152, a=FP8_1x128, b=MXFP4, packed="fp8"), (64, 1)),
         # few rows where there is room for many; more groups than a warp finds entries of

@@ -7,7 +7,7 @@ import torch
 
 from narrowgemm.formats import MXFP4, MXFP8, FP8_1x128
 from narrowgemm.kernels.gluon.sm90 import narrow_tile
-from narrowgemm.kernels.gluon.sm90.narrow_prefill import FP8_ORDER, NIBBLE_ORDER, PREP_K, TWO_ORDER, PrepStatic
+from narrowgemm.kernels.gluon.sm90.narrow_prefill import FP8_ORDER, NIBBLE_ORDER, PREP_K, ROW_ORDER, TWO_ORDER, PrepStatic
 from narrowgemm.kernels.gluon.sm90.narrow_tile import KINDS, TABLE_HEAD
 from narrowgemm.reference.quantize import dequantize, quantize
 from narrowgemm.scales import e8m0_to_float
@@ -33,7 +33,7 @@ def run(device: str, kind: str, xkind: int, x: torch.Tensor, xs: torch.Tensor | 
     kx = -(-K // 128) * 128
     wide = 2 * kx if xkind in (4, TWO_ORDER) else kx
     cap = total // BT + (total if blocks else groups)
-    payload = torch.float8_e4m3fn if xkind in (FP8_ORDER, TWO_ORDER) else torch.bfloat16
+    payload = torch.float8_e4m3fn if xkind in (FP8_ORDER, ROW_ORDER, TWO_ORDER) else torch.bfloat16
     out = {"x": torch.full((total, wide), 7.0, device=device).to(payload), "factor": torch.full((total,), 7.0, device=device),
            "weight": torch.full((total,), 7.0, device=device), "live": torch.full((num_slots,), 9, dtype=torch.int8, device=device),
            "table": torch.full((TABLE_HEAD + 3 * cap,), -9, dtype=torch.int32, device=device)}
@@ -177,6 +177,20 @@ def fp8_order(x: torch.Tensor) -> torch.Tensor:
     out = torch.zeros(rows, -(-k // 128) * 128, dtype=x.dtype)
     out[:, :k] = x
     return out.view(rows, -1, 4, 8, 4).permute(0, 1, 3, 2, 4).reshape(rows, -1, 128)
+
+
+def test_fp8_rows_with_one_scale(device: str) -> None:
+    """K as above; a position has its row's scale, and no others."""
+    g = torch.Generator().manual_seed(9)
+    x = torch.randint(0, 120, (6, K), generator=g, dtype=torch.uint8)
+    scale, slots = torch.rand(6, 1, generator=g), torch.tensor([7, 2, 0, -1, 11, 12], dtype=torch.int32)
+    index = torch.tensor([0, 2, 6], dtype=torch.int64, device=device)
+    got = run(device, "offsets", ROW_ORDER, x.view(torch.float8_e4m3fn).to(device), scale.to(device), index, slots.to(device), None, 2, 6, 12)
+    ok = (slots >= 0) & (slots < 12)
+    where = slots[ok].long() // A_DIV
+    assert torch.equal(got["x"].cpu().view(torch.uint8)[ok], fp8_order(x)[where].flatten(1))
+    assert torch.equal(got["factor"].cpu(), torch.where(ok, scale[slots.clamp(0, 11).long() // A_DIV, 0], 7.0))
+    assert bool((got["ratios"] == 7).all())
 
 
 def bf16_rows() -> torch.Tensor:

@@ -138,7 +138,7 @@ def test_what_is_compiled_ahead_is_what_runs(humming: list[tuple[str, str, str]]
 
 
 def test_what_the_adapters_refuse() -> None:
-    assert "takes fp8_1x128 x mxfp4" in peers.get_peer("humming_w4a8_token").supports(SORTED)
+    assert "takes fp8_1x128 and fp8_row x mxfp4" in peers.get_peer("humming_w4a8_token").supports(SORTED)
     assert "sorted by expert" in peers.get_peer("humming").supports(Case("t", "masked", 2, 8, 128, 128, max_m=16, b=MXFP4))
     assert "compute capability 9.0" in peers.get_peer("humming").available(torch.device("cpu"))
     for suite, names in PEERS.items():

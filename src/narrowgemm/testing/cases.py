@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from ..errors import expect
-from ..formats import BF16, MXFP4, MXFP8, FP8_1x128
+from ..formats import BF16, FP8_ROW, MXFP4, MXFP8, FP8_1x128
 from .case import Case
 from .guard import Guarded, guarded_empty
 from .inputs import Inputs, build
@@ -91,7 +91,8 @@ _BUILDERS: dict[str, Callable[[str], list[Any]]] = {
     "mxfp4-contiguous": lambda s: fp4_contiguous(s, FP8_1x128),
     "mxfp4-a4w4": lambda s: fp4_contiguous(s, MXFP4),
     "mxfp4-mx8": lambda s: fp4_contiguous(s, MXFP8),
-    "mxfp4-256": fp4_experts, "mxfp4-masked": fp4_masked, "mxfp4-masked-few": fp4_masked_few,
+    "mxfp4-256": fp4_experts, "mxfp4-256-row": lambda s: fp4_experts(s, FP8_ROW),
+    "mxfp4-masked": fp4_masked, "mxfp4-masked-few": fp4_masked_few,
     "mxfp8-bandwidth": lambda s: mxfp8_dense(s, (1, 2, 4, 8, 16), 30_000_000),
     "mxfp8-plain-decode": lambda s: mxfp8_dense(s, (1, 2, 4, 8, 16, 32, 64), packed=False),
     "mxfp8-plain-bandwidth": lambda s: mxfp8_dense(s, (1, 2, 4, 8, 16), 30_000_000, packed=False),
@@ -133,6 +134,7 @@ PEERS: dict[str, tuple[str, ...]] = {name: ("deepgemm", "floor") for name in SUI
     "mxfp8-plain-bandwidth": ("floor",), "mxfp8-prefill": ("dequant_bf16", "torch_bf16", "deepgemm_block", "floor"),
     **{f"mxfp4-{x}": ("deepgemm", "triton_kernels", "humming", "humming_w4a8_token", "floor") for x in ("contiguous", "256")},
     "mxfp4-a4w4": ("deepgemm", "floor"), "mxfp4-mx8": ("dequant_bf16", "torch_bf16", "floor"),
+    "mxfp4-256-row": ("humming_w4a8_token", "floor"),
     "mxfp4-masked": ("own_fp8", "floor"), "mxfp4-masked-few": ("own_fp8", "floor"),
     "edge": (), "large": (), "cpu-small": ("torch_bf16", "floor"), "cpu-formats": ("torch_bf16", "floor")}
 

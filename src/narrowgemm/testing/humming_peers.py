@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..formats import MXFP4, MXFP8, Format, FP8_1x128, ScaledTensor
+from ..formats import FP8_ROW, MXFP4, MXFP8, Format, FP8_1x128, ScaledTensor
 from .case import Case
 from .inputs import Inputs
 from .mx_peers import bf16_rows, hopper, sorted_rows, tight
@@ -80,8 +80,8 @@ class Humming:
         laid_out = tight(case) or case.layout == "dense"
         if not laid_out or case.b not in (MXFP4, MXFP8) or case.out_dtype != "bf16" or case.accumulate:
             return "is compared on MXFP4 and MXFP8 weights, dense and with rows sorted by expert"
-        if self.element != "bfloat16" and (case.a, case.b) != (FP8_1x128, MXFP4):
-            return f"takes {FP8_1x128.name} x {MXFP4.name}"
+        if self.element != "bfloat16" and (case.a not in (FP8_1x128, FP8_ROW) or case.b != MXFP4):
+            return f"takes {FP8_1x128.name} and {FP8_ROW.name} x {MXFP4.name}"
         return None if case.rows else "no rows"
 
     # ---- kernels ---------------------------------------------------------------------------------------------------

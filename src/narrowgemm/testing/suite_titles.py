@@ -33,6 +33,7 @@ TITLES: dict[str, str] = {
     "mxfp4-a4w4": "MXFP4 x MXFP4, contiguous, groups of thousands of rows",
     "mxfp4-mx8": "MXFP8 x MXFP4, contiguous, groups of thousands of rows",
     "mxfp4-256": "FP8 x MXFP4, 256 experts, 32 to 8192 tokens",
+    "mxfp4-256-row": "FP8 with one scale a row x MXFP4, 256 experts, top-8, 32-8192 tokens",
     "mxfp4-masked": "FP8 x MXFP4, masked, 256 to 1024 rows a group",
     "mxfp4-masked-few": "FP8 x MXFP4, masked, 4 or 16 rows a group",
     "train-fwd": "training, forward, row- and tensor-wise FP8",

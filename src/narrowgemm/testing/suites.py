@@ -169,10 +169,10 @@ def fp4_contiguous(suite: str, a: Format) -> list[Case]:
     return [Case(suite, "contiguous", g, m, n, k, a=a, b=MXFP4, packed=packed) for g, m, n, k in (*FP4_CONTIGUOUS, *LARGE)]
 
 
-def fp4_experts(suite: str) -> list[Case]:
+def fp4_experts(suite: str, a: Format = FP8_1x128) -> list[Case]:
     """256 experts, top-8, 32 to 8192 tokens."""
     shapes = [(256, 8, n, k) for n, k in FP4_SHAPES]
-    cases = routed(suite, FP8_1x128, MXFP4, (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192), shapes)
+    cases = routed(suite, a, MXFP4, (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192), shapes)
     return [replace(c, packed="fp8") for c in cases]
 
 

@@ -35,6 +35,7 @@ from .narrow_tile import (
     TOKENS,
     PrepStatic,
     Static,
+    by_row,
     chunks_of,
     doubles,
     entries_at_most,
@@ -103,10 +104,11 @@ def takes(problem: Problem, arch: Arch, orders: tuple[str, ...]) -> str | None:
     if order not in orders:
         given = f"the order {order}" if order else f"{b.format.name} as they are"
         return f"takes weights that narrowgemm.prepack() brought to the order {' or '.join(orders)}, not {given}"
-    if (a.format.element, a.scale_dtype) not in XKINDS or a.format.group not in ((0, 0), (1, 32), (1, 128)):
+    rows = by_row(problem)
+    if (a.format.element, a.scale_dtype) not in XKINDS or (a.format.group not in ((0, 0), (1, 32), (1, 128)) and not rows):
         return (f"brings BF16, FP16, MXFP8, MXFP4 and FP8 1x128 to BF16 without loss, not {a.format.name}, "
                 f"{a.scale_dtype or 'no'} scales")
-    if a.scale_dtype == "fp32" and not promotes(problem):
+    if a.scale_dtype == "fp32" and not promotes(problem) and not rows:
         return f"takes E8M0 scales of {a.format.name}, not {a.scale_dtype}"
     if a.major != "k" or a.prepack:
         return "needs A K-major, as it is"

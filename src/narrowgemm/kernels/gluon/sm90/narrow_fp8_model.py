@@ -8,14 +8,18 @@ from ....arch import Arch
 from ....problem import Config, Problem
 from .narrow_model import active_experts, rows_expected, slots_expected
 from .narrow_prefill_tile import FP8_WIDTHS
-from .narrow_tile import CHUNK, ITEMSIZE, ROWS, chunks_of, extra, in_two
+from .narrow_tile import CHUNK, ITEMSIZE, ROWS, by_row, chunks_of, extra, in_two
 
 # fitted to 60 products on an H200: docs/measured.md
 # by blocks of an SM: two launches, the table, the first bytes, blocks that are idle at the end
 START = {1: 12.0e-6, 2: 11.0e-6}
 TILE_CLOCKS = 200.0         # of a tile, beyond its K blocks
 # of one K block of 64 weight rows on one SM: expansion, and for each column, by most tokens and units of a consumer
-BLOCK_CLOCKS = {(32, 1): (170.0, 2.9), (32, 2): (170.0, 2.9), (64, 1): (205.0, 3.5), (64, 2): (170.0, 2.9), (128, 1): (115.0, 4.3)}
+BLOCK_CLOCKS = {(32, 1): (170.0, 2.9), (32, 2): (170.0, 2.9), (64, 1): (205.0, 3.5), (64, 2): (170.0, 2.9), (128, 1): (200.0, 3.0),
+                (160, 1): (260.0, 2.75)}
+# the same of tokens with one scale
+ROW_CLOCKS = {(32, 1): (160.0, 2.6), (32, 2): (160.0, 2.6), (64, 1): (195.0, 3.0), (64, 2): (165.0, 2.6), (128, 1): (200.0, 2.5),
+              (160, 1): (230.0, 2.2)}
 # the same of BF16 tokens, two numbers each, as a factor: fitted to 40 products
 TWO_CLOCKS = {(32, 1): 1.10, (32, 2): 1.22, (64, 1): 1.20, (64, 2): 1.27}
 EFFICIENCY = 0.97           # of the streaming rate
@@ -39,7 +43,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     sizes = [max(1.0, rows + spread * z) for z in (_SPREAD if spread else (0.0, ))]
     chunks, units, ctas = chunks_of(problem), config.block_n // ROWS, extra(config, "ctas", 1)
     shape, two = (config.block_m, units // 2), in_two(problem)
-    expand, column = (x * (TWO_CLOCKS[shape] if two else 1.0) for x in BLOCK_CLOCKS[shape])
+    expand, column = (x * (TWO_CLOCKS[shape] if two else 1.0) for x in (ROW_CLOCKS if by_row(problem) else BLOCK_CLOCKS)[shape])
     bytes_ = 2.0 if two else 1.0
     clocks = entries = 0.0
     for size in sizes:

@@ -6,6 +6,7 @@ import triton.language as tl
 FP8_ORDER = tl.constexpr(5)
 TWO_ORDER = tl.constexpr(6)
 NIBBLE_ORDER = tl.constexpr(7)
+ROW_ORDER = tl.constexpr(8)
 
 
 @triton.jit
@@ -45,6 +46,16 @@ def bring_fp8(x_ptr, xs_ptr, to_ptr, scale_ptr, at, part, K, KX, ssk, cfg: tl.co
     tl.store(to_ptr + o, tl.reshape(in_order(x, cfg.BK // 128), [cfg.BK]), mask=o < KX)
     i = part * (cfg.BK // 128) + tl.arange(0, cfg.BK // 128)
     store_scales(scale_ptr, token_scale(xs_ptr, i, (K + 127) // 128, ssk), at, i, KX)
+
+
+@triton.jit
+def bring_row(x_ptr, xs_ptr, to_ptr, factor_ptr, part, K, KX, cfg: tl.constexpr):
+    """The same of a row with one scale, which part 0 leaves at `factor_ptr`."""
+    o = part * cfg.BK + tl.arange(0, cfg.BK)
+    x = tl.load(x_ptr + o, mask=o < K, other=0.0)
+    tl.store(to_ptr + o, tl.reshape(in_order(x, cfg.BK // 128), [cfg.BK]), mask=o < KX)
+    if part == 0:
+        tl.store(factor_ptr, tl.load(xs_ptr))
 
 
 @triton.jit

@@ -34,6 +34,7 @@ from .narrow_tile import (
     PAIR_IDS,
     ROWS,
     TABLE_HEAD,
+    by_row,
     chunks_of,
     doubles,
     entries_at_most,
@@ -50,14 +51,16 @@ PREP_K = 2048           # of K that one program of the launch in front converts
 
 
 # how `narrow_prefill_prep_kernel` brings FP8 tokens for weights that were packed for them, and BF16 ones that stay BF16
-FP8_ORDER, NIBBLE_ORDER = 5, 7
+FP8_ORDER, NIBBLE_ORDER, ROW_ORDER = 5, 7, 8
+# element and group of A that weights packed for FP8 are multiplied by
+FOR_FP8 = (("e4m3", (1, CHUNK)), ("e4m3", (1, 0)), ("bf16", (0, 0)))
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:
     reason = narrow.takes(problem, arch, ORDERS)
     a = problem.a.format
-    if reason is None and packed_for_fp8(problem) and (a.element, a.group) not in (("e4m3", (1, CHUNK)), ("bf16", (0, 0))):
-        reason = f"multiplies weights in the order {FP8_PREPACK} by FP8 1x128 and BF16 activations, not {a.name}"
+    if reason is None and packed_for_fp8(problem) and (a.element, a.group) not in FOR_FP8:
+        reason = f"multiplies weights in the order {FP8_PREPACK} by FP8 1x128, FP8 row-wise and BF16 activations, not {a.name}"
     if reason is None and problem.layout == "routed" and not problem.positions:
         return "gathers tokens in the order of positions: a routed layout has to say how many there are"
     if reason is None and ":" in problem.b.prepack and not problem.epilogue.activation:
@@ -71,7 +74,8 @@ SHAPES = {(32, 1): (12, 8), (64, 1): (7, 5), (64, 2): (5, 3), (128, 1): (4, 3), 
 
 
 # the same of FP8 tokens and weights packed for them: ring slots
-FP8_SHAPES = {(32, 2): 9, (64, 1): 10, (64, 2): 7, (128, 1): 6}
+FP8_SHAPES = {(32, 2): 9, (64, 1): 10, (64, 2): 7, (128, 1): 6, (160, 1): 6}
+FP8_IN_TURN = (160,)     # most tokens of tiles whose consumers multiply in turn: an even number of slots
 FP8_PAIR = (32, 1)      # two blocks an SM
 FP8_PAIR_STAGES = 7
 # of BF16 ones
@@ -92,6 +96,11 @@ def _config(tokens: int, units: int, stages: int) -> Config:
 def by_fp8(problem: Problem, config: Config) -> bool:
     """Whether the product is FP8 wgmma's."""
     return packed_for_fp8(problem) and not extra(config, "bf16")
+
+
+def multiplies_in_turn(problem: Problem, config: Config) -> bool:
+    """Whether consumers start their products in turn: with many tokens that have a scale for 128 of K."""
+    return by_fp8(problem, config) and config.block_m in FP8_IN_TURN and not by_row(problem)
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
@@ -124,6 +133,8 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     if extra(config, "unroll", 2) not in (2, 4):
         return f"unroll={extra(config, 'unroll')}, expected 2 or 4"
     paired = fp8 and shape == FP8_PAIR
+    if multiplies_in_turn(problem, config) and config.num_stages % 2:
+        return f"num_stages={config.num_stages}, expected an even number where consumers multiply in turn"
     if extra(config, "ctas", 1) != (2 if paired else 1):
         return f"ctas={extra(config, 'ctas', 1)}, expected 2 for {FP8_PAIR} FP8 tokens and units, else 1"
     tile = tile_of(problem, config)
@@ -140,16 +151,18 @@ def k_blocks(problem: Problem) -> int:
 @lru_cache(maxsize=4096)
 def tile_of(problem: Problem, config: Config, slots: bool = True, factor: bool = False) -> Tile:
     """The compile-time constants of a config. `slots`: positions are mapped to slots; `factor`: weight rows have factors."""
-    e, unroll = problem.epilogue, extra(config, "unroll", 2)
+    e = problem.epilogue
+    in_turn, row = multiplies_in_turn(problem, config), by_row(problem)
+    unroll = 1 if in_turn else extra(config, "unroll", 2)
     args = (*e.activation_args, 0.0, 0.0)
     pair, fp8 = problem.b.prepack.partition(":")[2], by_fp8(problem, config)
     fp32, ahead = e.combine or problem.out_dtype == "fp32", starts_ahead(problem, config)
     return Tile(config.block_m, config.block_n // (2 * ROWS), config.num_stages, unroll, k_blocks(problem) % unroll,
-                problem.b.format.element == "e4m3", slots, factor, problem.a.format.scaled and not fp8, PAIR_IDS[pair],
+                problem.b.format.element == "e4m3", slots, factor, problem.a.format.scaled and (not fp8 or row), PAIR_IDS[pair],
                 ACT_IDS[e.activation], args[0], args[1], e.bias, e.routing_weight, promotes(problem) and not fp8,
                 doubles(problem), fp8, packed_for_fp8(problem) and not fp8, fp8 and in_two(problem),
                 ITEMSIZE["fp32" if fp32 else problem.out_dtype],
-                AHEAD=ahead, LAYOUT=LAYOUTS[problem.layout] if ahead else 0,
+                ROW=row, IN_TURN=in_turn, AHEAD=ahead, LAYOUT=LAYOUTS[problem.layout] if ahead else 0,
                 GROUPS=max(32, power_of_two(problem.groups)) if ahead else 32,
                 **({"CTAS": 2, "CONSUMER_REGISTERS": 104, "PRODUCER_REGISTERS": 24} if extra(config, "ctas", 1) == 2 else
                    {"CONSUMER_REGISTERS": 240, "PRODUCER_REGISTERS": 24} if fp8 else {}))
@@ -182,7 +195,7 @@ def regions(problem: Problem, config: Config, slots: int, rows: int) -> Regions:
     sizes = (4 * (TABLE_HEAD + 3 * capacity(problem, config, rows)), slots if e.combine else 0,
              (1 if packed_for_fp8(problem) and not in_two(problem) else 2) * rows * k_blocks(problem) * CHUNK,
              4 * rows if problem.a.format.scaled else 0,
-             RATIO_BYTES * rows * chunks_of(problem) if promotes(problem) or by_fp8(problem, config) else 0,
+             RATIO_BYTES * rows * chunks_of(problem) if tile_of(problem, config).SCALES else 0,
              4 * rows if e.routing_weight else 0, 4 * slots * n if e.combine else 0)
     return Regions(*accumulate((-(-s // 256) * 256 for s in sizes), initial=0))
 
@@ -301,7 +314,8 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     share = narrow.share(problem, each)
     order = table if x.slots is None else x.slots
     prep = PrepStatic(KINDS[problem.layout], config.block_m, power_of_two(x.groups),
-                      NIBBLE_ORDER if tile.NIBBLES else TWO_ORDER if tile.TWO else FP8_ORDER if tile.FP8 else xkind(problem.a),
+                      NIBBLE_ORDER if tile.NIBBLES else TWO_ORDER if tile.TWO else ROW_ORDER if tile.ROW else FP8_ORDER if tile.FP8
+                      else xkind(problem.a),
                       problem.a.format.group[1] or 32, e.combine, PREP_K,
                       x.slots is not None, x.weight is not None, power_of_two(x.block_m), not tile.AHEAD or e.combine, tile.AHEAD)
     x_tile = narrow_prefill_parts_device.X8_TILE.value if tile.FP8 else narrow_prefill_parts_device.X_TILE.value
@@ -312,8 +326,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
                             (Pointer(fields, i32), -(-chunks // 2), [tile.UNITS, 1, SCALE_BYTES // 4])):
         boxes.append(TensorDescriptor(base, [x.groups * tiles, deep, box[2]], [deep * box[2], box[2], 1], box, planes))
     flat = narrow_prefill_parts_device.RATIO_TILE.value
-    chunked = tile.CHUNKED or tile.FP8
-    boxes.append(TensorDescriptor(ratios, [rows, 4 * chunks], [4 * chunks, 1], [16, 4], flat) if chunked else boxes[0])
+    boxes.append(TensorDescriptor(ratios, [rows, 4 * chunks], [4 * chunks, 1], [16, 4], flat) if tile.SCALES else boxes[0])
     out, om = (y, n) if e.combine else (x.out, x.out.stride(-2))
     sms = sms_of(x.out.device)
     grid = max(1, min(min(sms, problem.max_sms or sms) * tile.CTAS, cap * -(-tiles // tile.UNITS)))

@@ -67,7 +67,7 @@ def takes(rows, cfg: gl.constexpr, I: gl.constexpr):
 
 @gluon.jit
 def producer(descs, rings, bars, table, table_ptr, sizes, cfg: gl.constexpr):
-    full, empty = bars
+    full, empty, turn = bars
     KC, NT, N, R, cap, G = sizes
     num_n = gl.cdiv(NT, cfg.UNITS)
     sums, count = entries(table, table_ptr, cfg, 1)
@@ -156,7 +156,7 @@ def consumer(rings, bars, buf, vectors, pointers, table, table_ptr, sizes, cfg: 
     phase = gl.to_tensor(0)
     t = gl.program_id(0)
     e, n, first, rows = tile_at(t, total, num_n, sums, table_ptr, G, cap, cfg, 4)
-    if cfg.AHEAD and cfg.WEIGHT:
+    if cfg.AHEAD and (cfg.WEIGHT or cfg.XFACTOR):
         gdc_wait()
     while rows > 0:
         t += gl.num_programs(0)
@@ -188,7 +188,7 @@ def narrow_prefill_kernel(x8_desc, x16_desc, x32_desc, x64_desc, x128_desc, w_de
     s_s = gl.allocate_shared_memory(gl.int32, [STAGES, cfg.UNITS, 1, 128], PLANES)
     f0_s = x0_s
     f1_s = x0_s
-    if cfg.CHUNKED or cfg.FP8:
+    if cfg.SCALES:
         f0_s = gl.allocate_shared_memory(gl.float32, [STAGES, cfg.T0, 4], RATIO_TILE)
         if cfg.T1 > 0:
             f1_s = gl.allocate_shared_memory(gl.float32, [STAGES, cfg.T1, 4], RATIO_TILE)
@@ -204,6 +204,11 @@ def narrow_prefill_kernel(x8_desc, x16_desc, x32_desc, x64_desc, x128_desc, w_de
         mbarrier.init(w_full.index(i), count=1)
         mbarrier.init(x_full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
+    turn = empty
+    if cfg.IN_TURN:
+        turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(2):
+            mbarrier.init(turn.index(i), count=1)
     table = empty
     if cfg.AHEAD:
         table = gl.allocate_shared_memory(gl.int32, [cfg.GROUPS], ROW_OF_INTS)
@@ -212,7 +217,7 @@ def narrow_prefill_kernel(x8_desc, x16_desc, x32_desc, x64_desc, x128_desc, w_de
 
     descs = ((x8_desc, x16_desc, x32_desc, x64_desc, x128_desc), w_desc, s_desc, f_desc)
     rings = (x0_s, x1_s, w_s, s_s, f0_s, f1_s)
-    bars = ((w_full, x_full), empty)
+    bars = ((w_full, x_full), empty, turn)
     sizes = (KC, NT, N, R, cap, G)
     pointers = (out_ptr, om, slots_ptr, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr, top_ptr)
     v0 = (slot_s.index(0), xfactor_s.index(0), weight_s.index(0))

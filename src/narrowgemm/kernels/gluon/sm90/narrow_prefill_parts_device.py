@@ -83,8 +83,8 @@ def load_activations(descs, rings, full, slot, first, kb, cfg: gl.constexpr, P0:
     x0_s, x1_s, w_s, s_s, f0_s, f1_s = rings
     bar = full[1].index(slot)
     TOKEN: gl.constexpr = 128 if cfg.FP8 and not cfg.TWO else 256
-    mbarrier.expect(bar, (P0 + P1) * TOKEN + ((P0 + 15) // 16 + P1 // 16) * (256 if cfg.CHUNKED or cfg.FP8 else 0))
-    if cfg.CHUNKED or cfg.FP8:
+    mbarrier.expect(bar, (P0 + P1) * TOKEN + ((P0 + 15) // 16 + P1 // 16) * (256 if cfg.SCALES else 0))
+    if cfg.SCALES:
         load_ratios(f_desc, f0_s, bar, slot, first, kb, cfg, cfg.T0, P0)
         if P1 > 0:
             load_ratios(f_desc, f1_s, bar, slot, first + P0, kb, cfg, cfg.T1, P1)
@@ -125,12 +125,12 @@ def multiply(a, ring, slot, acc, cfg: gl.constexpr, T: gl.constexpr, P: gl.const
 
 
 @gluon.jit
-def settle(sums, COUNT: gl.constexpr):
-    """Wait for the products in flight."""
+def settle(sums, COUNT: gl.constexpr, LEFT: gl.constexpr = 0):
+    """Wait for the products in flight but the last LEFT."""
     if COUNT == 1:
-        return (warpgroup_mma_wait(0, deps=sums), )
+        return (warpgroup_mma_wait(LEFT, deps=sums), )
     else:
-        return warpgroup_mma_wait(0, deps=sums)
+        return warpgroup_mma_wait(LEFT, deps=sums)
 
 
 @gluon.jit
@@ -170,7 +170,7 @@ def blocks(sums, slot, phase, kb, rings, bars, cfg: gl.constexpr, WG: gl.constex
     Weights are expanded while the products before run. The wait for tokens stands between the two for ptxas's sake: it doesn't
     move instructions over a branch, and would otherwise expand after it waited for the products."""
     x0_s, x1_s, w_s, s_s, f0_s, f1_s = rings
-    full, empty = bars
+    full, empty, turn = bars
     w_full, x_full = full
     MP: gl.constexpr = cfg.MP
     PIECES: gl.constexpr = 2 if P1 > 0 else 1

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from .narrow_fp8_prep_device import FP8_ORDER, NIBBLE_ORDER, TWO_ORDER, bring_fp8, bring_two
+from .narrow_fp8_prep_device import FP8_ORDER, NIBBLE_ORDER, ROW_ORDER, TWO_ORDER, bring_fp8, bring_row, bring_two
 from .narrow_prep_device import E2M1, FP16, MASKED, OFFSETS, PLAIN_FP8, in_use, list_all, offset_of, power_of_two, rest_of, row_shift
 
 
@@ -81,6 +81,8 @@ def bring(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, ratio_ptr, weight_ptr, of_position
             tl.store(of_position_ptr + at, tl.load(weight_ptr + slot))
     if cfg.XKIND == FP8_ORDER:
         bring_fp8(x_ptr + base, xs_ptr, to, ratio_ptr, at.to(tl.int64), part, K, KX, ssk, cfg)
+    elif cfg.XKIND == ROW_ORDER:
+        bring_row(x_ptr + base, xs_ptr, to, xfactor_ptr + at, part, K, KX, cfg)
     elif cfg.XKIND == TWO_ORDER:
         bring_two(x_ptr + base, to, ratio_ptr, at.to(tl.int64), part, K, KX, cfg)
     elif cfg.XKIND == PLAIN_FP8:

@@ -19,6 +19,7 @@ FP8_WIDTHS = {
     32: ((8, 0), (16, 0), (32, 0)),
     64: ((16, 0), (32, 0), (32, 16), (64, 0)),
     128: ((32, 0), (64, 0), (64, 32), (128, 0)),
+    160: ((32, 0), (64, 0), (64, 32), (128, 0), (128, 32)),
 }
 BOXES = (8, 16, 32, 64, 128)    # tokens of a TMA box
 RATIO_BYTES = 16                # of a token in one slot: a number four times, the least that TMA moves
@@ -61,12 +62,15 @@ class Tile:
     GROUPS: int = 32         # a power of two, no less than the groups
     CONSUMER_REGISTERS: int = 232
     PRODUCER_REGISTERS: int = 40
+    ROW: bool = False        # tokens are FP8 with one scale, applied at the end
+    IN_TURN: bool = False    # consumers multiply in turn: one unit each, an even number of slots
     BN: int = field(init=False)
     UNITS: int = field(init=False)
     WIDTHS: tuple[tuple[int, int], ...] = field(init=False)
     T0: int = field(init=False)              # most tokens of a pair's first and second piece
     T1: int = field(init=False)
     TP: int = field(init=False)              # BT up to a power of two
+    SCALES: bool = field(init=False)         # tokens' scales, or ratios of them, come beside their K blocks
     FEATURES: int = field(init=False)        # of the output that a unit gives
     WEIGHT_ROWS: int = field(init=False)     # 1024-byte rows of a unit in one slot
     WEIGHT_BYTES: int = field(init=False)    # of weights and scales in one slot
@@ -79,6 +83,7 @@ class Tile:
         set_(self, "T0", max(w[0] for w in self.WIDTHS))
         set_(self, "T1", max(w[1] for w in self.WIDTHS))
         set_(self, "TP", 1 << (self.BT - 1).bit_length())
+        set_(self, "SCALES", self.CHUNKED or (self.FP8 and not self.ROW))
         set_(self, "FEATURES", 32 if self.ACT else 64)
         set_(self, "WEIGHT_ROWS", 8 if self.E4M3 else 4)
         set_(self, "WEIGHT_BYTES", self.UNITS * (self.WEIGHT_ROWS * 1024 + SCALE_BYTES))
@@ -91,7 +96,7 @@ class Tile:
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block: an upper bound."""
-        token = (128 if self.FP8 and not self.TWO else 256) + (RATIO_BYTES if self.CHUNKED or self.FP8 else 0)
+        token = (128 if self.FP8 and not self.TWO else 256) + (RATIO_BYTES if self.SCALES else 0)
         ring = self.STAGES * (self.WEIGHT_BYTES + (self.T0 + self.T1) * token + 3 * _BARRIER_BYTES)
         staging = CONSUMERS * self.OUT_TOKENS * self.FEATURES * self.OUT_BYTES
         vectors = CONSUMERS * self.TP * 4 * (self.SLOTS + self.XFACTOR + self.WEIGHT)

@@ -102,6 +102,12 @@ def in_two(problem: Problem) -> bool:
     return packed_for_fp8(problem) and problem.a.format.element == "bf16"
 
 
+def by_row(problem: Problem) -> bool:
+    """Whether A is FP8 with an FP32 scale a row, and B packed for FP8: sums are scaled at the end."""
+    a = problem.a
+    return packed_for_fp8(problem) and (a.format.element, a.format.group, a.scale_dtype) == ("e4m3", (1, 0), "fp32")
+
+
 def promotes(problem: Problem) -> bool:
     """Whether A has FP32 scales, one for 128 of K: a sum is scaled by them once a chunk."""
     return problem.a.format.group == (1, CHUNK) and problem.a.scale_dtype == "fp32"
