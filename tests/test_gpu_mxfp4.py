@@ -118,4 +118,4 @@ def test_weights_come_out_bit_for_bit(layout: str, order: str, a: Format) -> Non
             got = out.view(k, -1)
             assert torch.equal(got + 0.0, want + 0.0), (kernel.NAME, str(config), (got != want).nonzero()[:5])      # a sum has no -0
             seen += 1
-    assert seen >= (3 if layout == "dense" else 8)
+    assert seen >= 6

@@ -39,9 +39,13 @@ def bits(x: torch.Tensor) -> torch.Tensor:
 
 
 def close(got: torch.Tensor, want: torch.Tensor, fmt: Format) -> None:
-    """The layer against its definition, activations in `fmt`; every token too, so that none hides behind the others."""
+    """The layer against its definition, activations in `fmt`; every token too, so that none hides behind the others.
+
+    One last place of a row's largest element gives the row another scale: 1.2e-4 for that token in the middle of 200 draws of FP8
+    row-wise, 7.6e-4 at most. So few tokens have the bound of one.
+    """
     limit = LIMITS[fmt.element]
-    assert calc_diff(got.float(), want) <= limit
+    assert calc_diff(got.float(), want) <= limit * (1 if len(got) >= 16 else 20)
     assert all(calc_diff(g.float(), w) <= 20 * limit for g, w in zip(got, want))
 
 
