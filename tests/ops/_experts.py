@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+
 import torch
 
 from narrowgemm import FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, FP8_128x128, ScaledTensor, quantize, route
@@ -52,6 +54,32 @@ def close(got: torch.Tensor, want: torch.Tensor, fmt: Format) -> None:
 def composed(x, up, down, *, fmt: Format | None = None, backend: str | None = None, **given) -> torch.Tensor:
     """By the public steps."""
     return compose(Arguments(x, up, down, activation_format=fmt, options=Options(backend), **given))
+
+
+def replays(call: Callable[[], None], x: torch.Tensor, logits: torch.Tensor, space: torch.Tensor, out: torch.Tensor,
+            count: int) -> Iterator[None]:
+    """`call`, of these tensors, captured once without a sync and replayed for other tokens and routings, all scores equal in the last, on a
+    poisoned workspace. Yields after each, with an eager call's output in `out`, which has the replay's bits."""
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for seed in range(count):
+        x.copy_(tokens(*x.shape, "cuda", seed + 10))
+        logits.copy_(torch.randn(logits.shape) if seed < count - 1 else torch.zeros(logits.shape))
+        space.fill_(0xFF)
+        graph.replay()
+        first = out.clone()
+        space.fill_(0xFF)
+        out.fill_(float("nan"))
+        call()
+        assert torch.equal(bits(first), bits(out))
+        yield
 
 
 def aligned(x: torch.Tensor, offset: int = 0) -> torch.Tensor:

@@ -13,7 +13,7 @@ from narrowgemm.ops.experts import experts, experts_workspace
 from narrowgemm.ops.experts_plan import activations_for
 from narrowgemm.reference import experts as reference
 
-from ._experts import WEIGHTS, bits, choices, close, composed, made, tokens
+from ._experts import WEIGHTS, bits, choices, close, composed, made, replays, tokens
 
 E, H, I = 4, 128, 128
 FORMATS = [(w, activations_for(w, BF16)) for w in WEIGHTS] + [(MXFP4, FP8_1x128), (MXFP4, MXFP8), (MXFP4, MXFP4)]
@@ -88,21 +88,7 @@ def test_graph_with_changed_routing(weights: Format, fmt: Format, t: int) -> Non
     def call() -> None:
         experts(x, up, down, router_logits=logits, top_k=2, activation_format=fmt, workspace=space, out=out)
 
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    for seed in range(6):
-        x.copy_(tokens(t, 512, "cuda", seed + 10))
-        logits.copy_(torch.randn(t, 8))
-        space.fill_(0xFF)
-        graph.replay()
-        first = out.clone()
-        space.fill_(0xFF)
-        out.fill_(float("nan"))
-        call()
-        assert torch.equal(bits(first), bits(out))
+    for _ in replays(call, x, logits, space, out, 6):
         gates, ids = route(logits, 2)
         close(out, reference.experts(x, up, down, gates, ids, activation_format=fmt), fmt)
 

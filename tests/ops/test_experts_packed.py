@@ -17,7 +17,7 @@ from narrowgemm.ops.explain_experts import operand, packed_operand
 from narrowgemm.reference import experts as reference
 from narrowgemm.testing.numerics import calc_diff
 
-from ._experts import aligned, bits, choices, composed, made, tokens
+from ._experts import aligned, bits, choices, composed, made, replays, tokens
 
 E, H, I = 4, 256, 128
 
@@ -160,20 +160,7 @@ def test_graph_replay_with_changed_routing(t):
     def call() -> None:
         experts(x, *weights, router_logits=logits, top_k=2, workspace=space, out=out)
 
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    for seed in range(3):
-        x.copy_(tokens(t, H, "cuda", seed + 10))
-        logits.copy_(torch.randn(t, E) if seed else torch.zeros(t, E))
-        space.fill_(0xFF)
-        graph.replay()
-        first = out.clone()
-        space.fill_(0xFF)
-        call()
-        assert torch.equal(bits(first), bits(out))
+    for _ in replays(call, x, logits, space, out, 3):
         w, ids = route(logits, 2)
         assert calc_diff(out.float(), reference.experts(x, *plain, w, ids)) <= 1e-5
 
