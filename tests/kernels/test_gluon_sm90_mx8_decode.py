@@ -82,7 +82,7 @@ def test_refusals() -> None:
     for changes, words in (({"op": "grouped_gemm"}, "dense"), ({"a": Operand(BF16)}, "MXFP8"),
                            ({"b": replace(p.b, prepack="x/1")}, "plain operands"), ({"accumulate": True}, "accumulation"),
                            ({"b": replace(p.b, aligned=False)}, "16 bytes"), ({"b": replace(p.b, scale_major="mn")}, "row by row"),
-                           ({"k": 96}, "multiple of 128"), ({"max_sms": 8}, "SMs"), ({"m": 65}, "tokens and fewer")):
+                           ({"k": 96}, "multiple of 128"), ({"max_sms": 8}, "SMs"), ({"m": 257}, "256 tokens and fewer")):
         assert words in refusal(**changes), changes
 
 
@@ -93,7 +93,7 @@ def legal(p: Problem, **changes: object) -> str:
 def test_configs_are_legal_and_others_are_told_why() -> None:
     p = problem(8, 768, 768, "bf16")
     assert legal(p) == ""
-    for m in (1, 16, 32, 64):
+    for m in (1, 16, 32, 64, 65, 256):
         for n, k in ((9216, 6144), (64, 128), (768, 16384)):
             found = mx8_decode.configs(problem(m, n, k, "bf16"), H200)
             assert found and all(mx8_decode.legal(problem(m, n, k, "bf16"), c, H200) is None for c in found)
