@@ -15,14 +15,13 @@ from torch import Tensor
 
 from ....arch import Arch
 from ....problem import Config, Problem, Step
-from ... import launching
 from ...launching import Launch, Pointer
 from ...operands import Operands
 from . import mx8_decode
 from .fp8_decode_tile import ITEMSIZE, KEEP_BYTES, STREAM_CACHES, extra
 from .fp8_decode_tile import ROOM as CLUSTER_ROOM
 
-__all__ = ["BACKEND", "NAME", "configs", "estimate", "launch", "launches", "legal", "smem_bytes", "supports", "workspace"]
+__all__ = ["BACKEND", "NAME", "configs", "estimate", "launches", "legal", "smem_bytes", "supports", "workspace"]
 
 NAME = "gluon_sm90.mx8_bf16"
 BACKEND = "gluon_sm90"
@@ -196,10 +195,6 @@ def static(problem: Problem, config: Config, sw: int) -> Static:
                   chunk_of(problem, config) // TRIP, config.split_k, w_at, w_at + config.num_stages * CONSUMERS * ROWS * 128,
                   min(sw // 4, 1) if blocks_of(problem) % TRIP else sw // 4,
                   16 // ITEMSIZE[problem.out_dtype], bool(extra(config, "keep")), bool(extra(config, "stream")), own, rest)
-
-
-def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
-    launching.launch(launches, step, problem, operands, workspace)
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
