@@ -3,9 +3,10 @@
     python benchmarks/make_tables.py            writes README.md
     python benchmarks/make_tables.py --check    exits with 1 where README.md is not what the files say
 
-Every folder of benchmarks/results is a device. A suite's rows are those of the newest commit that measured it; several
-files of that commit count as one result. A suite with a row missing or failed fails the script. The whole tables, with the cases
-behind the worst ratios and the peers that were left out or were wrong, are on the page that `make_performance.py` writes.
+Every folder of benchmarks/results is a device. A suite's rows against a peer are those of the newest commit that was measured
+against it; several files of that commit count as one result. A suite with a row missing or failed fails the script. The whole
+tables, with the cases behind the worst ratios and the peers that were left out or were wrong, are on the page that
+`make_performance.py` writes.
 """
 
 from __future__ import annotations
@@ -36,14 +37,22 @@ def committed(root: Path) -> list[Path]:
 
 
 def newest(files: list[dict[str, Any]]) -> dict[tuple[str, bool], list[dict[str, Any]]]:
-    """(suite, transforms inside) -> the files of the newest commit that measured it, oldest first."""
+    """(suite, transforms inside) -> results, oldest first, each with those of its rows alone whose peer no newer commit was
+    measured against."""
     ordered = sorted(files, key=lambda d: str(d["date"]))
-    last: dict[tuple[str, bool], str] = {}
+    last: dict[tuple[str, bool, str | None], str] = {}
     for d in ordered:
-        for suite in {r["suite"] for r in d["rows"]}:
-            last[suite, bool(d.get("scale_transform"))] = d["commit"]
-    return {k: [d for d in ordered if d["commit"] == commit and bool(d.get("scale_transform")) == k[1]
-                and any(r["suite"] == k[0] for r in d["rows"])] for k, commit in last.items()}
+        for suite, peer in {(r["suite"], r["peer"]) for r in d["rows"]}:
+            last[suite, bool(d.get("scale_transform")), peer] = d["commit"]
+    chosen: dict[tuple[str, bool], list[dict[str, Any]]] = {}
+    for d in ordered:
+        inside, rows = bool(d.get("scale_transform")), {}
+        for r in d["rows"]:
+            if last[r["suite"], inside, r["peer"]] == d["commit"]:
+                rows.setdefault(r["suite"], []).append(r)
+        for suite, mine in rows.items():
+            chosen.setdefault((suite, inside), []).append({**d, "rows": mine})
+    return chosen
 
 
 def in_order(chosen: dict[tuple[str, bool], list[dict[str, Any]]]) -> dict[tuple[str, bool], list[dict[str, Any]]]:
@@ -81,7 +90,7 @@ def described(name: str, files: list[dict[str, Any]]) -> str:
 
 
 def cells(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Suite -> its peers, each with the mean and the worst of the ratios; the floor only where there is no other."""
+    """Suite -> its own peers, each with the mean and the worst of the ratios; the floor only where there is no other."""
     from narrowgemm.testing import results
     from narrowgemm.testing.cases import PEERS
 
@@ -91,8 +100,8 @@ def cells(rows: list[dict[str, Any]]) -> dict[str, str]:
             found.setdefault(s.suite, []).append(s)
     out = {}
     for suite, mine in found.items():
-        order = {peer: i for i, peer in enumerate(PEERS[suite])}
-        shown = sorted((s for s in mine if s.peer != "floor"), key=lambda s: order.get(s.peer, len(order))) or mine
+        own = sorted((s for s in mine if s.peer in PEERS[suite]), key=lambda s: PEERS[suite].index(s.peer))
+        shown = [s for s in own if s.peer != "floor"] or own or mine
         out[suite] = "<br>".join(f"{s.peer} {s.mean:.2f} ({s.worst:.2f})" for s in shown)
     return out
 

@@ -354,13 +354,14 @@ def test_time_over_tokens() -> None:
     assert all("contiguous" not in name for name in found) and make.shapes(rows[:2]) == {}
 
 
-def test_the_newest_commit_that_measured_a_suite_counts() -> None:
+def test_the_newest_commit_that_measured_a_suite_against_a_peer_counts() -> None:
     make = tables()
-    rows = lambda suite: [{"suite": suite}]  # noqa: E731
-    old, new, part = ({"date": d, "commit": c, "rows": rows("fp8-dense")} for d, c in (("1", "a"), ("2", "b"), ("3", "b")))
-    other = {"date": "4", "commit": "c", "rows": rows("fp8-masked")}
+    row = lambda suite, peer: {"suite": suite, "peer": peer}  # noqa: E731
+    old = {"date": "1", "commit": "a", "rows": [row("fp8-dense", "deepgemm"), row("fp8-dense", "floor")]}
+    new, part = ({"date": d, "commit": "b", "rows": [row("fp8-dense", "deepgemm")]} for d in ("2", "3"))
+    other = {"date": "4", "commit": "c", "rows": [row("fp8-masked", "floor")]}
     chosen = make.newest([part, other, old, new])
-    assert chosen == {("fp8-dense", False): [new, part], ("fp8-masked", False): [other]}
+    assert chosen == {("fp8-dense", False): [{**old, "rows": old["rows"][1:]}, new, part], ("fp8-masked", False): [other]}
 
 
 def test_a_readme_without_marks_is_refused() -> None:
