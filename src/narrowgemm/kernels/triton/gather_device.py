@@ -21,6 +21,19 @@ def wanted(inverse_ptr, t, live, rows, TOP_K: tl.constexpr):
     return found
 
 
+@triton.jit
+def block_columns(live, g, K, N: tl.constexpr, PER_BYTE: tl.constexpr, EVEN: tl.constexpr):
+    """Of blocks g of N columns, where `live`: (columns, bytes of a row, masks of both). EVEN: every block lies within K."""
+    k = (g * N)[:, None] + tl.arange(0, N)[None, :]
+    kh = (g * (N // PER_BYTE))[:, None] + tl.arange(0, N // PER_BYTE)[None, :]
+    mask = live[:, None]
+    out_mask = live[:, None]
+    if not EVEN:
+        mask = mask & (k < K)
+        out_mask = out_mask & (kh < K // PER_BYTE)
+    return k, kh, mask, out_mask
+
+
 @triton.jit(do_not_specialize=["T"])
 def gather_kernel(x_ptr, inverse_ptr, offsets_ptr, out_ptr, scale_ptr, T, K, S, E, clamp, xr, orow, sr, ss,
                   TOP_K: tl.constexpr, N: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, EVEN: tl.constexpr,
@@ -39,13 +52,7 @@ def gather_kernel(x_ptr, inverse_ptr, offsets_ptr, out_ptr, scale_ptr, T, K, S, 
     g = tl.program_id(0) % tiles * BG + i % BG
     rows = tl.minimum(tl.load(offsets_ptr + E), T * TOP_K)
     live = wanted(inverse_ptr, t, (t < T) & (g < S), rows, TOP_K)
-    k = (g * N)[:, None] + tl.arange(0, N)[None, :]
-    kh = (g * (N // PER_BYTE))[:, None] + tl.arange(0, N // PER_BYTE)[None, :]
-    mask = live[:, None]
-    out_mask = live[:, None]
-    if not EVEN:
-        mask = mask & (k < K)
-        out_mask = out_mask & (kh < K // PER_BYTE)
+    k, kh, mask, out_mask = block_columns(live, g, K, N, PER_BYTE, EVEN)
     x = tl.load(x_ptr + (t.to(tl.int64) * xr)[:, None] + k, mask=mask, other=0.0, eviction_policy="evict_first")
     if KIND == "copy":
         y = x
@@ -82,13 +89,7 @@ def gather_by_row_kernel(x_ptr, row_map_ptr, offsets_ptr, out_ptr, scale_ptr, R,
         slot = tl.load(row_map_ptr + r, mask=r < rows, other=-1)
         live = (g < S) & (slot >= 0) & (slot < R)
         t = slot // TOP_K
-        k = (g * N)[:, None] + tl.arange(0, N)[None, :]
-        kh = (g * (N // PER_BYTE))[:, None] + tl.arange(0, N // PER_BYTE)[None, :]
-        mask = live[:, None]
-        out_mask = live[:, None]
-        if not EVEN:
-            mask = mask & (k < K)
-            out_mask = out_mask & (kh < K // PER_BYTE)
+        k, kh, mask, out_mask = block_columns(live, g, K, N, PER_BYTE, EVEN)
         x = tl.load(x_ptr + (t.to(tl.int64) * xr)[:, None] + k, mask=mask, other=0.0)
         at = out_ptr + (r.to(tl.int64) * orow)[:, None] + kh
         if KIND == "copy":

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from .gather_device import block_columns
 from .quantize_device import block_e2m1, block_scale, magnitude, narrow_fp8
 from .sort_device import load_keys
 
@@ -41,13 +42,7 @@ def sort_gather_kernel(ids_ptr, map_ptr, x_ptr, row_map_ptr, inverse_ptr, offset
     slot = p // across
     g = p % across * BG + tl.arange(0, BG)
     live = g < S
-    k = (g * N)[:, None] + tl.arange(0, N)[None, :]
-    kh = (g * (N // PER_BYTE))[:, None] + tl.arange(0, N // PER_BYTE)[None, :]
-    mask = live[:, None]
-    out_mask = live[:, None]
-    if not EVEN:
-        mask = mask & (k < K)
-        out_mask = out_mask & (kh < K // PER_BYTE)
+    k, kh, mask, out_mask = block_columns(live, g, K, N, PER_BYTE, EVEN)
     x = tl.load(x_ptr + (slot // TOP_K).to(tl.int64) * xr + k, mask=mask, other=0.0)     # on the way while ids are looked at
     key = load_keys(ids_ptr, map_ptr, slot, n, FIRST, E, ALL, MAP)
     row = tl.sum(((keys < key) | ((keys == key) & (i < slot))).to(tl.int32), 0)
