@@ -176,3 +176,24 @@ def test_what_was_taken_in_silence(name: str) -> None:
     call, error, message = MORE[name]
     with pytest.raises(error, match=message):
         call()
+
+
+STEPS = {
+    "gemm": lambda **kw: ng.gemm(*operands(), **kw),
+    "grouped_gemm": lambda **kw: ng.grouped_gemm(*operands(G), layouts()["offsets"], **kw),
+    "quantize": lambda **kw: ng.quantize(TOKENS, ng.FP8_1x128, **kw),
+    "route": lambda **kw: ng.route(torch.randn(4, 8), 2, **kw),
+    "sort_by_expert": lambda **kw: ng.sort_by_expert(torch.zeros(3, 2, dtype=I32), G, **kw),
+    "gather_quantize": lambda **kw: ng.gather_quantize(TOKENS, OWN, ng.FP8_1x128, **kw),
+    "activate": lambda **kw: ng.activate(ROWS, **kw),
+    "combine": lambda **kw: ng.combine(ROWS, OWN, torch.rand(3, 2), **kw),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_what_cannot_be_hashed_is_named(name: str) -> None:
+    """Signatures are looked up in front of all checks."""
+    with pytest.raises(TypeError, match="config: got dict, expected a "):
+        STEPS[name](config={"block_m": 64})
+    with pytest.raises(TypeError, match="backend: got list, expected the name of a backend or of a kernel"):
+        STEPS[name](backend=["triton"])

@@ -69,8 +69,8 @@ def activate(h: Tensor, *, activation: str = "swiglu", args: tuple[float, ...] =
     key = (form, steps.sign(h), steps.sign(bias), steps.sign(offsets), activation, args, interleaved, rounding, amax_clamp,
            scale_layout, backend, config, env.choice(),
            *(() if out is None else (out.format, steps.sign(out.data), steps.sign(out.scale))))
-    plan, memo = steps.known(_plans, key, lambda: plan_of(h, activation, args, interleaved, bias, layout, form, rounding,
-                                                          amax_clamp, scale_layout, out, backend, config))
+    plan, memo = _plans.get(key, lambda: plan_of(h, activation, args, interleaved, bias, layout, form, rounding,
+                                                 amax_clamp, scale_layout, out, backend, config))
     if out is None:
         out = steps.allocate(h.shape[0], h.shape[1] // 2, form or steps.PLAIN[h.dtype], h.dtype, h.device, scale_layout)
     if plan is not None:

@@ -40,6 +40,7 @@ class Options:
 
     def check(self) -> None:
         check_flags(fast_accum=self.fast_accum)
+        dispatch.check_choice(self.backend, self.config)
         expect(isinstance(self.max_sms, int) and self.max_sms >= 0, "max_sms", self.max_sms, "0 (all) or a positive count")
         expect(self.validate in (None, "sync"), "validate", repr(self.validate), "None or 'sync'")
 
@@ -65,6 +66,11 @@ def check_kinds(**tensors: object) -> None:
         expect(x is None or isinstance(x, Tensor), name.replace("_", " "), type(x).__name__, "a torch.Tensor", error=TypeError)
         expect(x is None or x.layout == torch.strided, f"{name.replace('_', ' ')}, layout", getattr(x, "layout", None),     # type: ignore[attr-defined]
                "a dense strided tensor", error=TypeError)
+
+
+def check_tensors(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, index: Tensor | None) -> None:
+    """`check_kinds` of what a product was given: reading a signature failed, and one of them is why."""
+    check_kinds(a=a.data, b=b.data, scale_of_a=a.scale, scale_of_b=b.scale, out=out, index=index)
 
 
 def identify(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, index: Tensor | None,
@@ -100,18 +106,12 @@ def identify(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, index: Tensor
             key += tuple([t if t is None else t.device for t in (x, sx, y, sy, out, index)])
         return key, (p, ps, q, qs, pi)
     except (AttributeError, RuntimeError):
-        check_kinds(a=a.data, b=b.data, scale_of_a=a.scale, scale_of_b=b.scale, out=out, index=index)
+        check_tensors(a, b, out, index)
         raise
 
 
 def _traits(t: Tensor | None) -> tuple | None:
     return None if t is None else (t.shape, t.stride(), t.dtype, t.get_device())
-
-
-def check_config(config: Config | None) -> None:
-    """In front of the cache: a config that is none can't be hashed."""
-    if config is not None:
-        expect(isinstance(config, Config), "config", type(config).__name__, "a narrowgemm.Config", error=TypeError)
 
 
 def check_traced(config: Config | None, out: Tensor | None, accumulate: bool) -> None:
@@ -167,7 +167,13 @@ class PlanCache:
         self._known: OrderedDict[tuple, Known] = OrderedDict()
         self._calls: Calls[Known] = Calls()
         self._lock = threading.Lock()
-        self.find = self._known.get
+
+    def find(self, key: tuple) -> Known | None:
+        """None where an argument can't be hashed, too: the checks of a call that is new say which, and why."""
+        try:
+            return self._known.get(key)
+        except TypeError:
+            return None
 
     def recall(self, a: ScaledTensor, b: ScaledTensor, out: Tensor | None, index: Tensor | None,
                *rest: object) -> tuple[Known | None, tuple[int, ...]]:
@@ -189,8 +195,10 @@ class PlanCache:
                 if check(*tensors):
                     return known, addresses
             return None, ()
+        except TypeError:       # as in `find`
+            return None, ()
         except (AttributeError, RuntimeError):
-            check_kinds(a=a.data, b=b.data, scale_of_a=a.scale, scale_of_b=b.scale, out=out, index=index)
+            check_tensors(a, b, out, index)
             raise
 
     def remember(self, known: Known, a: ScaledTensor, b: ScaledTensor, out: Tensor | None, index: Tensor | None,
@@ -214,8 +222,9 @@ class PlanCache:
         return known
 
     def get(self, key: tuple, make: Callable[[], Plan | None]) -> tuple[Plan | None, dict]:
-        """(Plan, memo), for an op that makes its outputs itself."""
-        known = self._known.get(key)
+        """(Plan, bound launches), for an op that makes its outputs itself; `make` checks a call that is the first of its kind, and
+        plans it."""
+        known = self.find(key)
         if known is None:
             known = self.add(key, make(), NOTHING)
         return known.plan, known.memo

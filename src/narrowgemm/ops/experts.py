@@ -105,7 +105,7 @@ def experts(x: Tensor, gate_up: Weights, down: Weights, *, router_logits: Tensor
 
 def planned(a: Arguments) -> ExpertsPlan:
     """The plan of calls of this signature; the first of them is checked."""
-    _, memo = steps.known(_plans, (*a.signature(), env.choice()), lambda: None)
+    _, memo = _plans.get((*a.signature(), env.choice()), lambda: None)
     if "plan" not in memo:
         memo["plan"] = plan_of(a)
     return memo["plan"]

@@ -43,7 +43,7 @@ def gather_quantize(x: Tensor, routing: Routing, fmt: Format | str, *, rounding:
             else ScaledTensor(gather(x, routing), None, fmt)
     key = (fmt, steps.sign(x), steps.sign(routing.row_map), *steps.like(routing), rounding, amax_clamp, scale_layout, backend,
            config, env.choice(), *(() if out is None else (out.format, steps.sign(out.data), steps.sign(out.scale))))
-    plan, memo = steps.known(_plans, key, lambda: _plan(x, routing, fmt, rounding, amax_clamp, scale_layout, out, backend, config))
+    plan, memo = _plans.get(key, lambda: _plan(x, routing, fmt, rounding, amax_clamp, scale_layout, out, backend, config))
     x = steps.rows_contiguous(x.detach() if x.requires_grad else x)
     if fmt.group == (0, 0) and fmt.scaled:
         return _tensor_wise(x, routing, fmt, amax_clamp, out, backend)

@@ -49,7 +49,6 @@ def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tensor, *, o
     if torch.compiler.is_compiling():
         return _traced(a, b, out, out_dtype, accumulate, backend, config, max_sms, on_unsupported, fast_accum)
     dtype = common.out_dtype_of(out, out_dtype, torch.bfloat16)
-    common.check_config(config)
     rest = dtype, accumulate, fast_accum, backend, config, max_sms, validate, on_unsupported
     known, addresses = _plans.recall(a, b, out, None, *rest)
     if known is None:

@@ -46,7 +46,6 @@ def grouped_gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tens
     if torch.compiler.is_compiling():
         return _traced(a, b, layout, out, out_dtype, accumulate, zero_padding, backend, config, max_sms, on_unsupported, fast_accum)
     dtype = common.out_dtype_of(out, out_dtype, torch.bfloat16)
-    common.check_config(config)
     index = layout.index
     alignment, expected_m = _hints(layout)
     rest = (layout.kind, alignment, expected_m, zero_padding, dtype, accumulate, fast_accum, backend, config, max_sms, validate,

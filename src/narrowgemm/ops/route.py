@@ -60,8 +60,8 @@ def route(logits: Tensor, top_k: int, *, scoring: str = "softmax", renormalize: 
         return made if out is None else (out[0].copy_(made[0]), out[1].copy_(made[1]))
     key = ("route", steps.sign(logits), steps.sign(bias), top_k, scoring, renormalize, num_expert_group, topk_group,
            scaling_factor, backend, config, env.choice(), *map(steps.sign, out or ()))
-    plan, memo = steps.known(_plans, key, lambda: _plan_route(logits, top_k, scoring, bias, num_expert_group, topk_group, out,
-                                                  backend, config))
+    plan, memo = _plans.get(key, lambda: _plan_route(logits, top_k, scoring, bias, num_expert_group, topk_group, out,
+                                                     backend, config))
     if out is None:
         shape = (logits.shape[0], top_k)
         out = (torch.empty(shape, dtype=torch.float32, device=logits.device),
@@ -128,7 +128,7 @@ def sort_by_expert(topk_ids: Tensor, num_experts: int, *, expert_map: Tensor | N
         steps.check_routing(out)
     key = ("sort", steps.sign(topk_ids), num_experts, steps.sign(expert_map), first_expert,
            *(() if out is None else (steps.sign(out.row_map), *steps.like(out))), backend, config, env.choice())
-    plan, memo = steps.known(_plans, key, lambda: plan_sort(topk_ids, num_experts, expert_map, backend, config, first_expert, out))
+    plan, memo = _plans.get(key, lambda: plan_sort(topk_ids, num_experts, expert_map, backend, config, first_expert, out))
     if out is None:
         slots, device = topk_ids.numel(), topk_ids.device
         out = Routing(torch.empty(slots, dtype=torch.int32, device=device),
@@ -190,8 +190,7 @@ def combine(y: Tensor, routing: Routing, topk_weights: Tensor, *, bias: Tensor |
     key = ("combine", steps.sign(y), steps.sign(routing.row_map), *steps.like(routing),
            steps.sign(topk_weights), steps.sign(bias), steps.sign(add), steps.sign(out), out_dtype, backend, config,
            env.choice())
-    plan, memo = steps.known(_plans, key, lambda: _plan_combine(y, routing, topk_weights, bias, add, out, out_dtype, backend,
-                                                                config))
+    plan, memo = _plans.get(key, lambda: _plan_combine(y, routing, topk_weights, bias, add, out, out_dtype, backend, config))
     if out is None:
         out = torch.empty((routing.num_tokens, y.shape[1]), dtype=out_dtype or y.dtype, device=y.device)
     if plan is not None:

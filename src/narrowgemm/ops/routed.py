@@ -81,7 +81,6 @@ def routed_gemm(a: ScaledTensor | Tensor, b: PackedWeight | ScaledTensor | Tenso
                                   interleaved=interleaved, routing_weight=routing_weight, combine=combine,
                                   add=add, zero_padding=zero_padding)
     dtype = common.out_dtype_of(out, out_dtype, torch.bfloat16)
-    common.check_config(config)
     index = layout.index
     key = (*signature(a, b, out), dtype, backend, config, max_sms, validate, on_unsupported, layout.kind, a_div, epilogue,
            zero_padding, s.num_slots, s.top_k, s.positions, s.block_m,
@@ -117,7 +116,6 @@ def packed_gemm(a: ScaledTensor | Tensor, b: PackedWeight, layout: Layout | None
     if torch.compiler.is_compiling():
         return traced.packed_gemm(a, b, layout, out, out_dtype, accumulate, zero_padding, options)
     dtype = common.out_dtype_of(out, out_dtype, torch.bfloat16)
-    common.check_config(options.config)
     index = None if layout is None else layout.index
     kind = "dense" if layout is None else layout.kind
     hint = layout.expected_m if isinstance(layout, Masked | Psum) else 0

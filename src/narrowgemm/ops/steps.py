@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -20,7 +19,6 @@ from .overlap import stored_twice
 
 FLOATS = tuple(PLAIN)
 SCALE_LAYOUTS = ("row_major", "mn_major")
-NOTHING = common.Empty((), (), torch.uint8, torch.device("cpu"))
 
 
 def sign(x: Tensor | None) -> object:
@@ -38,14 +36,6 @@ def sign(x: Tensor | None) -> object:
 def aligned(x: Tensor) -> bool:
     """Whether all rows begin on 16 bytes."""
     return x.data_ptr() % 16 == 0 and all(s * x.element_size() % 16 == 0 for s, n in zip(x.stride()[:-1], x.shape) if n > 1)
-
-
-def known(cache: common.PlanCache, key: tuple, make: Callable[[], Plan | None]) -> tuple[Plan | None, dict]:
-    """Plan and bound launches of a signature; `make` checks a call that is the first of its kind and plans it."""
-    found = cache.find(key)
-    if found is None:
-        found = cache.add(key, make(), NOTHING)
-    return found.plan, found.memo
 
 
 def scale_layout_of(fmt: Format) -> str:

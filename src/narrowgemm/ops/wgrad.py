@@ -38,7 +38,6 @@ def grouped_gemm_wgrad(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, layou
     if torch.compiler.is_compiling():
         return _traced(a, b, layout, out, out_dtype, accumulate, backend, config, max_sms, on_unsupported, fast_accum)
     dtype = common.out_dtype_of(out, out_dtype, torch.float32)
-    common.check_config(config)
     index, groups = layout.offsets, layout.num_groups
     key, addresses = common.identify(a, b, out, index, layout.alignment, dtype, accumulate, fast_accum, backend, config,
                                      max_sms, validate, on_unsupported)

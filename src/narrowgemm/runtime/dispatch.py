@@ -27,11 +27,19 @@ def select(problem: Problem, arch: Arch, backend: str | None = None, config: Con
     `config`: that config, where the kernel can run it.
     `on_unsupported`: 'portable' lets a problem without a fast kernel run on the portable ones, and the Plan says so;
     'raise' makes it an error. Raises Unsupported, with every kernel's reason, where nothing is left; ValueError for an
-    unknown backend or an illegal config.
+    unknown backend or an illegal config, TypeError for what is neither.
     """
+    check_choice(backend, config)
     expect(on_unsupported in ("portable", "raise"), "on_unsupported", repr(on_unsupported), "'portable' or 'raise'")
     return _select(problem, arch, backend or env.get("NARROWGEMM_BACKEND"), config, on_unsupported,
                    env.get("NARROWGEMM_TABLES"))
+
+
+def check_choice(backend: object, config: object) -> None:
+    """TypeError for a `backend` that is no name and a `config` that is none."""
+    expect(backend is None or isinstance(backend, str), "backend", type(backend).__name__, "the name of a backend or of a kernel",
+           error=TypeError)
+    expect(config is None or isinstance(config, Config), "config", type(config).__name__, "a narrowgemm.Config", error=TypeError)
 
 
 @lru_cache(maxsize=8192)
