@@ -25,13 +25,16 @@ PAGE = Path("docs/performance.md")
 PICTURES = Path("docs/pictures")
 HEAD = """# Performance
 
-Every figure and picture here is made from the result files in `benchmarks/results/` by `benchmarks/make_performance.py`. A ratio is
-the peer's time over ours, both from one interleaved run on that device, with L2 flushed before every call; above 1 ours is faster.
-Times of different runs, and of different devices, are not compared. What was tried on the way, kept or dropped, is in
-[measured.md](measured.md); what was run on which chip at all, in [chips.md](chips.md).
+Every figure and picture here is made from the result files in `benchmarks/results/` by `benchmarks/make_performance.py`. A
+ratio is the peer's time over ours, both from one interleaved run on that device, with L2 flushed before every call: above 1
+ours is faster, below 1 the peer is. The worst case is the one with the smallest ratio; its name says layout, groups (g), rows a
+group (m), N and K, and how rows are spread (`topk_64_8`: 64 tokens, 8 experts each). Times of different runs, and of different
+devices, are not compared. What was tried on the way, kept or dropped, is in [measured.md](measured.md); what was run on which
+chip at all, in [chips.md](chips.md).
 
-`floor` is the larger of a streaming read of the same bytes in the same run and the FLOPs over the rate that the device was measured
-to have. The read keeps its lines in L2, as loads do: a kernel whose weights pass through L2 can be a tenth faster than that.
+`floor` is no library but a bound: the larger of a streaming read of the same bytes in the same run and the FLOPs over the rate
+that the device was measured to have. A ratio of 0.90 means that a tenth of our time could be saved at the most. The read keeps
+its lines in L2, as loads do: a kernel whose weights pass through L2 can be a tenth faster than that.
 
 | peer | what it is |
 | --- | --- |
@@ -96,12 +99,20 @@ def place(case: Any) -> tuple[int, str]:
     return 0, ""
 
 
+def suites(seen: set[str]) -> list[str]:
+    """What the suites that have rows measure."""
+    from narrowgemm.testing.suite_titles import TITLES
+
+    return ["| suite | what it measures |", "| --- | --- |", *(f"| `{name}` | {TITLES[name]} |" for name in TITLES if name in seen)]
+
+
 def page_of(devices: dict[str, list[dict[str, Any]]], rows: dict[str, list[dict[str, Any]]]) -> str:
     """The text of the page. `devices`: result files by device; `rows`: those of each that count."""
     from narrowgemm.cli.report import markdown_table
     from narrowgemm.testing import results
 
-    parts = [HEAD]
+    seen = {r["suite"] for mine in rows.values() for r in mine}
+    parts = [HEAD, *suites(seen), ""]
     for name, files in devices.items():
         header, mine = newest(files), rows[name]
         chosen = make_tables.newest(files)
