@@ -237,6 +237,11 @@ def test_state_survives_saving() -> None:
     back = PackedWeight.from_state_dict(torch.load(buffer, weights_only=True))
     assert same(unpack(back), unpack(p)) and back.pair == p.pair
     assert same(unpack(pickle.loads(pickle.dumps(p))), unpack(p))
+    buffer = io.BytesIO()
+    torch.save(p, buffer)
+    buffer.seek(0)
+    assert same(unpack(torch.load(buffer)), unpack(p))
+    assert repr(p) == f"PackedWeight({p.format.name} {list(p.shape)}, {p.prepack}{', ' * bool(p.pair)}{p.pair}, cpu)"
 
 
 def test_another_order_is_never_reinterpreted() -> None:

@@ -162,7 +162,9 @@ def test_pickles_copies_and_saves(name: str) -> None:
     buffer = io.BytesIO()
     torch.save(x, buffer)
     buffer.seek(0)
-    assert same(torch.load(buffer, weights_only=False), x)
+    for only in (False, True) if name in ("format", "scaled", "mn_major", "packed") else (False,):     # True is what torch.load does
+        buffer.seek(0)
+        assert same(torch.load(buffer, weights_only=only), x)
 
 
 def test_what_is_loaded_computes_the_same() -> None:

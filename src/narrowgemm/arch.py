@@ -77,7 +77,12 @@ def detect(device: torch.device | None = None) -> Arch:
 
 @lru_cache(maxsize=64)
 def _detect_gpu(index: int) -> Arch:
-    p = torch.cuda.get_device_properties(index)
+    try:
+        p = torch.cuda.get_device_properties(index)
+    except (AssertionError, RuntimeError):
+        if torch.cuda.is_available():
+            raise
+        return ARCHS["cpu"]     # torch's fake tensors have such a device anywhere
     if torch.version.hip:
         target = p.gcnArchName.split(":")[0]
         base = ARCHS.get(GENERIC.get(target, ""), ARCHS["mi300x"])

@@ -160,6 +160,9 @@ class ScaledTensor:
     scale: Tensor | None
     format: Format
 
+    def __repr__(self) -> str:
+        return f"ScaledTensor({self.format.name} {list(self.shape)}{described(self.scale)}, {self.device})"
+
     def __reduce__(self) -> tuple:
         # payloads go as bytes: plain pickle can't read a tensor of FP8 back (torch 2.13)
         data = self.data.view(torch.uint8) if self.format.elem.bits == 8 else self.data
@@ -226,8 +229,17 @@ class ScaledTensor:
         return ScaledTensor(self.data[group], None if self.scale is None else self.scale[group], self.format)
 
 
+def described(scale: Tensor | None) -> str:
+    """Scales, as a repr shows them: reading values would wait for the device."""
+    return "" if scale is None else f", scales {str(scale.dtype).removeprefix('torch.')} {list(scale.shape)}"
+
+
 def _restore(data: Tensor, scale: Tensor | None, fmt: Format) -> ScaledTensor:
     return ScaledTensor(data.view(fmt.elem.dtype) if fmt.elem.bits == 8 else data, scale, fmt)
+
+
+# `torch.load` makes nothing of other types unless asked to
+torch.serialization.add_safe_globals([Format, ScaledTensor, _restore])
 
 
 def check_payload(data: Tensor, fmt: Format) -> Tensor:

@@ -65,6 +65,10 @@ class PackedWeight:
     prepack: str = PREPACK
     top: Tensor | None = None
 
+    def __repr__(self) -> str:
+        pair = f", {self.pair}" if self.pair else ""
+        return f"PackedWeight({self.format.name} {list(self.shape)}, {self.prepack}{pair}, {self.device})"
+
     @property
     def device(self) -> torch.device:
         return self.data.device
@@ -130,6 +134,9 @@ class PackedWeight:
             expect(x.is_contiguous(), f"packed {name}, strides", x.stride(), "contiguous")
 
 
+torch.serialization.add_safe_globals([PackedWeight])
+
+
 def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16") -> PackedWeight:
     """`weights` MXFP4 or MXFP8 (E4M3), `[E, N, K]` or `[N, K]`, for the Hopper kernels that expand them in registers.
 
@@ -152,6 +159,9 @@ def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16")
     expect(activations in ACTIVATIONS, "activations", repr(activations), f"one of {ACTIVATIONS}")
     *_, n, k = shape = tuple(weights.shape)
     expect(n > 0 and k > 0, "weights, shape", shape, "no empty axis")
+    if not torch.compiler.is_compiling() and weights.data.numel() and not weights.data.data_ptr():
+        raise Unsupported(f"prepack of weights without memory, on {weights.device}: what order they get depends on their scales",
+                          "pack them once they are loaded; explain and experts_workspace size packed weights without any")
     expect(pair == "" or n % 2 == 0, f"N of {pair} gate and up rows", n, "an even number")
     assert weights.scale is not None
     scale = weights.scale if weights.scale.dtype == torch.uint8 else float_to_e8m0(weights.scale)
@@ -251,9 +261,7 @@ def row_order(n: int, pair: str = "") -> Tensor:
 def inverse_order(n: int, pair: str = "") -> Tensor:
     """int64 `[N]`: the packed row that holds each logical row."""
     order = row_order(n, pair)
-    out = torch.empty(n, dtype=torch.int64, device="cpu")
-    out[order[order >= 0]] = torch.arange(order.numel(), device="cpu")[order >= 0]
-    return out
+    return order.argsort()[order.numel() - n:]      # padding, -1, is in front
 
 
 def _take(x: Tensor, order: Tensor) -> Tensor:

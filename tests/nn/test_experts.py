@@ -48,6 +48,32 @@ def test_state_dict_goes_round(tmp_path):
     state["_extra_state"] = {"gate_up": "mxfp8", "down": "mxfp8"}
     with pytest.raises(ValueError, match="formats"):
         two.load_state_dict(state)
+    for other, error in ((torch.ones(4), TypeError), (torch.ones(4, dtype=torch.uint8), ValueError)):
+        state["_extra_state"] = other
+        with pytest.raises(error, match="extra state of a module"):
+            two.load_state_dict(state)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_safetensors_keep_all_of_the_state(tmp_path, packed):
+    safetensors = pytest.importorskip("safetensors.torch")
+
+    def made(seed: int) -> Experts:
+        up, down = (w if not packed else quantize(w.dequantize(), MXFP4) for w in weights(seed))
+        return Experts(prepack(up, pair="halves") if packed else up, prepack(down) if packed else down, top_k=2)
+
+    one, two = made(0), made(1)
+    safetensors.save_file(one.state_dict(), tmp_path / "state.safetensors")
+    two.load_state_dict(safetensors.load_file(tmp_path / "state.safetensors"))
+    assert torch.equal(one(X, LOGITS), two(X, LOGITS))
+
+
+def test_exported():
+    """By torch.export, over packed weights, some of whose tensors are not there."""
+    up, down = (prepack(quantize(w.dequantize(), MXFP4), pair=pair) for w, pair in zip(weights(0), ("halves", "")))
+    m = Experts(up, down, top_k=2, gate_up_bias=torch.randn(4, 256))
+    program = torch.export.export(m, (X, LOGITS), strict=False)
+    assert torch.equal(program.module()(X, LOGITS), m(X, LOGITS))
 
 
 def test_prepacked_weights(tmp_path):

@@ -14,6 +14,7 @@ from ..formats import ELEMENTS
 from ..ops.expert_mlp import RECIPES, Scaling, expert_mlp
 from ..ops.grouped_linear import quantize_weight
 from ..ops.quantize_both import Both
+from . import extra_state
 
 STATE = ("scale", "amax", "history")
 
@@ -117,11 +118,11 @@ class ExpertMLP(torch.nn.Module):
         self.amax.zero_()
         self._ready = True
 
-    def get_extra_state(self) -> dict[str, Any]:
-        return {"ready": self._ready}
+    def get_extra_state(self) -> Tensor:
+        return extra_state.encode({"ready": self._ready})
 
-    def set_extra_state(self, state: dict[str, Any]) -> None:
-        self._ready = bool(state["ready"])
+    def set_extra_state(self, state: object) -> None:
+        self._ready = bool(extra_state.decode(state)["ready"])
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_cached": {}, "_held": None}       # copies and pickles make their own

@@ -15,6 +15,7 @@ from ..ops.experts import ROUTING, experts, experts_workspace
 from ..ops.experts_arguments import Shared, Weights, as_weight, check_shared
 from ..ops.experts_plan import Weight
 from ..prepack import PackedWeight
+from . import extra_state
 
 WEIGHTS = ("gate_up", "down", "shared_gate_up", "shared_down")
 EXTRAS = ("gate_up_bias", "down_bias", "router_bias", "expert_map")
@@ -27,8 +28,8 @@ class Experts(torch.nn.Module):
     `expert_map`, `first_expert`, activation and routing options: as in `narrowgemm.experts`. The router itself is not part of
     it: `forward` takes its logits, or weights and ids.
 
-    `state_dict` holds payloads and scales as they are, and the formats; it loads into a module built from weights of the same
-    shapes and formats. Moving the module moves the weights; changing its dtype does not change them.
+    `state_dict` holds payloads and scales as they are, and the formats, tensors all of them; it loads into a module built from
+    weights of the same shapes and formats. Moving the module moves the weights; changing its dtype does not change them.
     """
 
     def __init__(self, gate_up: Weights, down: Weights, *, top_k: int,
@@ -52,14 +53,14 @@ class Experts(torch.nn.Module):
         expect(top_k >= 1, "top_k", top_k, "at least 1")
         self.formats = {name: w.format.name for name, w in pairs}
         self.packs = {name: (w.shape, w.pair, w.prepack) for name, w in pairs if isinstance(w, PackedWeight)}
+        buffers: dict[str, Tensor | None] = {}
         for name, w in pairs:
-            self.register_buffer(name, w.data)
-            self.register_buffer(f"{name}_scale", w.scale)
+            buffers |= {name: w.data, f"{name}_scale": w.scale}
             if isinstance(w, PackedWeight):
-                for part in ("factor", "codes", "top"):
-                    self.register_buffer(f"{name}_{part}", getattr(w, part))
-        for name, extra in zip(EXTRAS, (gate_up_bias, down_bias, router_bias, expert_map)):
-            self.register_buffer(name, extra)
+                buffers |= {f"{name}_{part}": getattr(w, part) for part in ("factor", "codes", "top")}
+        buffers |= dict(zip(EXTRAS, (gate_up_bias, down_bias, router_bias, expert_map)))
+        for name in sorted(buffers, key=lambda n: buffers[n] is None):      # torch.export miscounts those behind one that is None
+            self.register_buffer(name, buffers[name])
         self.top_k, self.first_expert, self.routing = top_k, first_expert, routing
         self.activation, self.activation_args, self.interleaved = kind
         self.activation_format = None if activation_format is None else get_format(activation_format)
@@ -107,12 +108,16 @@ class Experts(torch.nn.Module):
                                  bias=self.gate_up_bias is not None, shared=self.shared,
                                  batch_invariant=self.batch_invariant, backend=self.backend)
 
-    def get_extra_state(self) -> dict[str, str]:
+    def _state(self) -> dict[str, str]:
         packs = {f"{name}, packed": f"{order} {pair} {list(shape)}" for name, (shape, pair, order) in self.packs.items()}
         return self.formats | packs
 
-    def set_extra_state(self, state: dict[str, str]) -> None:
-        expect(state == self.get_extra_state(), "formats in the state", state, f"this module's, {self.get_extra_state()}")
+    def get_extra_state(self) -> Tensor:
+        return extra_state.encode(self._state())
+
+    def set_extra_state(self, state: object) -> None:
+        found = extra_state.decode(state)
+        expect(found == self._state(), "formats in the state", found, f"this module's, {self._state()}")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Experts:
         """Weights and scales keep their types: `module.to(torch.bfloat16)` would round FP32 scales and re-read payloads."""

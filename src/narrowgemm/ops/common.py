@@ -10,7 +10,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -68,9 +68,17 @@ def check_kinds(**tensors: object) -> None:
                "a dense strided tensor", error=TypeError)
 
 
-def check_tensors(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, index: Tensor | None) -> None:
-    """`check_kinds` of what a product was given: reading a signature failed, and one of them is why."""
-    check_kinds(a=a.data, b=b.data, scale_of_a=a.scale, scale_of_b=b.scale, out=out, index=index)
+def refuse(error: Exception, **tensors: object) -> NoReturn:
+    """Say what `error`, met while shapes and addresses were read, comes from."""
+    check_kinds(**tensors)
+    if isinstance(error, RuntimeError):
+        raise TypeError(f"tensors: got one without memory of its own ({str(error).partition(chr(10))[0]}), expected dense tensors: "
+                        "nested ones, and those inside torch.func's vmap and grad, are not taken") from error
+    raise error
+
+
+def refuse_product(error: Exception, a: ScaledTensor, b: ScaledTensor, out: Tensor | None, index: Tensor | None) -> NoReturn:
+    refuse(error, a=a.data, b=b.data, scale_of_a=a.scale, scale_of_b=b.scale, out=out, index=index)
 
 
 def identify(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, index: Tensor | None,
@@ -102,12 +110,13 @@ def identify(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, index: Tensor
             key += (index.shape, index.dtype, index.get_device())
         if bits & 15:
             key += (p & 15, ps & 15, q & 15, qs & 15, 0 if out is None else out.data_ptr() & 15, pi & 15)
+        if not p:       # a tensor without elements, or one without memory, whose calls are no others'
+            key += (x.numel(),)
         if x.get_device() < 0:      # CPU and meta tensors both say -1
             key += tuple([t if t is None else t.device for t in (x, sx, y, sy, out, index)])
         return key, (p, ps, q, qs, pi)
-    except (AttributeError, RuntimeError):
-        check_tensors(a, b, out, index)
-        raise
+    except (AttributeError, RuntimeError) as error:
+        refuse_product(error, a, b, out, index)
 
 
 def _traits(t: Tensor | None) -> tuple | None:
@@ -197,9 +206,8 @@ class PlanCache:
             return None, ()
         except TypeError:       # as in `find`
             return None, ()
-        except (AttributeError, RuntimeError):
-            check_tensors(a, b, out, index)
-            raise
+        except (AttributeError, RuntimeError) as error:
+            refuse_product(error, a, b, out, index)
 
     def remember(self, known: Known, a: ScaledTensor, b: ScaledTensor, out: Tensor | None, index: Tensor | None,
                  *rest: object) -> None:
@@ -296,6 +304,15 @@ def check_out(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, de
     for x in (t for r in reads for t in ((r.data, r.scale) if isinstance(r, ScaledTensor) else (r,)) if t is not None):
         expect(x.device != out.device or not share_memory(out, x), "out", f"memory of an operand, {tuple(x.shape)}",
                "memory of its own: operands are read while it is written")
+
+
+def off_16_bytes(x: Tensor) -> int:
+    """Bytes that it starts off 16; -1 for a tensor without memory: what is known of others is not known of it."""
+    try:
+        at = x.data_ptr()
+    except (AttributeError, RuntimeError) as error:
+        refuse(error, tensor=x)
+    return at & 15 if at else -1
 
 
 def on_16_bytes(x: Tensor) -> bool:

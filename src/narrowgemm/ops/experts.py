@@ -90,7 +90,7 @@ def experts(x: Tensor, gate_up: Weights, down: Weights, *, router_logits: Tensor
         return compose(a)
     made = planned(a)      # the first of its signature, or one that can't be bound: step by step
     result = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    if x.shape[0] == 0:
+    if x.shape[0] == 0 or not x.data_ptr():     # no tokens, or none with memory
         return result
     if workspace is None:
         space = experts_warm.space(made, x.device)

@@ -53,7 +53,7 @@ def quantize(x: Tensor, fmt: Format | str, *, rounding: str = "rceil", amax_clam
 def _known(x: Tensor, fmt: Format, rounding: str, amax_clamp: float, scale_layout: str, backend: str | None,
            config: Config | None) -> common.Known:
     where = x.get_device()      # a third of what `device` takes; CPU and meta tensors both say -1
-    key = (fmt, x.shape, x.stride(), x.dtype, where if where >= 0 else x.device, x.data_ptr() & 15, rounding, amax_clamp,
+    key = (fmt, x.shape, x.stride(), x.dtype, where if where >= 0 else x.device, common.off_16_bytes(x), rounding, amax_clamp,
            scale_layout, backend, config, env.choice())
     known = _plans.find(key)
     if known is None:

@@ -185,8 +185,9 @@ def _stored(b: PackedWeight | ScaledTensor) -> list[ScaledTensor | Tensor]:
 def _like(x: Tensor | None, name: str = "a tensor argument") -> tuple | None:
     if x is None:
         return None
-    common.check_kinds(**{name: x})
-    return (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
+    if not isinstance(x, Tensor) or x.layout != torch.strided:
+        common.check_kinds(**{name: x})
+    return (x.shape, x.stride(), x.dtype, x.device, common.off_16_bytes(x))
 
 
 def signature(a: ScaledTensor, b: PackedWeight | ScaledTensor, out: Tensor | None) -> tuple:

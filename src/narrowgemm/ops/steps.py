@@ -27,10 +27,9 @@ def sign(x: Tensor | None) -> object:
         return type(x)
     at = x.get_device()
     try:
-        return x.shape, x.stride(), x.dtype, at if at >= 0 else x.device, x.data_ptr() & 15
-    except RuntimeError:
-        common.check_kinds(tensor=x)
-        raise
+        return x.shape, x.stride(), x.dtype, at if at >= 0 else x.device, common.off_16_bytes(x)
+    except RuntimeError as error:
+        common.refuse(error, tensor=x)
 
 
 def aligned(x: Tensor) -> bool:

@@ -19,9 +19,12 @@ from ..problem import Plan, Problem, Step
 def run(plan: Plan, operands: Operands | StepOperands, workspace: Tensor | None = None) -> None:
     """Launch every step of `plan` on the current stream of `out`'s device.
 
-    `workspace`: uint8 on 16 bytes, at least `plan.workspace_bytes`; allocated where None.
+    `workspace`: uint8 on 16 bytes, at least `plan.workspace_bytes`; allocated where None. Tensors without memory (on 'meta', or
+    torch's fake ones) have a shape, which is all that is wanted of them: nothing is launched.
     """
     out, memo = operands.out, operands.memo
+    if not out.data_ptr() and out.numel():
+        return
     expect(workspace is None or isinstance(workspace, Tensor), "workspace", type(workspace).__name__, "a torch.Tensor or None",
            error=TypeError)
     if out.is_cuda and out.get_device() != torch.cuda.current_device():
