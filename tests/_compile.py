@@ -1,7 +1,8 @@
 """Cross-compiles kernels with no GPU, each target in a process of its own (one AMD target a process: Triton keeps state).
 
 A job is an ordinary launch on small CPU tensors; in the worker, launching compiles for the target and records the machine
-code instead of running. Jobs are generators named by "module:function" that yield (id, callable).
+code instead of running. Jobs are generators named by "module:function" that yield (id, callable). Workers are forked from a server
+that has imported torch and Triton, which takes longer than compiling a kernel.
 
     reports = compile_jobs("gfx950", "tests.kernels.fp8_block_jobs:jobs")
 
@@ -15,15 +16,20 @@ import io
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+import traceback
+from functools import cache
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 TRITONS = ("oldest", "newest")
+SECONDS = 900       # that a worker may take
 # R1 is the stack's pointer: bits taken from it as data stand for a value that nothing has written
 UNWRITTEN = re.compile(r"(?:LOP3\.LUT|SHF[A-Z0-9.]*) R\d+, [^;]*\bR1\b[^;]*;")
 NVIDIA_OPS = ("wgmma.mma_async", "mma.sync", "tcgen05.mma", "cp.async", "cp.async.bulk.tensor", "e4m3", "setmaxnreg",
@@ -49,11 +55,66 @@ def with_triton(which: str) -> dict[str, str]:
 def compile_jobs(target: str, jobs: str, *args: str, triton: str = "oldest", sass: bool = False) -> list[dict]:
     """One report a compiled kernel: job, kernel, shared (bytes), spills (bytes), registers, ops (mnemonic: count); with `sass`, which takes
     as long as compiling, `unwritten`, too: reads of registers that nothing has written."""
-    env = with_triton(triton) | {"NARROWGEMM_ARCH": target, "NARROWGEMM_TEST_SASS": str(int(sass))}
-    done = subprocess.run([sys.executable, "-m", "tests._compile", target, jobs, *args], cwd=ROOT, env=env,
-                          capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, f"compiling {jobs} for {target} failed:\n{done.stdout[-2000:]}\n{done.stderr[-6000:]}"
-    return json.loads(next(line for line in reversed(done.stdout.splitlines()) if line.startswith("[{") or line == "[]"))
+    env = {"NARROWGEMM_ARCH": target, "NARROWGEMM_TEST_SASS": str(int(sass))}
+    with tempfile.TemporaryDirectory() as folder:
+        status = server(triton).run({"env": env, "folder": folder, "arguments": (target, jobs, *args)})
+        stdout, stderr = ((Path(folder) / name).read_text() for name in ("stdout", "stderr"))
+    assert status == 0, f"compiling {jobs} for {target} failed:\n{stdout[-2000:]}\n{stderr[-6000:]}"
+    return json.loads(next(line for line in reversed(stdout.splitlines()) if line.startswith("[{") or line == "[]"))
+
+
+class Server:
+    """A process with one of the Tritons. Ends with this one, which closes its standard input."""
+
+    def __init__(self, triton: str) -> None:
+        self.process = subprocess.Popen([sys.executable, "-m", "tests._compile"], cwd=ROOT, env=with_triton(triton), text=True,
+                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def run(self, work: dict) -> int:
+        """The exit status of a worker."""
+        assert self.process.stdin and self.process.stdout
+        print(json.dumps(work), file=self.process.stdin, flush=True)
+        answer = self.process.stdout.readline()
+        assert answer, "the server of compilations died"
+        return int(answer)
+
+
+@cache
+def server(triton: str) -> Server:
+    return Server(triton)
+
+
+def serve() -> None:
+    """Fork a worker for each line of standard input, one after the other; answer with its exit status."""
+    import torch  # noqa: F401
+    import triton  # noqa: F401
+
+    import narrowgemm  # noqa: F401
+
+    for line in sys.stdin:
+        child = os.fork()
+        if child == 0:
+            work(**json.loads(line))
+        print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+
+
+def work(env: dict[str, str], folder: str, arguments: list[str]) -> NoReturn:
+    """A worker's life. Its output goes to files in `folder`."""
+    signal.alarm(SECONDS)
+    for name, stream in (("stdout", sys.stdout), ("stderr", sys.stderr)):
+        with open(Path(folder) / name, "w") as file:
+            os.dup2(file.fileno(), stream.fileno())
+    os.environ.update(env)
+    status = 1
+    try:
+        main(*arguments)
+        status = 0
+    finally:        # whatever came of it: a forked process must not go on with what its parent was doing
+        if status:
+            traceback.print_exc()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
 
 
 def gpu_target(target: str):
@@ -149,4 +210,4 @@ def main(target: str, jobs: str, *args: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    serve()

@@ -44,7 +44,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # Cases that emulate or interpret device code take seconds each on a CPU. Of each function of these modules one case in so many
-# runs by default, the others are marked slow: `pytest -m ''` runs all of them. Nothing changes on a GPU.
+# runs by default, the others are marked slow: `pytest -m ''` runs all of them. Nothing changes on a GPU, nor for what is compiled.
 ONE_IN = {"kernels/test_gluon_sm90_prefill.py": 4, "kernels/test_gluon_sm90_decode.py": 6, "kernels/test_gluon_sm90_scaled.py": 6,
           "kernels/test_steps.py": 4, "kernels/test_bf16.py": 2, "kernels/test_quantize_both.py": 4,
           "kernels/test_activate_both.py": 4, "ops/test_expert_mlp.py": 3, "ops/test_experts.py": 3,
@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     seen: Counter[str] = Counter()
     for item in items:
         share = next((n for name, n in ONE_IN.items() if item.path.as_posix().endswith(f"tests/{name}")), 1)
-        if share > 1 and item.get_closest_marker("gpu") is None:
+        if share > 1 and not any(map(item.get_closest_marker, ("gpu", "compile"))):
             function = item.nodeid.split("[")[0]
             if seen[function] % share:
                 item.add_marker(pytest.mark.slow)

@@ -164,7 +164,7 @@ def test_refusals():
 @pytest.mark.compile
 @pytest.mark.parametrize("target", ["sm90", "sm100", "gfx942", "gfx950"])
 def test_compiles_for_every_target(target):
-    reports = compile_jobs(target, "tests.kernels.activate_both_jobs:jobs", sass=target.startswith("sm"))
+    reports = compile_jobs(target, "tests.kernels.activate_both_jobs:jobs", sass=target == "sm90")
     assert {"both_kernel", "maxima_kernel", "scales_kernel", "segments_kernel", "zero_kernel"} == {r["kernel"] for r in reports}
     for r in reports:
         assert r["spills"] <= 8 and r["shared"] <= 65536 and not r.get("unwritten"), r

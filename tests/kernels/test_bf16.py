@@ -99,8 +99,7 @@ OPS = {"sm90": ("wgmma.mma_async",), "sm100": ("tcgen05.mma",), "gfx942": ("v_mf
 
 @pytest.mark.compile
 @pytest.mark.parametrize("triton", [TRITONS[0], pytest.param(TRITONS[1], marks=pytest.mark.slow)])
-@pytest.mark.parametrize("target", ["sm90", pytest.param("sm100", marks=pytest.mark.slow), pytest.param("gfx942", marks=pytest.mark.slow),
-                                    "gfx950"])
+@pytest.mark.parametrize("target", OPS)
 def test_machine_code(target: str, triton: str) -> None:
     check(target, compile_jobs(target, "tests.kernels.bf16_jobs:jobs", triton=triton))
 

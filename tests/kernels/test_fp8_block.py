@@ -42,7 +42,7 @@ def configs_for(case: Case) -> list[Config]:
     return list(dict.fromkeys(found))
 
 
-CONFIG_CASES = [Case("configs", "dense", 1, 70, 272, 1200), Case("configs", "contiguous", 4, 45, 272, 320, sizes="uniform:0.7:1.3", alignment=1),
+CONFIG_CASES = [Case("configs", "dense", 1, 70, 272, 1000), Case("configs", "contiguous", 4, 45, 272, 320, sizes="uniform:0.7:1.3", alignment=1),
                 Case("configs", "offsets", 4, 45, 272, 320, sizes="uniform:0.7:1.3"),
                 Case("configs", "psum", 3, 45, 272, 320, sizes="uniform:0.7:1.3", alignment=32),
                 Case("configs", "masked", 4, 45, 272, 320, max_m=90, sizes="uniform:0.7:1.3"),
@@ -59,13 +59,15 @@ def test_the_layouts_that_share_a_search_space_have_the_same(monkeypatch: pytest
 
 @pytest.mark.parametrize("case", CONFIG_CASES, ids=lambda c: c.id)
 def test_every_config_is_right(case: Case, device: str, monkeypatch) -> None:
-    """Gates hold for the whole search space, not only for what is chosen. Interpreted, three grouped layouts share it: what
-    differs between them is how a tile finds its rows, and `test_gates` has that."""
+    """Gates hold for the whole search space, not only for what is chosen. Interpreted, stages and warps are nothing, and three grouped
+    layouts share the space: what differs between them is how a tile finds its rows, and `test_gates` has that."""
     monkeypatch.setenv("NARROWGEMM_ARCH", "h200")
     inputs = build(case, device, seed=11)
     tried = configs_for(case)
-    if device == "cpu" and case in SHARING:
-        tried = tried[SHARING.index(case)::len(SHARING)]
+    if device == "cpu":
+        tried = list({replace(c, num_stages=0, num_warps=0): c for c in tried}.values())
+        if case in SHARING:
+            tried = tried[SHARING.index(case)::len(SHARING)]
     assert len(tried) >= 3
     for config in tried:
         inputs.verify(backend="triton", config=config)

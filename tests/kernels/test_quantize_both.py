@@ -286,7 +286,7 @@ def test_scales_of_many_significands():
 @pytest.mark.parametrize("target", ["sm90", "sm100", "gfx942", "gfx950"])
 def test_compiles_for_every_target(target):
     """No spills, little shared memory."""
-    reports = compile_jobs(target, "tests.kernels.quantize_both_jobs:jobs", sass=target.startswith("sm"))
+    reports = compile_jobs(target, "tests.kernels.quantize_both_jobs:jobs", sass=target == "sm90")
     assert {"segments_kernel", "zero_kernel", "amax_kernel", "both_kernel"} == {r["kernel"] for r in reports}
     for r in reports:
         assert r["spills"] == 0 and r["shared"] <= 32768 and not r.get("unwritten"), r
