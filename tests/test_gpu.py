@@ -96,21 +96,17 @@ def test_every_config_of_every_kernel(case: Case) -> None:
     from narrowgemm.arch import detect
 
     inputs = build(case, "cuda", seed=3)
-    arch = detect(inputs.device)
-    tried = 0
+    arch, problem = detect(inputs.device), inputs.plan().problem
+    tried = []
     for kernel in kernels().values():
-        if kernel.BACKEND == "reference":
+        if kernel.BACKEND == "reference" or kernel.supports(problem, arch) is not None:
             continue
-        problem = inputs.plan().problem
-        for rows in (4, 16, 64, 128, 1024):
-            like = replace(problem, rows=rows)
-            if kernel.supports(like, arch) is not None or kernel.supports(problem, arch) is not None:
-                continue
-            for config in kernel.configs(like, arch):
-                if dispatch.illegal(kernel, problem, config, arch) is None:
-                    inputs.verify_repeats(backend=kernel.BACKEND, config=config)
-                    tried += 1
-    assert tried >= 8
+        likes = [replace(problem, rows=rows) for rows in (4, 16, 64, 128, 1024)]
+        found = dict.fromkeys(c for p in likes if kernel.supports(p, arch) is None for c in kernel.configs(p, arch))
+        tried += [(kernel.NAME, c) for c in found if dispatch.illegal(kernel, problem, c, arch) is None]
+    assert len(tried) >= 8
+    for name, config in tried:
+        inputs.verify_repeats(backend=name, config=config)
 
 
 REPEAT = [Case("repeat", "dense", 1, 64, 2112, 7168), Case("repeat", "contiguous", 8, 256, 2048, 7168),

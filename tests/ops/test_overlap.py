@@ -26,6 +26,10 @@ def test_shared_memory() -> None:
     assert not share_memory(rows[:, 16:], rows[:, :16]) and not share_memory(rows[:0], rows)
     planes = x.view(4, 8, 32)
     assert not share_memory(planes[..., :8], planes[..., 8:]) and share_memory(planes[..., :9], planes[..., 8:])
+    wrapped = x.as_strided((31, 16), (32, 1), 24)       # its rows end in the first eight columns of the next ones
+    assert share_memory(rows[:, :8], wrapped) and not share_memory(rows[:, 8:24], wrapped)
+    shifted = x.as_strided((2, 4, 8), (4 * 32 + 16, 32, 1))     # its second plane lies 16 columns further on
+    assert share_memory(shifted, rows[:, 16:24]) and share_memory(rows[:, 16:24], shifted)
     assert share_memory(rows.view(torch.bfloat16)[:, :2], rows) and not share_memory(rows.view(torch.bfloat16)[:, 2:], rows[:, :1])
 
 

@@ -65,6 +65,19 @@ def test_the_nearest_bucket_within_a_factor_of_two(tmp_path: Path, have: tuple[i
     assert look(tmp_path, m, n=640) is None and look(tmp_path, m, k=2048) is None
 
 
+def test_packed_weights_take_larger_buckets_alone(tmp_path: Path) -> None:
+    """Few tokens and many have kernels of their own."""
+    weights = {"a": "mxfp8", "b": "mxfp8", "packed": True}
+    problem = describe("gemm", m=96, n=512, k=1024, **weights)      # type: ignore[arg-type]
+    name = store.table_name(problem)
+    assert name != store.table_name(describe("gemm", m=96, n=512, k=1024, a="mxfp8", b="mxfp8"))
+    store.write_table(tmp_path, "h200", name, {}, [row(64, "fewer")])
+    assert look(tmp_path, 96, **weights) is None
+    store.write_table(tmp_path, "h200", name, {}, [row(128, "more")])
+    assert look(tmp_path, 96, **weights).kernel == "more"  # type: ignore[union-attr]
+    assert look(tmp_path, 64, **weights).kernel == "fewer"  # type: ignore[union-attr]
+
+
 def test_a_row_that_was_not_adopted_leaves_it_to_the_cost_model(tmp_path: Path) -> None:
     """Of its own bucket, and before a neighbour's choice."""
     store.write_table(tmp_path, "h200", DENSE, {}, [row(64, adopted=False), row(96)])
