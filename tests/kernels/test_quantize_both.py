@@ -188,7 +188,7 @@ def test_nothing_to_do(on, sizes):
 
 
 def test_many_groups(on):
-    sizes = [(i * 7) % 5 for i in range(300)]
+    sizes = [(i * 7) % 5 if i % 8 == 0 else 0 for i in range(300)]     # most of them empty: each that is not takes a tile
     check(sample(sum(sizes), 128, device=on), FP8_ROW, offsets_of(sizes, on))
 
 

@@ -13,7 +13,10 @@ from narrowgemm.kernels.registry import candidates, kernels
 from narrowgemm.ops.explain import describe, explain
 from narrowgemm.problem import Config, bucket, middle
 from narrowgemm.runtime import dispatch
+from narrowgemm.testing.cases import build
 from narrowgemm.tuning.fingerprint import fingerprint
+
+from ..test_gpu import FP8_KERNELS, SPACE
 
 TARGETS = ("h200", "h100", "h20", "b200", "rtx5090", "mi300x", "mi350x", "l40s", "a100", "cpu")
 
@@ -145,3 +148,12 @@ def test_explain_rejects(kwargs: dict, message: str) -> None:
 def test_config_round_trips_through_json() -> None:
     c = Config(64, 128, num_stages=5, swap_ab=True, extra=(("consumers", 2),))
     assert Config.from_dict(json.loads(json.dumps(c.to_dict()))) == c
+
+
+def test_the_kernels_of_fp8_blocks_are_those_that_a_gpu_is_tested_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tests/test_gpu.py` runs each config of each of them; one that comes is to be named there."""
+    monkeypatch.setenv("NARROWGEMM_ARCH", "h200")
+    problems = [build(c, "cpu", hollow=True).plan().problem for c in SPACE]
+    taken = {name for name, k in kernels().items() for p in problems
+             for arch in ARCHS.values() if arch.vendor != "cpu" and k.BACKEND != "reference" and k.supports(p, arch) is None}
+    assert taken == set(FP8_KERNELS)
