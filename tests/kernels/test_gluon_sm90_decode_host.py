@@ -36,6 +36,22 @@ def test_space(p: Problem) -> None:
         assert (fp8_decode.workspace(p, c) > 0) == (fp8_decode.in_workspace(c) or p.layout == "contiguous")
 
 
+TAKEN = grouped("contiguous", 64, 4096, 1024, 2048)
+
+
+@pytest.mark.parametrize("problem, why", [
+    (replace(TAKEN, groups=2048), "a table of 1024 groups, not 2048"), (replace(TAKEN, k=2080), "K a multiple of 128, not 2080"),
+    (replace(TAKEN, m=65536, rows=64), "the segments of 32768 rows and fewer, not 65536"),
+    (replace(TAKEN, rows=256), "for 192 rows a group and fewer"), (replace(TAKEN, wide=True), "within 2^31 elements"),
+    (replace(TAKEN, a=replace(TAKEN.a, aligned=False)), "on 16 bytes"), (replace(TAKEN, b=replace(TAKEN.b, major="mn")), "K-major"),
+    (replace(TAKEN, gather=True), "no fused gather"), (replace(TAKEN, op="routed_gemm"), "not routed_gemm"),
+    (describe("grouped_gemm", layout="masked", groups=8, m=8, n=512, k=512, a="fp8_row", b="fp8_row"), "E4M3 in 1x128 x 128x128")])
+def test_each_refusal_says_why(problem: Problem, why: str) -> None:
+    assert fp8_decode.supports(TAKEN, ARCH) is None
+    assert fp8_decode.supports(replace(TAKEN, m=32768, rows=64), ARCH) is None
+    assert why in str(fp8_decode.supports(problem, ARCH))
+
+
 @pytest.mark.parametrize("change", [{"block_m": 24}, {"block_n": 256}, {"split_k": 2}, {"num_stages": 40}, {"swap_ab": False},
                                     {"extra": (("narrow", 64),)}, {"extra": (("ctas", 5),)}])
 def test_illegal(change: dict) -> None:

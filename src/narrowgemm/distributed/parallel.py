@@ -176,9 +176,8 @@ class ExpertParallel:
         y = torch.cat((y, y.new_zeros((missing, y.shape[1])))) if missing else y
         if not self._grad(y, topk_weights):
             return combine(y, routing, topk_weights)
-        slots = y[routing.inverse].view(routing.num_tokens, routing.top_k, y.shape[1])
-        weights = topk_weights * (routing.inverse.view(-1, routing.top_k) < routing.offsets[-1])
-        return (slots.float() * weights[..., None]).sum(1).to(y.dtype)
+        slots = y[routing.inverse].view(routing.num_tokens, routing.top_k, y.shape[1])      # zero where there is no expert
+        return (slots.float() * topk_weights[..., None]).sum(1).to(y.dtype)
 
 
 def _joined(y: Tensor, d: Dispatched) -> Tensor:
