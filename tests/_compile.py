@@ -73,8 +73,14 @@ class Server:
     def run(self, work: dict) -> int:
         """The exit status of a worker."""
         assert self.process.stdin and self.process.stdout
-        print(json.dumps(work), file=self.process.stdin, flush=True)
-        answer = self.process.stdout.readline()
+        answer = ""
+        try:
+            print(json.dumps(work), file=self.process.stdin, flush=True)
+            answer = self.process.stdout.readline()
+        finally:        # a test that was interrupted must not leave its answer to the next one
+            if not answer:
+                self.process.kill()
+                server.cache_clear()
         assert answer, "the server of compilations died"
         return int(answer)
 

@@ -137,8 +137,8 @@ def experts_workspace(tokens: int, gate_up: Weights, down: Weights, *, top_k: in
                       device: torch.device | str | None = None) -> int:
     """Bytes of workspace that `experts` needs for `tokens` tokens of these weights; they may be on the meta device.
 
-    num_experts: experts over all ranks (default: those of the weights). bias: whether the layer has any. `device`, if not
-    the weights': where it will run. Other arguments as in `experts`. A call with router logits and one with topk_ids fit.
+    num_experts: experts over all ranks (default: those of the weights). bias: whether the layer has any. `device`, if not the
+    weights': where it will run. Other arguments and errors as in `experts`. A call with router logits and one with topk_ids fit.
     """
     return plan_for(tokens, gate_up, down, top_k, num_experts, num_expert_group, dtype,
                     (activation, activation_args, interleaved), activation_format, bias, shared,

@@ -45,7 +45,10 @@ class How:
 
 
 def quantize_weight(w: Tensor, recipe: str = "block", element: str = "e4m3") -> Both:
-    """A weight `[G, N, K]` in FP8 along K and, transposed, along N: once an optimiser step, for all of its micro-batches."""
+    """A weight `[G, N, K]` in FP8 along K and, transposed, along N: once an optimiser step, for all of its micro-batches.
+
+    recipe, element: as in `grouped_linear`. Raises ValueError (recipe, element, shape) or TypeError (dtype).
+    """
     return quantize_both(w, recipe_formats(recipe, element)[1])
 
 

@@ -241,6 +241,7 @@ def moe_align_block_size(topk_ids: Tensor, block_m: int, num_experts: int, *, ex
 
     `a_div` (default top_k: activations have a row a token; 1: a row a slot) goes into the layout. Skipped slots (ids as
     in `sort_by_expert`) are not in it at all; vLLM instead gives experts of other ranks blocks with expert id -1.
+    Raises ValueError (shape, block_m, a_div, num_experts) or TypeError (dtype).
     """
     _ids(topk_ids, num_experts, expert_map)
     expect_count(block_m, "block_m")
