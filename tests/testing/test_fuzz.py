@@ -12,7 +12,7 @@ import torch
 from narrowgemm.errors import Unsupported
 from narrowgemm.kernels.registry import kernels
 from narrowgemm.reference import gemm as reference
-from narrowgemm.testing import fuzz, fuzz_steps
+from narrowgemm.testing import fuzz, fuzz_steps, fuzz_training
 from narrowgemm.testing.case import Case
 from narrowgemm.testing.fuzz_inputs import GuardedView, Store, build, stored
 
@@ -40,6 +40,25 @@ def test_the_reference_passes() -> None:
 def test_the_steps_pass(op: str) -> None:
     for seed in range(2):
         assert fuzz_steps.run(op, seed, CPU) == []
+
+
+@pytest.mark.parametrize("op", fuzz_training.OPS)
+def test_a_wrong_gradient_is_found(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In one of the runs x is a quarter larger."""
+    right, calls = getattr(fuzz_training, op), 0
+
+    def wrong(x, *args, **more):
+        nonlocal calls
+        calls += 1
+        return right(x * 1.25 if calls == 1 and x.requires_grad else x, *args, **more)
+
+    assert fuzz_steps.run(op, 3, CPU) == [] and not calls
+    monkeypatch.setattr(fuzz_training, op, wrong)
+    found = []
+    for seed in range(3):
+        calls = 0
+        found += fuzz_steps.run(op, seed, CPU)
+    assert any("calc_diff" in f for f in found)
 
 
 DENSE = fuzz.Draw(Case("fuzz", "dense", 1, 40, 64, 256), 5)

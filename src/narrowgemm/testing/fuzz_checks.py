@@ -111,7 +111,7 @@ def elements(inputs: Inputs, draw: Draw) -> list[str]:
     sums, off = Sums(), SUM_ERROR[c.a.element if c.a.elem.bits < c.b.elem.bits else c.b.element]
     if c.a.elem.bits == 16:
         off = SUM_ERROR["bf16"]
-    elif draw.values != "normal" or c.k < 128 or c.layout == "k_grouped":
+    elif draw.values != "normal" or c.k < 128 or c.layout == "k_grouped" or c.fast_accum:
         off *= FEW_LARGE
     worst: tuple[float, str] = (0.0, "")
     top = torch.finfo(inputs.out.tensor.dtype).max

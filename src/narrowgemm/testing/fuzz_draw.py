@@ -38,7 +38,8 @@ PAIRS: dict[tuple[Format, Format], int] = {
     **{(a, b): 1 for a in (FP8_ROW, FP8_TENSOR) for b in (FP8_ROW, FP8_TENSOR)}, (E5M2[FP8_ROW], FP8_ROW): 1,
     (FP8_TENSOR, E5M2[FP8_TENSOR]): 1,
     (MXFP8, MXFP8): 5, (MXFP8, MXFP4): 4, (MXFP4, MXFP4): 3, (FP8_1x128, MXFP4): 4, (E8M0[0], MXFP4): 1, (BF16, MXFP4): 4,
-    (FP16, MXFP4): 1, (BF16, MXFP8): 3, (FP8_1x128, MXFP8): 1, (BF16, BF16): 4, (FP16, FP16): 1,
+    (FP16, MXFP4): 1, (BF16, MXFP8): 3, (FP8_1x128, MXFP8): 1, (BF16, BF16): 4, (FP16, FP16): 1, (FP8_ROW, MXFP4): 4,
+    (FP8_TENSOR, MXFP4): 1, (E5M2[MXFP8], MXFP8): 1, (MXFP8, E5M2[MXFP8]): 1,
 }
 COLUMNS = (1, 2, 7, 8, 9, 16, 24, 31, 63, 64, 65, 72, 104, 127, 128, 129, 136, 176, 192, 200, 256, 264, 384, 520, 576, 640, 1088,
            2112)
@@ -132,7 +133,8 @@ def draw_case(rng: random.Random, limit: int) -> Case:
                 out_dtype=rng.choice(("bf16", "bf16", "bf16", "fp16", "fp32")), zero_padding=rng.random() < 0.8,
                 accumulate=rng.random() < 0.2, alignment=alignment,
                 order=rng.choice(("sorted", "sorted", "reversed", "repeated")) if layout == "contiguous" else "sorted",
-                slack=rng.choice((0, 0, 1, 7, 128, 200)) if layout in ("contiguous", "psum", "offsets") else 0, packed=packed)
+                slack=rng.choice((0, 0, 1, 7, 128, 200)) if layout in ("contiguous", "psum", "offsets") else 0, packed=packed,
+                fast_accum=not packed and promotion(a, b, True) == 0 and rng.random() < 0.2)
 
 
 def draw_store(rng: random.Random, unit: int) -> Store:

@@ -9,6 +9,7 @@ A call is an op's name and a seed: everything else follows from these. What is p
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from ..reference import activate as reference_activate
 from ..reference import quantize as reference_quantize
 from ..reference import route as reference_route
 from ..reference.route import Routing
-from . import fuzz_layer
+from . import fuzz_layer, fuzz_training
 from .fuzz_call import DTYPES, STORES, Call
 from .fuzz_inputs import GuardedView
 
@@ -251,7 +252,7 @@ def _routed(c: Call) -> None:
     cpu, there, ids = _routing(c)
     experts, top_k = cpu.num_experts, cpu.top_k
     fmt = c.pick((MXFP4, MXFP4, MXFP8))
-    a_fmt = c.pick((BF16, BF16, BF16, MXFP8, FP8_1x128, MXFP4, FP16))
+    a_fmt = c.pick((BF16, BF16, BF16, MXFP8, FP8_1x128, MXFP4, FP16, FP8_ROW))
     act = c.pick((None, None, "swiglu", "swiglu_oai"))
     k, n = c.pick((32, 64, 96, 128, 160, 256, 320, 512, 640)), 2 * c.pick((4, 8, 31, 32, 36, 64, 96, 100, 128, 160, 300))
     by_token = c.chance(0.5)
@@ -301,7 +302,7 @@ def _routed(c: Call) -> None:
 OPS: dict[str, Callable[[Call], None]] = {
     "quantize": _quantize, "quantize_both": _quantize_both, "route": _route, "sort": _sort, "gather": _gather,
     "activate": _activate, "activate_both": _activate_both, "combine": _combine, "routed": _routed,
-    "experts": fuzz_layer.run}
+    "experts": fuzz_layer.run, **{op: partial(fuzz_training.run, op) for op in fuzz_training.OPS}}
 
 
 def run(op: str, seed: int, device: torch.device) -> list[str]:
