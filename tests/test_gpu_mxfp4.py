@@ -12,6 +12,7 @@ from narrowgemm.arch import detect
 from narrowgemm.formats import MXFP4, MXFP8, Format, FP8_1x128, ScaledTensor
 from narrowgemm.kernels.gluon.sm90 import fold, narrow_prefill
 from narrowgemm.testing.cases import Case, build, get_suite
+from narrowgemm.testing.numerics import calc_diff
 
 pytestmark = pytest.mark.gpu
 
@@ -119,3 +120,66 @@ def test_weights_come_out_bit_for_bit(layout: str, order: str, a: Format) -> Non
             assert torch.equal(got + 0.0, want + 0.0), (kernel.NAME, str(config), (got != want).nonzero()[:5])      # a sum has no -0
             seen += 1
     assert seen >= 6
+
+
+def index_of(layout: str, sizes: list[int], rows: int) -> torch.Tensor:
+    """Groups of such sizes in so many rows: those of contiguous and psum begin at multiples of 16."""
+    if layout == "masked":
+        return torch.tensor(sizes, dtype=torch.int32)
+    ends, starts, at = [], [], 0
+    for s in sizes:
+        starts.append(at)
+        ends.append(at + s)
+        at = at + s if layout == "offsets" else -(-(at + s) // 16) * 16
+    assert at <= rows
+    if layout != "contiguous":
+        return torch.tensor([0, *ends] if layout == "offsets" else ends, dtype=torch.int32)
+    ids = torch.full((rows,), -1, dtype=torch.int32)
+    for g, (start, end) in enumerate(zip(starts, ends)):
+        ids[start:end] = g
+    return ids
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "psum", "offsets", "masked"])
+@pytest.mark.parametrize("m", [5, 150])
+@pytest.mark.parametrize("a, order", ORDERS, ids=lambda x: getattr(x, "name", str(x)))
+def test_graph_replay_with_changed_sizes(a: Format, order: bool | str, m: int, layout: str) -> None:
+    """Captured once without a sync, replayed with other group sizes: an eager call's bits, and each group's product."""
+    groups, n, k = 8, 328, 672
+    w = ng.quantize(torch.randn(groups, n, k, device="cuda"), MXFP4)
+    packed = ng.prepack(w, activations="fp8" if order == "fp8" else "bf16")
+    rows = 2 * m if layout == "masked" else groups * (m + 16)
+    shape = (groups, rows, k) if layout == "masked" else (rows, k)
+    x = ng.quantize(torch.randn(shape, device="cuda"), a)
+    index = index_of(layout, [m] * groups, rows).cuda()
+    where = {"contiguous": ng.Contiguous, "offsets": ng.Offsets}.get(layout)
+    how: ng.Layout = ng.Masked(index, m) if layout == "masked" else ng.Psum(index, 16) if where is None else where(index)
+    out = torch.zeros(*shape[:-1], n, dtype=torch.bfloat16, device="cuda")
+
+    def call() -> None:
+        ng.grouped_gemm(x, packed, how, out=out)
+
+    call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.cuda.graph(graph):
+            call()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for sizes in ([m] * groups, [m // 2, 0, 1, m, 2 * m - 1, 0, m // 3, 1], [0] * groups, [0, 0, 0, 1, 0, 0, 0, 0]):
+        index.copy_(index_of(layout, sizes, rows))
+        out.fill_(7.0)
+        graph.replay()
+        got = out.clone()
+        out.fill_(7.0)
+        call()
+        assert torch.equal(got, out)
+        at = 0
+        for g, s in enumerate(sizes):
+            mine = got[g, :s] if layout == "masked" else got[at:at + s]
+            left = x[g] if layout == "masked" else ScaledTensor(x.data[at:at + s], x.scale[at:at + s], a)
+            if s:
+                assert calc_diff(mine, left.dequantize()[:s] @ w[g].dequantize().mT) <= 5e-6
+            at = at + s if layout == "offsets" else -(-(at + s) // 16) * 16

@@ -1,4 +1,4 @@
-"""The evaluation points of DeepGEMM's FP4 branch through its names, on a GPU: 129 of them, through both gates, plain and packed.
+"""The evaluation points of DeepGEMM's FP4 branch through its names, on a GPU: 129 of them, and its 38 other dense ones, plain and packed.
 
 Constant and random operands, contiguous groups (debug shapes twice, production shapes three times), masked groups (debug shapes three
 times, production shapes ten). Activations are FP4 as there, and FP8 1x128; outputs FP32 and BF16. The production shapes in the packed
@@ -89,6 +89,32 @@ def test_dense(kind: str, shape: tuple[int, int, int], a_fmt: ng.Format) -> None
         gate(d, a, w)
         if kind == "constant" and k <= 256:
             assert bool((d == d.flatten()[0]).all())
+
+
+# the branch's other tests of dense products: (M, N, K), and the scale codes that both operands have, (lowest, highest); None: quantised
+OTHER = [*((s, None) for s in ((128, 128, 512), (128, 256, 256), (256, 128, 1024), (256, 512, 512), (512, 256, 2048), (128, 1024, 768),
+                               (1024, 128, 4096))),                                                      # a sweep
+         *((s, None) for s in ((2048, 128, 256), (128, 4096, 256), (64, 192, 7168))),                    # asymmetric
+         *(((128, 128, 512), (127 + e, 127 + e)) for e in range(-14, 15, 2)),                            # one scale for all
+         *(((128, 256, 512), (127 - e, 127 + e)) for e in range(1, 9)),                                  # random scales
+         *((s, None) for s in ((512, 256, 512), (512, 512, 1024), (1024, 256, 2048), (2048, 512, 512), (4096, 256, 1024)))]  # multicast
+
+
+def test_there_are_38_others() -> None:
+    assert len(OTHER) == len(set(OTHER)) == 38
+
+
+@pytest.mark.parametrize("shape, codes", OTHER, ids=lambda x: "quantised" if x is None else "x".join(map(str, x)))
+def test_other_dense_points(shape: tuple[int, int, int], codes: tuple[int, int] | None) -> None:
+    m, n, k = shape
+    g = torch.Generator(DEV).manual_seed(m + 3 * n + k)
+    a, w = operand((m, k), "random", g), operand((n, k), "random", g)
+    for q in (a, w) if codes is not None else ():
+        q.scale.copy_(torch.randint(codes[0], codes[1] + 1, q.scale.shape, generator=g, device=DEV))
+    for words, b in ((True, None), (False, ng.prepack(w)), (True, ng.prepack(w, activations="fp8"))):
+        d = torch.full((m, n), torch.nan, dtype=torch.float32 if words else torch.bfloat16, device=DEV)
+        deep_gemm.fp8_fp4_gemm_nt(pair(a, words), pair(w, words) if b is None else b, d, **recipes(a))
+        gate(d, a, w)
 
 
 @pytest.mark.parametrize("shape", [s for k, s, i in POINTS if k == "contiguous" and i == 0], ids=lambda x: "x".join(map(str, x)))

@@ -37,7 +37,8 @@ def without_memory(v: Any, move: Callable[[Tensor], Tensor]) -> Any:
 CALLS: dict[str, Callable[[dict], Any]] = {
     "gemm": lambda t: ng.gemm(t["a"], t["b"][0]), "gemm packed": lambda t: ng.gemm(t["x"], t["one"], out_dtype=torch.float32),
     "grouped": lambda t: ng.grouped_gemm(t["a"], t["b"], ng.Offsets(t["o"])),
-    "masked": lambda t: ng.grouped_gemm(t["x"].expand(G, M, K), t["w4"], ng.Masked(t["o"][:G].int())),
+    "masked": lambda t: ng.grouped_gemm(t["x"].expand(G, M, K), t["w4"], ng.Masked(t["o"][:G].int()),
+                                        out=torch.zeros(G, M, N, dtype=torch.bfloat16, device=t["x"].device)),
     "contiguous": lambda t: ng.grouped_gemm(t["x"], t["w4"], ng.Contiguous(t["logits"][:, 0].int())),
     "grouped packed": lambda t: ng.grouped_gemm(t["x"], t["p4"], ng.Offsets(t["o"])),
     "routed": lambda t: ng.routed_gemm(t["x"], t["p4"], ng.Offsets(t["o"]), activation="swiglu"),

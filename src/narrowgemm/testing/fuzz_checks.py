@@ -109,7 +109,9 @@ def elements(inputs: Inputs, draw: Draw) -> list[str]:
     """The kernel gate, and every element within what its own sum can be off by."""
     c, found = inputs.case, []
     sums, off = Sums(), SUM_ERROR[c.a.element if c.a.elem.bits < c.b.elem.bits else c.b.element]
-    if c.a.elem.bits == 16:
+    if c.a.elem.bits == 16 and c.packed == "fp8":       # each token two E4M3 numbers, on FP8 tensor cores
+        off = SUM_ERROR["e4m3"]
+    elif c.a.elem.bits == 16:
         off = SUM_ERROR["bf16"]
     elif draw.values != "normal" or c.k < 128 or c.layout == "k_grouped" or c.fast_accum:
         off *= FEW_LARGE
