@@ -10,7 +10,7 @@ import torch
 
 import narrowgemm as ng
 from narrowgemm.arch import get_arch
-from narrowgemm.formats import BF16, MXFP4, MXFP8, Format, FP8_1x128
+from narrowgemm.formats import BF16, FP8_ROW, MXFP4, MXFP8, Format, FP8_1x128
 from narrowgemm.kernels.triton import routed
 from narrowgemm.ops.explain import describe
 from narrowgemm.testing.numerics import KERNEL_GATE, calc_diff
@@ -23,7 +23,8 @@ LEFT = 777.0
 CASES = [
     (BF16, MXFP4, (5, 96, 192), 7, 2, None, False, True, True), (BF16, MXFP4, (4, 128, 160), 9, 3, "swiglu_oai", True, True, False),
     (MXFP8, MXFP4, (3, 64, 128), 5, 1, "swiglu", False, False, False), (BF16, MXFP8, (6, 72, 128), 1, 4, None, False, False, True),
-    (FP8_1x128, MXFP4, (3, 96, 128), 20, 2, "swiglu", True, True, False), (MXFP4, MXFP4, (4, 64, 256), 6, 2, None, False, True, True)]
+    (FP8_1x128, MXFP4, (3, 96, 128), 20, 2, "swiglu", True, True, False), (MXFP4, MXFP4, (4, 64, 256), 6, 2, None, False, True, True),
+    (FP8_ROW, MXFP4, (3, 64, 160), 9, 2, "swiglu", False, True, False)]
 
 
 @pytest.fixture(autouse=True)

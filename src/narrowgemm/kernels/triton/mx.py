@@ -1,8 +1,8 @@
 """Portable GEMM with MXFP8 and MXFP4 weights, dense and grouped, by `tl.dot_scaled`: one Triton source for every GPU.
 
-BF16, MXFP8, MXFP4 or FP8 1x128 activations; the scales of the last are left to the sum of each 128 of K. The scaled matrix
-instruction on CDNA4 and Blackwell; elsewhere the compiler converts to BF16 in front of the product, which on Hopper runs at an
-eighth of the read bandwidth for few rows: prepack there, or leave dense MXFP8 to `mx8_decode` and `expand`.
+BF16, MXFP8, MXFP4 or FP8 activations (1x128, by row, by tensor); the scales of FP8 are left to the sum of each 128 of K. The
+scaled matrix instruction on CDNA4 and Blackwell; elsewhere the compiler converts to BF16 in front of the product, which on Hopper
+runs at an eighth of the read bandwidth for few rows: prepack there, or leave dense MXFP8 to `mx8_decode` and `expand`.
 Device code: `mx_device.py`.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...arch import Arch, detect
+from ...formats import ScaledTensor
 from ...problem import Config, Problem, Step
 from ..launching import Launch
 from ..operands import Operands
@@ -48,7 +49,8 @@ def refuse_operands(problem: Problem, arch: Arch) -> str | None:
         return f"takes MXFP8 and MXFP4 weights, not {b.format.name}"
     fine = not a.format.scaled or (a.format.group == (1, 32) and a.scale_dtype == "e8m0")
     if a.format.element not in A_KINDS or not (fine or by_chunk(problem)):
-        return f"takes BF16, MXFP8, MXFP4 and FP8 1x128 activations, not {a.format.name} with {a.scale_dtype or 'no'} scales"
+        return ("takes BF16, MXFP8, MXFP4 and FP8 activations (1x128, by row, by tensor), "
+                f"not {a.format.name} with {a.scale_dtype or 'no'} scales")
     if arch.target == "gfx942" and a.format.element != "bf16":
         return "gfx942 has no scaled product of two narrow operands"
     if a.prepack or b.prepack:
@@ -59,8 +61,16 @@ def refuse_operands(problem: Problem, arch: Arch) -> str | None:
 
 
 def by_chunk(problem: Problem) -> bool:
-    """Whether A is FP8 with a scale for 128 of K, FP32 or E8M0: the sum of a K block is scaled."""
-    return problem.a.format.group == (1, 128) and problem.a.format.element == "e4m3"
+    """Whether A is FP8 with a scale for 128 of K or for all of it, FP32 or E8M0: the sum of a K block is scaled."""
+    return problem.a.format.group in ((1, 128), (1, 0), (0, 0)) and problem.a.format.element == "e4m3"
+
+
+def scale_strides(a: ScaledTensor) -> tuple[int, int]:
+    """(from row to row, from block to block of K) of A's scales: 0 where the same scale is read again."""
+    if a.scale is None:
+        return 0, 0
+    rows, columns = a.format.group
+    return a.scale.stride(-2) if rows else 0, a.scale.stride(-1) if columns else 0
 
 
 def smem_bytes(problem: Problem, config: Config) -> int:
@@ -131,7 +141,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     slots = common.slots(problem, x, c.block_m)
     arch = detect(out.device)
     programs = min(slots * -(-x.n // c.block_n), problem.max_sms or common.resident(out, common.smem_bytes(c, arch)))
-    sag, sam, sak = (0, 0, 0) if sa is None else (sa.stride(0) if masked else 0, sa.stride(-2), sa.stride(-1))
+    sag, (sam, sak) = 0 if sa is None or not masked else sa.stride(0), scale_strides(x.a)
     return [Launch(
         device.mx_kernel, (programs,),
         (a, b, out, sb if sa is None else sa, sb, x.index if x.index is not None else sb, x.m, x.n, x.k, x.groups, slots,

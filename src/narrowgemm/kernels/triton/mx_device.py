@@ -1,7 +1,7 @@
 """Device code of the portable GEMM with MX weights: dense, contiguous, psum, offsets, masked.
 
     out[m, n] (+)= sum over K blocks of dot_scaled(A[m, kb], W[g, n, kb])        scales E8M0, one for 32 of K
-    FP8 1x128:     sum over K blocks of scale[m, kb] * dot_scaled(A[m, kb], W[g, n, kb])
+    FP8:           sum over K blocks of scale[m, kb] * dot_scaled(A[m, kb], W[g, n, kb])      one scale for 128 of K, or the same for all
 
 `tl.dot_scaled` is the scaled matrix instruction where there is one (CDNA4, Blackwell), and a conversion in front of a BF16
 product elsewhere. Tiles and their groups: `tiles_device`.

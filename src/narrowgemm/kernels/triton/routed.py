@@ -82,7 +82,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     product = Launch(device.routed_kernel, (min(programs, problem.max_sms or programs),), (
         a, b, target, sb if sa is None else sa, sb, x.index, x.slots, x.experts, x.posted, x.bias, x.weight, marks, x.positions,
         x.num_slots, x.n, no, x.k, x.groups, tiles, per, x.block_m, problem.a_div, alpha, limit, a.stride(-2), b.stride(0),
-        b.stride(1), stride, *((0, 0) if sa is None else sa.stride()), *sb.stride()), dict(
+        b.stride(1), stride, *mx.scale_strides(x.a), *sb.stride()), dict(
         ROUTED=routed, MAPPED=x.slots is not None, ACTIVATION=ACT_IDS[e.activation], INTERLEAVED=e.interleaved, BIAS=e.bias,
         WEIGHT=e.routing_weight, COMBINE=e.combine, A_KIND=problem.a.format.element, B_KIND=problem.b.format.element,
         BM=c.block_m, BN=c.block_n, BK=128, EVEN_K=x.k % 128 == 0, CHUNKED=mx.by_chunk(problem),
