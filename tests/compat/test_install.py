@@ -108,7 +108,7 @@ def test_unknown_names_without_a_real_package():
             getattr(module, name)
     assert getattr(made, "fp8_einsum", None) is None
     with pytest.raises(ImportError):
-        from deep_gemm import bf16_gemm_nt  # noqa: F401
+        from deep_gemm import cublaslt_gemm_nt  # noqa: F401
 
 
 def test_unknown_names_come_from_the_real_package(real):

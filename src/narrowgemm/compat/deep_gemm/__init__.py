@@ -6,7 +6,8 @@
 Every GEMM takes `(payload, scales)` pairs, writes `d` in place and returns None. More is accepted than upstream does:
 any device, MN-major FP8 operands, scales of any layout, segments of any length, E5M2, FP16 output. Bad input raises
 ValueError or TypeError before anything is written; what no kernel does raises `narrowgemm.Unsupported`. Names that are
-not here (BF16, attention, einsum, mega kernels) come from a real deep_gemm if one is installed.
+not here (attention, einsum, mega kernels) come from a real deep_gemm if one is installed; so do the BF16 ones, which are
+ours where there is none.
 """
 
 from __future__ import annotations

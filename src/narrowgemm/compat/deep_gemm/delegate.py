@@ -1,4 +1,4 @@
-"""Names that are not offered here, from a real DeepGEMM where there is one: attention, einsum, BF16, mega kernels.
+"""Names that are not offered here, from a real DeepGEMM where there is one: attention, einsum, BF16 (else ours), mega kernels.
 
 It is looked for only when such a name is asked for: the `deep_gemm` that was imported before `install()`, else one on
 the path, loaded under a private name so that `install()`'s entry in `sys.modules` stays, else the one inside vLLM if
@@ -14,7 +14,7 @@ import threading
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 
-from . import state
+from . import bf16, state
 
 NAME = "deep_gemm"
 PRIVATE = "_narrowgemm_real_deep_gemm"
@@ -34,6 +34,8 @@ def attribute(name: str, path: str = "") -> object:
     if name.startswith("__"):
         raise AttributeError(f"module {dotted.rpartition('.')[0]!r} has no attribute {name!r}")
     module = real()
+    if not path and name in bf16.NAMES and not hasattr(module, name):
+        return getattr(bf16, name)
     if module is None:
         raise AttributeError(
             f"{dotted} is not offered by narrowgemm.compat.deep_gemm, and "
