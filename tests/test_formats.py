@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from narrowgemm import quantize
 from narrowgemm.formats import (
     BF16,
     FORMATS,
@@ -260,3 +261,13 @@ def test_mxfp4_comes_in_every_way(lead, payload_kind, scales):
     a, b = prepack(got), prepack(want)
     assert torch.equal(a.data, b.data) and torch.equal(a.scale, b.scale)
     assert torch.equal(unpack(a).data, data) and torch.equal(unpack(a).scale, code)
+
+
+def test_what_moves_a_tensor_is_a_device() -> None:
+    q = quantize(torch.randn(2, 4, 64), MXFP8)
+    for x in (q, prepack(q)):
+        with pytest.raises(TypeError, match=r"device: got torch\.bfloat16, expected a device, not a dtype"):
+            x.to(torch.bfloat16)  # type: ignore[arg-type]
+        assert x.to("cpu").device == x.device
+    with pytest.raises(TypeError, match=r"index of a ScaledTensor: got \(0, 1\), expected one index"):
+        q[0, 1]  # type: ignore[index]

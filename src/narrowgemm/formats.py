@@ -221,12 +221,19 @@ class ScaledTensor:
         return dequantize(self, dtype)
 
     def to(self, device: torch.device | str) -> ScaledTensor:
+        """A copy on `device`; TypeError for a dtype, to which a payload can't be brought without its scales."""
+        check_device(device, "`dequantize(dtype)` gives values of one")
         return ScaledTensor(self.data.to(device), None if self.scale is None else self.scale.to(device), self.format)
 
     def __getitem__(self, group: int | slice) -> ScaledTensor:
         """Index the leading (group) axis of a stacked operand `[G, R, K]`."""
+        expect(not isinstance(group, tuple), "index of a ScaledTensor", repr(group), "one index, of groups", error=TypeError)
         expect(self.data.dim() >= 3, "indexing a ScaledTensor of dimension", self.data.dim(), "at least 3, [G, R, K]")
         return ScaledTensor(self.data[group], None if self.scale is None else self.scale[group], self.format)
+
+
+def check_device(device: object, hint: str) -> None:
+    expect(not isinstance(device, torch.dtype), "device", device, f"a device, not a dtype: {hint}", error=TypeError)
 
 
 def described(scale: Tensor | None) -> str:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from .errors import Unsupported, expect
-from .formats import E8M0_NAN, MXFP4, MXFP8, Format, ScaledTensor, get_format
+from .formats import E8M0_NAN, MXFP4, MXFP8, Format, ScaledTensor, check_device, get_format
 from .prepack_bits import FP8_PREPACK, ORDERS, PREPACK, TILE, pack_data, unpack_data
 from .scales import float_to_e8m0
 
@@ -91,6 +91,8 @@ class PackedWeight:
         return {k: v for k, v in found.items() if v is not None}
 
     def to(self, device: torch.device | str) -> PackedWeight:
+        """A copy on `device`; TypeError for a dtype."""
+        check_device(device, "`unpack` and `dequantize(dtype)` give values of one")
         moved = {k: v.to(device) for k, v in self.tensors().items()}
         return PackedWeight(format=self.format, shape=self.shape, pair=self.pair, prepack=self.prepack, **moved)
 

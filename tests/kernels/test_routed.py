@@ -11,7 +11,7 @@ import torch
 import narrowgemm as ng
 from narrowgemm.arch import get_arch
 from narrowgemm.formats import BF16, FP8_ROW, MXFP4, MXFP8, Format, FP8_1x128
-from narrowgemm.kernels.triton import routed
+from narrowgemm.kernels.triton import mx, routed
 from narrowgemm.ops.explain import describe
 from narrowgemm.testing.numerics import KERNEL_GATE, calc_diff
 
@@ -66,6 +66,30 @@ def test_against_the_reference(device: str, case: tuple, kind: str) -> None:
     assert torch.equal(call("triton", torch.float32), got)
 
 
+@pytest.mark.parametrize("codes, other", [((0, 4), (250, 255)), ((251, 255), (0, 4)), ((120, 130), (120, 130))])
+@pytest.mark.parametrize("activation", [None, "swiglu"])
+def test_scales_at_the_ends(codes: tuple[int, int], other: tuple[int, int], activation: str | None, device: str,
+                            monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a conversion to BF16 would lose is shifted, as in `triton.mx`."""
+    monkeypatch.setattr(mx, "converts", lambda arch: True)
+    gen = torch.Generator().manual_seed(2)
+
+    def side(codes: tuple[int, int], *shape: int) -> ng.ScaledTensor:
+        data = torch.randint(0, 0x38, shape, dtype=torch.uint8, generator=gen)
+        scale = torch.randint(*codes, (*shape[:-1], shape[-1] // 32), dtype=torch.uint8, generator=gen)
+        return ng.ScaledTensor(data.view(torch.float8_e4m3fn).to(device), scale.to(device), MXFP8)
+
+    def double(q: ng.ScaledTensor) -> torch.Tensor:
+        return q.data.double() * torch.exp2(q.scale.double() - 127).repeat_interleave(32, -1)
+
+    a, w = side(codes, 9, 160), side(other, 2, 40, 160)
+    offsets = ng.Offsets(torch.tensor([0, 4, 9], device=device))
+    got = ng.routed_gemm(a, w, offsets, activation=activation, out_dtype=torch.float32, backend="triton")
+    h = torch.cat([double(a)[:4] @ double(w)[0].mT, double(a)[4:] @ double(w)[1].mT])
+    want = torch.nn.functional.silu(h[:, :20]) * h[:, 20:] if activation else h
+    assert calc_diff(got.double(), want) <= 1e-6
+
+
 def test_positions_are_slots_without_a_row_map(device: str) -> None:
     w = ng.quantize(torch.randn(6, 64, 128, generator=torch.Generator().manual_seed(1)), MXFP4, backend="reference")
     w = ng.ScaledTensor(w.data.to(device), w.scale.to(device), MXFP4)
@@ -88,7 +112,7 @@ def test_what_it_takes() -> None:
 
 def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], object]]]:
     """gate_up with its activation and down with its combine; 'all': other formats, and many rows."""
-    for a_fmt, b_fmt in ((BF16, MXFP4), (MXFP8, MXFP4), (BF16, MXFP8)) if which == "all" else ((BF16, MXFP4),):
+    for a_fmt, b_fmt in ((BF16, MXFP4), (MXFP8, MXFP4), (BF16, MXFP8), (MXFP8, MXFP8)) if which == "all" else ((BF16, MXFP4),):
         if target == "gfx942" and a_fmt is MXFP8:
             continue
         for tokens in (4, 1024) if which == "all" else (4,):

@@ -128,8 +128,9 @@ def any_tile_sum(a_ptr, b_ptr, sa_ptr, sb_ptr, m_off, n_off, K, stride_am, strid
 @triton.jit
 def mx_tile_sum(a_ptr, b_ptr, sa_ptr, sb_ptr, m_off, n_off, K, stride_am, stride_bn, stride_sam, stride_sak, stride_sbn, stride_sbk,
                 A_KIND: tl.constexpr, B_KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-                EVEN_K: tl.constexpr, CHUNKED: tl.constexpr, WIDE: tl.constexpr):
-    """FP32 [BM, BN]. Row offsets are inside the tile's bases and never out of bounds; K is contiguous on both sides."""
+                EVEN_K: tl.constexpr, CHUNKED: tl.constexpr, WIDE: tl.constexpr, shift_a=None, shift_b=None):
+    """FP32 [BM, BN]. Row offsets are inside the tile's bases and never out of bounds; K is contiguous on both sides. `shift_a`,
+    `shift_b`: of `shifts`, for scales that a conversion to BF16 may lose."""
     A4: tl.constexpr = A_KIND == "e2m1"
     B4: tl.constexpr = B_KIND == "e2m1"
     AK: tl.constexpr = BK // 2 if A4 else BK
@@ -154,7 +155,11 @@ def mx_tile_sum(a_ptr, b_ptr, sa_ptr, sb_ptr, m_off, n_off, K, stride_am, stride
     acc = tl.zeros([BM, BN], tl.float32)
     for kb in range(0, K // BK):
         sa = None if A_KIND == "bf16" else tl.load(sa_ptrs)
-        acc = mx_add(acc, tl.load(a_ptrs), sa, zero, tl.load(b_ptrs), tl.load(sb_ptrs), A_KIND, B_KIND, CHUNKED)
+        sb = tl.load(sb_ptrs)
+        if shift_a is not None:
+            sa = lowered(sa, shift_a)
+            sb = lowered(sb, shift_b)
+        acc = mx_add(acc, tl.load(a_ptrs), sa, zero, tl.load(b_ptrs), sb, A_KIND, B_KIND, CHUNKED)
         a_ptrs += AK
         b_ptrs += BKB
         sa_ptrs += stride_sak if CHUNKED else SF * stride_sak
@@ -171,8 +176,27 @@ def mx_tile_sum(a_ptr, b_ptr, sa_ptr, sb_ptr, m_off, n_off, K, stride_am, stride
             sa = tl.load(sa_ptrs)
         elif A_KIND != "bf16":
             sa = tl.load(sa_ptrs + (last * stride_sak)[None, :])
+        if shift_a is not None:
+            sa = lowered(sa, shift_a)
+            sb = lowered(sb, shift_b)
         acc = mx_add(acc, a, sa, zero, b, sb, A_KIND, B_KIND, CHUNKED)
+    if shift_a is not None:
+        acc = acc * power_of_two(shift_a)[:, None] * power_of_two(shift_b)[None, :]
     return acc
+
+
+@triton.jit
+def shifted_tile_sum(a_ptr, b_ptr, sa_ptr, sb_ptr, m_off, n_off, K, stride_am, stride_bn, stride_sam, stride_sak, stride_sbn,
+                     stride_sbk, A_KIND: tl.constexpr, B_KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+                     EVEN_K: tl.constexpr, CHUNKED: tl.constexpr, WIDE: tl.constexpr, FAR: tl.constexpr):
+    """`any_tile_sum` by one loop for all scales, which takes fewer registers."""
+    shift_a = None
+    shift_b = None
+    if FAR:
+        shift_a = shifts(sa_ptr + m_off * stride_sam, K, stride_sak, BM)
+        shift_b = shifts(sb_ptr + n_off * stride_sbn, K, stride_sbk, BN)
+    return mx_tile_sum(a_ptr, b_ptr, sa_ptr, sb_ptr, m_off, n_off, K, stride_am, stride_bn, stride_sam, stride_sak, stride_sbn,
+                       stride_sbk, A_KIND, B_KIND, BM, BN, BK, EVEN_K, CHUNKED, WIDE, shift_a, shift_b)
 
 
 @triton.jit

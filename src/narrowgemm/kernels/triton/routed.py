@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...arch import Arch
+from ...arch import Arch, detect
 from ...problem import Config, Problem, Step
 from ..launching import Launch, Pointer
 from ..operands import Operands
@@ -86,7 +86,8 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
         ROUTED=routed, MAPPED=x.slots is not None, ACTIVATION=ACT_IDS[e.activation], INTERLEAVED=e.interleaved, BIAS=e.bias,
         WEIGHT=e.routing_weight, COMBINE=e.combine, A_KIND=problem.a.format.element, B_KIND=problem.b.format.element,
         BM=c.block_m, BN=c.block_n, BK=128, EVEN_K=x.k % 128 == 0, CHUNKED=mx.by_chunk(problem),
-        WIDE=a.shape[0] * a.stride(0) >= 2**31, num_warps=c.num_warps, num_stages=c.num_stages))
+        FAR=mx.far(problem, detect(out.device)), WIDE=a.shape[0] * a.stride(0) >= 2**31, num_warps=c.num_warps,
+        num_stages=c.num_stages))
     if not e.combine:
         return [product]
     add, sums = 0 if x.add is None else x.add.stride(0), x.num_slots // x.top_k * -(-no // SUM)

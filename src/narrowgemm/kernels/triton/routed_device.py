@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .activate_device import swiglu
-from .mx_device import mx_tile_sum
+from .mx_device import shifted_tile_sum
 from .tiles_device import OFFSETS, find_segment, segment_start
 
 
@@ -38,7 +38,7 @@ def routed_kernel(a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, index_ptr, slots_ptr, e
                   stride_sam, stride_sak, stride_sbg, stride_sbn, stride_sbk, ROUTED: tl.constexpr, MAPPED: tl.constexpr,
                   ACTIVATION: tl.constexpr, INTERLEAVED: tl.constexpr, BIAS: tl.constexpr, WEIGHT: tl.constexpr,
                   COMBINE: tl.constexpr, A_KIND: tl.constexpr, B_KIND: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                  BK: tl.constexpr, EVEN_K: tl.constexpr, CHUNKED: tl.constexpr, WIDE: tl.constexpr):
+                  BK: tl.constexpr, EVEN_K: tl.constexpr, CHUNKED: tl.constexpr, WIDE: tl.constexpr, FAR: tl.constexpr):
     """A grid of programs that take tiles in turn; NO columns of the result. ACTIVATION 0: none, 1: swiglu, 2: swiglu_oai."""
     across = tl.cdiv(NO, BN)
     STEP: tl.constexpr = 2 if ACTIVATION and INTERLEAVED else 1
@@ -58,16 +58,16 @@ def routed_kernel(a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, index_ptr, slots_ptr, e
             n_load = tl.minimum(n, (NO - n0).to(tl.int32) - 1)
             b_at = b_ptr + e.to(tl.int64) * stride_bg + n0 * STEP * stride_bn
             sb_at = sb_ptr + e.to(tl.int64) * stride_sbg + n0 * STEP * stride_sbn
-            acc = mx_tile_sum(a_ptr, b_at, sa_ptr, sb_at, rows, n_load, K, stride_am, STEP * stride_bn, stride_sam, stride_sak,
-                              STEP * stride_sbn, stride_sbk, A_KIND, B_KIND, BM, BN, BK, EVEN_K, CHUNKED, WIDE)
+            acc = shifted_tile_sum(a_ptr, b_at, sa_ptr, sb_at, rows, n_load, K, stride_am, STEP * stride_bn, stride_sam, stride_sak,
+                                   STEP * stride_sbn, stride_sbk, A_KIND, B_KIND, BM, BN, BK, EVEN_K, CHUNKED, WIDE, FAR)
             if BIAS:
                 bias_at = bias_ptr + e.to(tl.int64) * N + (n0 + n) * STEP
                 acc += tl.load(bias_at, mask=columns, other=0.0).to(tl.float32)[None, :]
             if ACTIVATION:
                 other = 1 if INTERLEAVED else NO       # the rows of up, behind those of gate
-                up = mx_tile_sum(a_ptr, b_at + other * stride_bn, sa_ptr, sb_at + other * stride_sbn, rows, n_load, K, stride_am,
-                                 STEP * stride_bn, stride_sam, stride_sak, STEP * stride_sbn, stride_sbk, A_KIND, B_KIND, BM, BN,
-                                 BK, EVEN_K, CHUNKED, WIDE)
+                up = shifted_tile_sum(a_ptr, b_at + other * stride_bn, sa_ptr, sb_at + other * stride_sbn, rows, n_load, K,
+                                      stride_am, STEP * stride_bn, stride_sam, stride_sak, STEP * stride_sbn, stride_sbk, A_KIND,
+                                      B_KIND, BM, BN, BK, EVEN_K, CHUNKED, WIDE, FAR)
                 if BIAS:
                     up += tl.load(bias_at + other, mask=columns, other=0.0).to(tl.float32)[None, :]
                 acc = swiglu(acc, up, alpha, limit, ACTIVATION == 2)
