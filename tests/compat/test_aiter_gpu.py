@@ -29,14 +29,15 @@ def _hopper():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("k, n", M3_DENSE)
+# every point compiles a kernel or two of its own, and `bench` holds the same products to the same gates: by default a fifth of them
+@pytest.mark.parametrize("k, n", [pytest.param(*x, marks=[pytest.mark.slow] * (i % 5 > 0)) for i, x in enumerate(M3_DENSE)])
 def test_dense_points(k: int, n: int) -> None:
     """Weights as they are, from an address on 16 bytes; and M = 128, FP16 and FP32 output, where the source declines."""
     w = mx((n, k), (112, 122))
     wide = double(w).mT.contiguous()
-    for m in (*ROWS, 3, 128):
+    for m in (*ROWS, 128):
         x = mx((m, k), (112, 122))
-        for dtype in GATE if m in (3, 64) else (torch.bfloat16,):
+        for dtype in GATE if m == 64 else (torch.bfloat16,):
             y = aiter.mxfp8_gemv(x.data.view(torch.uint8), x.scale, w.data.view(torch.uint8), w.scale, dtype)
             assert y is not None and y.shape == (m, n) and y.dtype == dtype
             assert calc_diff(y.double(), double(x) @ wide) <= GATE[dtype], (m, dtype)
