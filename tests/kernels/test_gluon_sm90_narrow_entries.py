@@ -94,7 +94,7 @@ def test_producer_asks_for_the_first_weights_ahead(ahead: bool, kb: int) -> None
         sums = emu.allocate_shared_memory(emu.int32, [32], None)
         if ahead:
             given["sum_up"](sums, index_ptr, groups, cap, cfg)
-        module.producer((), (), (None, Slots(), None), sums, index_ptr, (kb, 2 * tiles, None, None, cap, groups), cfg)
+        module.producer((), (), (None, Slots()), sums, index_ptr, (kb, 2 * tiles, None, None, cap, groups), cfg)
 
     seen = []
     for program in range(programs):

@@ -30,7 +30,8 @@ PROBLEMS = (("offsets", BF16, MXFP4, 128, 16384, 5760, 2880, "interleaved", "swi
             ("offsets", FP8_1x128, FP8_PREPACK, 256, 8192, 7168, 2048, "", "", False, True, (32, 2)),
             ("offsets", FP8_1x128, FP8_PREPACK, 64, 8192, 4096, 7168, "halves", "swiglu", False, False, None),
             ("masked", FP8_1x128.with_scale("e8m0"), FP8_PREPACK, 8, 1600, 7168, 1408, "", "", False, False, None),
-            ("offsets", FP8_ROW, FP8_PREPACK, 256, 32768, 4096, 7168, "", "", False, False, (160, 1)),
+            ("offsets", FP8_ROW, FP8_PREPACK, 256, 32768, 4096, 7168, "", "", False, False, None),
+            ("offsets", FP8_1x128, FP8_PREPACK, 256, 16384, 4096, 7168, "", "", False, True, (96, 1)),
             ("offsets", BF16, FP8_PREPACK, 128, 1024, 5760, 2880, "", "", False, False, (32, 1)),
             ("psum", FP8_1x128, MXFP8, 8, 4096, 2048, 1408, "", "", False, True, None),
             ("masked", BF16, MXFP8, 8, 1600, 7168, 2048, "", "", False, False, None))
@@ -60,7 +61,9 @@ def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], ob
 
 def check(reports: list[dict], spills: int = 0) -> None:
     for r in reports:
-        assert r["spills"] <= spills * (r["kernel"] == "narrow_prefill_kernel"), f"{r['job']}: {r['spills']} bytes spilled in {r['kernel']}"
+        # three consumers share a block's registers: a tile's state is kept beyond them, in no loop over K
+        most = max(spills, 320 if " w13 " in r["job"] else 0) if r["kernel"] == "narrow_prefill_kernel" else 0
+        assert r["spills"] <= most, f"{r['job']}: {r['spills']} bytes spilled in {r['kernel']}"
         assert not r["serialized"], f"{r['job']}: ptxas serialises wgmma"
         if r["kernel"] != "narrow_prefill_kernel":
             continue
@@ -86,4 +89,4 @@ def test_small_tiles(triton: str, which: str) -> None:
 @pytest.mark.slow
 def test_whole_search_space() -> None:
     # a block that finds its entries itself keeps a tile's state beyond the registers: reloaded once a tile, in no loop over K
-    check(compile_jobs("sm90", f"{__name__}:jobs", "all"), 160)
+    check(compile_jobs("sm90", f"{__name__}:jobs", "all"), 400)

@@ -9,7 +9,7 @@ import pytest
 from narrowgemm.arch import get_arch
 from narrowgemm.formats import BF16, FP8_ROW, FP16, MXFP4, MXFP8, Format, FP8_1x128
 from narrowgemm.kernels.gluon.sm90 import narrow, narrow_fp8_model, narrow_prefill
-from narrowgemm.kernels.gluon.sm90.narrow_prefill_tile import BOXES, FP8_WIDTHS, WIDTHS
+from narrowgemm.kernels.gluon.sm90.narrow_prefill_tile import BOXES, COLUMNS, FP8_WIDTHS, WIDTHS
 from narrowgemm.ops.explain import describe, explain
 from narrowgemm.prepack_bits import FP8_PREPACK, PREPACK
 from narrowgemm.problem import Config, Epilogue, Operand, Problem
@@ -92,8 +92,9 @@ def test_weights_packed_for_fp8() -> None:
             assert "BF16" in (kernel.supports(replace(p, a=a), ARCH) or "")
     assert FP8_PREPACK in (narrow.supports(p, ARCH) or "")
     found = narrow_prefill.configs(p, ARCH)
-    shapes = {*narrow_prefill.FP8_SHAPES, narrow_prefill.FP8_PAIR}
-    assert {(c.block_m, c.block_n // 128) for c in found} == shapes and {c.block_m for c in found} == set(FP8_WIDTHS)
+    shapes = {(t, 2 * u) for t, u in (*narrow_prefill.FP8_SHAPES, narrow_prefill.FP8_PAIR)}
+    assert {(c.block_m, c.block_n // 64) for c in found} == shapes | set(narrow_prefill.FP8_COLUMNS)
+    assert {c.block_m for c in found} == {*FP8_WIDTHS, *COLUMNS}
     assert [dict(c.extra) for c in found if c.extra] == [{"ctas": 2}]
     for slots, factor in ((False, False), (True, True)):
         tiles = [narrow_prefill.tile_of(p, c, slots, factor) for c in found]
@@ -114,18 +115,29 @@ def test_rows_with_one_scale_go_with_weights_packed_for_fp8() -> None:
     assert narrow_prefill.supports(p, ARCH) is None and "BF16" in (narrow.supports(p, ARCH) or "")
     assert "FP8 1x128" in (narrow_prefill.supports(replace(p, b=replace(p.b, prepack=PREPACK)), ARCH) or "")
     found = narrow_prefill.configs(p, ARCH)
-    assert {(c.block_m, c.block_n // 128) for c in found} == {*narrow_prefill.FP8_SHAPES, narrow_prefill.FP8_PAIR}
+    assert found == narrow_prefill.configs(for_fp8(), ARCH)
     for c in found:
         tile, other = (narrow_prefill.tile_of(x, c, False, False) for x in (p, for_fp8()))
         assert tile.ROW and tile.XFACTOR and not tile.SCALES and not other.ROW and other.SCALES
-        assert tile.shared_bytes < other.shared_bytes and not tile.IN_TURN and (c.block_m in narrow_prefill.FP8_IN_TURN) == other.IN_TURN
+        assert tile.shared_bytes < other.shared_bytes and tile.COLUMNS == other.COLUMNS
+        assert tile.UNROLL == 2 and (1 if tile.COLUMNS else 2) == other.UNROLL, "a scale for 128 of K is applied to each product"
         at, beside = (narrow_prefill.regions(x, c, 100, 100) for x in (p, for_fp8()))
         assert at.weight == at.ratios and at.size < beside.size
 
 
-def test_consumers_in_turn_want_an_even_number_of_slots() -> None:
-    c = next(c for c in narrow_prefill.configs(for_fp8(), ARCH) if c.block_m in narrow_prefill.FP8_IN_TURN)
-    assert c.num_stages % 2 == 0 and "even" in (narrow_prefill.legal(for_fp8(), replace(c, num_stages=c.num_stages - 1), ARCH) or "")
+def test_widths_of_any_sixteens_are_for_fp8_tokens() -> None:
+    """One unit a consumer, two or three consumers of as many warps; nothing else has these tiles, nor other numbers of warps."""
+    for p in (for_fp8(), replace(for_fp8(), a=Operand(FP8_ROW, scale_dtype="fp32"))):
+        found = [c for c in narrow_prefill.configs(p, ARCH) if (c.block_m, c.block_n // 64) in narrow_prefill.FP8_COLUMNS]
+        assert len(found) == len(narrow_prefill.FP8_COLUMNS)
+        for c in found:
+            tile = narrow_prefill.tile_of(p, c)
+            assert tile.COLUMNS and (1, tile.CONSUMERS, c.block_n) == (tile.MP, tile.UNITS, tile.BN) and c.num_warps == 4 * tile.CONSUMERS + 1
+            assert tile.UNITS % tile.BOX_UNITS == 0 and tile.BOX_UNITS in (1, 2)
+            assert f"{c.num_warps} warps" in (narrow_prefill.legal(p, replace(c, num_warps=c.num_warps + 4), ARCH) or "")
+            # the tokens' ring is the largest allocation: device code takes its address from the start of shared memory
+            assert max(tile.STAGES * tile.UNITS * 4096, tile.STAGES * tile.BT * 128) < tile.X_BOXES * 2048
+            assert "tile" in (narrow_prefill.legal(replace(p, a=Operand(BF16)), c, ARCH) or "")
 
 
 def test_explain_and_tables_know_the_order() -> None:
@@ -148,6 +160,9 @@ def test_few_fp8_rows_are_bound_by_bytes(rows: int) -> None:
 
 
 def test_widths_are_pieces_that_tma_brings() -> None:
+    for most, widths in COLUMNS.items():
+        assert all(w % 16 == 0 for w in widths) and sorted(set(widths)) == list(widths) and widths[-1] == most and most % 32 == 0
+        assert [narrow_fp8_model.width(r, most) for r in range(1, most + 1)] == [min(w for w in widths if w >= r) for r in range(1, most + 1)]
     for most, pairs in FP8_WIDTHS.items():
         sums = [p + q for p, q in pairs]
         assert all(p in BOXES and q in (0, *BOXES) for p, q in pairs)

@@ -40,6 +40,7 @@ RUNS = [*((MAIN, shape) for shape in narrow_prefill.SHAPES),
         *((Case("narrow-prefill", layout, 12, 110, 328, 1184, sizes="uniform:0.0:2.4", alignment=1, a=a, b=MXFP4, packed="fp8", out_dtype=out,
                 max_m=300 if layout == "masked" else 0), t)
           for layout, a, t, out in (("offsets", FP8_1x128, (160, 1), "bf16"), ("masked", FP8_1x128, (160, 1), "fp32"), ("offsets", FP8_ROW, (160, 1), "bf16"),
+                                    ("offsets", FP8_1x128, (96, 1.5), "bf16"), ("masked", FP8_1x128, (96, 1.5), "fp32"), ("psum", FP8_ROW, (96, 1.5), "bf16"),
                                     ("masked", FP8_ROW, (160, 1), "bf16"), ("psum", FP8_ROW, (128, 1), "fp32"), ("contiguous", FP8_ROW, (64, 2), "bf16"),
                                     ("offsets", FP8_ROW, (64, 1), "bf16"), ("offsets", FP8_ROW, (32, 2), "bf16"), ("masked", FP8_ROW, (32, 1), "bf16"))),
         (Case("narrow-prefill", "dense", 1, 333, 320, 1152, a=FP8_ROW, b=MXFP4, packed="fp8"), (160, 1)),
@@ -59,7 +60,7 @@ def hopper() -> None:
         pytest.skip("runs on Hopper")
 
 
-def config_of(problem: Problem, shape: tuple[int, int]) -> Config:
+def config_of(problem: Problem, shape: tuple[int, float]) -> Config:
     return next(c for c in narrow_prefill.configs(problem, detect(torch.device("cuda"))) if (c.block_m, c.block_n) == (shape[0], 128 * shape[1]))
 
 
@@ -68,7 +69,7 @@ SMALL_CONFIG = Config(64, 128, 128, 9, narrow_prefill.SHAPES[SMALL][0], swap_ab=
 
 
 @pytest.mark.parametrize("case, shape", RUNS, ids=lambda x: x.id if isinstance(x, Case) else f"{x[0]}x{x[1]}")
-def test_gates(case: Case, shape: tuple[int, int]) -> None:
+def test_gates(case: Case, shape: tuple[int, float]) -> None:
     inputs = build(case, "cuda", seed=5)
     config = config_of(inputs.plan(backend=NAME).problem, shape)
     inputs.verify_repeats(backend=NAME, config=config)

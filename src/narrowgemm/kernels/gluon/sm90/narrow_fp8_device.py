@@ -129,7 +129,7 @@ def blocks8(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg: gl.con
     """COUNT K blocks from kb, each unit's product a step. Leaves with nothing in flight: ptxas serialises wgmma that are, across a loop's
     back edge. Weights are expanded while the step before runs; the wait for tokens between the two keeps ptxas from moving either."""
     x0_s, x1_s, w_s, s_s, f0_s, f1_s = rings
-    full, empty, turn = bars
+    full, empty = bars
     w_full, x_full = full
     MP: gl.constexpr = cfg.MP
     PIECES: gl.constexpr = 2 if P1 > 0 else 1
@@ -174,47 +174,12 @@ def multiply_more(a, ring, slot, p, MORE: gl.constexpr, cfg: gl.constexpr, T: gl
 
 
 @gluon.jit
-def blocks_in_turn(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg: gl.constexpr, WG: gl.constexpr, P0: gl.constexpr,
-                   P1: gl.constexpr, COUNT: gl.constexpr):
-    """COUNT K blocks from kb of one unit: a consumer starts its product when the other one's has started, and adds up and expands its
-    next weights while that runs, with nothing of its own in flight."""
-    x0_s, x1_s, w_s, s_s, f0_s, f1_s = rings
-    full, empty, turn = bars
-    w_full, x_full = full
-    PIECES: gl.constexpr = 2 if P1 > 0 else 1
-    A: gl.constexpr = gl.DotOperandLayout(0, sums8_layout(P0), 4)
-    w_v = view_as(w_s, gl.uint8, cfg.STAGES * cfg.UNITS, 64, 64, ROWS_OF_BYTES)
-    s_v = view_as(s_s, gl.int32, cfg.STAGES * cfg.UNITS, 32, 4, ROWS_OF_BYTES)
-    for c in gl.static_range(COUNT):
-        mbarrier.wait(w_full.index(slot), phase)
-        unit = slot * cfg.UNITS + WG
-        fields = s_v.index(unit).load(field_layout(64)) >> (16 * ((kb + c) % 2))
-        a = to_e4m3(w_v.index(unit).load(byte_layout(64)), fields, tops[0], tables, A)
-        mbarrier.wait(x_full.index(slot), phase)
-        # the other's product of this block (or, the first consumer, of the one before) has started: slots are even in number, so blocks
-        # alternate with them
-        mbarrier.wait(turn.index(WG), (slot + 1 - WG) & 1)
-        new = (multiply8(a, x0_s, slot, parts[0], cfg, cfg.T0, P0), )
-        if P1 > 0:
-            new = new + (multiply8(a, x1_s, slot, parts[1], cfg, cfg.T1, P1), )
-        mbarrier.arrive(turn.index(1 - WG), count=1)
-        parts = settle(new, PIECES)
-        scales = (scales_of(f0_s, slot, cfg, cfg.T0, P0), )
-        if P1 > 0:
-            scales = scales + (scales_of(f1_s, slot, cfg, cfg.T1, P1), )
-        sums = add_up(sums, parts, scales, cfg, 0, PIECES)
-        mbarrier.arrive(empty.index(slot), count=1)
-        slot, phase = advance(slot, phase, cfg.STAGES)
-    return sums, parts, slot, phase
-
-
-@gluon.jit
 def blocks_of_rows(sums, slot, phase, kb, tops, tables, rings, bars, cfg: gl.constexpr, WG: gl.constexpr, P0: gl.constexpr,
                    P1: gl.constexpr, COUNT: gl.constexpr):
     """COUNT K blocks from kb of tokens whose scale comes at the end, unit by unit; the tensor cores add them up, and weights are expanded
     while they do."""
     x0_s, x1_s, w_s, s_s, f0_s, f1_s = rings
-    full, empty, turn = bars
+    full, empty = bars
     w_full, x_full = full
     MP: gl.constexpr = cfg.MP
     PIECES: gl.constexpr = 2 if P1 > 0 else 1
@@ -264,9 +229,7 @@ def add_parts(sums, parts, UNIT: gl.constexpr, MP: gl.constexpr, PIECES: gl.cons
 def some_blocks(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg: gl.constexpr, WG: gl.constexpr, P0: gl.constexpr,
                 P1: gl.constexpr, COUNT: gl.constexpr):
     """COUNT K blocks from kb, by the way of the tile."""
-    if cfg.IN_TURN:
-        return blocks_in_turn(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg, WG, P0, P1, COUNT)
-    elif cfg.ROW:
+    if cfg.ROW:
         sums, slot, phase = blocks_of_rows(sums, slot, phase, kb, tops, tables, rings, bars, cfg, WG, P0, P1, COUNT)
         return sums, parts, slot, phase
     else:

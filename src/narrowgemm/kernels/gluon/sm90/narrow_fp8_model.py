@@ -7,7 +7,7 @@ import math
 from ....arch import Arch
 from ....problem import Config, Problem
 from .narrow_model import active_experts, rows_expected, slots_expected
-from .narrow_prefill_tile import FP8_WIDTHS
+from .narrow_prefill_tile import COLUMNS, FP8_WIDTHS, columns
 from .narrow_tile import CHUNK, ITEMSIZE, ROWS, by_row, chunks_of, extra, in_two
 
 # fitted to 60 products on an H200: docs/measured.md
@@ -16,10 +16,10 @@ START = {1: 12.0e-6, 2: 11.0e-6}
 TILE_CLOCKS = 200.0         # of a tile, beyond its K blocks
 # of one K block of 64 weight rows on one SM: expansion, and for each column, by most tokens and units of a consumer
 BLOCK_CLOCKS = {(32, 1): (170.0, 2.9), (32, 2): (170.0, 2.9), (64, 1): (205.0, 3.5), (64, 2): (170.0, 2.9), (128, 1): (200.0, 3.0),
-                (160, 1): (260.0, 2.75)}
+                (96, 1): (243.0, 2.45), (160, 1): (250.0, 2.72)}
 # the same of tokens with one scale
 ROW_CLOCKS = {(32, 1): (160.0, 2.6), (32, 2): (160.0, 2.6), (64, 1): (195.0, 3.0), (64, 2): (165.0, 2.6), (128, 1): (200.0, 2.5),
-              (160, 1): (230.0, 2.2)}
+              (96, 1): (225.0, 2.3), (160, 1): (204.0, 2.2)}
 # the same of BF16 tokens, two numbers each, as a factor: fitted to 40 products
 TWO_CLOCKS = {(32, 1): 1.10, (32, 2): 1.22, (64, 1): 1.20, (64, 2): 1.27}
 EFFICIENCY = 0.97           # of the streaming rate
@@ -32,7 +32,8 @@ _SPREAD = (-1.3, -0.7, -0.3, 0.0, 0.3, 0.7, 1.3)
 
 def width(rows: float, tokens: int) -> int:
     """Columns that a tile of `rows` tokens runs at."""
-    return next((p + q for p, q in FP8_WIDTHS[tokens] if p + q >= rows), tokens)
+    widths = columns(tokens) if tokens in COLUMNS else FP8_WIDTHS[tokens]
+    return next((p + q for p, q in widths if p + q >= rows), tokens)
 
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
@@ -48,8 +49,8 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     clocks = entries = 0.0
     for size in sizes:
         whole, rest = divmod(round(size), config.block_m)
-        for columns, count in ((config.block_m, whole), (width(rest, config.block_m), rest > 0)):
-            clocks += count * ctas * (chunks * units * (expand + column * columns) + TILE_CLOCKS) / len(sizes)
+        for wide, count in ((config.block_m, whole), (width(rest, config.block_m), rest > 0)):
+            clocks += count * ctas * (chunks * units * (expand + column * wide) + TILE_CLOCKS) / len(sizes)
             entries += count / len(sizes)
     work = experts * entries * -(-problem.n // config.block_n) / (sms * ctas)
     mean = clocks / entries

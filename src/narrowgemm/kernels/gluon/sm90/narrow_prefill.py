@@ -74,8 +74,9 @@ SHAPES = {(32, 1): (12, 8), (64, 1): (7, 5), (64, 2): (5, 3), (128, 1): (4, 3), 
 
 
 # the same of FP8 tokens and weights packed for them: ring slots
-FP8_SHAPES = {(32, 2): 9, (64, 1): 10, (64, 2): 7, (128, 1): 6, (160, 1): 6}
-FP8_IN_TURN = (160,)     # most tokens of tiles whose consumers multiply in turn: an even number of slots
+FP8_SHAPES = {(32, 2): 9, (64, 1): 10, (64, 2): 7, (128, 1): 6}
+# the same by most tokens and consumers, a unit each: widths of COLUMNS
+FP8_COLUMNS = {(96, 3): 7, (160, 2): 6}
 FP8_PAIR = (32, 1)      # two blocks an SM
 FP8_PAIR_STAGES = 7
 # of BF16 ones
@@ -89,8 +90,13 @@ MAX_GROUPS = 256        # whose entries a warp finds by itself
 FEWEST = {"e2m1": 0, "e4m3": 32}     # tiles of so many tokens and fewer are left to the kernel for few
 
 
-def _config(tokens: int, units: int, stages: int) -> Config:
-    return Config(tokens, 2 * units * ROWS, CHUNK, 9, stages, swap_ab=True, persistent=True)
+def _config(tokens: int, units: int, stages: int, warpgroups: int = 2) -> Config:
+    return Config(tokens, warpgroups * units * ROWS, CHUNK, 4 * warpgroups + 1, stages, swap_ab=True, persistent=True)
+
+
+def consumers(config: Config) -> int:
+    """Warpgroups that multiply."""
+    return config.num_warps // 4
 
 
 def by_fp8(problem: Problem, config: Config) -> bool:
@@ -98,9 +104,9 @@ def by_fp8(problem: Problem, config: Config) -> bool:
     return packed_for_fp8(problem) and not extra(config, "bf16")
 
 
-def multiplies_in_turn(problem: Problem, config: Config) -> bool:
-    """Whether consumers start their products in turn: with many tokens that have a scale for 128 of K."""
-    return by_fp8(problem, config) and config.block_m in FP8_IN_TURN and not by_row(problem)
+def in_columns(problem: Problem, config: Config) -> bool:
+    """Whether FP8 tokens are multiplied in widths of COLUMNS."""
+    return by_fp8(problem, config) and not in_two(problem) and (config.block_m, config.block_n // ROWS) in FP8_COLUMNS
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
@@ -108,33 +114,35 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
         shapes, stages = (TWO_SHAPES, TWO_PAIR_STAGES) if in_two(problem) else (FP8_SHAPES, FP8_PAIR_STAGES)
         pair = replace(_config(*FP8_PAIR, stages), extra=(("ctas", 2), ))
         wide = [replace(_config(*x, SHAPES[x][0]), extra=(("bf16", 1), )) for x in WIDE_SHAPES]
-        return [c for c in (*(_config(t, u, s) for (t, u), s in shapes.items()), pair, *wide) if legal(problem, c, arch) is None]
+        turns = [_config(t, 1, s, w) for (t, w), s in FP8_COLUMNS.items() if not in_two(problem)]
+        every = (*(_config(t, u, s) for (t, u), s in shapes.items()), *turns, pair, *wide)
+        return [c for c in every if legal(problem, c, arch) is None]
     e4m3 = problem.b.format.element == "e4m3"
-    every = [_config(t, u, stages[e4m3]) for (t, u), stages in SHAPES.items() if t > FEWEST[problem.b.format.element]]
-    return [c for c in every if legal(problem, c, arch) is None]
+    packed = [_config(t, u, stages[e4m3]) for (t, u), stages in SHAPES.items() if t > FEWEST[problem.b.format.element]]
+    return [c for c in packed if legal(problem, c, arch) is None]
 
 
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     """Why `config` can't run the problem, or None."""
+    fp8, turns = by_fp8(problem, config), in_columns(problem, config)
     units = config.block_n // (2 * ROWS)
-    fp8 = by_fp8(problem, config)
     shapes = list(WIDE_SHAPES if packed_for_fp8(problem) else SHAPES)
     if fp8:
         shapes = [FP8_PAIR, *(TWO_SHAPES if in_two(problem) else FP8_SHAPES)]
     shape = (config.block_m, units)
-    if shape not in shapes or config.block_n % (2 * ROWS) or config.block_k != CHUNK:
+    if (not turns and (shape not in shapes or config.block_n % (2 * ROWS))) or config.block_k != CHUNK:
+        shapes += [*FP8_COLUMNS] if fp8 and not in_two(problem) else []
         return f"tile {config.block_m}x{config.block_n}x{config.block_k}, expected tokens and units of {shapes}, and {CHUNK}"
     if extra(config, "bf16") and not in_two(problem):
         return f"bf16=1 is for BF16 tokens and weights in the order {FP8_PREPACK}, not {problem.a.format.name}, {problem.b.prepack}"
     if promotes(problem) and not fp8 and shape not in PROMOTED[problem.b.format.element]:
         return f"tokens and units {shape} have not run right with FP32 scales of A, expected {PROMOTED[problem.b.format.element]}"
-    if config.num_warps != 9 or not config.swap_ab or not config.persistent or config.split_k != 1:
-        return "expected 9 warps, swap_ab and persistent, without split_k"
+    warps = 4 * (config.block_n // ROWS) + 1 if turns else 9
+    if config.num_warps != warps or not config.swap_ab or not config.persistent or config.split_k != 1:
+        return f"expected {warps} warps, swap_ab and persistent, without split_k"
     if extra(config, "unroll", 2) not in (2, 4):
         return f"unroll={extra(config, 'unroll')}, expected 2 or 4"
     paired = fp8 and shape == FP8_PAIR
-    if multiplies_in_turn(problem, config) and config.num_stages % 2:
-        return f"num_stages={config.num_stages}, expected an even number where consumers multiply in turn"
     if extra(config, "ctas", 1) != (2 if paired else 1):
         return f"ctas={extra(config, 'ctas', 1)}, expected 2 for {FP8_PAIR} FP8 tokens and units, else 1"
     tile = tile_of(problem, config)
@@ -152,19 +160,20 @@ def k_blocks(problem: Problem) -> int:
 def tile_of(problem: Problem, config: Config, slots: bool = True, factor: bool = False) -> Tile:
     """The compile-time constants of a config. `slots`: positions are mapped to slots; `factor`: weight rows have factors."""
     e = problem.epilogue
-    in_turn, row = multiplies_in_turn(problem, config), by_row(problem)
-    unroll = 1 if in_turn else extra(config, "unroll", 2)
+    turns, row = in_columns(problem, config), by_row(problem)
+    unroll = 1 if turns and not row else extra(config, "unroll", 2)
     args = (*e.activation_args, 0.0, 0.0)
     pair, fp8 = problem.b.prepack.partition(":")[2], by_fp8(problem, config)
     fp32, ahead = e.combine or problem.out_dtype == "fp32", starts_ahead(problem, config)
-    return Tile(config.block_m, config.block_n // (2 * ROWS), config.num_stages, unroll, k_blocks(problem) % unroll,
+    return Tile(config.block_m, config.block_n // (consumers(config) * ROWS), config.num_stages, unroll, k_blocks(problem) % unroll,
                 problem.b.format.element == "e4m3", slots, factor, problem.a.format.scaled and (not fp8 or row), PAIR_IDS[pair],
                 ACT_IDS[e.activation], args[0], args[1], e.bias, e.routing_weight, promotes(problem) and not fp8,
                 doubles(problem), fp8, packed_for_fp8(problem) and not fp8, fp8 and in_two(problem),
                 ITEMSIZE["fp32" if fp32 else problem.out_dtype],
-                ROW=row, IN_TURN=in_turn, AHEAD=ahead, LAYOUT=LAYOUTS[problem.layout] if ahead else 0,
+                ROW=row, CONSUMERS=consumers(config), COLUMNS=turns, AHEAD=ahead, LAYOUT=LAYOUTS[problem.layout] if ahead else 0,
                 GROUPS=max(32, power_of_two(problem.groups)) if ahead else 32,
                 **({"CTAS": 2, "CONSUMER_REGISTERS": 104, "PRODUCER_REGISTERS": 24} if extra(config, "ctas", 1) == 2 else
+                   {"CONSUMER_REGISTERS": 160, "PRODUCER_REGISTERS": 24} if consumers(config) == 3 else
                    {"CONSUMER_REGISTERS": 240, "PRODUCER_REGISTERS": 24} if fp8 else {}))
 
 
@@ -322,8 +331,8 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     planes = narrow_prefill_parts_device.PLANES.value
     wide = k_blocks(problem) * CHUNK * (2 if tile.TWO else 1)
     boxes = [TensorDescriptor(tokens, [rows, wide], [wide, 1], [p, CHUNK], x_tile) for p in BOXES]
-    for base, deep, box in ((Pointer(x.b.data, i32), chunks * tile.WEIGHT_ROWS, [tile.UNITS, tile.WEIGHT_ROWS, 256]),
-                            (Pointer(fields, i32), -(-chunks // 2), [tile.UNITS, 1, SCALE_BYTES // 4])):
+    for base, deep, box in ((Pointer(x.b.data, i32), chunks * tile.WEIGHT_ROWS, [tile.BOX_UNITS, tile.WEIGHT_ROWS, 256]),
+                            (Pointer(fields, i32), -(-chunks // 2), [tile.BOX_UNITS, 1, SCALE_BYTES // 4])):
         boxes.append(TensorDescriptor(base, [x.groups * tiles, deep, box[2]], [deep * box[2], box[2], 1], box, planes))
     flat = narrow_prefill_parts_device.RATIO_TILE.value
     boxes.append(TensorDescriptor(ratios, [rows, 4 * chunks], [4 * chunks, 1], [16, 4], flat) if tile.SCALES else boxes[0])

@@ -7,11 +7,12 @@ Operands are swapped: weights are wgmma's register operand, expanded to BF16 on 
 launch in front (`narrow_prefill_prep_device`) brought A to BF16, gathered, in the order of positions, and listed the entries:
 (expert, first position, at most BT tokens). FP32 scales of tokens, one for 128 of K, have no place in BF16: the sums are kept in
 units of the K block's scale, and are multiplied by scale / next scale before the next one is added. They take no more registers.
-FP8 tokens with weights that were packed for them stay FP8: `narrow_fp8_device`.
+FP8 tokens with weights that were packed for them stay FP8: `narrow_fp8_device`, `narrow_columns_device`.
 
     warps            does, for every tile of its block
     producer (1)     TMA of tokens, weights and scales into a ring of shared memory, 128 of K a slot
-    consumers (2x4)  expands 64 rows of weights while the wgmma of the K block before runs, multiplies; stores
+    consumers (2x4,  expands 64 rows of weights while the wgmma of the K block before runs, multiplies; stores
+      or 3x4)
 
 A tile's width follows its tokens: each width of `cfg.WIDTHS` is a loop of its own. Tiles of an entry lie side by side in the
 grid, so that blocks that run at the same time share their tokens through L2.
@@ -24,8 +25,9 @@ from triton.language.extra.cuda import gdc_wait
 
 from .fp8_block_parts_device import ROW_OF_FLOATS, advance
 from .fp8_block_schedule_device import ROW_OF_INTS
-from .narrow_fp8_device import products8
+from .narrow_columns_device import first_turn, last_turn, products16, side_by_side
 from .narrow_entries_device import entry_at, entry_sums, sum_up
+from .narrow_fp8_device import products8
 from .narrow_prefill_parts_device import PLANES, RATIO_TILE, X8_TILE, X_TILE, finish, load_activations, load_weights, products, rows_vectors
 
 HEAD = gl.constexpr(16)      # of the table: see narrow_tile.TABLE_HEAD
@@ -67,7 +69,7 @@ def takes(rows, cfg: gl.constexpr, I: gl.constexpr):
 
 @gluon.jit
 def producer(descs, rings, bars, table, table_ptr, sizes, cfg: gl.constexpr):
-    full, empty, turn = bars
+    full, empty = bars
     KC, NT, N, R, cap, G = sizes
     num_n = gl.cdiv(NT, cfg.UNITS)
     sums, count = entries(table, table_ptr, cfg, 1)
@@ -128,7 +130,9 @@ def run_tile(slot, phase, rings, bars, buf, vectors, pointers, tile, sizes, cfg:
     of_rows = ()
     for j in gl.static_range(MP):
         of_rows = of_rows + (rows_vectors(factor_ptr, bias_ptr, top_ptr, e, unit + j, NT, N, cfg), )
-    if cfg.FP8:
+    if cfg.COLUMNS:
+        sums, slot, phase = products16(slot, phase, KC, top_ptr, e * NT + unit, (NT - unit) * 64, rings, bars, cfg, WG, P0)
+    elif cfg.FP8:
         sums, slot, phase = products8(slot, phase, KC, top_ptr, e * NT + unit, (NT - unit) * 64, rings, bars, cfg, WG, P0, P1)
     else:
         sums, slot, phase = products(slot, phase, KC, rings, bars, cfg, WG, P0, P1)
@@ -138,10 +142,16 @@ def run_tile(slot, phase, rings, bars, buf, vectors, pointers, tile, sizes, cfg:
         xfactor_s.store(xfactors)
     if cfg.WEIGHT:
         weight_s.store(weights)
-    for j in gl.static_range(MP):
-        finish(sums[j], buf, vectors, of_rows[j], (out_ptr, om), tile, unit + j, (N, R), cfg, P0, 0)
-        if P1 > 0:
-            finish(sums[MP + j], buf, vectors, of_rows[j], (out_ptr, om), tile, unit + j, (N, R), cfg, P1, P0)
+    if cfg.COLUMNS:
+        for j in gl.static_range(P0 // 32):
+            finish(side_by_side(sums[2 * j], sums[2 * j + 1]), buf, vectors, of_rows[0], (out_ptr, om), tile, unit, (N, R), cfg, 32, 32 * j)
+        if P0 % 32 > 0:
+            finish(sums[P0 // 16 - 1], buf, vectors, of_rows[0], (out_ptr, om), tile, unit, (N, R), cfg, 16, P0 - 16)
+    else:
+        for j in gl.static_range(MP):
+            finish(sums[j], buf, vectors, of_rows[j], (out_ptr, om), tile, unit + j, (N, R), cfg, P0, 0)
+            if P1 > 0:
+                finish(sums[MP + j], buf, vectors, of_rows[j], (out_ptr, om), tile, unit + j, (N, R), cfg, P1, P0)
     return slot, phase
 
 
@@ -156,6 +166,8 @@ def consumer(rings, bars, buf, vectors, pointers, table, table_ptr, sizes, cfg: 
     phase = gl.to_tensor(0)
     t = gl.program_id(0)
     e, n, first, rows = tile_at(t, total, num_n, sums, table_ptr, G, cap, cfg, 4)
+    if cfg.COLUMNS:
+        first_turn(cfg, WG)
     if cfg.AHEAD and (cfg.WEIGHT or cfg.XFACTOR):
         gdc_wait()
     while rows > 0:
@@ -166,6 +178,8 @@ def consumer(rings, bars, buf, vectors, pointers, table, table_ptr, sizes, cfg: 
                 slot, phase = run_tile(slot, phase, rings, bars, buf, vectors, pointers, (e, n, first, rows), sizes, cfg, WG,
                                        cfg.WIDTHS[i][0], cfg.WIDTHS[i][1])
         e, n, first, rows = ahead
+    if cfg.COLUMNS:
+        last_turn(WG)
 
 
 @gluon.jit(do_not_specialize=["KC", "NT", "R", "cap", "G"])
@@ -180,35 +194,37 @@ def narrow_prefill_kernel(x8_desc, x16_desc, x32_desc, x64_desc, x128_desc, w_de
     ELEMENT: gl.constexpr = gl.float8e4nv if cfg.FP8 else gl.bfloat16
     NUMBERS: gl.constexpr = 2 if cfg.TWO else 1
     TILE: gl.constexpr = X8_TILE if cfg.FP8 else X_TILE
-    x0_s = gl.allocate_shared_memory(ELEMENT, [STAGES, NUMBERS * cfg.T0, 128], TILE)
+    if cfg.COLUMNS:
+        x0_s = gl.allocate_shared_memory(ELEMENT, [cfg.X_BOXES, 16, 128], TILE)
+    else:
+        x0_s = gl.allocate_shared_memory(ELEMENT, [STAGES, NUMBERS * cfg.T0, 128], TILE)
     x1_s = x0_s
     if cfg.T1 > 0:
         x1_s = gl.allocate_shared_memory(ELEMENT, [STAGES, NUMBERS * cfg.T1, 128], TILE)
-    w_s = gl.allocate_shared_memory(gl.int32, [STAGES, cfg.UNITS, cfg.WEIGHT_ROWS, 256], PLANES)
-    s_s = gl.allocate_shared_memory(gl.int32, [STAGES, cfg.UNITS, 1, 128], PLANES)
+    BOXES: gl.constexpr = STAGES * cfg.UNITS // cfg.BOX_UNITS
+    w_s = gl.allocate_shared_memory(gl.int32, [BOXES, cfg.BOX_UNITS, cfg.WEIGHT_ROWS, 256], PLANES)
+    s_s = gl.allocate_shared_memory(gl.int32, [BOXES, cfg.BOX_UNITS, 1, 128], PLANES)
     f0_s = x0_s
     f1_s = x0_s
     if cfg.SCALES:
-        f0_s = gl.allocate_shared_memory(gl.float32, [STAGES, cfg.T0, 4], RATIO_TILE)
+        if cfg.COLUMNS:
+            f0_s = gl.allocate_shared_memory(gl.float32, [STAGES * cfg.BT // 16, 16, 4], RATIO_TILE)
+        else:
+            f0_s = gl.allocate_shared_memory(gl.float32, [STAGES, cfg.T0, 4], RATIO_TILE)
         if cfg.T1 > 0:
             f1_s = gl.allocate_shared_memory(gl.float32, [STAGES, cfg.T1, 4], RATIO_TILE)
     staging: gl.constexpr = gl.NVMMASharedLayout.get_default_for([cfg.OUT_TOKENS, cfg.FEATURES], out_ptr.dtype.element_ty)
-    d_s = gl.allocate_shared_memory(out_ptr.dtype.element_ty, [2, cfg.OUT_TOKENS, cfg.FEATURES], staging)
-    slot_s = gl.allocate_shared_memory(gl.int32, [2, cfg.TP if cfg.SLOTS else 1], ROW_OF_INTS)
-    xfactor_s = gl.allocate_shared_memory(gl.float32, [2, cfg.TP if cfg.XFACTOR else 1], ROW_OF_FLOATS)
-    weight_s = gl.allocate_shared_memory(gl.float32, [2, cfg.TP if cfg.WEIGHT else 1], ROW_OF_FLOATS)
+    d_s = gl.allocate_shared_memory(out_ptr.dtype.element_ty, [cfg.CONSUMERS, cfg.OUT_TOKENS, cfg.FEATURES], staging)
+    slot_s = gl.allocate_shared_memory(gl.int32, [cfg.CONSUMERS, cfg.TP if cfg.SLOTS else 1], ROW_OF_INTS)
+    xfactor_s = gl.allocate_shared_memory(gl.float32, [cfg.CONSUMERS, cfg.TP if cfg.XFACTOR else 1], ROW_OF_FLOATS)
+    weight_s = gl.allocate_shared_memory(gl.float32, [cfg.CONSUMERS, cfg.TP if cfg.WEIGHT else 1], ROW_OF_FLOATS)
     w_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     x_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(w_full.index(i), count=1)
         mbarrier.init(x_full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
-    turn = empty
-    if cfg.IN_TURN:
-        turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-        for i in gl.static_range(2):
-            mbarrier.init(turn.index(i), count=1)
+        mbarrier.init(empty.index(i), count=cfg.CONSUMERS)
     table = empty
     if cfg.AHEAD:
         table = gl.allocate_shared_memory(gl.int32, [cfg.GROUPS], ROW_OF_INTS)
@@ -217,13 +233,22 @@ def narrow_prefill_kernel(x8_desc, x16_desc, x32_desc, x64_desc, x128_desc, w_de
 
     descs = ((x8_desc, x16_desc, x32_desc, x64_desc, x128_desc), w_desc, s_desc, f_desc)
     rings = (x0_s, x1_s, w_s, s_s, f0_s, f1_s)
-    bars = ((w_full, x_full), empty, turn)
+    bars = ((w_full, x_full), empty)
     sizes = (KC, NT, N, R, cap, G)
     pointers = (out_ptr, om, slots_ptr, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr, top_ptr)
     v0 = (slot_s.index(0), xfactor_s.index(0), weight_s.index(0))
     v1 = (slot_s.index(1), xfactor_s.index(1), weight_s.index(1))
-    gl.warp_specialize([
-        (consumer, (rings, bars, d_s.index(0), v0, pointers, table, table_ptr, sizes, cfg, 0)),
-        (consumer, (rings, bars, d_s.index(1), v1, pointers, table, table_ptr, sizes, cfg, 1)),
-        (producer, (descs, rings, bars, table, table_ptr, sizes, cfg)),
-    ], [4, 1], [cfg.CONSUMER_REGISTERS, cfg.PRODUCER_REGISTERS])
+    if cfg.CONSUMERS == 2:
+        gl.warp_specialize([
+            (consumer, (rings, bars, d_s.index(0), v0, pointers, table, table_ptr, sizes, cfg, 0)),
+            (consumer, (rings, bars, d_s.index(1), v1, pointers, table, table_ptr, sizes, cfg, 1)),
+            (producer, (descs, rings, bars, table, table_ptr, sizes, cfg)),
+        ], [4, 1], [cfg.CONSUMER_REGISTERS, cfg.PRODUCER_REGISTERS])
+    else:
+        v2 = (slot_s.index(2), xfactor_s.index(2), weight_s.index(2))
+        gl.warp_specialize([
+            (consumer, (rings, bars, d_s.index(0), v0, pointers, table, table_ptr, sizes, cfg, 0)),
+            (consumer, (rings, bars, d_s.index(1), v1, pointers, table, table_ptr, sizes, cfg, 1)),
+            (consumer, (rings, bars, d_s.index(2), v2, pointers, table, table_ptr, sizes, cfg, 2)),
+            (producer, (descs, rings, bars, table, table_ptr, sizes, cfg)),
+        ], [4, 4, 1], [cfg.CONSUMER_REGISTERS, cfg.CONSUMER_REGISTERS, cfg.PRODUCER_REGISTERS])

@@ -72,8 +72,27 @@ def load_weights(descs, rings, full, slot, unit, kb, cfg: gl.constexpr):
     x0_s, x1_s, w_s, s_s, f0_s, f1_s = rings
     bar = full[0].index(slot)
     mbarrier.expect(bar, cfg.WEIGHT_BYTES)
-    tma_load(w_desc, [unit, weight_block(kb, cfg) * cfg.WEIGHT_ROWS, 0], bar, w_s.index(slot))
-    tma_load(s_desc, [unit, weight_block(kb, cfg) // 2, 0], bar, s_s.index(slot))
+    BOXES: gl.constexpr = cfg.UNITS // cfg.BOX_UNITS
+    for i in gl.static_range(BOXES):
+        tma_load(w_desc, [unit + i, weight_block(kb, cfg) * cfg.WEIGHT_ROWS, 0], bar, w_s.index(slot * BOXES + i))
+        tma_load(s_desc, [unit + i, weight_block(kb, cfg) // 2, 0], bar, s_s.index(slot * BOXES + i))
+
+
+@gluon.jit
+def load_columns(descs, x_s, f_s, bar, slot, first, kb, cfg: gl.constexpr, P: gl.constexpr):
+    """K block kb of P tokens, a multiple of 16, into a slot, and their scales."""
+    x_descs, w_desc, s_desc, f_desc = descs
+    mbarrier.expect(bar, P * 128 + (P * 16 if cfg.SCALES else 0))
+    if cfg.SCALES:
+        boxes = view_as(f_s, gl.float32, cfg.STAGES * (cfg.BT // 16), 16, 4, RATIO_TILE)
+        for i in gl.static_range(P // 16):
+            tma_load(f_desc, [first + i * 16, kb * 4], bar, boxes.index(slot * (cfg.BT // 16) + i))
+    boxes = view_as(x_s, gl.float8e4nv, cfg.X_BOXES // 2, 32, 128, X8_TILE)
+    for i in gl.static_range(P // 32):
+        tma_load(x_descs[2], [first + i * 32, kb * 128], bar, boxes.index(slot * (cfg.BT // 32) + i))
+    if P % 32 > 0:
+        last = view_as(x_s, gl.float8e4nv, cfg.X_BOXES, 16, 128, X8_TILE).index(slot * (cfg.BT // 16) + (P // 16 - 1))
+        tma_load(x_descs[1], [first + (P - 16), kb * 128], bar, last)
 
 
 @gluon.jit
@@ -83,14 +102,17 @@ def load_activations(descs, rings, full, slot, first, kb, cfg: gl.constexpr, P0:
     x0_s, x1_s, w_s, s_s, f0_s, f1_s = rings
     bar = full[1].index(slot)
     TOKEN: gl.constexpr = 128 if cfg.FP8 and not cfg.TWO else 256
-    mbarrier.expect(bar, (P0 + P1) * TOKEN + ((P0 + 15) // 16 + P1 // 16) * (256 if cfg.SCALES else 0))
-    if cfg.SCALES:
-        load_ratios(f_desc, f0_s, bar, slot, first, kb, cfg, cfg.T0, P0)
+    if cfg.COLUMNS:
+        load_columns(descs, x0_s, f0_s, bar, slot, first, kb, cfg, P0)
+    else:
+        mbarrier.expect(bar, (P0 + P1) * TOKEN + ((P0 + 15) // 16 + P1 // 16) * (256 if cfg.SCALES else 0))
+        if cfg.SCALES:
+            load_ratios(f_desc, f0_s, bar, slot, first, kb, cfg, cfg.T0, P0)
+            if P1 > 0:
+                load_ratios(f_desc, f1_s, bar, slot, first + P0, kb, cfg, cfg.T1, P1)
+        load_tokens(x_descs, x0_s, bar, slot, first, kb * 128, cfg, cfg.T0, P0)
         if P1 > 0:
-            load_ratios(f_desc, f1_s, bar, slot, first + P0, kb, cfg, cfg.T1, P1)
-    load_tokens(x_descs, x0_s, bar, slot, first, kb * 128, cfg, cfg.T0, P0)
-    if P1 > 0:
-        load_tokens(x_descs, x1_s, bar, slot, first + P0, kb * 128, cfg, cfg.T1, P1)
+            load_tokens(x_descs, x1_s, bar, slot, first + P0, kb * 128, cfg, cfg.T1, P1)
 
 
 # ---------------------------------------------------------------- products
@@ -170,7 +192,7 @@ def blocks(sums, slot, phase, kb, rings, bars, cfg: gl.constexpr, WG: gl.constex
     Weights are expanded while the products before run. The wait for tokens stands between the two for ptxas's sake: it doesn't
     move instructions over a branch, and would otherwise expand after it waited for the products."""
     x0_s, x1_s, w_s, s_s, f0_s, f1_s = rings
-    full, empty, turn = bars
+    full, empty = bars
     w_full, x_full = full
     MP: gl.constexpr = cfg.MP
     PIECES: gl.constexpr = 2 if P1 > 0 else 1

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 
 UNIT_ROWS = 64          # weight rows of one wgmma, and of a tile of the prepack
 SCALE_BYTES = 512       # of 64 rows x 256 of K
-CONSUMERS = 2
 # token columns of a tile, by the most that there are: the narrowest pair that holds its tokens, a wgmma for each of the two
 WIDTHS = {
     32: ((16, 0), (32, 0)),
@@ -19,22 +18,32 @@ FP8_WIDTHS = {
     32: ((8, 0), (16, 0), (32, 0)),
     64: ((16, 0), (32, 0), (32, 16), (64, 0)),
     128: ((32, 0), (64, 0), (64, 32), (128, 0)),
-    160: ((32, 0), (64, 0), (64, 32), (128, 0), (128, 32)),
+}
+# widths that are one wgmma of a multiple of 16 columns, by the most tokens
+COLUMNS = {
+    96: (32, 48, 64, 80, 96),
+    160: (32, 64, 80, 96, 112, 128, 144, 160),
 }
 BOXES = (8, 16, 32, 64, 128)    # tokens of a TMA box
 RATIO_BYTES = 16                # of a token in one slot: a number four times, the least that TMA moves
 _BARRIER_BYTES = 8
 
 
+
+def columns(tokens: int) -> tuple[tuple[int, int], ...]:
+    """COLUMNS as widths of one piece."""
+    return tuple((p, 0) for p in COLUMNS[tokens])
+
+
 @dataclass(frozen=True)
 class Tile:
     """Passed to the kernel as one compile-time constant.
 
-    A tile is BN weight rows by up to BT tokens: two consumer warpgroups, each with MP units of 64 rows. Triton caches a compiled
-    kernel under this object's repr, so whatever device code reads is a field, not a property.
+    A tile is BN weight rows by up to BT tokens: two or three consumer warpgroups, each with MP units of 64 rows. Triton caches a
+    compiled kernel under this object's repr, so whatever device code reads is a field, not a property.
     """
 
-    BT: int = 128            # most tokens of a tile: a key of WIDTHS
+    BT: int = 128            # most tokens of a tile: a key of WIDTHS, FP8_WIDTHS or COLUMNS
     MP: int = 1              # 64-row units of one consumer
     STAGES: int = 4          # slots of the ring, each 128 of K
     UNROLL: int = 2          # K blocks in a trip of the loop
@@ -63,12 +72,15 @@ class Tile:
     CONSUMER_REGISTERS: int = 232
     PRODUCER_REGISTERS: int = 40
     ROW: bool = False        # tokens are FP8 with one scale, applied at the end
-    IN_TURN: bool = False    # consumers multiply in turn: one unit each, an even number of slots
+    CONSUMERS: int = 2       # warpgroups that multiply
+    COLUMNS: bool = False    # FP8 tokens in widths of COLUMNS, a unit a consumer: see narrow_columns_device
     BN: int = field(init=False)
     UNITS: int = field(init=False)
+    BOX_UNITS: int = field(init=False)       # units that one TMA brings: a power of two
     WIDTHS: tuple[tuple[int, int], ...] = field(init=False)
     T0: int = field(init=False)              # most tokens of a pair's first and second piece
     T1: int = field(init=False)
+    X_BOXES: int = field(init=False)         # COLUMNS: 16 tokens x 128 of K each, and one more, so that no allocation is as large
     TP: int = field(init=False)              # BT up to a power of two
     SCALES: bool = field(init=False)         # tokens' scales, or ratios of them, come beside their K blocks
     FEATURES: int = field(init=False)        # of the output that a unit gives
@@ -77,11 +89,13 @@ class Tile:
 
     def __post_init__(self) -> None:
         set_ = object.__setattr__
-        set_(self, "UNITS", CONSUMERS * self.MP)
+        set_(self, "UNITS", self.CONSUMERS * self.MP)
         set_(self, "BN", self.UNITS * UNIT_ROWS)
-        set_(self, "WIDTHS", (FP8_WIDTHS if self.FP8 else WIDTHS)[self.BT])
+        set_(self, "BOX_UNITS", self.UNITS if self.CONSUMERS == 2 else 1)
+        set_(self, "WIDTHS", columns(self.BT) if self.COLUMNS else (FP8_WIDTHS if self.FP8 else WIDTHS)[self.BT])
         set_(self, "T0", max(w[0] for w in self.WIDTHS))
         set_(self, "T1", max(w[1] for w in self.WIDTHS))
+        set_(self, "X_BOXES", self.STAGES * self.BT // 16 + 1)
         set_(self, "TP", 1 << (self.BT - 1).bit_length())
         set_(self, "SCALES", self.CHUNKED or (self.FP8 and not self.ROW))
         set_(self, "FEATURES", 32 if self.ACT else 64)
@@ -91,13 +105,13 @@ class Tile:
     @property
     def max_registers(self) -> int:
         """Registers a thread starts with. Warps come in fours: the producer's one counts as four in the register file."""
-        return 168 if self.CTAS == 1 else 80
+        return 80 if self.CTAS == 2 else 168 if self.CONSUMERS == 2 else 128
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block: an upper bound."""
         token = (128 if self.FP8 and not self.TWO else 256) + (RATIO_BYTES if self.SCALES else 0)
         ring = self.STAGES * (self.WEIGHT_BYTES + (self.T0 + self.T1) * token + 3 * _BARRIER_BYTES)
-        staging = CONSUMERS * self.OUT_TOKENS * self.FEATURES * self.OUT_BYTES
-        vectors = CONSUMERS * self.TP * 4 * (self.SLOTS + self.XFACTOR + self.WEIGHT)
-        return ring + staging + vectors + (4 * self.GROUPS if self.AHEAD else 0) + 1024
+        staging = self.CONSUMERS * self.OUT_TOKENS * self.FEATURES * self.OUT_BYTES
+        vectors = self.CONSUMERS * self.TP * 4 * (self.SLOTS + self.XFACTOR + self.WEIGHT)
+        return ring + staging + vectors + (4 * self.GROUPS if self.AHEAD else 0) + 1024 + (2048 if self.COLUMNS else 0)
