@@ -104,6 +104,20 @@ def test_any_size_and_output(packed: bool, m: int, n: int, k: int) -> None:
         assert calc_diff(ng.gemm(x, given, out_dtype=dtype).double(), want) <= GATE[dtype]
 
 
+@pytest.mark.parametrize("m", [1, 40, 64, 100, 600])
+def test_dense_weights_packed_for_mxfp8_run_as_they_are(m: int) -> None:
+    """The same kernel and bits, scales column by column, too; with BF16 activations the same product as of any other order."""
+    x, w = mx((m, 768)), mx((640, 768))
+    columns = ScaledTensor(w.data, w.scale.mT.contiguous().mT, MXFP8)
+    y = ng.gemm(x, w)
+    assert calc_diff(y.double(), double(x) @ double(w).mT) <= 5e-6
+    for given in (w, columns):
+        assert torch.equal(ng.gemm(x, ng.prepack(given, activations="mxfp8")), y)
+    wide = torch.randn(m, 768, device=DEV).bfloat16()
+    for kind in ("bf16", "mxfp8"):
+        assert calc_diff(ng.gemm(wide, ng.prepack(w, activations=kind)).double(), wide.double() @ double(w).mT) <= 5e-6
+
+
 SHAPES = [(m, tp, ep, stage) for m in (MODELS[n] for n in ("minimax-m3", "minimax-m2", "deepseek-v3", "qwen3-235b"))
           for tp, ep in ((1, 32), (2, 16), (4, 8), (8, 1)) for stage in ("gate_up", "down")]
 

@@ -9,10 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from narrowgemm import MXFP4, MXFP8, FP8_128x128, PackedWeight, ScaledTensor, Unsupported, prepack, quantize, unpack
+from narrowgemm import (
+    MXFP4,
+    MXFP8,
+    FP8_128x128,
+    Offsets,
+    PackedWeight,
+    ScaledTensor,
+    Unsupported,
+    gemm,
+    grouped_gemm,
+    prepack,
+    quantize,
+    unpack,
+)
 from narrowgemm.formats import Format
 from narrowgemm.prepack import BIAS, PAIRS, PREPACK, _unpack_scale, row_order
-from narrowgemm.prepack_bits import FP8_PREPACK
+from narrowgemm.prepack_bits import FP8_PREPACK, ROWS_PREPACK
 from narrowgemm.scales import e8m0_to_float
 
 SHAPES = ((3, 128, 256), (2, 100, 360), (64, 32), (1, 2, 32))
@@ -189,6 +202,52 @@ def test_order_for_fp8_activations_needs_weights_that_fold() -> None:
         PackedWeight.from_state_dict(state)
 
 
+def test_dense_mxfp8_weights_of_mxfp8_activations_stay_as_they_are() -> None:
+    """Nothing is moved that lies as the kernels take it, and no row is refused; `plain` is what they are given."""
+    w = weights((100, 256), MXFP8, 0, 256)
+    p = prepack(w, activations="mxfp8")
+    assert p.prepack == ROWS_PREPACK and p.plain is not None and p.data.data_ptr() == w.data.data_ptr()
+    assert same(p.plain, w) and same(unpack(p), w)
+    again = PackedWeight.from_state_dict(p.state_dict())
+    assert again.plain is not None and same(again.plain, w) and same(unpack(p.to("cpu")), w)
+    assert same(unpack(pickle.loads(pickle.dumps(p))), w)
+
+
+def test_weights_that_stay_as_they_are_are_brought_to_rows() -> None:
+    """Scales that lie column by column, as FP32 or off 16 bytes, and payload in columns, too."""
+    w = weights((100, 256), MXFP8)
+    columns = ScaledTensor(w.data.mT.contiguous().mT, w.scale.mT.contiguous().mT, MXFP8)
+    off = torch.empty(100 * 256 + 1, dtype=torch.uint8)[1:].view(torch.float8_e4m3fn).view(100, 256).copy_(w.data)
+    for given in (columns, ScaledTensor(off, w.scale, MXFP8), ScaledTensor.make(w.data, e8m0_to_float(w.scale), MXFP8)):
+        p = prepack(given, activations="mxfp8")
+        assert p.prepack == ROWS_PREPACK and p.data.is_contiguous() and p.scale.is_contiguous() and same(unpack(p), w)
+        assert p.data.data_ptr() % 16 == 0 and p.scale.data_ptr() % 16 == 0
+
+
+def test_which_weights_of_mxfp8_activations_get_tiles() -> None:
+    """By experts, in pairs, with a K that the kernels for rows don't take, and MXFP4."""
+    for w, pair in ((weights((2, 64, 128), MXFP8), ""), (weights((64, 128), MXFP8), "halves"), (weights((64, 96), MXFP8), ""),
+                    (weights((64, 128), MXFP4), "")):
+        p = prepack(w, pair=pair, activations="mxfp8")
+        assert p.prepack == PREPACK and p.plain is None and same(unpack(p), w)
+    state = prepack(weights((2, 64, 128), MXFP8)).state_dict()
+    with pytest.raises(ValueError, match=r"mxfp8 \[N, K\], not in pairs"):
+        PackedWeight.from_state_dict({**state, "prepack": ROWS_PREPACK})
+
+
+@pytest.mark.parametrize("a", ["mxfp8", "bf16", "fp8_1x128"])
+@pytest.mark.parametrize("packed", ["bf16", "mxfp8"])
+def test_activations_of_another_kind_give_the_same(packed: str, a: str) -> None:
+    w = quantize(torch.randn(48, 256), MXFP8)
+    x = torch.randn(5, 256).bfloat16() if a == "bf16" else quantize(torch.randn(5, 256), a)
+    p = prepack(w, activations=packed)
+    assert torch.equal(gemm(x, p), gemm(x, w))
+    out = torch.zeros(5, 48)
+    assert gemm(x, p, out=out, accumulate=True) is out and torch.equal(out, gemm(x, w, out_dtype=torch.float32))
+    with pytest.raises(ValueError, match=r"\[E?G?, N, K\]"):
+        grouped_gemm(x, p, Offsets(torch.tensor([0, 5])))
+
+
 def test_folding_of_rows_with_factors() -> None:
     """Codes lie as the packed ones do: lowered by the row's shift."""
     w = weights((1, 64, 64), MXFP4, 120, 124)
@@ -223,7 +282,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="pair"):
         prepack(weights((64, 128), MXFP4), pair="both")
     with pytest.raises(ValueError, match="activations"):
-        prepack(weights((64, 128), MXFP4), activations="mxfp8")
+        prepack(weights((64, 128), MXFP4), activations="mxfp4")
     with pytest.raises(ValueError, match="even"):
         prepack(weights((63, 128), MXFP4), pair="halves")
 

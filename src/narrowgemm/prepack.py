@@ -18,12 +18,17 @@ is shifted into it, and `factor` takes the shift back in FP32; a row with a NaN 
 The order `narrow_fp8_sm90/1` is the same for E2M1 weights of FP8 and BF16 activations, whose scales fold into E4M3 (`top`), with
 other bits in a word: magnitudes stay, in the nibbles that a table is looked up by, and signs lie where bytes have theirs. It takes
 seven operations for eight codes to E4M3, where the other order takes 19, and 21 to BF16, where the other takes 15.
+
+The order `rows_sm90/1` is that of the weights themselves: dense MXFP8 weights of MXFP8 activations are fastest as they are.
+
+    data   uint8 [1, N, K]                E4M3
+    scale  uint8 [1, N, K / 32]           E8M0
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,11 +36,12 @@ from torch import Tensor
 
 from .errors import Unsupported, expect
 from .formats import E8M0_NAN, MXFP4, MXFP8, Format, ScaledTensor, check_device, get_format
-from .prepack_bits import FP8_PREPACK, ORDERS, PREPACK, TILE, pack_data, unpack_data
+from .prepack_bits import FP8_PREPACK, ORDERS, PREPACK, ROWS_PREPACK, TILE, pack_data, unpack_data
 from .scales import float_to_e8m0
 
-ACTIVATIONS = ("bf16", "fp8")
+ACTIVATIONS = ("bf16", "fp8", "mxfp8")
 PAIRS = ("", "halves", "interleaved")
+KNOWN = (*ORDERS, ROWS_PREPACK)
 CHUNK, SLAB = 128, 16
 CHUNK_BYTES = 1 << 26            # source bytes that are permuted at a time
 # exponent field of the factor for scale code 0, and the codes for which the product is exact in BF16
@@ -53,6 +59,7 @@ class PackedWeight:
     scale code of a packed row (lowered as in `scale`; blocks of zeros don't count): E2M1 only, where each row's codes lie within
     `FOLD` of it, so that they can be folded into E4M3 without loss; `scale` and `data` say the same. pair: how gate and up rows lay
     in the weights that came ('halves' or 'interleaved'; here they lie eight rows apart), or '' where rows are in their order.
+    plain: the weights `[N, K]` as they came, in the same memory, where that is their order (`ROWS_PREPACK`), else None.
     """
 
     data: Tensor
@@ -64,6 +71,21 @@ class PackedWeight:
     codes: Tensor | None = None
     prepack: str = PREPACK
     top: Tensor | None = None
+    plain: ScaledTensor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        plain = None
+        if self.prepack == ROWS_PREPACK:
+            self.check()
+            plain = ScaledTensor(self.data[0].view(self.format.elem.dtype), self.scale[0], self.format)
+        object.__setattr__(self, "plain", plain)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "plain"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
 
     def __repr__(self) -> str:
         pair = f", {self.pair}" if self.pair else ""
@@ -106,8 +128,8 @@ class PackedWeight:
         """The weight that `state_dict` described. ValueError for another order than this version's, or shapes that don't fit."""
         missing = [k for k in ("data", "scale", "format", "shape", "pair", "prepack") if k not in state]
         expect(not missing, "state of a packed weight, missing", missing, "data, scale, format, shape, pair, prepack")
-        expect(state["prepack"] in ORDERS, "prepack order", repr(state["prepack"]),
-               f"one of {ORDERS}: unpack with the version that packed it, and pack again")
+        expect(state["prepack"] in KNOWN, "prepack order", repr(state["prepack"]),
+               f"one of {KNOWN}: unpack with the version that packed it, and pack again")
         out = PackedWeight(state["data"], state["scale"], get_format(state["format"]), tuple(state["shape"]), state["pair"],
                            state.get("factor"), state.get("codes"), state["prepack"], state.get("top"))
         out.check()
@@ -115,22 +137,30 @@ class PackedWeight:
 
     def check(self) -> None:
         """Shapes and dtypes agree with each other. ValueError or TypeError elsewhere."""
-        expect(self.prepack in ORDERS, "prepack order", repr(self.prepack), f"one of {ORDERS}")
+        expect(self.prepack in KNOWN, "prepack order", repr(self.prepack), f"one of {KNOWN}")
         expect(self.pair in PAIRS, "pair", repr(self.pair), f"one of {PAIRS}")
         expect(self.format.name in (MXFP4.name, MXFP8.name), "format of a packed weight", self.format.name, "mxfp4 or mxfp8")
-        expect(self.prepack == PREPACK or (self.format == MXFP4 and self.top is not None), f"weights in the order {self.prepack}",
-               self.format.name, "mxfp4 with `top`, which says that scales fold into E4M3")
-        groups = self.shape[0] if len(self.shape) == 3 else 1
-        tiles, chunks = tiles_of(self.n), -(-self.k // CHUNK)
-        want = (groups, tiles, chunks, *((2,) if self.format.element == "e4m3" else ()), TILE, TILE)
-        expect(tuple(self.data.shape) == want, f"packed data of {self.shape}, shape", tuple(self.data.shape), str(want))
-        want = (groups, tiles, -(-chunks // 2), 4, 8, 4, 2, 2)
-        expect(tuple(self.scale.shape) == want, f"packed scale of {self.shape}, shape", tuple(self.scale.shape), str(want))
+        data: tuple[int, ...]
+        scale: tuple[int, ...]
+        if self.prepack == ROWS_PREPACK:
+            expect(self.format == MXFP8 and len(self.shape) == 2 and self.pair == "", f"weights in the order {self.prepack}",
+                   f"{self.format.name} {self.shape}{self.pair and ' in pairs'}", "mxfp8 [N, K], not in pairs")
+            data, scale, rows = (1, self.n, self.k), (1, self.n, -(-self.k // 32)), 0
+        else:
+            folds = self.format == MXFP4 and self.top is not None
+            expect(self.prepack == PREPACK or folds, f"weights in the order {self.prepack}", self.format.name,
+                   "mxfp4 with `top`, which says that scales fold into E4M3")
+            groups = self.shape[0] if len(self.shape) == 3 else 1
+            tiles, chunks = tiles_of(self.n), -(-self.k // CHUNK)
+            halves = (2,) if self.format.element == "e4m3" else ()
+            data, scale = (groups, tiles, chunks, *halves, TILE, TILE), (groups, tiles, -(-chunks // 2), 4, 8, 4, 2, 2)
+            rows = tiles * TILE
+        expect(tuple(self.data.shape) == data, f"packed data of {self.shape}, shape", tuple(self.data.shape), str(data))
+        expect(tuple(self.scale.shape) == scale, f"packed scale of {self.shape}, shape", tuple(self.scale.shape), str(scale))
         for name, x in self.tensors().items():
             dtype = torch.float32 if name == "factor" else torch.uint8
-            rows = tiles * TILE
-            expect(name not in ("factor", "top") or tuple(x.shape) == (groups, rows), f"packed {name}, shape", tuple(x.shape),
-                   f"{(groups, rows)}")
+            expect(name not in ("factor", "top") or tuple(x.shape) == (data[0], rows), f"packed {name}, shape", tuple(x.shape),
+                   f"{(data[0], rows)}")
             expect(x.dtype == dtype, f"packed {name}, dtype", x.dtype, str(dtype), error=TypeError)
             expect(x.device == self.device, f"packed {name}, device", x.device, f"the data's, {self.device}")
             expect(x.is_contiguous(), f"packed {name}, strides", x.stride(), "contiguous")
@@ -144,13 +174,17 @@ def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16")
 
     pair: for gate_up weights whose activation is to be fused, how gate and up rows lie in `weights`: 'halves' ([gate; up]) or
         'interleaved' (gate, up, gate, up, ... as GPT-OSS). N must then be even.
-    activations: 'bf16', an order that works for activations of every format, or 'fp8': MXFP4 weights whose scales fold into E4M3
-        get the order `FP8_PREPACK`, which is multiplied on FP8 tensor cores with FP8 activations, 1x128 and row-wise, and with BF16
-        ones, as two E4M3 numbers each (activations of other formats then run on the reference); other weights get the first order.
+    activations: what the weights will be multiplied with, as far as it is known. 'bf16', an order that is fast with activations of
+        every format. 'fp8': MXFP4 weights whose scales fold into E4M3 get the order `FP8_PREPACK`, which is multiplied on FP8
+        tensor cores with FP8 activations, 1x128 and row-wise, and with BF16 ones, as two E4M3 numbers each (activations of other
+        formats then run on the reference). 'mxfp8': dense MXFP8 weights, `[N, K]` with K a multiple of 128, stay as they are
+        (`ROWS_PREPACK`; scales row by row, memory shared with `weights` where nothing has to be moved), since the kernels of such
+        products take them so (activations of other formats then run on portable kernels). Weights that are none of these get the
+        first order.
 
     Works on any device, some experts at a time. It reads the scales back once, so call it when loading. Raises TypeError or
     ValueError for weights that are not of this kind, and Unsupported if the scales of one row are further apart than BF16 can
-    represent exactly (more than 2^131); such weights can be used unpacked.
+    represent exactly (more than 2^131; any are taken as they are); such weights can be used unpacked.
     """
     expect(isinstance(weights, ScaledTensor), "weights", type(weights).__name__,
            "a ScaledTensor in MXFP4 or MXFP8 (narrowgemm.quantize or ScaledTensor.make)", error=TypeError)
@@ -170,6 +204,8 @@ def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16")
     data = weights.data.view(torch.uint8)
     if len(shape) == 2:
         data, scale = data.unsqueeze(0), scale.unsqueeze(0)
+    if as_they_are(fmt, shape, pair, activations):
+        return PackedWeight(_from_16_bytes(data), _from_16_bytes(scale), fmt, shape, prepack=ROWS_PREPACK)
     groups, tiles, chunks = data.shape[0], tiles_of(n), -(-k // CHUNK)
     order = row_order(n, pair).to(data.device)
     halves = (2,) if fmt.element == "e4m3" else ()
@@ -207,6 +243,16 @@ def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16")
     return PackedWeight(packed, fields, fmt, shape, pair, factor, scale.contiguous(), wanted, top)
 
 
+def as_they_are(fmt: Format, shape: tuple[int, ...], pair: str, activations: str) -> bool:
+    """Whether `prepack` leaves weights in the order that they came in."""
+    return activations == "mxfp8" and fmt == MXFP8 and len(shape) == 2 and not pair and shape[-1] % CHUNK == 0
+
+
+def _from_16_bytes(x: Tensor) -> Tensor:
+    """Contiguous, and at a multiple of 16 bytes: itself where it is."""
+    return x.clone(memory_format=torch.contiguous_format) if x.data_ptr() % 16 else x.contiguous()
+
+
 def _fold(high: Tensor, low: Tensor) -> Tensor:
     """Whether rows of such largest and smallest codes can be folded into E4M3, all of them."""
     return ((high < 0) | (high - low <= FOLD)).all()
@@ -217,9 +263,13 @@ def _all_fold(data: Tensor, scale: Tensor, fmt: Format, step: int) -> bool:
 
 
 def unpack(packed: PackedWeight) -> ScaledTensor:
-    """The weights that `packed` was made from, bit for bit (a scale that came as FP32 comes back as its E8M0 code)."""
+    """The weights that `packed` was made from, bit for bit (a scale that came as FP32 comes back as its E8M0 code).
+
+    Weights that were left in their order are not copied."""
     expect(isinstance(packed, PackedWeight), "packed", type(packed).__name__, "a PackedWeight", error=TypeError)
     packed.check()
+    if packed.plain is not None:
+        return packed.plain
     fmt, n, k = packed.format, packed.n, packed.k
     where = inverse_order(n, packed.pair).to(packed.device)
     groups = packed.groups

@@ -9,7 +9,8 @@ from .formats import Format
 
 PREPACK = "narrow_sm90/1"
 FP8_PREPACK = "narrow_fp8_sm90/1"
-ORDERS = (PREPACK, FP8_PREPACK)
+ROWS_PREPACK = "rows_sm90/1"
+ORDERS = (PREPACK, FP8_PREPACK)         # of tiles; weights in `ROWS_PREPACK` are given to kernels as any that are not packed
 TILE = 64                        # rows
 
 

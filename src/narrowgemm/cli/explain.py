@@ -10,6 +10,7 @@ import click
 from ..arch import ARCHS, GENERIC
 from ..errors import Unsupported
 from ..formats import FORMATS
+from ..prepack import ACTIVATIONS
 from ..problem import LAYOUTS
 
 
@@ -27,7 +28,8 @@ from ..problem import LAYOUTS
               "experts: the hidden size.")
 @click.option("--a", "a", metavar="FORMAT", default="fp8_1x128", show_default=True, help="Format of A.")
 @click.option("--b", "b", metavar="FORMAT", help="Format of B.  [default: fp8_128x128; fp8_1x128 for wgrad]")
-@click.option("--packed", is_flag=True, help="B went through `prepack` (MXFP8 and MXFP4 weights).")
+@click.option("--packed", type=click.Choice(ACTIVATIONS), is_flag=False, flag_value=ACTIVATIONS[0],
+              help="B went through `prepack` (MXFP8 and MXFP4 weights), for activations of that kind.  [without one: bf16]")
 @click.option("--out-dtype", metavar="DTYPE", help="bf16, fp16 or fp32.  [default: bf16; fp32 for wgrad]")
 @click.option("--device", metavar="NAME", help=f"A device ({', '.join(ARCHS)}) or a target ({', '.join(GENERIC)}).  "
               "[default: this machine's]")
@@ -53,7 +55,7 @@ def explain(op: str, layout: str | None, b: str | None, out_dtype: str | None, a
     try:
         out_dtype = out_dtype or ("fp32" if wgrad else "bf16")
         explanation = layer(options, b, top_k) if op == "experts" else explain_op(
-            op, layout=layout, b=b, out_dtype=out_dtype, **options)
+            op, layout=layout, b=b, out_dtype=out_dtype, **{**options, "packed": options["packed"] or False})
     except Unsupported as e:
         raise click.ClickException(str(e)) from e
     except (ValueError, TypeError) as e:
@@ -67,4 +69,4 @@ def layer(options: dict[str, Any], weights: str, top_k: int) -> Any:
 
     return explain_experts(tokens=options["m"], experts=options["groups"], inter=options["n"], hidden=options["k"],
                            top_k=min(top_k, options["groups"]), weights=weights, device=options["device"],
-                           packed=options["packed"], backend=options["backend"])
+                           packed=bool(options["packed"]), backend=options["backend"])

@@ -10,7 +10,7 @@ import torch
 from ..arch import Arch, detect, get_arch
 from ..errors import Unsupported, expect
 from ..formats import Format, get_format
-from ..prepack import check_packable
+from ..prepack import ACTIVATIONS, as_they_are, check_packable
 from ..prepack_bits import FP8_PREPACK, PREPACK
 from ..problem import LAYOUTS, Operand, Plan, Problem, bucket, promotion
 from ..runtime import dispatch
@@ -58,7 +58,7 @@ def describe(op: str, *, layout: str = "dense", groups: int = 1, m: int, n: int,
              b: Format | str = "fp8_128x128", out_dtype: str = "bf16", expected_m: int = 0, max_sms: int = 0,
              packed: bool | str = False) -> Problem:
     """The Problem of a call with contiguous, aligned operands. For masked, `m` is the expected rows a group; for routed_gemm the
-    slots. `packed`: B is a `PackedWeight`."""
+    slots. `packed`: B is a `PackedWeight`; see `explain`."""
     expect(op in OPS, "op", repr(op), f"one of {OPS}")
     expect(layout in LAYOUTS, "layout", repr(layout), f"one of {LAYOUTS}")
     for name, v in (("m", m), ("n", n), ("k", k), ("groups", groups), ("expected_m", expected_m)):
@@ -74,6 +74,8 @@ def describe(op: str, *, layout: str = "dense", groups: int = 1, m: int, n: int,
                     k * f.elem.bits // 8 % 16 == 0) for i, f in enumerate((fa, fb))]
     if packed:
         check_packable(fb)
+        expect(packed is True or packed in ACTIVATIONS, "packed", repr(packed), f"True, or what for: one of {ACTIVATIONS}")
+    if packed and not as_they_are(fb, (n, k) if layout == "dense" else (groups, n, k), "", str(packed)):
         order = FP8_PREPACK if packed == "fp8" and fb.element == "e2m1" else PREPACK
         sb = Operand(fb, "k", order, fb.scale, "", folds=fb.element == "e2m1")
     return Problem(op, layout, bucket(m), n, k, groups, sa, sb, rows=bucket(max(rows, 1)), out_dtype=out_dtype,
@@ -87,8 +89,8 @@ def explain(op: str, *, layout: str = "dense", groups: int = 1, m: int, n: int, 
             on_unsupported: str = "portable") -> Explanation:
     """The Plan for a problem given by its sizes, on `device`: a name ('h200', 'sm90', 'cpu'), a torch device, or the one here.
 
-    m: rows of A (masked: expected rows per group; routed_gemm: slots). packed: B went through `prepack`; 'fp8': with
-        `activations="fp8"`.
+    m: rows of A (masked: expected rows per group; routed_gemm: slots). packed: B went through `prepack`; 'fp8', 'mxfp8': with
+        these `activations`.
     Needs no GPU. Raises what the op itself would raise: ValueError, Unsupported.
     """
     arch = detect(device if isinstance(device, torch.device) else None) if device is None or isinstance(device, torch.device) \

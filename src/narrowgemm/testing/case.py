@@ -27,7 +27,8 @@ class Case:
     world. `max_m`: rows a group can hold (masked). `alignment`: a group's segment starts at a multiple of it
     (contiguous, psum). `order`: of the segments of a contiguous layout; 'repeated' cuts every group in two. `slack`:
     rows of A behind the last group. `e2e`: timed from BF16 tokens, see `tokens.py`. `packed`: B goes through
-    `narrowgemm.prepack` first; 'fp8': for FP8 tensor cores. `fast_accum`: partial sums are never promoted, ours and a peer's.
+    `narrowgemm.prepack` first; 'fp8', 'mxfp8': for such activations. `fast_accum`: partial sums are never promoted, ours and a
+    peer's.
     """
 
     suite: str

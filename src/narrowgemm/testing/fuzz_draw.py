@@ -23,6 +23,7 @@ from ..formats import (
     get_format,
 )
 from ..kernels.registry import PRODUCTS, kernels
+from ..prepack import as_they_are
 from ..prepack_bits import FP8_PREPACK, PREPACK
 from ..problem import Config, Operand, Plan, Problem, bucket, promotion
 from ..runtime import dispatch
@@ -127,6 +128,7 @@ def draw_case(rng: random.Random, limit: int) -> Case:
     packed: bool | str = False
     if b.name in (MXFP4.name, MXFP8.name) and a.name != FP16.name and rng.random() < 0.7:
         packed = "fp8" if b is MXFP4 and rng.random() < 0.5 else True
+        packed = "mxfp8" if b is not MXFP4 and rng.random() < 0.3 else packed
     max_m = max(1, m * rng.choice((1, 1, 2, 3)) + rng.choice((0, 0, 1, 5))) if layout == "masked" else 0
     alignment = rng.choice((1, 4, 16, 64, 128, 128, 128)) if layout in ("contiguous", "psum") else 128
     return Case("fuzz", layout, groups, m, n, k, a=a, b=b, max_m=max_m, sizes="balanced" if layout == "dense" else sizes,
@@ -192,7 +194,8 @@ def likely(case: Case, only: Collection[str], device: torch.device) -> bool:
     """Whether one of the kernels `only` takes the case where its tensors lie as kernels like them; no tensor is made."""
     a, b = (Operand(f, scale_dtype=f.scale if f.scaled else "", scale_major=major if f.scaled else "")
             for f, major in ((case.a, "mn"), (case.b, "mn" if case.layout == "k_grouped" else "k")))
-    if case.packed:
+    shape = (case.n, case.k) if case.layout == "dense" else (case.groups, case.n, case.k)
+    if case.packed and not as_they_are(case.b, shape, "", str(case.packed)):
         b = replace(b, prepack=FP8_PREPACK if case.packed == "fp8" else PREPACK, folds=case.b.element == "e2m1", scale_major="")
     rows = case.max_m if case.layout == "masked" else max(1, case.a_rows)
     k, alignment = (case.rows, case.column_alignment) if case.layout == "k_grouped" else (case.k, case.alignment)

@@ -59,7 +59,7 @@ class Inputs:
     def packed(self) -> PackedWeight:
         """B, prepacked."""
         if self._packed is None:
-            self._packed = prepack(self.b, activations="fp8" if self.case.packed == "fp8" else "bf16")
+            self._packed = prepack(self.b, activations=self.case.packed if isinstance(self.case.packed, str) else "bf16")
         return self._packed
 
     # ---- sources and references ------------------------------------------------------------------------------------
@@ -199,10 +199,12 @@ class Inputs:
 
         c, out = self.case, self.out.tensor
         chosen = common.Options(**{"fast_accum": c.fast_accum, **options})
-        if c.packed and chosen.backend != "triton":
-            return routed.packed_plan(self.a, self.packed, self.layout, out, out.dtype, c.accumulate, chosen)
+        packed = self.packed if c.packed and chosen.backend != "triton" else None
+        if packed is not None and packed.plain is None:
+            return routed.packed_plan(self.a, packed, self.layout, out, out.dtype, c.accumulate, chosen)
         if c.layout == "dense":
-            return gemm.plan_of(self.a, self.b, out, out.dtype, c.accumulate, chosen)
+            b = self.b if packed is None or packed.plain is None else packed.plain
+            return gemm.plan_of(self.a, b, out, out.dtype, c.accumulate, chosen)
         if isinstance(self.layout, KGrouped):
             return wgrad.plan_of(self.a, self.b, self.layout, out, out.dtype, c.accumulate, chosen)
         assert self.layout is not None

@@ -61,6 +61,7 @@ def cases() -> list[Case]:
     for a, b in ((BF16, MXFP4), (MXFP8, MXFP8), (BF16, MXFP8), (FP8_1x128, MXFP4), (MXFP4, MXFP4), (MXFP8, MXFP4)):
         out += [Case("selftest", "offsets", 5, 24, 384, 512, a=a, b=b, sizes="empty:0.3", packed=True),
                 Case("selftest", "dense", 1, 5, 384, 512, a=a, b=b, packed=True)]
+    out += [Case("selftest", "dense", 1, 7, 384, 512, a=a, b=MXFP8, packed="mxfp8") for a in (MXFP8, BF16)]
     # columns of each group at multiples of 128, as `quantize_both` writes them
     out += [Case("selftest", "k_grouped", 3, 320, 256, 512, a=a, b=a, sizes="skew128:3", out_dtype="fp32")
             for a in (FP8_ROW, FP8_1x128, FP8_TENSOR)]

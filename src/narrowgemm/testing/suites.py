@@ -152,8 +152,8 @@ def mxfp8_routed(suite: str) -> list[Case]:
             *routed(suite, MXFP8, MXFP8, (1, 4, 16, 64, 256), models)]
 
 
-def mxfp8_dense(suite: str, rows: Iterable[int], least: int = 0, packed: bool = True) -> list[Case]:
-    """Dense weights of MiniMax-M3 (qkv, o_proj, shared experts) at TP 1 to 8, of at least so many bytes; packed, or plain."""
+def mxfp8_dense(suite: str, rows: Iterable[int], least: int = 0, packed: bool | str = "mxfp8") -> list[Case]:
+    """Dense weights of MiniMax-M3 (qkv, o_proj, shared experts) at TP 1 to 8, of at least so many bytes. packed: as a case's."""
     return [Case(suite, "dense", 1, m, n, k, a=MXFP8, b=MXFP8, packed=packed) for k, n in M3_DENSE if n * k >= least for m in rows]
 
 
@@ -189,9 +189,9 @@ def fp4_masked_few(suite: str) -> list[Case]:
 
 
 def mxfp8_prefill(suite: str) -> list[Case]:
-    """Many rows on prepacked weights: dense ones of MiniMax-M3 (qkv, o_proj), then eight local experts of it and of DeepSeek-V3."""
+    """Many rows on packed weights: dense ones of MiniMax-M3 (qkv, o_proj), then eight local experts of it and of DeepSeek-V3."""
     experts = [nk for m in map(get_model, ("minimax-m3", "deepseek-v3")) for nk in (m.gate_up(), m.down())]
-    return [*(Case(suite, "dense", 1, m, n, k, a=MXFP8, b=MXFP8, packed=True)
+    return [*(Case(suite, "dense", 1, m, n, k, a=MXFP8, b=MXFP8, packed="mxfp8")
               for n, k in ((9216, 6144), (6144, 8192), (2304, 6144)) for m in (512, 2048, 8192)),
             *(Case(suite, "offsets", 8, m, n, k, sizes=UNEVEN, a=MXFP8, b=MXFP8, packed=True)
               for n, k in experts for m in (64, 256, 1024))]

@@ -111,6 +111,9 @@ def _gemv(xq: Tensor, x_scale: Tensor, wq: Tensor | PackedWeight, w_scale: Tenso
     m, n, k = x.shape[0], wq.shape[-2], x.shape[-1]
     if m and n and backend is None:
         asked = ("gemm", "dense", 1, m, n, k, dtype_name(out_dtype), x.device, env.choice())
+        if isinstance(wq, PackedWeight) and wq.plain is not None:
+            _allow(*asked, packed="mxfp8")
+            return gemm(x, wq, out_dtype=out_dtype)
         as_it_is = m <= FEW_ROWS and k % FEW_K == 0 and isinstance(wq, Tensor) and _on_16_bytes(xq, wq)
         if as_it_is and _can_run(*asked, packed=False)[0]:
             assert isinstance(wq, Tensor)
@@ -138,16 +141,16 @@ def _grouped(a_q: Tensor, a_scale: Tensor, w: Tensor | PackedWeight, w_scale: Te
                        out=out, out_dtype=out_dtype, zero_padding=out is None, backend=backend)
 
 
-def _allow(*asked: Any) -> None:
+def _allow(*asked: Any, packed: bool | str = True) -> None:
     """Unsupported, with the reason, where `can_run` says no of packed weights."""
-    ok, reason = _can_run(*asked, packed=True)
+    ok, reason = _can_run(*asked, packed=packed)
     if not ok:
         raise Unsupported(reason)
 
 
 @lru_cache(maxsize=4096)
 def _can_run(op: str, layout: str, groups: int, m: int, n: int, k: int, out_dtype: str, device: torch.device, choice: tuple,
-             packed: bool) -> tuple[bool, str]:
+             packed: bool | str) -> tuple[bool, str]:
     """`choice`: the variables that it depends on."""
     return can_run(op, layout=layout, groups=groups, m=m, n=n, k=k, a=MXFP8, b=MXFP8, out_dtype=out_dtype, packed=packed,
                    device=device)
