@@ -48,7 +48,8 @@ def row_order(x: np.ndarray) -> np.ndarray:
 @pytest.mark.parametrize("m, n, blocks, made, sw, codes", [
     (40, 128, 6, config(64, 4), 4, (120, 134)), (40, 200, 8, config(64, 4, 36), 16, (0, 254)),
     (64, 150, 5, config(64, 4, 48), 0, (100, 154)), (33, 140, 13, config(64, 5, cluster=2), 4, (120, 134)),
-    (64, 100, 16, config(64, 4, cluster=2), 16, (3, 134)), (37, 110, 13, config(64, 4, 52, 4), 0, (0, 130))], ids=str)
+    (64, 100, 16, config(64, 4, cluster=2), 16, (3, 134)), (37, 110, 13, config(64, 4, 52, 4), 0, (0, 130)),
+    (100, 140, 6, config(128, 3), 4, (120, 134)), (200, 150, 13, config(128, 4, 48, 2), 16, (0, 254))], ids=str)
 def test_sums(device, m: int, n: int, blocks: int, made: Config, sw: int, codes: tuple[int, int]) -> None:
     """Whole tiles and clusters, more K than the ring holds, ends of every dimension, scales that BF16 does not hold, NaN of both kinds."""
     rng = np.random.default_rng(m * n)
@@ -87,7 +88,7 @@ def test_refusals() -> None:
     p = problem(40, 768, 768, "bf16")
     assert mx8_bf16.supports(p, H200) is None
     assert "sm90" in (mx8_bf16.supports(p, get_arch("mi350x")) or "")
-    for changes, words in (({"op": "grouped_gemm"}, "dense"), ({"a": Operand(BF16)}, "MXFP8"), ({"m": 32}, "33 to 64 tokens"), ({"m": 65}, "33 to 64 tokens"),
+    for changes, words in (({"op": "grouped_gemm"}, "dense"), ({"a": Operand(BF16)}, "MXFP8"), ({"m": 32}, "33 to 512 tokens"), ({"m": 513}, "33 to 512 tokens"),
                            ({"b": replace(p.b, prepack="x/1")}, "plain operands"), ({"accumulate": True}, "accumulation"),
                            ({"b": replace(p.b, aligned=False)}, "16 bytes"), ({"b": replace(p.b, scale_major="mn")}, "row by row"),
                            ({"k": 96}, "multiple of 128"), ({"max_sms": 8}, "SMs")):
@@ -101,9 +102,9 @@ def legal(p: Problem, **changes: object) -> str:
 def test_configs_are_legal_and_others_are_told_why() -> None:
     p = problem(64, 768, 768, "bf16")
     assert legal(p) == ""
-    for m in (33, 64):
+    for m in (33, 64, 65, 300, 512):
         for n, k in ((9216, 6144), (64, 128), (768, 16384)):
-            q = problem(m, n, k, "fp32")
+            q = problem(m, n, k, "fp32" if m <= 64 else "bf16")
             found = mx8_bf16.configs(q, H200)
             assert found and all(mx8_bf16.legal(q, c, H200) is None for c in found)
     assert "token columns" in legal(p, block_m=16) and "token columns" in legal(p, num_warps=4)

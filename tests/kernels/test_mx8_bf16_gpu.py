@@ -43,6 +43,19 @@ def test_exponent_extremes(m: int, kind: str, side: str) -> None:
     check_extremes(mx8_bf16, m, kind, side)
 
 
+@pytest.mark.parametrize("m, n, k, out", [(65, 100, 768, "fp32"), (100, 2304, 1152, "bf16"), (300, 200, 2048, "fp16"), (512, 648, 1024, "bf16")],
+                         ids=str)
+def test_many_tokens(m: int, n: int, k: int, out: str) -> None:
+    """Tiles of 128 tokens, whole and not, one and several."""
+    check_every_config(mx8_bf16, m, n, k, out)
+
+
+@pytest.mark.parametrize("side", ["weights", "activations"])
+@pytest.mark.parametrize("kind", ["ends", "spread", "nan"])
+def test_exponent_extremes_of_many_tokens(kind: str, side: str) -> None:
+    check_extremes(mx8_bf16, 130, kind, side)
+
+
 @pytest.mark.parametrize("codes", [(7, 120), (0, 127), (120, 10), (245, 90), (90, 245)])
 def test_products_at_the_ends_of_fp32(codes: tuple[int, int]) -> None:
     check_ends_of_fp32(mx8_bf16, 40, codes)

@@ -1,4 +1,4 @@
-"""Hopper product of MXFP8 x MXFP8 by BF16 wgmma, weights as a checkpoint has them: dense, 33 to 64 tokens.
+"""Hopper product of MXFP8 x MXFP8 by BF16 wgmma, weights as a checkpoint has them: dense, 33 to 512 tokens.
 
 How it works: `mx8_bf16_device.py`. Fewer tokens take `mx8_decode`, prepacked weights `narrow` and `narrow_prefill`.
 """
@@ -25,15 +25,15 @@ __all__ = ["BACKEND", "NAME", "configs", "estimate", "launches", "legal", "smem_
 
 NAME = "gluon_sm90.mx8_bf16"
 BACKEND = "gluon_sm90"
-FEWEST, MOST = 33, 64        # tokens: fewer are one tile of `mx8_decode`, which has nothing in front
+FEWEST, MOST = 33, 512       # tokens: fewer are one tile of `mx8_decode`, which has nothing in front; more are left to `expand`
 ROWS = 64                    # weight rows of a consumer
 PREP_K = 2048                # of K that one program of the launch in front brings
 MAX_STAGES = 10
 TRIP = 4                     # K blocks whose codes are 16 bytes of a row
-TOKENS = 64                  # columns of a tile
+TOKENS = 64, 128             # columns of a tile
 CONSUMERS = 2                # warpgroups of 64 weight rows at most
-# registers of a thread at the launch, of a consumer's, of the other four warps': the launch in front has room beside them
-REGISTERS = (136, 184, 40)
+# by columns: registers of a thread at the launch, of a consumer's, of the other four warps'; with 64 the launch in front has room
+REGISTERS = {64: (136, 184, 40), 128: (168, 240, 24)}
 STEP = 4                     # weight rows of a consumer are a multiple of it
 LEAST = 32                   # and no fewer
 
@@ -72,7 +72,7 @@ class PrepStatic:
 def supports(problem: Problem, arch: Arch) -> str | None:
     if problem.op == "gemm" and not FEWEST <= problem.m <= MOST:
         return f"is for {FEWEST} to {MOST} tokens, not {problem.m}"
-    return mx8_decode.supports(problem, arch)
+    return mx8_decode.supports(replace(problem, m=min(problem.m, mx8_decode.MAX_ROWS)), arch)
 
 
 def blocks_of(problem: Problem) -> int:
@@ -106,12 +106,15 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
     keep = problem.m * problem.n * ITEMSIZE[problem.out_dtype] <= KEEP_BYTES
     weights = problem.b.format.storage_bytes(problem.n, problem.k)
     out = []
-    stream = weights <= STREAM_CACHES * arch.l2
+    columns = next((t for t in TOKENS if t >= problem.m), TOKENS[-1])
+    tiles_m = -(-problem.m // columns)
+    stream = tiles_m == 1 and weights <= STREAM_CACHES * arch.l2     # what has to be read twice stays
     more = tuple((name, 1) for name, given in (("keep", keep), ("stream", stream)) if given)
     for split, room in ((1, arch.sms), *((blocks, round(arch.sms * share)) for blocks, share in CLUSTER_ROOM.items())):
-        if split > 1 and math.ceil(problem.n / (CONSUMERS * ROWS)) > room:      # what is too much for one wave is not cut
+        if split > 1 and tiles_m == 1 and math.ceil(problem.n / (CONSUMERS * ROWS)) > room:      # too much for one wave is not cut
             continue
-        c = Config(TOKENS, CONSUMERS * rows_of(problem.n, room), 128, 4 * CONSUMERS, 0, split_k=split, swap_ab=True, extra=more)
+        rows = CONSUMERS * rows_of(problem.n, max(1, room // tiles_m))
+        c = Config(columns, rows, 128, 4 * CONSUMERS, 0, split_k=split, swap_ab=True, extra=more)
         c = with_stages(problem, c, arch)
         if legal(problem, c, arch) is None:
             out.append(c)
@@ -133,7 +136,7 @@ def with_stages(problem: Problem, config: Config, arch: Arch) -> Config:
 
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     """Why `config` can't run the problem, or None."""
-    if config.block_m != TOKENS or config.block_k != 128 or config.num_warps != 4 * CONSUMERS or not config.swap_ab:
+    if config.block_m not in TOKENS or config.block_k != 128 or config.num_warps != 4 * CONSUMERS or not config.swap_ab:
         return f"expected {TOKENS} token columns x 128 of K, {4 * CONSUMERS} warps and swap_ab"
     rows = config.block_n // CONSUMERS
     if config.block_n % CONSUMERS or not LEAST <= rows <= ROWS or rows % STEP:
@@ -144,8 +147,10 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
         return "split_k cuts K by the work at hand: not batch-invariant"
     if (config.split_k - 1) * chunk_of(problem, config) >= blocks_of(problem):
         return f"{config.split_k} blocks have no {TRIP} K blocks each"
-    if config.num_stages < 4 or smem_bytes(problem, config) > arch.smem:
-        return f"{config.num_stages} stages take {smem_bytes(problem, config)} bytes of shared memory; expected 4 or more that fit"
+    least = 3 if config.block_m > 64 and config.split_k == 1 else 4
+    if config.num_stages < least or smem_bytes(problem, config) > arch.smem:
+        given = f"{config.num_stages} stages take {smem_bytes(problem, config)} bytes of shared memory"
+        return f"{given}; expected {least} or more that fit"
     return None
 
 
@@ -169,9 +174,11 @@ def workspace(problem: Problem, config: Config) -> int:
 # ---------------------------------------------------------------- cost
 # fitted to 20 times on an H200 and an H100: docs/measured.md
 # both launches, the first boxes, the store: 8.4 fits; mx8_decode's model is as much too high at 64 tokens (6144 x 4096: 18.6 us)
-START = 9.3e-6
+# of 128 columns to 21 times on an H100, whose waves of tiles do not overlap
+START = {64: 9.3e-6, 128: 3.3e-6}
+TILE = {64: 0.0, 128: 6e-6}     # of a wave of tiles, beside its K blocks
 READ = 0.745                # of the bandwidth
-BLOCK = 0.66e-6             # a K block of a CTA, whatever its rows are
+BLOCK = {64: 0.66e-6, 128: 0.75e-6}     # a K block of a CTA by token columns, whatever its rows are
 CUT = 0.7e-6                # a cluster of two adds its sums up; as much again for each doubling
 _POWER = 8
 
@@ -181,16 +188,16 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     split = config.split_k
     room = round(arch.sms * CLUSTER_ROOM.get(split, 1.0))
     waves = -(-tiles_of(problem, config) // room)
-    work = waves * chunk_of(problem, config) * BLOCK
+    work = waves * (chunk_of(problem, config) * BLOCK[config.block_m] + TILE[config.block_m])
     memory = problem.b.format.storage_bytes(problem.n, problem.k) / (arch.bandwidth * READ)
-    return START + (memory**_POWER + work**_POWER) ** (1 / _POWER) + CUT * math.log2(split)
+    return START[config.block_m] + (memory**_POWER + work**_POWER) ** (1 / _POWER) + CUT * math.log2(split)
 
 
 # ---------------------------------------------------------------- launch
 def static(problem: Problem, config: Config, sw: int) -> Static:
     """`sw`: what `mx8_decode.by` says of the weights' scales."""
     w_at = config.num_stages * config.block_m * 256
-    _, own, rest = REGISTERS
+    _, own, rest = REGISTERS[config.block_m]
     return Static(config.block_m, config.block_n, config.block_n // CONSUMERS, config.num_stages,
                   chunk_of(problem, config) // TRIP, config.split_k, w_at, w_at + config.num_stages * CONSUMERS * ROWS * 128,
                   min(sw // 4, 1) if blocks_of(problem) % TRIP else sw // 4,
@@ -220,5 +227,5 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
                {"num_warps": 4}),
         Launch(device.mx8_bf16_kernel, (tiles_of(problem, config),),
                (*boxes, codes, x.out, xfactor, x.m, x.n, blocks_of(problem), chunk_of(problem, config), swn, x.out.stride(-2), cfg),
-               {"num_warps": 4, "maxnreg": REGISTERS[0], "launch_pdl": True}, cfg.CLUSTER,
+               {"num_warps": 4, "maxnreg": REGISTERS[cfg.BT][0], "launch_pdl": True}, cfg.CLUSTER,
                boxes=((0, cfg.ROWS),) if cfg.ROWS < ROWS else ())]
