@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from narrowgemm.formats import MXFP4, MXFP8, Format, ScaledTensor
-from narrowgemm.kernels.gluon.sm90 import expand, narrow
+from narrowgemm.kernels.gluon.sm90 import expand, expand_rows, narrow
 from narrowgemm.kernels.gluon.sm90.narrow_tile import KINDS
 from narrowgemm.prepack import prepack, row_order
 from narrowgemm.reference.quantize import dequantize
@@ -57,10 +57,10 @@ def run(device: str, layout: str, a: ScaledTensor, b: ScaledTensor, plain: bool 
     return {**out, "packed_factor": packed.factor}
 
 
-def operands(layout: str, fa: Format, fb: Format, **kw) -> tuple[ScaledTensor, ScaledTensor]:
+def operands(layout: str, fa: Format, fb: Format, k: int = K, **kw) -> tuple[ScaledTensor, ScaledTensor]:
     groups = 1 if layout == "dense" else 3
-    a = mx(fa, *((groups, 4) if layout == "masked" else (9,)), K, seed=1, **kw)
-    return a, mx(fb, *(() if layout == "dense" else (groups,)), N, K, seed=2, **kw)
+    a = mx(fa, *((groups, 4) if layout == "masked" else (9,)), k, seed=1, **kw)
+    return a, mx(fb, *(() if layout == "dense" else (groups,)), N, k, seed=2, **kw)
 
 
 def same(got: Tensor, want: Tensor) -> None:
@@ -121,20 +121,61 @@ def test_weights_that_are_not_packed(device: str, codes: tuple[int, int]) -> Non
     assert torch.equal(x, a.data.double() * torch.exp2(a.scale.double() - 127).repeat_interleave(32, -1))
 
 
+@pytest.mark.parametrize("k, codes, rows", [(K, (90, 125), (2, 1)), (2176, (0, 6), (2, 8)), (2176, (90, 125), (4, 4))], ids=str)
+def test_whole_rows(device: str, k: int, codes: tuple[int, int], rows: tuple[int, int]) -> None:
+    """As above, by whole rows; among rows that need no shift, some whose single code lies just beyond BF16, or within it."""
+    from narrowgemm.kernels.gluon.sm90.expand_rows_device import PIECE, SHIFTED, expand_rows_kernel
+
+    a, b = operands("dense", MXFP8, MXFP8, k, codes=codes)
+    if codes[0]:
+        for row, code in ((5, 255), (17, 2), (26, 3), (35, 240), (44, 241), (53, 254)):
+            b.scale[row, -1] = code
+        b.data.view(torch.uint8)[9, 3] = 0x7F
+    wide = ScaledTensor(a.data, a.scale.mT.contiguous().mT, MXFP8).to(device), b.to(device)
+    kx, made = expand.columns(k), []
+    flag, one = torch.full((2,), 7, dtype=torch.int32, device=device), torch.full((1,), 7.0, device=device)
+    for x in wide:
+        made += [torch.full((len(x.data), kx), 7.0, dtype=torch.bfloat16, device=device), torch.full((len(x.data),), 7.0, device=device)]
+    cfg = expand_rows.RowsStatic(-(-kx // 2048), *rows)
+    of_rows = -(-9 // rows[0])
+
+    def bring(n: int) -> None:
+        expand_rows_kernel[(of_rows + -(-n // rows[1]),)](
+            wide[0].data, wide[0].scale, made[0], made[1], flag, one, wide[1].data, wide[1].scale, made[2], made[3], 9, k, kx, of_rows, k,
+            *wide[0].scale.stride(), n, k, *wide[1].scale.stride(), cfg)
+
+    bring(5)        # of which none is shifted, if its codes are those of the others
+    assert PIECE.value == expand_rows.PIECE and (flag[0] == SHIFTED.value) == (codes[0] == 0) and one.item() == 1 and (made[2][5:] == 7).all() and (made[3][5:] == 7).all()
+    bring(N)
+    assert flag.tolist() == [SHIFTED.value, 7]
+    for x, y, factor in ((a, made[0], made[1]), (b, made[2], made[3])):
+        got, of_row = y.cpu().double(), factor.cpu().double()
+        want = x.data.double() * torch.exp2(x.scale.double() - 127).repeat_interleave(32, -1)
+        lost = [5, 9, 44, 53] if codes[0] and x is b else []        # NaN, and what lies too far apart in one row
+        kept = [r for r in range(len(want)) if r not in lost]
+        assert torch.equal((got[:, :k] * of_row[:, None])[kept], want[kept]) and not got[:, k:].any()
+        if lost:
+            assert of_row[5].isnan() and got[9, 3].isnan() and [r for r in range(N) if of_row[r] != 1] == [5, 17, 44, 53]
+            assert of_row[[17, 44, 53]].log2().tolist() == [-1, 1, 14]
+
+
 def test_rescales_rows_and_columns_with_a_factor(device: str) -> None:
     from narrowgemm.kernels.gluon.sm90.expand_device import rescale_kernel
+    from narrowgemm.kernels.gluon.sm90.expand_rows_device import SHIFTED
 
+    shifted, none = (torch.tensor([v], dtype=torch.int32, device=device) for v in (SHIFTED.value, 0))
     y = torch.randn(4, 1100, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
     factor = torch.tensor([1.0, 0.25, float("nan"), 2.0], device=device)
     want = (y.float() * factor[:, None]).bfloat16()
-    rescale_kernel[(2, 3)](y, factor, factor, 4, 1100, 1100, BM=2, BN=512, STEP=256, COLS=False)
+    rescale_kernel[(2, 3)](y, factor, factor, none, 4, 1100, 1100, BM=2, BN=512, STEP=256, COLS=False, FLAG=False)
     assert torch.equal(y.isnan(), want.isnan()) and torch.equal(y[[0, 1, 3]], want[[0, 1, 3]])
     columns = torch.ones(1100, device=device)
     columns[1050] = 0.5
     want = (y.float() * factor[:, None] * columns).bfloat16()
-    rescale_kernel[(2, 3)](y, factor, columns, 4, 1100, 1100, BM=2, BN=512, STEP=256, COLS=True)
+    rescale_kernel[(2, 3)](y, factor, columns, shifted, 4, 1100, 1100, BM=2, BN=512, STEP=256, COLS=True, FLAG=True)
     assert torch.equal(y.isnan(), want.isnan()) and torch.equal(y[[0, 1, 3]], want[[0, 1, 3]])
     ones = torch.ones(4, device=device)
     before = y.clone()
-    rescale_kernel[(2, 3)](y, ones, torch.ones(1100, device=device), 4, 1100, 1100, BM=2, BN=512, STEP=256, COLS=True)
+    rescale_kernel[(2, 3)](y, ones, torch.ones(1100, device=device), none, 4, 1100, 1100, BM=2, BN=512, STEP=256, COLS=True, FLAG=False)
+    rescale_kernel[(2, 3)](y, factor, columns, none, 4, 1100, 1100, BM=2, BN=512, STEP=256, COLS=True, FLAG=True)
     assert torch.equal(y[[0, 1, 3]], before[[0, 1, 3]])

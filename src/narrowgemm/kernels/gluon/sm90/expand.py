@@ -24,7 +24,7 @@ from ....problem import Config, Problem, Step
 from ... import launching
 from ...launching import Launch, Pointer
 from ...operands import Operands
-from . import narrow, refusals
+from . import expand_rows, narrow, refusals
 from .fp8_scaled import SHAPES, tiles
 from .fp8_scaled_tile import LAYOUTS, MAX_GROUPS, OUT_COLS
 from .fp8_scaled_tile import Tile as ScaledTile
@@ -181,10 +181,12 @@ def workspace(problem: Problem, config: Config) -> int:
 LAUNCH_SECONDS = 4.0e-6     # beside their bytes, which L2 takes some of
 TILE_SECONDS = 1.0e-6       # of a tile, beyond its K blocks
 COPY = 0.82                 # of the streaming rate, in the launch in front
+ROWS_SECONDS, ROWS_COPY = 2.0e-6, 0.95      # both, where it brings whole rows
 # microseconds of one K block of 64 on one SM of a device of the rate below, where every SM is busy
 BLOCK_TIMES = {(128, 128): 0.43, (128, 192): 0.51, (128, 256): 0.64, (64, 256): 0.43, (64, 128): 0.34}
 RATE = 0.76e15
-CUBLAS_RATE = 0.80e15       # FLOP/s of cuBLAS where a product is large
+# FLOP/s of cuBLAS where a product is large; the second with K in whole 4096, of which it makes less than the kernel here
+CUBLAS_RATE = 0.84e15, 0.80e15
 CUBLAS_SECONDS = 6.0e-6     # beside it
 
 
@@ -196,10 +198,11 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     rate = arch.bandwidth * sms / arch.sms
     wide = 2.0 * (live + p.active_groups * unit_rows(p.n)) * columns(p.k)
     read = p.active_groups * p.b.format.storage_bytes(unit_rows(p.n), p.k) + p.a.format.storage_bytes(live, p.k)
-    front = LAUNCH_SECONDS + (wide + read) / (rate * COPY)
+    seconds, copy = (ROWS_SECONDS, ROWS_COPY) if by_rows(p) else (LAUNCH_SECONDS, COPY)
+    front = seconds + (wide + read) / (rate * copy)
     memory = (wide + live * p.n * OUT_BYTES[p.out_dtype] * (1 + p.accumulate)) / (rate * COPY)
     if extra(config, "cublas"):
-        return front + CUBLAS_SECONDS + max(p.flops / (CUBLAS_RATE * arch.bf16_flops / RATE), memory)
+        return front + CUBLAS_SECONDS + max(p.flops / (CUBLAS_RATE[p.k % 4096 == 0] * arch.bf16_flops / RATE), memory)
     work = tiles(p, config)
     unit = -(-p.k // BLOCK) * 1e-6 * (RATE / 132) / (arch.bf16_flops / arch.sms)
     waves = work / sms
@@ -249,9 +252,17 @@ def _rows(problem: Problem, x: Operands) -> int:
     return x.m * (x.groups if problem.layout == "masked" else 1)
 
 
+def by_rows(problem: Problem) -> int:
+    """Pieces of rows that the launch in front brings whole; 0 where weights are packed, or rows too long for it."""
+    return expand_rows.pieces(columns(problem.k)) if plain(problem) else 0
+
+
 def _front(problem: Problem, x: Operands, workspace: Tensor, start: int = 0, gate: Gate | None = None) -> Launch:
     from . import expand_device
 
+    if by_rows(problem):
+        assert not start and gate is None
+        return expand_rows.front(x, columns(x.k), regions(problem, x.m), workspace)
     fields, scale, masked = x.b.scale, x.a.scale, problem.layout == "masked"
     assert fields is not None and scale is not None
     rows, units, kx = _rows(problem, x), unit_rows(x.n) // ROWS, columns(x.k)
@@ -350,8 +361,9 @@ def _rescale(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     at = regions(problem, x.m)
     factor, cols = (Pointer(workspace, torch.float32, a) for a in (at.factor, at.columns))
     bm, bn = RESCALE
-    return [Launch(rescale_kernel, (-(-x.m // bm), -(-x.n // bn)), (x.out, factor, cols, x.m, x.n, x.out.stride(-2)),
-                   {"BM": bm, "BN": bn, "STEP": 64, "COLS": plain(problem), "num_warps": 4})]
+    return [Launch(rescale_kernel, (-(-x.m // bm), -(-x.n // bn)), (x.out, factor, cols, expand_rows.flag(workspace, at), x.m, x.n,
+                                                                    x.out.stride(-2)),
+                   {"BM": bm, "BN": bn, "STEP": 64, "COLS": plain(problem), "FLAG": by_rows(problem) > 0, "num_warps": 4})]
 
 
 def _run(step: Step, problem: Problem, x: Operands, workspace: Tensor, describe: launching.Describe) -> None:

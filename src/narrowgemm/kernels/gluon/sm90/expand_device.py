@@ -8,6 +8,7 @@ whose powers of two BF16 can't hold are shifted, a row at a time, and the shift 
 import triton
 import triton.language as tl
 
+from .expand_rows_device import SHIFTED
 from .narrow_prefill_prep_device import e2m1_value
 from .narrow_prep_device import E2M1, HIGH, LOW, MASKED, OFFSETS, offset_of, power_of_two
 from .narrow_rows_device import PSUM, psum_rows
@@ -176,9 +177,13 @@ def expand_kernel(x_ptr, xs_ptr, y_ptr, factor_ptr, one_ptr, w_ptr, s_ptr, v_ptr
 
 
 @triton.jit(do_not_specialize=["M"])
-def rescale_kernel(y_ptr, factor_ptr, columns_ptr, M, N, som, BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr, COLS: tl.constexpr):
+def rescale_kernel(y_ptr, factor_ptr, columns_ptr, flag_ptr, M, N, som, BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr,
+                   COLS: tl.constexpr, FLAG: tl.constexpr):
     """What a product left times the factors of its rows and, COLS, of its columns. A program takes BM rows of BN columns, and does
-    nothing where none of its factors is other than one, else STEP columns at a time."""
+    nothing where none of its factors is other than one, else STEP columns at a time. FLAG: `flag` says where all factors are one."""
+    if FLAG:
+        if tl.load(flag_ptr) != SHIFTED:
+            return
     row = tl.program_id(0) * BM + tl.arange(0, BM)
     first = tl.program_id(1) * BN
     factor = tl.load(factor_ptr + row, mask=row < M, other=1.0)
