@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 
@@ -57,6 +58,26 @@ def test_every_candidate_is_legal() -> None:
                         assert (1 if offered else 0) <= len(configs) <= 24
                         for c in configs:
                             assert dispatch.illegal(kernel, problem, c, arch) is None, (arch.name, problem, c)
+
+
+FORMATS = (("fp8_1x128", "fp8_128x128", False), ("mxfp8", "mxfp8", False), ("mxfp8", "mxfp8", True), ("bf16", "mxfp4", True))
+
+
+@pytest.mark.parametrize("a, b, packed", FORMATS)
+def test_no_row_of_a_batch_invariant_product_is_summed_by_the_number_of_rows(a: str, b: str, packed: bool) -> None:
+    """Neither in what is offered nor in what a tuned row or `config=` may ask for: what cuts K at other row counts is refused."""
+    arch, cuts = get_arch("h200"), 0
+    for m in (1, 16, 60):
+        free = describe("gemm", m=m, n=1024, k=7168, a=a, b=b, packed=packed)
+        fixed = dataclasses.replace(free, batch_invariant=True)
+        for kernel in kernels().values():
+            if kernel.supports(free, arch) is None and kernel.supports(fixed, arch) is None:
+                allowed = kernel.configs(fixed, arch)
+                assert all(c.split_k == 1 for c in allowed)
+                others = [c for c in kernel.configs(free, arch) if c.split_k > 1 or (kernel.NAME == "gluon_sm90.narrow" and c not in allowed)]
+                assert all(dispatch.illegal(kernel, fixed, c, arch) for c in others), kernel.NAME
+                cuts += len(others)
+    assert cuts
 
 
 def test_bucket_is_monotone_and_close() -> None:
