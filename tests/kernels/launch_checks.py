@@ -13,6 +13,7 @@ import json
 import threading
 import traceback
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -214,17 +215,25 @@ def odd_pointers() -> None:
     i = build(DENSE, "cpu")
     store = torch.empty(16 * 256 + 8, dtype=torch.bfloat16)
     outs = [store[s:s + 16 * 256].view(16, 256) for s in (0, 1, 0, 1)]
-    functions = []
+    held = torch.empty(i.a.data.numel() + 16, dtype=torch.uint8)
+    tokens = [replace(i.a, data=held[s:s + i.a.data.numel()].view(i.a.data.dtype).view(i.a.shape)) for s in (0, 4, 0, 4)]
+    functions: list[tuple[int, Any]] = []
+    of_tokens: list[tuple[int, Any]] = []
     STUB.utils.load_binary, before = (lambda name, *rest: ("module", hash(rest[0]) & 0xFFFF, 0, 0, 1024)), STUB.utils.load_binary
     try:
         for out in outs:
             for _ in range(2):
                 got = launched(lambda out=out: ng.gemm(i.a, i.b, out=out, backend="triton"))
                 functions.append((out.data_ptr() % 16, got[0][4]))
+        for a in tokens:
+            for _ in range(2):
+                got = launched(lambda a=a: ng.gemm(a, i.b, out=outs[0], backend="triton"))
+                of_tokens.append((a.data.data_ptr() % 16, got[0][4]))
     finally:
         STUB.utils.load_binary = before
-    assert len({f for p, f in functions if p}) == 1 and len({f for p, f in functions if not p}) == 1
-    assert len(set(functions)) == 2, functions
+    for found in (functions, of_tokens):
+        assert len({f for p, f in found if p}) == 1 and len({f for p, f in found if not p}) == 1
+        assert len(set(found)) == 2, found
     # a workspace is in no signature
     split = build(SPLIT, "cpu")
     need = split.plan(backend="triton").workspace_bytes
