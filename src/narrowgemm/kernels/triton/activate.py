@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import Tensor
 
 from ...arch import Arch
+from ...formats import MXFP8
 from ...problem import Config, Problem, Step
 from ..launching import Launch
 from ..step_operands import ActivateOperands
@@ -18,6 +19,7 @@ NAME = "triton.activate"
 BACKEND = "triton"
 OPS = ("activate",)
 WAVES = 4                  # programs an SM, times what is resident: they walk the live tiles
+FEW = 8 * 8192             # elements an SM, up to which tiles of 1024 columns come first
 
 __all__ = ["BACKEND", "NAME", "OPS", "configs", "estimate", "launches", "legal", "supports", "workspace"]
 
@@ -32,13 +34,16 @@ def supports(problem: Problem, arch: Arch) -> str | None:
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     """As `steps.tile_configs`; first those with 32 elements a thread, over which what is done once is spread, and of these the one
-    that holds two rows. Without a format to quantise to they spill (8 bytes on sm90), and bytes are all there is."""
+    that holds two rows, or, of few rows to MXFP8, eight rows of 1024 columns (`block_n` blocks of a row). Without a format to
+    quantise to they spill (8 bytes on sm90), and bytes are all there is."""
     if steps.by_rows(problem.b.format):
         return tile_configs(problem, arch)
     if not problem.b.format.scaled:
         return tile_configs(problem, arch, (2048, 4096, 1024))
     two_rows = min(max(2 * next_pow2(problem.k), 1024), 8192)
     many = tile_configs(problem, arch, tuple(dict.fromkeys((two_rows, 2048, 4096, 8192))))
+    if arch.vendor == "nvidia" and problem.b.format == MXFP8 and problem.m * problem.k <= FEW * arch.sms:
+        many = [Config(256, 32, 32, 16, 1), *many]
     return [*(replace(c, num_warps=max(1, c.num_warps // 2)) for c in many), *tile_configs(problem, arch, (2048, 4096, 1024))]
 
 
@@ -73,7 +78,9 @@ def launches(step: Step, problem: Problem, operands: ActivateOperands, workspace
             scale.stride(0)), {"BR": c.block_m, "BK": c.block_k, "TOP": fmt.elem.max, **common})]
     blocks = -(-inter // c.block_k)
     size = 1 if scale is None else scale.element_size()
-    br, bg = steps.split_blocks(c.block_m, blocks, scale is not None and scale.stride(0) == 1, size)
+    by_columns = scale is not None and scale.stride(0) == 1
+    whole = c.block_n == 1 or by_columns
+    br, bg = steps.split_blocks(c.block_m, blocks, by_columns, size) if whole else (c.block_m // c.block_n, c.block_n)
     sr, ss = (0, 0) if scale is None else scale.stride()
     return [Launch(device.activate_kernel, (min(-(-r // br) * -(-blocks // bg), resident),), (
         h, o.bias, o.offsets, out, scale, r, experts, inter, blocks, o.amax_clamp, alpha, limit, h.stride(0),

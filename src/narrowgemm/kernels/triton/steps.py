@@ -67,9 +67,12 @@ def tile_configs(problem: Problem, arch: Arch, sizes: tuple[int, ...] = (4096, 2
 
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     """Why `config` can't run rows of the problem's format `b`, or None."""
-    for name, v in (("block_m", config.block_m), ("block_k", config.block_k), ("num_warps", config.num_warps)):
+    for name in ("block_m", "block_n", "block_k", "num_warps"):
+        v = getattr(config, name)
         if v < 1 or v & (v - 1):
             return f"{name}={v}, expected a power of two"
+    if config.block_n > config.block_m:
+        return f"block_n={config.block_n}, a tile has {config.block_m} blocks"
     if config.num_warps > 1024 // arch.warp:
         return f"num_warps={config.num_warps}, the device has {1024 // arch.warp}"
     if by_rows(problem.b.format):
