@@ -25,7 +25,7 @@ from ..notice import warn_once
 from ..packed_copies import packed_copy
 
 GEMV_ROWS = 16          # of the raw GEMV; `mxfp8_gemv` takes any
-FEW_ROWS, FEW_K = 64, 128       # to which, and in whose multiples, weights as they are do better than packed ones
+PLAIN_K = 128           # in whose multiples weights do as well as they are as packed, or better
 MANY_ROWS = 64          # an expert, from which sorting the slots anew pays: the kernel for many tokens takes offsets
 
 
@@ -34,9 +34,9 @@ def mxfp8_gemv(xq: Tensor, x_scale: Tensor, wq: Tensor | PackedWeight, w_scale: 
     """`x [M, K] . w [N, K]^T` as `[M, N]`, or None where no kernel made for it runs it here, with a warning that says why.
 
     xq, wq: E4M3 or its bytes; x_scale `[M, K/32]`, w_scale `[N, K/32]`: E8M0 codes. Any M, N and K a multiple of 32 (the source's
-    envelope is M <= 64 and the tuned N, K). out_dtype: BF16, FP16 or FP32. wq may be a PackedWeight, with w_scale None. Up to 64
-    rows weights stay as they are where K is a multiple of 128 and both sides start on 16 bytes; else they are packed at their
-    first such call, and kept (`packed_copies`). backend: on this one, whatever `can_run` says of the others, on packed weights.
+    envelope is M <= 64 and the tuned N, K). out_dtype: BF16, FP16 or FP32. wq may be a PackedWeight, with w_scale None. Weights
+    stay as they are where K is a multiple of 128 and both sides start on 16 bytes; else they are packed at their first such call,
+    and kept (`packed_copies`). backend: on this one, whatever `can_run` says of the others, on packed weights.
 
     `narrowgemm.can_run("gemm", m=M, n=N, k=K, a="mxfp8", b="mxfp8", packed=True)` tells beforehand. Raises ValueError or TypeError
     for input that is no such product.
@@ -114,7 +114,7 @@ def _gemv(xq: Tensor, x_scale: Tensor, wq: Tensor | PackedWeight, w_scale: Tenso
         if isinstance(wq, PackedWeight) and wq.plain is not None:
             _allow(*asked, packed="mxfp8")
             return gemm(x, wq, out_dtype=out_dtype)
-        as_it_is = m <= FEW_ROWS and k % FEW_K == 0 and isinstance(wq, Tensor) and _on_16_bytes(xq, wq)
+        as_it_is = k % PLAIN_K == 0 and isinstance(wq, Tensor) and _on_16_bytes(xq, wq)
         if as_it_is and _can_run(*asked, packed=False)[0]:
             assert isinstance(wq, Tensor)
             return gemm(x, operand(wq, w_scale, "weights", 2), out_dtype=out_dtype)

@@ -34,7 +34,7 @@ def supports(problem: Problem, arch: Arch) -> str | None:
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     """As `steps.tile_configs`; first those with 32 elements a thread, over which what is done once is spread, and of these the one
-    that holds two rows, or, of few rows to MXFP8, eight rows of 1024 columns (`block_n` blocks of a row). Without a format to
+    that holds two rows, or, of few rows to MXFP8, four rows of 1024 columns (`block_n` blocks of a row). Without a format to
     quantise to they spill (8 bytes on sm90), and bytes are all there is."""
     if steps.by_rows(problem.b.format):
         return tile_configs(problem, arch)
@@ -43,7 +43,7 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
     two_rows = min(max(2 * next_pow2(problem.k), 1024), 8192)
     many = tile_configs(problem, arch, tuple(dict.fromkeys((two_rows, 2048, 4096, 8192))))
     if arch.vendor == "nvidia" and problem.b.format == MXFP8 and problem.m * problem.k <= FEW * arch.sms:
-        many = [Config(256, 32, 32, 16, 1), *many]
+        many = [Config(128, 32, 32, 8, 1), *many]
     return [*(replace(c, num_warps=max(1, c.num_warps // 2)) for c in many), *tile_configs(problem, arch, (2048, 4096, 1024))]
 
 
