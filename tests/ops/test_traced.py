@@ -74,3 +74,9 @@ def test_one_graph_for_every_token_count(layout: str) -> None:
         assert torch.equal(compiled(*call), f(*call))
         frames.append(counter.frame_count)
     assert frames[0] == frames[-1], f"compiled anew for another token count: {frames}"
+
+
+def test_weights_that_prepack_left_as_they_are() -> None:
+    w, x = ng.prepack(ng.quantize(torch.randn(N, 128), "mxfp8"), activations="mxfp8"), torch.randn(5, 128).bfloat16()
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(lambda x: ng.gemm(x, w), fullgraph=True, backend="aot_eager")(x), ng.gemm(x, w))
