@@ -96,6 +96,21 @@ def test_delayed_scales_follow_the_largest_magnitudes():
     assert torch.equal(other(x, LENS), mlp(x, LENS)) and torch.equal(copy.deepcopy(mlp)(x, LENS), mlp(x, LENS))
 
 
+def test_sharded_checkpoints_keep_all_of_the_state(tmp_path):
+    """They load in place: into a state of the same size, whether scales are known or not."""
+    checkpoint = pytest.importorskip("torch.distributed.checkpoint")
+    one, two = (made("tensorwise", delayed=True) for _ in range(2))
+    x, _ = sample()
+    one(x, LENS)
+    one.update_scales()
+    checkpoint.save(one.state_dict(), checkpoint_id=tmp_path, no_dist=True)
+    state = two.state_dict()
+    assert all(isinstance(t, torch.Tensor) for t in state.values())
+    checkpoint.load(state, checkpoint_id=tmp_path, no_dist=True)
+    two.load_state_dict(state)
+    assert two._ready and torch.equal(one(x, LENS), two(x, LENS))
+
+
 def test_main_gradients():
     mlp, plain = made("block"), made("block")
     x, dy = sample()

@@ -11,9 +11,13 @@ from torch import Tensor
 from ..errors import expect
 
 
+STEP = 64       # bytes: sharded checkpoints load in place, so a state that changes keeps its size
+
+
 def encode(state: dict[str, Any]) -> Tensor:
-    """uint8 `[bytes]` of JSON, on the CPU."""
-    return torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8, device="cpu")
+    """uint8 `[bytes]` of JSON, filled up with spaces, on the CPU."""
+    text = json.dumps(state).encode()
+    return torch.tensor(list(text.ljust(-(-len(text) // STEP) * STEP)), dtype=torch.uint8, device="cpu")
 
 
 def decode(state: object) -> dict[str, Any]:
