@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ..errors import expect
 
-
 STEP = 64       # bytes: sharded checkpoints load in place, so a state that changes keeps its size
 
 
