@@ -9,7 +9,7 @@ import torch
 
 from narrowgemm import Offsets, gemm, grouped_gemm, quantize
 from narrowgemm.arch import get_arch
-from narrowgemm.formats import BF16, FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, FP8_1x128, ScaledTensor
+from narrowgemm.formats import BF16, FP8_ROW, FP8_TENSOR, FP16, MXFP4, MXFP8, FP8_1x128, ScaledTensor
 from narrowgemm.kernels.triton import mx
 from narrowgemm.ops.explain import describe
 from narrowgemm.problem import Config
@@ -29,6 +29,7 @@ MORE = [Case("mx", "dense", 1, 33, 200, 208, a=BF16, b=MXFP4), Case("mx", "dense
         Case("mx", "psum", 3, 21, 64, 160, sizes=UNEVEN, a=FP8_1x128, b=MXFP8),
         Case("mx", "contiguous", 3, 30, 64, 256, sizes=UNEVEN, alignment=1, a=FP8_1x128, b=MXFP4, out_dtype="fp32"),
         Case("mx", "dense", 1, 19, 72, 288, a=FP8_ROW, b=MXFP4), Case("mx", "contiguous", 3, 21, 64, 160, sizes=UNEVEN, alignment=1, a=FP8_TENSOR, b=MXFP8),
+        Case("mx", "offsets", 3, 19, 72, 288, sizes=UNEVEN, a=FP16, b=MXFP4, out_dtype="fp32"), Case("mx", "dense", 1, 17, 64, 128, a=FP16, b=MXFP8, out_dtype="fp16"),
         Case("mx", "masked", 3, 20, 72, 192, max_m=32, sizes=UNEVEN, a=FP8_ROW, b=MXFP8, out_dtype="fp32"),
         Case("mx", "masked", 3, 20, 136, 192, max_m=32, sizes=UNEVEN, a=MXFP4, b=MXFP4, out_dtype="fp32", accumulate=True)]
 

@@ -10,14 +10,14 @@ import torch
 
 import narrowgemm as ng
 from narrowgemm.arch import get_arch
-from narrowgemm.formats import BF16, MXFP4, MXFP8, Format, FP8_1x128
+from narrowgemm.formats import BF16, FP16, MXFP4, MXFP8, Format, FP8_1x128
 from narrowgemm.kernels.triton import mx
 from narrowgemm.problem import Operand, Problem
 
 from .._compile import compile_jobs
 
 PAIRS = ((BF16, MXFP4), (BF16, MXFP8), (MXFP8, MXFP8), (MXFP8, MXFP4), (MXFP4, MXFP4), (FP8_1x128, MXFP4), (FP8_1x128, MXFP8),
-         (FP8_1x128.with_scale("e8m0"), MXFP4))
+         (FP8_1x128.with_scale("e8m0"), MXFP4), (FP16, MXFP4))
 
 
 def operand(fmt: Format, *shape: int) -> ng.ScaledTensor:
@@ -27,7 +27,7 @@ def operand(fmt: Format, *shape: int) -> ng.ScaledTensor:
 
 
 def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], object]]]:
-    """'few': the smallest and the largest tile (FP8 1x128: the largest); 'all': every config of the search space."""
+    """'few': the smallest and the largest tile (FP8 1x128 and FP16: the largest); 'all': every config of the search space."""
     arch = get_arch(target)
     for a, b in PAIRS:
         p = Problem("gemm", "dense", 256, 512, 1024, 1, Operand(a, scale_dtype=a.scale if a.scaled else ""),
@@ -35,7 +35,7 @@ def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], ob
         if mx.supports(p, arch) is None:
             every = mx.configs(p, arch)
             largest = max(every, key=lambda c: c.block_m * c.block_n)
-            for c in every if which == "all" else (largest,) if a.group == (1, 128) else (every[0], largest):
+            for c in every if which == "all" else (largest,) if a.group == (1, 128) or a is FP16 else (every[0], largest):
                 yield (f"{a.name} x {b.name} | {c} | {mx.smem_bytes(p, c)}",
                        lambda a=a, b=b, c=c: ng.gemm(operand(a, 256, 1024), operand(b, 512, 1024), backend="triton", config=c))
 
@@ -48,8 +48,8 @@ OPS = {
     "sm100": {"mxfp4 x mxfp4": ("tcgen05.mma", "block_scale", "kind::mxf4."),
               **{pair: ("tcgen05.mma", "block_scale", "kind::mxf8f6f4") for pair in
                  ("mxfp8 x mxfp8", "mxfp8 x mxfp4", "fp8_1x128 x mxfp4", "fp8_1x128 x mxfp8", "fp8_1x128_ue8m0 x mxfp4")}},
-    "gfx942": {"bf16 x mxfp4": (), "bf16 x mxfp8": ()},
-    "gfx950": {"bf16 x mxfp4": ("v_cvt_scalef32_pk_bf16_fp4",), "bf16 x mxfp8": ("v_cvt_scalef32_pk_bf16_fp8",),
+    "gfx942": {"bf16 x mxfp4": (), "bf16 x mxfp8": (), "fp16 x mxfp4": ()},
+    "gfx950": {"bf16 x mxfp4": ("v_cvt_scalef32_pk_bf16_fp4",), "fp16 x mxfp4": ("v_cvt_scalef32_pk_bf16_fp4",), "bf16 x mxfp8": ("v_cvt_scalef32_pk_bf16_fp8",),
                "mxfp8 x mxfp8": ("v_mfma_scale",), "mxfp4 x mxfp4": (FP4_BOTH, ), "fp8_1x128 x mxfp8": ("v_mfma_scale",),
                **{pair: (FP4_ONE, ) for pair in ("mxfp8 x mxfp4", "fp8_1x128 x mxfp4", "fp8_1x128_ue8m0 x mxfp4")}},
 }

@@ -10,7 +10,7 @@ import torch
 
 import narrowgemm as ng
 from narrowgemm.arch import get_arch
-from narrowgemm.formats import BF16, FP8_ROW, MXFP4, MXFP8, Format, FP8_1x128
+from narrowgemm.formats import BF16, FP8_ROW, FP16, MXFP4, MXFP8, Format, FP8_1x128
 from narrowgemm.kernels.triton import mx, routed
 from narrowgemm.ops.explain import describe
 from narrowgemm.testing.numerics import KERNEL_GATE, calc_diff
@@ -24,7 +24,7 @@ CASES = [
     (BF16, MXFP4, (5, 96, 192), 7, 2, None, False, True, True), (BF16, MXFP4, (4, 128, 160), 9, 3, "swiglu_oai", True, True, False),
     (MXFP8, MXFP4, (3, 64, 128), 5, 1, "swiglu", False, False, False), (BF16, MXFP8, (6, 72, 128), 1, 4, None, False, False, True),
     (FP8_1x128, MXFP4, (3, 96, 128), 20, 2, "swiglu", True, True, False), (MXFP4, MXFP4, (4, 64, 256), 6, 2, None, False, True, True),
-    (FP8_ROW, MXFP4, (3, 64, 160), 9, 2, "swiglu", False, True, False)]
+    (FP8_ROW, MXFP4, (3, 64, 160), 9, 2, "swiglu", False, True, False), (FP16, MXFP4, (4, 64, 160), 7, 2, "swiglu_oai", True, True, False)]
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +45,7 @@ def test_against_the_reference(device: str, case: tuple, kind: str) -> None:
     bias = torch.randn(experts, n, generator=g).to(device) if biased else None
     w = ng.ScaledTensor(w.data.to(device), w.scale.to(device), b_fmt)
     a_div = top_k if activation or not combine else 1
-    x = torch.randn(-(-tokens * top_k // a_div), k, generator=g).bfloat16().to(device)
+    x = torch.randn(-(-tokens * top_k // a_div), k, generator=g).to(torch.float16 if a_fmt is FP16 else torch.bfloat16).to(device)
     a = ng.quantize(x, a_fmt, backend="reference") if a_fmt.scaled else x
     order = ng.sort_by_expert(ids, experts, backend="reference")
     layout, extra = (ng.moe_align_block_size(ids, 4, experts, a_div=a_div), {}) if kind == "routed" else (

@@ -1,6 +1,6 @@
 """Portable GEMM with MXFP8 and MXFP4 weights, dense and grouped, by `tl.dot_scaled`: one Triton source for every GPU.
 
-BF16, MXFP8, MXFP4 or FP8 activations (1x128, by row, by tensor); the scales of FP8 are left to the sum of each 128 of K. The
+BF16, FP16, MXFP8, MXFP4 or FP8 activations (1x128, by row, by tensor); the scales of FP8 are left to the sum of each 128 of K. The
 scaled matrix instruction on CDNA4 and Blackwell; elsewhere the compiler converts to BF16 in front of the product, which on Hopper
 runs at an eighth of the read bandwidth for few rows: prepack there, or leave dense MXFP8 to `mx8_decode` and `expand`.
 Device code: `mx_device.py`.
@@ -19,7 +19,7 @@ from . import common
 
 NAME = "triton.mx"
 BACKEND = "triton"
-A_KINDS = ("bf16", "e4m3", "e2m1")
+A_KINDS = ("bf16", "fp16", "e4m3", "e2m1")
 B_KINDS = ("e4m3", "e2m1")
 # of the BF16 rate on 128x128 tiles; of the read bandwidth where weights are the traffic
 EFFICIENCY, STREAMING = 0.3, 0.15
@@ -49,9 +49,9 @@ def refuse_operands(problem: Problem, arch: Arch) -> str | None:
         return f"takes MXFP8 and MXFP4 weights, not {b.format.name}"
     fine = not a.format.scaled or (a.format.group == (1, 32) and a.scale_dtype == "e8m0")
     if a.format.element not in A_KINDS or not (fine or by_chunk(problem)):
-        return ("takes BF16, MXFP8, MXFP4 and FP8 activations (1x128, by row, by tensor), "
+        return ("takes BF16, FP16, MXFP8, MXFP4 and FP8 activations (1x128, by row, by tensor), "
                 f"not {a.format.name} with {a.scale_dtype or 'no'} scales")
-    if arch.target == "gfx942" and a.format.element != "bf16":
+    if arch.target == "gfx942" and a.format.scaled:
         return "gfx942 has no scaled product of two narrow operands"
     if a.prepack or b.prepack:
         return "takes plain operands, not prepacked ones"
@@ -77,7 +77,12 @@ def smem_bytes(problem: Problem, config: Config) -> int:
     """Upper bound: the pipelined loads, and the BF16 copies where the compiler converts."""
     narrow = config.block_m * problem.a.format.elem.bits + config.block_n * problem.b.format.elem.bits
     ring = config.num_stages * (narrow * config.block_k // 8 + (config.block_m + config.block_n) * config.block_k // 32)
-    return ring + 2 * (config.block_m + config.block_n) * config.block_k + 4096
+    return ring + 2 * (parts(problem) * config.block_m + config.block_n) * config.block_k + 4096
+
+
+def parts(problem: Problem) -> int:
+    """BF16 numbers that one of A is: products of a K block."""
+    return 2 if problem.a.format.element == "fp16" else 1
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
@@ -117,7 +122,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
         each, alone = times
         block = max(tiles / arch.sms * each, alone) * (RATE / 132) / (arch.bf16_flops / arch.sms)
         return common.LAUNCH_SECONDS + max(-(-problem.k // config.block_k) * block, problem.bytes / arch.bandwidth)
-    math = tiles * 2.0 * config.block_m * config.block_n * problem.k / (arch.bf16_flops * EFFICIENCY)
+    math = tiles * 2.0 * parts(problem) * config.block_m * config.block_n * problem.k / (arch.bf16_flops * EFFICIENCY)
     return common.LAUNCH_SECONDS + max(math, problem.bytes / (arch.bandwidth * STREAMING))
 
 

@@ -1,6 +1,6 @@
 """Device code of the portable GEMM with MX weights: dense, contiguous, psum, offsets, masked.
 
-    out[m, n] (+)= sum over K blocks of dot_scaled(A[m, kb], W[g, n, kb])        scales E8M0, one for 32 of K
+    out[m, n] (+)= sum over K blocks of dot_scaled(A[m, kb], W[g, n, kb])        scales E8M0, one for 32 of K; FP16: as two BF16 numbers
     FP8:           sum over K blocks of scale[m, kb] * dot_scaled(A[m, kb], W[g, n, kb])      one scale for 128 of K, or the same for all
 
 `tl.dot_scaled` is the scaled matrix instruction where there is one (CDNA4, Blackwell), and a conversion in front of a BF16
@@ -46,6 +46,10 @@ def mx_add(acc, a, sa, zero, b, sb, A_KIND: tl.constexpr, B_KIND: tl.constexpr, 
     """acc plus the product of one K block."""
     if A_KIND == "bf16":
         return tl.dot_scaled(a, None, "bf16", b, sb, B_KIND, acc)
+    elif A_KIND == "fp16":      # two BF16 numbers hold all bits of each
+        high = a.to(tl.bfloat16)
+        low = (a.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot_scaled(low, None, "bf16", b, sb, B_KIND, tl.dot_scaled(high, None, "bf16", b, sb, B_KIND, acc))
     elif CHUNKED:
         one = tl.full([a.shape[0], sb.shape[1]], 127, tl.uint8)
         part = tl.dot_scaled(a, one, A_KIND, b, sb, B_KIND, zero)
@@ -133,6 +137,7 @@ def mx_tile_sum(a_ptr, b_ptr, sa_ptr, sb_ptr, m_off, n_off, K, stride_am, stride
     `shift_b`: of `shifts`, for scales that a conversion to BF16 may lose."""
     A4: tl.constexpr = A_KIND == "e2m1"
     B4: tl.constexpr = B_KIND == "e2m1"
+    SCALED: tl.constexpr = A_KIND != "bf16" and A_KIND != "fp16"
     AK: tl.constexpr = BK // 2 if A4 else BK
     BKB: tl.constexpr = BK // 2 if B4 else BK
     SF: tl.constexpr = BK // 32
@@ -154,7 +159,7 @@ def mx_tile_sum(a_ptr, b_ptr, sa_ptr, sb_ptr, m_off, n_off, K, stride_am, stride
         zero = (tl.minimum(m_off, 0)[:, None] + tl.zeros([1, BN], tl.int32)).to(tl.float32)
     acc = tl.zeros([BM, BN], tl.float32)
     for kb in range(0, K // BK):
-        sa = None if A_KIND == "bf16" else tl.load(sa_ptrs)
+        sa = tl.load(sa_ptrs) if SCALED else None
         sb = tl.load(sb_ptrs)
         if shift_a is not None:
             sa = lowered(sa, shift_a)
@@ -174,7 +179,7 @@ def mx_tile_sum(a_ptr, b_ptr, sa_ptr, sb_ptr, m_off, n_off, K, stride_am, stride
         sa = None
         if CHUNKED:
             sa = tl.load(sa_ptrs)
-        elif A_KIND != "bf16":
+        elif SCALED:
             sa = tl.load(sa_ptrs + (last * stride_sak)[None, :])
         if shift_a is not None:
             sa = lowered(sa, shift_a)
