@@ -29,6 +29,7 @@ BLOCK_TIMES = {(16, 128): (1.4e-6, 2.75e-6), (32, 128): (3.2e-6, 3.5e-6), (64, 1
                (64, 64): (1.9e-6, 4.1e-6), (16, 64): (0.97e-6, 2.5e-6)}
 RATE = 0.76e15
 NATIVE = 100                # NVIDIA's first compute capability with scaled products
+SPLIT_TILES = ((16, 128), (64, 128), (64, 64), (16, 64))        # of FP16, without spills on any target
 TILES = ((16, 128, 4, 3), (32, 128, 8, 3), (64, 128, 8, 3), (128, 128, 8, 3), (64, 64, 4, 2), (16, 64, 4, 2))
 
 
@@ -87,7 +88,7 @@ def parts(problem: Problem) -> int:
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     rows = max(1, problem.rows)
-    near = [t for t in TILES if t[0] <= max(16, 4 * rows)]
+    near = [t for t in TILES if t[0] <= max(16, 4 * rows) and (parts(problem) == 1 or t[:2] in SPLIT_TILES)]
     out = [Config(bm, bn, 128, w, 1 if serial(problem, arch) else s if arch.vendor == "nvidia" else 2, persistent=True)
            for bm, bn, w, s in near]
     return [c for c in out if smem_bytes(problem, c) <= arch.smem]

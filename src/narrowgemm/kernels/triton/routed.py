@@ -33,7 +33,10 @@ def supports(problem: Problem, arch: Arch) -> str | None:
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
-    near = [t for t in TILES if t[0] <= max(16, 4 * problem.rows)]
+    most = 4 * problem.rows
+    if mx.parts(problem) > 1:       # what doesn't spill: FP16 takes more registers
+        most = min(most, 16 if arch.target == "sm90" else 32) if problem.epilogue.activation else most
+    near = [t for t in TILES if t[0] <= max(16, most) and (mx.parts(problem) == 1 or t[:2] != (64, 64))]
     out = [Config(bm, bn, 128, w, 1 if mx.serial(problem, arch) else s, persistent=True) for bm, bn, w, s in near]
     return [c for c in out if legal(problem, c, arch) is None]
 
