@@ -75,9 +75,9 @@ def test_bad_input(args: list[str], message: str) -> None:
 
 
 def test_what_no_kernel_runs_is_an_error_that_says_why() -> None:
-    result = explain(*MASKED, "--device", "h200", "--backend", "triton", "--a", "fp8_row", "--b", "mxfp4")
+    result = explain(*MASKED, "--device", "h200", "--backend", "triton", "--a", "fp8_row:e5m2", "--b", "mxfp4")
     assert result.exit_code == 1
-    assert "no kernel runs grouped_gemm (masked, fp8_row x mxfp4) on h200 with backend 'triton'" in result.output
+    assert "no kernel runs grouped_gemm (masked, fp8_row:e5m2 x mxfp4) on h200 with backend 'triton'" in result.output
     assert "triton.mx: " in result.output and "gluon" not in result.output and "was asked for" not in result.output
 
 
