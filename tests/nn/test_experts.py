@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from narrowgemm import MXFP4, FP8_128x128, prepack, quantize, route
+from narrowgemm import MXFP4, MXFP8, FP8_128x128, prepack, quantize, route
 from narrowgemm.nn import Experts
 from narrowgemm.ops.experts import experts
 
@@ -52,6 +52,33 @@ def test_state_dict_goes_round(tmp_path):
         state["_extra_state"] = other
         with pytest.raises(error, match="extra state of a module"):
             two.load_state_dict(state)
+
+
+@pytest.mark.parametrize("order", ["bf16", "fp8"])
+@pytest.mark.parametrize("pair", ["", "halves"])
+def test_every_order_of_packed_weights(order, pair):
+    up, down = (quantize(w.dequantize(), MXFP4) for w in weights(3))
+    packed = prepack(up, pair=pair, activations=order), prepack(down, activations=order)
+    m = Experts(*packed, top_k=2)
+    assert [m.weight(n).prepack for n in ("gate_up", "down")] == [p.prepack for p in packed]
+    assert torch.equal(m(X, LOGITS).view(10, 128), experts(X.view(10, 128), *packed, router_logits=LOGITS, top_k=2))
+    with pytest.raises(ValueError, match="formats in the state"):
+        other = "fp8" if order == "bf16" else "bf16"
+        Experts(prepack(up, pair=pair, activations=other), prepack(down, activations=other), top_k=2).load_state_dict(m.state_dict())
+
+
+def test_shared_experts_packed_in_their_own_order():
+    """MXFP8 for MXFP8 activations: dense weights that stay as they are."""
+    up, down = (quantize(w.dequantize(), MXFP8) for w in weights(4))
+    s_up, s_down = (quantize(w.dequantize()[0], MXFP8) for w in weights(104, 1))
+    both = prepack(up), prepack(down)
+    want = experts(X.view(10, 128), *both, router_logits=LOGITS, top_k=2, shared=(s_up, s_down))
+    shared = prepack(s_up, activations="mxfp8"), prepack(s_down, activations="mxfp8")
+    assert shared[0].plain is not None
+    assert torch.equal(experts(X.view(10, 128), *both, router_logits=LOGITS, top_k=2, shared=shared), want)
+    m = Experts(*both, top_k=2, shared=shared)
+    assert torch.equal(m(X, LOGITS).view(10, 128), want)
+    assert m.workspace_bytes(10) > 0
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -18,6 +18,7 @@ from ..prepack import PackedWeight
 from . import extra_state
 
 WEIGHTS = ("gate_up", "down", "shared_gate_up", "shared_down")
+PARTS = ("factor", "codes", "top")      # of a packed weight, beside data and scale
 EXTRAS = ("gate_up_bias", "down_bias", "router_bias", "expert_map")
 
 
@@ -57,7 +58,7 @@ class Experts(torch.nn.Module):
         for name, w in pairs:
             buffers |= {name: w.data, f"{name}_scale": w.scale}
             if isinstance(w, PackedWeight):
-                buffers |= {f"{name}_{part}": getattr(w, part) for part in ("factor", "codes", "top")}
+                buffers |= {f"{name}_{part}": getattr(w, part) for part in PARTS}
         buffers |= dict(zip(EXTRAS, (gate_up_bias, down_bias, router_bias, expert_map)))
         for name in sorted(buffers, key=lambda n: buffers[n] is None):      # torch.export miscounts those behind one that is None
             self.register_buffer(name, buffers[name])
@@ -69,9 +70,10 @@ class Experts(torch.nn.Module):
     def weight(self, name: str) -> Weight:
         """One of `WEIGHTS` as an operand."""
         if name in self.packs:
-            shape, pair, _ = self.packs[name]
-            return PackedWeight(getattr(self, name), getattr(self, f"{name}_scale"), get_format(self.formats[name]), shape, pair,
-                                getattr(self, f"{name}_factor"), getattr(self, f"{name}_codes"), top=getattr(self, f"{name}_top"))
+            shape, pair, order = self.packs[name]
+            parts = {part: getattr(self, f"{name}_{part}") for part in ("scale", *PARTS)}
+            return PackedWeight(getattr(self, name), format=get_format(self.formats[name]), shape=shape, pair=pair, prepack=order,
+                                **parts)
         return ScaledTensor(getattr(self, name), getattr(self, f"{name}_scale"), get_format(self.formats[name]))
 
     @property

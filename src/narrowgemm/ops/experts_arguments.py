@@ -56,8 +56,12 @@ class Arguments:
 
 
 def as_weight(w: Weights, name: str) -> Weight:
-    """Weights as an operand, packed or not. TypeError for what is neither."""
-    return w if isinstance(w, PackedWeight) else common.as_operand(w, name)
+    """Weights as an operand, packed or not; those whose packed order is their own count as not. TypeError for what is neither."""
+    return unwrapped(w) if isinstance(w, PackedWeight) else common.as_operand(w, name)
+
+
+def unwrapped(w: PackedWeight) -> Weight:
+    return w if w.plain is None else w.plain
 
 
 def as_weights(shared: Shared | None) -> tuple[Weight, Weight] | None:
@@ -77,6 +81,7 @@ def known_by(*weights: Weights) -> tuple[list[object], list[Tensor | None]]:
     names: list[object] = []
     tensors: list[Tensor | None] = []
     for w in weights:
+        w = unwrapped(w) if type(w) is PackedWeight else w
         if type(w) is ScaledTensor:
             names += (w.format, type(w.scale))
             tensors += (w.data, w.scale)
