@@ -14,6 +14,7 @@ from narrowgemm.ops import recall
 from narrowgemm.ops.experts import experts, experts_workspace, plan_for
 from narrowgemm.ops.experts_plan import Options
 from narrowgemm.ops.explain_experts import operand, packed_operand
+from narrowgemm.prepack_bits import FP8_PREPACK
 from narrowgemm.reference import experts as reference
 from narrowgemm.testing.numerics import calc_diff
 
@@ -172,6 +173,12 @@ def test_explained():
     assert [few.steps[n].plan.kernel for n in ("gate_up", "down")] == ["gluon_sm90.narrow"] * 2
     assert few.steps["down"].plan.problem.epilogue.combine and few.plan.bytes >= few.plan.scratch[1] > 0
     assert few.plan.launches == 4 and "gluon_sm90.narrow" in str(few)
+    for t, fmt in ((64, None), (4096, FP8_1x128)):      # as the op itself chooses, for weights in either order
+        other = explain_experts(tokens=t, **sizes | {"packed": "fp8"}, activation_format=fmt)
+        for plan in (other.steps[n].plan for n in ("gate_up", "down")):
+            assert plan.problem.b.prepack.startswith(FP8_PREPACK) and plan.backend == "gluon_sm90"
+    with pytest.raises(ValueError, match="packed: got 'fp9'"):
+        explain_experts(tokens=4, **sizes | {"packed": "fp9"})
     fixed = [explain_experts(tokens=t, **sizes, batch_invariant=True).steps for t in (1, 4096)]
     assert all(fixed[0][n].plan.steps[0].config == fixed[1][n].plan.steps[0].config for n in ("gate_up", "down"))
     with pytest.raises(Unsupported, match="prepack takes mxfp4 and mxfp8"):

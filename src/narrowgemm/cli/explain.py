@@ -69,4 +69,4 @@ def layer(options: dict[str, Any], weights: str, top_k: int) -> Any:
 
     return explain_experts(tokens=options["m"], experts=options["groups"], inter=options["n"], hidden=options["k"],
                            top_k=min(top_k, options["groups"]), weights=weights, device=options["device"],
-                           packed=bool(options["packed"]), backend=options["backend"])
+                           packed=options["packed"] or False, backend=options["backend"])

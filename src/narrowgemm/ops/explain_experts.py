@@ -10,7 +10,8 @@ import torch
 from ..arch import Arch, detect, get_arch
 from ..errors import expect
 from ..formats import ELEMENTS, Format, ScaledTensor, get_format
-from ..prepack import CHUNK, TILE, PackedWeight, check_packable, tiles_of
+from ..prepack import ACTIVATIONS, CHUNK, TILE, PackedWeight, check_packable, tiles_of
+from ..prepack_bits import FP8_PREPACK, PREPACK
 from .experts import plan_for
 from .experts_plan import ExpertsPlan, Options, Weight
 from .explain import Explanation
@@ -51,13 +52,13 @@ class ExpertsExplanation:
 def explain_experts(*, tokens: int, hidden: int, inter: int, experts: int, top_k: int, num_experts: int = 0,
                     weights: Format | str = "fp8_128x128", activation_format: Format | str | None = None,
                     activation: str = "swiglu", interleaved: bool = False, bias: bool = False, shared: int = 0,
-                    num_expert_group: int | None = None, packed: bool = False, dtype: torch.dtype = torch.bfloat16,
+                    num_expert_group: int | None = None, packed: bool | str = False, dtype: torch.dtype = torch.bfloat16,
                     batch_invariant: bool = False, max_sms: int = 0, device: str | torch.device | None = None,
                     backend: str | None = None) -> ExpertsExplanation:
     """The plan of `experts` for a layer given by its sizes, on `device` (as in `explain`). Needs no GPU.
 
     experts: on this rank, of `num_experts` over all (default: the same). shared: intermediate size of shared experts.
-    packed: the routed experts' weights went through `prepack`, gate_up with its pair.
+    packed: the routed experts' weights went through `prepack`, gate_up with its pair; 'fp8': with these `activations`.
     Raises as the op itself would: ValueError, Unsupported.
     """
     fmt = get_format(weights)
@@ -69,14 +70,17 @@ def explain_experts(*, tokens: int, hidden: int, inter: int, experts: int, top_k
     down: Weight = plain[1]
     if packed:
         check_packable(fmt)
-        up, down = packed_operand(plain[0], "interleaved" if interleaved else "halves"), packed_operand(plain[1], "")
+        expect(packed is True or packed in ACTIVATIONS, "packed", repr(packed), f"True, or what for: one of {ACTIVATIONS}")
+        order = FP8_PREPACK if packed == "fp8" and fmt.element == "e2m1" else PREPACK
+        up = packed_operand(plain[0], "interleaved" if interleaved else "halves", order)
+        down = packed_operand(plain[1], "", order)
     both = (operand((2 * shared, hidden), fmt, dtype), operand((hidden, shared), fmt, dtype)) if shared else None
     plan = plan_for(tokens, up, down, top_k, num_experts, num_expert_group, dtype, (activation, (), interleaved),
                     activation_format, bias, both, Options(backend, batch_invariant, max_sms), arch.name)
     return ExpertsExplanation(plan, arch)
 
 
-def packed_operand(w: ScaledTensor, pair: str) -> PackedWeight:
+def packed_operand(w: ScaledTensor, pair: str, order: str = PREPACK) -> PackedWeight:
     """`prepack` without memory, of weights whose scales are as near to each other as they usually are."""
     groups, n, k = w.shape
     tiles, chunks = tiles_of(n), -(-k // CHUNK)
@@ -84,7 +88,7 @@ def packed_operand(w: ScaledTensor, pair: str) -> PackedWeight:
     data = torch.empty((groups, tiles, chunks, *halves, TILE, TILE), dtype=torch.uint8, device="meta")
     scale = torch.empty((groups, tiles, -(-chunks // 2), 4, 8, 4, 2, 2), dtype=torch.uint8, device="meta")
     top = torch.empty((groups, tiles * TILE), dtype=torch.uint8, device="meta") if w.format.element == "e2m1" else None
-    return PackedWeight(data, scale, w.format, tuple(w.shape), pair, top=top)
+    return PackedWeight(data, scale, w.format, tuple(w.shape), pair, prepack=order, top=top)
 
 
 def operand(shape: tuple[int, ...], fmt: Format, dtype: torch.dtype) -> ScaledTensor:
