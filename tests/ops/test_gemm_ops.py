@@ -124,3 +124,19 @@ def test_prepare_covers_every_m_on_a_gpu_target(monkeypatch) -> None:
 def test_bf16_operands_need_no_scales() -> None:
     a, b = torch.randn(8, 64).bfloat16(), torch.randn(16, 64).bfloat16()
     assert torch.equal(ng.gemm(a, b), (a.float() @ b.float().T).bfloat16())
+
+
+@pytest.mark.parametrize("order", ["bf16", "fp8", "mxfp8"])
+@pytest.mark.parametrize("layout", ["dense", "offsets", "masked"])
+def test_prepare_takes_packed_weights(layout: str, order: str) -> None:
+    """The plans that calls with them have; dense MXFP8 weights that stay in their order count as they are."""
+    w = ng.quantize(torch.randn(3, 64, 128), "mxfp8" if order == "mxfp8" else "mxfp4")
+    packed = ng.prepack(w[0] if layout == "dense" else w, activations=order)
+    fmt = "mxfp8" if order == "mxfp8" else "bf16"
+    plans = ng.prepare(packed, layout=layout, max_m=16, a_format=fmt)
+    assert plans and all(p.problem.layout == layout and p.problem.a.format.name == fmt for p in plans)
+    assert all((p.problem.b.prepack == "") == (packed.plain is not None) for p in plans)
+    with pytest.raises(ValueError, match="b, shape"):
+        ng.prepare(packed, layout="masked" if layout == "dense" else "dense", max_m=4, a_format=fmt)
+    with pytest.raises(TypeError, match="b: got Tensor, expected a ScaledTensor or a PackedWeight"):
+        ng.prepare(w.data, max_m=4)  # type: ignore[arg-type]

@@ -7,21 +7,23 @@ import torch
 from ..errors import expect
 from ..formats import Format, FP8_1x128, ScaledTensor, get_format
 from ..layouts import Contiguous, Layout, Masked, Offsets, Psum
+from ..prepack import PackedWeight
 from ..problem import Plan, bucket
 from ..scales import mn_major_tma_aligned
 from . import gemm as gemm_op
 from . import grouped as grouped_op
+from . import routed as routed_op
 
 LAYOUTS = ("dense", "contiguous", "psum", "offsets", "masked")
 
 
-def prepare(b: ScaledTensor, *, layout: str = "dense", max_m: int, a_format: Format | str = FP8_1x128,
+def prepare(b: ScaledTensor | PackedWeight, *, layout: str = "dense", max_m: int, a_format: Format | str = FP8_1x128,
             out_dtype: torch.dtype = torch.bfloat16, alignment: int = 128, expected_m: tuple[int, ...] = (),
             zero_padding: bool = True, max_sms: int = 0, backend: str | None = None,
             sizes: tuple[int, ...] = ()) -> list[Plan]:
     """Compile ahead: every distinct Plan of `gemm` / `grouped_gemm` with weight `b` and 1 to `max_m` rows is launched once.
 
-    b: `[N, K]` (dense) or `[G, N, K]`, the real weight, or one of its shape, strides and formats.
+    b: `[N, K]` (dense) or `[G, N, K]`, packed or not: the real weight, or one of its shape, strides and formats.
     max_m: the most rows of A (masked: the rows a group can hold; `expected_m` are then the hints that calls will give).
     sizes: only these numbers of rows, instead of every bucket up to `max_m` (not for masked).
     Other arguments as in the calls to come.
@@ -29,6 +31,9 @@ def prepare(b: ScaledTensor, *, layout: str = "dense", max_m: int, a_format: For
     Activations of zeros are used, with scales MN-major, as `quantize(..., scale_layout='mn_major')` gives them; nothing is kept.
     Returns the Plans. Raises as the calls would.
     """
+    expect(isinstance(b, ScaledTensor | PackedWeight), "b", type(b).__name__, "a ScaledTensor or a PackedWeight", error=TypeError)
+    if isinstance(b, PackedWeight) and b.plain is not None:
+        b = b.plain
     expect(layout in LAYOUTS, "layout", repr(layout), f"one of {LAYOUTS}")
     expect(max_m >= 1, "max_m", max_m, "at least 1 row")
     fmt = get_format(a_format)
@@ -44,8 +49,11 @@ def prepare(b: ScaledTensor, *, layout: str = "dense", max_m: int, a_format: For
             options = gemm_op.Options(backend, None, max_sms)
             shape = (*a.shape[:-1], b.shape[-2])
             out = torch.empty(shape, dtype=out_dtype, device=b.device)
-            if where is None:
-                plan: Plan | None = gemm_op.plan_of(a, b, out, out_dtype, False, options)
+            plan: Plan | None
+            if isinstance(b, PackedWeight):
+                plan = routed_op.packed_plan(a, b, where, out, out_dtype, False, options, zero_padding)
+            elif where is None:
+                plan = gemm_op.plan_of(a, b, out, out_dtype, False, options)
             else:
                 plan = grouped_op.plan_of(a, b, where, out, out_dtype, False, zero_padding, options)
             key = (plan.steps, plan.problem.wide) if plan else ()
