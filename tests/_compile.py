@@ -33,7 +33,7 @@ SECONDS = 900       # that a worker may take
 # R1 is the stack's pointer: bits taken from it as data stand for a value that nothing has written
 UNWRITTEN = re.compile(r"(?:LOP3\.LUT|SHF[A-Z0-9.]*) R\d+, [^;]*\bR1\b[^;]*;")
 NVIDIA_OPS = ("wgmma.mma_async", "mma.sync", "tcgen05.mma", "cp.async", "cp.async.bulk.tensor", "e4m3", "setmaxnreg",
-              "block_scale", "kind::mxf8f6f4", "kind::mxf4.",
+              "block_scale", "griddepcontrol.wait", "kind::mxf8f6f4", "kind::mxf4.",
               *(f"m64n{n}k32.f32.e4m3.e4m3" for n in (8, 16, 32, 64, 128, 192, 256)), "m64n64k16.f32.bf16.bf16", "m64n128k16.f32.bf16.bf16", "multicast::cluster")
 
 

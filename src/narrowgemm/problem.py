@@ -76,7 +76,7 @@ class Problem:
     max_sms: int = 0                           # 0: all
     wide: bool = False                         # an offset inside one tile passes 2^31 elements
     alignment: int = 1                         # k_grouped, psum: groups start at multiples of it; k_grouped: gaps hold zeros
-    # what the launch in front may still be bringing as this one starts: 'tokens' (A), 'sizes' (of groups, too); '': all there is
+    # what the launch in front may still be bringing as this one starts: 'tokens' (A), 'sizes' (of groups, too); '': all is there
     front: str = ""
     positions: int = 0                         # routed: bucket of the positions, padding among them, that there is room for
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -10,10 +11,18 @@ from narrowgemm import FP8_ROW, MXFP4, MXFP8, FP8_1x128, Offsets, combine, route
 from narrowgemm.arch import get_arch
 from narrowgemm.formats import BF16, Format
 from narrowgemm.kernels.registry import kernels
-from narrowgemm.kernels.step_operands import SortGatherOperands
+from narrowgemm.kernels.step_operands import ActivateOperands, CombineOperands, SortGatherOperands
 from narrowgemm.ops.activate import activate
 from narrowgemm.ops.gather import gather_quantize
-from narrowgemm.ops.steps import allocate, gather_problem, scale_layout_of, select, sort_gather_problem
+from narrowgemm.ops.steps import (
+    activate_problem,
+    allocate,
+    combine_problem,
+    gather_problem,
+    scale_layout_of,
+    select,
+    sort_gather_problem,
+)
 from narrowgemm.problem import Config
 from narrowgemm.reference.route import Routing
 from narrowgemm.runtime.launch import run
@@ -40,6 +49,19 @@ def sort_gather(x: torch.Tensor, fmt: Format) -> None:
     run(plan, SortGatherOperands(r.row_map.view(-1, 8), None, 0, 256, x, 8, r.row_map, r.offsets, r.inverse, rows, "rceil", 1e-4))
 
 
+def behind(y: torch.Tensor, fmt: Format, name: str) -> None:
+    """A step of `experts` that starts while the product in front of it is still at it."""
+    (m, k), r, scales = y.shape, routing(y.shape[0] // 8, 8, 256), scale_layout_of(fmt)
+    if name == "activate":
+        problem = activate_problem(m, k // 2, 256, 1, BF16, fmt, scales, "swiglu", (), False, False)
+        rows = allocate(m, k // 2, fmt, y.dtype, y.device, scales)
+        operands = ActivateOperands(y, None, r.offsets, rows, "swiglu", (1.0, 0.0), False, "rceil", 1e-4, None)
+    else:
+        problem = combine_problem(m // 8, k, 8, 256, BF16, False)
+        operands = CombineOperands(y, r.row_map, r.offsets, r.inverse, torch.zeros(m // 8, 8), None, None, y[:m // 8], None)
+    run(select(replace(problem, front="tokens"), y.device, "triton", None), operands)
+
+
 def jobs(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
     triton = {"backend": "triton"}
     yield "route V3", lambda: route(torch.zeros(3, 256), 8, scoring="sigmoid", bias=torch.zeros(256), num_expert_group=8,
@@ -61,6 +83,8 @@ def jobs(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
     for fmt in FORMATS:
         if fmt is not FP8_ROW:
             yield f"sort and gather {fmt.name}", lambda f=fmt: sort_gather(x[:16], f)
+    yield "activate behind", lambda: behind(h[:128], FP8_1x128, "activate")
+    yield "combine behind", lambda: behind(y[:128], FP8_1x128, "combine")
     yield "combine", lambda: combine(y, r, torch.zeros(4096, 8), **triton)
     small = routing(16, 4, 128)
     rows, bias = torch.zeros(64, 5760, dtype=torch.bfloat16), torch.zeros(128, 5760, dtype=torch.bfloat16)

@@ -1,4 +1,5 @@
-"""The Hopper decode kernel behind a launch that may still be at it: what that brings is touched by no thread that hasn't waited for it."""
+"""The Hopper decode kernel behind a launch that may still be at it: what that brings is touched by no thread that hasn't waited for it,
+and the launch behind is let start by none of these either."""
 
 from __future__ import annotations
 
@@ -22,10 +23,15 @@ class Front:
     """The launch in front: who has waited for it, and what it brings: all but weights, and `sizes` of groups where it is two in front."""
 
     def __init__(self, case: Case, sizes: int) -> None:
-        self.case, self.sizes, self.waited, self.early = case, sizes, threading.local(), 0
+        self.case, self.sizes, self.waited, self.early, self.let = case, sizes, threading.local(), 0, 0
 
     def wait(self) -> None:
         self.waited.done = True
+
+    def let_start(self) -> None:
+        if not getattr(self.waited, "done", False):
+            raise emu.EmulationError("the launch behind may start before the one in front is over")
+        self.let += 1
 
     def touch(self, memory: np.ndarray, what: str) -> None:
         front = self.case.problem.front
@@ -68,7 +74,9 @@ def test_waits_for_what_is_brought(device, monkeypatch, config, front: str, size
     monkeypatch.setattr(emu, "Pointer", Pointer)
     monkeypatch.setattr(emu, "Descriptor", Descriptor)
     monkeypatch.setitem(device.sizes_there.__globals__, "gdc_wait", seen.wait)
+    monkeypatch.setitem(device.sizes_there.__globals__, "gdc_launch_dependents", seen.let_start)
     case.check(device, config, grid)
+    assert seen.let > 0
     if front == "tokens" and sum(sizes):
         assert seen.early > 0, "nothing is asked for while tokens are brought"
 

@@ -71,6 +71,13 @@ def test_illegal_clusters_say_why(change: dict, word: str) -> None:
     assert fp8_decode.legal(grouped("masked", 32, 128, 576, 7168), good, ARCH)
 
 
+@pytest.mark.parametrize("chip, layout, wide", [("h100", "masked", True), ("h100", "offsets", True), ("h100", "dense", False),
+                                                 ("h200", "masked", False), ("h200", "offsets", False)])
+def test_l2_fetches_weights_by_what_memory_is_faster_by(chip: str, layout: str, wide: bool) -> None:
+    p = grouped(layout, 32, 64, 4096, 7168, 2) if layout != "dense" else describe("gemm", m=16, n=4096, k=7168)
+    assert fp8_decode.fetches_by_256(p, get_arch(chip)) == wide
+
+
 def test_batch_invariant_is_never_split() -> None:
     p = replace(describe("gemm", m=64, n=576, k=7168), batch_invariant=True)
     assert {c.split_k for c in fp8_decode.configs(p, ARCH)} == {1}

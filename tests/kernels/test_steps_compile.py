@@ -20,3 +20,5 @@ def test_steps(target: str) -> None:
     for r in reports:
         assert r["spills"] == 0, f"{target}, {r['job']}: {r['spills']} bytes spilled"
         assert r["shared"] <= get_arch(target).smem, f"{target}, {r['job']}: {r['shared']} bytes of shared memory"
+        if target.startswith("sm"):
+            assert r["ops"]["griddepcontrol.wait"] == r["job"].endswith("behind"), r["job"]

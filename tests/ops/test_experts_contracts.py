@@ -9,8 +9,8 @@ import torch
 
 from narrowgemm import MXFP4, MXFP8, FP8_1x128, FP8_128x128, ScaledTensor, route
 from narrowgemm.formats import BF16, Format
-from narrowgemm.ops.experts import experts, experts_workspace
-from narrowgemm.ops.experts_plan import activations_for
+from narrowgemm.ops.experts import experts, experts_workspace, plan_for
+from narrowgemm.ops.experts_plan import Options, activations_for
 from narrowgemm.reference import experts as reference
 
 from ._experts import WEIGHTS, bits, choices, close, composed, made, replays, tokens
@@ -112,3 +112,13 @@ def test_steps_that_overlap(t: int) -> None:
         space.fill_(0xFF)
     for (x, gates, ids), out in zip(calls, outs):
         assert torch.equal(bits(out), bits(composed(x, up, down, topk_weights=gates, topk_ids=ids)))
+
+
+@pytest.mark.parametrize(("t", "world", "fronts"), [(1, 512, ("sizes", "tokens", "tokens", "tokens")), (16, 64, ("sizes", "", "tokens", "")),
+                                                    (16384, 64, ("tokens", "", "tokens", ""))])
+def test_who_may_start_meanwhile(t: int, world: int, fronts: tuple[str, ...]) -> None:
+    """Steps behind products whose weights L2 could hold; behind longer ones they'd be in the way."""
+    up, down = (ScaledTensor(torch.empty(64, *s, dtype=torch.float8_e4m3fn, device="meta"),
+                             torch.empty(64, *(n // 128 for n in s), device="meta"), FP8_128x128) for s in ((3072, 4096), (4096, 1536)))
+    plan = plan_for(t, up, down, 8, world, None, torch.bfloat16, ("swiglu", (), False), None, False, None, Options(), "h200")
+    assert tuple(plan.steps[name].problem.front for name in ("gate_up", "activate", "down", "combine")) == fronts

@@ -36,6 +36,7 @@ ALIGN = 256
 Weight = ScaledTensor | PackedWeight
 # the activations that a weight format is served with, by the name of its blocks
 DEFAULTS = {"fp8_128x128": FP8_1x128, "fp8_1x128": FP8_1x128, "fp8_row": FP8_ROW, "fp8_tensor": FP8_ROW, "mxfp8": MXFP8}
+LEADING = ("gluon_sm90.fp8_decode",)      # products that say that the launch behind may start
 INVARIANT_ROWS = 128       # rows a group for which a batch-invariant layer is planned, whatever it gets
 
 
@@ -310,13 +311,22 @@ def _plans(s: Sizes, r: Recipe, gate_up: Weight, down: Weight, buffers: dict[str
     plans["gate_up"] = select_product(product(s.here, s.experts, s.expected, _operand(buffers, "x", fmt), gate_up,
                                               buffers["h"], r.source, options, "sizes" if "sort gather" in plans else "tokens"),
                                       s.rows, arch, options)
-    plans["activate"] = step(steps.activate_problem(s.rows, s.inter, s.experts, s.expected, r.source, fmt,
-                                                    steps.scale_layout_of(fmt), r.activation, r.args, r.interleaved,
-                                                    r.gate_up_bias))
+    plans["activate"] = step(replace(steps.activate_problem(s.rows, s.inter, s.experts, s.expected, r.source, fmt,
+                                                            steps.scale_layout_of(fmt), r.activation, r.args, r.interleaved,
+                                                            r.gate_up_bias), front=front_of(plans["gate_up"], arch)))
     plans["down"] = select_product(product(s.here, s.experts, s.expected, _operand(buffers, "act", fmt), down,
                                            buffers["y"], r.source, options, "tokens"), s.rows, arch, options)
-    plans["combine"] = step(steps.combine_problem(s.tokens, s.hidden, s.top_k, s.experts, r.source, r.down_bias))
+    plans["combine"] = step(replace(steps.combine_problem(s.tokens, s.hidden, s.top_k, s.experts, r.source, r.down_bias),
+                                    front=front_of(plans["down"], arch)))
     return plans
+
+
+def front_of(plan: Plan, arch: Arch) -> str:
+    """`Problem.front` of a step behind a product. It starts early where L2 holds the product's weights: the step, or what is behind
+    it, would take room on SMs from blocks of a longer one."""
+    p = plan.problem
+    few = p.active_groups * p.b.format.storage_bytes(p.n, p.k) <= arch.l2
+    return "tokens" if p.front and few and plan.kernel in LEADING else ""
 
 
 def arranged_apart(s: Sizes, source: Format, fmt: Format, step: Callable[[Problem], Plan]) -> dict[str, Plan]:

@@ -85,6 +85,6 @@ def launches(step: Step, problem: Problem, operands: ActivateOperands, workspace
     return [Launch(device.activate_kernel, (min(-(-r // br) * -(-blocks // bg), resident),), (
         h, o.bias, o.offsets, out, scale, r, experts, inter, blocks, o.amax_clamp, alpha, limit, h.stride(0),
         out.stride(0), sr, ss), {"N": c.block_k, "BR": br, "BG": bg, "EVEN": inter % c.block_k == 0,
-                                 "KIND": "blocks" if fmt.scaled else "copy", "LEADS": steps.leads(h),
+                                 "KIND": "blocks" if fmt.scaled else "copy", "LEADS": steps.leads(h), **steps.follows(problem, h),
                                  **steps.scale_constants(fmt, o.rounding, h),
                                  **common})]

@@ -7,7 +7,7 @@ A program walks the tiles of the rows in [0, offsets[E]), which only the device 
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .quantize_device import block_e2m1, block_fp8
 
@@ -94,10 +94,12 @@ def activate_kernel(h_ptr, bias_ptr, offsets_ptr, out_ptr, scale_ptr, R, E, I, S
                     GROUPED: tl.constexpr, STEPS: tl.constexpr, CLAMPED: tl.constexpr, INTERLEAVED: tl.constexpr,
                     BIAS: tl.constexpr, E2M1: tl.constexpr, SATURATE: tl.constexpr, ROUNDING: tl.constexpr,
                     E8M0: tl.constexpr, TOP: tl.constexpr, EMAX: tl.constexpr, MANTISSA: tl.constexpr,
-                    MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr, LEADS: tl.constexpr):
+                    MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr, LEADS: tl.constexpr, FOLLOWS: tl.constexpr):
     """Tiles of BR rows x BG blocks of N columns. KIND: 'copy' stores h's type, 'blocks' has a scale for each block.
 
-    LEADS: the launch behind may start meanwhile, if it waits for this one by itself."""
+    LEADS: the launch behind may start meanwhile, if it waits for this one by itself. FOLLOWS: the launch in front may still be at it."""
+    if FOLLOWS:     # first: blocks of the launch behind that come between these and the product's find no room for long
+        gdc_wait()
     if LEADS:
         gdc_launch_dependents()
     PER_BYTE: tl.constexpr = 2 if E2M1 else 1

@@ -45,4 +45,5 @@ def launches(step: Step, problem: Problem, operands: CombineOperands, workspace:
         o.y, o.inverse, o.offsets, o.weights, o.bias, o.add, o.out, tokens, n, experts, o.y.stride(0), o.weights.stride(0),
         0 if o.add is None else o.add.stride(0), o.out.stride(0)),
         {"TOP_K": o.weights.shape[1], "BN": c.block_n, "EVEN": n % c.block_n == 0, "STEPS": experts.bit_length(),
-         "BIAS": o.bias is not None, "ADD": o.add is not None, "num_warps": c.num_warps, "num_stages": 1})]
+         "BIAS": o.bias is not None, "ADD": o.add is not None, **steps.follows(problem, o.y), "num_warps": c.num_warps,
+         "num_stages": 1})]

@@ -2,6 +2,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from .activate_device import expert_of
 
@@ -9,8 +10,12 @@ from .activate_device import expert_of
 @triton.jit(do_not_specialize=["T"])
 def combine_kernel(y_ptr, inverse_ptr, offsets_ptr, weights_ptr, bias_ptr, add_ptr, out_ptr, T, N, E, yr, wr, ar, orow,
                    TOP_K: tl.constexpr, BN: tl.constexpr, EVEN: tl.constexpr, STEPS: tl.constexpr, BIAS: tl.constexpr,
-                   ADD: tl.constexpr):
-    """BN columns of one token. A skipped slot, whose row is not below offsets[E], is not read and counts 0."""
+                   ADD: tl.constexpr, FOLLOWS: tl.constexpr):
+    """BN columns of one token. A skipped slot, whose row is not below offsets[E], is not read and counts 0.
+
+    FOLLOWS: the launch in front may still be at it."""
+    if FOLLOWS:
+        gdc_wait()
     across = tl.cdiv(N, BN)
     t = (tl.program_id(0) // across).to(tl.int64)
     n = tl.program_id(0) % across * BN + tl.arange(0, BN)

@@ -105,6 +105,12 @@ def leads(x: Tensor) -> bool:
     return native(x) and detect(x.device).capability >= 90
 
 
+def follows(problem: Problem, x: Tensor) -> dict[str, Any]:
+    """Parameter and option of a launch that may start while the one in front, which says so, is still at it."""
+    front = bool(problem.front) and leads(x)
+    return {"FOLLOWS": front} | ({"launch_pdl": True} if front else {})
+
+
 def scale_constants(fmt: Format, rounding: str, x: Tensor) -> dict[str, Any]:
     """What the device code of quantisation knows of a format and of what is quantised; dummies where it is not scaled."""
     if not fmt.scaled:

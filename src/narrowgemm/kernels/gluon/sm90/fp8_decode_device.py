@@ -19,7 +19,8 @@ blocks of a cluster, one each, and every block adds up a part of the tile from t
 
 With FRONT, the launch in front may still be at it. It brings tokens, or sizes of groups too, and what is older is used meanwhile:
 weights, which fill the ring before the loader waits. Every warp waits by itself before it touches what may be on its way, or
-writes. With STREAM, L2 gives weights up first: the ring is one allocation, since the copies that take a policy take addresses.
+writes; the launch behind may start once every block's loader has waited. With STREAM, L2 gives weights up first: the ring is one
+allocation, since the copies that take a policy take addresses.
 """
 
 from triton.experimental import gluon

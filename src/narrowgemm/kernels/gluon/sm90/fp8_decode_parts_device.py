@@ -3,7 +3,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .fp8_decode_schedule_device import (
     CONTIGUOUS, MASKED, PSUM, advance, all_groups, begin, fetched, guess, k_range, left_over, locate)
@@ -112,6 +112,8 @@ def weight_loader(descs, rings, bars, shape_args, index_ptr, table_ptr, cap, KB,
     if cfg.FRONT == 1:      # a ring of weights while the launch in front brings the tokens
         ahead = fetch_first(w_desc, w_s, full, upto, units, split, chunk, shape_args, index_ptr, table_ptr, cap, KB, cfg)
     tokens_there(cfg)
+    if cfg.FRONT > 0:       # whoever is behind may get ready, now that the launch in front is over
+        gdc_launch_dependents()
     for t in range(gl.program_id(0), units, gl.num_programs(0)):
         tile, k0, k1 = k_range(t, split, chunk, KB, cfg)
         g, row, rows, nb = locate(tile, upto, shape_args, index_ptr, table_ptr, cap, cfg, cfg.NARROW > 0)
