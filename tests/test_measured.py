@@ -76,6 +76,8 @@ def test_every_kernel_and_every_page_is_in_the_table() -> None:
     pages, _ = measured()
     for name in kernels():
         assert tool.page_of(f"- **{name}**: x", pages), f"{tool.ENTRY} has no page for {name}"
+    for topic, page in (("triton.mx", "portable"), ("Triton", "toolchain"), ("Triton 3.9", "toolchain"), ("training", "training")):
+        assert tool.page_of(f"- **{topic}**: x", pages) == f"measured/{page}.md"
     assert set(pages.values()) == {f"measured/{p.name}" for p in (ROOT / "docs" / "measured").glob("*.md")}
 
 

@@ -18,18 +18,20 @@ Section = tuple[str, str, list[str]]        # heading, text in front of the line
 
 
 def topics(text: str) -> dict[str, str]:
-    """Topic -> page, from the table."""
-    return {topic.strip(" `").lower(): page for page, names in ROW.findall(text) for topic in names.split(",")}
+    """Topic -> page, from the table; in small letters, too, where these are no topic of their own: `triton` is a backend, Triton a
+    compiler."""
+    found = {topic.strip(" `"): page for page, names in ROW.findall(text) for topic in names.split(",")}
+    return {topic.lower(): page for topic, page in found.items()} | found
 
 
 def page_of(line: str, pages: dict[str, str]) -> str | None:
     """The page of the line's topic, or of the topic that its first words are. A kernel is found by its name without the backend of
     Hopper's, and by its backend: 'gluon_sm90.fold', 'triton.mx'."""
     found = TOPIC.match(line)
-    name = found[1].strip(" `").lower().removeprefix("gluon_sm90.") if found else ""
+    name = found[1].strip(" `").removeprefix("gluon_sm90.") if found else ""
     words = name.split()
     tries = [name.partition(".")[0], *(" ".join(words[:n]) for n in range(1, len(words) + 1))]
-    return next((pages[t] for t in reversed(tries) if t in pages), None)
+    return next((pages[t] for t in reversed([*map(str.lower, tries), *tries]) if t in pages), None)
 
 
 def parse(text: str) -> tuple[str, list[Section]]:
