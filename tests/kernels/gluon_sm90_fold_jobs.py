@@ -10,7 +10,7 @@ import torch
 
 from narrowgemm.arch import get_arch
 from narrowgemm.formats import MXFP4, Format, FP8_1x128, ScaledTensor
-from narrowgemm.kernels.gluon.sm90 import fold, fold_whole
+from narrowgemm.kernels.gluon.sm90 import fold, fold_whole, fp8_cluster_tile
 from narrowgemm.kernels.operands import Operands
 from narrowgemm.prepack_bits import FP8_PREPACK, PREPACK
 from narrowgemm.problem import Config, Operand, Problem, Step
@@ -52,7 +52,7 @@ def call(p: Problem, config: Config, factor: bool = False) -> None:
     work = torch.empty(fold.workspace(p, config), dtype=torch.uint8, device="meta")
     for launch in fold.launches(Step(fold.NAME, config, len(work)), p, operands(p, factor), work):
         compiled = launch.warm()
-        if launch.cluster > 1:
+        if isinstance(launch.arguments[-1], fp8_cluster_tile.Tile):
             check_places(compiled.asm["ptx"], launch.arguments[-1])
 
 
@@ -60,12 +60,12 @@ def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], ob
     """'few': each tile, each way to A; 'all': every config in every layout and with every option."""
     arch = get_arch(target)
     dense, contiguous = describe("dense"), describe("contiguous")
-    runs = [(describe("contiguous", order=FP8_PREPACK), 0, False), (contiguous, 0, False), (describe("masked", MXFP4), -3, True), (dense, 1, False),
-            (describe("offsets", FP8_1x128.with_scale("e8m0"), "k", out_dtype="fp32"), 1, True), (replace(describe("masked", order=FP8_PREPACK), rows=256), 5, False)]
+    runs = [(describe("contiguous", order=FP8_PREPACK), 0, False), (contiguous, -3, False), (describe("masked", MXFP4), -1, True), (dense, 1, False),
+            (describe("offsets", FP8_1x128.with_scale("e8m0"), "k", out_dtype="fp32"), 1, True), (replace(describe("masked", order=FP8_PREPACK), rows=256), 6, False)]
     if which == "all":
         kinds = [describe(layout, a, **kw) for layout in LAYOUTS for a in (FP8_1x128, MXFP4)
                  for kw in ({}, {"order": FP8_PREPACK}, {"out_dtype": "fp32"}, {"accumulate": True, "out_dtype": "fp16"}, {"out_aligned": False})]
-        kinds += [replace(p, rows=256) for p in kinds if p.layout == "masked"]      # with tails by half
+        kinds += [replace(p, rows=256) for p in kinds if p.layout == "masked"]      # with tails by half, and quarters
         runs = [(p, i, factor) for p in kinds for i in range(len(fold.configs(p, arch))) for factor in (False, True)]
     for p, i, factor in runs:
         c = fold.configs(p, arch)[i]

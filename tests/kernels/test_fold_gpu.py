@@ -21,7 +21,8 @@ FP8_E8M0 = FP8_1x128.with_scale("e8m0")
 TILES = (Config(256, 128, 128, 13, 3, 8, persistent=True), Config(128, 256, 128, 13, 3, 8, persistent=True),
          Config(128, 128, 128, 13, 4, 8, persistent=True))
 TAILS = replace(TILES[0], extra=(("tails", 1), ))
-AHEAD, WHOLE, ALONE, SMALL = fold_whole.CANDIDATES
+QUARTERS = replace(TILES[0], extra=(("quarters", 1),))
+AHEAD, WHOLE, ALONE, SMALL, WIDE = fold_whole.CANDIDATES
 
 
 def case(layout: str, m: int = 200, n: int = 336, k: int = 672, **kw) -> Case:
@@ -38,6 +39,10 @@ RUNS = [*((case(layout, packed="fp8"), tile) for layout, tile in (("contiguous",
         *((case(layout, a=a), AHEAD) for layout in GROUPED for a in (FP8_1x128, MXFP4)),
         *((case(layout), WHOLE) for layout in GROUPED), (case("masked", a=FP8_E8M0, out_dtype="fp32"), WHOLE),
         *((case(layout), ALONE) for layout in ("dense", "contiguous", "masked")), (case("dense", a=MXFP4), ALONE),
+        *((case("masked", packed="fp8", groups=groups, m=m), tile) for tile in (QUARTERS, WIDE) for groups, m in ((1, 600), (6, 300), (30, 20))),
+        (case("masked", sizes="zero", packed="fp8"), QUARTERS), (case("masked", m=1, packed="fp8", out_dtype="fp32"), QUARTERS),
+        (case("masked", a=MXFP4, m=300), QUARTERS), (case("masked", a=MXFP4, m=300), WIDE), (case("masked", a=FP8_E8M0, n=328), WIDE),
+        (case("offsets", m=300), WIDE), (case("psum", m=300), WIDE),
         (case("masked", packed="fp8"), SMALL), (case("dense", packed="fp8"), SMALL),
         *((case(layout, packed="fp8", groups=6), TAILS) for layout in ("offsets", "masked")), (case("offsets", m=140, groups=300, k=256), TAILS),
         (case("masked", a=MXFP4, m=300), TAILS), (case("masked", m=1, packed="fp8"), TAILS), (case("masked", sizes="zero", packed="fp8"), TAILS),

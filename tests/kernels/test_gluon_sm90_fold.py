@@ -12,10 +12,11 @@ import torch
 from narrowgemm import prepack
 from narrowgemm.arch import get_arch
 from narrowgemm.formats import BF16, MXFP4, MXFP8, FP8_1x128, ScaledTensor
-from narrowgemm.kernels.gluon.sm90 import fold, fold_whole
+from narrowgemm.kernels.gluon.sm90 import fold, fold_whole, fp8_block
 from narrowgemm.kernels.gluon.sm90.fold_tile import FoldTile
 from narrowgemm.kernels.gluon.sm90.fp8_block_tile import LAYOUTS
 from narrowgemm.prepack import PREPACK
+from narrowgemm.prepack_bits import FP8_PREPACK
 from narrowgemm.problem import Config, Operand, Problem
 
 from .. import _gluon as emu
@@ -157,6 +158,16 @@ def test_tails(device) -> None:
     Case("masked", 300, 136, 1, 6, TAILS["masked"], **TILES["256x128"], TAIL=True).check(device, 3)
 
 
+QUARTERS = dict(MP=2, OUT_SPLIT=2, OUT_BUFFERS=2, TAIL=True, QUARTERS=True, ITEMS=32, LISTED=8)
+
+
+# parts are halves in the second and third, of tails and of whole tiles
+@pytest.mark.parametrize("index, grid", [(TAILS["masked"], 3), ([40, 0, 100], 4), ([256, 250], 8), ([256, 300, 0, 40, 130, 1], 7), ([256], 16), ([0, 0], 2)])
+def test_quarters(device, index: list[int], grid: int) -> None:
+    """Groups' last rows by halves or quarters, and whole tiles of the last round: the same product, by every block in its turn."""
+    Case("masked", 300, 200, 1, len(index), index, **QUARTERS).check(device, grid)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", TAILS)
 @pytest.mark.parametrize("name", ["256x128", "128x256"])
@@ -231,6 +242,26 @@ def test_tails_by_half_are_for_masked_groups() -> None:
     assert fold.estimate(four, tails, H200) < 0.95 * fold.estimate(four, whole, H200)
     assert fold.tile_of(four, tails, H200).A_BOX == 128 and fold.tile_of(four, whole, H200).A_BOX == 256
     assert fold.legal(problem("contiguous", groups=4), tails, H200) and fold.legal(replace(four, groups=600), tails, H200)
+
+
+def test_quarters_are_for_few_masked_groups() -> None:
+    """Rounds of tiles that leave most blocks idle cost less by quarters; a block's list holds all that it may get."""
+    two = replace(problem("masked", groups=2), rows=640)
+    assert not any(c.extra == (("quarters", 1),) for c in fold.configs(two, H200))       # seen with weights that expand faster only
+    two = replace(two, b=replace(two.b, prepack=FP8_PREPACK))
+    by = {c.extra: c for c in fold.configs(two, H200)}
+    quarters, tails = by[("quarters", 1),], by[("tails", 1),]
+    assert fold.estimate(two, quarters, H200) < 0.9 * fold.estimate(two, tails, H200)
+    tile = fold.tile_of(two, quarters, H200)
+    assert tile.QUARTERS and (tile.QUARTER.BN, tile.QUARTER.OUT_COLS) == (64, tile.OUT_COLS)
+    for bad in (replace(two, layout="offsets"), replace(two, groups=33), replace(two, max_sms=1), replace(two, m=1 << 20)):
+        assert "masked groups" in fold.legal(bad, quarters, H200)
+
+
+@pytest.mark.parametrize("whole, tails, rounds", [(128, 0, 1.0), (160, 0, 1.52), (160, 32, 1.76), (128, 64, 1.52), (128, 128, 1.76), (192, 0, 1.76),
+                                                  (224, 0, 2.0), (0, 132, 0.76), (0, 66, 0.52)])
+def test_rounds_of_quarters(whole: int, tails: int, rounds: float) -> None:
+    assert fold._rounds(fp8_block.Work(whole, tails), 132) == pytest.approx(rounds)
 
 
 def test_a_mean_of_few_groups_is_close_to_their_sizes() -> None:

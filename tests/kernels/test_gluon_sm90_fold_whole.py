@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -55,7 +57,7 @@ class WholeCase(Case):
         count = 2
         programs = units * -(-self.blocks // count) * (1 if self.piece else self.groups)
         emu.launch(modules["fold_whole"].fold_whole_kernel, programs, *packed, made, sync if self.piece else None, index, self.m,
-                   self.groups, self.alignment, units, self.blocks, count, t, self.piece)
+                   self.groups, self.alignment, units, self.blocks, t, count, self.piece)
         columns = -(-self.m // 4) * 4
         sa = np.full((self.planes * self.blocks, columns), np.nan, np.float32)
         sa[:, :self.m] = self.sa.transpose(0, 2, 1).reshape(-1, self.m)
@@ -68,7 +70,7 @@ class WholeCase(Case):
         sizes, to = (index, self.m, self.n, self.blocks, self.groups, self.alignment), (self.m * self.n, self.n, self.m, t)
         pitch = self.blocks if self.layout == "masked" else 0
         if self.blocks_of_cluster > 1:
-            emu.cluster.launch(modules["fold_cluster"].fold_cluster_kernel, grid, 2, 6 if self.piece else 5, *descs, *packed, factor,
+            emu.cluster.launch(modules["fold_cluster"].fold_cluster_kernel, grid, 2, 6 if self.piece else 5, *descs[:3], None, *descs[3:], *packed, factor,
                                   made, sync if self.piece else None, packed[2], *sizes, 0, units, pitch, *to)
         else:
             emu.launch(modules["fp8_block"].fp8_block_kernel, grid, *descs, None, packed[2], *sizes, pitch, None, None, None, units * 64,
@@ -119,7 +121,7 @@ def test_first_group_is_expanded_in_front(modules) -> None:
     p, units = case.packed, case.packed.data.shape[1]
     emu.launch(emu_front, units, *(emu.Pointer(x.numpy().reshape(-1).view(np.int32)) for x in (p.data, p.scale)),
                emu.Pointer(p.top.numpy().reshape(-1)), emu.Pointer(case.made), emu.Pointer(case.sync),
-               emu.Pointer(np.asarray(case.index, np.int32)), case.m, 3, 1, units, 2, 2, case.product, 1)
+               emu.Pointer(np.asarray(case.index, np.int32)), case.m, 3, 1, units, 2, case.product, 2, 1)
     done = (case.made.reshape(3, -1) != -1).all(1)
     assert done.tolist() == [False, True, False] and case.sync.tolist() == [0, 0, units * 4 * 2, 0]
 
@@ -129,7 +131,7 @@ def test_first_group_is_expanded_in_front(modules) -> None:
 def test_configs_are_legal(layout: str) -> None:
     p = problem(layout, 32768, groups=1 if layout == "dense" else 8)
     found = [c for c in fold.configs(p, H200) if fold.whole(c)]
-    assert len(found) == {"dense": 1, "masked": 4}.get(layout, 3)
+    assert len(found) == {"dense": 1, "masked": 5}.get(layout, 3)
     for c in found:
         t = fold_whole.tile_of(p, c, H200)
         assert (c.block_m, c.block_n) == (t.BM, t.BN) and t.shared_bytes <= H200.smem
@@ -147,6 +149,18 @@ def test_illegal_configs_say_why() -> None:
     assert "clusters" in fold.legal(problem("contiguous", 32768, groups=8, max_sms=1), good, H200)
     assert "clusters" in fold.legal(problem(), good, H200)
     assert "bytes" in fold.legal(problem("contiguous", 1 << 20, groups=128), good, H200)
+
+
+def test_two_widths_are_for_masked_groups() -> None:
+    """Of few groups of about a thousand rows, whose weights are expanded soon enough; the device has both boxes of weights."""
+    p = problem("masked", 4096, groups=1)
+    p = replace(p, rows=1280)
+    wide = fold_whole.CANDIDATES[-1]
+    tile = fold_whole.tile_of(p, wide, H200).with_wider()
+    assert (tile.BN, tile.WIDER.BN) == (160, 192) and tile.shared_bytes <= H200.smem
+    assert wide in fold.configs(p, H200) and wide not in fold.configs(problem("offsets", 4096, groups=4), H200)
+    assert fold.legal(problem("contiguous", 4096, groups=4), wide, H200) and fold.legal(problem(), wide, H200)
+    assert fold.estimate(p, wide, H200) < min(fold.estimate(p, c, H200) for c in fold.configs(p, H200) if c.extra == ())
 
 
 def test_many_rows_are_worth_the_expansion() -> None:

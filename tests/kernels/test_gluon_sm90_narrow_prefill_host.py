@@ -109,6 +109,15 @@ def test_weights_packed_for_fp8() -> None:
     assert narrow_prefill.regions(p, found[0], 100, 100).xfactor - narrow_prefill.regions(p, found[0], 100, 100).x < 2 * 100 * 2944
 
 
+@pytest.mark.parametrize("layout, rows, blocks", [("masked", 16, 8), ("masked", 4, 8), ("masked", 2, 0), ("masked", 40, 0), ("offsets", 16, 0), ("dense", 16, 0)])
+def test_weights_are_asked_for_in_front_where_groups_have_one_entry(layout: str, rows: int, blocks: int) -> None:
+    """The launch in front doesn't know which groups have rows."""
+    p = describe("gemm" if layout == "dense" else "grouped_gemm", layout=layout, groups=1 if layout == "dense" else 8,
+                 m=128 if layout == "masked" else rows, n=7168, k=2048, a="fp8_1x128", b="mxfp4", packed="fp8", expected_m=rows)
+    found = [c for c in narrow_prefill.configs(p, ARCH) if c.block_m == 32 and not narrow_prefill.extra(c, "bf16")]
+    assert len(found) == 2 and all(narrow_prefill.touched(p, c) == blocks for c in found)
+
+
 def test_rows_with_one_scale_go_with_weights_packed_for_fp8() -> None:
     """Their scale is the epilogue's, and nothing comes beside a K block; weights in the other order have no kernel for them."""
     p = replace(for_fp8(), a=Operand(FP8_ROW, scale_dtype="fp32"))

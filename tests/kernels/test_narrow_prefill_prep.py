@@ -45,9 +45,9 @@ def run(device: str, kind: str, xkind: int, x: torch.Tensor, xs: torch.Tensor | 
     out["ratios"] = torch.full((total, kx // 128, 4), 7.0, device=device)
     share = 2
     kernel[(1 + (groups * share if kind == "masked" else total),)](x, scale, out["x"], out["factor"], out["ratios"], out["weight"] if weight is None else weight, out["weight"], index, order,
-                         order if blocks is None else experts, order if blocks is None else posted, out["table"], out["live"], K, kx,
+                         order if blocks is None else experts, order if blocks is None else posted, out["table"], out["live"], x, x, K, kx,
                          sxg, x.stride(0), ssg, ssm, ssk, groups, num_slots, positions, block_m, cap,
-                         A_DIV if slots is not None else 1, share, cfg)
+                         A_DIV if slots is not None else 1, share, 1, cfg)
     out["entries"] = out["table"][TABLE_HEAD:].view(3, cap)[:, :int(out["table"][0])].t()
     return out
 

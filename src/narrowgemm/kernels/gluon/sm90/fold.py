@@ -4,13 +4,16 @@ Weights stay 4-bit in memory. A row's scales are folded into E4M3, losslessly wh
 other (`PackedWeight.top`), and the row's own power of two is applied to the sum. Activations are FP8 with 1x128 scales, or MXFP4,
 which a launch in front brings to FP8 with 1x128 scales; where the device finds that this would not be exact, a second product,
 which is launched behind and does nothing otherwise, takes K 32 at a time with all of A's scales. A group's last tile that has rows
-in its first half only may be worked on by half (`tails`). Device code: `fold_device.py`;
-what is fixed at compile time: `fold_tile.py`. To expand a tile anew for every 256 rows costs more instructions than there are
-beside wgmma: where groups have so many rows that it pays, all weights are expanded once a call instead (`fold_whole.py`).
+in its first half only may be worked on by half (`tails`); of few masked groups it may be in quarters, too, and so may whole tiles
+of a last round that leaves blocks idle, as the device finds best (`quarters`). Device code: `fold_device.py`,
+`fold_quarters_device.py`; what is fixed at compile time: `fold_tile.py`. To expand a tile anew for every 256 rows costs more
+instructions than there are beside wgmma: where groups have so many rows that it pays, all weights are expanded once a call instead
+(`fold_whole.py`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import lru_cache, partial
 from itertools import accumulate
@@ -74,6 +77,8 @@ def direct(problem: Problem) -> bool:
 # block_m x block_n -> warpgroups along M and N, pieces of 64 x 128 of each along M
 _SHAPES = {(256, 128): (2, 1, 2), (128, 256): (1, 2, 2), (128, 128): (2, 1, 1)}
 _TAILS = (("tails", 1), )   # a group's last tile may be worked on by half
+_QUARTERS = (("quarters", 1), )     # and so may whole tiles of the last round, by quarters
+_ITEMS = 128                # places of a block's list of tiles and quarters
 TAILS_LEAST = 128           # expected rows of a group, with fewer tiles of 128x128 do
 _EXACT = (128, 128)     # tile of the product with all of A's scales
 _WARPS = 13             # two consumers, the expander, the producer
@@ -84,13 +89,14 @@ def _config(bm: int, bn: int, strip: int, stages: int = 3, **extra: int) -> Conf
 
 
 _CANDIDATES = (_config(256, 128, 8), _config(128, 256, 8), _config(256, 128, 16), _config(128, 256, 16),
-               _config(128, 128, 8, 4), _config(256, 128, 8, tails=1))
+               _config(128, 128, 8, 4), _config(256, 128, 8, tails=1), _config(256, 128, 8, quarters=1))
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     # rows of the output off 16 bytes take registers that two places in the order of tiles leave none of
     tails = problem.layout == "masked" and problem.rows > TAILS_LEAST and problem.out_aligned
-    own = [c for c in _CANDIDATES if legal(problem, c, arch) is None and (tails or not c.extra)]
+    offered = ((), _TAILS, _QUARTERS) if tails and fold_whole.nibbles(problem) else ((), _TAILS) if tails else ((), )
+    own = [c for c in _CANDIDATES if c.extra in offered and legal(problem, c, arch) is None]
     return [*own, *fold_whole.configs(problem, arch)]
 
 
@@ -107,16 +113,26 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
         return f"tile {config.block_m}x{config.block_n}x{config.block_k}, expected one of {list(_SHAPES)}, and {BLOCK}"
     if config.num_warps != _WARPS or not config.persistent or config.split_k != 1 or config.swap_ab:
         return f"expected {_WARPS} warps and persistent, without split_k and swap_ab"
-    if config.extra not in ((), _TAILS) or config.num_stages < 2 or config.group_m < 1:
+    if config.extra not in ((), _TAILS, _QUARTERS) or config.num_stages < 2 or config.group_m < 1:
         given = f"num_stages={config.num_stages}, group_m={config.group_m}, extra={config.extra}"
-        return f"{given}, expected at least 2 and 1, and {_TAILS} or none"
+        return f"{given}, expected at least 2 and 1, and {_TAILS}, {_QUARTERS} or none"
     if config.extra and not (_SHAPES[config.block_m, config.block_n][2] > 1 and fp8_block.counts_tails(problem)):
         return "tails=1 is for two pieces along M, and for groups whose whole tiles and tails are counted in one integer"
+    listed = problem.layout == "masked" and problem.groups <= 32 and _most_items(problem, config, arch) <= _ITEMS
+    if config.extra == _QUARTERS and not listed:
+        return f"quarters=1 is for up to 32 masked groups, of which a block has {_ITEMS} tiles at most"
     if problem.accumulate and (config.block_m, config.block_n) != (128, 128):
         return "adding to the output beside 128 rows of sums a warpgroup takes more registers than there are"
     if tile_of(problem, config, arch) is None:
         return f"needs more shared memory than the {arch.smem} bytes of the device"
     return None
+
+
+def _most_items(problem: Problem, config: Config, arch: Arch) -> int:
+    """Tiles, quarters and an end that a block's list may come to hold."""
+    blocks, n = min(arch.sms, problem.max_sms or arch.sms), -(-problem.n // config.block_n)
+    whole = problem.groups * -(-problem.m // config.block_m) * n
+    return -(-whole // blocks) + -(-(problem.groups * 2 * n + 4 * blocks) // blocks) + 4
 
 
 @lru_cache(maxsize=4096)
@@ -129,14 +145,17 @@ def tile_of(problem: Problem, config: Config, arch: Arch, factor: bool = False, 
     groups = next(n for n in (32, 128, 512, MAX_GROUPS) if not counted or n >= problem.groups)
     gate = 0 if problem.a.format.element == "e4m3" else 2 if exact else 1
     # staging of the store and slots of 4-bit weights: as much as fits
-    for w_stages, split, buffers in ((3, 1, mp), (3, 2, 2), (3, 2, 1), (2, 2, 1)):
+    quarters = config.extra == _QUARTERS and not exact
+    for w_stages, split, buffers in ((3, 1, mp), (3, 2, 2), (3, 2, 1), (2, 2, 1))[quarters:]:
         tile = FoldTile(
             LAYOUTS[problem.layout], wgm, wgn, mp, 1, 128, config.num_stages, 1, 1, 1, 0, config.group_m, 1, buffers, split,
             OUT_BYTES[problem.out_dtype], groups, A_SCALE_TMA=True,
             ZERO=problem.zero_padding and problem.layout in ("contiguous", "psum"), ACCUMULATE=problem.accumulate,
             STORE_TMA=problem.out_aligned, LATE_STORE=False, SINGLE=mp == 1, TAIL=bool(config.extra) and not exact, FACTOR=factor,
             NIBBLES=fold_whole.nibbles(problem), SUB=4 if exact else 1, CONSUMER_REGISTERS=208,
-            PRODUCER_REGISTERS=24, W_STAGES=w_stages, GATE=gate, FLAGS=MAX_FLAGS if gate else 32)
+            PRODUCER_REGISTERS=24, W_STAGES=w_stages, GATE=gate, FLAGS=MAX_FLAGS if gate else 32,
+            QUARTERS=quarters, ITEMS=_ITEMS if quarters else 0,
+            LISTED=next(n for n in (1, 2, 4, 8, 16, 32) if n >= problem.groups) if quarters else 0)
         if tile.shared_bytes <= arch.smem:
             return tile
     return None
@@ -174,11 +193,15 @@ def workspace(problem: Problem, config: Config) -> int:
 
 # ---------------------------------------------------------------- cost
 TILE_SECONDS = 0.9e-6       # of a tile, beyond its K blocks
+_MASKED_TILE_SECONDS = 1.7e-6   # seen in masked groups of 256 rows and more, as `_NIBBLE_TIMES`
 # microseconds of one K block of 128 on one SM, where every SM is busy: docs/measured.md
 _BLOCK_TIMES = {(256, 128): 1.15, (128, 256): 1.50, (128, 128): 0.82}
 # the same of weights packed for FP8 activations, seen in masked groups of 256 rows and more
 _NIBBLE_TIMES = {(256, 128): 0.88, (128, 256): 1.10, (128, 128): 0.62}
 _TAIL = 0.76                # of a tile's time, where it has rows in its first half only
+_QUARTER = 0.52             # and of a quarter's
+_LIST_SECONDS = 1.2e-6      # until a block has its list of tiles and quarters
+_MANY_ROUNDS = 8            # with more, the last one is half full in the mean
 _H200_RATE = 1.40e15
 _MANY_GROUPS, _FEW_ROWS, _SPREAD = 64, 256, 1.4     # many groups of few rows took so much more
 COPY = 0.80                 # of the streaming rate, in the launch in front
@@ -207,14 +230,31 @@ def _product_seconds(problem: Problem, config: Config, arch: Arch) -> float:
     seen = fold_whole.nibbles(problem) and problem.layout == "masked" and problem.rows >= _FEW_ROWS
     times = _NIBBLE_TIMES if seen else _BLOCK_TIMES
     unit = blocks * 1e-6 * (_H200_RATE / 132) / (arch.fp8_flops / arch.sms) * times[config.block_m, config.block_n]
-    seconds = 0.0
+    tile = unit + (_MASKED_TILE_SECONDS if seen else TILE_SECONDS)
+    half, quarter = (1 - (1 - share) * unit / tile for share in (_TAIL, _QUARTER))
+    seconds = _LIST_SECONDS if config.extra == _QUARTERS else 0.0
     for work in works:
-        seconds += fp8_block.waves(work, sms, _TAIL) * (unit + TILE_SECONDS) / len(works)
+        rounds = _rounds(work, sms, half, quarter) if config.extra == _QUARTERS else fp8_block.waves(work, sms, half)
+        seconds += rounds * tile / len(works)
     if problem.groups >= _MANY_GROUPS and problem.rows <= _FEW_ROWS and counted:
         seconds *= _SPREAD
     rate = arch.bandwidth * sms / arch.sms
     memory = MEMORY_SECONDS + problem.bytes / (rate * MEMORY_EFFICIENCY)
     return LAUNCH_SECONDS + max(seconds, memory) + _NOT_HIDDEN * min(seconds, memory)
+
+
+def _rounds(work: fp8_block.Work, blocks: int, half: float = _TAIL, quarter: float = _QUARTER) -> float:
+    """In whole tiles' times, of which parts take so much: the rule of `fold_quarters_device.py`."""
+    if work.whole >= _MANY_ROUNDS * blocks:
+        return fp8_block.waves(work, blocks, half)
+    whole, tails = math.ceil(work.whole), math.ceil(work.tails)
+    left = whole % blocks
+    found = []
+    for share, time in ((1, half), (2, quarter)):
+        found.append(-(-(share * (tails + 2 * left)) // blocks) * time)
+        if left:
+            found.append(1.0 + -(-max(0, share * (tails - (blocks - left))) // blocks) * time)
+    return whole // blocks + min(found)
 
 
 # ---------------------------------------------------------------- launch

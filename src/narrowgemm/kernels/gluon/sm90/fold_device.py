@@ -16,10 +16,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
+from . import fold_quarters_device as quarters
 from .fold_expand_device import FIELDS, WORDS, expand, lane_table, row_tops
 from .fp8_block_device import consumer
 from .fp8_block_parts_device import FP8_PLANE, advance
-from .fp8_block_schedule_device import MASKED, first_tile, has_products, next_tile, total_tiles
+from .fp8_block_schedule_device import MASKED, ROW_OF_INTS, first_tile, has_products, next_tile, total_tiles
 from .ring_device import groups_table, ring_barriers, store_buffers
 from .shim import tma_load, view_as
 
@@ -29,29 +30,85 @@ FP8_RING = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bit
 ROWS_OF_INTS = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
 
+# ---------------------------------------------------------------- which tile comes next: by the list of QUARTERS, or by the table
+@gluon.jit
+def begin(table, problem, total, cfg: gl.constexpr, WARPS: gl.constexpr):
+    """(cursor, the first tile)."""
+    index_ptr, M, N, KB, G, alignment = problem
+    if cfg.QUARTERS:
+        return KB * 0, quarters.item(table, KB * 0, cfg, WARPS)
+    else:
+        return first_tile((index_ptr, table, M, N, KB, G, alignment, total), cfg, WARPS)
+
+
+@gluon.jit
+def next_one(cursor, tile, table, problem, total, cfg: gl.constexpr, WARPS: gl.constexpr):
+    """(cursor, tile) after `tile`."""
+    index_ptr, M, N, KB, G, alignment = problem
+    if cfg.QUARTERS:
+        return cursor + 1, quarters.item(table, cursor + 1, cfg, WARPS)
+    else:
+        return next_tile(cursor, tile, (index_ptr, table, M, N, KB, G, alignment, total), cfg, WARPS)
+
+
+@gluon.jit
+def all_tiles(table, problem, cfg: gl.constexpr, WARPS: gl.constexpr):
+    index_ptr, M, N, KB, G, alignment = problem
+    if cfg.QUARTERS:
+        return KB * 0
+    else:
+        return total_tiles(table, M, N, cfg, WARPS)
+
+
+@gluon.jit
+def runs(tile, cfg: gl.constexpr):
+    if cfg.QUARTERS:
+        return tile[0] >= 0
+    else:
+        return has_products(tile, cfg)
+
+
+@gluon.jit
+def is_whole(tile, cfg: gl.constexpr):
+    """Whether both halves of the tile's rows are worked on."""
+    if cfg.QUARTERS:
+        return tile[4] == quarters.WHOLE
+    else:
+        return tile[2] + cfg.BM // 2 < tile[3]
+
+
+@gluon.jit
+def first_unit(tile, cfg: gl.constexpr):
+    """Of its group's weights, tiles of 64 rows."""
+    if cfg.QUARTERS:
+        return gl.where(tile[4] == quarters.QUARTER, tile[0], tile[0] * cfg.UNITS)
+    else:
+        return tile[0] * cfg.UNITS
+
+
 @gluon.jit
 def producer(descs, rings, bars, table, problem, NT, cfg: gl.constexpr):
     a_desc, sa_desc, w_desc, s_desc = descs
     a_s, sa_s, w_s, s_s = rings
     full, empty, w_full, w_empty = bars
     index_ptr, M, N, KB, G, alignment = problem
-    work = (index_ptr, table, M, N, KB, G, alignment, total_tiles(table, M, N, cfg, 1))
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)
     w_slot = gl.to_tensor(0)
     w_phase = gl.to_tensor(1)
-    cursor, tile = first_tile(work, cfg, 1)
+    total = all_tiles(table, problem, cfg, 1)
+    cursor, tile = begin(table, problem, total, cfg, 1)
     n, g, first, end, stop = tile
     while n >= 0:
         plane = g * 0
         if cfg.LAYOUT == MASKED:
             plane = g
-        unit = g * NT + n * cfg.UNITS
+        unit = g * NT + first_unit((n, g, first, end, stop), cfg)
         row = first
         # the next tile is looked up first, so that its loads are off the path between two tiles
-        run = has_products((n, g, first, end, stop), cfg)
-        whole = first + cfg.BM // 2 < end
-        cursor, ahead = next_tile(cursor, (n, g, first, end, stop), work, cfg, 1)
+        run = runs((n, g, first, end, stop), cfg)
+        whole = is_whole((n, g, first, end, stop), cfg)
+        cursor, ahead = next_one(cursor, (n, g, first, end, stop), table, problem, total, cfg, 1)
         if run:
             for kb in range(KB):
                 mbarrier.wait(w_empty.index(w_slot), w_phase)
@@ -76,6 +133,30 @@ def producer(descs, rings, bars, table, problem, NT, cfg: gl.constexpr):
 
 
 @gluon.jit
+def expand_tile(slot, phase, w_slot, w_phase, views, bars, tops, tables, KB, cfg: gl.constexpr, COUNT: gl.constexpr):
+    """The first COUNT units of a tile over all of K."""
+    b_v, w_v, s_v = views
+    full, empty, w_full, w_empty = bars
+    UNITS: gl.constexpr = cfg.UNITS
+    for kb in range(KB):
+        mbarrier.wait(w_full.index(w_slot), w_phase)
+        words = ()
+        fields = ()
+        for u in gl.static_range(COUNT):
+            words = words + (w_v.index(w_slot * UNITS + u).load(WORDS), )
+            fields = fields + (s_v.index(w_slot * UNITS + u).load(FIELDS) >> (16 * (kb % 2)), )
+        mbarrier.wait(empty.index(slot), phase)
+        for u in gl.static_range(COUNT):
+            b_v.index(slot * UNITS + u).store(expand(words[u], fields[u], tops[u], tables, cfg.NIBBLES))
+        fence_async_shared()
+        mbarrier.arrive(full.index(slot), count=1)
+        mbarrier.arrive(w_empty.index(w_slot), count=1)
+        slot, phase = advance(slot, phase, cfg.STAGES)
+        w_slot, w_phase = advance(w_slot, w_phase, cfg.W_STAGES)
+    return slot, phase, w_slot, w_phase
+
+
+@gluon.jit
 def expander(rings, bars, table, problem, top_ptr, NT, cfg: gl.constexpr):
     b_s, w_s, s_s = rings
     full, empty, w_full, w_empty = bars
@@ -84,38 +165,31 @@ def expander(rings, bars, table, problem, top_ptr, NT, cfg: gl.constexpr):
     b_v = view_as(b_s, gl.int32, cfg.STAGES * UNITS, 64, 32, WORDS_TILE)
     w_v = view_as(w_s, gl.int32, cfg.W_STAGES * UNITS, 64, 16, ROWS_OF_INTS)
     s_v = view_as(s_s, gl.int32, cfg.W_STAGES * UNITS, 32, 4, ROWS_OF_INTS)
-    work = (index_ptr, table, M, N, KB, G, alignment, total_tiles(table, M, N, cfg, 4))
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)
     w_slot = gl.to_tensor(0)
     w_phase = gl.to_tensor(0)
     tables = lane_table()
-    cursor, tile = first_tile(work, cfg, 4)
+    total = all_tiles(table, problem, cfg, 4)
+    cursor, tile = begin(table, problem, total, cfg, 4)
     n, g, first, end, stop = tile
     while n >= 0:
-        unit = n * UNITS
+        unit = first_unit((n, g, first, end, stop), cfg)
         group = g
-        run = has_products((n, g, first, end, stop), cfg)
-        cursor, ahead = next_tile(cursor, (n, g, first, end, stop), work, cfg, 4)
+        kind = stop
+        run = runs((n, g, first, end, stop), cfg)
+        cursor, ahead = next_one(cursor, (n, g, first, end, stop), table, problem, total, cfg, 4)
         if run:
             tops = ()
             for u in gl.static_range(UNITS):
                 tops = tops + (row_tops(top_ptr, (group * NT + unit + u).to(gl.int64) * 64, (NT - unit - u) * 64), )
-            for kb in range(KB):
-                mbarrier.wait(w_full.index(w_slot), w_phase)
-                words = ()
-                fields = ()
-                for u in gl.static_range(UNITS):
-                    words = words + (w_v.index(w_slot * UNITS + u).load(WORDS), )
-                    fields = fields + (s_v.index(w_slot * UNITS + u).load(FIELDS) >> (16 * (kb % 2)), )
-                mbarrier.wait(empty.index(slot), phase)
-                for u in gl.static_range(UNITS):
-                    b_v.index(slot * UNITS + u).store(expand(words[u], fields[u], tops[u], tables, cfg.NIBBLES))
-                fence_async_shared()
-                mbarrier.arrive(full.index(slot), count=1)
-                mbarrier.arrive(w_empty.index(w_slot), count=1)
-                slot, phase = advance(slot, phase, cfg.STAGES)
-                w_slot, w_phase = advance(w_slot, w_phase, cfg.W_STAGES)
+            if cfg.QUARTERS:
+                if kind == quarters.QUARTER:
+                    slot, phase, w_slot, w_phase = expand_tile(slot, phase, w_slot, w_phase, (b_v, w_v, s_v), bars, tops, tables, KB, cfg, 1)
+                else:
+                    slot, phase, w_slot, w_phase = expand_tile(slot, phase, w_slot, w_phase, (b_v, w_v, s_v), bars, tops, tables, KB, cfg, UNITS)
+            else:
+                slot, phase, w_slot, w_phase = expand_tile(slot, phase, w_slot, w_phase, (b_v, w_v, s_v), bars, tops, tables, KB, cfg, UNITS)
         n, g, first, end, stop = ahead
 
 
@@ -146,15 +220,28 @@ def fold_kernel(a_desc, sa_desc, w_desc, s_desc, d_desc, out_ptr, top_ptr, facto
     sa_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1, cfg.SUB, cfg.BM], sa_desc.layout)
     ring = ring_barriers(STAGES, 2, cfg.CONSUMERS)
     bars = ring + ring_barriers(W_STAGES, 1, 1)
-    table = groups_table(bars[0], index_ptr, M, G, alignment, cfg)
+    if cfg.QUARTERS:
+        table = gl.allocate_shared_memory(gl.int32, [quarters.FIELDS, cfg.ITEMS], ROW_OF_INTS)
+        quarters.make_items(table, index_ptr, M, N, G, cfg)
+        fence_async_shared()
+    else:
+        table = groups_table(bars[0], index_ptr, M, G, alignment, cfg)
 
     problem = (index_ptr, M, N, KB, G, alignment)
     scales = (top_ptr, 0, 0, 0, top_ptr, NT * 64, factor_ptr, 0)
     out = (out_ptr, og, om, out_pitch)
     views = (a_s, sa_s, b_s)
-    gl.warp_specialize([
-        (consumer, (d_desc, out, scales, views, d_s, ring, table, problem, cfg, 0, 0)),
-        (consumer, (d_desc, out, scales, views, d_s, ring, table, problem, cfg, cfg.WGM - 1, cfg.WGN - 1)),
-        (expander, ((b_s, w_s, s_s), bars, table, problem, top_ptr, NT, cfg)),
-        (producer, ((a_desc, sa_desc, w_desc, s_desc), (a_s, sa_s, w_s, s_s), bars, table, problem, NT, cfg)),
-    ], [4, 4, 1], [cfg.CONSUMER_REGISTERS, cfg.EXPANDER_REGISTERS, cfg.PRODUCER_REGISTERS])
+    if cfg.QUARTERS:
+        gl.warp_specialize([
+            (quarters.consumer, (d_desc, out, scales, views, d_s, ring, table, problem, cfg, 0)),
+            (quarters.consumer, (d_desc, out, scales, views, d_s, ring, table, problem, cfg, 1)),
+            (expander, ((b_s, w_s, s_s), bars, table, problem, top_ptr, NT, cfg)),
+            (producer, ((a_desc, sa_desc, w_desc, s_desc), (a_s, sa_s, w_s, s_s), bars, table, problem, NT, cfg)),
+        ], [4, 4, 1], [cfg.CONSUMER_REGISTERS, cfg.EXPANDER_REGISTERS, cfg.PRODUCER_REGISTERS])
+    else:
+        gl.warp_specialize([
+            (consumer, (d_desc, out, scales, views, d_s, ring, table, problem, cfg, 0, 0)),
+            (consumer, (d_desc, out, scales, views, d_s, ring, table, problem, cfg, cfg.WGM - 1, cfg.WGN - 1)),
+            (expander, ((b_s, w_s, s_s), bars, table, problem, top_ptr, NT, cfg)),
+            (producer, ((a_desc, sa_desc, w_desc, s_desc), (a_s, sa_s, w_s, s_s), bars, table, problem, NT, cfg)),
+        ], [4, 4, 1], [cfg.CONSUMER_REGISTERS, cfg.EXPANDER_REGISTERS, cfg.PRODUCER_REGISTERS])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from .fp8_block_tile import LAYOUTS, WARPGROUP_ROWS, Tile
 
@@ -22,6 +22,10 @@ class FoldTile(Tile):
     GATE: int = 0            # 0; 1: does nothing where a flag is up; 2: where none is
     FLAGS: int = 32          # power of two, at least the number of flags
     EXPANDER_REGISTERS: int = 72
+    QUARTERS: bool = False   # tails, and whole tiles of a last round, by quarters: `fold_quarters_device.py`
+    LISTED: int = 0          # groups at most, then
+    ITEMS: int = 0           # places of a block's list of tiles, then
+    QUARTER: FoldTile | None = field(init=False)    # what the store of a quarter sees
     UNITS: int = field(init=False)           # 64-row tiles of the prepack
     W_BYTES: int = field(init=False)         # of weights and their scales in one slot
 
@@ -31,6 +35,7 @@ class FoldTile(Tile):
         set_(self, "UNITS", self.BN // UNIT_ROWS)
         set_(self, "W_BYTES", self.UNITS * (UNIT_BYTES + SCALE_BYTES))
         set_(self, "BLOCK_BYTES", self.BM * 128 + self.SUB * self.BM * 4)
+        set_(self, "QUARTER", replace(self, QUARTERS=False, ITEMS=0, MP=1, WN=64, OUT_SPLIT=1) if self.QUARTERS else None)
 
     @property
     def max_registers(self) -> int:
@@ -43,6 +48,6 @@ class FoldTile(Tile):
         ring = self.STAGES * (self.BLOCK_BYTES + self.BN * 128 + 2 * _BARRIER_BYTES)
         weights = self.W_STAGES * (self.W_BYTES + 2 * _BARRIER_BYTES)
         staging = self.CONSUMERS * self.OUT_BUFFERS * WARPGROUP_ROWS * self.OUT_COLS * self.OUT_BYTES
-        table = 4 * self.GROUPS if LAYOUTS["offsets"] <= self.LAYOUT else 0
+        table = 16 * self.ITEMS or (4 * self.GROUPS if LAYOUTS["offsets"] <= self.LAYOUT else 0)
         captures = 768
         return ring + weights + staging + table + captures

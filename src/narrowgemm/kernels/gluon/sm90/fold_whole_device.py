@@ -9,6 +9,7 @@ the order of groups, so only blocks that run have any, and whoever waits for a g
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from .counters_device import finish, take
 from .fold_expand_device import expand, fields_layout, lane_table, row_tops, words_layout
@@ -63,6 +64,18 @@ def expand_rows(pointers, unit, slab, first, end, KB, tables, NIBBLES: gl.conste
 
 
 @gluon.jit
+def load_blocks(pointers, unit, first, KB, COUNT: gl.constexpr):
+    """(words, scale fields) of a unit's COUNT K blocks from `first`, an even one; past the last, it again."""
+    words = ()
+    fields = ()
+    for i in gl.static_range(COUNT):
+        w, f = load_rows(pointers, unit, 0, gl.minimum(first + i, KB - 1), KB, 4)
+        words = words + (w, )
+        fields = fields + (f, )
+    return words, fields
+
+
+@gluon.jit
 def has_rows(index_ptr, g, M, G, alignment, cfg: gl.constexpr):
     """Whether group g may have any. Contiguous: only a look at all ids would tell, so yes."""
     if cfg.LAYOUT < OFFSETS:
@@ -85,26 +98,33 @@ def first_group(index_ptr, M, G, alignment, cfg: gl.constexpr):
     return g
 
 
-@gluon.jit(do_not_specialize=["M", "G", "alignment", "NT", "KB", "count"])
-def fold_whole_kernel(w_ptr, s_ptr, top_ptr, out_ptr, sync_ptr, index_ptr, M, G, alignment, NT, KB, count, cfg: gl.constexpr,
+@gluon.jit(do_not_specialize=["M", "G", "alignment", "NT", "KB"])
+def fold_whole_kernel(w_ptr, s_ptr, top_ptr, out_ptr, sync_ptr, index_ptr, M, G, alignment, NT, KB, cfg: gl.constexpr, COUNT: gl.constexpr,
                       PIECE: gl.constexpr):
     """w int32 [G * NT, KB, 1024], s int32 [G * NT, ceil(KB / 2), 128], top [G * NT * 64] to out int32 [G * NT * 64, KB * 32]; a
-    program takes `count` K blocks of a unit. PIECE > 0: of the first group alone, and `sync` is made, for pieces of so many blocks."""
-    parts = (KB + count - 1) // count
+    program takes COUNT K blocks of a unit. PIECE > 0: of the first group alone, and `sync` is made, for pieces of so many blocks.
+    All that a program reads is asked for at once, before it is known whether its group has rows."""
+    gdc_launch_dependents()
+    parts = (KB + COUNT - 1) // COUNT
     item = gl.program_id(0)
     g = item // (parts * NT)
     if PIECE > 0:
-        begin = first_group(index_ptr, M, G, alignment, cfg)
+        g = first_group(index_ptr, M, G, alignment, cfg)
+    unit = (g * NT + item // parts % NT).to(gl.int64)
+    first = item % parts * COUNT
+    pointers = (w_ptr, s_ptr, top_ptr, out_ptr)
+    words, fields = load_blocks(pointers, unit, first, KB, COUNT)
+    tops = row_tops(top_ptr, unit * 64, 64)
+    if has_rows(index_ptr, g, M, G, alignment, cfg):
+        tables = lane_table()
+        for i in gl.static_range(COUNT):
+            if first + i < KB:
+                y = expand(words[i], fields[i] >> (16 * ((first + i) % 2)), tops, tables, cfg.NIBBLES)
+                store_rows(y, pointers, unit, 0, first + i, KB, 4, MADE, STORED)
+    if PIECE > 0:
         pieces = NT * 4 * ((KB + PIECE - 1) // PIECE)
-        for i in range(item, G + 1, gl.num_programs(0)):
-            gl.store(sync_ptr + i, gl.where(i == begin + 1, pieces, 0))
-        g = begin
-    live = has_rows(index_ptr, g, M, G, alignment, cfg)
-    if live:
-        unit = (g * NT + item // parts % NT).to(gl.int64)
-        first = item % parts * count
-        expand_rows((w_ptr, s_ptr, top_ptr, out_ptr), unit, 0, first, gl.minimum(first + count, KB), KB, lane_table(), cfg.NIBBLES, 4,
-                    MADE, STORED)
+        for at in range(item, G + 1, gl.num_programs(0)):
+            gl.store(sync_ptr + at, gl.where(at == g + 1, pieces, 0))
 
 
 # ---------------------------------------------------------------- while the product runs

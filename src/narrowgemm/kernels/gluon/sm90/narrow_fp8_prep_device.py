@@ -38,14 +38,25 @@ def in_order(x, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def bring_fp8(x_ptr, xs_ptr, to_ptr, scale_ptr, at, part, K, KX, ssk, cfg: tl.constexpr):
-    """BK bytes of a row to position `at`, out[w * 16 + q * 4 + b] = in[q * 32 + w * 4 + b] of every 128, zeros from K on. Scales go
-    where `store_scales` says."""
+def load_fp8(x_ptr, xs_ptr, part, K, ssk, cfg: tl.constexpr):
+    """(BK bytes of a row, the scales of their K blocks), zeros from K on."""
     o = part * cfg.BK + tl.arange(0, cfg.BK)
-    x = tl.load(x_ptr + o, mask=o < K, other=0.0)
-    tl.store(to_ptr + o, tl.reshape(in_order(x, cfg.BK // 128), [cfg.BK]), mask=o < KX)
     i = part * (cfg.BK // 128) + tl.arange(0, cfg.BK // 128)
-    store_scales(scale_ptr, token_scale(xs_ptr, i, (K + 127) // 128, ssk), at, i, KX)
+    return tl.load(x_ptr + o, mask=o < K, other=0.0), token_scale(xs_ptr, i, (K + 127) // 128, ssk)
+
+
+@triton.jit
+def store_fp8(x, scale, to_ptr, scale_ptr, at, part, KX, cfg: tl.constexpr):
+    """Those to position `at`, out[w * 16 + q * 4 + b] = in[q * 32 + w * 4 + b] of every 128. Scales go where `store_scales` says."""
+    o = part * cfg.BK + tl.arange(0, cfg.BK)
+    tl.store(to_ptr + o, tl.reshape(in_order(x, cfg.BK // 128), [cfg.BK]), mask=o < KX)
+    store_scales(scale_ptr, scale, at, part * (cfg.BK // 128) + tl.arange(0, cfg.BK // 128), KX)
+
+
+@triton.jit
+def bring_fp8(x_ptr, xs_ptr, to_ptr, scale_ptr, at, part, K, KX, ssk, cfg: tl.constexpr):
+    x, scale = load_fp8(x_ptr, xs_ptr, part, K, ssk, cfg)
+    store_fp8(x, scale, to_ptr, scale_ptr, at, part, KX, cfg)
 
 
 @triton.jit

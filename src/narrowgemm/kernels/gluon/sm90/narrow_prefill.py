@@ -87,6 +87,8 @@ WIDE_SHAPES = ((128, 1), (192, 1))
 # those of SHAPES that run with FP32 scales of A: two units of E2M1 were seen to hang
 PROMOTED = {"e2m1": ((32, 1), (64, 1), (128, 1), (192, 1)), "e4m3": ((64, 2),)}
 MAX_GROUPS = 256        # whose entries a warp finds by itself
+TOUCHED = 8             # K blocks of a block's first tile that the launch in front asks for
+TOUCHED_ROWS = 4        # expected ones of a masked group: with fewer, some have none, and weights that nobody needs would come
 FEWEST = {"e2m1": 0, "e4m3": 32}     # tiles of so many tokens and fewer are left to the kernel for few
 
 
@@ -181,6 +183,12 @@ def starts_ahead(problem: Problem, config: Config) -> bool:
     """Whether the product starts while the launch in front runs, and asks for weights: it finds its entries itself."""
     fp8 = by_fp8(problem, config) and not in_two(problem)       # beside two numbers a token it would spill registers
     return fp8 and problem.layout in ("dense", "masked", "offsets") and problem.groups <= MAX_GROUPS
+
+
+def touched(problem: Problem, config: Config) -> int:
+    """K blocks that the launch in front has L2 fetch for each block of the product: where nearly all groups have one entry."""
+    few = problem.layout == "masked" and TOUCHED_ROWS <= problem.rows <= config.block_m
+    return TOUCHED if starts_ahead(problem, config) and few else 0
 
 
 # ---------------------------------------------------------------- workspace
@@ -295,6 +303,8 @@ class PrepStatic:
     BLOCK: int = 1           # positions of a block (routed), a power of two no less
     LIST: bool = True        # the entries are listed
     PDL: bool = False        # the product starts meanwhile
+    TOUCHED: int = 0         # K blocks that L2 is asked for, for each block of the product, a power of two
+    UNITS: int = 0           # of a tile
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
@@ -326,7 +336,8 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
                       NIBBLE_ORDER if tile.NIBBLES else TWO_ORDER if tile.TWO else ROW_ORDER if tile.ROW else FP8_ORDER if tile.FP8
                       else xkind(problem.a),
                       problem.a.format.group[1] or 32, e.combine, PREP_K,
-                      x.slots is not None, x.weight is not None, power_of_two(x.block_m), not tile.AHEAD or e.combine, tile.AHEAD)
+                      x.slots is not None, x.weight is not None, power_of_two(x.block_m), not tile.AHEAD or e.combine, tile.AHEAD,
+                      touched(problem, config), tile.UNITS)
     x_tile = narrow_prefill_parts_device.X8_TILE.value if tile.FP8 else narrow_prefill_parts_device.X_TILE.value
     planes = narrow_prefill_parts_device.PLANES.value
     wide = k_blocks(problem) * CHUNK * (2 if tile.TWO else 1)
@@ -341,11 +352,12 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     grid = max(1, min(min(sms, problem.max_sms or sms) * tile.CTAS, cap * -(-tiles // tile.UNITS)))
     made = [
         Launch(narrow_prefill_prep_device.narrow_prefill_prep_kernel,
-               (1 + (x.groups * share if masked else rows) * -(-kx // PREP_K),),
+               (1 + (x.groups * share if masked else rows) * -(-kx // PREP_K) + (grid if prep.TOUCHED else 0),),
                (a, tokens if scale is None else scale, tokens, xfactor, ratios, weight if x.weight is None else x.weight, weight,
-                index, order, order if x.experts is None else x.experts, order if x.posted is None else x.posted, table, live, x.k,
-                kx, *narrow.a_strides(x, masked), x.groups, slots, each, x.alignment if problem.layout == "psum" else x.block_m,
-                cap, problem.a_div, share, prep), {"num_warps": 4}),
+                index, order, order if x.experts is None else x.experts, order if x.posted is None else x.posted, table, live,
+                Pointer(x.b.data, torch.uint8), Pointer(fields, torch.uint8), x.k, kx, *narrow.a_strides(x, masked), x.groups,
+                slots, each, x.alignment if problem.layout == "psum" else x.block_m, cap, problem.a_div, share, tiles, prep),
+               {"num_warps": 4}),
         Launch(narrow_prefill_device.narrow_prefill_kernel, (grid,),
                (*boxes, out, order, xfactor if x.factor is None else x.factor, xfactor, xfactor if x.bias is None else x.bias,
                 weight, table if x.top is None else x.top, index if tile.AHEAD else table, k_blocks(problem), tiles, slots,

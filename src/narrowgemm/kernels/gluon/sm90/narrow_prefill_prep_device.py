@@ -2,14 +2,15 @@
 
 Program 0 lists the entries (see `narrow_prep_device`). The others take a row of A each, by the slot of its position, bring it to
 BF16 with K in the order that the expanded weights have, zeros up to the next 128, and leave what the epilogue wants of it. Of a
-masked group only the device knows how many rows it has of those that it can hold: some programs share them.
+masked group only the device knows how many rows it has of those that it can hold: some programs share them. The last programs, one for
+each block of the product, have L2 fetch the weights that it begins with.
 """
 
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from .narrow_fp8_prep_device import FP8_ORDER, NIBBLE_ORDER, ROW_ORDER, TWO_ORDER, bring_fp8, bring_row, bring_two
+from .narrow_fp8_prep_device import FP8_ORDER, NIBBLE_ORDER, ROW_ORDER, TWO_ORDER, bring_fp8, bring_row, bring_two, load_fp8, store_fp8
 from .narrow_prep_device import E2M1, FP16, MASKED, OFFSETS, PLAIN_FP8, in_use, list_all, offset_of, power_of_two, rest_of, row_shift
 
 
@@ -116,12 +117,36 @@ def bring(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, ratio_ptr, weight_ptr, of_position
             tl.store(xfactor_ptr + at, tl.where(nan > 0, float("nan"), power_of_two(shift)))
 
 
-@triton.jit(do_not_specialize=["G", "R", "positions", "block_m", "cap", "a_div", "each", "sxg", "ssg", "ssm", "ssk"])
+@triton.jit
+def touch(ptr, bytes, MOST: tl.constexpr):
+    """Have L2 fetch so many bytes, up to MOST, a power of two."""
+    at = ptr + tl.minimum(tl.arange(0, MOST // 128) * 128, bytes - 128)
+    tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def touch_first(w_ptr, s_ptr, t, G, NT, KC, cfg: tl.constexpr):
+    """The first TOUCHED K blocks of tile t, UNITS units of weights and their scales, if each group before it has one entry: where that is
+    wrong, another block's are fetched."""
+    UNITS: tl.constexpr = cfg.UNITS
+    num_n = (NT + UNITS - 1) // UNITS
+    e = t // num_n
+    blocks = tl.minimum(KC, cfg.TOUCHED)
+    for i in tl.static_range(UNITS):
+        n = t % num_n * UNITS + i
+        if (e < G) & (n < NT):
+            unit = (e * NT + n).to(tl.int64)
+            touch(w_ptr + unit * KC * 4096, blocks * 4096, cfg.TOUCHED * 4096)
+            touch(s_ptr + unit * ((KC + 1) // 2) * 512, (blocks + 1) // 2 * 512, cfg.TOUCHED * 256)
+
+
+@triton.jit(do_not_specialize=["G", "R", "positions", "block_m", "cap", "a_div", "each", "NT", "sxg", "ssg", "ssm", "ssk"])
 def narrow_prefill_prep_kernel(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, ratio_ptr, weight_ptr, of_position_ptr, index_ptr, slots_ptr,
-                               experts_ptr, posted_ptr, table_ptr, live_ptr, K, KX, sxg, sxm, ssg, ssm, ssk, G, R, positions,
-                               block_m, cap, a_div, each, cfg: tl.constexpr):
+                               experts_ptr, posted_ptr, table_ptr, live_ptr, w_ptr, s_ptr, K, KX, sxg, sxm, ssg, ssm, ssk, G, R, positions,
+                               block_m, cap, a_div, each, NT, cfg: tl.constexpr):
     """positions: of the layout (masked: rows a group can hold); R: slots; weight_ptr: a slot's, of_position_ptr: where a position's
-    goes; each: programs of a group's rows (masked). The rest as narrow_prep_kernel's."""
+    goes; each: programs of a group's rows (masked); w_ptr, s_ptr: bytes of weights and scales, NT units a group (TOUCHED). The rest as
+    narrow_prep_kernel's."""
     if cfg.PDL:
         gdc_launch_dependents()
     pid = tl.program_id(0)
@@ -133,10 +158,21 @@ def narrow_prefill_prep_kernel(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, ratio_ptr, we
             list_all(index_ptr, slots_ptr, experts_ptr, posted_ptr, table_ptr, live_ptr, positions, G, R, cap, block_m, cfg)
     elif cfg.KIND == MASKED:
         g = at // each
-        for r in range(at % each, in_use(index_ptr, g, positions), each):
-            row = g.to(tl.int64) * positions + r
-            bring(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, ratio_ptr, weight_ptr, of_position_ptr, row, row, row, part, K, KX, sxg, sxm, ssg,
-                  ssm, ssk, positions, cfg)
+        if g < G:
+            first = at % each
+            if cfg.XKIND == FP8_ORDER:      # the first row is on its way before it is known whether the group has it
+                row = g.to(tl.int64) * positions + first
+                x, scale = load_fp8(x_ptr + offset_of(row, positions, sxg, sxm, cfg), xs_ptr + offset_of(row, positions, ssg, ssm, cfg),
+                                    part, K, ssk, cfg)
+                if first < in_use(index_ptr, g, positions):
+                    store_fp8(x, scale, xp_ptr + row * KX, ratio_ptr, row, part, KX, cfg)
+                first += each
+            for r in range(first, in_use(index_ptr, g, positions), each):
+                row = g.to(tl.int64) * positions + r
+                bring(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, ratio_ptr, weight_ptr, of_position_ptr, row, row, row, part, K, KX, sxg, sxm, ssg,
+                      ssm, ssk, positions, cfg)
+        elif cfg.TOUCHED > 0:
+            touch_first(w_ptr, s_ptr, pid - 1 - G * each * pieces, G, NT, KX // 128, cfg)
     else:
         slot = at
         if cfg.SLOTS:
