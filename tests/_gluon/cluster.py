@@ -45,6 +45,11 @@ def _init(bar: Any, count: Any) -> None:
     own.barriers.append(made)
 
 
+def _init_many(bar: Any, count: Any, number: int) -> None:
+    for i in range(number):
+        _init(wrap(int(raw(bar)) + 8 * i), count)
+
+
 def _own(bar: Any) -> Barrier:
     return current().by_address[int(raw(bar))]
 
@@ -106,6 +111,10 @@ def _load_four(at: Tensor) -> Tensor:
     return Tensor(out.reshape(at.a.shape))
 
 
+def _put_word(at: Any, value: Any) -> None:
+    current().memory.at(int(raw(at)), 1, 4)[0] = raw(value)
+
+
 def _multiply(a: Any, b: Any, sums: tuple[Any, ...], parts: int, columns: int, mma: Any) -> tuple[Pending, ...]:
     if len(sums) != parts or any(isinstance(p, Pending) and p in local.flight for p in sums):
         raise EmulationError("registers of sums in flight are given to others")
@@ -119,6 +128,27 @@ def _multiply(a: Any, b: Any, sums: tuple[Any, ...], parts: int, columns: int, m
     return tuple(started)
 
 
+def _multiply_step(a: Any, b: Any, sums: tuple[Any, ...], parts: int, columns: int, mma: Any) -> tuple[Pending, ...]:
+    """32 of K of boxes whose rows are of 128."""
+    if len(sums) != parts or any(isinstance(p, Pending) and p in local.flight for p in sums):
+        raise EmulationError("registers of sums in flight are given to others")
+    memory = current().memory
+
+    def rows(at: Any, count: int) -> np.ndarray:
+        first = int(raw(at)) // 128 * 128
+        return memory.at(first, count * 128).reshape(count, 128)[:, int(raw(at)) - first:][:, :32]
+
+    y = rows(b, parts * columns).reshape(parts, columns, 32)
+    started = [Pending(Shared(rows(a, 64), float8e4nv), Shared(part.T, float8e4nv), None, float32) for part in y]
+    local.flight.extend(started)
+    return tuple(started)
+
+
+def _wait_for(sums: tuple[Any, ...], pending: int, parts: int, columns: int) -> tuple[Any, ...]:
+    done = warpgroup_mma_wait(pending * parts, deps=sums)
+    return done if isinstance(done, tuple) else (done, )
+
+
 def _wait_sums(sums: tuple[Any, ...], parts: int, columns: int) -> tuple[Any, ...]:
     done = warpgroup_mma_wait(0, deps=sums)
     return done if isinstance(done, tuple) else (done, )
@@ -127,14 +157,16 @@ def _wait_sums(sums: tuple[Any, ...], parts: int, columns: int) -> tuple[Any, ..
 def stand_ins(package: str) -> dict[str, types.ModuleType]:
     cluster = types.ModuleType(f"{package}.cluster_device")
     cluster.__dict__.update(
-        rank=lambda: wrap(current().rank), start_of_shared=lambda: wrap(0), wait_all=_wait_all, init=_init, wait=_wait, ready=_ready,
+        rank=lambda: wrap(current().rank), start_of_shared=lambda: wrap(0), wait_all=_wait_all, init=_init,
+        init_many=_init_many, wait=_wait, ready=_ready,
         arrive_all=lambda: None, join_all=lambda: _wait_all(2), STAGED=COLUMNS_FIRST, staged_at=lambda row, column, columns: column * 256 + row * 4,
-        of_block=_of_block, load_four=_load_four, everywhere=lambda bar, blocks: bar, arrive=_arrive,
+        of_block=_of_block, load_four=_load_four, put_word=_put_word, word=lambda at: wrap(np.int32(current().memory.at(int(raw(at)), 1, 4)[0])),
+         everywhere=lambda bar, blocks: bar, arrive=_arrive,
         arrive_once=lambda bar: _own(bar).update(arrivals=1),
         expect=lambda bar, size, *_: _own(bar).update(arrivals=1, tx=int(raw(size))), load=_load,
         load_rows=lambda desc, kernel, parameter, at, bar, to: _load(desc, kernel, parameter, at, bar, to, 1))
     wgmma = types.ModuleType(f"{package}.wgmma_device")
-    wgmma.__dict__.update(multiply=_multiply, wait=_wait_sums, keep=lambda sums, parts, columns: sums)
+    wgmma.__dict__.update(multiply=_multiply, multiply_step=_multiply_step, wait=_wait_sums, wait_for=_wait_for, keep=lambda sums, parts, columns: sums)
     counters = types.ModuleType(f"{package}.counters_device")
     counters.__dict__.update(take=lambda p: atomic_add(p, 1), finish=lambda p: atomic_add(p, 1), await_count=_await_count)
     return {m.__name__: m for m in (cluster, wgmma, counters)}

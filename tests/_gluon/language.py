@@ -145,6 +145,8 @@ gl.__dict__.update(
     cdiv=lambda x, y: wrap((raw(x) + y - 1) // y), broadcast=_broadcast, expand_dims=_expand,
     arange=lambda start, end, layout=None: Tensor(np.arange(start, end, dtype=np.int32)),
     zeros=lambda shape, dtype, layout=None: Tensor(np.zeros(_shape(shape), dtype.np), dtype),
+    full=lambda shape, value, dtype, layout=None: Tensor(np.full(_shape(shape), raw(value), dtype.np), dtype),
+    join=lambda x, y: Tensor(np.stack([x.a, y.a], -1), x.dtype),
     zeros_like=lambda x: Tensor(np.zeros_like(x.a), x.dtype),
     fma=lambda x, y, z: Tensor(x.a * y.a + z.a),
     sum=lambda x, axis: wrap(x.a.sum(axis, dtype=x.a.dtype if x.a.dtype.kind == "f" else np.int32)),

@@ -33,6 +33,7 @@ MODULES: tuple[str, ...] = (
     "gluon.sm90.quantize_both",
     "gluon.sm90.activate_both",
     "gluon.sm90.mx8_decode",
+    "gluon.sm90.mx8_rows",
     "gluon.sm90.mx8_bf16",
     "gluon.sm90.narrow",
     "gluon.sm90.narrow_prefill",

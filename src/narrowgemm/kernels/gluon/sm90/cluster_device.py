@@ -37,6 +37,26 @@ def init(bar, count):
     }""", "=r,r,r", [bar, count], dtype=gl.int32, is_pure=False, pack=1)
 
 
+@constexpr_function
+def init_code(NUMBER):
+    each = "".join(f"""
+        @p mbarrier.init.shared::cta.b64 [$1+{8 * i}], $2;""" for i in range(NUMBER))
+    return f"""{{
+        .reg .pred p;
+        .reg .b32 t;
+        mov.u32 t, %tid.x;
+        setp.eq.u32 p, t, 0;{each}
+        @p fence.mbarrier_init.release.cluster;
+        mov.b32 $0, 0;
+    }}"""
+
+
+@gluon.jit
+def init_many(bar, count, NUMBER: gl.constexpr):
+    """`init` of NUMBER barriers behind one another."""
+    gl.inline_asm_elementwise(init_code(NUMBER), "=r,r,r", [bar, count], dtype=gl.int32, is_pure=False, pack=1)
+
+
 @gluon.jit
 def wait_all(CLUSTER: gl.constexpr):
     """Until every thread of every block of the cluster is here. A block that is alone has its own ways to wait."""
@@ -88,6 +108,18 @@ def load_four(at):
     """Floats of any block of the cluster; of four neighbours in `at`, which one thread has, the first one's address counts."""
     return gl.inline_asm_elementwise("ld.shared::cluster.v4.f32 {$0, $1, $2, $3}, [$4];", "=f,=f,=f,=f,r,r,r,r", [at], dtype=gl.float32,
                                      is_pure=False, pack=4)
+
+
+@gluon.jit
+def put_word(at, value):
+    """An int32 to this block's shared memory, the same from every thread."""
+    gl.inline_asm_elementwise("st.shared.b32 [$1], $2; mov.b32 $0, 0;", "=r,r,r", [at, value], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def word(at):
+    """An int32 of this block's shared memory, to every thread."""
+    return gl.inline_asm_elementwise("ld.shared.b32 $0, [$1];", "=r,r", [at], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit

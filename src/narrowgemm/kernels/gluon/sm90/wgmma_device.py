@@ -78,3 +78,46 @@ def keep(sums, PARTS: gl.constexpr, COLS: gl.constexpr):
     """The sums; what they are made of is worked out in front of what comes behind."""
     return gl.inline_asm_elementwise("// sums", outputs(PARTS, COLS) + "," + same_registers(PARTS, COLS), sums, dtype=floats(PARTS),
                                      is_pure=False, pack=COLS // 2)
+
+
+# ---------------------------------------------------------------- one step of 32 of K, several of which are in flight
+@constexpr_function
+def step_code(PARTS, COLS):
+    """PTX: as `multiply_code`, of 32 of K."""
+    each = COLS // 2
+    count = PARTS * each
+    sums = ", ".join(f"${i}" for i in range(count))
+    return f"""{{
+        .reg .b64 a, b;
+        .reg .b32 hi;
+        .reg .pred more;
+        mov.b32 hi, 0x40000040;
+        mov.b64 a, {{${2 * count}, hi}};
+        mov.b64 b, {{${2 * count + each}, hi}};
+        setp.ne.b32 more, 0, 0;
+        wgmma.fence.sync.aligned;
+        wgmma.mma_async.sync.aligned.m64n{PARTS * COLS}k32.f32.e4m3.e4m3 {{{sums}}}, a, b, more, 1, 1;
+        wgmma.commit_group.sync.aligned;
+    }}"""
+
+
+@gluon.jit
+def multiply_step(a, b, p, PARTS: gl.constexpr, COLS: gl.constexpr, mma: gl.constexpr):
+    """`multiply` of 32 of K: `wait_for` has the sums."""
+    EACH: gl.constexpr = COLS // 2
+    a = gl.full([64, COLS], (a >> 4) & 0x3fff, gl.int32, mma)
+    b = gl.full([64, COLS], (b >> 4) & 0x3fff, gl.int32, mma)
+    return gl.inline_asm_elementwise(step_code(PARTS, COLS), outputs(PARTS, COLS) + "," + same_registers(PARTS, COLS) + ",r" * (2 * EACH),
+                                     p + (a, b), dtype=floats(PARTS), is_pure=False, pack=EACH)
+
+
+@constexpr_function
+def wait_code(PENDING):
+    return f"wgmma.wait_group.sync.aligned {PENDING};"
+
+
+@gluon.jit
+def wait_for(sums, PENDING: gl.constexpr, PARTS: gl.constexpr, COLS: gl.constexpr):
+    """The sums, once no more than PENDING steps that were started behind them are in flight."""
+    return gl.inline_asm_elementwise(wait_code(PENDING), outputs(PARTS, COLS) + "," + same_registers(PARTS, COLS), sums, dtype=floats(PARTS),
+                                     is_pure=False, pack=COLS // 2)
