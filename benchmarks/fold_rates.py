@@ -61,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
         r = fold_rates(quantize(x, MXFP8))
         print(f"{name:17s} " + ", ".join(f"{n} row{'s' * (n > 1)} {v:.4f}" for n, v in r.tiles.items())
               + f"; one power of two for 128x128 {r.square:.4f}"
+              f"; as weights: " + ("no copy" if r.columns is None else f"{r.columns:.0f} columns a tile") +
               f"; two parts, 128 rows {r.two_parts:.4f}; rows over all of K {r.whole:.4f}, elements rounded there {r.rounded:.1e}"
               f"; both operands alike, 128x128: {r.tiles[128] ** 2:.3f}, {r.products ** 2:.2f} products", flush=True)
 

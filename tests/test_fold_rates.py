@@ -56,6 +56,7 @@ def test_the_whole_row_and_what_its_power_of_two_rounds() -> None:
     assert rates.tiles[1] == pytest.approx(held(blocks).float().mean().item())
     assert rates.tiles[256] == pytest.approx(held(blocks).view(3, 64, 3).all(1).float().mean().item()), "tiles stay inside an expert"
     assert rates.square == pytest.approx(held(blocks.view(3, 64, 3, 128).transpose(1, 2).flatten(2)).float().mean().item())
+    assert rates.columns == 64
     few = fold_rates(ScaledTensor(q.data[:3], q.scale[:3], MXFP8))
     assert few.square == pytest.approx(held(blocks[:3].transpose(0, 1).flatten(1)).float().mean().item())
 
@@ -63,7 +64,7 @@ def test_the_whole_row_and_what_its_power_of_two_rounds() -> None:
 def test_zeros_and_nan_ask_for_nothing() -> None:
     q = quantize(torch.zeros(8, 256), MXFP8)
     q.scale[0, 0], q.data.view(torch.uint8)[1, 5] = 255, 0x7F
-    assert fold_rates(q) == ({1: 1.0, 8: 1.0, 64: 1.0, 128: 1.0, 256: 1.0}, 1.0, 1.0, 1.0, 0.0)
+    assert fold_rates(q) == ({1: 1.0, 8: 1.0, 64: 1.0, 128: 1.0, 256: 1.0}, 1.0, 1.0, 1.0, 0.0, None)
 
 
 def test_outliers_fold_seldom() -> None:

@@ -147,7 +147,7 @@ def test_model_shapes(model: MoEModel, tp: int, ep: int, stage: str) -> None:
         assert calc_diff(y.double(), want) <= 5e-6
 
 
-@pytest.mark.parametrize("case", get_suite("mxfp8-prefill")[::2], ids=lambda c: c.id)
+@pytest.mark.parametrize("case", [*get_suite("mxfp8-prefill")[::2], *get_suite("mxfp8-prefill-folded")[1::3]], ids=lambda c: c.id)
 def test_prefill_suite(case: Case) -> None:
     """Both gates, poison and guards on what is chosen."""
     build(case, DEV, seed=11).verify()

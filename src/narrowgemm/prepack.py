@@ -37,6 +37,7 @@ from torch import Tensor
 from .errors import Unsupported, expect
 from .formats import E8M0_NAN, MXFP4, MXFP8, Format, ScaledTensor, check_device, get_format
 from .prepack_bits import FP8_PREPACK, ORDERS, PREPACK, ROWS_PREPACK, TILE, pack_data, unpack_data
+from .prepack_folded import FOLDED, FoldedCopy, fold
 from .scales import float_to_e8m0
 
 ACTIVATIONS = ("bf16", "fp8", "mxfp8")
@@ -60,6 +61,7 @@ class PackedWeight:
     `FOLD` of it, so that they can be folded into E4M3 without loss; `scale` and `data` say the same. pair: how gate and up rows lay
     in the weights that came ('halves' or 'interleaved'; here they lie eight rows apart), or '' where rows are in their order.
     plain: the weights `[N, K]` as they came, in the same memory, where that is their order (`ROWS_PREPACK`), else None.
+    folded: None, or a second copy of MXFP8 weights for many rows (`prepack_folded.py`).
     """
 
     data: Tensor
@@ -71,6 +73,7 @@ class PackedWeight:
     codes: Tensor | None = None
     prepack: str = PREPACK
     top: Tensor | None = None
+    folded: FoldedCopy | None = None
     plain: ScaledTensor | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -89,7 +92,8 @@ class PackedWeight:
 
     def __repr__(self) -> str:
         pair = f", {self.pair}" if self.pair else ""
-        return f"PackedWeight({self.format.name} {list(self.shape)}, {self.prepack}{pair}, {self.device})"
+        copy = ", folded beside" if self.folded is not None else ""
+        return f"PackedWeight({self.format.name} {list(self.shape)}, {self.prepack}{pair}{copy}, {self.device})"
 
     @property
     def device(self) -> torch.device:
@@ -116,12 +120,16 @@ class PackedWeight:
         """A copy on `device`; TypeError for a dtype."""
         check_device(device, "`unpack` and `dequantize(dtype)` give values of one")
         moved = {k: v.to(device) for k, v in self.tensors().items()}
-        return PackedWeight(format=self.format, shape=self.shape, pair=self.pair, prepack=self.prepack, **moved)
+        return PackedWeight(format=self.format, shape=self.shape, pair=self.pair, prepack=self.prepack,
+                            folded=None if self.folded is None else self.folded.to(device), **moved)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, strings and numbers: what `from_state_dict` takes, and `torch.save` with `weights_only` keeps."""
+        f = self.folded
+        copy = {} if f is None else {"folded": FOLDED, "folded_data": f.data, "folded_rest": f.rest,
+                                     "folded_sizes": [f.columns, f.picks]}
         return {**self.tensors(), "format": self.format.name, "shape": list(self.shape), "pair": self.pair,
-                "prepack": self.prepack}
+                "prepack": self.prepack, **copy}
 
     @staticmethod
     def from_state_dict(state: Mapping[str, Any]) -> PackedWeight:
@@ -130,8 +138,11 @@ class PackedWeight:
         expect(not missing, "state of a packed weight, missing", missing, "data, scale, format, shape, pair, prepack")
         expect(state["prepack"] in KNOWN, "prepack order", repr(state["prepack"]),
                f"one of {KNOWN}: unpack with the version that packed it, and pack again")
+        expect(state.get("folded", FOLDED) == FOLDED, "order of the folded copy", repr(state.get("folded")),
+               f"{FOLDED!r}: unpack with the version that packed it, and pack again")
+        copy = FoldedCopy(state["folded_data"], state["folded_rest"], *state["folded_sizes"]) if "folded" in state else None
         out = PackedWeight(state["data"], state["scale"], get_format(state["format"]), tuple(state["shape"]), state["pair"],
-                           state.get("factor"), state.get("codes"), state["prepack"], state.get("top"))
+                           state.get("factor"), state.get("codes"), state["prepack"], state.get("top"), copy)
         out.check()
         return out
 
@@ -164,12 +175,16 @@ class PackedWeight:
             expect(x.dtype == dtype, f"packed {name}, dtype", x.dtype, str(dtype), error=TypeError)
             expect(x.device == self.device, f"packed {name}, device", x.device, f"the data's, {self.device}")
             expect(x.is_contiguous(), f"packed {name}, strides", x.stride(), "contiguous")
+        if self.folded is not None:
+            expect(self.format == MXFP8 and not self.pair, "weights with a folded copy", f"{self.format.name}, pair {self.pair!r}",
+                   "mxfp8 without pair")
+            self.folded.check(groups, self.n, self.k)
 
 
-torch.serialization.add_safe_globals([PackedWeight])
+torch.serialization.add_safe_globals([PackedWeight, FoldedCopy])
 
 
-def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16") -> PackedWeight:
+def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16", folded: bool = False) -> PackedWeight:
     """`weights` MXFP4 or MXFP8 (E4M3), `[E, N, K]` or `[N, K]`, for the Hopper kernels that expand them in registers.
 
     pair: for gate_up weights whose activation is to be fused, how gate and up rows lie in `weights`: 'halves' ([gate; up]) or
@@ -181,6 +196,9 @@ def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16")
         (`ROWS_PREPACK`; scales row by row, memory shared with `weights` where nothing has to be moved), since the kernels of such
         products take them so (activations of other formats then run on portable kernels). Weights that are none of these get the
         first order.
+    folded: for MXFP8 without `pair`, in the first order, a second copy beside, as large as the first: products of MXFP8 activations
+        of many rows then run on FP8 tensor cores instead of BF16 ones, as exactly. `PackedWeight.folded` is None where too much of
+        the weights does not fold.
 
     Works on any device, some experts at a time. It reads the scales back once, so call it when loading. Raises TypeError or
     ValueError for weights that are not of this kind, and Unsupported if the scales of one row are further apart than BF16 can
@@ -199,6 +217,9 @@ def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16")
         raise Unsupported(f"prepack of weights without memory, on {weights.device}: what order they get depends on their scales",
                           "pack them once they are loaded; explain and experts_workspace size packed weights without any")
     expect(pair == "" or n % 2 == 0, f"N of {pair} gate and up rows", n, "an even number")
+    expect(isinstance(folded, bool), "folded", repr(folded), "True or False", error=TypeError)
+    expect(not folded or (fmt == MXFP8 and not pair), "folded, of weights", f"{fmt.name}, pair {pair!r}", "mxfp8 without pair")
+    expect(not folded or activations == "bf16", "activations, folded", repr(activations), "'bf16', whose order it stands beside")
     assert weights.scale is not None
     scale = weights.scale if weights.scale.dtype == torch.uint8 else float_to_e8m0(weights.scale)
     data = weights.data.view(torch.uint8)
@@ -238,9 +259,10 @@ def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16")
         raise Unsupported(f"a row of these {fmt.name} weights has scales further apart than BF16 holds exactly",
                           "use the weights as they are: they run on the reference")
     top = top if bool(folds) else None
+    copy = fold(data, scale) if folded else None
     if bool(regular):
-        return PackedWeight(packed, fields, fmt, shape, pair, prepack=wanted, top=top)
-    return PackedWeight(packed, fields, fmt, shape, pair, factor, scale.contiguous(), wanted, top)
+        return PackedWeight(packed, fields, fmt, shape, pair, prepack=wanted, top=top, folded=copy)
+    return PackedWeight(packed, fields, fmt, shape, pair, factor, scale.contiguous(), wanted, top, copy)
 
 
 def as_they_are(fmt: Format, shape: tuple[int, ...], pair: str, activations: str) -> bool:

@@ -22,6 +22,7 @@ class Operand:
     scale_major: str = ""     # 'mn': R contiguous, columns 16-byte aligned (what TMA loads); 'k'; 'strided'; '' without scale
     aligned: bool = True      # payload: base and every outer stride are multiples of 16 bytes (what TMA needs)
     folds: bool = False       # packed E2M1: each row's scales lie within 15 powers of two (`PackedWeight.top`)
+    picks: int = -1           # packed E4M3: `FoldedCopy.picks`, columns of A for what doesn't fold; -1: there is no folded copy
 
 
 @dataclass(frozen=True, slots=True)

@@ -36,8 +36,9 @@ class Shared:
         return Shared(self.a[(slice(None),) * dim + (part,)], self.dtype)
 
     def view(self, dtype: DType, shape: list[int]) -> Shared:
-        assert dtype is self.dtype
-        return Shared(self.a.reshape([int(raw(s)) for s in shape]), dtype)
+        """Of wider elements: each in the place of the first one that it covers."""
+        assert dtype is self.dtype or (dtype.size > self.dtype.size and dtype.size % self.dtype.size == 0)
+        return Shared(self.a.reshape(-1)[::dtype.size // self.dtype.size].reshape([int(raw(s)) for s in shape]), dtype)
 
     def load(self, layout: Any) -> Tensor:
         return Tensor(self.a.copy(), self.dtype)

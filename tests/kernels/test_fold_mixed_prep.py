@@ -7,17 +7,20 @@ import torch
 from torch import Tensor
 
 from narrowgemm.formats import MXFP8, ScaledTensor
+from narrowgemm.prepack_folded import fold
 from narrowgemm.reference.quantize import dequantize, quantize
 
 M, K = 150, 352
 BLOCKS, COLUMN = 3, 152
 
 
-def run(device: str, a: ScaledTensor, index: list[int] | None = None) -> dict[str, Tensor]:
-    """7 is what was there."""
-    from narrowgemm.kernels.gluon.sm90.fold_mixed_prep_device import clear_kernel, fold_mixed_kernel
+def run(device: str, a: ScaledTensor, index: list[int] | None = None, limit: int = 1 << 30, picks: tuple | None = None
+        ) -> dict[str, Tensor]:
+    """7 is what was there. picks: (layout, groups, the entries' starts, entries), by index's groups."""
+    from narrowgemm.kernels.gluon.sm90.fold_mixed_prep_device import clear_kernel, fold_mixed_kernel, pick_kernel
 
     a = a.to(device)
+    layout, groups, starts, entries = picks or (0, 1, None, None)
     planes, masked = (a.shape[0], True) if a.data.dim() == 3 else (1, False)
     m = a.shape[-2]
     rb = -(-m // 64)
@@ -25,12 +28,19 @@ def run(device: str, a: ScaledTensor, index: list[int] | None = None) -> dict[st
            "scale": torch.full((planes, BLOCKS, 4, COLUMN), 7.0, device=device),
            "flags": torch.full((planes, rb, BLOCKS), 7, dtype=torch.int32, device=device),
            "count": torch.full((1,), 7, dtype=torch.int32, device=device)}
+    if entries is not None:
+        out["picked"] = torch.full((entries.shape[1], 576), 7.0, dtype=torch.bfloat16, device=device)
+        starts, entries = starts.to(device), entries.to(device)
     count = torch.tensor(index or [0], dtype=torch.int32, device=device)
     clear_kernel[(1,)](out["count"])
     fold_mixed_kernel[(planes * rb * 2,)](
-        a.data, a.scale, count, out["y"], out["scale"], out["flags"], out["count"], m, K, BLOCKS, rb, 2,
+        a.data, a.scale, count, out["y"], out["scale"], out["flags"], out["count"], m, K, BLOCKS, rb, 2, limit,
         a.data.stride(0) if masked else 0, a.data.stride(-2), a.scale.stride(0) if masked else 0, a.scale.stride(-2),
         a.scale.stride(-1), COLUMN, MASKED=masked, STAGES=3)
+    if entries is not None:
+        pick_kernel[(rb * BLOCKS,)](a.data, a.scale, count, starts, entries, out["picked"], out["count"], m, BLOCKS, limit,
+                                    a.data.stride(0), *a.scale.stride(), groups, entries.shape[1], 576, LAYOUT=layout, GROUPS=4,
+                                    CHUNK=64)
     return out
 
 
@@ -41,22 +51,39 @@ def values(out: dict[str, Tensor]) -> Tensor:
     return out["y"].double() * scale
 
 
-def test_values_stay_and_flags_say_where_there_are_four_scales(device: str) -> None:
+def test_values_stay_and_flags_say_where_there_are_more_scales(device: str) -> None:
     a = quantize(torch.randn(M, K, generator=torch.Generator().manual_seed(0)), MXFP8)
     assert a.scale is not None
     spoiled = {(0, 1): (3, 4), (2, 2): (149, 10)}               # (64 rows, K block): (row, block of 32)
-    a.data[3, 130], a.scale[3, 5] = 0.001953125, a.scale[3, 4] - 1      # 2^-9 under half of the largest scale of its 128
-    a.data[3, 160] = 0.001953125
-    a.scale[149, 10] -= 20
+    a.scale[3, 4:8] = torch.tensor([120, 119, 121, 122], dtype=torch.uint8)
+    a.data[3, 160] = 0.001953125        # 2^-9 under half of the largest scale of its 64, and the other half's is larger still
+    a.data[149, 256:384] = 1.0
+    a.scale[149, 8:11] = torch.tensor([120, 120, 100], dtype=torch.uint8)     # the last 64 of K hold one block
     got = run(device, a)
     want = dequantize(a, torch.float32).double()
     assert torch.equal(values(got).cpu()[0, :, :K], want) and not values(got)[0, :, K:].any()
     flags = got["flags"].cpu()[0]
     for rb, kb in ((r, k) for r in range(3) for k in range(BLOCKS)):
         scale = got["scale"].cpu()[0, kb, :, rb * 64: min(M, rb * 64 + 64)]
-        assert flags[rb, kb] in (0, 1) and (flags[rb, kb] == 1 or (scale == scale[:1]).all())
+        assert all(int(flags[rb, kb]) >> b & 1 or torch.equal(scale[b], scale[b + 1]) for b in range(3))
         assert flags[rb, kb] or (rb, kb) not in spoiled
-    assert got["count"].item() == int(flags.sum()) and flags.sum() < flags.numel()
+    assert flags[0, 1] and flags[2, 2] and (flags == 0).any()
+    assert got["count"].item() == sum(f.bit_count() for f in flags.flatten().tolist())
+
+
+@pytest.mark.parametrize("codes, cuts", [
+    ((120, 120, 120, 120), 0), ((120, 121, 122, 120), 7), ((122, 120, 120, 120), 1), ((120, 120, 122, 122), 2), ((120, 120, 120, 122), 4),
+    ((121, 120, 122, 122), 3), ((120, 120, 122, 121), 6), ((120, 122, 122, 121), 5), ((120, 255, 120, 120), 3)])
+def test_a_block_is_cut_where_its_scales_ask_for_it(device: str, codes: tuple[int, ...], cuts: int) -> None:
+    """Elements with a bit that no larger scale keeps."""
+    a = ScaledTensor(torch.full((M, K), 0.013671875).to(torch.float8_e4m3fn), torch.full((M, 11), 120, dtype=torch.uint8), MXFP8)
+    assert a.scale is not None
+    a.scale[70, :4] = torch.tensor(codes, dtype=torch.uint8)
+    got = run(device, a)
+    flags = got["flags"].cpu()[0]
+    assert flags[1, 0] == cuts and flags.sum() == cuts and got["count"].item() == cuts.bit_count()
+    want = a.data.double() * torch.where(a.scale == 255, torch.nan, torch.exp2(a.scale.double() - 127)).repeat_interleave(32, -1)
+    assert torch.equal(values(got).cpu()[0, :, :K].nan_to_num(-1), want.nan_to_num(-1))
 
 
 @pytest.mark.parametrize("code, flagged, counted", [(255, True, False), (5, False, True), (250, False, True)])
@@ -70,6 +97,7 @@ def test_scales_that_are_far_out(device: str, code: int, flagged: bool, counted:
         a.scale[7] = code
     got = run(device, a)
     assert got["flags"].cpu()[0, 0, 0] == int(flagged) and (got["count"].item() > 1 << 20) == counted
+    assert (got["count"].item() >= 1 << 30) == counted
     want = a.data.double() * torch.where(a.scale == 255, torch.nan, torch.exp2(a.scale.double() - 127)).repeat_interleave(32, -1)
     assert torch.equal(values(got).cpu()[0, :, :K].nan_to_num(-1), want.nan_to_num(-1))
 
@@ -90,3 +118,41 @@ def test_rows_of_a_masked_group_that_are_not_in_use_are_left_alone(device: str) 
     assert torch.equal(values(got).cpu()[0, :70, :K], want[0, :70])
     assert (got["y"].view(torch.uint8)[0, 70:] == 7).all() and (got["y"].view(torch.uint8)[1] == 7).all()
     assert (got["flags"].cpu()[1] == 7).all() and (got["flags"].cpu()[0, 2] == 7).all()
+
+
+def test_too_many_flags_end_the_work(device: str) -> None:
+    a = quantize(torch.randn(M, K, generator=torch.Generator().manual_seed(2)), MXFP8)
+    assert not (run(device, a, limit=-1)["y"].view(torch.uint8) != 7).any()
+
+
+INDEX = {"dense": None, "contiguous": [0] * 37 + [2] * 53 + [-1] * 10 + [1] * 50, "offsets": [0, 37, 90, 150]}
+
+
+@pytest.mark.parametrize("layout", INDEX)
+def test_columns_that_weights_ask_for(layout: str, device: str) -> None:
+    """Each group's columns of its own rows, in BF16. Weights whose blocks are of very different sizes, so that
+    there are many."""
+    g = torch.Generator().manual_seed(3)
+    groups, n = 1 if layout == "dense" else 3, 300
+    w = quantize(torch.randn(groups, n, K, generator=g) * torch.randn(groups, n, K // 32, generator=g).exp().repeat_interleave(32, -1), MXFP8)
+    assert w.scale is not None
+    copy = fold(w.data.view(torch.uint8), w.scale)
+    assert copy is not None
+    starts, entries = (copy.part(x, groups, n, K) for x in ("starts", "picks"))
+    a = quantize(torch.randn(M, K, generator=g), MXFP8)
+    index = INDEX[layout]
+    got = run(device, a, index, picks=(list(INDEX).index(layout), groups, starts, entries))
+    values_of_a = dequantize(a, torch.float32)
+    picked = got["picked"].float().cpu()
+    for r in range(M):
+        group = 0 if index is None else index[r] if layout == "contiguous" else sum(r >= e for e in index[1:])
+        column = r + index[group] % 8 // 4 * 4 + 128 * group if layout == "offsets" else r
+        if group < 0:
+            assert (picked[:, column] == 7).all()
+            continue
+        want = torch.full((entries.shape[1],), 7.0)
+        for block in range(BLOCKS):
+            of = entries[group, starts[group, block]: starts[group, block + 1]].long()
+            want[of // 128] = values_of_a[r, 128 * block + of % 128]
+        assert torch.equal(picked[:, column], want), r
+    assert torch.equal(values(got).cpu()[0, :, :K], values_of_a.double())

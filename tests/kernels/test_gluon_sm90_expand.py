@@ -100,35 +100,65 @@ def test_bf16_product_does_nothing_where_the_count_is_within_the_limit(device) -
     assert (c.body == MARK).all()
 
 
-def run_mixed(device, layout: str, *, factors: bool = False, out: emu.DType = emu.float32, count: int = 3) -> Call:
-    """A with scales of 32 of K where a flag of 64 rows and a K block is up, of 128 elsewhere."""
+def run_mixed(device, layout: str, *, factors: bool = False, out: emu.DType = emu.float32, count: int = 3, picks: bool = False) -> Call:
+    """A with scales that change behind 32, 64 or 96 of a K block where the flag of 64 rows says so. picks: each group's tile begins with so
+    many times 64 columns of A, none among them."""
     n, blocks = 200, 5
     k, units = blocks * 128, 256
     c = Call(layout, n, k, out)
     rb = -(-c.m // 64)
-    flags = (c.rng.uniform(size=(c.planes, rb, blocks)) < 0.4).astype(np.int32)
-    own = c.rng.choice([0.5, 1.0, 2.0, 4.0], (c.planes, c.m, blocks, 4)).astype(np.float32)
-    up = flags.repeat(64, 1)[:, :c.m, :, None] == 1
-    sa = np.where(up, own, own[..., :1])
+    flags = c.rng.integers(0, 8, (c.planes, rb, blocks)).astype(np.int32) * (c.rng.uniform(size=(c.planes, rb, blocks)) < 0.5)
+    sa = c.rng.choice([0.5, 1.0, 2.0, 4.0], (c.planes, c.m, blocks, 4)).astype(np.float32)
+    for part in range(1, 4):
+        cut = flags.repeat(64, 1)[:, :c.m] >> (part - 1) & 1
+        sa[..., part] = np.where(cut == 1, sa[..., part], sa[..., part - 1])
     column = -(-c.m // 4) * 4
     of_rows = np.full((c.planes, blocks * 4, column), np.nan, np.float32)
     of_rows[..., :c.m] = sa.reshape(c.planes, c.m, -1).transpose(0, 2, 1)
     top = c.rng.integers(125, 131, (c.groups, units)).astype(np.uint8)
     factor = c.rng.choice([1.0, 0.25], (c.groups, units)).astype(np.float32)
     t = MixedTile(LAYOUTS[layout], 1, 2, 2, 1, 128, 3, 1, 1, 1, 0, 8, 1, 1, 2, out.size, A_SCALE_TMA=True,
-                  ZERO=layout in ("contiguous", "psum"), LATE_STORE=False, FOLD=True, FACTOR=factors, SUB=4)
+                  ZERO=layout in ("contiguous", "psum"), LATE_STORE=False, FOLD=True, FACTOR=factors, SUB=4, PICKS=picks)
     weights = np.full((c.groups, units, k), np.nan, np.float32)
     weights[:, :n] = c.b
+    steps = np.arange(c.groups) % 3
+    at = np.stack([np.zeros(c.groups), 64 * steps], 1).astype(np.int32)
+    values = random(c.rng, c.groups, units, 128)
+    columns = random(c.rng, 1, c.m, 128)[0]
+    placed = np.full((128, -(-c.m // 64) * 64 + 128 * c.groups), np.nan, np.float32)
+    for r in range(c.m):
+        if (at_row := place(layout, r, c.index)) is not None:
+            placed[:, at_row] = columns[r]
     emu.launch(device.fold_mixed_product_kernel, 3, emu.Descriptor(c.a, [1, 128, 128], emu.float8e4nv),
                emu.Descriptor(of_rows[..., :c.m], [1, 4, 128], emu.float32), emu.Descriptor(weights, [1, 256, 128], emu.float8e4nv),
-               emu.Descriptor(c.body.reshape(-1, n), [64, t.OUT_COLS], out), emu.Pointer(c.memory, GUARD, out),
+               emu.Descriptor(c.body.reshape(-1, n), [64, t.OUT_COLS], out), emu.Descriptor(placed, [64, 64], emu.bfloat16),
+               emu.Descriptor(values, [1, 256, 64], emu.bfloat16), emu.Pointer(c.memory, GUARD, out),
                emu.Pointer(top.reshape(-1)), emu.Pointer(factor.reshape(-1)), c.at, emu.Pointer(flags.reshape(-1)),
-               emu.Pointer(np.array([count], np.int32)), c.m, n, blocks, rb, c.groups, c.alignment, 5, units, c.m * n, n, c.m, t)
+               emu.Pointer(np.array([count], np.int32)), emu.Pointer(at.reshape(-1)), c.m, n, blocks, rb, c.groups, c.alignment, 5, units, c.m * n, n, c.m, t)
     if count <= 5:
         scale = np.exp2(top[:, :n, None].astype(np.float64) - 133) * (factor[:, :n, None] if factors else 1)
-        a = c.a * sa.reshape(c.planes, c.m, -1).repeat(32, 2)
-        c.check(a.astype(np.float64), c.b * scale, t.ZERO)
+        a, b = c.a * sa.reshape(c.planes, c.m, -1).repeat(32, 2), c.b * scale
+        if picks:
+            live = np.arange(128) < at[:, 1:]
+            a = np.concatenate([a, np.broadcast_to(columns, (c.planes, c.m, 128))], 2)
+            b = np.concatenate([b, values[:, :n] * scale * live[:, None]], 2)
+        c.check(a.astype(np.float64), b, t.ZERO)
     return c
+
+
+def place(layout: str, row: int, index: list[int]) -> int | None:
+    """Where a row has its picks."""
+    if layout != "offsets":
+        return row
+    for group in range(len(index) - 1):
+        if index[group] <= row < index[group + 1]:
+            return row + index[group] % 8 // 4 * 4 + 128 * group
+    return None
+
+
+@pytest.mark.parametrize("layout", ["offsets", "contiguous", "dense"])
+def test_mixed_product_with_picks(mixed, layout: str) -> None:
+    run_mixed(mixed, layout, picks=True)
 
 
 @pytest.mark.parametrize("layout", ["offsets", "contiguous", "masked"])

@@ -8,7 +8,7 @@ import pytest
 
 from narrowgemm.arch import get_arch
 from narrowgemm.formats import BF16, MXFP4, MXFP8, Format
-from narrowgemm.kernels.gluon.sm90 import expand, fold_mixed
+from narrowgemm.kernels.gluon.sm90 import expand, fold_both, fold_mixed
 from narrowgemm.prepack import PREPACK
 from narrowgemm.problem import Epilogue, Operand, Problem
 
@@ -21,6 +21,8 @@ def problem(m: int, n: int, k: int, groups: int = 1, layout: str = "dense", a: F
 
 
 MIXED = problem(8192, 4096, 2048, 4, "contiguous", b=MXFP4)
+BOTH = problem(8192, 4096, 2048, 4, "offsets")
+BOTH = replace(BOTH, b=replace(BOTH.b, picks=16 * 64))
 
 
 @pytest.mark.parametrize("change, reason", [
@@ -53,6 +55,18 @@ def test_fold_mixed_says_what_it_does_not_take(change: dict, reason: str) -> Non
     assert reason in (fold_mixed.supports(replace(MIXED, **change), H100) or "")
 
 
+@pytest.mark.parametrize("change, reason", [
+    ({"a": Operand(MXFP4, scale_dtype="e8m0")}, "MXFP8 activations"),
+    ({"b": replace(BOTH.b, picks=-1)}, "folded copy"),
+    ({"b": replace(MIXED.b, picks=64)}, "MXFP8 weights"),
+    ({"accumulate": True}, "accumulation"), ({"layout": "masked"}, "layouts"), ({"batch_invariant": True}, "all rows together"),
+    ({"m": 1 << 21}, "picked columns"), ({"groups": 200}, "up to 128 groups"),
+])
+def test_fold_both_says_what_it_does_not_take(change: dict, reason: str) -> None:
+    assert fold_both.supports(BOTH, H100) is None
+    assert reason in (fold_both.supports(replace(BOTH, **change), H100) or "")
+
+
 def test_every_config_fits_and_cublas_is_for_plain_dense_products() -> None:
     dense = problem(2048, 2304, 6144)
     assert expand.configs(dense, H100) == list(expand.CANDIDATES)
@@ -61,6 +75,8 @@ def test_every_config_fits_and_cublas_is_for_plain_dense_products() -> None:
         assert len(expand.configs(p, H100)) >= 2 and expand.CUBLAS not in expand.configs(p, H100)
     for layout in ("dense", "contiguous", "offsets", "psum", "masked"):
         for out in ("bf16", "fp16", "fp32"):
+            if layout in fold_both.KINDS:
+                assert fold_both.configs(replace(BOTH, layout=layout, out_dtype=out), H100)
             for p in (problem(512, 4096, 2048, 4, layout, out_dtype=out), replace(MIXED, layout=layout, out_dtype=out, alignment=128)):
                 module = expand if p.b.format == MXFP8 else fold_mixed
                 assert all(module.tile_of(p, c, H100, True).shared_bytes <= H100.smem for c in module.configs(p, H100))
@@ -72,6 +88,7 @@ def test_every_config_fits_and_cublas_is_for_plain_dense_products() -> None:
 def test_illegal_configs(change: dict, reason: str) -> None:
     p = problem(2048, 2304, 6144)
     assert reason in (expand.legal(p, replace(expand.CANDIDATES[0], **change), H100) or "")
+    assert fold_both.legal(BOTH, replace(fold_both.configs(BOTH, H100)[0], block_n=128), H100) is not None
     assert fold_mixed.legal(MIXED, replace(fold_mixed.configs(MIXED, H100)[0], block_m=256), H100) is not None
 
 
@@ -86,5 +103,10 @@ def test_workspace_holds_everything() -> None:
     assert list(at) == sorted(at) and all(x % 256 == 0 for x in at)
     assert at.scale - at.x >= 4 * 100 * 384 and at.flags - at.scale >= 4 * 4 * 4 * 3 * 100 and at.weights - at.flags >= 4 * 4 * 3 * 2
     assert at.size - at.weights >= 4 * 1024 * 384
+    both = replace(BOTH, layout="dense", groups=1, m=300, n=1000, k=352, b=replace(BOTH.b, picks=192))
+    of = fold_both.regions(both, 300)
+    assert list(of) == sorted(of) and of.size >= of.picks + 2 * 192 * fold_both.pitch(300, 1) and fold_both.pitch(300, 1) >= 300 + 24
+    assert of.flags - of.scale >= 16 * 3 * 300 and of.picks - of.flags >= 4 * 3 * 5 and of.size >= expand.regions(both, 300, of.x).size
+    assert [fold_mixed.fold_steps(rows, 48) for rows in (1, 8, 32, 128, 1024)] == [1, 1, 2, 8, 8]
     # what BF16 needs, where FP8's product leaves it
     assert fold_mixed.workspace(p, fold_mixed.configs(p, H100)[0]) >= expand.regions(p, 400, at.x).size

@@ -82,6 +82,19 @@ def test_the_more_rows_a_weight_meets_the_earlier_it_is_expanded(b: str, m: int,
     assert dispatch.select(problem, get_arch("h100")).kernel == f"gluon_sm90.{kernel}"
 
 
+@pytest.mark.parametrize("m, n, k, groups, kernel", [
+    (16, 6144, 6144, 1, "narrow"), (512, 2304, 6144, 1, "expand"), (2048, 9216, 6144, 1, "fold_both"), (8192, 6144, 6144, 8, "fold_both"),
+    (64, 6144, 6144, 8, "narrow_prefill")])
+def test_a_folded_copy_is_for_many_rows(m: int, n: int, k: int, groups: int, kernel: str) -> None:
+    given = {"op": "gemm"} if groups == 1 else {"op": "grouped_gemm", "layout": "offsets", "groups": groups}
+    problem = describe(m=m, n=n, k=k, a="mxfp8", b="mxfp8", packed=True, **given)
+    problem = replace(problem, b=replace(problem.b, picks=-(-n // 256) * 128))
+    plan = dispatch.select(problem, get_arch("h200"))
+    assert plan.kernel == f"gluon_sm90.{kernel}"
+    plain = dispatch.select(replace(problem, b=replace(problem.b, picks=-1)), get_arch("h200"))
+    assert plain.kernel != "gluon_sm90.fold_both" and "folded copy" in dict(plain.passed_over)["gluon_sm90.fold_both"]
+
+
 SIZES = {"m": 8, "n": 256, "k": 512, "device": "h100"}
 
 

@@ -59,10 +59,12 @@ class Operands(Tensors):
     segments: Tensor | None = None        # quantise both: where each group's columns start, written
     add: Tensor | None = None
     top: Tensor | None = None             # packed weights: largest scale code of each row, where it folds
+    folded: Tensor | None = None          # packed weights: their folded copy, `prepack_folded.FoldedCopy`
+    folded_rest: Tensor | None = None
     amax: Tensor | None = None            # quantise both: float32 [1], raised to the largest magnitude
     memo: dict | None = None              # launches bound to calls of the same signature (`kernels.launching`); None: bind none
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return (self.a.data, self.a.scale, self.b.data, self.b.scale, self.out, self.index, self.out_scale, self.factor, self.slots,
                 self.experts, self.posted, self.bias, self.weight, self.segments, self.add, self.top,
-                self.amax)
+                self.amax, self.folded, self.folded_rest)

@@ -40,6 +40,7 @@ MODULES: tuple[str, ...] = (
     "gluon.sm90.expand",
     "gluon.sm90.bf16",
     "gluon.sm90.fold_mixed",
+    "gluon.sm90.fold_both",
     "gluon.sm90.fold",
     "triton.fp8_block",
     "triton.mx",

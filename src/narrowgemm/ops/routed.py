@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -131,8 +131,9 @@ def packed_gemm(a: ScaledTensor | Tensor, b: PackedWeight, layout: Layout | None
     if out is None:
         out = empty.make()
     if plan is not None:
+        folded, rest = (None, None) if b.folded is None else (b.folded.data, b.folded.rest)
         run(plan, Operands(a, _plain(b), out, a.shape[-2], b.n, b.k, b.groups, index, alignment, packed=b, factor=b.factor,
-                           top=b.top, memo=memo), workspace)
+                           top=b.top, folded=folded, folded_rest=rest, memo=memo), workspace)
     return out
 
 
@@ -194,7 +195,12 @@ def signature(a: ScaledTensor, b: PackedWeight | ScaledTensor, out: Tensor | Non
     if isinstance(b, ScaledTensor):
         return common.signature(a, b, out)
     return (a.format, _like(a.data), _like(a.scale), _like(out), b.format, b.shape, b.pair, b.prepack, _like(b.factor),
-            _like(b.top), _like(b.data), _like(b.scale), common.env.choice())
+            _like(b.top), _like(b.data), _like(b.scale), *_of_folded(b), common.env.choice())
+
+
+def _of_folded(b: PackedWeight) -> tuple:
+    f = b.folded
+    return () if f is None else (_like(f.data), _like(f.rest), f.columns, f.picks)
 
 
 def _check_weights(b: PackedWeight | ScaledTensor, dims: int) -> None:
@@ -293,7 +299,8 @@ def packed_plan(a: ScaledTensor, b: PackedWeight, layout: Layout | None, out: Te
     hint = layout.expected_m if isinstance(layout, Masked | Psum) else 0
     rows = hint or (m if layout is None or masked else -(-m // b.groups))
     problem = Problem("gemm" if layout is None else "grouped_gemm", "dense" if layout is None else layout.kind, bucket(m), b.n, b.k,
-                      b.groups, common.operand(a), weight_operand(b), rows=bucket(max(1, min(rows, m))),
+                      b.groups, common.operand(a), replace(weight_operand(b), picks=-1 if b.folded is None else b.folded.picks),
+                      rows=bucket(max(1, min(rows, m))),
                       out_dtype=dtype_name(dtype), out_aligned=common.on_16_bytes(like), accumulate=accumulate,
                       zero_padding=zero_padding, max_sms=options.max_sms,
                       alignment=layout.alignment if isinstance(layout, Psum) else 1)

@@ -27,8 +27,9 @@ class Case:
     world. `max_m`: rows a group can hold (masked). `alignment`: a group's segment starts at a multiple of it
     (contiguous, psum). `order`: of the segments of a contiguous layout; 'repeated' cuts every group in two. `slack`:
     rows of A behind the last group. `e2e`: timed from BF16 tokens, see `tokens.py`. `packed`: B goes through
-    `narrowgemm.prepack` first; 'fp8', 'mxfp8': for such activations. `fast_accum`: partial sums are never promoted, ours and a
-    peer's.
+    `narrowgemm.prepack` first; 'fp8', 'mxfp8': for such activations; 'folded': with a folded copy beside. `fast_accum`:
+    partial sums are never promoted, ours and a peer's. `outliers`: one column of A in a hundred is 30 times as large as the
+    others.
     """
 
     suite: str
@@ -51,6 +52,7 @@ class Case:
     e2e: bool = False
     packed: bool | str = False
     fast_accum: bool = False
+    outliers: bool = False
 
     def __post_init__(self) -> None:
         expect(self.layout in LAYOUTS, "layout", self.layout, f"one of {LAYOUTS}")
@@ -79,7 +81,8 @@ class Case:
         for shown, text in ((self.out_dtype != "bf16", self.out_dtype), (not self.zero_padding, "nozero"),
                             (self.accumulate, "acc"), (self.alignment != 128, f"align{self.alignment}"),
                             (self.order != "sorted", self.order), (self.slack > 0, f"slack{self.slack}"), (self.e2e, "e2e"),
-                            (bool(self.packed), "packed"), (self.fast_accum, "fast")):
+                            (bool(self.packed), "packed"), (self.fast_accum, "fast"),
+                            (self.outliers, "outliers")):
             if shown:
                 out += f"-{text}"
         return out

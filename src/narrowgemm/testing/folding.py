@@ -1,8 +1,9 @@
 """How much of an MXFP8 tensor folds into E4M3 without loss: one power of two for a K block, or for all of K, instead of one for 32.
 
 Elements fold where one power of two holds them all as E4M3, bit for bit: the largest at most 448, and no set bit below 2^-9.
-Counted exactly, on any device. A product on FP8 tensor cores needs such operands; `gluon_sm90.fold_mixed` folds activations so, 64
-rows at a time, and takes what doesn't fold in four steps or in BF16.
+Counted exactly, on any device. A product on FP8 tensor cores needs such operands; `gluon_sm90.fold_mixed` and `fold_both` fold
+activations so, 64 rows at a time, and take what doesn't fold in parts or in BF16; `fold_both` takes weights so
+(`prepack_folded`), with columns beside for the elements that don't fold.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from ..errors import expect
 from ..formats import MXFP8, ScaledTensor
+from ..prepack_folded import TILE, fold
 
 BLOCK = 128                 # of K
 LOWEST, BINADES = -9, 14    # E4M3's last bit; what a second part adds below
@@ -29,6 +31,7 @@ class FoldRates(NamedTuple):
     two_parts: float             # K blocks of 128 rows that are the sum of two E4M3 parts, of upper and of lower bits
     whole: float                 # rows that fold with one power of two for all of their K
     rounded: float               # elements that this one would round
+    columns: float | None        # as weights: columns of A that a tile of 256 rows asks for beside; None: there is no copy
 
     @property
     def products(self) -> float:
@@ -37,13 +40,18 @@ class FoldRates(NamedTuple):
 
 
 def fold_rates(q: ScaledTensor) -> FoldRates:
-    """The rates of MXFP8 `q`, `[R, K]` or `[E, R, K]`, E4M3. Tiles are of rows of one expert, those at the end may have fewer.
+    """The rates of contiguous MXFP8 `q`, `[R, K]` or `[E, R, K]`, E4M3. Tiles are of rows of one expert, those at the end may have
+    fewer.
 
     Raises TypeError or ValueError for anything else.
     """
     expect(isinstance(q, ScaledTensor), "q", type(q).__name__, "a ScaledTensor (narrowgemm.quantize)", error=TypeError)
     expect(q.format == MXFP8, "format", q.format.name, "mxfp8, E4M3")
     expect(q.data.numel() > 0, "shape", tuple(q.shape), "no empty axis")
+    assert q.scale is not None
+    data, scale = (x.view(-1, *x.shape[-2:]) for x in (q.data.view(torch.uint8), q.scale))
+    copy = fold(data, scale)
+    columns = None if copy is None else copy.part("at", *data.shape)[:, -1].float().mean().item() / -(-data.shape[1] // TILE)
     per_expert = [_blocks(q[e]) for e in range(q.shape[0])] if q.data.dim() == 3 else [_blocks(q)]
     most, last = (torch.stack(x) for x in zip(*per_expert))                 # [E, R, K blocks, BLOCK]
     room = last.amin(-1) - most.amax(-1)
@@ -51,7 +59,7 @@ def fold_rates(q: ScaledTensor) -> FoldRates:
     top = most.amax((-2, -1), keepdim=True)
     lost = last - top < LOWEST
     return FoldRates({rows: _tiles(once, rows) for rows in TILES}, _square(most.amax(-1), last.amin(-1)), _tiles(twice, 128),
-                     1.0 - lost.any(-1).any(-1).double().mean().item(), lost.sum().item() / q.data.numel())
+                     1.0 - lost.any(-1).any(-1).double().mean().item(), lost.sum().item() / q.data.numel(), columns)
 
 
 def _square(most: Tensor, last: Tensor) -> float:

@@ -59,7 +59,9 @@ class Inputs:
     def packed(self) -> PackedWeight:
         """B, prepacked."""
         if self._packed is None:
-            self._packed = prepack(self.b, activations=self.case.packed if isinstance(self.case.packed, str) else "bf16")
+            kind = self.case.packed
+            folded = kind == "folded"
+            self._packed = prepack(self.b, activations=kind if isinstance(kind, str) and not folded else "bf16", folded=folded)
         return self._packed
 
     # ---- sources and references ------------------------------------------------------------------------------------
@@ -68,7 +70,10 @@ class Inputs:
         """BF16 `[rows of g, K]` before quantisation; `[M, columns of g]` for k_grouped."""
         c = self.case
         shape = (c.m, c.group_sizes[g]) if c.layout == "k_grouped" else (c.group_sizes[g], c.k)
-        return draw("a", g, shape, self.device, self.seed)
+        x = draw("a", g, shape, self.device, self.seed)
+        if c.outliers:
+            x[:, 50::100] *= 30
+        return x
 
     def source_b(self, g: int) -> Tensor:
         """BF16 `[N, K]` before quantisation; `[N, columns of g]` for k_grouped."""

@@ -29,6 +29,7 @@ TITLES: dict[str, str] = {
     "mxfp8-bandwidth": "MXFP8, dense, packed, large weights, 1 to 16 tokens",
     "mxfp8-plain-bandwidth": "MXFP8, dense, as stored, large weights, 1 to 16 tokens",
     "mxfp8-prefill": "MXFP8, packed, hundreds to thousands of rows",
+    "mxfp8-prefill-folded": "MXFP8, packed and folded, hundreds to thousands of rows",
     "mxfp4-contiguous": "FP8 x MXFP4, contiguous, groups of thousands of rows",
     "mxfp4-a4w4": "MXFP4 x MXFP4, contiguous, groups of thousands of rows",
     "mxfp4-mx8": "MXFP8 x MXFP4, contiguous, groups of thousands of rows",

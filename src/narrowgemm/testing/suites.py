@@ -197,6 +197,12 @@ def mxfp8_prefill(suite: str) -> list[Case]:
               for n, k in experts for m in (64, 256, 1024))]
 
 
+def mxfp8_folded(suite: str) -> list[Case]:
+    """The same with a folded copy of the weights, and two of them with activations that hardly fold."""
+    cases = [replace(c, packed="folded") for c in mxfp8_prefill(suite)]
+    return [*cases, *(replace(c, outliers=True) for c in cases if (c.n, c.k) in ((9216, 6144), (6144, 6144)) and c.rows > 4096)]
+
+
 def large(suite: str) -> list[Case]:
     """One tensor of each over 2^31 elements: A, B, the output; the arithmetic stays small."""
     return [

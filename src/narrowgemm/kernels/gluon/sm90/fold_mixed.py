@@ -1,9 +1,9 @@
 """FP8 products on Hopper with MXFP8 activations and prepacked MXFP4 weights, for problems with many rows, dense and grouped.
 
 Weights fold into E4M3 with one power of two a row, without loss (`PackedWeight.top`), and are expanded once a call. A launch in
-front folds A's four scales of 128 of K into one wherever that is exact, 64 rows at a time, and the product takes 32 of K at a time
-elsewhere. Where the device finds that too much of A does not fold, or that scales are so far out that sums would leave FP32, that
-product does nothing, and BF16's (`expand.py`), launched behind, does it all. Device code: `fold_mixed_device.py`.
+front folds A's four scales of 128 of K into one wherever that is exact, 64 rows at a time, and the product takes such a block in
+parts elsewhere. Where the device finds that too much of A does not fold, or that scales are so far out that sums would leave FP32,
+that product does nothing, and BF16's (`expand.py`), launched behind, does it all. Device code: `fold_mixed_device.py`.
 """
 
 from __future__ import annotations
@@ -34,18 +34,25 @@ BACKEND = "gluon_sm90"
 BLOCK = 128             # of K
 FLAG_ROWS = 64          # of A that have a flag a K block
 WHOLE_BLOCKS = 8        # of K of 64 rows of weights that a program expands
-FOLD_BLOCKS = 8         # of K of 64 rows of A that a program folds
-MOST_FLAGS = 0.25       # of A's blocks that may be promoted in four steps: beyond, BF16 is faster
+FOLD_BLOCKS = 8         # of K of 64 rows of A that a program folds at most
+FOLD_PROGRAMS = 528     # that there are rather than more blocks a program
+MOST_FLAGS = 0.75       # cuts that there may be a block of A: beyond, BF16 is faster
 BEHIND = expand.CANDIDATES[0]   # of the product that takes what this one leaves
 
 
 @dataclass(frozen=True)
 class MixedTile(Tile):
-    """As the FP8 kernel's, with four scales of A a K block."""
+    """As the FP8 kernel's, with four scales of A a K block. PICKS: columns of A in BF16, for elements of B that don't fold."""
+
+    PICKS: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         object.__setattr__(self, "BLOCK_BYTES", (self.BM + self.BN) * 128 + self.SUB * self.BM * 4)
+
+    @property
+    def shared_bytes(self) -> int:
+        return super().shared_bytes + (256 if self.PICKS else 0)    # two more descriptors go to each kind of warps
 
 
 # ---------------------------------------------------------------- what it takes
@@ -67,22 +74,34 @@ def _config(strip: int) -> Config:
     return Config(128, 256, BLOCK, 9, 4, strip, persistent=True)
 
 
+def configs_of() -> list[Config]:
+    return [_config(8), _config(16)]
+
+
 def configs(problem: Problem, arch: Arch) -> list[Config]:
-    return [c for c in (_config(8), _config(16)) if legal(problem, c, arch) is None]
+    return [c for c in configs_of() if legal(problem, c, arch) is None]
+
+
+def of_kind(config: Config) -> str | None:
+    """Why `config` is none of these kernels', or None."""
+    if config not in (_config(config.group_m), ) or config.group_m < 1:
+        return f"{config}, expected {_config(8)} with any group_m"
+    return None
 
 
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     """Why `config` can't run the problem, or None."""
-    if config not in (_config(config.group_m), ) or config.group_m < 1:
-        return f"{config}, expected {_config(8)} with any group_m"
+    if (reason := of_kind(config)) is not None:
+        return reason
     if tile_of(problem, config, arch) is None:
         return f"needs more shared memory than the {arch.smem} bytes of the device"
     return None
 
 
 @lru_cache(maxsize=4096)
-def tile_of(problem: Problem, config: Config, arch: Arch, factor: bool = False) -> MixedTile | None:
-    """The product's compile-time constants; None where it needs more shared memory than there is. factor: weight rows have some."""
+def tile_of(problem: Problem, config: Config, arch: Arch, factor: bool = False, picks: bool = False) -> MixedTile | None:
+    """The product's compile-time constants; None where it needs more shared memory than there is. factor: weight rows have some;
+    picks: `MixedTile.PICKS`."""
     counted = problem.layout not in ("dense", "contiguous")
     groups = next(n for n in (32, 128, 512, MAX_GROUPS) if not counted or n >= problem.groups)
     stages = config.num_stages - (problem.out_dtype == "fp32")      # staging of the store takes twice as much
@@ -90,7 +109,7 @@ def tile_of(problem: Problem, config: Config, arch: Arch, factor: bool = False) 
         LAYOUTS[problem.layout], 1, 2, 2, 1, 128, stages, 1, 1, 1, 0, config.group_m, 1, 1, 2,
         OUT_BYTES[problem.out_dtype], groups, A_SCALE_TMA=True,
         ZERO=problem.zero_padding and problem.layout in ("contiguous", "psum"), STORE_TMA=problem.out_aligned, LATE_STORE=False,
-        FOLD=True, FACTOR=factor, SUB=4)
+        FOLD=True, FACTOR=factor, SUB=4, PICKS=picks)
     return tile if tile.shared_bytes <= arch.smem else None
 
 
@@ -125,6 +144,11 @@ def workspace(problem: Problem, config: Config) -> int:
     return regions(problem, problem.m).size
 
 
+def fold_steps(row_blocks: int, blocks: int) -> int:
+    """K blocks of 64 rows of A that a program folds: each waits for its loads, so few rows are shared by many."""
+    return max(1, min(FOLD_BLOCKS, row_blocks * blocks // FOLD_PROGRAMS))
+
+
 # ---------------------------------------------------------------- cost
 LAUNCH_SECONDS = 14e-6      # five launches, two of which do nothing
 TILE_SECONDS = 1.0e-6       # of a tile, beyond its K blocks
@@ -140,14 +164,19 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     sms = min(arch.sms, p.max_sms or arch.sms)
     rate = arch.bandwidth * sms / arch.sms
     front = (2.2 * live * p.k + 1.55 * p.groups * p.n * p.k) / (rate * COPY)
+    return LAUNCH_SECONDS + front + max(tiles_time(p, config, arch, sms), p.bytes / rate)
+
+
+def tiles_time(p: Problem, config: Config, arch: Arch, sms: int, more: float = 0.0) -> float:
+    """Seconds of a product's tiles on `sms` SMs. more: of each, on a device of RATE."""
     counted = p.layout not in ("dense", "contiguous")
     works = {tiles(p, config, spread) for spread in ((False, True) if counted else (False, ))}
-    unit = -(-p.k // BLOCK) * BLOCK_TIME * (RATE / 132) / (arch.fp8_flops / arch.sms)
+    unit = (-(-p.k // BLOCK) * BLOCK_TIME + more) * (RATE / 132) / (arch.fp8_flops / arch.sms)
     seconds = 0.0
     for work in works:
         waves = math.ceil(work / sms) if work < 8 * sms else work / sms + 0.5
         seconds += waves * (unit + TILE_SECONDS) / len(works)
-    return LAUNCH_SECONDS + front + max(seconds, p.bytes / rate)
+    return seconds
 
 
 # ---------------------------------------------------------------- launch
@@ -163,16 +192,17 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     blocks, units, row_blocks = kx // BLOCK, unit_rows(x.n) // 64, -(-x.m // FLAG_ROWS)
     count, flags = Pointer(workspace, torch.int32, at.counter), Pointer(workspace, torch.int32, at.flags)
     y, scales = Pointer(workspace, torch.float8_e4m3fn, at.x), Pointer(workspace, torch.float32, at.scale)
-    limit = int(MOST_FLAGS * planes * row_blocks * blocks)
+    limit, steps = int(MOST_FLAGS * planes * row_blocks * blocks), fold_steps(planes * row_blocks, blocks)
     tile = tile_of(problem, step.config, detect(x.out.device), x.factor is not None)
     return [
         Launch(fold_mixed_prep_device.clear_kernel, (1,), (count,), {"num_warps": 1}),
         Launch(fold_whole_device.fold_whole_kernel, (x.groups * units * -(-blocks // WHOLE_BLOCKS),),
                (Pointer(x.b.data, torch.int32), Pointer(fields, torch.int32), top, Pointer(workspace, torch.int32, at.weights),
-                None, x.index, x.m, x.groups, x.alignment, units, blocks, WHOLE_BLOCKS, tile, 0), {"num_warps": 4}),
-        Launch(fold_mixed_prep_device.fold_mixed_kernel, (planes * row_blocks * -(-blocks // FOLD_BLOCKS),),
+                None, x.index, x.m, x.groups, x.alignment, units, blocks, tile, WHOLE_BLOCKS, 0), {"num_warps": 4}),
+        Launch(fold_mixed_prep_device.fold_mixed_kernel, (planes * row_blocks * -(-blocks // steps),),
                (x.a.data, scale, count if x.index is None else x.index, y, scales, flags, count, x.m, x.k, blocks, row_blocks,
-                FOLD_BLOCKS, *a_strides(x, masked), column(x.m)), {"MASKED": masked, "STAGES": 3, "num_warps": 8, "maxnreg": 80}),
+                steps, limit, *a_strides(x, masked), column(x.m)),
+               {"MASKED": masked, "STAGES": 3, "num_warps": 8, "maxnreg": 80}),
         _product(step.config, problem, x, workspace, limit),
         *expand.launches(Step(expand.NAME, BEHIND), problem, x, workspace, at.x, expand.Gate(count, limit))]
 
@@ -204,6 +234,6 @@ def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, l
     grid = max(1, min(sms, row_tiles(problem, x, tile.BM) * -(-x.n // tile.BN)))
     return Launch(
         device.fold_mixed_product_kernel, (grid,),
-        (*boxes, x.out, x.top, x.top if x.factor is None else x.factor, x.index, Pointer(workspace, torch.int32, at.flags),
-         Pointer(workspace, torch.int32, at.counter), x.m, x.n, blocks, row_blocks, x.groups, x.alignment, limit, units, og, om,
-         og // om, tile), {"num_warps": 4, "maxnreg": tile.max_registers})
+        (*boxes, None, None, x.out, x.top, x.top if x.factor is None else x.factor, x.index,
+         Pointer(workspace, torch.int32, at.flags), Pointer(workspace, torch.int32, at.counter), None, x.m, x.n, blocks, row_blocks,
+         x.groups, x.alignment, limit, units, og, om, og // om, tile), {"num_warps": 4, "maxnreg": tile.max_registers})

@@ -1,0 +1,52 @@
+"""Launches of the Hopper FP8 product of MXFP8 by folded MXFP8 weights, for the compile tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+
+from narrowgemm.arch import get_arch
+from narrowgemm.formats import MXFP8
+from narrowgemm.kernels.gluon.sm90 import fold_both
+from narrowgemm.prepack import PackedWeight
+from narrowgemm.prepack_folded import FoldedCopy, regions
+from narrowgemm.problem import Config, Problem, Step
+
+from . import gluon_sm90_expand_jobs as base
+
+COLUMNS, PICKS = 128, 640
+
+
+def describe(layout: str, **kw) -> Problem:
+    p = base.describe(layout, MXFP8, MXFP8, **kw)
+    return replace(p, b=replace(p.b, picks=PICKS))
+
+
+def call(p: Problem, config: Config) -> None:
+    def new(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=torch.uint8, device="meta")
+
+    work = new(fold_both.workspace(p, config))
+    x = base.operands(p)
+    x.folded, x.folded_rest = new(p.groups, p.n, p.k), new(regions(p.groups, p.n, p.k, COLUMNS, PICKS).size)
+    x.packed = PackedWeight(x.b.data, x.b.scale, MXFP8, (p.groups, p.n, p.k), folded=FoldedCopy(x.folded, x.folded_rest, COLUMNS, PICKS))
+    for launch in fold_both.launches(Step(fold_both.NAME, config, len(work)), p, x, work):
+        if launch.kernel.fn.__name__ not in ("expand_kernel", "bf16_kernel"):
+            launch.warm()
+
+
+def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], object]]]:
+    """'few': one layout; 'all': every layout with every option."""
+    arch = get_arch(target)
+    runs = [describe("offsets")]
+    if which == "all":
+        runs = [describe(layout, **kw) for layout in fold_both.KINDS
+                for kw in ({}, {"out_dtype": "fp32"}, {"out_dtype": "fp16"}, {"out_aligned": False})]
+    for p in runs:
+        c = fold_both.configs(p, arch)[0]
+        tile = fold_both.tile_of(p, c, arch)
+        assert tile is not None
+        yield f"{p.layout} {p.out_dtype} {c} | {tile.shared_bytes}", partial(call, p, c)

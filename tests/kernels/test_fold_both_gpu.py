@@ -1,0 +1,115 @@
+"""On a GPU: MXFP8 by folded MXFP8 weights on FP8 tensor cores, through both gates, on data that folds and on data that doesn't."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+import narrowgemm as ng
+from narrowgemm.arch import detect
+from narrowgemm.formats import MXFP8, ScaledTensor
+from narrowgemm.kernels.gluon.sm90 import fold_both
+from narrowgemm.testing.cases import Case, build
+from narrowgemm.testing.numerics import calc_diff
+
+from .test_expand_gpu import GATE, activations, double
+
+pytestmark = pytest.mark.gpu
+DEV, NAME = "cuda", fold_both.NAME
+SPREAD = "uniform:0.3:1.7"
+
+
+@pytest.fixture(autouse=True)
+def _hopper():
+    if detect(torch.device(DEV)).target != "sm90":
+        pytest.skip("the kernel is for Hopper")
+    torch.manual_seed(0)
+
+
+def cases(**kw) -> list[Case]:
+    kw |= {"a": MXFP8, "b": MXFP8, "packed": "folded"}
+    return [Case("both", "dense", 1, 333, 1088, 1152, **kw), Case("both", "dense", 1, 1, 72, 1056, **kw),
+            Case("both", "dense", 1, 700, 1000, 6144, **kw),
+            Case("both", "contiguous", 6, 150, 640, 1056, sizes=SPREAD, alignment=1, **kw),
+            Case("both", "contiguous", 6, 75, 648, 1152, sizes=SPREAD, order="repeated", alignment=1, slack=128, **kw),
+            Case("both", "offsets", 6, 150, 640, 1152, sizes=SPREAD, slack=40, **kw),
+            Case("both", "offsets", 40, 7, 640, 2048, sizes="empty:0.4", **kw)]
+
+
+@pytest.mark.parametrize("case", [*cases(), *cases(out_dtype="fp32"), cases(out_dtype="fp16")[0], cases(outliers=True)[0]], ids=lambda c: c.id)
+def test_gates(case: Case) -> None:
+    inputs = build(case, DEV, seed=3)
+    assert inputs.packed.folded is not None
+    for config in fold_both.configs(inputs.plan(backend=NAME).problem, detect(torch.device(DEV))):
+        inputs.verify_repeats(backend=NAME, config=config)
+
+
+def weights(kind: str, n: int, k: int) -> ScaledTensor:
+    w = torch.randn(n, k, device=DEV)
+    if kind == "outlier column":
+        w[:, 70] *= 30
+    q = ng.quantize(w, MXFP8, backend="reference")
+    if kind == "ends":
+        q.scale[5], q.scale[6], q.scale[7, 3] = 16, 190, q.scale[7, 3] - 30
+        q.data[8, 32:64], q.scale[8, 1], q.data[9, 40] = 0, 254, float("nan")
+    return q
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("kind", ["normal", "outlier channel", "blocks apart", "half of it", "ends"])
+@pytest.mark.parametrize("of_weights", ["normal", "outlier column", "ends"])
+def test_data_that_folds_and_other_data(of_weights: str, kind: str, dtype: torch.dtype) -> None:
+    """Whatever the device decides, nothing is rounded: each row and column is held against the product in FP64."""
+    w = weights(of_weights, 520, 1056)
+    a = activations("normal" if kind == "ends" else kind, 700, 1056)
+    if kind == "ends":
+        a.scale[3, 1], a.scale[5, 2], a.scale[9, :], a.scale[200, 8] = 255, 150, 64, 90
+        a.data[11, 32:64], a.scale[11, 1], a.data[13, 70] = 0, 254, float("nan")
+    packed = ng.prepack(w, folded=True)
+    assert packed.folded is not None
+    want = double(a) @ double(w).mT
+    got = ng.gemm(a, packed, out_dtype=dtype, backend=NAME).double()
+    assert torch.equal(got.isnan(), want.isnan())
+    got, want = got.nan_to_num(0), want.nan_to_num(0)
+    for rows in (slice(None), *((slice(r, r + 1)) for r in (0, 5, 9, 200))):
+        assert calc_diff(got[rows, 10:], want[rows, 10:]) <= GATE[dtype]
+    for column in (*range(5, 9), 100):
+        assert calc_diff(got[:, column], want[:, column]) <= GATE[dtype], column
+
+
+@pytest.mark.parametrize("code", [20, 200])
+def test_activations_far_out_take_the_other_product(code: int) -> None:
+    a, w = activations("normal", 300, 1056), weights("normal", 520, 1056)
+    a.scale[7] = code
+    got, want = ng.gemm(a, ng.prepack(w, folded=True), out_dtype=torch.float32, backend=NAME), double(a) @ double(w).mT
+    for row in (6, 7, 8):
+        assert calc_diff(got[row].double(), want[row]) <= 1e-6
+
+
+def test_a_graph_follows_the_data() -> None:
+    """The same capture with rows that move, and with activations that fold and that don't."""
+    e, m, n, k = 4, 512, 640, 1152
+    w = ng.quantize(torch.randn(e, n, k, device=DEV), MXFP8)
+    packed, wide = ng.prepack(w, folded=True), double(w)
+    a = activations("normal", m, k)
+    offsets = torch.tensor([0, 100, 100, 300, 512], device=DEV)
+    out = torch.empty(m, n, dtype=torch.bfloat16, device=DEV)
+
+    def call() -> Tensor:
+        return ng.grouped_gemm(a, packed, ng.Offsets(offsets), out=out, backend=NAME)
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    for kind, ends in (("normal", [0, 1, 203, 300, 512]), ("blocks apart", [0, 0, 0, 511, 512]), ("normal", [0, 128, 256, 384, 512])):
+        new = activations(kind, m, k)
+        a.data.copy_(new.data)
+        a.scale.copy_(new.scale)
+        offsets.copy_(torch.tensor(ends))
+        graph.replay()
+        for g in range(e):
+            rows = slice(ends[g], ends[g + 1])
+            if ends[g] < ends[g + 1]:
+                assert calc_diff(out[rows].double(), double(a)[rows] @ wide[g].mT) <= 5e-6
