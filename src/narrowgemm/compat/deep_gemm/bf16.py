@@ -10,11 +10,9 @@ from torch import Tensor
 
 from ...errors import expect
 from ...formats import BF16, ScaledTensor
-from ...layouts import Contiguous, Masked, Psum
 from ...ops.gemm import gemm
-from ...ops.grouped import grouped_gemm
 from . import state
-from .grouped import hint
+from .grouped import contiguous, masked
 from .operands import check_options, check_out, take_c
 
 NAMES = ("bf16_gemm_nn", "bf16_gemm_nt", "bf16_gemm_tn", "bf16_gemm_tt", "bf16_m_grouped_gemm_nt_masked",
@@ -55,19 +53,7 @@ def m_grouped_bf16_gemm_nt_contiguous(a: Tensor, b: Tensor, d: Tensor, grouped_l
     """`d[rows of g] = a[rows of g] @ b[g].T`: `a` `[M, K]`, `b` `[G, N, K]` BF16; layouts and padding as of the FP8 name."""
     check_options(compiled_dims, None)
     x, y = _prepare(a, b, d, (2, 3))
-    layout: Contiguous | Psum = Contiguous(grouped_layout)
-    if use_psum_layout:
-        layout = Psum(grouped_layout, state.settings.mk_alignment,
-                      hint(expected_m_for_psum_layout or 0, "expected_m_for_psum_layout"))
-        layout.groups(y.shape[0])
-    else:
-        expect(expected_m_for_psum_layout is None, "expected_m_for_psum_layout without use_psum_layout",
-               expected_m_for_psum_layout, "None")
-        expect(grouped_layout.numel() == len(d), "grouped_layout, length", grouped_layout.numel(),
-               f"the rows of a, {len(d)}")
-    if state.settings.compile_mode and state.skips(layout.kind, x, y, d):
-        return
-    grouped_gemm(x, y, layout, out=d, zero_padding=ensure_zero_padding or not use_psum_layout, max_sms=state.max_sms(d))
+    contiguous(x, y, d, grouped_layout, use_psum_layout, ensure_zero_padding, expected_m_for_psum_layout)
 
 
 def m_grouped_bf16_gemm_nn_contiguous(a: Tensor, b: Tensor, d: Tensor, grouped_layout: Tensor, compiled_dims: str = "nk",
@@ -82,11 +68,7 @@ def m_grouped_bf16_gemm_nt_masked(a: Tensor, b: Tensor, d: Tensor, masked_m: Ten
     `b` `[G, N, K]`."""
     check_options(compiled_dims, None)
     x, y = _prepare(a, b, d, (3, 3))
-    layout = Masked(masked_m, hint(expected_m, "expected_m"))
-    layout.groups(len(d))
-    if state.settings.compile_mode and state.skips("masked", x, y, d, layout.expected_m):
-        return
-    grouped_gemm(x, y, layout, out=d, max_sms=state.max_sms(d))
+    masked(x, y, d, masked_m, expected_m)
 
 
 bf16_m_grouped_gemm_nt_masked = m_grouped_bf16_gemm_nt_masked

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from ...errors import Unsupported, expect
+from ...formats import ScaledTensor
 from ...layouts import Contiguous, Masked, Psum
 from ...ops.grouped import grouped_gemm
+from ...prepack import PackedWeight
 from . import state
 from .operands import Pair, Weight, check_options, prepare, transposed
 
@@ -34,21 +36,7 @@ def m_grouped_fp8_fp4_gemm_nt_contiguous(
     """
     check_options(compiled_dims, epilogue)
     x, y = prepare(a, b, d, (2, 3), recipe, recipe_a, recipe_b)
-    layout: Contiguous | Psum
-    if use_psum_layout:
-        layout = Psum(grouped_layout, state.settings.mk_alignment,
-                      hint(expected_m_for_psum_layout or 0, "expected_m_for_psum_layout"))
-        layout.groups(y.shape[0])
-    else:
-        expect(expected_m_for_psum_layout is None, "expected_m_for_psum_layout without use_psum_layout",
-               expected_m_for_psum_layout, "None")
-        layout = Contiguous(grouped_layout)
-        expect(grouped_layout.numel() == len(d), "grouped_layout, length", grouped_layout.numel(),
-               f"the rows of a, {len(d)}")
-    if state.settings.compile_mode and state.skips(layout.kind, x, y, d):
-        return
-    grouped_gemm(x, y, layout, out=d, zero_padding=ensure_zero_padding or not use_psum_layout,
-                 max_sms=state.max_sms(d))
+    contiguous(x, y, d, grouped_layout, use_psum_layout, ensure_zero_padding, expected_m_for_psum_layout)
 
 
 def m_grouped_fp8_fp4_gemm_nn_contiguous(
@@ -76,6 +64,28 @@ def m_grouped_fp8_fp4_gemm_nt_masked(
     if enable_overlap or signal is not None:
         raise Unsupported("enable_overlap with a signal tensor", "enable_overlap=False; set_num_sms leaves SMs free")
     x, y = prepare(a, b, d, (3, 3), recipe, recipe_a, recipe_b)
+    masked(x, y, d, masked_m, expected_m)
+
+
+def contiguous(x: ScaledTensor, y: ScaledTensor | PackedWeight, d: Tensor, grouped_layout: Tensor, use_psum_layout: bool,
+               ensure_zero_padding: bool, expected_m: int | None) -> None:
+    """What all contiguous names do once their operands are checked: `expected_m` is their `expected_m_for_psum_layout`."""
+    layout: Contiguous | Psum
+    if use_psum_layout:
+        layout = Psum(grouped_layout, state.settings.mk_alignment, hint(expected_m or 0, "expected_m_for_psum_layout"))
+        layout.groups(y.shape[0])
+    else:
+        expect(expected_m is None, "expected_m_for_psum_layout without use_psum_layout", expected_m, "None")
+        layout = Contiguous(grouped_layout)
+        expect(grouped_layout.numel() == len(d), "grouped_layout, length", grouped_layout.numel(),
+               f"the rows of a, {len(d)}")
+    if state.settings.compile_mode and state.skips(layout.kind, x, y, d):
+        return
+    grouped_gemm(x, y, layout, out=d, zero_padding=ensure_zero_padding or not use_psum_layout, max_sms=state.max_sms(d))
+
+
+def masked(x: ScaledTensor, y: ScaledTensor | PackedWeight, d: Tensor, masked_m: Tensor, expected_m: int) -> None:
+    """The same for the masked names."""
     layout = Masked(masked_m, hint(expected_m, "expected_m"))
     layout.groups(len(d))
     if state.settings.compile_mode and state.skips("masked", x, y, d, layout.expected_m):
