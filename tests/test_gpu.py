@@ -19,6 +19,8 @@ from narrowgemm.kernels.registry import backends, kernels
 from narrowgemm.runtime import dispatch
 from narrowgemm.testing.cases import Case, build, get_suite
 
+from ._graphs import captured, unsynchronised
+
 pytestmark = pytest.mark.gpu
 
 SUITES = ("edge", "portable-contiguous", "portable-masked", "portable-dense", "portable-offsets", "fp8-masked-decode", "fp8-skew")
@@ -158,15 +160,7 @@ def test_graph_replay_with_changed_routing(layout: str, rows: int) -> None:
                 index.copy_(i.layout.index)
 
     load(built[0])
-    ng.grouped_gemm(a, b, where, out=out)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.graph(graph):
-            ng.grouped_gemm(a, b, where, out=out)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    graph = captured(lambda: ng.grouped_gemm(a, b, where, out=out))
     for i in built:
         load(i)
         out.fill_(float("nan"))
@@ -185,11 +179,8 @@ def test_warm_calls_do_not_synchronise() -> None:
     inputs = build(REPEAT[2], "cuda")
     inputs.call()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with unsynchronised():
         inputs.call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_two_streams_and_two_threads() -> None:

@@ -14,6 +14,8 @@ from narrowgemm.kernels.gluon.sm90 import fold, narrow_prefill
 from narrowgemm.testing.cases import Case, build, get_suite
 from narrowgemm.testing.numerics import calc_diff
 
+from ._graphs import captured
+
 pytestmark = pytest.mark.gpu
 
 SUITES = ("mxfp4-contiguous", "mxfp4-a4w4", "mxfp4-mx8", "mxfp4-256", "mxfp4-masked")
@@ -159,15 +161,7 @@ def test_graph_replay_with_changed_sizes(a: Format, order: bool | str, m: int, l
     def call() -> None:
         ng.grouped_gemm(x, packed, how, out=out)
 
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.graph(graph):
-            call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    graph = captured(call)
     for sizes in ([m] * groups, [m // 2, 0, 1, m, 2 * m - 1, 0, m // 3, 1], [0] * groups, [0, 0, 0, 1, 0, 0, 0, 0]):
         index.copy_(index_of(layout, sizes, rows))
         out.fill_(7.0)

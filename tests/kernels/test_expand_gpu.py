@@ -10,7 +10,7 @@ from torch import Tensor
 
 import narrowgemm as ng
 from narrowgemm.arch import detect
-from narrowgemm.formats import MXFP4, MXFP8, ScaledTensor
+from narrowgemm.formats import MXFP4, MXFP8, Format, ScaledTensor
 from narrowgemm.kernels.gluon.sm90 import expand, fold_mixed
 from narrowgemm.testing.cases import Case, build
 from narrowgemm.testing.numerics import calc_diff
@@ -103,23 +103,23 @@ def test_scales_at_the_ends(packed: bool, config, codes: tuple[int, int], other:
     assert calc_diff(got.double(), want) <= 5e-6
 
 
-def test_a_graph_follows_the_data() -> None:
-    """The same capture with rows that move, and with activations that fold and that don't."""
+def follows_the_data(fmt: Format, backend: str, replayed: tuple[list[int], ...], **packing) -> None:
+    """The same capture with rows that move to these offsets, and with activations that fold, that don't, and that do."""
     e, m, n, k = 4, 512, 640, 1152
-    w = ng.quantize(torch.randn(e, n, k, device=DEV), MXFP4)
-    packed, wide = ng.prepack(w), double(w)
+    w = ng.quantize(torch.randn(e, n, k, device=DEV), fmt)
+    packed, wide = ng.prepack(w, **packing), double(w)
     a = activations("normal", m, k)
     offsets = torch.tensor([0, 100, 100, 300, 512], device=DEV)
     out = torch.empty(m, n, dtype=torch.bfloat16, device=DEV)
 
     def call() -> Tensor:
-        return ng.grouped_gemm(a, packed, ng.Offsets(offsets), out=out, backend=fold_mixed.NAME)
+        return ng.grouped_gemm(a, packed, ng.Offsets(offsets), out=out, backend=backend)
 
     call()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    for kind, ends in (("normal", [0, 1, 200, 300, 512]), ("blocks apart", [0, 0, 0, 512, 512]), ("normal", [0, 128, 256, 384, 512])):
+    for kind, ends in zip(("normal", "blocks apart", "normal"), replayed, strict=True):
         new = activations(kind, m, k)
         a.data.copy_(new.data)
         a.scale.copy_(new.scale)
@@ -129,3 +129,7 @@ def test_a_graph_follows_the_data() -> None:
             rows = slice(ends[g], ends[g + 1])
             if ends[g] < ends[g + 1]:
                 assert calc_diff(out[rows].double(), double(a)[rows] @ wide[g].mT) <= 5e-6
+
+
+def test_a_graph_follows_the_data() -> None:
+    follows_the_data(MXFP4, fold_mixed.NAME, ([0, 1, 200, 300, 512], [0, 0, 0, 512, 512], [0, 128, 256, 384, 512]))

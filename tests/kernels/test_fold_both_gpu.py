@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 import narrowgemm as ng
 from narrowgemm.arch import detect
@@ -13,7 +12,7 @@ from narrowgemm.kernels.gluon.sm90 import fold_both
 from narrowgemm.testing.cases import Case, build
 from narrowgemm.testing.numerics import calc_diff
 
-from .test_expand_gpu import GATE, activations, double
+from .test_expand_gpu import GATE, activations, double, follows_the_data
 
 pytestmark = pytest.mark.gpu
 DEV, NAME = "cuda", fold_both.NAME
@@ -88,28 +87,4 @@ def test_activations_far_out_take_the_other_product(code: int) -> None:
 
 
 def test_a_graph_follows_the_data() -> None:
-    """The same capture with rows that move, and with activations that fold and that don't."""
-    e, m, n, k = 4, 512, 640, 1152
-    w = ng.quantize(torch.randn(e, n, k, device=DEV), MXFP8)
-    packed, wide = ng.prepack(w, folded=True), double(w)
-    a = activations("normal", m, k)
-    offsets = torch.tensor([0, 100, 100, 300, 512], device=DEV)
-    out = torch.empty(m, n, dtype=torch.bfloat16, device=DEV)
-
-    def call() -> Tensor:
-        return ng.grouped_gemm(a, packed, ng.Offsets(offsets), out=out, backend=NAME)
-
-    call()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    for kind, ends in (("normal", [0, 1, 203, 300, 512]), ("blocks apart", [0, 0, 0, 511, 512]), ("normal", [0, 128, 256, 384, 512])):
-        new = activations(kind, m, k)
-        a.data.copy_(new.data)
-        a.scale.copy_(new.scale)
-        offsets.copy_(torch.tensor(ends))
-        graph.replay()
-        for g in range(e):
-            rows = slice(ends[g], ends[g + 1])
-            if ends[g] < ends[g + 1]:
-                assert calc_diff(out[rows].double(), double(a)[rows] @ wide[g].mT) <= 5e-6
+    follows_the_data(MXFP8, NAME, ([0, 1, 203, 300, 512], [0, 0, 0, 511, 512], [0, 128, 256, 384, 512]), folded=True)

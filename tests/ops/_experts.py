@@ -13,6 +13,8 @@ from narrowgemm.ops.experts_arguments import Arguments
 from narrowgemm.ops.experts_plan import Options
 from narrowgemm.testing.numerics import calc_diff
 
+from .._graphs import captured
+
 # A last bit of the first product moves a few roundings of the activation: a step of E4M3 is 2^-4 of a value, of E2M1 2^-2.
 LIMITS = {"bf16": 1e-5, "fp16": 1e-5, "fp32": 1e-5, "e4m3": 1e-4, "e2m1": 1e-3}
 WEIGHTS = [FP8_128x128, FP8_ROW, FP8_TENSOR, MXFP8, MXFP4, BF16]
@@ -60,15 +62,7 @@ def replays(call: Callable[[], None], x: torch.Tensor, logits: torch.Tensor, spa
             count: int) -> Iterator[None]:
     """`call`, of these tensors, captured once without a sync and replayed for other tokens and routings, all scores equal in the last, on a
     poisoned workspace. Yields after each, with an eager call's output in `out`, which has the replay's bits."""
-    call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with torch.cuda.graph(graph):
-            call()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+    graph = captured(call)
     for seed in range(count):
         x.copy_(tokens(*x.shape, "cuda", seed + 10))
         logits.copy_(torch.randn(logits.shape) if seed < count - 1 else torch.zeros(logits.shape))
