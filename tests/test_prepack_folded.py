@@ -140,3 +140,11 @@ def test_what_is_refused(fmt, options: dict, match: str) -> None:
     w = quantize(torch.randn(2, 64, 128), fmt, backend="reference")
     with pytest.raises((ValueError, TypeError), match=match):
         prepack(w, **{"folded": True, **options})
+
+
+def test_a_copy_beside_weights_left_in_their_order_is_refused() -> None:
+    w = normal(64, 256)
+    state = prepack(w, activations="mxfp8").state_dict() | {
+        name: x for name, x in prepack(w, folded=True).state_dict().items() if name.startswith("folded")}
+    with pytest.raises(ValueError, match="weights with a folded copy: got mxfp8, pair '', order rows_sm90/1, expected mxfp8 without pair"):
+        PackedWeight.from_state_dict(state)

@@ -176,9 +176,9 @@ class PackedWeight:
             expect(x.device == self.device, f"packed {name}, device", x.device, f"the data's, {self.device}")
             expect(x.is_contiguous(), f"packed {name}, strides", x.stride(), "contiguous")
         if self.folded is not None:
-            expect(self.format == MXFP8 and not self.pair, "weights with a folded copy", f"{self.format.name}, pair {self.pair!r}",
-                   "mxfp8 without pair")
-            self.folded.check(groups, self.n, self.k)
+            expect(self.format == MXFP8 and not self.pair and self.prepack == PREPACK, "weights with a folded copy",
+                   f"{self.format.name}, pair {self.pair!r}, order {self.prepack}", f"mxfp8 without pair, order {PREPACK}")
+            self.folded.check(data[0], self.n, self.k)
 
 
 torch.serialization.add_safe_globals([PackedWeight, FoldedCopy])
