@@ -3,6 +3,8 @@
 Importing needs torch alone: no GPU, no Triton, no network.
 """
 
+from typing import TYPE_CHECKING
+
 from .version import __version__
 
 try:
@@ -11,11 +13,12 @@ except (ImportError, OSError, RuntimeError, AttributeError, NameError, SyntaxErr
     # torch is missing or broken. `python -m narrowgemm env` must be able to say so: fail at the first use instead.
     _cause = _error
 
-    def __getattr__(name: str) -> object:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        raise ImportError(f"narrowgemm.{name} needs torch, which can't be imported here "
-                          f"({type(_cause).__name__}: {_cause}); `python -m narrowgemm env` shows more") from _cause
+    if not TYPE_CHECKING:       # type checkers take a module with this hook to have every name
+        def __getattr__(name: str) -> object:
+            if name.startswith("__"):
+                raise AttributeError(name)
+            raise ImportError(f"narrowgemm.{name} needs torch, which can't be imported here "
+                              f"({type(_cause).__name__}: {_cause}); `python -m narrowgemm env` shows more") from _cause
 else:
     from .errors import Unsupported
     from .formats import BF16, FORMATS, FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, Format, FP8_1x128, FP8_128x128, ScaledTensor
@@ -39,11 +42,14 @@ else:
     from .prepack import PackedWeight, prepack, unpack
     from .problem import Config, Plan, Problem
 
-    def __getattr__(name: str) -> object:
-        """The packages beside the ops, imported at their first use: `narrowgemm.nn` and the others."""
-        if name in ("compat", "distributed", "integrations", "nn", "testing"):
-            return __import__(f"{__name__}.{name}", fromlist=[name])
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if TYPE_CHECKING:
+        from . import compat, distributed, integrations, nn, testing  # noqa: F401
+    else:
+        def __getattr__(name: str) -> object:
+            """The packages beside the ops, imported at their first use: `narrowgemm.nn` and the others."""
+            if name in ("compat", "distributed", "integrations", "nn", "testing"):
+                return __import__(f"{__name__}.{name}", fromlist=[name])
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 __all__ = [
     "BF16", "FORMATS", "FP8_ROW", "FP8_TENSOR", "MXFP4", "MXFP8", "Both", "Config", "Contiguous", "Explanation",

@@ -13,6 +13,7 @@ import sys
 import threading
 from importlib.machinery import ModuleSpec
 from types import ModuleType
+from typing import Any
 
 from . import bf16, state
 
@@ -28,7 +29,7 @@ _failure = ""      # why a real one that exists could not be imported
 _loading = False
 
 
-def attribute(name: str, path: str = "") -> object:
+def attribute(name: str, path: str = "") -> Any:
     """`deep_gemm[.path].name` of the real package. AttributeError, saying what to do, where there is none."""
     dotted = ".".join(filter(None, (NAME, path, name)))
     if name.startswith("__"):
