@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner, Result
 
+from narrowgemm import MXFP4, quantize
 from narrowgemm.arch import get_arch
 from narrowgemm.cli import cache as cli_cache
 from narrowgemm.cli.group import cli
-from narrowgemm.runtime import cache
+from narrowgemm.ops.prepare import zeros
+from narrowgemm.runtime import cache, cache_layers
 
 OWN, FOREIGN, HELPER = ("A" * 52, "B" * 52, "c" * 64)
 
@@ -66,9 +69,9 @@ def test_clear_asks_and_takes_our_kernels_alone(folder: Path) -> None:
     assert "removed 2 entries" in done.output and [p.name for p in folder.iterdir()] == ["notes"]
 
 
-def test_warm_without_a_gpu_says_what_it_takes() -> None:
+def test_warm_without_a_gpu_lists_what_a_named_one_compiles() -> None:
     done = run("warm", "--model", "deepseek-v3", "--ep", "8", "--layout", "offsets,masked", "--max-m", "512", "--device", "h200")
-    assert done.exit_code == 1 and "takes a GPU of the kind that will serve, here h200" in done.output
+    assert done.exit_code == 0 and "takes a GPU of the kind that will serve, here h200" in done.output
     for part in ("on h200 (sm90)", "offsets", "masked", "G32 N4096 K7168", "G32 N7168 K2048", "gluon_sm90.fp8_decode"):
         assert part in done.output
     here = run("warm", "--model", "gpt-oss-20b", "--max-m", "64", "--device", "cpu")
@@ -76,13 +79,29 @@ def test_warm_without_a_gpu_says_what_it_takes() -> None:
 
 
 def test_tensor_parallel_shapes_and_every_bucket() -> None:
-    work = cli_cache.plan_work("deepseek-v3", 2, 1, ["dense"], 300, None, "bf16", get_arch("h200"))
+    work = cli_cache.plan_work("deepseek-v3", 2, 1, ["dense"], 300, None, None, "bf16", get_arch("h200"))
     assert {(u.n, u.k, u.groups) for u, _ in work} == {(2048, 7168, 1), (7168, 1024, 1)}
     for n in (2048, 7168):
         sizes = [s for u, _ in work if u.n == n for s in u.sizes]
         assert sorted(sizes) == list(cache.buckets(300)) and sizes.count(300) == 1
-    for unit, plan in work:
-        assert {unit.plan(s, get_arch("h200")).steps for s in unit.sizes} == {plan.steps}
+    for unit, kernels in work:
+        for size in unit.sizes:
+            assert cli_cache.kernels_of({"": unit.plan(size, get_arch("h200"))}) == kernels
+    assert len({tuple(kernels) for u, kernels in work if u.n == 7168}) == sum(u.n == 7168 for u, _ in work), "one unit for each"
+
+
+@pytest.mark.parametrize(("model", "device", "packed", "wanted", "others"), [
+    ("gpt-oss-120b", "h200", None, "gluon_sm90.narrow", "triton.mx"), ("gpt-oss-120b", "h200", "no", "triton.mx", "gluon_sm90"),
+    ("gpt-oss-120b", "mi350x", None, "triton.mx", "gluon_sm90"), ("minimax-m3", "h200", None, "gluon_sm90.narrow", "triton.mx")])
+def test_narrow_weights_are_packed_where_a_hopper_serves(model: str, device: str, packed: str | None, wanted: str, others: str) -> None:
+    """For products and for the whole layer, as the transformers integration packs them."""
+    work = cli_cache.plan_work(model, 1, 8, ["offsets", "experts"], 256, None, packed, "bf16", get_arch(device))
+    for unit, kernels in work:
+        assert unit.packed == ("bf16" if wanted.startswith("gluon") else "")
+        assert wanted in str(kernels) and others not in str(kernels), kernels
+    layers = [(u, k) for u, k in work if not hasattr(u, "layout")]
+    assert sorted(s for u, _ in layers for s in u.sizes) == sorted(cache.buckets(256))
+    assert all(k[0].startswith("route triton.route") for _, k in layers)
 
 
 @pytest.mark.parametrize(("args", "message"), [
@@ -90,6 +109,7 @@ def test_tensor_parallel_shapes_and_every_bucket() -> None:
     (("--model", "deepseek-v3", "--layout", "ragged"), "'ragged' is none of dense"),
     (("--model", "deepseek-v3", "--device", "h2000"), "'h2000'"),
     (("--model", "deepseek-v3", "--device", "h200", "--a", "fp7"), "fp7"),
+    (("--model", "deepseek-v3", "--device", "h200", "--packed", "bf16"), "fp8_128x128, which needs no packing"),
 ])
 def test_bad_input(args: tuple[str, ...], message: str) -> None:
     done = run("warm", *args)
@@ -100,12 +120,27 @@ def test_bad_input(args: tuple[str, ...], message: str) -> None:
 def test_a_unit_launches_each_of_its_plans(layout: str) -> None:
     unit = cache.Unit(layout, 1 if layout == "dense" else 2, 128, 128, "fp8_1x128", "fp8_128x128", "bf16", 8, (1, 8))
     assert cache.compile_unit(unit, "cpu") == 1
+    packed = cache.Unit(layout, unit.groups, 128, 128, "bf16", "mxfp4", "bf16", 8, (1, 8), "bf16")
+    assert cache.compile_unit(packed, "cpu") == 1
+
+
+def test_weights_to_compile_for_lie_as_real_ones() -> None:
+    """Triton compiles for strides of 1: with other strides than those to come, it would compile for nobody."""
+    zero, real = zeros((2, 64, 64), MXFP4, torch.device("cpu"), mn_major=False), quantize(torch.randn(2, 64, 64), MXFP4)
+    for x, y in ((zero.data, real.data), (zero.scale, real.scale)):
+        assert (x.dtype, x.shape, x.stride()) == (y.dtype, y.shape, y.stride())
+
+
+@pytest.mark.parametrize(("weights", "packed", "oss"), [("fp8_128x128", "", False), ("mxfp4", "bf16", True), ("mxfp8", "", False)])
+def test_a_layer_is_called_with_every_size_and_routing(weights: str, packed: str, oss: bool) -> None:
+    layer = cache_layers.Layer(2, 4, 128, 128, 2, weights, "swiglu_oai" if oss else "swiglu", oss, oss, "bf16", (1, 4), packed)
+    assert cache_layers.compile_layer(layer, "cpu") == 6
+    assert layer.bytes > 2 * 3 * 128 * 128 / 2
 
 
 def test_units_are_compiled_in_processes_and_failures_are_named() -> None:
     good = cache.Unit("dense", 1, 128, 128, "fp8_1x128", "fp8_128x128", "bf16", 8, (8,))
     bad = cache.Unit("dense", 1, 128, 128, "fp8_1x128", "fp8_128x128", "bf16", 8, (9,))
-    plan = good.plan(8, get_arch("cpu"))
-    cli_cache.run([(good, plan)], "cpu", 1)
+    cli_cache.run([(good, [])], "cpu", 1)
     with pytest.raises(cli_cache.click.ClickException, match="numbers of rows from 1 to max_m, 8"):
-        cli_cache.run([(good, plan), (bad, plan)], "cpu", 2)
+        cli_cache.run([(good, []), (bad, [])], "cpu", 2)

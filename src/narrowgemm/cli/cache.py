@@ -5,23 +5,26 @@ from __future__ import annotations
 import multiprocessing
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 
 import click
 
 from ..arch import Arch, detect, get_arch
-from ..errors import Unsupported
+from ..errors import Unsupported, expect
 from ..problem import Plan
 from ..runtime import cache as store
+from ..runtime import cache_layers as layers
 from ..testing.models import MODELS, get_model
 from .bench import Progress, split
 
-LAYOUTS = ("dense", "contiguous", "psum", "offsets", "masked")
+LAYOUTS = ("dense", "contiguous", "psum", "offsets", "masked", "experts")
+PACKED = ("bf16", "fp8", "mxfp8", "no")
 ACTIVATIONS = {"fp8_128x128": "fp8_1x128", "mxfp8": "mxfp8", "mxfp4": "bf16"}   # what goes with weights of a format
 CONTEXT_BYTES = 1 << 30   # that a process takes on a GPU beside its tensors
-Work = list[tuple[store.Unit, Plan]]
+Unit = store.Unit | layers.Layer
+Work = list[tuple[Unit, list[str]]]     # what to call, and the kernels with their configs that it launches
 
 
 @click.group()
@@ -49,7 +52,7 @@ def info() -> None:
 @click.option("--all", "everything", is_flag=True, help="Also remove other packages' kernels and Triton's helpers.")
 @click.option("--yes", "-y", is_flag=True, help="Do not ask.")
 def clear(everything: bool, yes: bool) -> None:
-    """Remove compiled kernels; they are compiled again when they are needed."""
+    """Remove compiled kernels; they are compiled again when needed."""
     root = store.folder()
     found = [e for e in store.entries(root) if everything or e.own]
     if not found:
@@ -72,19 +75,25 @@ def size(found: Sequence[store.Entry]) -> str:
 @click.option("--tp", type=click.IntRange(1), default=1, show_default=True, help="Ranks of tensor parallelism.")
 @click.option("--ep", type=click.IntRange(1), default=1, show_default=True, help="Ranks of expert parallelism.")
 @click.option("--layout", "layouts", multiple=True, default=["offsets", "masked"], show_default=True,
-              help=f"How rows belong to groups: {', '.join(LAYOUTS)}; several times, or with commas.")
-@click.option("--max-m", type=click.IntRange(1), default=4096, show_default=True, help="Most rows (masked: of a group).")
+              help="How rows belong to groups: dense, contiguous, psum, offsets, masked; or experts, the whole layer in one call; "
+                   "several times, or with commas.")
+@click.option("--max-m", type=click.IntRange(1), default=4096, show_default=True,
+              help="Most rows (masked: of a group; experts: tokens).")
 @click.option("--a", "a", metavar="FORMAT", help="Format of activations.  [default: what suits the model's weights]")
+@click.option("--packed", type=click.Choice(PACKED), help="MXFP4 and MXFP8 weights went through `prepack`, for activations of that "
+              "kind.  [default: bf16 on Hopper, elsewhere no]")
 @click.option("--out-dtype", type=click.Choice(["bf16", "fp16", "fp32"]), default="bf16", show_default=True)
 @click.option("--processes", type=click.IntRange(1), default=min(8, os.cpu_count() or 1), show_default=True,
               help="Processes that compile side by side; fewer if memory is short.")
 @click.option("--device", default=None, help="A GPU (cuda, cuda:1); or a device name (h200), to list what it would compile.")
-def warm(model: str, tp: int, ep: int, layouts: tuple[str, ...], max_m: int, a: str | None, out_dtype: str,
+def warm(model: str, tp: int, ep: int, layouts: tuple[str, ...], max_m: int, a: str | None, packed: str | None, out_dtype: str,
          processes: int, device: str | None) -> None:
-    """Compile what the two products of a model's experts need, ahead of the first call.
+    """Compile what a model's experts need, ahead of the first call: their two products, or the whole layer.
 
     \b
     narrowgemm cache warm --model deepseek-v3 --ep 8 --layout offsets,masked --max-m 8192
+    narrowgemm cache warm --model gpt-oss-120b --layout experts
+    narrowgemm cache warm --model gpt-oss-120b --layout experts --device h200       lists the kernels; needs no GPU
     """
     import torch
 
@@ -94,23 +103,24 @@ def warm(model: str, tp: int, ep: int, layouts: tuple[str, ...], max_m: int, a: 
             raise click.BadParameter(f"{name!r} is none of {', '.join(LAYOUTS)}", param_hint="--layout")
     arch, where = target(device)
     try:
-        work = plan_work(model, tp, ep, names, max_m, a, out_dtype, arch)
+        work = plan_work(model, tp, ep, names, max_m, a, packed, out_dtype, arch)
     except Unsupported as e:
         raise click.ClickException(str(e)) from e
     except ValueError as e:
         raise click.UsageError(str(e)) from e
-    compiled = [(u, p) for u, p in work if p.backend != "reference"]
+    compiled = [(u, kernels) for u, kernels in work if kernels]
     for text in described(work, arch):
         click.echo(text)
+    need = max((u.bytes for u, _ in compiled), default=0.0)
+    takes = f"a GPU of the kind that will serve, here {arch.name}, with {need / 1e9:.1f} GB free for each process"
+    if where is None and arch.name != "cpu":
+        click.echo(f"listed, not compiled: compiling launches every kernel once, which takes {takes}")
+        return
     if where is None or not torch.cuda.is_available():
-        need = max((u.bytes for u, _ in compiled), default=0.0) / 1e9
-        raise click.ClickException(
-            f"nothing was compiled: compiling ahead launches every kernel once, which takes a GPU of the kind that will "
-            f"serve, here {arch.name}, with {need:.1f} GB free for each process. "
-            + ("--device h200 lists what an H200 needs." if arch.name == "cpu" else ""))
+        raise click.ClickException(f"nothing was compiled: compiling ahead launches every kernel once, which takes {takes}. "
+                                   "--device h200 lists what an H200 needs.")
     free = torch.cuda.mem_get_info(torch.device(where))[0]
-    need = max((u.bytes for u, _ in compiled), default=0.0) + CONTEXT_BYTES
-    run(compiled, where, max(1, min(processes, len(compiled), int(0.9 * free / need))))
+    run(compiled, where, max(1, min(processes, len(compiled), int(0.9 * free / (need + CONTEXT_BYTES)))))
 
 
 def target(device: str | None) -> tuple[Arch, str | None]:
@@ -128,26 +138,46 @@ def target(device: str | None) -> tuple[Arch, str | None]:
         raise click.BadParameter(str(e), param_hint="--device") from e
 
 
-def plan_work(model: str, tp: int, ep: int, layouts: Sequence[str], max_m: int, a: str | None, out_dtype: str,
+def plan_work(model: str, tp: int, ep: int, layouts: Sequence[str], max_m: int, a: str | None, packed: str | None, out_dtype: str,
               arch: Arch) -> Work:
     """A unit for each Plan of each product and layout. Raises ValueError (a format), Unsupported."""
     m = get_model(model)
+    narrow = m.weights in ("mxfp4", "mxfp8")
+    expect(narrow or packed in (None, "no"), "packed", packed, f"no: {model}'s weights are {m.weights}, which needs no packing")
+    pack = packed or ("bf16" if narrow and arch.target == "sm90" else "no")
+    pack = "" if pack == "no" else pack
     work: Work = []
     for n, k in dict.fromkeys((m.gate_up(tp), m.down(tp))):
-        for layout in layouts:
+        for layout in (x for x in layouts if x != "experts"):
             unit = store.Unit(layout, 1 if layout == "dense" else m.local_experts(ep), n, k, a or ACTIVATIONS[m.weights],
-                              m.weights, out_dtype, max_m, store.buckets(max_m))
-            work += store.split(unit, arch)
+                              m.weights, out_dtype, max_m, store.buckets(max_m), pack)
+            work += [(u, kernels_of({"": plan})) for u, plan in store.split(unit, arch)]
+    if "experts" in layouts:
+        layer = layers.Layer(m.local_experts(ep), m.experts, m.hidden, m.inter // tp, m.top_k, m.weights, m.activation,
+                             m.oss, m.oss, out_dtype, store.buckets(max_m), pack, a)
+        work += [(u, kernels_of(plan.steps)) for u, plan in layers.split_layer(layer, arch)]
     return work
+
+
+def kernels_of(plans: Mapping[str, Plan]) -> list[str]:
+    """The kernels that are compiled, each after the name of its step."""
+    return [f"{name} {p.kernel} {p.config}".strip() for name, p in plans.items() if p.backend not in ("reference", "torch")]
 
 
 def described(work: Work, arch: Arch) -> list[str]:
     lines = [f"on {arch.name} ({arch.target}):"]
-    for unit, plan in work:
-        rows = ",".join(map(str, unit.sizes))
-        what = plan.kernel if plan.backend != "reference" else "reference, nothing to compile"
-        lines.append(f"  {unit.layout:10s} G{unit.groups} N{unit.n} K{unit.k} rows {rows}: {what} {plan.config}")
+    for unit, kernels in work:
+        sizes, what = ",".join(map(str, unit.sizes)), "; ".join(kernels) or "reference, nothing to compile"
+        packed = f" packed for {unit.packed}" if unit.packed else ""
+        of = f"{unit.layout:10s} G{unit.groups} N{unit.n} K{unit.k}{packed} rows" if isinstance(unit, store.Unit) else \
+            f"{'experts':10s} E{unit.experts} I{unit.inter} H{unit.hidden} top-{unit.top_k}{packed} tokens"
+        lines.append(f"  {of} {sizes}: {what}")
     return lines
+
+
+def compile_ahead(unit: Unit, where: str) -> int:
+    """Launch what the unit needs, in this process; how many calls."""
+    return store.compile_unit(unit, where) if isinstance(unit, store.Unit) else layers.compile_layer(unit, where)
 
 
 def run(work: Work, where: str, processes: int) -> None:
@@ -156,7 +186,7 @@ def run(work: Work, where: str, processes: int) -> None:
     with Progress(len(work)) as bar, ProcessPoolExecutor(
             processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         bar.describe(f"compiling in {processes} processes")
-        jobs: dict[Future[int], store.Unit] = {pool.submit(store.compile_unit, u, where): u for u, _ in work}
+        jobs: dict[Future[int], Unit] = {pool.submit(compile_ahead, u, where): u for u, _ in work}
         for job in as_completed(jobs):
             unit = jobs[job]
             try:

@@ -67,15 +67,15 @@ def prepare(b: ScaledTensor | PackedWeight, *, layout: str = "dense", max_m: int
     return list(plans.values())
 
 
-def zeros(shape: tuple[int, ...], fmt: Format, device: torch.device) -> ScaledTensor:
-    """An operand of zeros, scales of one."""
+def zeros(shape: tuple[int, ...], fmt: Format, device: torch.device, mn_major: bool = True) -> ScaledTensor:
+    """An operand of zeros, scales of one. mn_major: scales of rows as activations have them; weights have them row-major."""
     packed = (*shape[:-1], shape[-1] // fmt.elem.per_byte)
     data = torch.zeros(packed, dtype=torch.uint8 if fmt.elem.bits <= 8 else fmt.elem.dtype, device=device).view(fmt.elem.dtype)
     if not fmt.scaled:
         return ScaledTensor(data, None, fmt)
     scale = torch.ones(fmt.scale_shape(shape), dtype=torch.float32, device=device) if fmt.scale == "fp32" else \
         torch.full(fmt.scale_shape(shape), 127, dtype=torch.uint8, device=device)
-    return ScaledTensor(data, mn_major_tma_aligned(scale) if fmt.group[0] == 1 else scale, fmt)
+    return ScaledTensor(data, mn_major_tma_aligned(scale) if mn_major and fmt.group[0] == 1 else scale, fmt)
 
 
 def empty_layout(kind: str, m: int, groups: int, alignment: int, expected_m: int, device: torch.device) -> Layout | None:

@@ -13,11 +13,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..arch import Arch
 from ..problem import Plan, bucket
 
+if TYPE_CHECKING:
+    from ..formats import ScaledTensor
+    from ..prepack import PackedWeight
+
 KEY = re.compile(r"[A-Z2-7]{52}|[0-9a-f]{64}")     # how Triton names an entry: base32 or hex of a SHA-256
+PACKING = 3     # times the bytes of weights that packing them takes
 JITTED = re.compile(r"^@\w*\.?jit\b[^\n]*\n(?:@[^\n]*\n)*def (\w+)", re.MULTILINE)
 
 
@@ -76,7 +82,10 @@ def clear(which: Iterable[Entry]) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Unit:
-    """Calls to compile for: weights `[groups, n, k]` (dense: `[n, k]`), and numbers of rows (masked: expected in a group)."""
+    """Calls to compile for: weights `[groups, n, k]` (dense: `[n, k]`), and numbers of rows (masked: expected in a group).
+
+    packed: the weights go through `prepack`, with these `activations`; '' for weights as they are.
+    """
 
     layout: str
     groups: int
@@ -87,6 +96,7 @@ class Unit:
     out_dtype: str
     max_m: int
     sizes: tuple[int, ...]
+    packed: str = ""
 
     def plan(self, rows: int, arch: Arch) -> Plan:
         """The Plan of a call of so many rows on `arch`. Raises Unsupported."""
@@ -95,7 +105,7 @@ class Unit:
         masked = self.layout == "masked"
         return explain("gemm" if self.layout == "dense" else "grouped_gemm", layout=self.layout, groups=self.groups,
                        m=self.max_m if masked else rows, expected_m=rows if masked else 0, n=self.n, k=self.k, a=self.a,
-                       b=self.b, out_dtype=self.out_dtype, device=arch.name).plan
+                       b=self.b, out_dtype=self.out_dtype, packed=self.packed or False, device=arch.name).plan
 
     @property
     def bytes(self) -> float:
@@ -103,7 +113,7 @@ class Unit:
         from ..formats import get_format
 
         rows = self.max_m * (self.groups if self.layout == "masked" else 1)
-        return (self.groups * get_format(self.b).storage_bytes(self.n, self.k)
+        return (PACKING ** bool(self.packed) * self.groups * get_format(self.b).storage_bytes(self.n, self.k)
                 + get_format(self.a).storage_bytes(rows, self.k) + rows * self.n * 4)
 
 
@@ -117,7 +127,7 @@ def split(unit: Unit, arch: Arch) -> list[tuple[Unit, Plan]]:
     plans: dict[tuple, tuple[Plan, list[int]]] = {}
     for rows in unit.sizes:
         plan = unit.plan(rows, arch)
-        plans.setdefault(plan.steps, (plan, []))[1].append(rows)
+        plans.setdefault(tuple((s.kernel, s.config) for s in plan.steps), (plan, []))[1].append(rows)
     return [(Unit(**{**unit.__dict__, "sizes": tuple(sizes)}), plan) for plan, sizes in plans.values()]
 
 
@@ -127,12 +137,15 @@ def compile_unit(unit: Unit, device: str) -> int:
 
     from ..formats import FORMATS
     from ..ops.prepare import prepare, zeros
+    from ..prepack import prepack
 
     where = torch.device(device)
     shape = (unit.n, unit.k) if unit.layout == "dense" else (unit.groups, unit.n, unit.k)
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[unit.out_dtype]
     masked = unit.layout == "masked"
-    plans = prepare(zeros(shape, FORMATS[unit.b], where), layout=unit.layout, max_m=unit.max_m, a_format=unit.a,
+    plain = zeros(shape, FORMATS[unit.b], where, mn_major=False)
+    weight: ScaledTensor | PackedWeight = prepack(plain, activations=unit.packed) if unit.packed else plain
+    plans = prepare(weight, layout=unit.layout, max_m=unit.max_m, a_format=unit.a,
                     out_dtype=dtype, expected_m=unit.sizes if masked else (), sizes=() if masked else unit.sizes)
     if where.type == "cuda":
         torch.cuda.synchronize(where)

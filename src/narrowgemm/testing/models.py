@@ -24,6 +24,11 @@ class MoEModel:
     activation: str = "swiglu"      # 'swiglu_oai': clamped, alpha 1.702, limit 7
     weights: str = "fp8_128x128"    # the narrow format that the model ships in, or is served in most
 
+    @property
+    def oss(self) -> bool:
+        """GPT-OSS's layer: rows of gate and up alternate, and both products have biases."""
+        return self.name.startswith("gpt-oss")
+
     def gate_up(self, tp: int = 1) -> tuple[int, int]:
         """(N, K) of the first product under tensor parallelism `tp`."""
         return 2 * self.inter // tp, self.hidden
