@@ -308,6 +308,10 @@ def test_gpt_oss_mxfp4_checkpoint_keeps_its_bits(tmp_path: Path) -> None:
     assert torch.equal(logits(loaded), logits(model, "narrowgemm"))
     with pytest.raises(ValueError, match="None or 'mxfp4'"):
         narrow.from_pretrained(folder, quantize="fp8")
+    for call in (lambda: narrow.from_pretrained("no such folder", prepacked="int4"),     # before anything is read
+                 lambda: narrow.quantize(torch.nn.Module(), "mxfp4", prepacked="int4")):
+        with pytest.raises(ValueError, match="prepacked: got 'int4'"):
+            call()
 
 
 @pytest.mark.parametrize("name", models.NAMES)

@@ -77,6 +77,7 @@ def from_pretrained(path: str, *, quantize: str | None = None, activations: str 
 
     register()
     expect(quantize is None or quantize in WEIGHTS, "quantize", repr(quantize), f"None or one of {sorted(WEIGHTS)}")
+    _check_prepacked(prepacked)
     auto_class = auto_class or transformers.AutoModelForCausalLM
     config = options.pop("config", None) or transformers.AutoConfig.from_pretrained(path)
     there = getattr(config, "quantization_config", None)
@@ -123,6 +124,12 @@ def prepack(model: torch.nn.Module, order: str = "bf16") -> int:
     return done
 
 
+def _check_prepacked(wanted: object) -> None:
+    """Before anything is read or quantised, which takes minutes."""
+    expect(wanted is None or isinstance(wanted, bool) or wanted in ORDERS, "prepacked", repr(wanted),
+           f"None, True, False or an order, one of {ORDERS}")
+
+
 def _prepack(model: torch.nn.Module, wanted: bool | str | None) -> None:
     """`prepack` where it is `wanted`, in that order if it is one, or where None is and every parameter is on a Hopper GPU."""
     from ...arch import detect
@@ -144,6 +151,7 @@ def quantize(model: torch.nn.Module, weights: str, *, activations: str | None = 
     from . import weights as stored
 
     expect(weights in WEIGHTS, "weights", repr(weights), f"one of {sorted(WEIGHTS)}")
+    _check_prepacked(prepacked)
     layers = [m for m in model.modules() if stored.is_experts(m)]
     expect(bool(layers), "expert layers of the model", 0, "at least one that `experts_implementation` serves")
     for layer in layers:
