@@ -19,7 +19,7 @@ from .fp8_block_device import store_tile
 from .fp8_block_parts_device import FP8_PLANE, FP8_TILE, ROW_OF_FLOATS, advance, fence, promote, read_a_scale, store_zeros
 from .fp8_block_schedule_device import DENSE, MASKED, OFFSETS, first_tile, fresh, has_products, is_live, next_tile, total_tiles
 from .fp8_block_sums_device import before
-from .ring_device import feed, groups_table, ring_barriers, store_buffers
+from .ring_device import feed, fill_blocks, groups_table, ring_barriers, store_buffers
 from .shim import tma_load, view_as, view_boxes, view_rows
 
 PICK_TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
@@ -57,34 +57,20 @@ def load_picks(descs, rings, bar, slot, at, cfg: gl.constexpr):
 
 
 @gluon.jit
-def feed_with_picks(descs, picks, rings, bars, table, problem, at_ptr, cfg: gl.constexpr):
-    """A producer's work, as `feed`: of each tile the picks, then the K blocks."""
+def fill_with_picks(load: gl.constexpr, operands, tile, at, slot, phase, bars, problem, cfg: gl.constexpr):
+    """As `fill_blocks`, behind the tile's picks."""
+    descs, rings, picks, at_ptr = operands
     full, empty = bars
-    index_ptr, M, N, KB, G, alignment = problem
-    work = (index_ptr, table, M, N, KB, G, alignment, total_tiles(table, M, N, cfg, 1))
-    slot = gl.to_tensor(0)
-    phase = gl.to_tensor(1)
-    cursor, tile = first_tile(work, cfg, 1)
     n, g, first, end, stop = tile
-    while n >= 0:
-        plane = g * 0
-        at = (plane, first, g, n * cfg.BN)
-        run = has_products((n, g, first, end, stop), cfg)
-        cursor, ahead = next_tile(cursor, (n, g, first, end, stop), work, cfg, 1)
-        if run:
-            row = first
-            if cfg.LAYOUT == OFFSETS:
-                row = column_of(first, stop, g)
-            begin, last = picks_of(at_ptr, n, g, N, cfg)
-            for column in range(begin, last, STEP):
-                mbarrier.wait(empty.index(slot), phase)
-                load_picks(picks, rings, full.index(slot), slot, (column, column - begin, row, g, n * cfg.BN), cfg)
-                slot, phase = advance(slot, phase, cfg.STAGES)
-            for kb in range(KB):
-                mbarrier.wait(empty.index(slot), phase)
-                load_block(descs, rings, full.index(slot), slot, at, kb, cfg)
-                slot, phase = advance(slot, phase, cfg.STAGES)
-        n, g, first, end, stop = ahead
+    row = first
+    if cfg.LAYOUT == OFFSETS:
+        row = column_of(first, stop, g)
+    begin, last = picks_of(at_ptr, n, g, problem[2], cfg)
+    for column in range(begin, last, STEP):
+        mbarrier.wait(empty.index(slot), phase)
+        load_picks(picks, rings, full.index(slot), slot, (column, column - begin, row, g, n * cfg.BN), cfg)
+        slot, phase = advance(slot, phase, cfg.STAGES)
+    return fill_blocks(load, (descs, rings), tile, at, slot, phase, bars, problem, cfg)
 
 
 @gluon.jit
@@ -125,9 +111,9 @@ def load_block(descs, rings, bar, slot, at, kb, cfg: gl.constexpr):
 @gluon.jit
 def producer(descs, picks, rings, bars, table, problem, at_ptr, cfg: gl.constexpr):
     if cfg.PICKS:
-        feed_with_picks(descs, picks, rings, bars, table, problem, at_ptr, cfg)
+        feed(fill_with_picks, load_block, (descs, rings, picks, at_ptr), bars, table, problem, cfg)
     else:
-        feed(load_block, descs, rings, bars, table, problem, cfg)
+        feed(fill_blocks, load_block, (descs, rings), bars, table, problem, cfg)
 
 
 @gluon.jit

@@ -24,43 +24,37 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 from .fp8_block_parts_device import (
     FP8_PLANE, FP8_TILE, ROW_OF_FLOATS, advance, block_of, column_scales, load_a_scales, load_b_scales, load_blocks, multiply, scale_bases,
     store_piece, store_zeros)
-from .fp8_block_schedule_device import DENSE, MASKED, first_tile, fresh, has_products, is_live, next_tile, total_tiles
+from .fp8_block_schedule_device import DENSE, first_tile, fresh, has_products, is_live, next_tile, total_tiles
 from .fp8_block_sums_device import blocks, sum_pieces
-from .ring_device import groups_table, ring_barriers, store_buffers
+from .ring_device import feed, groups_table, ring_barriers, store_buffers
 from .shim import view_as, view_rows
 
 
 @gluon.jit
-def producer(descs, rings, bars, table, problem, sa_pitch, cfg: gl.constexpr):
+def fill_slots(load: gl.constexpr, operands, tile, at, slot, phase, bars, problem, cfg: gl.constexpr):
+    """All K blocks of a tile, KS to a slot; the first slot has SKIP fewer."""
+    descs, rings, sa_pitch = operands
     full, empty = bars
     index_ptr, M, N, KB, G, alignment = problem
-    work = (index_ptr, table, M, N, KB, G, alignment, total_tiles(table, M, N, cfg, 1))
-    slot = gl.to_tensor(0)
-    phase = gl.to_tensor(1)
-    cursor, tile = first_tile(work, cfg, 1)
-    n, g, first, end, stop = tile
-    while n >= 0:
-        a_plane = g * 0
-        if cfg.LAYOUT == MASKED:
-            a_plane = g
-        at = (a_plane, first, g, n * cfg.BN, a_plane * sa_pitch, first)
-        # the next tile is looked up first, so that its loads are off the path between two tiles
-        run = has_products((n, g, first, end, stop), cfg)
-        whole = first + cfg.BM // 2 < end
-        cursor, ahead = next_tile(cursor, (n, g, first, end, stop), work, cfg, 1)
-        if run:
-            kb = gl.to_tensor(0)
-            if cfg.SKIP > 0:
-                mbarrier.wait(empty.index(slot), phase)
-                load_blocks(descs, rings, full.index(slot), slot, at, kb, whole, cfg, cfg.SKIP)
-                slot, phase = advance(slot, phase, cfg.STAGES)
-                kb += cfg.KS - cfg.SKIP
-            while kb < KB:
-                mbarrier.wait(empty.index(slot), phase)
-                load_blocks(descs, rings, full.index(slot), slot, at, kb, whole, cfg, 0)
-                slot, phase = advance(slot, phase, cfg.STAGES)
-                kb += cfg.KS
-        n, g, first, end, stop = ahead
+    at = at + (at[0] * sa_pitch, at[1])
+    whole = tile[2] + cfg.BM // 2 < tile[3]
+    kb = gl.to_tensor(0)
+    if cfg.SKIP > 0:
+        mbarrier.wait(empty.index(slot), phase)
+        load(descs, rings, full.index(slot), slot, at, kb, whole, cfg, cfg.SKIP)
+        slot, phase = advance(slot, phase, cfg.STAGES)
+        kb += cfg.KS - cfg.SKIP
+    while kb < KB:
+        mbarrier.wait(empty.index(slot), phase)
+        load(descs, rings, full.index(slot), slot, at, kb, whole, cfg, 0)
+        slot, phase = advance(slot, phase, cfg.STAGES)
+        kb += cfg.KS
+    return slot, phase
+
+
+@gluon.jit
+def producer(descs, rings, bars, table, problem, sa_pitch, cfg: gl.constexpr):
+    feed(fill_slots, load_blocks, (descs, rings, sa_pitch), bars, table, problem, cfg)
 
 
 @gluon.jit

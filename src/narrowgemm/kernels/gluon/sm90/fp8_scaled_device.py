@@ -17,13 +17,13 @@ from .fp8_block_parts_device import FP8_PLANE, FP8_TILE
 from .fp8_block_schedule_device import DENSE, first_tile, fresh, has_products, is_live, next_tile, total_tiles
 from .fp8_scaled_parts_device import fetch_scales, load_block, store_padding, store_tile
 from .fp8_scaled_sums_device import cut_all, products
-from .ring_device import feed, groups_table, ring_barriers, store_buffers
+from .ring_device import feed, fill_blocks, groups_table, ring_barriers, store_buffers
 from .shim import view_as
 
 
 @gluon.jit
 def producer(descs, rings, bars, table, problem, cfg: gl.constexpr):
-    feed(load_block, descs, rings, bars, table, problem, cfg)
+    feed(fill_blocks, load_block, (descs, rings), bars, table, problem, cfg)
 
 
 @gluon.jit

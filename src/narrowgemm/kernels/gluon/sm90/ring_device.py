@@ -41,10 +41,19 @@ def groups_table(stand_in, index_ptr, M, G, alignment, cfg: gl.constexpr):
 
 
 @gluon.jit
-def feed(fill: gl.constexpr, descs, rings, bars, table, problem, cfg: gl.constexpr):
-    """A producer's work: `fill` starts the loads of one K block, (plane and row of A, group and row of B) being its tile's place,
-    for all of every tile's, as far ahead as the ring is long."""
-    full, empty = bars
+def place_of(tile, cfg: gl.constexpr):
+    """Where a tile's operands lie: (plane and row of A, group and row of B)."""
+    n, g, first, end, stop = tile
+    plane = g * 0
+    if cfg.LAYOUT == MASKED:
+        plane = g
+    return plane, first, g, n * cfg.BN
+
+
+@gluon.jit
+def feed(fill: gl.constexpr, load: gl.constexpr, operands, bars, table, problem, cfg: gl.constexpr):
+    """A producer's work: `fill` starts the loads of a tile, by `load`, as far ahead as the ring is long, and returns the (slot, phase)
+    behind them. `operands`: what is loaded, and to where."""
     index_ptr, M, N, KB, G, alignment = problem
     work = (index_ptr, table, M, N, KB, G, alignment, total_tiles(table, M, N, cfg, 1))
     slot = gl.to_tensor(0)
@@ -52,16 +61,24 @@ def feed(fill: gl.constexpr, descs, rings, bars, table, problem, cfg: gl.constex
     cursor, tile = first_tile(work, cfg, 1)
     n, g, first, end, stop = tile
     while n >= 0:
-        a_plane = g * 0
-        if cfg.LAYOUT == MASKED:
-            a_plane = g
-        at = (a_plane, first, g, n * cfg.BN)
+        here = (n, g, first, end, stop)
+        at = place_of(here, cfg)
         # the next tile is looked up first, so that its loads are off the path between two tiles
-        run = has_products((n, g, first, end, stop), cfg)
-        cursor, ahead = next_tile(cursor, (n, g, first, end, stop), work, cfg, 1)
+        run = has_products(here, cfg)
+        cursor, ahead = next_tile(cursor, here, work, cfg, 1)
         if run:
-            for kb in range(KB):
-                mbarrier.wait(empty.index(slot), phase)
-                fill(descs, rings, full.index(slot), slot, at, kb, cfg)
-                slot, phase = advance(slot, phase, cfg.STAGES)
+            slot, phase = fill(load, operands, here, at, slot, phase, bars, problem, cfg)
         n, g, first, end, stop = ahead
+
+
+@gluon.jit
+def fill_blocks(load: gl.constexpr, operands, tile, at, slot, phase, bars, problem, cfg: gl.constexpr):
+    """All K blocks of a tile, a slot each."""
+    descs, rings = operands
+    full, empty = bars
+    index_ptr, M, N, KB, G, alignment = problem
+    for kb in range(KB):
+        mbarrier.wait(empty.index(slot), phase)
+        load(descs, rings, full.index(slot), slot, at, kb, cfg)
+        slot, phase = advance(slot, phase, cfg.STAGES)
+    return slot, phase
