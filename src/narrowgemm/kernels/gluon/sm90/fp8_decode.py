@@ -36,6 +36,7 @@ from .fp8_decode_tile import (
     smem_bytes,
     static,
 )
+from .tensor_maps import planes
 
 __all__ = ["BACKEND", "LAYOUT_IDS", "NAME", "configs", "estimate", "extra", "launches", "legal", "max_registers", "pads",
            "smem_bytes", "supports", "workspace"]
@@ -224,8 +225,6 @@ def fetches_by_256(problem: Problem, arch: Arch) -> bool:
 
 # ---------------------------------------------------------------- launch
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     from . import fp8_decode_device as device
 
     config, arch = step.config, detect(x.out.device)
@@ -245,8 +244,8 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     counts = Pointer(scratch, torch.int64, before)
     table = Pointer(scratch, torch.int32, before + (0 if workspace is None else count_bytes(config, most)))
     som, sog = out.stride(-2), out.stride(0) if masked else 0
-    descriptors = [TensorDescriptor(t, *_box(t, rows), layout) for (t, rows), layout in
-                   zip(((b, cfg.BN), (a, cfg.BT), (a, cfg.MIDDLE or cfg.BT), (a, cfg.NARROW or cfg.BT)), device.layouts(cfg))]
+    widths = cfg.BT, cfg.MIDDLE or cfg.BT, cfg.NARROW or cfg.BT
+    descriptors = [planes(b, x.k, cfg.BN), *(planes(a, x.k, w) for w in widths)]
     sizes = (x.m, x.n, x.k // 128, x.groups, x.alignment, x.m)
     return [Launch(
         device.fp8_decode_kernel, (ctas,),
@@ -264,13 +263,3 @@ def tiles_at_most(layout: str, x: Operands, tokens: int) -> int:
     if layout == "masked":
         return x.groups * -(-x.m // tokens)
     return -(-x.m // tokens) + (x.groups if layout != "dense" else 0)
-
-
-def _box(x: Tensor, rows: int) -> tuple[list[int], list[int], list[int]]:
-    """Shape, strides and box of [G, R, K] (or [R, K]) in three dimensions, so that a tile's rows past R read as zero, not as
-    the next group's."""
-    # an axis of size 1 may carry any stride: give it one that TMA takes
-    r, k = x.shape[-2:]
-    row = x.stride(-2) if r > 1 else k
-    groups, group = (x.shape[0], x.stride(0)) if x.dim() == 3 and x.shape[0] > 1 else (1, r * row)
-    return [groups, r, k], [group, row, 1], [1, rows, 128]

@@ -214,9 +214,3 @@ def fp8_decode_kernel(w_desc, x_desc, middle_desc, narrow_desc, out_ptr, sa_ptr,
             (weight_loader, (descs, rings, bars, sh, index_ptr, table_ptr, cap, KB, cfg)),
             (scale_loader, (sa_sb, strides, rings, bars, sh, index_ptr, table_ptr, cap, KB, cfg)),
         ], [4, 1, 1], [C, R, R])
-
-
-def layouts(cfg):
-    """Shared-memory layouts of the boxes: weights, tokens, fewer tokens, few."""
-    return [gl.NVMMASharedLayout.get_default_for([1, rows, 128], gl.float8e4nv)
-            for rows in (cfg.BN, cfg.BT, cfg.MIDDLE or cfg.BT, cfg.NARROW or cfg.BT)]

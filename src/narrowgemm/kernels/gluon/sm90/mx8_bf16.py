@@ -17,9 +17,9 @@ from ....arch import Arch
 from ....problem import Config, Problem, Step
 from ...launching import Launch, Pointer
 from ...operands import Operands
-from . import mx8_decode
-from .fp8_decode_tile import ITEMSIZE, KEEP_BYTES, STREAM_CACHES, extra
-from .fp8_decode_tile import ROOM as CLUSTER_ROOM
+from . import mx8_tile as tile
+from .mx8_tile import blocks_of, chunk_of, tiles_of
+from .tensor_maps import planes
 
 __all__ = ["BACKEND", "NAME", "configs", "estimate", "launches", "legal", "smem_bytes", "supports", "workspace"]
 
@@ -29,7 +29,6 @@ FEWEST, MOST = 33, 512       # tokens: fewer are one tile of `mx8_decode`, which
 ROWS = 64                    # weight rows of a consumer
 PREP_K = 2048                # of K that one program of the launch in front brings
 MAX_STAGES = 10
-TRIP = 4                     # K blocks whose codes are 16 bytes of a row
 TOKENS = 64, 128             # columns of a tile
 CONSUMERS = 2                # warpgroups of 64 weight rows at most
 # by columns: registers of a thread at the launch, of a consumer's, of the other four warps'; with 64 the launch in front has room
@@ -38,26 +37,13 @@ STEP = 4                     # weight rows of a consumer are a multiple of it
 LEAST = 32                   # and no fewer
 
 
-@dataclass(frozen=True)
-class Static:
+@dataclass(frozen=True, kw_only=True)
+class Static(tile.Columns):
     """What the device code is compiled for; its fields are read by `mx8_bf16_device.py` and the parts of `fp8_decode`'s."""
 
-    BT: int                  # token columns
-    BN: int                  # weight rows of a tile
-    ROWS: int                # and of a consumer's part of it
-    STAGES: int
-    TRIPS: int               # of the longest part of K
-    CLUSTER: int             # blocks that share a tile, each with a part of K
+    ROWS: int                # weight rows of a consumer's part of a tile
     W_AT: int                # bytes of shared memory in front of the weights
     BARS: int                # and of the barriers of boxes
-    VEC: int                 # codes of weights, by four, that an asynchronous copy brings; 0: rows off 4 bytes, each is loaded
-    STORE_VEC: int           # elements of 16 bytes of output
-    KEEP: bool               # output stays in L2
-    STREAM: bool             # weights pass through L2, which gives them up first
-    CONSUMER_REGS: int
-    LOADER_REGS: int
-    ACCUMULATE: bool = False
-    LAYOUT: int = 0
 
 
 @dataclass(frozen=True)
@@ -70,24 +56,7 @@ class PrepStatic:
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:
-    if problem.op == "gemm" and not FEWEST <= problem.m <= MOST:
-        return f"is for {FEWEST} to {MOST} tokens, not {problem.m}"
-    return mx8_decode.supports(replace(problem, m=min(problem.m, mx8_decode.MAX_ROWS)), arch)
-
-
-def blocks_of(problem: Problem) -> int:
-    """K blocks of 128."""
-    return problem.k // 128
-
-
-def chunk_of(problem: Problem, config: Config) -> int:
-    """K blocks of one block of a cluster: whole trips."""
-    trips = -(-blocks_of(problem) // TRIP)
-    return -(-trips // config.split_k) * TRIP
-
-
-def tiles_of(problem: Problem, config: Config) -> int:
-    return -(-problem.m // config.block_m) * -(-problem.n // config.block_n)
+    return tile.of_tokens(problem, arch, FEWEST, MOST)
 
 
 def slot_bytes(config: Config) -> int:
@@ -103,14 +72,11 @@ def smem_bytes(problem: Problem, config: Config) -> int:
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
-    keep = problem.m * problem.n * ITEMSIZE[problem.out_dtype] <= KEEP_BYTES
-    weights = problem.b.format.storage_bytes(problem.n, problem.k)
     out = []
     columns = next((t for t in TOKENS if t >= problem.m), TOKENS[-1])
     tiles_m = -(-problem.m // columns)
-    stream = tiles_m == 1 and weights <= STREAM_CACHES * arch.l2     # what has to be read twice stays
-    more = tuple((name, 1) for name, given in (("keep", keep), ("stream", stream)) if given)
-    for split, room in ((1, arch.sms), *((blocks, round(arch.sms * share)) for blocks, share in CLUSTER_ROOM.items())):
+    more = tile.caching(problem, tiles_m, arch)
+    for split, room in tile.rooms(arch):
         if split > 1 and tiles_m == 1 and math.ceil(problem.n / (CONSUMERS * ROWS)) > room:      # too much for one wave is not cut
             continue
         rows = CONSUMERS * rows_of(problem.n, max(1, room // tiles_m))
@@ -141,12 +107,8 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     rows = config.block_n // CONSUMERS
     if config.block_n % CONSUMERS or not LEAST <= rows <= ROWS or rows % STEP:
         return f"{config.block_n} weight rows, expected {LEAST} to {ROWS} in steps of {STEP} for each of {CONSUMERS} consumers"
-    if config.split_k not in (1, *CLUSTER_ROOM):
-        return f"split_k={config.split_k}, expected 1 or one of {(*CLUSTER_ROOM, )}, the blocks of a cluster"
-    if config.split_k > 1 and problem.batch_invariant:
-        return "split_k cuts K by the work at hand: not batch-invariant"
-    if (config.split_k - 1) * chunk_of(problem, config) >= blocks_of(problem):
-        return f"{config.split_k} blocks have no {TRIP} K blocks each"
+    if (reason := tile.illegal_split(problem, config)) is not None:
+        return reason
     least = 3 if config.block_m > 64 and config.split_k == 1 else 4
     if config.num_stages < least or smem_bytes(problem, config) > arch.smem:
         given = f"{config.num_stages} stages take {smem_bytes(problem, config)} bytes of shared memory"
@@ -185,23 +147,18 @@ _POWER = 8
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds: the bytes over the bandwidth and the K blocks of a CTA after one another, in waves."""
-    split = config.split_k
-    room = round(arch.sms * CLUSTER_ROOM.get(split, 1.0))
-    waves = -(-tiles_of(problem, config) // room)
+    waves = -(-tiles_of(problem, config) // tile.room_of(config, arch))
     work = waves * (chunk_of(problem, config) * BLOCK[config.block_m] + TILE[config.block_m])
-    memory = problem.b.format.storage_bytes(problem.n, problem.k) / (arch.bandwidth * READ)
-    return START[config.block_m] + (memory**_POWER + work**_POWER) ** (1 / _POWER) + CUT * math.log2(split)
+    return tile.seconds(config, START[config.block_m], tile.read_seconds(problem, arch, READ), work, _POWER, CUT)
 
 
 # ---------------------------------------------------------------- launch
 def static(problem: Problem, config: Config, sw: int) -> Static:
-    """`sw`: what `mx8_decode.by` says of the weights' scales."""
+    """`sw`: what `mx8_tile.by` says of the weights' scales."""
     w_at = config.num_stages * config.block_m * 256
     _, own, rest = REGISTERS[config.block_m]
-    return Static(config.block_m, config.block_n, config.block_n // CONSUMERS, config.num_stages,
-                  chunk_of(problem, config) // TRIP, config.split_k, w_at, w_at + config.num_stages * CONSUMERS * ROWS * 128,
-                  min(sw // 4, 1) if blocks_of(problem) % TRIP else sw // 4,
-                  16 // ITEMSIZE[problem.out_dtype], bool(extra(config, "keep")), bool(extra(config, "stream")), own, rest)
+    return Static(**tile.shared(problem, config, sw, own, rest), **tile.columns(problem, config, chunk_of(problem, config)),
+                  ROWS=config.block_n // CONSUMERS, W_AT=w_at, BARS=w_at + config.num_stages * CONSUMERS * ROWS * 128)
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
@@ -210,16 +167,14 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
 
     from . import mx8_bf16_device as device
     from . import mx8_bf16_prep_device as prep
-    from .fp8_decode import _box
 
     config = step.config
     sw, sx = x.b.scale, x.a.scale
     assert sw is not None and sx is not None and workspace is not None
-    cfg, at = static(problem, config, mx8_decode.by(sw)), regions(problem)
-    codes, swn = (Pointer(sw, torch.int32), sw.stride(-2) // 4) if cfg.VEC else (sw, sw.stride(-2))
+    cfg, at = static(problem, config, tile.by(sw)), regions(problem)
+    codes, swn = tile.weight_codes(sw, cfg)
     xp, xfactor = Pointer(workspace, torch.bfloat16, at.x), Pointer(workspace, torch.float32, at.xfactor)
-    shape, strides, box = _box(x.b.data, ROWS)
-    boxes = (TensorDescriptor(x.b.data, shape, strides, box, device.layouts()[0]),
+    boxes = (planes(x.b.data, x.k, ROWS),
              TensorDescriptor(xp, [x.m, x.k], [x.k, 1], [cfg.BT, 64], device.X_TILE.value))
     return [
         Launch(prep.mx8_bf16_prep_kernel, (x.m, -(-x.k // PREP_K)),

@@ -232,8 +232,3 @@ def mx8_bf16_kernel(w_desc, x_desc, sw_ptr, out_ptr, xfactor_ptr, M, N, KB, chun
             (consumer, (views, bars, ring, out_ptr, xfactor_ptr, where, N, som, blocks_here, cfg, 1)),
             (loader, (w_desc, x_desc, empty, w_row, x_row, k0, k1, cfg)),
         ], [4, 1], [R, L])
-
-
-def layouts():
-    """Shared-memory layout of a box of weights."""
-    return [gl.NVMMASharedLayout.get_default_for([1, 64, 128], gl.float8e4nv)]

@@ -5,7 +5,6 @@ How it works: `mx8_decode_device.py`. Prepacked weights take `narrow`, other lay
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +14,9 @@ from ....arch import Arch
 from ....problem import Config, Problem, Step
 from ...launching import Launch, Pointer
 from ...operands import Operands
-from .fp8_decode_tile import CLUSTERS, ITEMSIZE, KEEP_BYTES, ROOM, STREAM_CACHES, extra, max_registers, smem_budget
+from . import mx8_tile as tile
+from .fp8_decode_tile import ITEMSIZE, extra, max_registers, smem_budget
+from .mx8_tile import TRIP
 
 __all__ = ["BACKEND", "NAME", "configs", "estimate", "launches", "legal", "smem_bytes", "supports", "workspace"]
 
@@ -26,68 +27,34 @@ GROUP = {8: 4, 16: 2, 32: 2}        # blocks of 32 of K whose sums are in flight
 ROWS = 64                    # weight rows of a tile at most: wgmma's
 STEP = 4                     # fewer, in steps of so many, where tiles of all SMs are equal then
 LEAST = 32
-TRIP = 4                     # K blocks of 128 whose codes are 16 bytes of a row
 MAX_ROWS = 256               # tokens; with more, `expand` does better
 MAX_STAGES = 16
-@dataclass(frozen=True)
-class Static:
+
+
+@dataclass(frozen=True, kw_only=True)
+class Static(tile.Columns):
     """What the device code is compiled for; its fields are read by `mx8_decode_device.py` and the parts of `fp8_decode`'s."""
 
-    BT: int                  # token columns
-    BN: int                  # weight rows of a tile: no more than wgmma's 64
     GROUP: int               # blocks of 32 of K of a step
     CONSUMERS: int           # warpgroups that take K blocks in turn
-    STAGES: int
-    TRIPS: int               # of the longest part of K
-    CLUSTER: int
     X_AT: int                # boxes of tokens in front of theirs, in the one allocation of both rings
-    VEC: int                 # codes of weights, by four, that an asynchronous copy brings; 0: rows off 4 bytes, each is loaded
     FOURS: bool              # codes of tokens are loaded by four, else each
-    STORE_VEC: int           # elements of 16 bytes of output
-    KEEP: bool               # output stays in L2
-    STREAM: bool             # weights pass through L2, which gives them up first
-    CONSUMER_REGS: int
-    LOADER_REGS: int
-    ACCUMULATE: bool = False
-    LAYOUT: int = 0
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:
-    a, b = problem.a, problem.b
-    if arch.target != "sm90":
-        return f"runs on sm90, not {arch.target}"
-    if problem.op != "gemm" or problem.layout != "dense":
-        return f"computes dense gemm, not {problem.op} with layout {problem.layout}"
-    for x in (a, b):
-        if (x.format.element, x.format.group, x.scale_dtype) != ("e4m3", (1, 32), "e8m0"):
-            return f"takes MXFP8 x MXFP8, not {a.format.name} x {b.format.name}"
-    if a.prepack or b.prepack:
-        return "takes plain operands, not prepacked ones"
-    if not problem.epilogue.plain or problem.gather or problem.accumulate:
-        return "writes its sum, with no fused gather, epilogue or accumulation"
-    if a.major != "k" or b.major != "k" or not a.aligned or not b.aligned or problem.wide:
-        return "needs both operands K-major, on 16 bytes in base and strides (TMA), and tiles within 2^31 elements"
-    if b.scale_major != "k":
-        return "needs scales of weights row by row"
-    if problem.k % 128:
-        return f"needs K a multiple of 128, not {problem.k}"
-    if problem.max_sms:
-        return "takes as many SMs as there are"
-    if problem.m > MAX_ROWS:
-        return f"is for {MAX_ROWS} tokens and fewer, not {problem.m}"
-    return None
+    if (reason := tile.supports(problem, arch)) is not None:
+        return reason
+    return None if problem.m <= MAX_ROWS else f"is for {MAX_ROWS} tokens and fewer, not {problem.m}"
 
 
-def blocks_of(problem: Problem) -> int:
-    """K blocks of 128."""
-    return problem.k // 128
+def trip_of(config: Config) -> int:
+    """K blocks of a trip of all consumers."""
+    return TRIP * (config.num_warps // 4)
 
 
 def chunk_of(problem: Problem, config: Config) -> int:
     """K blocks of one block of a cluster: whole trips of all consumers."""
-    trip = TRIP * (config.num_warps // 4)
-    trips = -(-blocks_of(problem) // trip)
-    return -(-trips // config.split_k) * trip
+    return tile.chunk_of(problem, config, trip_of(config))
 
 
 def slot_bytes(config: Config) -> int:
@@ -121,12 +88,11 @@ def consumer_registers(config: Config) -> int:
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     bt = next((t for t in TOKENS if t >= problem.m), TOKENS[-1])
-    keep = problem.m * problem.n * ITEMSIZE[problem.out_dtype] <= KEEP_BYTES
-    # what has to be read twice stays
-    stream = problem.m <= bt and problem.b.format.storage_bytes(problem.n, problem.k) <= STREAM_CACHES * arch.l2
+    tiles_m = -(-problem.m // bt)
+    caching = tile.caching(problem, tiles_m, arch)
     out = []
-    for split, room in ((1, arch.sms), *((blocks, round(arch.sms * share)) for blocks, share in ROOM.items())):
-        for rows, ctas in rows_of(problem.n, -(-problem.m // bt), split, room):
+    for split, room in tile.rooms(arch):
+        for rows, ctas in rows_of(problem.n, tiles_m, split, room):
             for warps in (4, 8):
                 # two consumers need no longer ring than two CTAs on an SM have, even where one each would do; fewer rows need one
                 if warps == 8 and bt < 32:
@@ -135,8 +101,7 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
                     ctas = 2
                 elif warps == 8:
                     ctas = 1
-                options = (("ctas", ctas if ctas > 1 else 0), ("keep", keep), ("stream", stream))
-                more = tuple((name, int(value)) for name, value in options if value)
+                more = ((("ctas", ctas), ) if ctas > 1 else ()) + caching
                 c = Config(bt, rows, 128, warps, 0, split_k=split, swap_ab=True, extra=more)
                 stages = min(MAX_STAGES, (smem_budget(c, arch) - fixed_bytes(problem, c)) // slot_bytes(c))
                 c = replace(c, num_stages=stages // 2 * 2 if warps == 8 else stages)
@@ -169,12 +134,8 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
         return f"{config.num_warps} warps, expected one or two consumers of 4"
     if config.num_warps == 8 and config.num_stages % 2:     # who does not see each use of a slot can't tell one from the next
         return f"{config.num_stages} stages, expected an even number, so that each of two consumers has slots of its own"
-    if config.split_k not in (1, *CLUSTERS) or config.split_k > config.block_m:
-        return f"split_k={config.split_k}, expected 1 or one of {CLUSTERS}, the blocks of a cluster"
-    if config.split_k > 1 and problem.batch_invariant:
-        return "split_k cuts K by the work at hand: not batch-invariant"
-    if (config.split_k - 1) * chunk_of(problem, config) >= blocks_of(problem):
-        return f"{config.split_k} blocks have no {TRIP} K blocks each"
+    if (reason := tile.illegal_split(problem, config, trip_of(config))) is not None:
+        return reason
     ctas, there = extra(config, "ctas", 1), consumer_registers(config)
     need = 56 + config.block_m // 2 * (1 + 2 * GROUP[config.block_m])
     if not 1 <= ctas <= 2 or need > there:
@@ -202,52 +163,30 @@ _POWER = 2.6
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds: the bytes over the bandwidth and the K blocks of a CTA after one another, in waves."""
-    split, ctas = config.split_k, extra(config, "ctas", 1)
-    alone = round(arch.sms * ROOM.get(split, 1.0))
-    tiles = -(-problem.m // config.block_m) * -(-problem.n // config.block_n)
+    ctas, alone, tiles = extra(config, "ctas", 1), tile.room_of(config, arch), tile.tiles_of(problem, config)
     block = BLOCK[config.block_m, config.num_warps] * (1.0 + BESIDE * (ctas > 1 and tiles > alone))
     work = -(-tiles // (alone * ctas)) * (chunk_of(problem, config) * block + TILE[config.num_warps])
-    rate = STREAM if extra(config, "stream") else READ
-    memory = problem.b.format.storage_bytes(problem.n, problem.k) / (arch.bandwidth * rate)
+    memory = tile.read_seconds(problem, arch, STREAM if extra(config, "stream") else READ)
     if tiles > alone:
         memory *= (-(-tiles // alone) * alone / tiles) ** UNEVEN
-    return START + (memory**_POWER + work**_POWER) ** (1 / _POWER) + CUT * math.log2(split)
+    return tile.seconds(config, START, memory, work, _POWER, CUT)
 
 
 # ---------------------------------------------------------------- launch
-def by(scale: Tensor) -> int:
-    """Bytes, 16 or 4, that rows of a scale tensor start on whose base is on 16 and whose codes lie next to each other; else 0."""
-    if scale.data_ptr() % 16 or scale.stride(-1) != 1:
-        return 0
-    return next((n for n in (16, 4) if scale.stride(-2) % n == 0), 0)
-
-
 def static(problem: Problem, config: Config, sw: int, sx: int) -> Static:
-    """`sw`, `sx`: what `by` says of both scales."""
-    vec = min(sw // 4, 1) if blocks_of(problem) % TRIP else sw // 4
-    x_at = config.num_stages * ROWS // config.block_m
-    return Static(config.block_m, config.block_n, GROUP[config.block_m], config.num_warps // 4, config.num_stages,
-                  chunk_of(problem, config) // TRIP, config.split_k, x_at, vec, sx > 0, 16 // ITEMSIZE[problem.out_dtype],
-                  bool(extra(config, "keep")), bool(extra(config, "stream")), consumer_registers(config), loader_registers(config))
+    """`sw`, `sx`: what `mx8_tile.by` says of both scales."""
+    return Static(**tile.shared(problem, config, sw, consumer_registers(config), loader_registers(config)),
+                  **tile.columns(problem, config, chunk_of(problem, config)),
+                  GROUP=GROUP[config.block_m], CONSUMERS=config.num_warps // 4, X_AT=config.num_stages * ROWS // config.block_m,
+                  FOURS=sx > 0)
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     from . import mx8_decode_device as device
-    from .fp8_decode import _box
 
     config = step.config
     sw, sx = x.b.scale, x.a.scale
     assert sw is not None and sx is not None
-    cfg = static(problem, config, by(sw), by(sx))
-    w_codes = (Pointer(sw, torch.int32), sw.stride(-2) // 4) if cfg.VEC else (sw, sw.stride(-2))
+    cfg = static(problem, config, tile.by(sw), tile.by(sx))
     x_codes = (Pointer(sx, torch.int32), sx.stride(-2) // 4, 1) if cfg.FOURS else (sx, sx.stride(-2), sx.stride(-1))
-    tiles = -(-x.m // cfg.BT) * -(-x.n // cfg.BN)
-    descriptors = [TensorDescriptor(t, *_box(t, rows), layout) for (t, rows), layout in
-                   zip(((x.b.data, ROWS), (x.a.data, cfg.BT)), device.layouts(cfg))]
-    return [Launch(
-        device.mx8_decode_kernel, (tiles,),
-        (*descriptors, x.out, w_codes[0], x_codes[0], x.m, x.n, x.k // 128, chunk_of(problem, config), w_codes[1], *x_codes[1:],
-         x.out.stride(-2), cfg),
-        {"num_warps": 4, "maxnreg": max_registers(config)}, cfg.CLUSTER, boxes=((0, cfg.BN),) if cfg.BN < ROWS else ())]
+    return [tile.launch(device.mx8_decode_kernel, x, cfg.BT, ROWS, x_codes, chunk_of(problem, config), max_registers(config), cfg)]

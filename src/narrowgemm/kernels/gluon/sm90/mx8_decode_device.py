@@ -274,8 +274,3 @@ def mx8_decode_kernel(w_desc, x_desc, out_ptr, sw_ptr, sx_ptr, M, N, KB, chunk, 
             (loader, (w_desc, x_desc, bars, nb * cfg.BN, row, k0, blocks, cfg)),
             (scaler, (sx_ptr, (sxm, sxk), row, k0, trips, M - row, s_s, bars, KB, cfg)),
         ], [1, 1], [R, R])
-
-
-def layouts(cfg):
-    """Shared-memory layouts of the boxes: weights, tokens."""
-    return [gl.NVMMASharedLayout.get_default_for([1, rows, 128], gl.float8e4nv) for rows in (ROWS.value, cfg.BT)]

@@ -15,8 +15,8 @@ from ....arch import Arch
 from ....problem import Config, Problem, Step
 from ...launching import Launch, Pointer
 from ...operands import Operands
-from . import mx8_decode
-from .fp8_decode_tile import CLUSTERS, ITEMSIZE, KEEP_BYTES, ROOM, STREAM_CACHES, extra
+from . import mx8_tile as tile
+from .mx8_tile import chunk_of, tiles_of
 
 __all__ = ["BACKEND", "NAME", "configs", "estimate", "launches", "legal", "smem_bytes", "supports", "workspace"]
 
@@ -30,46 +30,26 @@ LEAST_STAGES, MAX_STAGES = 4, 16
 CONSUMERS = 2
 # registers of a thread at the launch, of a consumer's, of the other four warps'
 REGISTERS = (168, 216, 72)
-TRIP = 4                     # K blocks of 128 whose codes are 16 bytes of a row
 
 
-@dataclass(frozen=True)
-class Static:
+@dataclass(frozen=True, kw_only=True)
+class Static(tile.Shared):
     """What the device code is compiled for; its fields are read by `mx8_rows_device.py` and the parts of `fp8_decode`'s."""
 
-    BN: int                  # weight rows of a tile
     PARTS: int               # of 8 weight rows
     MAIN: int                # weight rows whose powers a warp makes at once, a power of two
     REST: int                # and of those past them; 0: none
     CONSUMERS: int           # warpgroups that take K blocks in turn
-    STAGES: int
-    CLUSTER: int             # blocks that share a tile, each with a part of K
     W_AT: int                # bytes of shared memory in front of the weights
     SX_AT: int               # of the tokens' powers
     MAIN_AT: int             # of the weights' powers
     REST_AT: int
     BARS: int                # and of the barriers of boxes
-    VEC: int                 # codes of weights, by four, that a load brings; 0: rows off 4 bytes, each is loaded
     TOKEN_CODES: int         # of tokens, by four tokens (2), by four of a row (1), or each is loaded (0)
-    KEEP: bool               # output stays in L2
-    STREAM: bool             # weights pass through L2, which gives them up first
-    CONSUMER_REGS: int
-    LOADER_REGS: int
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:
-    if problem.op == "gemm" and not FEWEST <= problem.m <= MOST:
-        return f"is for {FEWEST} to {MOST} tokens, not {problem.m}"
-    return mx8_decode.supports(problem, arch)
-
-
-def chunk_of(problem: Problem, config: Config) -> int:
-    """K blocks of one block of a cluster: whole trips."""
-    return -(-problem.k // (128 * TRIP * config.split_k)) * TRIP
-
-
-def tiles_of(problem: Problem, config: Config) -> int:
-    return -(-problem.m // TOKENS) * -(-problem.n // config.block_n)
+    return tile.of_tokens(problem, arch, FEWEST, MOST)
 
 
 def powers_of(bn: int) -> tuple[int, int]:
@@ -89,13 +69,10 @@ def smem_bytes(problem: Problem, config: Config) -> int:
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
-    keep = problem.m * problem.n * ITEMSIZE[problem.out_dtype] <= KEEP_BYTES
     tiles_m = -(-problem.m // TOKENS)
-    # what has to be read twice stays
-    stream = tiles_m == 1 and problem.b.format.storage_bytes(problem.n, problem.k) <= STREAM_CACHES * arch.l2
-    more = tuple((name, 1) for name, given in (("keep", keep), ("stream", stream)) if given)
+    more = tile.caching(problem, tiles_m, arch)
     out = []
-    for split, room in ((1, arch.sms), *((blocks, round(arch.sms * share)) for blocks, share in ROOM.items())):
+    for split, room in tile.rooms(arch):
         if split > 1 and math.ceil(problem.n / WIDEST) * tiles_m > room:      # what is too much for one wave is not cut
             continue
         c = Config(TOKENS, rows_of(problem.n, tiles_m, room), 128, 4 * CONSUMERS, 0, split_k=split, extra=more)
@@ -119,12 +96,8 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
         return f"expected {TOKENS} tokens x 128 of K, {4 * CONSUMERS} warps, and no swap_ab"
     if not LEAST <= config.block_n <= WIDEST or config.block_n % STEP:
         return f"{config.block_n} weight rows, expected {LEAST} to {WIDEST} in steps of {STEP}"
-    if config.split_k not in (1, *CLUSTERS):
-        return f"split_k={config.split_k}, expected 1 or one of {CLUSTERS}, the blocks of a cluster"
-    if config.split_k > 1 and problem.batch_invariant:
-        return "split_k cuts K by the work at hand: not batch-invariant"
-    if (config.split_k - 1) * chunk_of(problem, config) * 128 >= problem.k:
-        return f"{config.split_k} blocks have no {TRIP} K blocks each"
+    if (reason := tile.illegal_split(problem, config)) is not None:
+        return reason
     # who does not see each use of a slot can't tell one from the next, so each consumer has slots of its own
     if config.num_stages % CONSUMERS or config.num_stages < LEAST_STAGES:
         return f"{config.num_stages} stages, expected {LEAST_STAGES} or more, a multiple of {CONSUMERS} consumers"
@@ -149,55 +122,40 @@ _POWER = 8
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds: the bytes over the bandwidth and the K blocks of a CTA after one another, in waves."""
-    split = config.split_k
-    room = round(arch.sms * ROOM.get(split, 1.0))
-    waves = -(-tiles_of(problem, config) // room)
+    waves = -(-tiles_of(problem, config) // tile.room_of(config, arch))
     work = waves * chunk_of(problem, config) * (BLOCK + ROW * config.block_n)
-    memory = problem.b.format.storage_bytes(problem.n, problem.k) / (arch.bandwidth * READ)
-    return START + (memory**_POWER + work**_POWER) ** (1 / _POWER) + CUT * math.log2(split)
+    return tile.seconds(config, START, tile.read_seconds(problem, arch, READ), work, _POWER, CUT)
 
 
 # ---------------------------------------------------------------- launch
 def static(problem: Problem, config: Config, sw: int, codes: int) -> Static:
-    """`sw`: what `mx8_decode.by` says of the weights' scales; `codes`: `token_codes`."""
+    """`sw`: what `mx8_tile.by` says of the weights' scales; `codes`: `token_codes`."""
     bn, stages = config.block_n, config.num_stages
     main, rest = powers_of(bn)
     _, own, others = REGISTERS
     sx_at = stages * (TOKENS + bn) * 128
     main_at = sx_at + stages * 16 * TOKENS
     rest_at = main_at + stages * 16 * main
-    vec = min(sw // 4, 1) if problem.k % (128 * TRIP) else sw // 4
-    return Static(bn, bn // 8, main, rest, CONSUMERS, stages, config.split_k,
-                  stages * TOKENS * 128, sx_at, main_at, rest_at, rest_at + stages * 16 * rest, vec, codes,
-                  bool(extra(config, "keep")), bool(extra(config, "stream")), own, others)
+    return Static(**tile.shared(problem, config, sw, own, others), PARTS=bn // 8, MAIN=main, REST=rest, CONSUMERS=CONSUMERS,
+                  W_AT=stages * TOKENS * 128, SX_AT=sx_at, MAIN_AT=main_at, REST_AT=rest_at, BARS=rest_at + stages * 16 * rest,
+                  TOKEN_CODES=codes)
 
 
 def token_codes(scale: Tensor, m: int) -> int:
     """How codes of m tokens are loaded: by four tokens (2), by four of a row (1), each (0)."""
     if scale.stride(-2) == 1 and scale.stride(-1) % 4 == scale.data_ptr() % 4 == m % 4 == 0:
         return 2
-    return int(mx8_decode.by(scale) > 0)
+    return int(tile.by(scale) > 0)
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     from . import mx8_rows_device as device
-    from .fp8_decode import _box
 
     config = step.config
     sw, sx = x.b.scale, x.a.scale
     assert sw is not None and sx is not None
-    cfg = static(problem, config, mx8_decode.by(sw), token_codes(sx, x.m))
-    w_codes = (Pointer(sw, torch.int32), sw.stride(-2) // 4) if cfg.VEC else (sw, sw.stride(-2))
+    cfg = static(problem, config, tile.by(sw), token_codes(sx, x.m))
     x_codes = [(sx, sx.stride(-2), sx.stride(-1)), (Pointer(sx, torch.int32), sx.stride(-2) // 4, 1),
                (Pointer(sx, torch.int32), 0, sx.stride(-1) // 4)][cfg.TOKEN_CODES]
-    rows = 64 if cfg.BN <= 64 else 128      # of the box that Triton's frontend is told, which takes powers of two
-    descriptors = [TensorDescriptor(t, *_box(t, r), layout) for (t, r), layout in
-                   zip(((x.b.data, rows), (x.a.data, TOKENS)), device.layouts(rows, TOKENS))]
-    return [Launch(
-        device.mx8_rows_kernel, (tiles_of(problem, config),),
-        (*descriptors, x.out, w_codes[0], x_codes[0], x.m, x.n, x.k // 128, chunk_of(problem, config), w_codes[1], *x_codes[1:],
-         x.out.stride(-2), cfg),
-        {"num_warps": 4, "maxnreg": REGISTERS[0]}, cfg.CLUSTER,
-        boxes=((0, cfg.BN),) if rows != cfg.BN else ())]
+    box = 64 if cfg.BN <= 64 else 128
+    return [tile.launch(device.mx8_rows_kernel, x, TOKENS, box, x_codes, chunk_of(problem, config), REGISTERS[0], cfg)]

@@ -146,8 +146,3 @@ def mx8_rows_kernel(w_desc, x_desc, out_ptr, sw_ptr, sx_ptr, M, N, KB, chunk, sw
         (token_scaler, (sx_ptr, (sxm, sxk), x_row, M, k0, trips, s_x, s_x4, KB, cfg)),
         (idle, (cfg, )),        # warps come in fours, and a wait for the cluster is for all of them
     ], [4, 1, 1, 1, 1], [R, L, L, L, L])
-
-
-def layouts(*rows):
-    """Shared-memory layouts of the boxes: weights, tokens."""
-    return [gl.NVMMASharedLayout.get_default_for([1, r, 128], gl.float8e4nv) for r in rows]

@@ -1,0 +1,41 @@
+"""The Hopper kernels for plain MXFP8 weights and few tokens compile: wgmma as wide as a tile, TMA, no spills, wgmma not serialised, and
+the shared memory that the host states is no less than the compiler's."""
+
+from __future__ import annotations
+
+import pytest
+
+from .._compile import compile_jobs
+from .gluon_sm90_mx8_jobs import ARCH, FEW, KERNELS
+
+JOBS = "tests.kernels.gluon_sm90_mx8_jobs:jobs"
+PREP = "mx8_bf16_prep_kernel"       # in front of a product
+
+
+def check(reports: list[dict]) -> None:
+    for r in reports:
+        assert r["spills"] == 0, f"{r['job']}: {r['spills']} bytes spilled"
+        assert not r["serialized"], f"{r['job']}: ptxas serialises wgmma"
+        if r["kernel"] == PREP:
+            continue
+        stated = int(r["job"].rsplit("|", 1)[1])
+        assert r["shared"] <= stated <= ARCH.smem, f"{r['job']}: {r['shared']} bytes of shared memory, stated {stated}"
+        # of BF16 products: those of FP8 that look for NaN
+        for op in ("cp.async.bulk.tensor", *(["m64n8k32.f32.e4m3.e4m3"] if r["kernel"] == "mx8_bf16_kernel" else [])):
+            assert r["ops"][op], f"{r['job']}: no {op}"
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("triton", ["oldest", pytest.param("newest", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", KERNELS)
+def test_few(name: str, triton: str) -> None:
+    reports = compile_jobs("sm90", JOBS, name, triton=triton)
+    assert sum(r["kernel"] == f"{name}_kernel" for r in reports) == len(FEW[KERNELS[name]])
+    check(reports)
+
+
+@pytest.mark.compile
+@pytest.mark.slow
+@pytest.mark.parametrize("name", KERNELS)
+def test_whole_search_space(name: str) -> None:
+    check(compile_jobs("sm90", JOBS, name, "all"))
