@@ -88,16 +88,42 @@ def columns8(tokens, cfg):
 
 
 @gluon.jit
-def multiply8(a, ring, slot, p, cfg: gl.constexpr, T: gl.constexpr, P: gl.constexpr):
-    """Start p = a . tokens^T over a slot's 128 of K; p comes in only to keep its registers."""
+def multiply8(a, ring, slot, p, MORE: gl.constexpr, cfg: gl.constexpr, T: gl.constexpr, P: gl.constexpr):
+    """Start p = a . tokens^T over a slot's 128 of K. MORE: p += that, else p comes in only to keep its registers."""
     N: gl.constexpr = columns8(P, cfg)
     BOXES: gl.constexpr = T // P * (2 if cfg.TWO else 1) * P // N
     xs = view_as(ring, gl.float8e4nv, cfg.STAGES * BOXES, N, 128, X8_TILE)
     a = gl.convert_layout(a, gl.DotOperandLayout(0, sums8_layout(N), 4), assert_trivial=True)
-    p = warpgroup_mma(a, xs.index(slot * BOXES).permute((1, 0)), p, use_acc=False, is_async=True)
+    p = warpgroup_mma(a, xs.index(slot * BOXES).permute((1, 0)), p, use_acc=MORE, is_async=True)
     if cfg.TWO and N == P:
         p = warpgroup_mma(a, xs.index(slot * BOXES + 1).permute((1, 0)), p, is_async=True)
     return p
+
+
+@gluon.jit
+def multiply_all(a, rings, slot, parts, MORE: gl.constexpr, cfg: gl.constexpr, P0: gl.constexpr, P1: gl.constexpr):
+    """`multiply8` of both pieces of the tokens, where there are two."""
+    new = (multiply8(a, rings[0], slot, parts[0], MORE, cfg, cfg.T0, P0), )
+    if P1 > 0:
+        new = new + (multiply8(a, rings[1], slot, parts[1], MORE, cfg, cfg.T1, P1), )
+    return new
+
+
+@gluon.jit
+def weight_views(rings, cfg: gl.constexpr):
+    """Bytes and scale fields of all slots' units."""
+    return (view_as(rings[2], gl.uint8, cfg.STAGES * cfg.UNITS, 64, 64, ROWS_OF_BYTES),
+            view_as(rings[3], gl.int32, cfg.STAGES * cfg.UNITS, 32, 4, ROWS_OF_BYTES))
+
+
+@gluon.jit
+def expand_unit(views, slot, kb, tops, tables, UNIT: gl.constexpr, MORE: gl.constexpr, cfg: gl.constexpr, WG: gl.constexpr,
+                P0: gl.constexpr):
+    """A warpgroup's UNIT of a slot, K block kb + MORE, to E4M3."""
+    w_v, s_v = views
+    unit = slot * cfg.UNITS + (WG * cfg.MP + UNIT)
+    fields = s_v.index(unit).load(field_layout(64)) >> (16 * ((kb + MORE) % 2))
+    return to_e4m3(w_v.index(unit).load(byte_layout(64)), fields, tops[UNIT], tables, gl.DotOperandLayout(0, sums8_layout(P0), 4))
 
 
 @gluon.jit
@@ -111,15 +137,17 @@ def whole(p, P: gl.constexpr):
 
 @gluon.jit
 def add_up(sums, parts, scales, cfg: gl.constexpr, UNIT: gl.constexpr, PIECES: gl.constexpr):
-    """sums of one unit += parts * scales: one FMA an element."""
+    """sums of one unit += parts * scales, one FMA an element; of ROW, += parts."""
     MP: gl.constexpr = cfg.MP
     new = ()
     for i in gl.static_range(MP * PIECES):
-        if i % MP == UNIT:
+        if i % MP != UNIT:
+            new = new + (sums[i], )
+        elif cfg.ROW:
+            new = new + (sums[i] + parts[i // MP], )
+        else:
             s, p = gl.broadcast(scales[i // MP], whole(parts[i // MP], sums[i].shape[1]))
             new = new + (gl.fma(p, s, sums[i]), )
-        else:
-            new = new + (sums[i], )
     return new
 
 
@@ -128,21 +156,16 @@ def blocks8(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg: gl.con
             P1: gl.constexpr, COUNT: gl.constexpr):
     """COUNT K blocks from kb, each unit's product a step. Leaves with nothing in flight: ptxas serialises wgmma that are, across a loop's
     back edge. Weights are expanded while the step before runs; the wait for tokens between the two keeps ptxas from moving either."""
-    x0_s, x1_s, w_s, s_s, f0_s, f1_s = rings
     full, empty = bars
     w_full, x_full = full
     MP: gl.constexpr = cfg.MP
     PIECES: gl.constexpr = 2 if P1 > 0 else 1
-    A: gl.constexpr = gl.DotOperandLayout(0, sums8_layout(P0), 4)
-    w_v = view_as(w_s, gl.uint8, cfg.STAGES * cfg.UNITS, 64, 64, ROWS_OF_BYTES)
-    s_v = view_as(s_s, gl.int32, cfg.STAGES * cfg.UNITS, 32, 4, ROWS_OF_BYTES)
+    views = weight_views(rings, cfg)
     old = slot
     for c in gl.static_range(COUNT):
         mbarrier.wait(w_full.index(slot), phase)
         for i in gl.static_range(MP):
-            unit = slot * cfg.UNITS + (WG * MP + i)
-            fields = s_v.index(unit).load(field_layout(64)) >> (16 * ((kb + c) % 2))
-            a = to_e4m3(w_v.index(unit).load(byte_layout(64)), fields, tops[i], tables, A)
+            a = expand_unit(views, slot, kb, tops, tables, i, c, cfg, WG, P0)
             mbarrier.wait(x_full.index(slot), phase)
             if c + i > 0:
                 parts = settle(parts, PIECES)
@@ -150,13 +173,10 @@ def blocks8(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg: gl.con
                     mbarrier.arrive(empty.index(old), count=1)
                 sums = add_up(sums, parts, scales, cfg, (i + MP - 1) % MP, PIECES)
             if i == 0:
-                scales = (scales_of(f0_s, slot, cfg, cfg.T0, P0), )
+                scales = (scales_of(rings[4], slot, cfg, cfg.T0, P0), )
                 if P1 > 0:
-                    scales = scales + (scales_of(f1_s, slot, cfg, cfg.T1, P1), )
-            new = (multiply8(a, x0_s, slot, parts[0], cfg, cfg.T0, P0), )
-            if P1 > 0:
-                new = new + (multiply8(a, x1_s, slot, parts[1], cfg, cfg.T1, P1), )
-            parts = new
+                    scales = scales + (scales_of(rings[5], slot, cfg, cfg.T1, P1), )
+            parts = multiply_all(a, rings, slot, parts, False, cfg, P0, P1)
         old = slot
         slot, phase = advance(slot, phase, cfg.STAGES)
     parts = settle(parts, PIECES)
@@ -166,26 +186,15 @@ def blocks8(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg: gl.con
 
 
 @gluon.jit
-def multiply_more(a, ring, slot, p, MORE: gl.constexpr, cfg: gl.constexpr, T: gl.constexpr, P: gl.constexpr):
-    """`multiply8` of tokens with one scale. MORE: p += the product."""
-    x = view_as(ring, gl.float8e4nv, cfg.STAGES * (T // P), P, 128, X8_TILE).index(slot * (T // P))
-    a = gl.convert_layout(a, gl.DotOperandLayout(0, sums8_layout(P), 4), assert_trivial=True)
-    return warpgroup_mma(a, x.permute((1, 0)), p, use_acc=MORE, is_async=True)
-
-
-@gluon.jit
 def blocks_of_rows(sums, slot, phase, kb, tops, tables, rings, bars, cfg: gl.constexpr, WG: gl.constexpr, P0: gl.constexpr,
                    P1: gl.constexpr, COUNT: gl.constexpr):
     """COUNT K blocks from kb of tokens whose scale comes at the end, unit by unit; the tensor cores add them up, and weights are expanded
     while they do."""
-    x0_s, x1_s, w_s, s_s, f0_s, f1_s = rings
     full, empty = bars
     w_full, x_full = full
     MP: gl.constexpr = cfg.MP
     PIECES: gl.constexpr = 2 if P1 > 0 else 1
-    A: gl.constexpr = gl.DotOperandLayout(0, sums8_layout(P0), 4)
-    w_v = view_as(w_s, gl.uint8, cfg.STAGES * cfg.UNITS, 64, 64, ROWS_OF_BYTES)
-    s_v = view_as(s_s, gl.int32, cfg.STAGES * cfg.UNITS, 32, 4, ROWS_OF_BYTES)
+    views = weight_views(rings, cfg)
     parts = (gl.zeros([64, P0], gl.float32, sums8_layout(P0)), )
     if P1 > 0:
         parts = parts + (gl.zeros([64, P1], gl.float32, sums8_layout(P1)), )
@@ -196,33 +205,16 @@ def blocks_of_rows(sums, slot, phase, kb, tops, tables, rings, bars, cfg: gl.con
     for n in gl.static_range(MP * COUNT):
         if n < COUNT:
             mbarrier.wait(w_full.index(at[n][0]), at[n][1])
-        unit = at[n % COUNT][0] * cfg.UNITS + (WG * MP + n // COUNT)
-        fields = s_v.index(unit).load(field_layout(64)) >> (16 * ((kb + n % COUNT) % 2))
-        a = to_e4m3(w_v.index(unit).load(byte_layout(64)), fields, tops[n // COUNT], tables, A)
+        a = expand_unit(views, at[n % COUNT][0], kb, tops, tables, n // COUNT, n % COUNT, cfg, WG, P0)
         mbarrier.wait(x_full.index(at[n % COUNT][0]), at[n % COUNT][1])
         if n > 0 and n % COUNT == 0:
             parts = settle(parts, PIECES)
-            sums = add_parts(sums, parts, n // COUNT - 1, MP, PIECES)
-        new = (multiply_more(a, x0_s, at[n % COUNT][0], parts[0], n % COUNT > 0, cfg, cfg.T0, P0), )
-        if P1 > 0:
-            new = new + (multiply_more(a, x1_s, at[n % COUNT][0], parts[1], n % COUNT > 0, cfg, cfg.T1, P1), )
-        parts = new
+            sums = add_up(sums, parts, (), cfg, n // COUNT - 1, PIECES)
+        parts = multiply_all(a, rings, at[n % COUNT][0], parts, n % COUNT > 0, cfg, P0, P1)
     parts = settle(parts, PIECES)
     for c in gl.static_range(COUNT):
         mbarrier.arrive(empty.index(at[c][0]), count=1)
-    return add_parts(sums, parts, MP - 1, MP, PIECES), slot, phase
-
-
-@gluon.jit
-def add_parts(sums, parts, UNIT: gl.constexpr, MP: gl.constexpr, PIECES: gl.constexpr):
-    """sums of one unit += parts."""
-    new = ()
-    for i in gl.static_range(MP * PIECES):
-        if i % MP == UNIT:
-            new = new + (sums[i] + parts[i // MP], )
-        else:
-            new = new + (sums[i], )
-    return new
+    return add_up(sums, parts, (), cfg, MP - 1, PIECES), slot, phase
 
 
 @gluon.jit
