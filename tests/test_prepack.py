@@ -24,8 +24,9 @@ from narrowgemm import (
     unpack,
 )
 from narrowgemm.formats import Format
-from narrowgemm.prepack import BIAS, PAIRS, PREPACK, _unpack_scale, row_order
+from narrowgemm.prepack import PAIRS, PREPACK, row_order
 from narrowgemm.prepack_bits import FP8_PREPACK, ROWS_PREPACK
+from narrowgemm.prepack_scales import BIAS, unpack_scale
 from narrowgemm.scales import e8m0_to_float
 
 SHAPES = ((3, 128, 256), (2, 100, 360), (64, 32), (1, 2, 32))
@@ -65,7 +66,7 @@ def device_values(p: PackedWeight) -> Tensor:
                 (words << 1) & 0x80008000 | (words >> 3) & 0x01800180 | (words >> 7) & 0x00400040]
     r = torch.stack(regs, -1)                                                    # E tile chunk sub row block word reg
     both = torch.stack((r & 0xFFFF, (r >> 16) & 0xFFFF), -1)                     # ... reg half
-    fields = _unpack_scale(p.scale).reshape(groups, tiles, 64, -1, 4)[:, :, :, :chunks].permute(0, 1, 3, 2, 4)
+    fields = unpack_scale(p.scale).reshape(groups, tiles, 64, -1, 4)[:, :, :, :chunks].permute(0, 1, 3, 2, 4)
     scale = bf16(fields.to(torch.int32) << 7)[:, :, :, None, :, :, None, None, None]
     placed = bf16(both) * scale                                                  # FP32 is exact where BF16 is
     assert torch.equal(placed, placed.bfloat16().float()), "the product is not exact in BF16"
@@ -318,4 +319,4 @@ def test_another_order_is_never_reinterpreted() -> None:
 def test_bias_of_the_exponent_field() -> None:
     """The smallest and largest code of the usual case are the fields that the multiplication is built on."""
     w = weights((64, 128), MXFP4, 128, 129)
-    assert (_unpack_scale(prepack(w).scale)[..., :4] == BIAS["e2m1"] + 128).all()
+    assert (unpack_scale(prepack(w).scale)[..., :4] == BIAS["e2m1"] + 128).all()

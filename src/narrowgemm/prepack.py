@@ -13,7 +13,7 @@ warpgroup reads 16 bytes: one row, one block of 32 of K (E4M3: half a block).
 
 The element's bits are placed into BF16's exponent and mantissa, and one multiplication by a power of two gives the value:
 exact while a row's scales lie in a window of 134 (E2M1) or 132 (E4M3) powers of two that ends at 2^1 or 2^7. A row outside
-is shifted into it, and `factor` takes the shift back in FP32; a row with a NaN has NaN there. See `shifts`.
+is shifted into it, and `factor` takes the shift back in FP32; a row with a NaN has NaN there. See `prepack_scales.shifts`.
 
 The order `narrow_fp8_sm90/1` is the same for E2M1 weights of FP8 and BF16 activations, whose scales fold into E4M3 (`top`), with
 other bits in a word: magnitudes stay, in the nibbles that a table is looked up by, and signs lie where bytes have theirs. It takes
@@ -35,9 +35,10 @@ import torch
 from torch import Tensor
 
 from .errors import Unsupported, expect
-from .formats import E8M0_NAN, MXFP4, MXFP8, Format, ScaledTensor, check_device, get_format
+from .formats import MXFP4, MXFP8, Format, ScaledTensor, check_device, get_format
 from .prepack_bits import FP8_PREPACK, ORDERS, PREPACK, ROWS_PREPACK, TILE, pack_data, unpack_data
 from .prepack_folded import FOLDED, FoldedCopy, fold
+from .prepack_scales import BIAS, in_window, pack_scale, power_of_two, row_codes, shifts, unpack_scale
 from .scales import float_to_e8m0
 
 ACTIVATIONS = ("bf16", "fp8", "mxfp8")
@@ -45,9 +46,6 @@ PAIRS = ("", "halves", "interleaved")
 KNOWN = (*ORDERS, ROWS_PREPACK)
 CHUNK, SLAB = 128, 16
 CHUNK_BYTES = 1 << 26            # source bytes that are permuted at a time
-# exponent field of the factor for scale code 0, and the codes for which the product is exact in BF16
-BIAS = {"e2m1": 126, "e4m3": 120}
-WINDOW = {"e2m1": (-5, 128), "e4m3": (3, 134)}
 FOLD = 14                        # E2M1 times 2^-d is exact in E4M3 for d up to it
 
 
@@ -244,7 +242,7 @@ def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16",
         s = scale[e:e + step]
         shift, fits = shifts(data[e:e + step], s, fmt)
         exact &= fits.all()
-        plain = shift.nan_to_num(1.0).eq(0).all() & _in_window(s, fmt)
+        plain = shift.nan_to_num(1.0).eq(0).all() & in_window(s, fmt)
         regular &= plain
         factor[e:e + step] = torch.where(order >= 0, power_of_two(_take(shift, order)), 1.0)
         packed[e:e + step] = pack_data(d, fmt, wanted)
@@ -254,7 +252,7 @@ def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16",
             code = (high - shift.nan_to_num(0.0).to(torch.int16)).clamp(min=0).to(torch.uint8)
             top[e:e + step] = torch.where(order >= 0, _take(code, order), 0)
         field = (s.to(torch.int16) - shift.nan_to_num(0.0).to(torch.int16).unsqueeze(-1) + BIAS[fmt.element]).clamp(0, 254)
-        fields[e:e + step] = _pack_scale(_rows(field.to(torch.uint8), order, 8 * fields.shape[2]))
+        fields[e:e + step] = pack_scale(_rows(field.to(torch.uint8), order, 8 * fields.shape[2]))
     if not bool(exact):
         raise Unsupported(f"a row of these {fmt.name} weights has scales further apart than BF16 holds exactly",
                           "use the weights as they are: they run on the reference")
@@ -302,7 +300,7 @@ def unpack(packed: PackedWeight) -> ScaledTensor:
     if packed.codes is not None:
         scale = packed.codes
     else:
-        fields = _unpack_scale(packed.scale)[:, where, :-(-k // 32)]
+        fields = unpack_scale(packed.scale)[:, where, :-(-k // 32)]
         scale = (fields.to(torch.int16) - BIAS[fmt.element]).to(torch.uint8)
     if len(packed.shape) == 2:
         data, scale = data[0], scale[0] if scale.dim() == 3 else scale
@@ -349,58 +347,3 @@ def _rows(x: Tensor, order: Tensor, columns: int) -> Tensor:
     taken = x[:, order.clamp(min=0)]
     out[..., :x.shape[-1]] = taken.masked_fill_((order < 0).view(1, -1, 1), 0)
     return out
-
-
-# ---------------------------------------------------------------- scales
-def _in_window(scale: Tensor, fmt: Format) -> Tensor:
-    """Whether every code, of blocks of zeros too, has a field of its own that a BF16 power of two can be."""
-    return (scale.to(torch.int16) <= WINDOW[fmt.element][1]).all()
-
-
-def power_of_two(exponent: Tensor) -> Tensor:
-    """FP32 2^exponent for whole exponents in [-149, 127], NaN for NaN: from bits, since a device's pow may flush the small ones."""
-    e = exponent.nan_to_num(0.0).to(torch.int32)
-    bits = torch.where(e >= -126, (e + 127) << 23, 1 << (e + 149).clamp(0, 22))
-    return torch.where(exponent.isnan(), torch.nan, bits.view(torch.float32))
-
-
-def shifts(data: Tensor, scale: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-    """(shift FP32 `[E, N]`, fits bool `[E, N]`): what a row's codes are lowered by so that they lie in the window; NaN where the
-    row holds a NaN. `data` bytes `[E, N, C]`, `scale` codes `[E, N, S]`. Blocks of zeros count for nothing."""
-    low, high = WINDOW[fmt.element]
-    nan = (scale == E8M0_NAN).any(-1)
-    if fmt.element == "e4m3":
-        nan |= (_block_bits(data, scale, fmt) == 0x7F).any(-1)
-    top, bottom = row_codes(data, scale, fmt)
-    inside = (bottom >= low) & (top <= high) | (top < 0)
-    # the least shift: a large one would let sums overflow on the way to a result that does not
-    least = torch.where(top > high, top - high, torch.maximum(bottom - low, top - high))
-    shift = torch.where(inside, 0, least)
-    fits = inside | (bottom - shift >= low)
-    return torch.where(nan, torch.nan, shift.float()), fits
-
-
-def row_codes(data: Tensor, scale: Tensor, fmt: Format) -> tuple[Tensor, Tensor]:
-    """(largest, smallest) scale code of each row's blocks that hold anything, int16 `[E, N]`; -1 and 255 where none does."""
-    codes = scale.to(torch.int16)
-    live = (_block_bits(data, scale, fmt) > 0) & (codes != E8M0_NAN)
-    return torch.where(live, codes, -1).amax(-1), torch.where(live, codes, 255).amin(-1)
-
-
-def _block_bits(data: Tensor, scale: Tensor, fmt: Format) -> Tensor:
-    """The largest magnitude bits of each block, as bytes: 0 where a block holds nothing but zeros."""
-    per_block = 32 // fmt.elem.per_byte
-    padded = torch.nn.functional.pad(data, (0, scale.shape[-1] * per_block - data.shape[-1]))
-    bits = padded & (0x77 if fmt.element == "e2m1" else 0x7F)
-    return bits.view(*data.shape[:-1], scale.shape[-1], per_block).amax(-1)
-
-
-def _pack_scale(fields: Tensor) -> Tensor:
-    """`[E, NT * 64, 8 * KS]` fields to `[E, NT, KS, 4, 8, 4, 2, 2]`."""
-    x = fields.view(fields.shape[0], -1, 4, 2, 8, fields.shape[-1] // 8, 2, 4)       # E tile warp h g kb chunk block
-    return x.permute(0, 1, 5, 2, 4, 7, 6, 3)
-
-
-def _unpack_scale(scale: Tensor) -> Tensor:
-    x = scale.permute(0, 1, 3, 7, 4, 2, 6, 5)                                       # E tile warp h g kb chunk block
-    return x.reshape(scale.shape[0], -1, scale.shape[2] * 8)
