@@ -173,9 +173,9 @@ def stand_ins(package: str) -> dict[str, types.ModuleType]:
 
 
 def launch(kernel: Any, grid: int, blocks: int, partitions: int, *args: Any, seed: int = 0) -> None:
-    """Every cluster of the grid, one after the other; its blocks at the same time. The first error is raised."""
+    """Every cluster of the grid, one after the other, as in `modules.launch`; its blocks at the same time. The first error is raised."""
     args = arguments(args)
-    for c in range(grid):
+    for c in range(grid)[:: -1 if seed % 2 else 1]:
         cluster = Cluster(blocks, partitions)
         cluster.blocks = [Block(seed * 1000 + c * blocks + r, cluster, r) for r in range(blocks)]
 

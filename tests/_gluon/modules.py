@@ -76,9 +76,10 @@ def load_device_module(name: str) -> types.ModuleType:
 
 
 def launch(kernel: Any, grid: int, *args: Any, seed: int = 0) -> None:
-    """Every block of the grid, one after the other. The first error of any partition is raised."""
+    """Every block of the grid, one after the other, the last one first where `seed` is odd: what a block writes beside its own must not be
+    hidden by the next one. The first error of any partition is raised."""
     args = arguments(args)
-    for number in range(grid):
+    for number in range(grid)[:: -1 if seed % 2 else 1]:
         block = Block(seed * 1000 + number)
         start(block, (number, grid))
         try:

@@ -50,7 +50,7 @@ def run(kernel: Callable, p: Problem, made: Config, partitions: int, front: Sequ
     memory = np.full(p.m * p.n + 2 * EDGE, GUARD, np.float32)
     tiles = mx8_tile.tiles_of(p, made)
     launch = partial(emu.cluster.launch, kernel, tiles, cfg.CLUSTER, partitions) if cfg.CLUSTER > 1 else partial(emu.launch, kernel, tiles)
-    launch(*front, emu.Pointer(memory, EDGE), *back, p.n, cfg, seed=p.m)
+    launch(*front, emu.Pointer(memory, EDGE), *back, p.n, cfg, seed=p.k // 128)
     assert (memory[:EDGE] == GUARD).all() and (memory[-EDGE:] == GUARD).all(), "wrote outside the output"
     return memory[EDGE:-EDGE].reshape(p.m, p.n)
 

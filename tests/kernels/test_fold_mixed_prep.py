@@ -14,8 +14,8 @@ M, K = 150, 352
 BLOCKS, COLUMN = 3, 152
 
 
-def run(device: str, a: ScaledTensor, index: list[int] | None = None, limit: int = 1 << 30, picks: tuple | None = None
-        ) -> dict[str, Tensor]:
+def run(device: str, a: ScaledTensor, index: list[int] | None = None, limit: int = 1 << 30, picks: tuple | None = None,
+        narrow: bool = False) -> dict[str, Tensor]:
     """7 is what was there. picks: (layout, groups, the entries' starts, entries), by index's groups."""
     from narrowgemm.kernels.gluon.sm90.fold_mixed_prep_device import clear_kernel, fold_mixed_kernel, pick_kernel
 
@@ -36,7 +36,7 @@ def run(device: str, a: ScaledTensor, index: list[int] | None = None, limit: int
     fold_mixed_kernel[(planes * rb * 2,)](
         a.data, a.scale, count, out["y"], out["scale"], out["flags"], out["count"], m, K, BLOCKS, rb, 2, limit,
         a.data.stride(0) if masked else 0, a.data.stride(-2), a.scale.stride(0) if masked else 0, a.scale.stride(-2),
-        a.scale.stride(-1), COLUMN, MASKED=masked, STAGES=3)
+        a.scale.stride(-1), COLUMN, MASKED=masked, STAGES=3, NARROW=narrow)
     if entries is not None:
         pick_kernel[(rb * BLOCKS,)](a.data, a.scale, count, starts, entries, out["picked"], out["count"], m, BLOCKS, limit,
                                     a.data.stride(0), *a.scale.stride(), groups, entries.shape[1], 576, LAYOUT=layout, GROUPS=4,
@@ -100,6 +100,17 @@ def test_scales_that_are_far_out(device: str, code: int, flagged: bool, counted:
     assert (got["count"].item() >= 1 << 30) == counted
     want = a.data.double() * torch.where(a.scale == 255, torch.nan, torch.exp2(a.scale.double() - 127)).repeat_interleave(32, -1)
     assert torch.equal(values(got).cpu()[0, :, :K].nan_to_num(-1), want.nan_to_num(-1))
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_how_far_out_scales_are_beside_picks(device: str, narrow: bool) -> None:
+    """Two windows of scales, each with its ends."""
+    low, high = (64, 180) if narrow else (16, 200)
+    for code, counted in ((low - 1, True), (low, False), (high, False), (high + 1, True)):
+        a = ScaledTensor(torch.ones(M, K).to(torch.float8_e4m3fn), torch.full((M, 11), 127, dtype=torch.uint8), MXFP8)
+        assert a.scale is not None
+        a.scale[149] = code
+        assert (run(device, a, narrow=narrow)["count"].item() >= 1 << 30) == counted, code
 
 
 def test_blocks_of_zeros_fold_whatever_their_scale(device: str) -> None:

@@ -101,10 +101,10 @@ def test_bf16_product_does_nothing_where_the_count_is_within_the_limit(device) -
 
 
 def run_mixed(device, layout: str, *, factors: bool = False, out: emu.DType = emu.float32, count: int = 3, picks: bool = False) -> Call:
-    """A with scales that change behind 32, 64 or 96 of a K block where the flag of 64 rows says so. picks: each group's tile begins with so
-    many times 64 columns of A, none among them."""
-    n, blocks = 200, 5
-    k, units = blocks * 128, 256
+    """A with scales that change behind 32, 64 or 96 of a K block where the flag of 64 rows says so. picks: two tiles of weights, of which
+    each group's begin with so many times 64 columns of A, none among them."""
+    n, blocks = 300 if picks else 200, 5
+    k, units = blocks * 128, 320 if picks else 256
     c = Call(layout, n, k, out)
     rb = -(-c.m // 64)
     flags = c.rng.integers(0, 8, (c.planes, rb, blocks)).astype(np.int32) * (c.rng.uniform(size=(c.planes, rb, blocks)) < 0.5)
@@ -121,11 +121,11 @@ def run_mixed(device, layout: str, *, factors: bool = False, out: emu.DType = em
                   ZERO=layout in ("contiguous", "psum"), LATE_STORE=False, FOLD=True, FACTOR=factors, SUB=4, PICKS=picks)
     weights = np.full((c.groups, units, k), np.nan, np.float32)
     weights[:, :n] = c.b
-    steps = np.arange(c.groups) % 3
-    at = np.stack([np.zeros(c.groups), 64 * steps], 1).astype(np.int32)
+    steps = (np.arange(c.groups)[:, None] + np.array([0, 1])) % 3        # of both tiles
+    at = np.concatenate([np.zeros((c.groups, 1)), 64 * steps.cumsum(1)], 1).astype(np.int32)[:, : 3 if picks else 2].copy()
     values = random(c.rng, c.groups, units, 128)
-    columns = random(c.rng, 1, c.m, 128)[0]
-    placed = np.full((128, -(-c.m // 64) * 64 + 128 * c.groups), np.nan, np.float32)
+    columns = random(c.rng, 1, c.m, 256)[0]
+    placed = np.full((256, -(-c.m // 64) * 64 + 128 * c.groups), np.nan, np.float32)
     for r in range(c.m):
         if (at_row := place(layout, r, c.index)) is not None:
             placed[:, at_row] = columns[r]
@@ -139,9 +139,11 @@ def run_mixed(device, layout: str, *, factors: bool = False, out: emu.DType = em
         scale = np.exp2(top[:, :n, None].astype(np.float64) - 133) * (factor[:, :n, None] if factors else 1)
         a, b = c.a * sa.reshape(c.planes, c.m, -1).repeat(32, 2), c.b * scale
         if picks:
-            live = np.arange(128) < at[:, 1:]
-            a = np.concatenate([a, np.broadcast_to(columns, (c.planes, c.m, 128))], 2)
-            b = np.concatenate([b, values[:, :n] * scale * live[:, None]], 2)
+            rest = np.zeros((c.groups, n, 256))
+            for g, (begin, middle, end) in enumerate(at):
+                rest[g, :256, begin:middle], rest[g, 256:, middle:end] = values[g, :256, :middle - begin], values[g, 256:n, :end - middle]
+            a = np.concatenate([a, np.broadcast_to(columns, (c.planes, c.m, 256))], 2)
+            b = np.concatenate([b, rest * scale], 2)
         c.check(a.astype(np.float64), b, t.ZERO)
     return c
 

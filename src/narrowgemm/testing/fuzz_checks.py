@@ -135,6 +135,9 @@ def elements(inputs: Inputs, draw: Draw) -> list[str]:
             found.append(f"group {g}: {int(nan.sum())} elements are NaN that should not be, or the other way, first {at}: "
                          f"{float(got[tuple(at)])}, {float(want[tuple(at)])}")
             continue
+        if draw.values == "inf" and bool((other := want.isinf() & (got != want)).any()):
+            at = [int(x) for x in other.nonzero()[0]]
+            found.append(f"group {g}: {int(other.sum())} elements are not infinite, first {at}: {float(got[tuple(at)])}")
         tolerance = ROUNDING[c.out_dtype] * want.abs() + off * size + (6e-8 if c.out_dtype == "fp16" else 0.0)
         excess = torch.where(live, (got - want).abs() - tolerance, -1.0)
         if excess.numel() and bool((excess > 0).any()):

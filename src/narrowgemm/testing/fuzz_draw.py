@@ -22,9 +22,11 @@ from ..formats import (
     FP8_128x128,
     get_format,
 )
+from ..kernels.gluon.sm90 import fold_both
 from ..kernels.registry import PRODUCTS, kernels
 from ..prepack import as_they_are
 from ..prepack_bits import FP8_PREPACK, PREPACK
+from ..prepack_folded import STEP
 from ..problem import Config, Operand, Plan, Problem, bucket, promotion
 from ..runtime import dispatch
 from .case import Case
@@ -45,7 +47,8 @@ PAIRS: dict[tuple[Format, Format], int] = {
 COLUMNS = (1, 2, 7, 8, 9, 16, 24, 31, 63, 64, 65, 72, 104, 127, 128, 129, 136, 176, 192, 200, 256, 264, 384, 520, 576, 640, 1088,
            2112)
 DEPTHS = (1, 2, 8, 16, 31, 32, 33, 48, 64, 96, 100, 112, 127, 129, 144, 160, 272, 400)
-ROWS = (1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 24, 31, 33, 48, 63, 64, 65, 96, 100, 127, 128, 129, 160, 191, 193, 256, 300, 513, 1000)
+ROWS = (1, 2, 3, 4, 5, 8, 9, 15, 16, 17, 24, 31, 33, 48, 63, 64, 65, 96, 100, 127, 128, 129, 160, 191, 193, 256, 300, 400, 512, 513,
+        1000)
 GROUPS = (1, 2, 3, 4, 5, 7, 8, 16, 17, 31, 32, 33, 64, 65, 128, 129, 255, 256, 257, 300, 512, 1024)
 SIZES = ("balanced", "uniform:0.3:1.7", "uniform:0.7:1.3", "skew:30", "skew:1000", "few:1", "few:2", "empty:0.5", "empty:0.9",
          "zero")
@@ -129,6 +132,8 @@ def draw_case(rng: random.Random, limit: int) -> Case:
     if b.name in (MXFP4.name, MXFP8.name) and a.name != FP16.name and rng.random() < 0.7:
         packed = "fp8" if b is MXFP4 and rng.random() < 0.5 else True
         packed = "mxfp8" if b is not MXFP4 and rng.random() < 0.3 else packed
+        if (a, b) == (MXFP8, MXFP8) and packed is True and layout in fold_both.KINDS and rng.random() < 0.6:
+            packed = "folded"
     max_m = max(1, m * rng.choice((1, 1, 2, 3)) + rng.choice((0, 0, 1, 5))) if layout == "masked" else 0
     alignment = rng.choice((1, 4, 16, 64, 128, 128, 128)) if layout in ("contiguous", "psum") else 128
     return Case("fuzz", layout, groups, m, n, k, a=a, b=b, max_m=max_m, sizes="balanced" if layout == "dense" else sizes,
@@ -161,7 +166,7 @@ def draw(rng: random.Random, limit: int) -> Draw:
     grouped = case.layout not in ("dense", "k_grouped")
     return Draw(case, rng.randrange(1 << 31), a=stores[0], b=stores[1], out=stores[2],
                 scale=rng.choice(("mn_major", "mn_major", "mn_major", "row_major", "odd")),
-                values=rng.choices(VALUES, (5, 2, 2, 1, 1))[0],
+                values=rng.choices(list(VALUES), list(VALUES.values()))[0],
                 corrupt=rng.choice(CORRUPT) if grouped and rng.random() < 0.1 else "",
                 hint=rng.choice((0, 1, 8, 64, 100000)) if rng.random() < 0.5 else -1,
                 columns=rng.choice((0, 0, 1, 128, 200)) if case.layout == "k_grouped" else 0,
@@ -196,7 +201,8 @@ def likely(case: Case, only: Collection[str], device: torch.device) -> bool:
             for f, major in ((case.a, "mn"), (case.b, "mn" if case.layout == "k_grouped" else "k")))
     shape = (case.n, case.k) if case.layout == "dense" else (case.groups, case.n, case.k)
     if case.packed and not as_they_are(case.b, shape, "", str(case.packed)):
-        b = replace(b, prepack=FP8_PREPACK if case.packed == "fp8" else PREPACK, folds=case.b.element == "e2m1", scale_major="")
+        b = replace(b, prepack=FP8_PREPACK if case.packed == "fp8" else PREPACK, folds=case.b.element == "e2m1", scale_major="",
+                    picks=STEP if case.packed == "folded" else -1)
     rows = case.max_m if case.layout == "masked" else max(1, case.a_rows)
     k, alignment = (case.rows, case.column_alignment) if case.layout == "k_grouped" else (case.k, case.alignment)
     problem = Problem(case.op, case.layout, bucket(rows), case.n, k, case.groups, a, b, rows=bucket(max(1, case.m)),
@@ -217,4 +223,4 @@ def neighbours(draw_: Draw, rng: random.Random, count: int) -> Iterator[Draw]:
         k = case.k if case.k % 128 or case.layout == "k_grouped" else 128 * rng.randint(1, max(1, case.k // 64))
         groups = rng.choice([g for g in GROUPS if g <= 2 * case.groups]) if case.layout != "dense" else 1
         near = replace(case, m=m, sizes=sizes, max_m=max_m, n=n, k=k, groups=groups)
-        yield replace(draw_, case=near, seed=rng.randrange(1 << 31), values=rng.choices(VALUES, (5, 2, 2, 1, 1))[0])
+        yield replace(draw_, case=near, seed=rng.randrange(1 << 31), values=rng.choices(list(VALUES), list(VALUES.values()))[0])

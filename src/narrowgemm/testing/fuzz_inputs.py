@@ -20,9 +20,10 @@ from .values import mn_major, poisoned, put
 if TYPE_CHECKING:
     from .fuzz import Draw
 
-VALUES = ("normal", "bits", "spread", "nan", "zero")
+VALUES = {"normal": 5, "bits": 2, "spread": 2, "nan": 1, "inf": 1, "zero": 1}       # and how often each is drawn
 CORRUPT = ("past", "negative", "huge", "shuffled", "beyond_int32")
 GUARDS = 4096
+E5M2_INFINITY = 0x7C
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,8 @@ class GuardedView:
 
 
 def values(shape: tuple[int, ...], fmt: Format, kind: str, device: torch.device, generator: torch.Generator) -> ScaledTensor:
-    """An operand of one of `VALUES`: 'bits' has any finite code, 'spread' scales far apart, 'nan' a few rows with one."""
+    """An operand of one of `VALUES`: 'bits' has any finite code, 'spread' scales far apart, 'nan' a row with one, and 'inf', where
+    elements have any."""
     e = fmt.elem
     packed = (*shape[:-1], shape[-1] // e.per_byte)
 
@@ -127,6 +129,9 @@ def values(shape: tuple[int, ...], fmt: Format, kind: str, device: torch.device,
             data.view(torch.uint8)[where + (packed[-1] - 1,)] = 0x7F
         else:
             data[where + (packed[-1] - 1,)] = float("nan")
+    if kind == "inf" and data.numel() and fmt.element in ("e5m2", "bf16", "fp16"):
+        coded = data.view(torch.uint8) if e.bits == 8 else data
+        coded[..., generator.initial_seed() % shape[-2], packed[-1] // 2] = E5M2_INFINITY if e.bits == 8 else float("inf")
     return ScaledTensor(data, scale, fmt)
 
 

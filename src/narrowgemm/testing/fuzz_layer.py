@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..formats import BF16, FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, Format, FP8_1x128, FP8_128x128, ScaledTensor
-from ..ops.experts import Weights, experts
+from ..ops.experts import Weights, experts, plan_for
+from ..ops.experts_plan import Options
 from ..prepack import prepack
 from ..reference import quantize as reference
 from .fuzz_call import STORES, Call
@@ -50,28 +53,46 @@ def run(c: Call) -> None:
     invariant = c.chance(0.2)
     order = c.pick(("bf16", "fp8")) if fmt is MXFP4 else "bf16"
 
-    def call(seed: int, device: torch.device, out: Tensor | None, pack: bool, backend: str | None) -> Tensor:
+    skipped = c.chance(0.3)     # choices of no expert at all
+    mapped = torch.randperm(everyone, generator=c.generator) if not first and c.chance(0.3) else None
+    expert_map = None if mapped is None else torch.where(mapped < count, mapped, -1).int()
+
+    def tokens_of(seed: int) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(tokens, hidden, generator=generator).bfloat16()
         logits = torch.randn(tokens, everyone, generator=generator)
-        given: dict[str, Any] = {"router_logits": logits.to(device), "top_k": top_k} if by_logits else {
-            "topk_weights": torch.rand(tokens, top_k, generator=generator).to(device),
-            "topk_ids": logits.argsort(1)[:, :top_k].to(torch.int32).to(device)}
-        output = torch.randn(tokens, hidden, generator=generator).bfloat16() if added else None
+        given = {"x": x, "router_logits": logits} if by_logits else {
+            "x": x, "topk_weights": torch.rand(tokens, top_k, generator=generator),
+            "topk_ids": logits.argsort(1)[:, :top_k].to(torch.int32)}
+        if skipped and not by_logits:
+            given["topk_ids"].masked_fill_(torch.rand(tokens, top_k, generator=generator) < 0.3, -1)
+        if added:
+            given["shared_output"] = torch.randn(tokens, hidden, generator=generator).bfloat16()
+        return given
+
+    def weights_on(device: torch.device, pack: bool) -> dict[str, Any]:
         mine: list[Weights] = [moved(w, device) for w in (up, down)]
         if pack:
             assert isinstance(mine[0], ScaledTensor) and isinstance(mine[1], ScaledTensor)
             mine = [prepack(mine[0], pair=pair, activations=order), prepack(mine[1], activations=order)]
-        return experts(x.to(device), mine[0], mine[1], activation=kind, interleaved=interleaved, activation_format=x_format,
-                       gate_up_bias=None if biases[0] is None else biases[0].to(device),
-                       down_bias=None if biases[1] is None else biases[1].to(device),
-                       shared=None if shared is None else (moved(shared[0], device), moved(shared[1], device)),
-                       shared_output=None if output is None else output.to(device), first_expert=first, num_experts=everyone,
-                       out=out, batch_invariant=invariant, backend=backend, **given)
+        own: dict[str, Any] = {"gate_up": mine[0], "down": mine[1], "gate_up_bias": biases[0], "down_bias": biases[1],
+                               "expert_map": expert_map}
+        own = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in own.items()}
+        return own | {"shared": None if shared is None else (moved(shared[0], device), moved(shared[1], device))}
+
+    def layer(given: dict[str, Any], own: dict[str, Any], out: Tensor | None, backend: str | None) -> Tensor:
+        return experts(**given, **own, top_k=top_k if by_logits else 0, activation=kind, interleaved=interleaved,
+                       activation_format=x_format, first_expert=first, num_experts=everyone, out=out, batch_invariant=invariant,
+                       backend=backend)
+
+    def call(seed: int, device: torch.device, out: Tensor | None, pack: bool, backend: str | None) -> Tensor:
+        given = {name: x.to(device) for name, x in tokens_of(seed).items()}
+        return layer(given, weights_on(device, pack), out, backend)
 
     packing = f"packed {pair} {order}" if packed else ""
     what = (f"{fmt.name} {packing} x {x_format and x_format.name} {tokens}x{hidden}x{inter} of {count} by {top_k} {kind} "
-            f"interleaved {interleaved} bias {biases[0] is not None} shared {shared is not None} added {added} first {first}")
+            f"interleaved {interleaved} bias {biases[0] is not None} shared {shared is not None} added {added} first {first} "
+            f"skipped {skipped} map {mapped is not None}")
     guard = GuardedView((tokens, hidden), torch.bfloat16, c.device, c.pick(STORES))
     seed = c.rng.randrange(1 << 30)
     first_bits: dict[int, Tensor] = {}
@@ -87,3 +108,30 @@ def run(c: Call) -> None:
         want = call(number, torch.device("cpu"), None, False, "reference")
         diff = calc_diff(first_bits[number], want)
         c.say(f"{what}: calc_diff {diff:.2g}", not diff <= (WIDE if x_format is MXFP4 else GATE))
+    if c.device.type != "cuda" or not tokens or "PYTORCH_NO_CUDA_MEMORY_CACHING" in os.environ:
+        return
+    own = weights_on(c.device, packed)
+    plan = plan_for(tokens, own["gate_up"], own["down"], top_k, everyone, None, torch.bfloat16, (kind, (), interleaved), x_format,
+                    biases[0] is not None, own["shared"], Options(None, invariant), c.device)
+    if all(step.backend != "reference" for step in plan.steps.values()):        # which reads sizes on the host
+        _replays(c, what, lambda given: layer(given, own, guard.tensor, None), tokens_of, guard, first_bits)
+
+
+def _replays(c: Call, what: str, layer: Callable[[dict[str, Tensor]], Tensor], tokens_of: Callable[[int], dict[str, Tensor]],
+             guard: GuardedView, first_bits: dict[int, Tensor]) -> None:
+    """One graph, replayed with tokens and routing of each seed: the bits of the seed's own call."""
+    given = {name: x.to(c.device) for name, x in tokens_of(next(iter(first_bits))).items()}
+    side, graph = torch.cuda.Stream(c.device), torch.cuda.CUDAGraph()
+    side.wait_stream(torch.cuda.current_stream(c.device))
+    with torch.cuda.stream(side):
+        layer(given)
+    torch.cuda.current_stream(c.device).wait_stream(side)
+    with torch.cuda.graph(graph):
+        layer(given)
+    for seed, bits in [*first_bits.items()] * 2:
+        for name, x in tokens_of(seed).items():
+            given[name].copy_(x)
+        guard.reset()
+        graph.replay()
+        c.same(f"{what}: a graph", guard.tensor.cpu().clone(memory_format=torch.contiguous_format), bits)
+        c.found += [f"{what}: a graph: {f}" for f in guard.faults()]

@@ -221,7 +221,7 @@ def fold_kernel(a_desc, sa_desc, w_desc, s_desc, d_desc, out_ptr, top_ptr, facto
     ring = ring_barriers(STAGES, 2, cfg.CONSUMERS)
     bars = ring + ring_barriers(W_STAGES, 1, 1)
     if cfg.QUARTERS:
-        table = gl.allocate_shared_memory(gl.int32, [quarters.FIELDS, cfg.ITEMS], ROW_OF_INTS)
+        table = gl.allocate_shared_memory(gl.int32, [quarters.ITEM_FIELDS, cfg.ITEMS], ROW_OF_INTS)
         quarters.make_items(table, index_ptr, M, N, G, cfg)
         fence_async_shared()
     else:

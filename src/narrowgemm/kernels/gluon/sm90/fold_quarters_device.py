@@ -17,7 +17,7 @@ from .fp8_block_schedule_device import ROW_OF_INTS, clip, fresh, strip_order
 from .fp8_block_sums_device import sum_pieces
 from .shim import block_barrier, view_as, view_rows
 
-FIELDS = gl.constexpr(4)        # of an item: (n << 2 | kind) or -1, group, first row, end of the group's rows
+ITEM_FIELDS = gl.constexpr(4)        # of an item: (n << 2 | kind) or -1, group, first row, end of the group's rows
 WHOLE = gl.constexpr(0)
 HALF = gl.constexpr(1)
 QUARTER = gl.constexpr(2)
@@ -108,7 +108,7 @@ def make_items(items, index_ptr, M, N, G, cfg: gl.constexpr):
 def item(items, i, cfg: gl.constexpr, WARPS: gl.constexpr):
     """(n block or -1 where there is none, group, first row, end, kind); n counts 64 columns of a quarter."""
     lay: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
-    v = view_rows(items, gl.int32, FIELDS * cfg.ITEMS, 1, ROW_OF_INTS)
+    v = view_rows(items, gl.int32, ITEM_FIELDS * cfg.ITEMS, 1, ROW_OF_INTS)
     n = gl.max(v.index(i).load(lay), 0)
     g = gl.max(v.index(cfg.ITEMS + i).load(lay), 0)
     first = gl.max(v.index(2 * cfg.ITEMS + i).load(lay), 0)
