@@ -169,4 +169,6 @@ def test_mixed_product(mixed, layout: str) -> None:
 
 
 def test_mixed_product_does_nothing_where_too_much_does_not_fold(mixed) -> None:
+    """At the limit it does all, beyond it nothing."""
+    run_mixed(mixed, "dense", count=5)
     assert (run_mixed(mixed, "dense", count=6).body == MARK).all()

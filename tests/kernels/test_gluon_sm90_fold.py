@@ -162,7 +162,7 @@ QUARTERS = dict(MP=2, OUT_SPLIT=2, OUT_BUFFERS=2, TAIL=True, QUARTERS=True, ITEM
 
 
 # parts are halves in the second and third, of tails and of whole tiles
-@pytest.mark.parametrize("index, grid", [(TAILS["masked"], 3), ([40, 0, 100], 4), ([256, 250], 8), ([256, 300, 0, 40, 130, 1], 7), ([256], 16), ([0, 0], 2)])
+@pytest.mark.parametrize("index, grid", [(TAILS["masked"], 3), ([40, 0, 128], 4), ([256, 250], 8), ([256, 300, 0, 40, 130, 1], 7), ([256], 16), ([0, 0], 2)])
 def test_quarters(device, index: list[int], grid: int) -> None:
     """Groups' last rows by halves or quarters, and whole tiles of the last round: the same product, by every block in its turn."""
     Case("masked", 300, 200, 1, len(index), index, **QUARTERS).check(device, grid)

@@ -114,16 +114,32 @@ def test_weights_come_bit_for_bit_and_only_of_groups_with_rows(modules) -> None:
     assert (case.made.reshape(4, -1)[[0, 2]] == -1).all(), "a group without rows was expanded"
 
 
+def in_front(modules, case: WholeCase) -> tuple[emu.Pointer, ...]:
+    """The launch in front, of a group alone; what it takes first."""
+    p, units = case.packed, case.packed.data.shape[1]
+    given = (*(emu.Pointer(x.numpy().reshape(-1).view(np.int32)) for x in (p.data, p.scale)), emu.Pointer(p.top.numpy().reshape(-1)),
+             emu.Pointer(case.made))
+    emu.launch(modules["fold_whole"].fold_whole_kernel, units, *given, emu.Pointer(case.sync), emu.Pointer(np.asarray(case.index, np.int32)), case.m,
+               case.groups, 1, units, 2, case.product, 2, 1)
+    return given
+
+
 def test_first_group_is_expanded_in_front(modules) -> None:
     """The product begins with it, so it doesn't wait for any piece."""
     case = WholeCase("ahead", "masked", 20, 72, 2, 3, [0, 20, 7])
-    emu_front = modules["fold_whole"].fold_whole_kernel
-    p, units = case.packed, case.packed.data.shape[1]
-    emu.launch(emu_front, units, *(emu.Pointer(x.numpy().reshape(-1).view(np.int32)) for x in (p.data, p.scale)),
-               emu.Pointer(p.top.numpy().reshape(-1)), emu.Pointer(case.made), emu.Pointer(case.sync),
-               emu.Pointer(np.asarray(case.index, np.int32)), case.m, 3, 1, units, 2, case.product, 2, 1)
+    in_front(modules, case)
     done = (case.made.reshape(3, -1) != -1).all(1)
-    assert done.tolist() == [False, True, False] and case.sync.tolist() == [0, 0, units * 4 * 2, 0]
+    assert done.tolist() == [False, True, False] and case.sync.tolist() == [0, 0, case.packed.data.shape[1] * 4 * 2, 0]
+
+
+def test_one_warp_expands_every_piece_that_is_left(modules) -> None:
+    """A group's last piece, too, which it takes when all others are done."""
+    case = WholeCase("ahead", "masked", 20, 72, 2, 4, [3, 20, 0, 7])
+    given, index = in_front(modules, case), emu.Pointer(np.asarray(case.index, np.int32))
+    units, number = case.packed.data.shape[1], lambda x: emu.wrap(np.int32(x))
+    problem = (index, *map(number, (case.m, case.n, 2, 4, 1)))
+    emu.launch(lambda *_: modules["fold_cluster"].ahead(given, emu.Pointer(case.sync), problem, number(units), case.product), 1)
+    assert (case.made.reshape(4, -1) != -1).all(1).tolist() == [True, True, False, True]
 
 
 # ---------------------------------------------------------------- host part

@@ -257,6 +257,23 @@ def test_bf16_as_two_numbers_in_units_of_a_row(device: str, part: int) -> None:
     check_two(first[:, :2], second[:, :2] / 32, unit.cpu()[:, None].expand(7, 2), x)
 
 
+@pytest.mark.parametrize("largest", [5, 300])
+def test_the_unit_is_that_of_the_whole_row(device: str, largest: int) -> None:
+    """Whichever piece of it holds the largest number."""
+    from narrowgemm.kernels.gluon.sm90.narrow_prep_device import narrow_prep_kernel as kernel
+
+    x = torch.randn(3, 400, generator=torch.Generator().manual_seed(4)).clamp(-2, 2).bfloat16()
+    x[:, largest] = 24.0
+    out, unit = torch.zeros(3, 1024, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn), torch.zeros(3, device=device)
+    i32 = torch.zeros(64, dtype=torch.int32, device=device)
+    cfg = narrow_tile.PrepStatic(KINDS["dense"], 8, 1, TWO_ORDER, 32, 1, False, 256, False)
+    kernel[(1 + 3 * 2,)](x.to(device), out, out, unit, i32, i32, i32, i32, i32, i32, i32, 3, 400, 512, 0, 400, 0, 0, 0, 1, 3, 3, 1, 8, 4, cfg)
+    first, second = out.cpu().float().view(3, 4, 2, 128).unbind(2)
+    want = torch.zeros(3, 512)
+    want[:, :400] = x
+    assert (unit.cpu() == 0.125).all() and torch.equal((first + second / 32) * 0.125, fp8_order(want))
+
+
 def test_ratios_of_scales_take_a_sum_from_block_to_block(device: str) -> None:
     """sum = sum * ratio + payload sum, and at the end * factor, is the sum of payload * scale; zero scales, and NaN ones."""
     g = torch.Generator().manual_seed(3)
