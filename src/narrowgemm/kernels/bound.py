@@ -23,12 +23,16 @@ MAPS = 256          # encoded descriptors kept for one argument of one signature
 
 
 class Pointer:
-    """`tensor`'s address plus `offset` bytes, as a pointer to `dtype`: what Triton takes for a tensor, without a view's cost."""
+    """`tensor`'s address plus `offset` bytes, as a pointer to `dtype`: what Triton takes for a tensor, without a view's cost.
+
+    A part of no bytes may start where a buffer ends. That address may be nobody's, and Triton refuses such: the pointer is to the
+    buffer's start.
+    """
 
     __slots__ = ("dtype", "offset", "tensor")
 
     def __init__(self, tensor: Tensor, dtype: torch.dtype, offset: int = 0) -> None:
-        self.tensor, self.dtype, self.offset = tensor, dtype, offset
+        self.tensor, self.dtype, self.offset = tensor, dtype, offset if offset and offset < tensor.nbytes else 0
 
     def data_ptr(self) -> int:
         return self.tensor.data_ptr() + self.offset

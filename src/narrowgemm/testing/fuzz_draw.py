@@ -211,16 +211,18 @@ def likely(case: Case, only: Collection[str], device: torch.device) -> bool:
 
 
 def neighbours(draw_: Draw, rng: random.Random, count: int) -> Iterator[Draw]:
-    """The draw, and others that need little or no compiling after it: other rows, group sizes and values."""
+    """The draw, and others that need little or no compiling after it: other rows, group sizes and values; one in four has another
+    N, K and number of groups, too."""
     yield draw_
     case = draw_.case
     for _ in range(count):
         m = rng.choice([m for m in ROWS if m <= 2 * case.m])
         sizes = case.sizes if case.layout in ("dense", "k_grouped") else rng.choice(SIZES)
-        max_m = max(m, case.max_m) if case.layout == "masked" else 0
-        like = (8, 16, 64, 128, 256)
-        n = rng.choice([n for n in COLUMNS if n <= 2 * case.n and all((n % x == 0) == (case.n % x == 0) for x in like)])
-        k = case.k if case.k % 128 or case.layout == "k_grouped" else 128 * rng.randint(1, max(1, case.k // 64))
-        groups = rng.choice([g for g in GROUPS if g <= 2 * case.groups]) if case.layout != "dense" else 1
-        near = replace(case, m=m, sizes=sizes, max_m=max_m, n=n, k=k, groups=groups)
+        near = replace(case, m=m, sizes=sizes, max_m=max(m, case.max_m) if case.layout == "masked" else 0)
+        if rng.random() < 0.25:
+            like = (8, 16, 64, 128, 256)
+            n = rng.choice([n for n in COLUMNS if n <= 2 * case.n and all((n % x == 0) == (case.n % x == 0) for x in like)])
+            k = case.k if case.k % 128 or case.layout == "k_grouped" else 128 * rng.randint(1, max(1, case.k // 64))
+            groups = rng.choice([g for g in GROUPS if g <= 2 * case.groups]) if case.layout != "dense" else 1
+            near = replace(near, n=n, k=k, groups=groups)
         yield replace(draw_, case=near, seed=rng.randrange(1 << 31), values=rng.choices(list(VALUES), list(VALUES.values()))[0])
