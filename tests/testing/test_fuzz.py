@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from narrowgemm.errors import Unsupported
+from narrowgemm.formats import BF16, MXFP4
 from narrowgemm.kernels.registry import kernels
 from narrowgemm.reference import gemm as reference
 from narrowgemm.testing import fuzz, fuzz_steps, fuzz_training
 from narrowgemm.testing.case import Case
+from narrowgemm.testing.fuzz_checks import sum_error
 from narrowgemm.testing.fuzz_inputs import GuardedView, Store, build, stored
 
 CPU = torch.device("cpu")
@@ -86,6 +88,38 @@ def test_what_is_wrong_is_found(fault: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(reference, "gemm", wrong)
     what, found = fuzz.attempt(replace(DENSE, out=Store(3, 1)), CPU)
     assert what == "wrong" and found
+
+
+def fourteen_bits(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """total [M, N] + a [M, 32] . b [N, 32] as an FP8 tensor core of Hopper has it: everything cut off 13 bits below the largest exponent,
+    and the sum 13 bits below its own. 97% of sums are of the same bits as the hardware's."""
+    def exponent(x: torch.Tensor) -> torch.Tensor:
+        return torch.where(x == 0, -200.0, torch.frexp(x)[1].double() - 1)
+
+    products = a[:, None] * b[None]
+    exponents = torch.where(products == 0, -200.0, exponent(a)[:, None] + exponent(b)[None])
+    unit = torch.exp2(torch.maximum(exponents.amax(2), exponent(total)) - 13)
+    total = (products / unit[..., None]).trunc().sum(2) + (total / unit).trunc()
+    unit = unit * torch.exp2(exponent(total) - 13)
+    return (total * torch.exp2(13 - exponent(total))).trunc() * unit
+
+
+def test_bounds_are_what_a_tensor_core_loses() -> None:
+    g = torch.Generator().manual_seed(2)
+    for k in (128, 256, 1024):
+        a, b = ((torch.randn(48, k, generator=g) * 56).to(torch.float8_e4m3fn).double() for _ in range(2))
+        got = torch.zeros(48, 48, dtype=torch.float64)
+        for block in range(0, k, 128):
+            part = torch.zeros_like(got)
+            for i in range(block, block + 128, 32):
+                part = fourteen_bits(part, a[:, i:i + 32], b[:, i:i + 32])
+            got += part
+        off = float(((got - a @ b.mT).abs() / (a.abs() @ b.abs().mT)).max())
+        bound = sum_error(replace(DENSE, case=replace(DENSE.case, k=k)))
+        assert 2 * off < bound < 16 * off, (k, off, bound)
+    two = replace(DENSE, case=Case("fuzz", "dense", 1, 40, 64, 4096, a=BF16, b=MXFP4, packed="fp8"))
+    assert sum_error(two) == sum_error(replace(DENSE, case=replace(DENSE.case, k=4096))) == 2.0**-12
+    assert sum_error(replace(two, case=replace(two.case, packed=True))) == 2.0**-14
 
 
 def test_stores_keep_values_and_notice_writes() -> None:

@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 MONOTONE = ("past", "negative", "beyond_int32")     # bounds still don't decrease, so whose row is which is defined
 GROUPS_CHECKED = 48
-# of the sum of magnitudes: what a sum of products may be off by, by the narrowest element
+# of the sum of magnitudes: what a sum of products may be off by, by the narrowest element. FP8 tensor cores cut products and the
+# sum so far off 13 bits below the largest: up to 2^-12 of normal numbers at K = 256, less with more K: errors have either sign
 SUM_ERROR = {"e4m3": 2.0**-10, "e5m2": 2.0**-10, "e2m1": 2.0**-10, "bf16": 2.0**-14, "fp16": 2.0**-14, "fp32": 2.0**-16}
+LEAST_SHARE = 0.25  # of it, that many products come down to
 GATED = 128         # elements of a group: the gate is a mean, and a few that happen to be near zero say nothing
 FEW_LARGE = 4       # times as much where few products make the sum: a tensor core cuts each off below the largest
 ROUNDING = {"bf16": 2.0**-8, "fp16": 2.0**-10, "fp32": 2.0**-20}
@@ -105,16 +107,22 @@ def sides(inputs: Inputs, g: int) -> tuple[Tensor, Tensor]:
     return take_columns(own_scales(inputs.a, g), start, end), take_columns(own_scales(inputs.b, g), start, end)
 
 
+def sum_error(draw: Draw) -> float:
+    """What a sum may be off by, of the sum of magnitudes."""
+    c = draw.case
+    if c.a.elem.bits == 16 and c.packed != "fp8":
+        return SUM_ERROR["bf16"]
+    # packed for FP8, each BF16 token is two E4M3 numbers, on FP8 tensor cores
+    off = SUM_ERROR["e4m3" if c.a.elem.bits == 16 else c.a.element if c.a.elem.bits < c.b.elem.bits else c.b.element]
+    if draw.values != "normal" or c.k < 128 or c.layout == "k_grouped" or c.fast_accum:
+        return off * FEW_LARGE
+    return off * max(LEAST_SHARE, (128 / c.k) ** 0.5)
+
+
 def elements(inputs: Inputs, draw: Draw) -> list[str]:
     """The kernel gate, and every element within what its own sum can be off by."""
     c, found = inputs.case, []
-    sums, off = Sums(), SUM_ERROR[c.a.element if c.a.elem.bits < c.b.elem.bits else c.b.element]
-    if c.a.elem.bits == 16 and c.packed == "fp8":       # each token two E4M3 numbers, on FP8 tensor cores
-        off = SUM_ERROR["e4m3"]
-    elif c.a.elem.bits == 16:
-        off = SUM_ERROR["bf16"]
-    elif draw.values != "normal" or c.k < 128 or c.layout == "k_grouped" or c.fast_accum:
-        off *= FEW_LARGE
+    sums, off = Sums(), sum_error(draw)
     worst: tuple[float, str] = (0.0, "")
     top = torch.finfo(inputs.out.tensor.dtype).max
     groups = list(inputs.groups)
