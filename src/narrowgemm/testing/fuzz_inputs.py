@@ -20,7 +20,8 @@ from .values import mn_major, poisoned, put
 if TYPE_CHECKING:
     from .fuzz import Draw
 
-VALUES = {"normal": 5, "bits": 2, "spread": 2, "nan": 1, "inf": 1, "zero": 1}       # and how often each is drawn
+VALUES = {"normal": 5, "bits": 2, "spread": 2, "far": 2, "nan": 1, "inf": 1, "zero": 1}     # and how often each is drawn
+FARTHEST = 118      # powers of two that one operand is moved up, and the other one down
 CORRUPT = ("past", "negative", "huge", "shuffled", "beyond_int32")
 GUARDS = 4096
 E5M2_INFINITY = 0x7C
@@ -85,9 +86,10 @@ class GuardedView:
         return out
 
 
-def values(shape: tuple[int, ...], fmt: Format, kind: str, device: torch.device, generator: torch.Generator) -> ScaledTensor:
-    """An operand of one of `VALUES`: 'bits' has any finite code, 'spread' scales far apart, 'nan' a row with one, and 'inf', where
-    elements have any."""
+def values(shape: tuple[int, ...], fmt: Format, kind: str, device: torch.device, generator: torch.Generator, up: int = 0
+           ) -> ScaledTensor:
+    """An operand of one of `VALUES`, times 2^up: 'bits' has any finite code, 'spread' scales far apart, 'far' all far from 1,
+    'nan' a row with one, and 'inf', where elements have any."""
     e = fmt.elem
     packed = (*shape[:-1], shape[-1] // e.per_byte)
 
@@ -107,6 +109,8 @@ def values(shape: tuple[int, ...], fmt: Format, kind: str, device: torch.device,
             x = (x * 56).clamp(-e.max, e.max)
         if e.bits == 16 and kind == "spread":
             x = x * torch.exp2((uniform(*packed[:-1], 1) * 16 - 8).round())
+        if fmt.element == "bf16":
+            x = x * 2.0**up
         data = (x * 0 if kind == "zero" else x).to(e.dtype)
     scale = None
     if fmt.scaled:
@@ -116,9 +120,9 @@ def values(shape: tuple[int, ...], fmt: Format, kind: str, device: torch.device,
             far = min(far, 14.0)
         exponent = (uniform(*size) - 0.5) * far
         if fmt.scale == "e8m0":
-            scale = (127 + exponent.round()).to(torch.uint8)
+            scale = (127 + up + exponent.round()).to(torch.uint8)
         else:
-            scale = torch.exp2(exponent)
+            scale = torch.exp2(up + exponent)
     if kind == "nan" and data.numel():
         row = int(generator.initial_seed() % shape[-2])
         where = (0,) * (len(shape) - 2) + (row,)
@@ -150,29 +154,32 @@ def build(draw: Draw, device: torch.device) -> Inputs:
     c = draw.case
     generator = torch.Generator(device).manual_seed(draw.seed)
 
-    def make(shape: tuple[int, ...], fmt: Format) -> ScaledTensor:
-        return values(shape, fmt, draw.values, device, generator)
+    far = draw.values == "far" and "fp16" not in (c.a.element, c.b.element)
+    up = random.Random(draw.seed).randint(-FARTHEST, FARTHEST) if far else 0
+
+    def make(shape: tuple[int, ...], fmt: Format, side: int) -> ScaledTensor:
+        return values(shape, fmt, draw.values, device, generator, up * side)
 
     out_shape: tuple[int, ...]
     own = draw.own_scales and c.layout == "k_grouped"
     if c.layout == "k_grouped":
         k = c.rows + draw.columns
-        a, b = (_columns(make((r, c.rows), f), r, k, f, device) for r, f in ((c.m, c.a), (c.n, c.b)))
+        a, b = (_columns(make((r, c.rows), f, side), r, k, f, device) for r, f, side in ((c.m, c.a, 1), (c.n, c.b, -1)))
         a, b = ((ScaledTensor(x.data, torch.stack([x.scale * (1 + g % 3) for g in range(c.groups)]), x.format)    # type: ignore[operator]
                  if own and x.scale is not None and not x.format.group[1] and c.groups else x) for x in (a, b))
         out_shape = (c.groups, c.m, c.n)
     elif c.layout == "dense":
-        a, b, out_shape = make((c.m, c.k), c.a), make((c.n, c.k), c.b), (c.m, c.n)
+        a, b, out_shape = make((c.m, c.k), c.a, 1), make((c.n, c.k), c.b, -1), (c.m, c.n)
     else:
-        b = make((c.groups, c.n, c.k), c.b)
+        b = make((c.groups, c.n, c.k), c.b, -1)
         lead = (c.groups, c.max_m) if c.layout == "masked" else (c.a_rows,)
         a = poisoned((*lead, c.k), c.a, device)
         if c.layout == "masked":
             for g, rows in enumerate(c.group_sizes):
                 if rows:
-                    put(a[g], slice(0, rows), make((rows, c.k), c.a))
+                    put(a[g], slice(0, rows), make((rows, c.k), c.a, 1))
         elif c.segments:
-            whole = make((sum(n for *_, n in c.segments), c.k), c.a)
+            whole = make((sum(n for *_, n in c.segments), c.k), c.a, 1)
             at = 0
             for _, start, n in c.segments:
                 scale = whole.scale if whole.scale is None or c.a.group[0] == 0 else whole.scale[at:at + n]
