@@ -32,6 +32,7 @@ TRITONS = ("oldest", "newest")
 SECONDS = 900       # that a worker may take
 # R1 is the stack's pointer: bits taken from it as data stand for a value that nothing has written
 UNWRITTEN = re.compile(r"(?:LOP3\.LUT|SHF[A-Z0-9.]*) R\d+, [^;]*\bR1\b[^;]*;")
+ORDERED = re.compile(r"\b(LDG\.E[.\w]*|BAR\.SYNC|MUFU\.\w+|EXIT)")
 NVIDIA_OPS = ("wgmma.mma_async", "mma.sync", "tcgen05.mma", "cp.async", "cp.async.bulk.tensor", "e4m3", "setmaxnreg",
               "block_scale", "griddepcontrol.wait", "kind::mxf8f6f4", "kind::mxf4.",
               *(f"m64n{n}k32.f32.e4m3.e4m3" for n in (8, 16, 32, 64, 128, 192, 256)), "m64n64k16.f32.bf16.bf16", "m64n128k16.f32.bf16.bf16", "multicast::cluster")
@@ -54,7 +55,8 @@ def with_triton(which: str) -> dict[str, str]:
 
 def compile_jobs(target: str, jobs: str, *args: str, triton: str = "oldest", sass: bool = False) -> list[dict]:
     """One report a compiled kernel: job, kernel, shared (bytes), spills (bytes), registers, ops (mnemonic: count); with `sass`, which takes
-    as long as compiling, `unwritten`, too: reads of registers that nothing has written."""
+    as long as compiling, `unwritten`, too: reads of registers that nothing has written, and `order`: of loads, barriers, exits and
+    what the special function unit computes, as they stand."""
     env = {"NARROWGEMM_ARCH": target, "NARROWGEMM_TEST_SASS": str(int(sass))}
     with tempfile.TemporaryDirectory() as folder:
         status = server(triton).run({"env": env, "folder": folder, "arguments": (target, jobs, *args)})
@@ -163,12 +165,13 @@ def nvidia_report(kernel, target: str, log: str) -> dict:
         if "registers" not in log:
             source.write_text(ptx)
             log = subprocess.run([tool, "-v", f"--gpu-name={arch}", source, "-o", cubin], capture_output=True, text=True, check=True).stderr
-        machine_code = {}
+        machine_code: dict[str, int | list[str]] = {}
         if os.environ.get("NARROWGEMM_TEST_SASS") == "1":
             cubin.write_bytes(kernel.asm["cubin"])
             dump = tool.with_name("cuobjdump")
             code = subprocess.run([dump, "-sass", cubin], capture_output=True, text=True).stdout if dump.exists() else ""
             machine_code["unwritten"] = len(UNWRITTEN.findall(code))
+            machine_code["order"] = ORDERED.findall(code)
     spill = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = re.search(r"Used (\d+) registers", log)
     return {"spills": int(spill[1]) + int(spill[2]) if spill else -1, "registers": int(registers[1]) if registers else -1,

@@ -93,3 +93,15 @@ def jobs(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
                                                                  layout=Offsets(small.offsets), fmt=f, **triton)
     yield "combine bias", lambda: combine(torch.zeros(64, 2880, dtype=torch.bfloat16), small, torch.zeros(16, 4),
                                           bias=bias[:, :2880], add=torch.zeros(16, 2880, dtype=torch.bfloat16), **triton)
+
+
+def ordered_jobs(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
+    """GPT-OSS's SwiGLU to MXFP8 and DeepSeek-V3's tokens to MXFP8: what waits for what."""
+    h, r = torch.zeros(16384, 5760, dtype=torch.bfloat16), routing(4096, 4, 128)
+    problem = activate_problem(16384, 2880, 128, 128, BF16, MXFP8, "row_major", "swiglu_oai", (), False, False)
+    for config in kernels()["triton.activate"].configs(problem, get_arch("h200")):
+        if config.block_m * config.block_k == 2048:
+            way = "walk" if config.persistent else "once"
+            yield way, lambda c=config: activate(h, activation="swiglu_oai", layout=r.layout, fmt=MXFP8, config=c)
+    x, r = torch.zeros(4096, 7168, dtype=torch.bfloat16), routing(4096, 8, 256)
+    yield "gather", lambda: gather_quantize(x, r, MXFP8, backend="triton")

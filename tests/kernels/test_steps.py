@@ -12,10 +12,10 @@ from narrowgemm import FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, FP8_1x128, Offsets, Sc
 from narrowgemm.arch import get_arch
 from narrowgemm.formats import BF16, Format
 from narrowgemm.kernels.registry import kernels
-from narrowgemm.kernels.step_operands import SortGatherOperands
+from narrowgemm.kernels.step_operands import ActivateOperands, GatherOperands, SortGatherOperands
 from narrowgemm.ops.activate import activate
 from narrowgemm.ops.gather import gather_quantize
-from narrowgemm.ops.steps import scale_layout_of, sort_gather_problem
+from narrowgemm.ops.steps import activate_problem, gather_problem, scale_layout_of, sort_gather_problem
 from narrowgemm.problem import Config, Operand, Problem, Step
 from narrowgemm.reference import activate as reference_activate
 from narrowgemm.reference import route as reference
@@ -170,6 +170,28 @@ def test_gather_quantize(on, fmt, tokens, top_k, k):
             live_equal(out, want, int(routing.offsets[-1]))
 
 
+@pytest.mark.parametrize("fmt", [MXFP8, FP8_1x128, BF16], ids=lambda f: f.name)
+def test_gather_of_tokens_that_have_no_rows_here(on, fmt, monkeypatch):
+    """Read before that is known or after: the same bits, and nothing of them is written."""
+    from narrowgemm.kernels.triton import gather
+
+    tokens, top_k, k, experts = 11, 2, 200, 4
+    ids = ids_of(tokens, top_k, experts, skip=0.6)
+    assert bool((ids < 0).all(1).any())
+    x = torch.randn(tokens, k, generator=torch.Generator().manual_seed(13)).bfloat16()
+    routing = reference.sort_by_expert(ids, experts)
+    there = reference.Routing(*(v.to(on) for v in (routing.row_map, routing.offsets, routing.inverse)), top_k)
+    problem = gather_problem(tokens, k, top_k, experts, BF16, fmt, "mn_major", expected=1)
+    config = next(c for c in gather.configs(problem, ARCH) if not c.persistent)
+    want = reference.gather_quantize(x, routing, fmt)
+    for least in (gather.EAGER_BYTES, 0):
+        monkeypatch.setattr(gather, "EAGER_BYTES", least)
+        out = poisoned(tokens * top_k, k, fmt, x.dtype, on)
+        launch(Step("triton.gather_quantize", config), problem, GatherOperands(
+            x.to(on), there.row_map, there.offsets, there.inverse, top_k, out, "rceil", 1e-4))
+        live_equal(out, want, int(routing.offsets[-1]))
+
+
 def problem_of(fmt: Format, k: int, n: int = 1) -> Problem:
     return Problem("gather_quantize", "offsets", 1, n, k, 6, Operand(BF16), Operand(fmt))
 
@@ -245,6 +267,58 @@ def test_activate(on, fmt, kind):
         assert calc_diff(got, exact) <= (2e-4 if fmt is MXFP4 else 2e-6)
         assert bool((raw(out.data)[31:] == 0xA5).all())
         assert out.scale is None or bool((raw(out.scale)[31:] == 0xA5).all())
+
+
+@pytest.mark.parametrize("fmt", [MXFP8, FP8_1x128, MXFP4, BF16], ids=lambda f: f.name)
+@pytest.mark.parametrize("expected", [1, 4, 16])
+def test_activate_of_more_and_fewer_rows_than_expected(on, fmt, expected):
+    """Of rows that are expected programs read their own before they know how many there are: none is lost, none too many is written,
+    and those that walk over tiles find the same bits."""
+    rows, inter, live = 37, 320, 29
+    h = torch.randn(rows, 2 * inter, generator=torch.Generator().manual_seed(11)).mul(3).bfloat16().to(on)
+    offsets, scales = torch.tensor([0, 5, 5, 19, live], device=on), scale_layout_of(fmt)
+    problem = activate_problem(rows, inter, 4, expected, BF16, fmt, scales, "swiglu", (), False, False)
+    want = activate(h, fmt=fmt, backend="triton")
+    h[live:] = float("nan")
+    configs = kernels()["triton.activate"].configs(problem, ARCH)
+    assert {c.persistent for c in configs} == {False, True}
+    for config in configs if on == "cuda" else [next(c for c in configs if c.persistent == way) for way in (False, True)]:
+        out = poisoned(rows, inter, fmt, h.dtype, on, scales)
+        launch(Step("triton.activate", config), problem,
+               ActivateOperands(h, None, offsets, out, "swiglu", (1.0, 0.0), False, "rceil", 1e-4, None))
+        live_equal(out, want, live)
+
+
+def test_activate_walks_where_most_rows_are_no_ones():
+    """A rank of eight launches nothing for rows that it doesn't have; few rows are read ahead everywhere."""
+    def walks(rows: int, expected: int) -> bool:
+        problem = activate_problem(rows, 2048, 32, expected, BF16, MXFP8, "row_major", "swiglu", (), False, False)
+        return kernels()["triton.activate"].configs(problem, ARCH)[0].persistent
+
+    assert walks(1 << 17, (1 << 17) // 256) and not walks(1 << 17, (1 << 17) // 32) and not walks(1 << 11, (1 << 11) // 256)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("limit", [7.0, 0.5])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_clamps_of_two_bf16_an_instruction(interleaved, limit):
+    """Every BF16 as gate and as up, NaN and infinities among them: as clamped in FP32, which is how it goes where there is a bias."""
+    every = torch.arange(-1 << 15, 1 << 15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16)
+    other = every[torch.randperm(1 << 16, generator=torch.Generator().manual_seed(12))]
+    h = torch.stack([every, other], 1).reshape(64, 2048) if interleaved else torch.cat([every.view(64, 1024), other.view(64, 1024)], 1)
+    h, layout = h.cuda(), Offsets(torch.tensor([0, 64]).cuda())
+    how = dict(activation="swiglu_oai", args=(1.702, limit), interleaved=interleaved, layout=layout, backend="triton")
+    got = activate(h, **how)
+    want = activate(h, bias=torch.zeros(1, 2048, device="cuda"), **how)
+    assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.nan_to_num(), want.nan_to_num())
+    assert not torch.equal(want.nan_to_num(), activate(h, **how | {"args": (1.702, 2 * limit)}).nan_to_num())
+
+
+def test_limits_that_are_no_bf16_are_clamped_in_fp32():
+    from narrowgemm.kernels.triton.activate import is_bf16
+
+    assert is_bf16(7.0) and is_bf16(0.5) and is_bf16(-448.0) and is_bf16(0.0)
+    assert not is_bf16(7.03) and not is_bf16(257.0) and not is_bf16(float("inf"))
 
 
 @pytest.mark.parametrize("fmt", FORMATS, ids=lambda f: f.name)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
-from ...arch import Arch
-from ...formats import MXFP8
+from ...arch import Arch, detect
 from ...problem import Config, Problem, Step
 from ..launching import Launch
 from ..step_operands import ActivateOperands
@@ -19,7 +20,8 @@ NAME = "triton.activate"
 BACKEND = "triton"
 OPS = ("activate",)
 WAVES = 4                  # programs an SM, times what is resident: they walk the live tiles
-FEW = 8 * 8192             # elements an SM, up to which tiles of 1024 columns come first
+COLUMNS = 1024             # of a tile: 2880 and 3072 leave less of it empty than of a power of two that holds them
+RESIDENT = 2048 * 16       # elements an SM has at work at once, 16 a thread
 
 __all__ = ["BACKEND", "NAME", "OPS", "configs", "estimate", "launches", "legal", "supports", "workspace"]
 
@@ -33,18 +35,19 @@ def supports(problem: Problem, arch: Arch) -> str | None:
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
-    """As `steps.tile_configs`; first those with 32 elements a thread, over which what is done once is spread, and of these the one
-    that holds two rows, or, of few rows to MXFP8, four rows of 1024 columns (`block_n` blocks of a row). Without a format to
-    quantise to they spill (8 bytes on sm90), and bytes are all there is."""
+    """`block_m` blocks a tile, `block_n` of a row. A program has one tile, or (`persistent`) walks over them: first where most rows
+    are expected to be none of this rank's, for which nothing is launched then. Of few rows tiles are small: 8 elements a thread."""
     if steps.by_rows(problem.b.format):
         return tile_configs(problem, arch)
-    if not problem.b.format.scaled:
-        return tile_configs(problem, arch, (2048, 4096, 1024))
-    two_rows = min(max(2 * next_pow2(problem.k), 1024), 8192)
-    many = tile_configs(problem, arch, tuple(dict.fromkeys((two_rows, 2048, 4096, 8192))))
-    if arch.vendor == "nvidia" and problem.b.format == MXFP8 and problem.m * problem.k <= FEW * arch.sms:
-        many = [Config(128, 32, 32, 8, 1), *many]
-    return [*(replace(c, num_warps=max(1, c.num_warps // 2)) for c in many), *tile_configs(problem, arch, (2048, 4096, 1024))]
+    cols, elements = steps.columns(problem.b.format), problem.m * problem.k
+    tiles = tile_configs(problem, arch, (2048, 4096, 1024))
+    if elements <= 2 * RESIDENT * arch.sms:
+        tiles = [Config(1024 // cols, 1, cols, 4, 1), *tiles]
+    most = min(COLUMNS // cols, next_pow2(-(-problem.k // cols)))
+    once = [replace(c, block_n=min(c.block_m, most)) for c in tiles]
+    walk = [replace(c, persistent=True) for c in once]
+    dead = problem.groups and 2 * problem.groups * problem.rows < problem.m and elements > RESIDENT * arch.sms
+    return [*walk, *once] if dead or arch.vendor != "nvidia" else [*once, *walk]
 
 
 def workspace(problem: Problem, config: Config) -> int:
@@ -58,7 +61,6 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
 
 
 def launches(step: Step, problem: Problem, operands: ActivateOperands, workspace: Tensor | None) -> list[Launch]:
-    from ...arch import detect
     from . import activate_device as device
 
     o, c, fmt = operands, step.config, problem.b.format
@@ -68,7 +70,9 @@ def launches(step: Step, problem: Problem, operands: ActivateOperands, workspace
     alpha, limit = o.args if o.activation == "swiglu_oai" else (1.0, 0.0)
     arch = detect(h.device)
     resident = arch.sms * max(1, 2048 // (c.num_warps * arch.warp)) * WAVES
-    common = {"GROUPED": o.offsets is not None, "STEPS": experts.bit_length(), "CLAMPED": o.activation == "swiglu_oai",
+    paired = native(h) and h.dtype == torch.bfloat16 and o.bias is None and is_bf16(limit)
+    clamped = 0 if o.activation != "swiglu_oai" else 2 if paired else 1
+    common = {"GROUPED": o.offsets is not None, "STEPS": experts.bit_length(), "CLAMPED": clamped,
               "INTERLEAVED": o.interleaved, "BIAS": o.bias is not None, "NATIVE": native(h), "num_warps": c.num_warps,
               "num_stages": 1}
     if steps.by_rows(fmt):
@@ -79,12 +83,19 @@ def launches(step: Step, problem: Problem, operands: ActivateOperands, workspace
     blocks = -(-inter // c.block_k)
     size = 1 if scale is None else scale.element_size()
     by_columns = scale is not None and scale.stride(0) == 1
-    whole = c.block_n == 1 or by_columns
-    br, bg = steps.split_blocks(c.block_m, blocks, by_columns, size) if whole else (c.block_m // c.block_n, c.block_n)
+    br, bg = steps.split_blocks(c.block_m, blocks, True, size) if by_columns else (c.block_m // c.block_n, c.block_n)
     sr, ss = (0, 0) if scale is None else scale.stride()
-    return [Launch(device.activate_kernel, (min(-(-r // br) * -(-blocks // bg), resident),), (
-        h, o.bias, o.offsets, out, scale, r, experts, inter, blocks, o.amax_clamp, alpha, limit, h.stride(0),
-        out.stride(0), sr, ss), {"N": c.block_k, "BR": br, "BG": bg, "EVEN": inter % c.block_k == 0,
+    sure = min(r, problem.groups * problem.rows) if problem.groups else r
+    across, tiles = -(-blocks // bg), -(-r // br)
+    most = max(1, resident // across) if c.persistent else tiles
+    return [Launch(device.activate_kernel, (min(tiles, most) * across,), (
+        h, o.bias, o.offsets, out, scale, r, sure, experts, inter, blocks, o.amax_clamp, alpha, limit, h.stride(0),
+        out.stride(0), sr, ss), {"N": c.block_k, "BR": br, "BG": bg, "ACROSS": across, "EVEN": inter % c.block_k == 0,
                                  "KIND": "blocks" if fmt.scaled else "copy", "LEADS": steps.leads(h), **steps.follows(problem, h),
-                                 **steps.scale_constants(fmt, o.rounding, h),
-                                 **common})]
+                                 "ONCE": not c.persistent, "WIDE": br * max(h.stride(0), out.stride(0)) >= 2**31,
+                                 **steps.scale_constants(fmt, o.rounding, h), **common})]
+
+
+def is_bf16(x: float) -> bool:
+    """Whether a finite x has no more than BF16's eight significant bits."""
+    return math.isfinite(x) and math.frexp(x)[0] * 256 % 1 == 0

@@ -54,92 +54,155 @@ def rounded(x, DTYPE: tl.constexpr, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def swiglu(gate, up, alpha, limit, CLAMPED: tl.constexpr, NATIVE: tl.constexpr = False):
-    """gate * sigmoid(alpha * gate) * up, alpha being 1 of plain SwiGLU; CLAMPED: GPT-OSS's, (up + 1), gate <= limit, |up| <= limit."""
-    if CLAMPED:
-        gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
-        up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
-        up = tl.maximum(up, 0.0 - limit, propagate_nan=tl.PropagateNan.ALL) + 1.0
+def wide(x, NATIVE: tl.constexpr):
+    """x in FP32; of two BF16 in a register each by one instruction, where Triton's own takes three."""
+    if NATIVE and x.dtype == tl.bfloat16:
+        return tl.inline_asm_elementwise("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;", "=r,=r,r", [x], dtype=tl.float32,
+                                         is_pure=True, pack=2)
+    else:
+        return x.to(tl.float32)
+
+
+@triton.jit
+def gated(gate, up, alpha, NATIVE: tl.constexpr):
+    """gate * sigmoid(alpha * gate) * up."""
     if NATIVE:
         return gate * sigmoid(gate, alpha, True) * up
     return gate / (1.0 + tl.exp(0.0 - alpha * gate)) * up
 
 
 @triton.jit
-def load_activated(h_ptr, bias_ptr, offsets_ptr, r, k, k2, mask, mask2, E, I, hr, alpha, limit,
-                   ROWS: tl.constexpr, COLUMNS: tl.constexpr, STEPS: tl.constexpr, CLAMPED: tl.constexpr,
-                   INTERLEAVED: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr):
-    """[ROWS, COLUMNS] of the activation, in the type of h. `k`: columns of the result; `k2`: twice them, interleaved."""
-    at = (r.to(tl.int64) * hr)[:, None]
-    if BIAS:
-        e = expert_of(offsets_ptr, r, E, STEPS)
-        eb = (e.to(tl.int64) * (2 * I))[:, None]
+def swiglu(gate, up, alpha, limit, CLAMPED: tl.constexpr, NATIVE: tl.constexpr = False):
+    """gate * sigmoid(alpha * gate) * up, alpha being 1 of plain SwiGLU; CLAMPED: GPT-OSS's, (up + 1), gate <= limit, |up| <= limit."""
+    if CLAMPED:
+        gate = tl.minimum(gate, limit, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.minimum(up, limit, propagate_nan=tl.PropagateNan.ALL)
+        up = tl.maximum(up, 0.0 - limit, propagate_nan=tl.PropagateNan.ALL) + 1.0
+    return gated(gate, up, alpha, NATIVE)
+
+
+PAIRED = tl.constexpr(2)    # of CLAMPED: two BF16 an instruction, of which the limit is one
+
+
+@triton.jit
+def swiglu_pairs(gate, up, alpha, limit):
+    """`swiglu`, clamped, of BF16 gate and up with a limit that is BF16: clamped as they are, two an instruction."""
+    top = limit.to(tl.bfloat16)
+    gate = tl.inline_asm_elementwise("min.NaN.bf16x2 $0, $1, $2;", "=r,r,r", [gate, top], dtype=tl.bfloat16, is_pure=True, pack=2)
+    up = tl.inline_asm_elementwise("{.reg .b32 t; min.NaN.bf16x2 t, $1, $2; neg.bf16x2 $0, $2; max.NaN.bf16x2 $0, t, $0;}",
+                                   "=&r,r,r", [up, top], dtype=tl.bfloat16, is_pure=True, pack=2)
+    return gated(wide(gate, True), wide(up, True) + 1.0, alpha, True)
+
+
+@triton.jit
+def load_halves(h_ptr, at, at2, mask, mask2, I, INTERLEAVED: tl.constexpr):
+    """(gate, up) [ROWS, COLUMNS] as they are, at offsets `at` from h_ptr; INTERLEAVED: both together, twice, at `at2`. Where masked, anything."""
     if INTERLEAVED:
-        both = tl.load(h_ptr + at + k2, mask=mask2, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        if BIAS:
-            both += tl.load(bias_ptr + eb + k2, mask=mask2, other=0.0).to(tl.float32)
-        gate, up = tl.split(tl.reshape(both, (ROWS, COLUMNS, 2)))
+        both = tl.load(h_ptr + at2, mask=mask2, eviction_policy="evict_first")
+        return both, both
     else:
-        gate = tl.load(h_ptr + at + k, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        up = tl.load(h_ptr + at + I + k, mask=mask, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        if BIAS:
+        gate = tl.load(h_ptr + at, mask=mask, eviction_policy="evict_first")
+        up = tl.load(h_ptr + I + at, mask=mask, eviction_policy="evict_first")
+        return gate, up
+
+
+@triton.jit
+def activated(gate, up, bias_ptr, offsets_ptr, r, k, k2, mask, mask2, E, I, alpha, limit, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+              STEPS: tl.constexpr, CLAMPED: tl.constexpr, INTERLEAVED: tl.constexpr, BIAS: tl.constexpr, NATIVE: tl.constexpr):
+    """What `load_halves` has read as [ROWS, COLUMNS] of the activation, in the same type. `k`, `k2`: columns of the result and of
+    both halves."""
+    DTYPE: tl.constexpr = gate.dtype
+    if CLAMPED != PAIRED:
+        gate = wide(gate, NATIVE)
+        up = wide(up, NATIVE)
+    if BIAS:
+        eb = (expert_of(offsets_ptr, r, E, STEPS).to(tl.int64) * (2 * I))[:, None]
+        if INTERLEAVED:
+            gate += tl.load(bias_ptr + eb + k2, mask=mask2, other=0.0).to(tl.float32)
+        else:
             gate += tl.load(bias_ptr + eb + k, mask=mask, other=0.0).to(tl.float32)
             up += tl.load(bias_ptr + eb + I + k, mask=mask, other=0.0).to(tl.float32)
-    return rounded(swiglu(gate, up, alpha, limit, CLAMPED, NATIVE), h_ptr.dtype.element_ty, NATIVE)
+    if INTERLEAVED:
+        gate, up = tl.split(tl.reshape(gate, (ROWS, COLUMNS, 2)))
+    if CLAMPED == PAIRED:
+        y = swiglu_pairs(gate, up, alpha, limit)
+    else:
+        y = swiglu(gate, up, alpha, limit, CLAMPED, NATIVE)
+    return rounded(y, DTYPE, NATIVE)
 
 
-@triton.jit(do_not_specialize=["R"])
-def activate_kernel(h_ptr, bias_ptr, offsets_ptr, out_ptr, scale_ptr, R, E, I, S, clamp, alpha, limit, hr, orow, sr, ss,
-                    N: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr, EVEN: tl.constexpr, KIND: tl.constexpr,
+@triton.jit(do_not_specialize=["R", "SURE"])
+def activate_kernel(h_ptr, bias_ptr, offsets_ptr, out_ptr, scale_ptr, R, SURE, E, I, S, clamp, alpha, limit, hr, orow, sr, ss,
+                    N: tl.constexpr, BR: tl.constexpr, BG: tl.constexpr, ACROSS: tl.constexpr, EVEN: tl.constexpr, KIND: tl.constexpr,
                     GROUPED: tl.constexpr, STEPS: tl.constexpr, CLAMPED: tl.constexpr, INTERLEAVED: tl.constexpr,
                     BIAS: tl.constexpr, E2M1: tl.constexpr, SATURATE: tl.constexpr, ROUNDING: tl.constexpr,
                     E8M0: tl.constexpr, TOP: tl.constexpr, EMAX: tl.constexpr, MANTISSA: tl.constexpr,
-                    MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr, LEADS: tl.constexpr, FOLLOWS: tl.constexpr):
-    """Tiles of BR rows x BG blocks of N columns. KIND: 'copy' stores h's type, 'blocks' has a scale for each block.
+                    MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr, LEADS: tl.constexpr, FOLLOWS: tl.constexpr,
+                    ONCE: tl.constexpr, WIDE: tl.constexpr):
+    """Tiles of BR rows x BG blocks of N columns, ACROSS of them a row. KIND: 'copy' stores h's type, 'blocks' has a scale for each block.
 
-    LEADS: the launch behind may start meanwhile, if it waits for this one by itself. FOLLOWS: the launch in front may still be at it."""
+    ONCE: a program has one tile, of the R rows that there may be; of the first
+    SURE, which are live as a rule, it reads what it may not need instead of waiting for the number of rows.
+    LEADS: the launch behind may start meanwhile, if it waits for this one by itself. FOLLOWS: the launch in front may still be at it.
+    WIDE: offsets inside a tile take 64 bits."""
     if FOLLOWS:     # first: blocks of the launch behind that come between these and the product's find no room for long
         gdc_wait()
     if LEADS:
         gdc_launch_dependents()
     PER_BYTE: tl.constexpr = 2 if E2M1 else 1
+    first = tl.program_id(0) // ACROSS
     i = tl.arange(0, BR * BG)
-    n = tl.arange(0, N)
-    n2 = tl.arange(0, 2 * N)
-    h = tl.arange(0, N // PER_BYTE)
+    row = i // BG
+    g = tl.program_id(0) % ACROSS * BG + i % BG
+    if WIDE:
+        row = row.to(tl.int64)
+    k = (g * N)[:, None] + tl.arange(0, N)[None, :]
+    k2 = (g * 2 * N)[:, None] + tl.arange(0, 2 * N)[None, :]
+    kh = (g * (N // PER_BYTE))[:, None] + tl.arange(0, N // PER_BYTE)[None, :]
+    inside = (g < S)[:, None]
+    inside2 = inside
+    inside_h = inside
+    if not EVEN:
+        inside = inside & (k < I)
+        inside2 = inside2 & (k2 < 2 * I)
+        inside_h = inside_h & (kh < I // PER_BYTE)
+    at = (row * hr)[:, None] + k
+    at2 = (row * hr)[:, None] + k2
+    at_h = (row * orow)[:, None] + kh
+    at_s = row.to(tl.int64) * sr + g.to(tl.int64) * ss
     rows = R
     if GROUPED:
-        rows = tl.minimum(tl.load(offsets_ptr + E), R).to(tl.int32)
-    across = tl.cdiv(S, BG)
-    for tile in range(tl.program_id(0), tl.cdiv(rows, BR) * across, tl.num_programs(0)):
-        r = tile // across * BR + i // BG
-        g = tile % across * BG + i % BG
-        live = (r < rows) & (g < S)
-        k = (g * N)[:, None] + n[None, :]
-        k2 = (g * 2 * N)[:, None] + n2[None, :]
-        kh = (g * (N // PER_BYTE))[:, None] + h[None, :]
-        mask = live[:, None]
-        mask2 = live[:, None]
-        out_mask = live[:, None]
-        if not EVEN:
-            mask = mask & (k < I)
-            mask2 = mask2 & (k2 < 2 * I)
-            out_mask = out_mask & (kh < I // PER_BYTE)
-        y = load_activated(h_ptr, bias_ptr, offsets_ptr, r, k, k2, mask, mask2, E, I, hr, alpha, limit, BR * BG, N,
-                           STEPS, CLAMPED, INTERLEAVED, BIAS, NATIVE)
-        at = out_ptr + (r.to(tl.int64) * orow)[:, None] + kh
-        if KIND == "copy":
-            tl.store(at, y, mask=out_mask)
-        else:
-            if not EVEN:
-                y = tl.where(mask, y, tl.zeros([1, 1], y.dtype))
-            if E2M1:
-                scale, y = block_e2m1(y, clamp, E2M1, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS, BR * BG, N)
+        if not ONCE or first * BR >= SURE:  # volatile: else compilers see one number of rows, and have every program wait for it
+            rows = tl.minimum(tl.load(offsets_ptr + E, volatile=ONCE), R).to(tl.int32)
+    end = first + 1 if ONCE else tl.cdiv(rows, BR)
+    for tile in range(first, end, 1 if ONCE else tl.num_programs(0) // ACROSS):
+        r = tile * BR + i // BG
+        live = r < rows
+        origin = (tile * BR).to(tl.int64)
+        mask = live[:, None] & inside
+        mask2 = live[:, None] & inside2
+        gate, up = load_halves(h_ptr + origin * hr, at, at2, mask, mask2, I, INTERLEAVED)
+        if GROUPED:
+            if ONCE:
+                tl.debug_barrier()      # the compiler would have the number of rows waited for before these loads are made
+                rows = tl.minimum(tl.load(offsets_ptr + E), R).to(tl.int32)
+                live = r < rows
+        if tile * BR < rows:    # always, but for ONCE; the compiler moves no load across it: all are on their way before the first is used
+            y = activated(gate, up, bias_ptr, offsets_ptr, r, k, k2, mask, mask2, E, I, alpha, limit, BR * BG, N, STEPS, CLAMPED,
+                          INTERLEAVED, BIAS, NATIVE)
+            mask_h = live[:, None] & inside_h
+            if KIND == "copy":
+                tl.store(out_ptr + origin * orow + at_h, y, mask=mask_h)
             else:
-                scale, y = block_fp8(y, clamp, out_ptr.dtype.element_ty, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA,
-                                     MANTISSA_BITS, NATIVE)
-            tl.store(scale_ptr + r.to(tl.int64) * sr + g * ss, scale, mask=live)
-            tl.store(at, y, mask=out_mask)
+                if not EVEN:
+                    y = tl.where(inside, y, tl.zeros([1, 1], y.dtype))
+                if E2M1:
+                    scale, y = block_e2m1(y, clamp, E2M1, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS, BR * BG, N)
+                else:
+                    scale, y = block_fp8(wide(y, NATIVE), clamp, out_ptr.dtype.element_ty, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA,
+                                         MANTISSA_BITS, NATIVE)
+                tl.store(scale_ptr + origin * sr + at_s, scale, mask=live & (g < S))
+                tl.store(out_ptr + origin * orow + at_h, y, mask=mask_h)
 
 
 @triton.jit(do_not_specialize=["R"])
@@ -156,8 +219,11 @@ def activate_rows_kernel(h_ptr, bias_ptr, offsets_ptr, out_ptr, scale_ptr, R, E,
         r = tile * BR + tl.arange(0, BR)
         live = r < rows
         mask = live[:, None] & (k < I)
-        y = load_activated(h_ptr, bias_ptr, offsets_ptr, r, k, k2, mask, live[:, None] & (k2 < 2 * I), E, I, hr, alpha,
-                           limit, BR, BK, STEPS, CLAMPED, INTERLEAVED, BIAS, NATIVE)
+        mask2 = live[:, None] & (k2 < 2 * I)
+        at = (r.to(tl.int64) * hr)[:, None]
+        gate, up = load_halves(h_ptr, at + k, at + k2, mask, mask2, I, INTERLEAVED)
+        y = activated(gate, up, bias_ptr, offsets_ptr, r, k, k2, mask, mask2, E, I, alpha, limit, BR, BK, STEPS, CLAMPED, INTERLEAVED,
+                      BIAS, NATIVE)
         y = tl.where(mask, y, tl.zeros([1, 1], y.dtype))
         scale, y = block_fp8(y, clamp, out_ptr.dtype.element_ty, False, "", False, TOP, 0, 0, 0, NATIVE)
         tl.store(scale_ptr + r.to(tl.int64) * sr, scale, mask=live)

@@ -1,6 +1,7 @@
 """Tokens to the rows of their experts, quantised on the way. Device: `gather_device.py`.
 
-By token: read once, written to each of its rows. By row (`persistent`): each row reads its token, where few slots are rows here.
+By token: read once, a part of it a program, and written to each of its rows. By row (`persistent`): each row reads its token, where
+few slots are rows here.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ from ...problem import Config, Problem, Step
 from ..launching import Launch
 from ..step_operands import GatherOperands
 from . import steps
-from .quantize import native
+from .quantize import native, next_pow2, warps
 from .steps import legal, tile_configs
 
 NAME = "triton.gather_quantize"
 BACKEND = "triton"
 OPS = ("gather_quantize",)
 WAVES = 4                  # programs an SM, times what is resident: they walk the live rows
+EAGER_BYTES = 4 << 20      # of tokens, up to which one is read before it is known to be wanted
 APART = 1.15               # of the bytes' time, where a token's rows and their scales are written apart
 
 __all__ = ["BACKEND", "NAME", "OPS", "configs", "estimate", "launches", "legal", "supports", "workspace"]
@@ -31,7 +33,7 @@ def supports(problem: Problem, arch: Arch) -> str | None:
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
-    by_token = tile_configs(problem, arch)
+    by_token = tile_configs(problem, arch, (1024, 2048, 4096) if problem.b.format.element == "e2m1" else (4096, 2048, 1024))
     return by_token if steps.by_rows(problem.b.format) else [*by_token, *(replace(c, persistent=True) for c in by_token)]
 
 
@@ -75,7 +77,9 @@ def launches(step: Step, problem: Problem, operands: GatherOperands, workspace: 
         return [Launch(device.gather_by_row_kernel, (min(-(-slots // br) * -(-blocks // bg), most),), (
             x, o.row_map, o.offsets, out, scale, slots, k, blocks, experts, o.amax_clamp, x.stride(0), out.stride(0), sr, ss),
             {"BR": br, "BG": bg, **kinds})]
-    bt, bg = steps.split_blocks(c.block_m, blocks, False, 4)
-    return [Launch(device.gather_kernel, (-(-t // bt) * -(-blocks // bg),), (
+    bg = min(c.block_m, next_pow2(blocks))
+    few = min(c.num_warps, warps(bg * c.block_k, detect(x.device)))
+    sure = not problem.rows or problem.groups * problem.rows >= problem.m * problem.a_div
+    return [Launch(device.gather_kernel, (t * -(-blocks // bg),), (
         x, o.inverse, o.offsets, out, scale, t, k, blocks, experts, o.amax_clamp, x.stride(0), out.stride(0), sr, ss),
-        {"BT": bt, "BG": bg, **kinds})]
+        {"BG": bg, "EAGER": sure or 2 * problem.m * k <= EAGER_BYTES, **kinds, "num_warps": few})]

@@ -36,38 +36,45 @@ def block_columns(live, g, K, N: tl.constexpr, PER_BYTE: tl.constexpr, EVEN: tl.
 
 @triton.jit(do_not_specialize=["T"])
 def gather_kernel(x_ptr, inverse_ptr, offsets_ptr, out_ptr, scale_ptr, T, K, S, E, clamp, xr, orow, sr, ss,
-                  TOP_K: tl.constexpr, N: tl.constexpr, BT: tl.constexpr, BG: tl.constexpr, EVEN: tl.constexpr,
+                  TOP_K: tl.constexpr, N: tl.constexpr, BG: tl.constexpr, EVEN: tl.constexpr,
                   KIND: tl.constexpr, E2M1: tl.constexpr, SATURATE: tl.constexpr, ROUNDING: tl.constexpr,
                   E8M0: tl.constexpr, TOP: tl.constexpr, EMAX: tl.constexpr, MANTISSA: tl.constexpr,
-                  MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr, LEADS: tl.constexpr):
-    """BT tokens x BG blocks of N columns. KIND 'copy': no scales, the bits as they are; 'blocks': a scale a block.
+                  MANTISSA_BITS: tl.constexpr, NATIVE: tl.constexpr, LEADS: tl.constexpr, EAGER: tl.constexpr):
+    """BG blocks of N columns of a token: where its rows are is then known to all lanes, with no exchange between them. KIND 'copy': no
+    scales, the bits as they are; 'blocks': a scale a block.
 
+    EAGER: the token is on its way while it is looked up whether it has rows here, for nothing where it has none.
     LEADS: the launch behind may start meanwhile, if it waits for this one by itself."""
     if LEADS:
         gdc_launch_dependents()
     PER_BYTE: tl.constexpr = 2 if E2M1 else 1
-    tiles = tl.cdiv(S, BG)
-    i = tl.arange(0, BT * BG)
-    t = tl.program_id(0) // tiles * BT + i // BG
-    g = tl.program_id(0) % tiles * BG + i % BG
+    across = tl.cdiv(S, BG)
+    t = tl.program_id(0) // across
+    g = tl.program_id(0) % across * BG + tl.arange(0, BG)
+    inside = g < S
+    k, kh, mask, out_mask = block_columns(inside, g, K, N, PER_BYTE, EVEN)
+    x_ptr += t.to(tl.int64) * xr
+    if EAGER:
+        x = tl.load(x_ptr + k, mask=mask, other=0.0, eviction_policy="evict_first")
     rows = tl.minimum(tl.load(offsets_ptr + E), T * TOP_K)
-    live = wanted(inverse_ptr, t, (t < T) & (g < S), rows, TOP_K)
-    k, kh, mask, out_mask = block_columns(live, g, K, N, PER_BYTE, EVEN)
-    x = tl.load(x_ptr + (t.to(tl.int64) * xr)[:, None] + k, mask=mask, other=0.0, eviction_policy="evict_first")
+    if not wanted(inverse_ptr, t, True, rows, TOP_K):
+        return
+    if not EAGER:
+        x = tl.load(x_ptr + k, mask=mask, other=0.0, eviction_policy="evict_first")
     if KIND == "copy":
         y = x
-        scale = i
+        scale = g
     elif E2M1:
-        scale, y = block_e2m1(x, clamp, E2M1, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS, BT * BG, N)
+        scale, y = block_e2m1(x, clamp, E2M1, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS, BG, N)
     else:
         scale, y = block_fp8(x, clamp, out_ptr.dtype.element_ty, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS, NATIVE)
     for j in range(TOP_K):
-        row = tl.load(inverse_ptr + t * TOP_K + j, mask=live, other=0).to(tl.int64)
-        there = live & (row >= 0) & (row < rows)
-        tl.store(out_ptr + (row * orow)[:, None] + kh, y, mask=there[:, None] & out_mask)
+        row = tl.load(inverse_ptr + t * TOP_K + j).to(tl.int64)
+        there = (row >= 0) & (row < rows)
+        tl.store(out_ptr + row * orow + kh, y, mask=there & out_mask)
         if KIND == "blocks":
             # MN-major scales of rows next to each other come from tokens that are not: L2 keeps them until their sectors are full
-            tl.store(scale_ptr + row * sr + g * ss, scale, mask=there, eviction_policy="evict_last")
+            tl.store(scale_ptr + row * sr + g * ss, scale, mask=there & inside, eviction_policy="evict_last")
 
 
 @triton.jit(do_not_specialize=["R"])

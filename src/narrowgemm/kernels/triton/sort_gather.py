@@ -9,7 +9,7 @@ from ...problem import Config, Problem, Step
 from ..launching import Launch
 from ..step_operands import SortGatherOperands
 from . import steps
-from .quantize import next_pow2
+from .quantize import native, next_pow2
 from .steps import legal, tile_configs
 
 NAME = "triton.sort_gather"
@@ -60,5 +60,5 @@ def launches(step: Step, problem: Problem, operands: SortGatherOperands, workspa
         o.ids, o.expert_map, x, o.row_map, o.inverse, o.offsets, out, scale, slots, o.first_expert, o.experts, known, k, blocks,
         o.amax_clamp, x.stride(0), out.stride(0), sr, ss),
         {"MAP": o.expert_map is not None, "SLOTS": max(16, next_pow2(slots)), "TABLE": TABLE, "TOP_K": o.top_k, "N": c.block_k,
-         "BG": bg, "EVEN": k % c.block_k == 0, "KIND": "blocks" if fmt.scaled else "copy",
+         "BG": bg, "EVEN": k % c.block_k == 0, "KIND": "blocks" if fmt.scaled else "copy", "NATIVE": native(x),
          "LEADS": steps.leads(x), **steps.scale_constants(fmt, o.rounding, x), "num_warps": c.num_warps, "num_stages": 1})]

@@ -11,7 +11,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
 from .gather_device import block_columns
-from .quantize_device import block_e2m1, block_scale, magnitude, narrow_fp8
+from .quantize_device import block_e2m1, block_fp8
 from .sort_device import load_keys
 
 
@@ -21,7 +21,7 @@ def sort_gather_kernel(ids_ptr, map_ptr, x_ptr, row_map_ptr, inverse_ptr, offset
                        TOP_K: tl.constexpr, N: tl.constexpr, BG: tl.constexpr, EVEN: tl.constexpr, KIND: tl.constexpr,
                        E2M1: tl.constexpr, SATURATE: tl.constexpr, ROUNDING: tl.constexpr, E8M0: tl.constexpr,
                        TOP: tl.constexpr, EMAX: tl.constexpr, MANTISSA: tl.constexpr, MANTISSA_BITS: tl.constexpr,
-                       LEADS: tl.constexpr):
+                       NATIVE: tl.constexpr, LEADS: tl.constexpr):
     """SLOTS >= n, padded. TABLE experts a program of the table; BG blocks of N columns a program of a slot.
 
     LEADS: the launch behind may start meanwhile, if it waits for this one by itself."""
@@ -59,8 +59,6 @@ def sort_gather_kernel(ids_ptr, map_ptr, x_ptr, row_map_ptr, inverse_ptr, offset
         tl.store(out_ptr + at * orow + kh, y, mask=out_mask)
         tl.store(scale_ptr + at * sr + g * ss, scale, mask=live)
     else:
-        bits = magnitude(x)
-        scale, inverse, sign = block_scale(tl.max(bits, 1), clamp, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS)
-        y = narrow_fp8(x, bits, inverse[:, None], sign[:, None], out_ptr.dtype.element_ty, TOP, SATURATE)
+        scale, y = block_fp8(x, clamp, out_ptr.dtype.element_ty, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS, NATIVE)
         tl.store(out_ptr + at * orow + kh, y, mask=out_mask)
         tl.store(scale_ptr + at * sr + g * ss, scale, mask=live)
