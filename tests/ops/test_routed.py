@@ -156,7 +156,7 @@ def test_can_run_has_a_reason() -> None:
     able, why = ng.can_run("routed_gemm", **sizes)
     assert not able and "prepack()" in why
     able, why = ng.can_run("routed_gemm", **{**sizes, "device": "mi350x"}, packed=True)
-    assert not able and "runs on sm90, not gfx950" in why
+    assert not able and "runs on NVIDIA Hopper (sm90), not gfx950" in why
     with pytest.raises(ValueError, match="op"):
         ng.can_run("gemv", **sizes)
 

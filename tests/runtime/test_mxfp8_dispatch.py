@@ -101,7 +101,7 @@ SIZES = {"m": 8, "n": 256, "k": 512, "device": "h100"}
 @pytest.mark.parametrize("change, match", [
     ({"packed": False, "op": "grouped_gemm", "layout": "masked", "groups": 8}, "takes weights that narrowgemm.prepack"),
     ({"packed": False, "n": 4, "k": 96}, "K a multiple of 128"),
-    ({"device": "mi350x"}, "runs on sm90"), ({"device": "b200"}, "runs on sm90"), ({"device": "cpu"}, "runs on sm90"),
+    ({"device": "mi350x"}, "runs on NVIDIA Hopper"), ({"device": "b200"}, "runs on NVIDIA Hopper"), ({"device": "cpu"}, "runs on NVIDIA Hopper"),
     ({"a": "fp8_row"}, "brings BF16, FP16, MXFP8, MXFP4 and FP8 1x128"),
     ({"op": "routed_gemm", "layout": "offsets", "groups": 2000}, "lists 1024 experts"),
     ({"m": 1 << 19, "k": 8192}, r"within 2\^31 elements"),

@@ -250,7 +250,7 @@ def _choice(plan: Plan | None) -> dict[str, Any]:
     if plan is None:
         return {"kernel": "", "why": "nothing to compute"}
     kernel = plan.kernel if plan.backend == "reference" else f"{plan.kernel} [{plan.config}]"
-    why = f"{plan.reason}; not {by_reason(plan.passed_over)}" if plan.passed_over else plan.reason
+    why = f"{plan.reason}; not {'; '.join(by_reason(plan.passed_over))}" if plan.passed_over else plan.reason
     return {"kernel": kernel, "why": why, "predicted_us": plan.predicted_us}
 
 

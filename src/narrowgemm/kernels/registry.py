@@ -61,6 +61,7 @@ MODULES: tuple[str, ...] = (
     "torch_reference",
 )
 
+CHIPS = {"gluon_sm90": ("sm90", "NVIDIA Hopper")}     # backends whose kernels run on one target only
 PRODUCTS = ("gemm", "grouped_gemm", "grouped_gemm_wgrad", "quantize", "routed_gemm")
 
 
@@ -87,3 +88,9 @@ def backends() -> tuple[str, ...]:
 def candidates(op: str) -> dict[str, Kernel]:
     """The kernels that may compute `op`, by name, in registry order."""
     return {name: k for name, k in kernels().items() if op in getattr(k, "OPS", PRODUCTS)}
+
+
+def other_chip(kernel: Kernel, arch: Arch) -> str | None:
+    """Why a kernel written for one chip can't run on `arch`, whatever the problem; None where it can, and for portable ones."""
+    target, name = CHIPS.get(kernel.BACKEND, (arch.target, ""))
+    return None if target == arch.target else f"runs on {name} ({target}), not {arch.target}"

@@ -50,7 +50,7 @@ class Explanation:
             f"  predicted  {p.predicted_us:.1f} us; floor {self.floor_us:.1f} us "
             f"({q.flops / 1e9:.1f} GFLOP, {q.bytes / 1e6:.1f} MB); workspace {p.workspace_bytes} bytes",
         ]
-        lines += [f"  not        {name}: {reason}" for name, reason in p.passed_over]
+        lines += [f"  not        {line}" for line in dispatch.by_reason(p.passed_over)]
         return "\n".join(lines)
 
 

@@ -12,6 +12,7 @@ from ..errors import expect
 from ..formats import ELEMENTS, Format, ScaledTensor, get_format
 from ..prepack import ACTIVATIONS, CHUNK, TILE, PackedWeight, check_packable, tiles_of
 from ..prepack_bits import FP8_PREPACK, PREPACK
+from ..runtime.dispatch import by_reason
 from .experts import plan_for
 from .experts_plan import ExpertsPlan, Options, Weight
 from .explain import Explanation
@@ -45,7 +46,7 @@ class ExpertsExplanation:
                  f"{self.plan.bytes} bytes"]
         for name, p in self.plan.steps.items():
             lines.append(f"  {name:16s} {p.kernel} [{p.backend}]  {p.config}  {p.predicted_us:.1f} us; {p.reason}")
-            lines += [f"  {'':16s} not {other}: {why}" for other, why in p.passed_over]
+            lines += [f"  {'':16s} not {line}" for line in by_reason(p.passed_over)]
         return "\n".join(lines)
 
 

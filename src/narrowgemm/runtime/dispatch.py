@@ -11,7 +11,7 @@ from functools import lru_cache
 
 from ..arch import Arch
 from ..errors import Unsupported, expect
-from ..kernels.registry import PRODUCTS, Kernel, backends, candidates, kernels
+from ..kernels.registry import PRODUCTS, Kernel, backends, candidates, kernels, other_chip
 from ..problem import Config, Plan, Problem, Step
 from ..tuning import store
 from . import env
@@ -90,7 +90,7 @@ def _unable(kernel: Kernel, problem: Problem, arch: Arch, backend: str, config: 
     """Why `kernel` is out of the question, or None."""
     if backend and backend not in (kernel.BACKEND, kernel.NAME):
         return _not_asked_for(backend)
-    if (reason := kernel.supports(problem, arch)) is not None:
+    if (reason := other_chip(kernel, arch) or kernel.supports(problem, arch)) is not None:
         return reason
     if on_unsupported == "raise" and kernel.BACKEND in PORTABLE and not backend:
         return "portable, and on_unsupported='raise' asks for a fast kernel"
@@ -113,7 +113,7 @@ def _cheapest(kernel: Kernel, problem: Problem, config: Config | None, arch: Arc
 
 def _refusal(problem: Problem, arch: Arch, backend: str, config: Config | None, passed: dict[str, str]) -> Exception:
     """Kernels that `backend` left out are not named."""
-    reasons = by_reason((name, reason) for name, reason in passed.items() if reason != _not_asked_for(backend))
+    reasons = "; ".join(by_reason((name, reason) for name, reason in passed.items() if reason != _not_asked_for(backend)))
     what = f"{problem.op} ({problem.layout}, {problem.a.format.name} x {problem.b.format.name}) on {arch.name}"
     what += f" with backend {backend!r}" if backend else ""
     if config is not None:
@@ -121,12 +121,12 @@ def _refusal(problem: Problem, arch: Arch, backend: str, config: Config | None, 
     return Unsupported(f"no kernel runs {what}: {reasons}", "see narrowgemm.explain")
 
 
-def by_reason(passed_over: Iterable[tuple[str, str]]) -> str:
+def by_reason(passed_over: Iterable[tuple[str, str]]) -> list[str]:
     """(kernel, reason) as text: each reason once, behind all kernels that gave it."""
     kernels_of: dict[str, list[str]] = {}
     for name, reason in passed_over:
         kernels_of.setdefault(reason, []).append(name)
-    return "; ".join(f"{', '.join(names)}: {reason}" for reason, names in kernels_of.items())
+    return [f"{', '.join(names)}: {reason}" for reason, names in kernels_of.items()]
 
 
 def illegal(kernel: Kernel, problem: Problem, config: Config, arch: Arch) -> str | None:

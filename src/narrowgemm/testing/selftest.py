@@ -20,7 +20,7 @@ import torch
 
 from ..arch import ARCHS, Arch, detect
 from ..formats import BF16, FORMATS, FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, Format, FP8_1x128, FP8_128x128
-from ..kernels.registry import PRODUCTS, Kernel, kernels
+from ..kernels.registry import PRODUCTS, Kernel, kernels, other_chip
 from ..layouts import Offsets
 from ..ops.activate_both import activate_both
 from ..ops.quantize import quantize
@@ -175,7 +175,7 @@ def why_not(kernel: Kernel, arch: Arch) -> str:
     """Why the kernel can't run here what it runs elsewhere."""
     for check in checks():
         if any(kernel.supports(check.problem, other) is None for other in ARCHS.values()):
-            return kernel.supports(check.problem, arch) or ""
+            return other_chip(kernel, arch) or kernel.supports(check.problem, arch) or ""
     return "no check tries it"
 
 
