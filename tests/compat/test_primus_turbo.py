@@ -139,6 +139,10 @@ def test_refusals() -> None:
             grouped_gemm_fp8(a, b, lens, config=config)
     with pytest.raises(TypeError, match="Float8QuantConfig"):
         grouped_gemm_fp8(a, b, lens, config="e4m3")
+    with pytest.raises(ValueError, match=r"K of b, trans_b=False: got 16 \(b is \(1, 16, 32\)\), expected a's, 32"):
+        grouped_gemm_fp8(a, b, lens, trans_b=False)
+    with pytest.raises(ValueError, match="b, shape"):
+        grouped_gemm_fp8(a, b[0], lens)
     f8, one = a.to(torch.float8_e4m3fn), torch.ones(1)
     with pytest.raises(TypeError, match="float8"):
         grouped_gemm_fp8_tensorwise_flydsl_kernel(a, b, one, one, torch.tensor([0, 8]))

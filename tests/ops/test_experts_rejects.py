@@ -47,6 +47,8 @@ LAYER = {
     "activations of a whole tensor": ({"gate_up": UP8, "down": DOWN8, "activation_format": ng.FP8_TENSOR}, ValueError, "use fp8_row"),
     "plain activations of another type": ({"activation_format": "fp16"}, ValueError, "activation_format: got fp16"),
     "no routing": ({"topk_ids": None, "topk_weights": None}, ValueError, "routing: got neither"),
+    "ids alone": ({"topk_weights": None}, ValueError, "routing: got topk_ids alone"),
+    "weights alone": ({"topk_ids": None}, ValueError, "routing: got topk_weights alone"),
     "routing twice": ({"router_logits": LOGITS, "top_k": 2}, ValueError, "routing: got router_logits and topk_weights or topk_ids"),
     "weights of the routing": ({"topk_weights": WEIGHTS.bfloat16()}, TypeError, "topk_weights, dtype: got torch.bfloat16"),
     "ids of floats": ({"topk_ids": WEIGHTS}, TypeError, "topk_ids, dtype: got torch.float32"),

@@ -21,6 +21,9 @@ from ..ops.grouped_linear import grouped_linear, quantize_weight
 from ..ops.quantize_both import Both
 from ..ops.wgrad import grouped_gemm_wgrad
 
+__all__ = ["Float8QuantConfig", "Format", "ScalingGranularity", "grouped_gemm_fp8", "grouped_gemm_fp8_tensorwise_flydsl_kernel",
+           "grouped_gemm_fp8_variable_k_tensorwise_flydsl_kernel"]
+
 ELEMENT = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 
 
@@ -63,6 +66,11 @@ def grouped_gemm_fp8(a: Tensor, b: Tensor, group_lens: Tensor, group_offs: Tenso
     expect(isinstance(config, Float8QuantConfig), "config", type(config).__name__, "a Float8QuantConfig", error=TypeError)
     if config.scale_dtype != torch.float32 or config.block_size not in (None, 128):
         raise Unsupported(f"scales of {config.scale_dtype}, blocks of {config.block_size}", "float32 and 128")
+    for name, x, dims, shape in (("a", a, 2, "[M_total, K]"), ("b", b, 3, "[G, N, K] with trans_b, else [G, K, N]")):
+        expect(isinstance(x, Tensor), name, type(x).__name__, "a torch.Tensor", error=TypeError)
+        expect(x.dim() == dims, f"{name}, shape", tuple(x.shape), shape)
+    k = b.shape[2 if trans_b else 1]
+    expect(k == a.shape[1], f"K of b, trans_b={trans_b}", f"{k} (b is {tuple(b.shape)})", f"a's, {a.shape[1]}")
     element, grads = ELEMENTS[config.format]
     recipe = RECIPE[config.granularity]
     q = quantize_weight(b, recipe, element)

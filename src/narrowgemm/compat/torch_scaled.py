@@ -18,6 +18,8 @@ from ..layouts import KGrouped, Masked, Offsets
 from ..ops.grouped import grouped_gemm
 from ..ops.wgrad import grouped_gemm_wgrad
 
+__all__ = ["scaled_grouped_mm"]
+
 FORMATS: dict[str, Format] = {f.scaling_type: f for f in (FP8_TENSOR, FP8_ROW, FP8_1x128, FP8_128x128, MXFP8)}
 ELEMENT = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 

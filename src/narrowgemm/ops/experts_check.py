@@ -105,7 +105,8 @@ def routing(x: Tensor, experts: int, logits: Tensor | None, top_k: int, weights:
         expect(logits.device == x.device, "router_logits, device", logits.device, f"x's, {x.device}")
         check_rows(x.shape[0] * top_k, "tokens * top_k")
         return logits.shape[1], top_k
-    expect(weights is not None and ids is not None, "routing", "neither", "router_logits with top_k, or topk_weights with topk_ids")
+    given = "topk_weights alone" if weights is not None else "topk_ids alone" if ids is not None else "neither"
+    expect(weights is not None and ids is not None, "routing", given, "router_logits with top_k, or topk_weights with topk_ids")
     assert weights is not None and ids is not None
     expect(isinstance(weights, Tensor) and weights.dtype == torch.float32, "topk_weights, dtype",
            getattr(weights, "dtype", type(weights).__name__), "torch.float32", error=TypeError)
