@@ -103,3 +103,15 @@ def _kernel_process(request: pytest.FixtureRequest):
         if not torch.cuda.is_available():
             pytest.skip("no GPU")
     yield
+
+
+@pytest.fixture
+def hopper(_kernel_process) -> None:
+    """For a module's `pytestmark`: its kernels run on Hopper only. Every test draws the same numbers."""
+    import torch
+
+    from narrowgemm.arch import detect
+
+    if detect(torch.device("cuda")).target != "sm90":
+        pytest.skip("the kernels are for Hopper")
+    torch.manual_seed(0)

@@ -7,23 +7,15 @@ import torch
 from torch import Tensor
 
 import narrowgemm as ng
-from narrowgemm.arch import detect
 from narrowgemm.compat import aiter
 from narrowgemm.formats import MXFP8, ScaledTensor
 from narrowgemm.testing.cases import Case, build, get_suite
 from narrowgemm.testing.models import MODELS, MoEModel
 from narrowgemm.testing.numerics import calc_diff
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
 DEV = "cuda"
 GATE = {torch.bfloat16: 5e-6, torch.float16: 5e-6, torch.float32: 1e-6}
-
-
-@pytest.fixture(autouse=True)
-def _hopper():
-    if detect(torch.device(DEV)).target != "sm90":
-        pytest.skip("the kernels are for Hopper")
-    torch.manual_seed(0)
 
 
 def double(q: ScaledTensor) -> Tensor:

@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import narrowgemm as ng
-from narrowgemm.arch import detect
 from narrowgemm.compat import aiter
 from narrowgemm.formats import MXFP8, ScaledTensor
 from narrowgemm.testing.suites import M3_DENSE
@@ -18,15 +17,8 @@ from narrowgemm.testing.suites import M3_DENSE
 from ..test_mxfp8_gpu import DEV, GATE, calc_diff, check, double, extremes, mx
 from .test_aiter import SOURCE
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
 ROWS = (1, 2, 4, 8, 16, 32, 64)
-
-
-@pytest.fixture(autouse=True)
-def _hopper():
-    if detect(torch.device(DEV)).target != "sm90":
-        pytest.skip("the kernels are for Hopper")
-    torch.manual_seed(0)
 
 
 # every point compiles a kernel or two of its own, and `bench` holds the same products to the same gates: by default a fifth of them

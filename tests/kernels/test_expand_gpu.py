@@ -15,17 +15,10 @@ from narrowgemm.kernels.gluon.sm90 import expand, fold_mixed
 from narrowgemm.testing.cases import Case, build
 from narrowgemm.testing.numerics import calc_diff
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
 DEV = "cuda"
 SPREAD = "uniform:0.3:1.7"
 GATE = {torch.bfloat16: 5e-6, torch.float32: 1e-6}
-
-
-@pytest.fixture(autouse=True)
-def _hopper():
-    if detect(torch.device(DEV)).target != "sm90":
-        pytest.skip("the kernels are for Hopper")
-    torch.manual_seed(0)
 
 
 def cases(a=MXFP8, b=MXFP8, **kw) -> list[Case]:

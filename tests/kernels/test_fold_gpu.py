@@ -9,13 +9,12 @@ import torch
 
 import narrowgemm as ng
 from narrowgemm import MXFP4, FP8_1x128, Masked, Offsets
-from narrowgemm.arch import detect
 from narrowgemm.kernels.gluon.sm90 import fold, fold_whole
 from narrowgemm.problem import Config
 from narrowgemm.testing.cases import Case, build
 from narrowgemm.testing.numerics import calc_diff
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
 NAME = fold.NAME
 FP8_E8M0 = FP8_1x128.with_scale("e8m0")
 TILES = (Config(256, 128, 128, 13, 3, 8, persistent=True), Config(128, 256, 128, 13, 3, 8, persistent=True),
@@ -56,12 +55,6 @@ RUNS = [*((case(layout, packed="fp8"), tile) for layout, tile in (("contiguous",
         (case("contiguous", sizes="empty:0.5", zero_padding=False, slack=128, out_dtype="fp16"), TILES[1]),
         (case("offsets", m=7, groups=40, sizes="empty:0.4", k=32), TILES[2]), (case("dense", m=1, n=72, k=1024), TILES[2]),
         (case("masked", m=30, n=200, k=256, out_dtype="fp32", accumulate=True), TILES[2])]
-
-
-@pytest.fixture(autouse=True)
-def hopper() -> None:
-    if detect(torch.device("cuda")).target != "sm90":
-        pytest.skip("runs on Hopper")
 
 
 def name_of(x: Case | Config) -> str:

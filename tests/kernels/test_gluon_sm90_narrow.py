@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 import narrowgemm as ng
-from narrowgemm.arch import detect
 from narrowgemm.formats import FP16, MXFP4, MXFP8, Format, FP8_1x128, ScaledTensor
 from narrowgemm.kernels.gluon.sm90 import narrow
 from narrowgemm.problem import Config
 from narrowgemm.testing.cases import Case, build, get_suite
 from narrowgemm.testing.numerics import KERNEL_GATE, calc_diff
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
 DEV = "cuda"
 LEFT = 777.0                # what rows hold that nobody writes
 FP8 = FP8_1x128.with_scale("e8m0")
@@ -33,12 +32,6 @@ PRODUCTS = (
     (MXFP4, (24, 640, 1184), 37, 4, FP8_1x128, "even"), (MXFP8, (8, 192, 720), 19, 2, FP8_1x128, "skipped"),
     (MXFP4, (4, 320, 3072), 150, 2, FP8_1x128, "one"),
     (MXFP4, (24, 640, 1184), 37, 4, FP16, "even"), (MXFP8, (8, 192, 720), 5, 2, FP16, "skipped"))
-
-
-@pytest.fixture(autouse=True)
-def _hopper():
-    if detect(torch.device(DEV)).target != "sm90":
-        pytest.skip("the kernel is for Hopper")
 
 
 def weights(shape: tuple[int, ...], fmt: Format, wild: bool) -> ScaledTensor:

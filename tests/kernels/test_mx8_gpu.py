@@ -18,7 +18,7 @@ from narrowgemm.testing.cases import Case, build
 
 from ..test_mxfp8_gpu import DEV, GATE, calc_diff, check, double, extremes, mx
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
 EITHER = ((64, 2304, 6144, "bf16"), (33, 100, 768, "fp32"), (40, 65, 256, "fp16"), (50, 384, 1152, "bf16"), (63, 768, 16384, "fp32"))
 SHAPES = {
     mx8_decode: ((1, 9216, 6144, "bf16"), (5, 100, 768, "fp32"), (16, 65, 256, "fp16"), (3, 7, 128, "bf16"), (17, 384, 1152, "bf16"),
@@ -40,13 +40,6 @@ MOST = [*CODES, (90, 245)]
 def each(table: Mapping[ModuleType, Iterable[object]]) -> list:
     """(kernel, what the table has for it), one test each."""
     return [pytest.param(kernel, x, id="-".join([kernel.NAME, *re.findall(r"\w+", str(x))])) for kernel, xs in table.items() for x in xs]
-
-
-@pytest.fixture(autouse=True)
-def _hopper():
-    if detect(torch.device(DEV)).target != "sm90":
-        pytest.skip("the kernels are for Hopper")
-    torch.manual_seed(0)
 
 
 @pytest.mark.parametrize("kernel, shape", each(SHAPES))

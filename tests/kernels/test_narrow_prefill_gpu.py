@@ -15,7 +15,7 @@ from narrowgemm.problem import Config, Problem
 from narrowgemm.testing.cases import Case, build
 from narrowgemm.testing.numerics import calc_diff
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
 NAME = narrow_prefill.NAME
 SMALL = (64, 1)     # tile that compiles fastest: most tokens, 64-row units of a consumer
 # tokens of every width of a tile and around it; an odd number of K blocks, N no multiple of a tile's rows, K none of 128
@@ -52,12 +52,6 @@ RUNS = [*((MAIN, shape) for shape in narrow_prefill.SHAPES),
         (Case("narrow-prefill", "offsets", 300, 2, 128, 256, sizes="empty:0.4", a=FP8_1x128, b=MXFP4, packed="fp8"), (32, 1)),
         (Case("narrow-prefill", "psum", 6, 90, 320, 640, sizes="empty:0.3", a=MXFP4, b=MXFP4, packed=True), (128, 1)),
         (Case("narrow-prefill", "masked", 6, 50, 320, 640, max_m=100, sizes="uniform:0.3:1.7", a=BF16, b=MXFP4, packed=True), SMALL)]
-
-
-@pytest.fixture(autouse=True)
-def hopper() -> None:
-    if detect(torch.device("cuda")).target != "sm90":
-        pytest.skip("runs on Hopper")
 
 
 def config_of(problem: Problem, shape: tuple[int, float]) -> Config:

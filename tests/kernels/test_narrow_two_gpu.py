@@ -19,7 +19,7 @@ from narrowgemm.testing.numerics import calc_diff
 
 from .test_gluon_sm90_narrow import routing, same_as_reference, weights
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
 KERNELS = (narrow.NAME, narrow_prefill.NAME)
 # an odd number of chunks of K, N no multiple of a tile's rows, groups of every width of a tile and around it
 CASES = [Case("two", layout, 24, m, 328, 672, sizes="uniform:0.0:2.4", alignment=1, a=BF16, b=MXFP4, packed="fp8", out_dtype=out,
@@ -28,12 +28,6 @@ CASES = [Case("two", layout, 24, m, 328, 672, sizes="uniform:0.0:2.4", alignment
 CASES += [Case("two", "dense", 1, m, 320, 1152, a=BF16, b=MXFP4, packed="fp8") for m in (1, 77)]
 CASES += [Case("two", "offsets", 40, 4, 192, 256, sizes="empty:0.4", a=BF16, b=MXFP4, packed="fp8"),
           Case("two", "offsets", 4, 7, 256, 7168, a=BF16, b=MXFP4, packed="fp8", out_dtype="fp32")]
-
-
-@pytest.fixture(autouse=True)
-def hopper() -> None:
-    if detect(torch.device("cuda")).target != "sm90":
-        pytest.skip("the kernels are for Hopper")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
