@@ -24,13 +24,14 @@ from . import cluster_device as cluster
 from .fp8_decode_cluster_device import idle
 from .fp8_decode_parts_device import store_tile
 from .fp8_decode_schedule_device import advance
+from .fp8_decode_sums_device import tile_layout
 from .mx8_bf16_sums_device import (
-    CONSUMERS, sums8_layout, sums_layout, tokens_full, trip, weights_full, wild_block, wild_in)
+    CONSUMERS, sums_layout, tokens_full, trip, weights_full, wild_block, wild_in)
 from .mx8_decode_device import codes_of_bytes
+from .mx8_decode_sums_device import X_PARAMETER
 from .shim import copy_to_shared, view_as
 
 KERNEL = gl.constexpr("mx8_bf16_kernel")
-X_PARAMETER = gl.constexpr(7)       # the tokens' descriptor, by PTX: those of the weights come with three sizes and three strides
 X_TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 W_TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))
 CODES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
@@ -111,7 +112,7 @@ def consumer(views, bars, ring, out_ptr, xfactor_ptr, where, N, som, blocks_here
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     acc = gl.zeros([64, BT], gl.float32, mma)
-    bad = gl.zeros([64, 8], gl.float32, sums8_layout())
+    bad = gl.zeros([64, 8], gl.float32, tile_layout(8))
     col = w_row + CID * cfg.ROWS
     end = gl.minimum(N, col + cfg.ROWS)
     if wild_in(views, trips, blocks_here, end - col, cfg, CID) != 0:

@@ -9,6 +9,7 @@ from . import cluster_device as cluster
 from .fp8_decode_schedule_device import advance
 from .mx8_decode_sums_device import HIGH, row_codes, rows_of
 from .narrow_expand_device import bytes_layout
+from .narrow_prefill_parts_device import sums_layout
 
 CONSUMERS = gl.constexpr(2)
 PIECE = gl.constexpr(bytes_layout(64))
@@ -37,16 +38,6 @@ def row_bytes():
     """Of uint8 [64, 128]: a thread has a block of 32 of rows g and g + 8."""
     return gl.DistributedLinearLayout([[0, 1], [0, 2], [0, 4], [0, 8], [0, 16], [8, 0]], [[0, 32], [0, 64], [1, 0], [2, 0], [4, 0]],
                                       [[16, 0], [32, 0]], [], [64, 128])
-
-
-@constexpr_function
-def sums_layout(BT):
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BT, 16])
-
-
-@constexpr_function
-def sums8_layout():
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
 
 
 # ---------------------------------------------------------------- what lies behind the rings

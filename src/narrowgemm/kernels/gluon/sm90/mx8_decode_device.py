@@ -29,11 +29,10 @@ from .fp8_decode_cluster_device import add_up, idle
 from .fp8_decode_parts_device import store_tile
 from .fp8_decode_schedule_device import advance
 from .fp8_decode_sums_device import tile_layout
-from .mx8_decode_sums_device import HIGH, ROWS, columns_of, full_at, power, row_codes, sums
+from .mx8_decode_sums_device import HIGH, ROWS, X_PARAMETER, columns_of, full_at, power, row_codes, sums
 from .shim import copy_to_shared, touch, view_as
 
 KERNEL = gl.constexpr("mx8_decode_kernel")
-X_PARAMETER = gl.constexpr(7)       # the tokens' descriptor, by PTX: those of the weights come with three sizes and three strides
 EARLY = gl.constexpr(4)             # K blocks that are asked for before the warps part
 CODES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 

@@ -14,6 +14,7 @@ LEAST = gl.constexpr(0x00400000)    # bits of 2^-127, for code 0
 LARGEST = gl.constexpr(3.4028234663852886e38)       # what a product of scales beyond FP32 counts as
 HIGH = gl.constexpr(-2139062144)    # 0x80808080: the upper bit of each code
 ALL = gl.constexpr(tl.PropagateNan.ALL)
+X_PARAMETER = gl.constexpr(7)       # the tokens' descriptor, by PTX: those of the weights come with three sizes and three strides
 
 
 @gluon.jit

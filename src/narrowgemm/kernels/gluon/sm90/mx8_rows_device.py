@@ -16,12 +16,13 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from . import cluster_device as cluster
 from .fp8_decode_cluster_device import idle
 from .fp8_decode_schedule_device import advance
+from .fp8_decode_sums_device import tile_layout
+from .mx8_decode_sums_device import X_PARAMETER
 from .mx8_rows_scales_device import token_scaler, touch_codes, weight_scaler
-from .mx8_rows_sums_device import EACH, add_block, add_up, empty_at, full_at, part_layout, put, wild_at, zeros
+from .mx8_rows_sums_device import EACH, add_block, add_up, empty_at, full_at, put, wild_at, zeros
 from .shim import view_as, view_rows
 
 KERNEL = gl.constexpr("mx8_rows_kernel")
-X_PARAMETER = gl.constexpr(7)       # the tokens' descriptor, by PTX: those of the weights come with three sizes and three strides
 EARLY = gl.constexpr(4)             # K blocks that are asked for before the warps part
 LINE = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [0]))
 
@@ -81,7 +82,7 @@ def consumer(powers, s_x, sums, ring, ready, out_ptr, where, N, som, blocks, cfg
         mbarrier.arrive(ready.index(CID - 1), count=1)
         idle(cfg)
     else:
-        mma: gl.constexpr = part_layout()
+        mma: gl.constexpr = tile_layout(8)
         for c in gl.static_range(C - 1):
             mbarrier.wait(ready.index(c), 0)
         tile = ()

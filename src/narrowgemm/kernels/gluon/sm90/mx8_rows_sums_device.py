@@ -6,17 +6,15 @@ A sum is PARTS tensors of 64 tokens by 8 weight rows: Gluon's tensors have power
 A K block ends with nothing in flight: ptxas serialises wgmma that are, across a loop's back edge. The other consumer fills the gap.
 """
 
-import triton.language as tl
 from triton.experimental import gluon
-from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
 
 from . import cluster_device as cluster
+from .fp8_decode_sums_device import tile_layout
+from .mx8_decode_sums_device import ALL, LARGEST
 from .shim import view_as
 from .wgmma_device import keep, multiply_step, wait_for
 
-LARGEST = gl.constexpr(3.4028234663852886e38)       # what a product of scales beyond FP32 counts as
-ALL = gl.constexpr(tl.PropagateNan.ALL)
 COLS = gl.constexpr(8)      # weight rows of a part
 EACH = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 
@@ -39,24 +37,19 @@ def wild_at(slot, cfg: gl.constexpr):
 
 
 # ---------------------------------------------------------------- sums of a K block
-@constexpr_function
-def part_layout():
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 32])
-
-
 @gluon.jit
 def zeros(cfg: gl.constexpr):
     P: gl.constexpr = cfg.PARTS
     out = ()
     for i in gl.static_range(P):
-        out = out + (gl.zeros([64, 8], gl.float32, part_layout()), )
+        out = out + (gl.zeros([64, 8], gl.float32, tile_layout(8)), )
     return out
 
 
 @gluon.jit
 def weight_powers(powers, slot, J: gl.constexpr, cfg: gl.constexpr):
     """[8] of each part's weight rows."""
-    lay: gl.constexpr = gl.SliceLayout(0, part_layout())
+    lay: gl.constexpr = gl.SliceLayout(0, tile_layout(8))
     P: gl.constexpr = cfg.PARTS
     out = ()
     for i in gl.static_range(P):
@@ -105,7 +98,7 @@ def add_block(acc, slot, at, powers, s_x, WILD: gl.constexpr, cfg: gl.constexpr)
     """acc += one K block, which lies in a slot; at: where its tokens and weights are."""
     a, b = at
     P: gl.constexpr = cfg.PARTS
-    mma: gl.constexpr = part_layout()
+    mma: gl.constexpr = tile_layout(8)
     none = zeros(cfg)
     p = multiply_step(a, b, none, P, COLS, mma)
     q = multiply_step(a + 32, b + 32, none, P, COLS, mma)

@@ -54,30 +54,41 @@ def floats(PARTS):
 
 
 @gluon.jit
+def start(code: gl.constexpr, a, b, p, PARTS: gl.constexpr, COLS: gl.constexpr, mma: gl.constexpr):
+    """Start products; a, b: addresses in shared memory."""
+    EACH: gl.constexpr = COLS // 2
+    a = gl.full([64, COLS], (a >> 4) & 0x3fff, gl.int32, mma)
+    b = gl.full([64, COLS], (b >> 4) & 0x3fff, gl.int32, mma)
+    return gl.inline_asm_elementwise(code, outputs(PARTS, COLS) + "," + same_registers(PARTS, COLS) + ",r" * (2 * EACH), p + (a, b),
+                                     dtype=floats(PARTS), is_pure=False, pack=EACH)
+
+
+@gluon.jit
+def passed(code: gl.constexpr, sums, PARTS: gl.constexpr, COLS: gl.constexpr):
+    """The sums, which stay in their registers, behind `code`."""
+    return gl.inline_asm_elementwise(code, outputs(PARTS, COLS) + "," + same_registers(PARTS, COLS), sums, dtype=floats(PARTS),
+                                     is_pure=False, pack=COLS // 2)
+
+
+@gluon.jit
 def multiply(a, b, p, PARTS: gl.constexpr, COLS: gl.constexpr, mma: gl.constexpr):
     """Start the products of 64 rows of A and PARTS * COLS of B over one K block; a, b: addresses in shared memory; p: sums that come in
     only to keep their registers, else two of them lie apart and others spill.
 
     Returns PARTS sums [64, COLS], which are in flight: `wait` has them."""
-    EACH: gl.constexpr = COLS // 2
-    a = gl.full([64, COLS], (a >> 4) & 0x3fff, gl.int32, mma)
-    b = gl.full([64, COLS], (b >> 4) & 0x3fff, gl.int32, mma)
-    return gl.inline_asm_elementwise(multiply_code(PARTS, COLS), outputs(PARTS, COLS) + "," + same_registers(PARTS, COLS) + ",r" * (2 * EACH),
-                                     p + (a, b), dtype=floats(PARTS), is_pure=False, pack=EACH)
+    return start(multiply_code(PARTS, COLS), a, b, p, PARTS, COLS, mma)
 
 
 @gluon.jit
 def wait(sums, PARTS: gl.constexpr, COLS: gl.constexpr):
     """The sums, once nothing is in flight."""
-    return gl.inline_asm_elementwise("wgmma.wait_group.sync.aligned 0;", outputs(PARTS, COLS) + "," + same_registers(PARTS, COLS),
-                                     sums, dtype=floats(PARTS), is_pure=False, pack=COLS // 2)
+    return wait_for(sums, 0, PARTS, COLS)
 
 
 @gluon.jit
 def keep(sums, PARTS: gl.constexpr, COLS: gl.constexpr):
     """The sums; what they are made of is worked out in front of what comes behind."""
-    return gl.inline_asm_elementwise("// sums", outputs(PARTS, COLS) + "," + same_registers(PARTS, COLS), sums, dtype=floats(PARTS),
-                                     is_pure=False, pack=COLS // 2)
+    return passed("// sums", sums, PARTS, COLS)
 
 
 # ---------------------------------------------------------------- one step of 32 of K, several of which are in flight
@@ -104,11 +115,7 @@ def step_code(PARTS, COLS):
 @gluon.jit
 def multiply_step(a, b, p, PARTS: gl.constexpr, COLS: gl.constexpr, mma: gl.constexpr):
     """`multiply` of 32 of K: `wait_for` has the sums."""
-    EACH: gl.constexpr = COLS // 2
-    a = gl.full([64, COLS], (a >> 4) & 0x3fff, gl.int32, mma)
-    b = gl.full([64, COLS], (b >> 4) & 0x3fff, gl.int32, mma)
-    return gl.inline_asm_elementwise(step_code(PARTS, COLS), outputs(PARTS, COLS) + "," + same_registers(PARTS, COLS) + ",r" * (2 * EACH),
-                                     p + (a, b), dtype=floats(PARTS), is_pure=False, pack=EACH)
+    return start(step_code(PARTS, COLS), a, b, p, PARTS, COLS, mma)
 
 
 @constexpr_function
@@ -119,5 +126,4 @@ def wait_code(PENDING):
 @gluon.jit
 def wait_for(sums, PENDING: gl.constexpr, PARTS: gl.constexpr, COLS: gl.constexpr):
     """The sums, once no more than PENDING steps that were started behind them are in flight."""
-    return gl.inline_asm_elementwise(wait_code(PENDING), outputs(PARTS, COLS) + "," + same_registers(PARTS, COLS), sums, dtype=floats(PARTS),
-                                     is_pure=False, pack=COLS // 2)
+    return passed(wait_code(PENDING), sums, PARTS, COLS)
