@@ -290,12 +290,13 @@ def test_activate_of_more_and_fewer_rows_than_expected(on, fmt, expected):
 
 
 def test_activate_walks_where_most_rows_are_no_ones():
-    """A rank of eight launches nothing for rows that it doesn't have; few rows are read ahead everywhere."""
+    """A rank of eight launches nothing for rows that it doesn't have, but where they are few."""
     def walks(rows: int, expected: int) -> bool:
         problem = activate_problem(rows, 2048, 32, expected, BF16, MXFP8, "row_major", "swiglu", (), False, False)
         return kernels()["triton.activate"].configs(problem, ARCH)[0].persistent
 
-    assert walks(1 << 17, (1 << 17) // 256) and not walks(1 << 17, (1 << 17) // 32) and not walks(1 << 11, (1 << 11) // 256)
+    assert walks(1 << 17, (1 << 17) // 256) and not walks(1 << 17, (1 << 17) // 32) and walks(1 << 11, (1 << 11) // 256)
+    assert not walks(1 << 7, 1)
 
 
 @pytest.mark.gpu

@@ -21,6 +21,7 @@ BACKEND = "triton"
 OPS = ("activate",)
 WAVES = 4                  # programs an SM, times what is resident: they walk the live tiles
 COLUMNS = 1024             # of a tile: 2880 and 3072 leave less of it empty than of a power of two that holds them
+NONE_SECONDS = 1.5e-6      # what a program without rows takes from its SM
 RESIDENT = 2048 * 16       # elements an SM has at work at once, 16 a thread
 
 __all__ = ["BACKEND", "NAME", "OPS", "configs", "estimate", "launches", "legal", "supports", "workspace"]
@@ -40,13 +41,12 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
     if steps.by_rows(problem.b.format):
         return tile_configs(problem, arch)
     cols, elements = steps.columns(problem.b.format), problem.m * problem.k
-    tiles = tile_configs(problem, arch, (2048, 4096, 1024))
-    if elements <= 2 * RESIDENT * arch.sms:
-        tiles = [Config(1024 // cols, 1, cols, 4, 1), *tiles]
     most = min(COLUMNS // cols, next_pow2(-(-problem.k // cols)))
-    once = [replace(c, block_n=min(c.block_m, most)) for c in tiles]
-    walk = [replace(c, persistent=True) for c in once]
-    dead = problem.groups and 2 * problem.groups * problem.rows < problem.m and elements > RESIDENT * arch.sms
+    once = [Config(1024 // cols, 1, cols, 4, 1)] if elements <= 2 * RESIDENT * arch.sms else []
+    once += tile_configs(problem, arch, (2048, 4096, 1024))
+    once = [replace(c, block_n=min(c.block_m, most)) for c in once]
+    walk = [replace(c, block_n=min(c.block_m, most), persistent=True) for c in tile_configs(problem, arch)]
+    dead = problem.groups and 2 * problem.groups * problem.rows < problem.m and 8 * elements > RESIDENT * arch.sms
     return [*walk, *once] if dead or arch.vendor != "nvidia" else [*once, *walk]
 
 
@@ -57,7 +57,10 @@ def workspace(problem: Problem, config: Config) -> int:
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     rows = min(problem.m, problem.groups * problem.rows) if problem.groups else problem.m
     nbytes = problem.a.format.storage_bytes(rows, 2 * problem.k) + problem.b.format.storage_bytes(rows, problem.k)
-    return steps.seconds(nbytes, -(-rows * problem.k // (config.block_m * config.block_k)), config, arch)
+    tile = config.block_m * config.block_k
+    late = problem.m * problem.k / (tile * arch.sms * (2048 // (config.num_warps * arch.warp))) - 1
+    for_nothing = 0 if config.persistent else max(0.0, late) * (1 - rows / problem.m) * NONE_SECONDS
+    return steps.seconds(nbytes, -(-rows * problem.k // tile), config, arch) + for_nothing
 
 
 def launches(step: Step, problem: Problem, operands: ActivateOperands, workspace: Tensor | None) -> list[Launch]:
@@ -87,7 +90,7 @@ def launches(step: Step, problem: Problem, operands: ActivateOperands, workspace
     sr, ss = (0, 0) if scale is None else scale.stride()
     sure = min(r, problem.groups * problem.rows) if problem.groups else r
     across, tiles = -(-blocks // bg), -(-r // br)
-    most = max(1, resident // across) if c.persistent else tiles
+    most = max(1, min(resident // across, -(-2 * sure // br))) if c.persistent else tiles
     return [Launch(device.activate_kernel, (min(tiles, most) * across,), (
         h, o.bias, o.offsets, out, scale, r, sure, experts, inter, blocks, o.amax_clamp, alpha, limit, h.stride(0),
         out.stride(0), sr, ss), {"N": c.block_k, "BR": br, "BG": bg, "ACROSS": across, "EVEN": inter % c.block_k == 0,

@@ -95,14 +95,18 @@ def swiglu_pairs(gate, up, alpha, limit):
 
 
 @triton.jit
-def load_halves(h_ptr, at, at2, mask, mask2, I, INTERLEAVED: tl.constexpr):
-    """(gate, up) [ROWS, COLUMNS] as they are, at offsets `at` from h_ptr; INTERLEAVED: both together, twice, at `at2`. Where masked, anything."""
+def load_halves(h_ptr, at, at2, mask, mask2, I, INTERLEAVED: tl.constexpr, E2M1: tl.constexpr):
+    """(gate, up) [ROWS, COLUMNS] as they are, at offsets `at` from h_ptr; INTERLEAVED: both together, twice, at `at2`. Where masked, anything.
+
+    Behind them come bytes of as many elements a lane as 16 bytes hold: of FP8 16, which take two loads, half a sector each. What L1 is
+    told to give up first it has given up before the other half."""
+    EVICT: tl.constexpr = "evict_first" if E2M1 else ""
     if INTERLEAVED:
-        both = tl.load(h_ptr + at2, mask=mask2, eviction_policy="evict_first")
+        both = tl.load(h_ptr + at2, mask=mask2, eviction_policy=EVICT)
         return both, both
     else:
-        gate = tl.load(h_ptr + at, mask=mask, eviction_policy="evict_first")
-        up = tl.load(h_ptr + I + at, mask=mask, eviction_policy="evict_first")
+        gate = tl.load(h_ptr + at, mask=mask, eviction_policy=EVICT)
+        up = tl.load(h_ptr + I + at, mask=mask, eviction_policy=EVICT)
         return gate, up
 
 
@@ -181,7 +185,7 @@ def activate_kernel(h_ptr, bias_ptr, offsets_ptr, out_ptr, scale_ptr, R, SURE, E
         origin = (tile * BR).to(tl.int64)
         mask = live[:, None] & inside
         mask2 = live[:, None] & inside2
-        gate, up = load_halves(h_ptr + origin * hr, at, at2, mask, mask2, I, INTERLEAVED)
+        gate, up = load_halves(h_ptr + origin * hr, at, at2, mask, mask2, I, INTERLEAVED, E2M1)
         if GROUPED:
             if ONCE:
                 tl.debug_barrier()      # the compiler would have the number of rows waited for before these loads are made
@@ -221,7 +225,7 @@ def activate_rows_kernel(h_ptr, bias_ptr, offsets_ptr, out_ptr, scale_ptr, R, E,
         mask = live[:, None] & (k < I)
         mask2 = live[:, None] & (k2 < 2 * I)
         at = (r.to(tl.int64) * hr)[:, None]
-        gate, up = load_halves(h_ptr, at + k, at + k2, mask, mask2, I, INTERLEAVED)
+        gate, up = load_halves(h_ptr, at + k, at + k2, mask, mask2, I, INTERLEAVED, 0)
         y = activated(gate, up, bias_ptr, offsets_ptr, r, k, k2, mask, mask2, E, I, alpha, limit, BR, BK, STEPS, CLAMPED, INTERLEAVED,
                       BIAS, NATIVE)
         y = tl.where(mask, y, tl.zeros([1, 1], y.dtype))
