@@ -36,7 +36,7 @@ def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], ob
             every = mx.configs(p, arch)
             largest = max(every, key=lambda c: c.block_m * c.block_n)
             for c in every if which == "all" else (largest,) if a.group == (1, 128) or a is FP16 else (every[0], largest):
-                yield (f"{a.name} x {b.name} | {c} | {mx.smem_bytes(p, c)}",
+                yield (f"{a.name} x {b.name} | {c} | {mx.smem_bytes(p, c, arch)}",
                        lambda a=a, b=b, c=c: ng.gemm(operand(a, 256, 1024), operand(b, 512, 1024), backend="triton", config=c))
 
 

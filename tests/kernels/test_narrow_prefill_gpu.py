@@ -49,6 +49,8 @@ RUNS = [*((MAIN, shape) for shape in narrow_prefill.SHAPES),
         # few rows where there is room for many; more groups than a warp finds entries of
         (Case("narrow-prefill", "masked", 24, 3, 328, 672, max_m=4100, sizes="empty:0.4", a=FP8_1x128, b=MXFP4, packed="fp8"), (32, 1)),
         (Case("narrow-prefill", "masked", 6, 9, 192, 256, max_m=1000, sizes="uniform:0.0:2.4", a=BF16, b=MXFP4, packed=True), SMALL),
+        # what DeepGEMM's masked tests have room for, 1.9 GB of A in BF16
+        (Case("narrow-prefill", "masked", 32, 6, 256, 7168, max_m=4096, sizes="uniform:0.0:2.0", a=BF16, b=MXFP4, packed=True), SMALL),
         (Case("narrow-prefill", "offsets", 300, 2, 128, 256, sizes="empty:0.4", a=FP8_1x128, b=MXFP4, packed="fp8"), (32, 1)),
         (Case("narrow-prefill", "psum", 6, 90, 320, 640, sizes="empty:0.3", a=MXFP4, b=MXFP4, packed=True), (128, 1)),
         (Case("narrow-prefill", "masked", 6, 50, 320, 640, max_m=100, sizes="uniform:0.3:1.7", a=BF16, b=MXFP4, packed=True), SMALL)]

@@ -178,3 +178,11 @@ def test_the_kernels_of_fp8_blocks_are_those_that_a_gpu_is_tested_with(monkeypat
     taken = {name for name, k in kernels().items() for p in problems
              for arch in ARCHS.values() if arch.vendor != "cpu" and k.BACKEND != "reference" and k.supports(p, arch) is None}
     assert taken == set(FP8_KERNELS)
+
+
+def test_the_reference_is_for_what_no_kernel_takes() -> None:
+    """However few the FLOPs: its time is hardly predicted, and it may wait for the host."""
+    for m in (1, 16):
+        plan = explain("gemm", m=m, n=768, k=6144, a="mxfp8", b="mxfp4", device="h200").plan
+        assert plan.kernel == "triton.mx" and "reference" in dict(plan.passed_over)
+    assert explain("gemm", m=16, n=768, k=6144, a="fp32", b="fp32", device="h200").plan.backend == "reference"

@@ -23,13 +23,26 @@ A_KINDS = ("bf16", "fp16", "e4m3", "e2m1")
 B_KINDS = ("e4m3", "e2m1")
 # of the BF16 rate on 128x128 tiles; of the read bandwidth where weights are the traffic
 EFFICIENCY, STREAMING = 0.3, 0.15
-# where the compiler converts E4M3 on both sides: seconds of 128 of K of a tile on an SM of a device of the rate below, where others
-# hide its latency, and alone
-BLOCK_TIMES = {(16, 128): (1.4e-6, 2.75e-6), (32, 128): (3.2e-6, 3.5e-6), (64, 128): (4.1e-6, 4.4e-6), (128, 128): (4.9e-6, 6.9e-6),
-               (64, 64): (1.9e-6, 4.1e-6), (16, 64): (0.97e-6, 2.5e-6)}
+# where the compiler converts to BF16: microseconds of 128 of K of a tile on an SM of a device of the rate below, where others hide
+# its latency, and alone; by what A is: not converted, in one part or two; FP8 with scales for 128 of K; narrow as B is, with scales
+# that may be too far from one for BF16 (E4M3 on both sides) or not. 32x64, which is routed products' own, was timed for BF16 alone
+BLOCK_TIMES = {
+    "bf16": {(16, 128): (1.0, 2.0), (32, 128): (1.35, 2.5), (64, 128): (1.8, 3.5), (128, 128): (2.3, 4.2), (64, 64): (0.70, 3.5),
+             (16, 64): (0.56, 2.5), (32, 64): (0.63, 3.0)},
+    "fp16": {(16, 128): (1.1, 2.2), (64, 128): (2.2, 4.5), (64, 64): (1.2, 4.5), (16, 64): (0.63, 3.0), (32, 64): (0.85, 3.7)},
+    "chunked": {(16, 128): (0.97, 2.7), (32, 128): (2.1, 4.0), (64, 128): (4.1, 6.0), (128, 128): (4.5, 7.0), (64, 64): (1.75, 6.0),
+                (16, 64): (0.61, 3.0), (32, 64): (1.15, 4.3)},
+    "narrow": {(16, 128): (1.2, 2.8), (32, 128): (2.5, 4.3), (64, 128): (4.7, 7.0), (128, 128): (4.8, 7.5), (64, 64): (1.9, 6.5),
+               (16, 64): (0.79, 3.5), (32, 64): (1.35, 4.8)},
+    "far": {(16, 128): (1.4, 2.75), (32, 128): (3.2, 3.5), (64, 128): (4.1, 4.4), (128, 128): (4.9, 6.9), (64, 64): (1.9, 4.1),
+            (16, 64): (0.97, 2.5), (32, 64): (1.75, 3.2)}}
+# of a tile with one stage, as much
+SERIAL = {(16, 128): 1.25, (32, 128): 1.5, (64, 128): 1.3, (128, 128): 1.9, (64, 64): 1.7, (16, 64): 1.2, (32, 64): 1.4}
 RATE = 0.76e15
+OVERHEAD = 32               # rows that bringing a tile's weights counts as, where tiles have not been timed
 NATIVE = 100                # NVIDIA's first compute capability with scaled products
 SPLIT_TILES = ((16, 128), (64, 128), (64, 64), (16, 64))        # of FP16, without spills on any target
+MOST_GFX942 = {1: 64, 2: 16}     # rows of a tile, by parts: more spill there
 TILES = ((16, 128, 4, 3), (32, 128, 8, 3), (64, 128, 8, 3), (128, 128, 8, 3), (64, 64, 4, 2), (16, 64, 4, 2))
 
 
@@ -74,9 +87,12 @@ def scale_strides(a: ScaledTensor) -> tuple[int, int]:
     return a.scale.stride(-2) if rows else 0, a.scale.stride(-1) if columns else 0
 
 
-def smem_bytes(problem: Problem, config: Config) -> int:
-    """Upper bound: the pipelined loads, and the BF16 copies where the compiler converts."""
+def smem_bytes(problem: Problem, config: Config, arch: Arch) -> int:
+    """Upper bound: the pipelined loads, and the BF16 copies where the compiler converts. On AMD copies stay in registers, and one
+    of two stages does."""
     narrow = config.block_m * problem.a.format.elem.bits + config.block_n * problem.b.format.elem.bits
+    if arch.vendor == "amd":
+        return max(1, config.num_stages - 1) * narrow * config.block_k // 8 + 4096
     ring = config.num_stages * (narrow * config.block_k // 8 + (config.block_m + config.block_n) * config.block_k // 32)
     return ring + 2 * (parts(problem) * config.block_m + config.block_n) * config.block_k + 4096
 
@@ -91,7 +107,7 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
     near = [t for t in TILES if t[0] <= max(16, 4 * rows) and (parts(problem) == 1 or t[:2] in SPLIT_TILES)]
     out = [Config(bm, bn, 128, w, 1 if serial(problem, arch) else s if arch.vendor == "nvidia" else 2, persistent=True)
            for bm, bn, w, s in near]
-    return [c for c in out if smem_bytes(problem, c) <= arch.smem]
+    return [c for c in out if legal(problem, c, arch) is None]
 
 
 def serial(problem: Problem, arch: Arch) -> bool:
@@ -107,8 +123,10 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
         return "expected block_k=128 and persistent, without split_k and swap_ab"
     if config.block_m not in (16, 32, 64, 128) or config.block_n not in (32, 64, 128):
         return f"block_m={config.block_m}, block_n={config.block_n}, expected powers of two up to 128"
-    if smem_bytes(problem, config) > arch.smem:
-        return f"needs {smem_bytes(problem, config)} bytes of shared memory, the device has {arch.smem}"
+    if arch.target == "gfx942" and config.block_m > MOST_GFX942[parts(problem)]:
+        return f"{config.block_m} rows spill registers on gfx942, {MOST_GFX942[parts(problem)]} do not"
+    if smem_bytes(problem, config, arch) > arch.smem:
+        return f"needs {smem_bytes(problem, config, arch)} bytes of shared memory, the device has {arch.smem}"
     return None
 
 
@@ -118,13 +136,22 @@ def workspace(problem: Problem, config: Config) -> int:
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds: the slower of padded tiles at a share of the BF16 rate and the bytes at a share of the bandwidth."""
-    tiles = common.tiles(problem, config)
-    if far(problem, arch) and (times := BLOCK_TIMES.get((config.block_m, config.block_n))):
+    tiles, shape = common.tiles(problem, config), (config.block_m, config.block_n)
+    what = kind(problem, arch)
+    if converts(arch) and (times := BLOCK_TIMES[what].get(shape)):
         each, alone = times
-        block = max(tiles / arch.sms * each, alone) * (RATE / 132) / (arch.bf16_flops / arch.sms)
+        block = 1e-6 * max(tiles / arch.sms * each, alone) * (RATE / 132) / (arch.bf16_flops / arch.sms)
+        block *= SERIAL[shape] if config.num_stages == 1 and what != "far" else 1.0
         return common.LAUNCH_SECONDS + max(-(-problem.k // config.block_k) * block, problem.bytes / arch.bandwidth)
-    math = tiles * 2.0 * parts(problem) * config.block_m * config.block_n * problem.k / (arch.bf16_flops * EFFICIENCY)
-    return common.LAUNCH_SECONDS + max(math, problem.bytes / (arch.bandwidth * STREAMING))
+    work = tiles * 2.0 * parts(problem) * (config.block_m + OVERHEAD) / (1 + OVERHEAD / 128) * config.block_n * problem.k
+    return common.LAUNCH_SECONDS + max(work / (arch.bf16_flops * EFFICIENCY), problem.bytes / (arch.bandwidth * STREAMING))
+
+
+def kind(problem: Problem, arch: Arch) -> str:
+    """Which of `BLOCK_TIMES`."""
+    if not problem.a.format.scaled:
+        return problem.a.format.element
+    return "chunked" if by_chunk(problem) else "far" if far(problem, arch) else "narrow"
 
 
 def converts(arch: Arch) -> bool:

@@ -42,9 +42,17 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
 
 
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
-    if problem.epilogue.activation and config.block_m * config.block_n > 64 * 128:
+    if problem.epilogue.activation and config.block_m * config.block_n > most_of_two(problem, arch):
         return f"two sums of {config.block_m}x{config.block_n} are too much for the registers"
     return mx.legal(problem, config, arch)
+
+
+def most_of_two(problem: Problem, arch: Arch) -> int:
+    """Elements of each of two sums that registers hold, beside what is converted in them: as compiled, nothing spills."""
+    if arch.vendor == "nvidia":
+        return 32 * 64 if problem.a.format.scaled else 64 * 128
+    few = arch.target == "gfx942" or (problem.b.format.element == "e4m3" and not problem.a.format.scaled)
+    return 64 * 64 if few else 64 * 128
 
 
 def columns(problem: Problem) -> int:

@@ -55,7 +55,8 @@ NAME = "gluon_sm90.narrow"
 BACKEND = "gluon_sm90"
 MAX_GROUPS = 1024
 STREAM_ROWS = 4              # of an expert
-MASKED_BYTES = 1 << 30       # of the workspace, for all rows that a masked A has room for
+# bytes of the workspace, less, for all rows that a masked A has room for, by bytes of a number: no more was run
+MASKED_BYTES = {1: 1 << 30, 2: 1 << 32, 4: 1 << 30}
 PREP_K = 2048                # of K that one program of the launch in front converts
 SHARE = 2                    # programs of it to an expected row of a masked group, which may have more rows
 PREP_ROW = 8192              # at most, where it has to know a row's largest number first
@@ -121,9 +122,10 @@ def takes(problem: Problem, arch: Arch, orders: tuple[str, ...]) -> str | None:
     slots = problem.m * (problem.groups if problem.layout == "masked" else 1)
     if slots * (problem.k + CHUNK) >= 2**31:
         return "needs A within 2^31 elements"
-    size = slots * row_stride(problem.k) * (1 if order == FP8_PREPACK else 4 if doubles(problem) else 2)
-    if problem.layout == "masked" and size > MASKED_BYTES:
-        return f"has room for {MASKED_BYTES} bytes of a masked A, not for all {slots} rows of {size // slots}"
+    each = 1 if order == FP8_PREPACK else 4 if doubles(problem) else 2
+    size = slots * row_stride(problem.k) * each
+    if problem.layout == "masked" and size >= MASKED_BYTES[each]:
+        return f"has room for less than {MASKED_BYTES[each]} bytes of a masked A, not for all {slots} rows of {size // slots}"
     return None
 
 
