@@ -14,9 +14,11 @@ from .mx8_emulation import by_four, check, codes_between, factors, run, values
 
 
 def expanded(w: emu.Tensor, s: emu.Tensor, operand: object) -> emu.Tensor:
-    """What `expand` does with E4M3 values: NaN is 480, and K lies in the order of the registers."""
+    """What `expand` does with E4M3 values: NaN is 480, factors that BF16 does not hold are infinite, and K lies in the order of the
+    registers."""
     code = (s.a.astype(np.int64) - 0x3C003C00) // 0x00800080
-    x = np.where(np.isnan(w.a), 480.0, w.a) * np.where(s.a == 0, 0.0, 2.0 ** (np.where(s.a == 0, 0, code) - 127.0))
+    factor = np.where(code > 134, np.inf, 2.0 ** (np.where(s.a == 0, 0, code) - 127.0))
+    x = np.where(np.isnan(w.a), 480.0, w.a) * np.where(s.a == 0, 0.0, factor)
     return emu.Tensor(x.reshape(64, 4, 4, 2, 2).transpose(0, 2, 4, 1, 3).reshape(64, 64).astype(np.float32), emu.bfloat16)
 
 
@@ -41,7 +43,8 @@ def row_order(x: np.ndarray) -> np.ndarray:
     (40, 128, 6, config(64, 4), 4, (120, 134)), (40, 200, 8, config(64, 4, 36), 16, (0, 254)),
     (64, 150, 5, config(64, 4, 48), 0, (100, 154)), (33, 140, 13, config(64, 5, cluster=2), 4, (120, 134)),
     (64, 100, 16, config(64, 4, cluster=2), 16, (3, 134)), (37, 110, 13, config(64, 4, 52, 4), 0, (0, 130)),
-    (100, 140, 6, config(128, 3), 4, (120, 134)), (200, 150, 13, config(128, 4, 48, 2), 16, (0, 254))], ids=str)
+    (100, 140, 6, config(128, 3), 4, (120, 134)), (200, 150, 13, config(128, 4, 48, 2), 16, (0, 254)),
+    (33, 128, 2, config(64, 4), 4, (130, 135))], ids=str)
 def test_sums(device, m: int, n: int, blocks: int, made: Config, sw: int, codes: tuple[int, int]) -> None:
     """Whole tiles and clusters, more K than the ring holds, ends of every dimension, scales that BF16 does not hold, NaN of both kinds."""
     rng = np.random.default_rng(m * n)
@@ -51,7 +54,7 @@ def test_sums(device, m: int, n: int, blocks: int, made: Config, sw: int, codes:
     sb = codes_between(rng, n, p.k, (120, 134))
     sb[:64] = codes_between(rng, 64, p.k, codes)
     b[n - 1, 37] = np.nan
-    if codes[1] > 134:
+    if codes[1] > 135:
         sb[5, 3] = 255
         a *= np.float32(2.0**-60)       # so that no sum is beyond FP32
     factor = rng.choice([0.5, 1.0, 2.0], m).astype(np.float32)
