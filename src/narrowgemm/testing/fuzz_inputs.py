@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     from .fuzz import Draw
 
 VALUES = {"normal": 5, "bits": 2, "spread": 2, "far": 2, "nan": 1, "inf": 1, "zero": 1}     # and how often each is drawn
-FARTHEST = 118      # powers of two that one operand is moved up, and the other one down
+# powers of two that one operand is moved up, and the other one down: by more, sums may leave FP32 before the second scale comes
+FARTHEST = 96
 CORRUPT = ("past", "negative", "huge", "shuffled", "beyond_int32")
 GUARDS = 4096
 E5M2_INFINITY = 0x7C
@@ -119,6 +120,8 @@ def values(shape: tuple[int, ...], fmt: Format, kind: str, device: torch.device,
         if kind == "spread" and fmt.group[1] and shape[-1] > 2048:
             far = min(far, 14.0)
         exponent = (uniform(*size) - 0.5) * far
+        if fmt.group[0] == 1 and fmt.group[1]:      # rows have sizes of their own
+            exponent = exponent + (uniform(*size[:-1], 1) - 0.5) * 6.0
         if fmt.scale == "e8m0":
             scale = (127 + up + exponent.round()).to(torch.uint8)
         else:
