@@ -164,6 +164,7 @@ def stand_ins(package: str) -> dict[str, types.ModuleType]:
          everywhere=lambda bar, blocks: bar, arrive=_arrive,
         arrive_once=lambda bar: _own(bar).update(arrivals=1),
         expect=lambda bar, size, *_: _own(bar).update(arrivals=1, tx=int(raw(size))), load=_load,
+        load_box=lambda desc, kernel, parameter, at, bar, to: _load(desc, kernel, parameter, (*at, 0, 0), bar, to, 1),
         load_rows=lambda desc, kernel, parameter, at, bar, to: _load(desc, kernel, parameter, at, bar, to, 1))
     wgmma = types.ModuleType(f"{package}.wgmma_device")
     wgmma.__dict__.update(multiply=_multiply, multiply_step=_multiply_step, wait=_wait_sums, wait_for=_wait_for, keep=lambda sums, parts, columns: sums)

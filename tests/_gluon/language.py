@@ -10,7 +10,7 @@ import numpy as np
 
 from .asynchronous import store_wait
 from .block import Block, current, local, start
-from .shared import allocate_shared_memory
+from .shared import BOXED, allocate_shared_memory
 from .values import (
     EmulationError,
     Pointer,
@@ -137,7 +137,7 @@ gl.__dict__.update(
     constexpr=lambda x=None: x, float8e4nv=float8e4nv, bfloat16=bfloat16, float16=float16, float32=float32, int32=int32,
     int64=int64, uint8=uint8, int8=int8, int1=int1, NVMMASharedLayout=Layout, SwizzledSharedLayout=Layout, BlockedLayout=Layout,
     SliceLayout=Layout, NVMMADistributedLayout=Layout, DistributedLinearLayout=Layout,
-    DotOperandLayout=Layout, load=load, store=store,
+    DotOperandLayout=Layout, SharedLinearLayout=lambda *bases: BOXED, load=load, store=store,
     allocate_shared_memory=allocate_shared_memory,
     warp_specialize=warp_specialize, static_range=range, static_assert=_static_assert, associative_scan=_scan, split=_split,
     atomic_add=atomic_add, atomic_cas=atomic_cas, program_id=lambda axis: wrap(local.program[0]), num_programs=lambda axis=0: wrap(local.program[1]),

@@ -16,7 +16,7 @@ from . import cluster
 from .asynchronous import async_copy, copy_to_shared, tma, tma_add, tma_load, tma_store, warpgroup_mma, warpgroup_mma_wait
 from .block import Block, start
 from .language import gl
-from .shared import COLUMNS_FIRST, AddressedBarriers, MBarrierLayout, mbarrier
+from .shared import BOXED, COLUMNS_FIRST, AddressedBarriers, Boxed, MBarrierLayout, Shared, mbarrier
 from .values import arguments, raw, wrap
 
 
@@ -26,6 +26,12 @@ def _jit(fn: Any = None, **_: Any) -> Any:
 
 def _device_range(*bounds: Any) -> Any:
     return (wrap(np.int32(i)) for i in range(*(int(raw(b)) for b in bounds)))
+
+
+def _view_as(buf: Shared, dtype: Any, n: int, rows: int, cols: int, layout: Any) -> Shared:
+    if layout is COLUMNS_FIRST:
+        return buf.view(dtype, [n, cols, rows]).permute((0, 2, 1))
+    return Boxed(buf.view(dtype, [n, rows // 8, cols // 128, 8, 128]).a, dtype) if layout is BOXED else buf.view(dtype, [n, rows, cols])
 
 
 def load_device_module(name: str) -> types.ModuleType:
@@ -43,8 +49,7 @@ def load_device_module(name: str) -> types.ModuleType:
     shim.__dict__.update(
         tma_load=tma_load, tma_store=tma_store, tma_add=tma_add, block_barrier=lambda: None, copy_to_shared=copy_to_shared,
         touch=lambda p: p.checked(np.broadcast_to(True, p.offset.shape), "touch"),
-        view_as=lambda buf, dtype, n, rows, cols, layout: buf.view(dtype, [n, cols, rows]).permute((0, 2, 1))
-        if layout is COLUMNS_FIRST else buf.view(dtype, [n, rows, cols]),
+        view_as=_view_as,
         view_rows=lambda buf, dtype, n, cols, layout: AddressedBarriers() if isinstance(layout, MBarrierLayout)
         else buf.view(dtype, [n, cols]),
         view_cube=lambda buf, dtype, n, planes, rows, cols, layout: buf.view(dtype, [n, planes, rows, cols]),

@@ -11,7 +11,8 @@ import numpy as np
 from .block import Block, current
 from .values import DType, EmulationError, Tensor, int8, raw, uint8
 
-COLUMNS_FIRST = object()    # a layout of shared memory: the only one that places anything
+# layouts of shared memory that place anything: columns first, and rows by eight with their blocks of 128 columns between
+COLUMNS_FIRST, BOXED = object(), object()
 
 
 class Shared:
@@ -46,6 +47,22 @@ class Shared:
     def store(self, value: Tensor) -> None:
         assert value.dtype is self.dtype, (value.dtype, self.dtype)
         self.a[...] = value.a
+
+
+class Boxed(Shared):
+    """[n, rows, columns] in BOXED order, which numpy has no view for: blocks of 128 columns are copies, to be read."""
+
+    @property
+    def shape(self) -> list[int]:
+        *n, groups, blocks, rows, columns = self.a.shape
+        return [*n, groups * rows, blocks * columns]
+
+    def index(self, i: Any) -> Shared:
+        return Boxed(super().index(i).a, self.dtype)
+
+    def slice(self, start: Any, length: Any, dim: int = 0) -> Shared:
+        assert dim == 1 and self.a.ndim == 4 and int(raw(length)) == 128 and int(raw(start)) % 128 == 0
+        return Shared(self.a[:, int(raw(start)) // 128].reshape(-1, 128), self.dtype)
 
 
 class Memory(Shared):

@@ -77,6 +77,28 @@ def test_dense_candidates(m: int, n: int, k: int) -> None:
         x.verify_repeats(1, backend=NAME, config=config)
 
 
+@pytest.mark.parametrize("case, tokens, rows, warps, more", [
+    (Case("boxes", "masked", 4, 9, 1088, 2304, max_m=40), 8, 64, 4, {"ctas": 2}),
+    (Case("boxes", "offsets", 9, 3, 456, 3072), 64, 64, 4, {"narrow": 8, "middle": 16}),
+    (Case("boxes", "offsets", 5, 20, 1088, 1536), 128, 128, 8, {"narrow": 16, "middle": 64}),
+    (Case("boxes", "contiguous", 4, 128, 512, 1536), 16, 128, 8, {}), (Case("boxes", "dense", 1, 37, 576, 7168), 32, 64, 4, {})],
+    ids=lambda c: c.layout if isinstance(c, Case) else "")
+def test_boxes_of_several_k_blocks_have_the_bits_of_one(case: Case, tokens: int, rows: int, warps: int, more: dict[str, int]) -> None:
+    """Both gates, guards, the same bits again; and those of a box a K block. Where weights pass through L2, too."""
+    x = build(case, "cuda")
+
+    def config(box: int, stages: int, **extra: int) -> Config:
+        return Config(tokens, rows, 128, warps, stages, swap_ab=True, persistent=True,
+                      extra=tuple(sorted(({"box": box} | more | extra).items())))
+
+    x.verify(backend=NAME, config=config(1, 4))
+    first = x.out.tensor.clone()
+    for tile in (config(2, 3, trip=2), config(2, 2, guess=1), config(2, 3, trip=2, stream=int(case.layout != "dense"))):
+        x.reset_out()
+        x.verify_repeats(2, backend=NAME, config=tile)
+        assert torch.equal(first.view(torch.int16), x.out.tensor.view(torch.int16))
+
+
 def test_weights_are_fetched_by_256_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """This driver and this Triton are as `tensor_map` expects them, and results have the same bits."""
     done: list[bool] = []

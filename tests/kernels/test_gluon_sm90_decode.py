@@ -102,10 +102,13 @@ class Case:
         index = np.asarray(self.index or [0], np.int64 if self.layout == "offsets" else np.int32)
         boxes = [emu.Descriptor(x, [1, rows, 128], emu.float8e4nv) for x, rows in (
             (self.b, cfg.BN), (self.a, cfg.BT), (self.a, cfg.MIDDLE or cfg.BT), (self.a, cfg.NARROW or cfg.BT))]
+        if cfg.BOX > 1:
+            by_eight = self.b.reshape(self.groups, self.n // 8, 8, self.blocks, 128).transpose(0, 1, 3, 2, 4)
+            boxes[0] = emu.Descriptor(by_eight, [1, cfg.BN // 8, cfg.BOX, 8, 128], emu.float8e4nv)
         out, ids, part, tab = (emu.Pointer(memory, EDGE), emu.Pointer(index), emu.Pointer(parts), emu.Pointer(table))
         masked = self.layout == "masked"
         sog, som = (self.m * self.n if masked else 0), self.n
-        common = (self.m, self.n, self.blocks, self.groups, self.alignment, self.m)
+        common = (self.m, self.n, self.blocks // cfg.BOX, self.groups, self.alignment, self.m)
         blocks = -(-self.m // cfg.BT) * -(-self.n // cfg.BN)
         launch = partial(emu.cluster.launch, device.fp8_decode_kernel, blocks, cfg.CLUSTER, PARTITIONS) if cfg.CLUSTER > 1 \
             else partial(emu.launch, device.fp8_decode_kernel, grid)
@@ -171,6 +174,17 @@ def test_weights_fetched_on_a_guess(device, case: Case, config: Config, grid: in
 def test_few_experts_with_tokens(device, config: Config, sizes: tuple[int, ...], grid: int) -> None:
     """One or two groups of a rank have rows: tiles are cut along K where the grid has room for the parts, which only the device knows."""
     Case("offsets", 16, 72, 9, 4, offsets(*sizes, 0)[:5]).check(device, config, grid)
+
+
+@pytest.mark.parametrize("config", [
+    tile(16, 64, stages=2, box=2, ahead=8, trip=4), tile(8, 64, stages=2, box=4, guess=1), tile(64, 64, narrow=8, middle=32, trip=2, stages=3, box=2, guess=2),
+    tile(32, 128, 8, stages=2, narrow=8, box=4, ahead=8, trip=4), tile(32, 128, trip=2, box=2), tile(32, 128, box=2)])
+@pytest.mark.parametrize("case", [
+    Case("offsets", 110, 72, 4, 5, offsets(3, 0, 70, 20, 9)), Case("offsets", 60, 136, 12, 3, offsets(5, 9, 16)),
+    Case("masked", 40, 72, 4, 4, [40, 0, 3, 17]), Case("psum", 96, 72, 8, 3, [5, 48, 90], alignment=16),
+    Case("contiguous", 200, 72, 4, 3, [1] * 130 + [0] * 70), Case("dense", 70, 136, 4, 1, [])], ids=lambda c: f"{c.layout}-{c.m}-{c.blocks}")
+def test_weights_of_several_k_blocks_in_a_box(device, case: Case, config: Config) -> None:
+    case.check(device, config)
 
 
 def test_any_order_of_arrival(device) -> None:

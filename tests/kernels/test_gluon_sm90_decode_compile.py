@@ -80,6 +80,11 @@ def chosen(which: str) -> Iterator[tuple[str, Problem, Config, Operands]]:
         p = problem("dense", tokens)
         c = Config(tokens, 64, 128, 4, stages, swap_ab=True, persistent=True, split_k=blocks, extra=(("cluster", blocks), ("guess", 3), ("trip", 4)))
         yield f"dense {tokens} in clusters", p, c, operands(p)
+    for tokens, rows, warps, more in ((8, 64, 4, (("ahead", 16), ("box", 4), ("trip", 4))),
+                                       (128, 128, 8, (("box", 2), ("middle", 64), ("narrow", 16), ("trip", 2)))):
+        p = problem("offsets", 1)
+        c = Config(tokens, rows, 128, warps, 3, swap_ab=True, persistent=True, extra=more)
+        yield f"offsets {tokens} by boxes", p, c, operands(p)
     p = replace(problem("dense", 8, "fp32"), accumulate=True)
     yield "dense 8 fp32 accumulate e8m0", p, fp8_decode.configs(p, ARCH)[0], operands(p, torch.float32, torch.uint8)
 
@@ -107,7 +112,7 @@ def check(reports: list[dict], spill: int = 0) -> None:
 @pytest.mark.parametrize("triton", TRITONS)
 def test_every_layout(triton: str) -> None:
     reports = compile_jobs("sm90", "tests.kernels.test_gluon_sm90_decode_compile:jobs", triton=triton)
-    assert sum(r["kernel"] == "fp8_decode_kernel" for r in reports) == len(FEW) + 3
+    assert sum(r["kernel"] == "fp8_decode_kernel" for r in reports) == len(FEW) + 5
     check(reports, WORST_SPILL[triton])
 
 

@@ -45,14 +45,16 @@ class Front:
 
 CONFIGS = {"guess": tile(16, 64, stages=5, guess=3), "widths": tile(64, 64, narrow=8, trip=2, guess=2), "cut": tile(8, 64, split=4, trip=4),
            "consumers": tile(128, 128, 8, stages=4, narrow=8, middle=32), "stream": tile(32, 64, stages=4, narrow=8, stream=1),
-           "stream, rows": tile(64, 64, stages=3, stream=1, trip=2), "stream, cut": tile(8, 64, split=2, stages=9, stream=1)}
+           "stream, rows": tile(64, 64, stages=3, stream=1, trip=2), "stream, cut": tile(8, 64, split=2, stages=9, stream=1),
+           "boxes": tile(16, 64, stages=2, narrow=8, box=2, ahead=8, guess=1, trip=4),
+           "stream, boxes": tile(16, 64, stages=2, narrow=8, box=2, ahead=8, trip=4, stream=1)}
 
 
 @pytest.mark.parametrize("front", ["tokens", "sizes"])
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize(("sizes", "grid"), [((3, 0, 70, 20, 9), 3), ((0, 1, 0, 2), 7)])
 def test_waits_for_what_is_brought(device, monkeypatch, config, front: str, sizes: tuple[int, ...], grid: int) -> None:
-    case = Case("offsets", max(sum(sizes), 4), 72, 5, len(sizes), offsets(*sizes))
+    case = Case("offsets", max(sum(sizes), 4), 72, 6, len(sizes), offsets(*sizes))
     case.problem = replace(case.problem, front=front)
     seen = Front(case, len(sizes))
 
@@ -83,7 +85,7 @@ def test_waits_for_what_is_brought(device, monkeypatch, config, front: str, size
 
 
 @pytest.mark.parametrize("config", [c for name, c in CONFIGS.items() if name.startswith("stream")])
-@pytest.mark.parametrize("case", [Case("masked", 40, 72, 3, 4, [40, 0, 3, 17]), Case("psum", 96, 72, 3, 3, [5, 48, 90], alignment=16)],
+@pytest.mark.parametrize("case", [Case("masked", 40, 72, 4, 4, [40, 0, 3, 17]), Case("psum", 96, 72, 4, 3, [5, 48, 90], alignment=16)],
                          ids=lambda c: c.layout)
 def test_weights_that_pass_through(device, case: Case, config) -> None:
     """Asked for by PTX, beside tokens that are not, in one ring."""

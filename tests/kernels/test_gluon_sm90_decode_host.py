@@ -71,6 +71,15 @@ def test_illegal_clusters_say_why(change: dict, word: str) -> None:
     assert fp8_decode.legal(grouped("masked", 32, 128, 576, 7168), good, ARCH)
 
 
+@pytest.mark.parametrize("extra, stages, n, k, word", [
+    ({"box": 3}, 3, 4096, 7168, "one of"), ({"box": 4}, 3, 4096, 384, "K by 512"), ({"box": 2}, 3, 4100, 7168, "rows by 8"),
+    ({"box": 8}, 3, 4096, 7168, "whole boxes"), ({"box": 2, "stream": 1, "guess": 1}, 3, 4096, 7168, "no guess"), ({"box": 4}, 1, 4096, 7168, "2 of several")])
+def test_illegal_boxes_say_why(extra: dict[str, int], stages: int, n: int, k: int, word: str) -> None:
+    p, c = grouped("offsets", 32, 64, n, k, 2), Config(8, 64, 128, 4, stages, swap_ab=True, persistent=True, extra=(("box", 4), ))
+    assert fp8_decode.legal(grouped("offsets", 32, 64, 4096, 7168, 2), replace(c, num_stages=3), ARCH) is None
+    assert word in fp8_decode.legal(p, replace(c, extra=tuple(sorted(extra.items()))), ARCH)
+
+
 @pytest.mark.parametrize("chip, layout, wide", [("h100", "masked", True), ("h100", "offsets", True), ("h100", "dense", False),
                                                  ("h200", "masked", False), ("h200", "offsets", False)])
 def test_l2_fetches_weights_by_what_memory_is_faster_by(chip: str, layout: str, wide: bool) -> None:

@@ -258,6 +258,14 @@ def load(desc, KERNEL: gl.constexpr, PARAMETER: gl.constexpr, at, bar, to, CLUST
 
 
 @gluon.jit
+def load_box(desc, KERNEL: gl.constexpr, PARAMETER: gl.constexpr, at, bar, to):
+    """`load` of a box at (plane, eight rows, K block), by a partition of one warp, that nobody reads again."""
+    zero = at[0] * 0
+    gl.inline_asm_elementwise(copy_code(KERNEL, PARAMETER, 5, 1, True, True), "=r,r,r,r,r,r,r,r", [to, bar, zero, zero, at[2], at[1], at[0]],
+                              dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
 def load_rows(desc, KERNEL: gl.constexpr, PARAMETER: gl.constexpr, at, bar, to):
     """`load` of a box at (row, column)."""
     gl.inline_asm_elementwise(copy_code(KERNEL, PARAMETER, 2, 1, True, False), "=r,r,r,r,r", [to, bar, at[1], at[0]], dtype=gl.int32,

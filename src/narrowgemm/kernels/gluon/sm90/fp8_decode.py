@@ -36,7 +36,7 @@ from .fp8_decode_tile import (
     smem_bytes,
     static,
 )
-from .tensor_maps import planes
+from .tensor_maps import planes, planes_by_eight
 
 __all__ = ["BACKEND", "LAYOUT_IDS", "NAME", "configs", "estimate", "extra", "launches", "legal", "max_registers", "pads",
            "smem_bytes", "supports", "workspace"]
@@ -114,6 +114,7 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
             found += alone(problem, arch, bt, kept)
             if bt >= min(rows, 64):             # narrower ones read the weights twice for nothing
                 found += at_once(problem, arch, bt, kept)
+    found += boxed(problem, arch, kept)
     few = Config(8, 64, 128, 4, 0, swap_ab=True, persistent=True)
     if problem.layout == "offsets" and expected_rows(problem) == 1 and tiles_expected(problem, few) <= 2 * arch.sms:
         # one or two experts with a token, as a rank of many has them at one token. Cut along K they take 0.79-0.97 of what the
@@ -132,6 +133,19 @@ def alone(problem: Problem, arch: Arch, tokens: int, keep: bool) -> list[Config]
     c = Config(tokens, 64, 128, 4, 0, swap_ab=True, persistent=True)
     c = with_stages(problem, arch, c, {"keep": int(keep), "trip": TRIPS[-1], "ahead": AHEADS[1], "guess": EARLY})
     return [c] if legal(problem, c, arch) is None else []
+
+
+def boxed(problem: Problem, arch: Arch, keep: bool) -> list[Config]:
+    """Of groups of few rows in a layer, whose weights don't pass through L2: tiles of the same widths by a CTA alone on each SM,
+    whose slots are several K blocks. Memory gives more where rows of weights are read by 256 and 512 bytes than by 128."""
+    found = []
+    for tokens, narrow, middle, _ in widths(problem) if problem.front else ():
+        rows, warps, box, ahead = (64, 4, 4, AHEADS[2]) if tokens == 64 else (128, 8, 2, 0)
+        c = Config(tokens, rows, 128, warps, 0, swap_ab=True, persistent=True)
+        if narrow and not streams(problem, c, arch):
+            options = {"keep": int(keep), "box": box, "ahead": ahead, "narrow": narrow, "middle": middle, "trip": box}
+            found.append(with_stages(problem, arch, c, options | {"guess": int(warps == 4)}))
+    return [c for c in found if legal(problem, c, arch) is None]
 
 
 def at_once(problem: Problem, arch: Arch, tokens: int, keep: bool) -> list[Config]:
@@ -245,8 +259,9 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     table = Pointer(scratch, torch.int32, before + (0 if workspace is None else count_bytes(config, most)))
     som, sog = out.stride(-2), out.stride(0) if masked else 0
     widths = cfg.BT, cfg.MIDDLE or cfg.BT, cfg.NARROW or cfg.BT
-    descriptors = [planes(b, x.k, cfg.BN), *(planes(a, x.k, w) for w in widths)]
-    sizes = (x.m, x.n, x.k // 128, x.groups, x.alignment, x.m)
+    weights = planes(b, x.k, cfg.BN) if cfg.BOX == 1 else planes_by_eight(b, x.k, cfg.BN, cfg.BOX)
+    descriptors = [weights, *(planes(a, x.k, w) for w in widths)]
+    sizes = (x.m, x.n, x.k // 128 // cfg.BOX, x.groups, x.alignment, x.m)
     return [Launch(
         device.fp8_decode_kernel, (ctas,),
         (*descriptors, out, sa, sb, index, parts, counts, table, *sizes,

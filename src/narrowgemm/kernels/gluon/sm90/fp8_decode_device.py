@@ -21,6 +21,9 @@ With FRONT, the launch in front may still be at it. It brings tokens, or sizes o
 weights, which fill the ring before the loader waits. Every warp waits by itself before it touches what may be on its way, or
 writes; the launch behind may start once every block's loader has waited. With STREAM, L2 gives weights up first: the ring is one
 allocation, since the copies that take a policy take addresses.
+
+With BOX, a slot is so many K blocks, whose weights are one box of TMA: rows of memory are read by so many times 128 bytes. What is
+counted in K blocks (KB, k0, k1, there) is slots then.
 """
 
 from triton.experimental import gluon
@@ -140,12 +143,15 @@ def fp8_decode_kernel(w_desc, x_desc, middle_desc, narrow_desc, out_ptr, sa_ptr,
         ring = gl.allocate_shared_memory(gl.int8, [cfg.RING_ROWS, 128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         W: gl.constexpr = w_desc.layout
         X: gl.constexpr = x_desc.layout
-        w_s = view_boxes(ring, gl.float8e4nv, cfg.W_AT + S, cfg.BN, 128, W)
-        x_s = view_boxes(ring, gl.float8e4nv, cfg.X_AT + S, cfg.BT, 128, X)
+        w_s = ring if cfg.BOX > 1 else view_boxes(ring, gl.float8e4nv, cfg.W_AT + S, cfg.BN, 128, W)
+        x_s = view_boxes(ring, gl.float8e4nv, cfg.X_AT + S * cfg.BOX, cfg.BT, 128, X)
+    elif cfg.BOX > 1:
+        w_s = gl.allocate_shared_memory(gl.float8e4nv, [S, 1, cfg.BN // 8, cfg.BOX, 8, 128], w_desc.layout)
+        x_s = gl.allocate_shared_memory(gl.float8e4nv, [S * cfg.BOX, 1, cfg.BT, 128], x_desc.layout)
     else:
         w_s = gl.allocate_shared_memory(gl.float8e4nv, [S, 1, cfg.BN, 128], w_desc.layout)
         x_s = gl.allocate_shared_memory(gl.float8e4nv, [S, 1, cfg.BT, 128], x_desc.layout)
-    s_s = gl.allocate_shared_memory(gl.float32, [S, cfg.BT], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    s_s = gl.allocate_shared_memory(gl.float32, [S * cfg.BOX, cfg.BT], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     if cfg.CLUSTER > 1:
         sums = ring
     if cfg.STREAM:      # where their addresses are known

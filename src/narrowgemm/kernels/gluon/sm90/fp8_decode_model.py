@@ -29,7 +29,8 @@ CLUSTER_START = 0.8e-6       # of one that a cluster's blocks share: until they 
 CLUSTER_SECONDS = 0.8e-6     # the wait for all sums, reading them,
 CLUSTER_ADD_SECONDS = 8e-9   # for each column
 SEGMENTS_SECONDS = 0.8e-6    # listing 1024 rows of m_indices
-EFFICIENCY = 0.926           # of the peak bandwidth
+EFFICIENCY = 0.926           # of the peak bandwidth,
+BOXED = 0.937                # where weights come by several K blocks
 COLD = 0.36                  # of the time for the first COLD_BYTES, that reading them takes longer
 COLD_BYTES = 60e6
 INTAKE = 114e9               # bytes/s that one SM takes in
@@ -98,8 +99,9 @@ def block_seconds(config: Config, columns: int, ctas: int, arch: Arch, dense: bo
     clock = arch.fp8_flops / arch.sms / 8192
     wgmma = ctas * consumers * pieces * max(2 * columns, 64 + columns) / clock
     trip = trip_of(config, columns, register_split(config, 32)[1]) if dense else extra(config, "trip", 1)
-    chain = (STEP + pieces * columns * (DENSE_PROMOTE if dense else PROMOTE)) * (AHEAD if trip > 1 else 1)
-    return longest(taken, (DENSE_LATENCY if dense else LATENCY) / config.num_stages, wgmma, chain)
+    chain = (STEP + pieces * columns * (DENSE_PROMOTE if dense else PROMOTE)) * (AHEAD if trip * extra(config, "box", 1) > 1 else 1)
+    ahead = config.num_stages * extra(config, "box", 1)
+    return longest(taken, (DENSE_LATENCY if dense else LATENCY) / ahead, wgmma, chain)
 
 
 def longest(*seconds: float) -> float:
@@ -123,9 +125,11 @@ def tiles_seconds(problem: Problem, config: Config, arch: Arch, tiles: Iterable[
     # dense products were not seen to meet this limit: twice their weights come from L2 at more than that
     taken = 0.0 if dense else sum(t.number * (config.block_n + t.columns) for t in tiles) * blocks_n * problem.k
 
+    efficiency = BOXED if extra(config, "box", 1) > 1 else EFFICIENCY
+
     def wave(n: int, columns: float) -> float:
         on_one = min(per_sm, -(-n // sms))
-        memory = n / units * max(read / (arch.bandwidth * EFFICIENCY), taken / L2_RATE)
+        memory = n / units * max(read / (arch.bandwidth * efficiency), taken / L2_RATE)
         last = 0.0
         if cluster > 1:
             last = CLUSTER_SECONDS + CLUSTER_ADD_SECONDS * columns

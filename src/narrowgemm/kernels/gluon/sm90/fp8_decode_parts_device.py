@@ -21,7 +21,7 @@ OPEN = gl.constexpr(0x7FA5C3D17FB00000)      # as two floats: NaNs that no arith
 def tokens_of(x_s, cfg: gl.constexpr, NT: gl.constexpr):
     """The ring of tokens as boxes of NT rows; as it is for NT = 0, which no tile takes."""
     if NT > 0:
-        return view_boxes(x_s, gl.float8e4nv, (cfg.X_AT + cfg.STAGES) * (cfg.BT // NT), NT, 128,
+        return view_boxes(x_s, gl.float8e4nv, (cfg.X_AT + cfg.STAGES * cfg.BOX) * (cfg.BT // NT), NT, 128,
                           gl.NVMMASharedLayout.get_default_for([1, NT, 128], gl.float8e4nv))
     else:
         return x_s
@@ -30,17 +30,29 @@ def tokens_of(x_s, cfg: gl.constexpr, NT: gl.constexpr):
 @gluon.jit
 def load_weights(w_desc, w_s, full, slot, g, w_row, kb, cfg: gl.constexpr):
     bar = full.index(cfg.F_AT + slot)
-    mbarrier.expect(bar, cfg.BN * 128)
+    mbarrier.expect(bar, cfg.BOX * cfg.BN * 128)
     copy_weights(w_desc, w_s, bar, slot, g, w_row, kb, cfg)
 
 
 @gluon.jit
 def copy_weights(w_desc, w_s, bar, slot, g, w_row, kb, cfg: gl.constexpr):
     """By one warp, a partition of its own. STREAM: in PTX, as Gluon's copy takes no policy."""
-    if cfg.STREAM:
+    if cfg.STREAM and cfg.BOX > 1:
+        start = cluster.start_of_shared()
+        cluster.load_box(w_desc, KERNEL, 0, (g, w_row // 8, kb * cfg.BOX), start + cfg.F_AT * 8 + slot * 8,
+                         start + slot * (cfg.BOX * cfg.BN * 128))
+    elif cfg.STREAM:
         start = cluster.start_of_shared()
         cluster.load(w_desc, KERNEL, 0, (g, w_row, kb * 128), start + cfg.F_AT * 8 + slot * 8, start + (cfg.W_AT + slot) * (cfg.BN * 128), 1,
                      True, True)
+    else:
+        ask(w_desc, w_s, bar, slot, g, w_row, kb, cfg)
+
+
+@gluon.jit
+def ask(w_desc, w_s, bar, slot, g, w_row, kb, cfg: gl.constexpr):
+    if cfg.BOX > 1:
+        tma_load(w_desc, [g, w_row // 8, kb * cfg.BOX, 0, 0], bar, w_s.index(slot))
     else:
         tma_load(w_desc, [g, w_row, kb * 128], bar, w_s.index(cfg.W_AT + slot))
 
@@ -64,8 +76,8 @@ def fetch_weights(w_desc, w_s, full, shape_args, index_ptr, KB, cfg: gl.constexp
     """Start a CTA's first loads on a guess, before its warps part and before any group's size is read."""
     g, nb, k0, count = guess(gl.program_id(0), shape_args, index_ptr, KB, cfg)
     for i in range(0, count):
-        mbarrier.expect(full.index(cfg.F_AT + i), cfg.BN * 128)
-        tma_load(w_desc, [g, nb * cfg.BN, (k0 + i) * 128], full.index(cfg.F_AT + i), w_s.index(cfg.W_AT + i))
+        mbarrier.expect(full.index(cfg.F_AT + i), cfg.BOX * cfg.BN * 128)
+        ask(w_desc, w_s, full.index(cfg.F_AT + i), i, g, nb * cfg.BN, k0 + i, cfg)
 
 
 @gluon.jit
@@ -90,11 +102,13 @@ def load_block(descs, rings, full, slot, at, there, cfg: gl.constexpr, NT: gl.co
     if cfg.ARRIVALS == 3:
         if kb >= there:
             load_weights(w_desc, w_s, full, slot, g, w_row, kb, cfg)
-        mbarrier.expect(bar, NT * 128)
+        mbarrier.expect(bar, cfg.BOX * NT * 128)
     else:
-        mbarrier.expect(bar, (cfg.BN + NT) * 128)
+        mbarrier.expect(bar, cfg.BOX * (cfg.BN + NT) * 128)
         copy_weights(w_desc, w_s, bar, slot, g, w_row, kb, cfg)
-    tma_load(x_desc, [plane, x_row, kb * 128], bar, x_s.index((cfg.X_AT + slot) * (cfg.BT // NT)))
+    B: gl.constexpr = cfg.BOX       # tokens come a K block a box
+    for i in gl.static_range(B):
+        tma_load(x_desc, [plane, x_row, (kb * B + i) * 128], bar, x_s.index((cfg.X_AT + slot * B + i) * (cfg.BT // NT)))
 
 
 @gluon.jit
@@ -181,12 +195,15 @@ def scale_block(sa_ptr, sak, live, sb_ptr, sbk, kb, k1):
 
 
 @gluon.jit
-def put_scales(s, rings, bars, slot, phase, cfg: gl.constexpr):
+def put_scales(s, rings, bars, slot, phase, cfg: gl.constexpr, FIRST: gl.constexpr = 0):
+    """The scales of a slot's K blocks, which are s[FIRST] and on."""
     w_s, x_s, s_s = rings
     full, empty = bars
-    sa, sb = s
     mbarrier.wait(empty.index(slot), phase)
-    s_s.index(slot).store(sa * sb)
+    B: gl.constexpr = cfg.BOX
+    for i in gl.static_range(B):
+        sa, sb = s[FIRST + i]
+        s_s.index(slot * B + i).store(sa * sb)
     mbarrier.arrive(full.index(cfg.F_AT + slot), count=1)
     return advance(slot, phase, cfg.STAGES)
 
@@ -197,6 +214,8 @@ def scale_loader(ptrs, strides, rings, bars, shape_args, index_ptr, table_ptr, c
     sag, sam, sak, sbg, sbn, sbk = strides
     # pointers that go along are registers, which a table of groups takes
     BATCHES: gl.constexpr = cfg.CLUSTER > 1 or cfg.AHEAD > 4
+    BOXES: gl.constexpr = cfg.AHEAD // cfg.BOX
+    B: gl.constexpr = cfg.BOX
     if BATCHES:
         sak = sak.to(gl.int64)
         sbk = sbk.to(gl.int64)
@@ -221,19 +240,21 @@ def scale_loader(ptrs, strides, rings, bars, shape_args, index_ptr, table_ptr, c
         b_ptr = sb_ptr + g.to(gl.int64) * sbg + (nb * cfg.BN // 128).to(gl.int64) * sbn
         mine = tok < rows
         if BATCHES:
-            a_ptrs += k0.to(gl.int64) * sak
-            b_ptr += k0.to(gl.int64) * sbk
-            here = scale_blocks(a_ptrs, sak, mine, b_ptr, sbk, k1 - k0, cfg)
-            for kb in range(k0, k1, AHEAD):
+            a_ptrs += (k0 * B).to(gl.int64) * sak
+            b_ptr += (k0 * B).to(gl.int64) * sbk
+            here = scale_blocks(a_ptrs, sak, mine, b_ptr, sbk, (k1 - k0) * B, cfg)
+            for kb in range(k0, k1, BOXES):
                 # pointers go along, as a product in 64 bits for every block is most of this warp's work
                 a_ptrs += AHEAD * sak
                 b_ptr += AHEAD * sbk
-                ahead = scale_blocks(a_ptrs, sak, mine, b_ptr, sbk, k1 - kb - AHEAD, cfg)
-                for i in gl.static_range(AHEAD):
+                ahead = scale_blocks(a_ptrs, sak, mine, b_ptr, sbk, (k1 - kb) * B - AHEAD, cfg)
+                for i in gl.static_range(BOXES):
                     if kb + i < k1:
-                        slot, phase = put_scales(here[i], rings, bars, slot, phase, cfg)
+                        slot, phase = put_scales(here, rings, bars, slot, phase, cfg, i * B)
                 here = ahead
         else:
+            k0 *= B
+            k1 *= B
             c0 = scale_block(a_ptrs, sak, mine, b_ptr, sbk, k0, k1)
             c1 = scale_block(a_ptrs, sak, mine, b_ptr, sbk, k0 + 1, k1)
             c2 = scale_block(a_ptrs, sak, mine, b_ptr, sbk, k0 + 2, k1)
@@ -243,13 +264,10 @@ def scale_loader(ptrs, strides, rings, bars, shape_args, index_ptr, table_ptr, c
                 n1 = scale_block(a_ptrs, sak, mine, b_ptr, sbk, kb + 5, k1)
                 n2 = scale_block(a_ptrs, sak, mine, b_ptr, sbk, kb + 6, k1)
                 n3 = scale_block(a_ptrs, sak, mine, b_ptr, sbk, kb + 7, k1)
-                slot, phase = put_scales(c0, rings, bars, slot, phase, cfg)
-                if kb + 1 < k1:
-                    slot, phase = put_scales(c1, rings, bars, slot, phase, cfg)
-                if kb + 2 < k1:
-                    slot, phase = put_scales(c2, rings, bars, slot, phase, cfg)
-                if kb + 3 < k1:
-                    slot, phase = put_scales(c3, rings, bars, slot, phase, cfg)
+                slot, phase = put_scales((c0, c1, c2, c3), rings, bars, slot, phase, cfg)
+                for i in gl.static_range(B, 4, B):
+                    if kb + i < k1:
+                        slot, phase = put_scales((c0, c1, c2, c3), rings, bars, slot, phase, cfg, i)
                 c0 = n0
                 c1 = n1
                 c2 = n2

@@ -14,6 +14,7 @@ TOKENS = (8, 16, 32, 64, 128)
 MAX_SPLIT = 16
 TRIPS = (1, 2, 4)
 AHEADS = (4, 8, 16)
+BOXES = (1, 2, 4, 8)
 KEEP_BYTES = 16e6        # an output of so many bytes and fewer is asked to stay in L2, where its reader finds it
 STREAM_CACHES = 3        # weights of so many times L2 and fewer pass through it, which keeps what others wrote; more lose 3-5%
 ROOM = {2: 66 / 132, 4: 30 / 132, 8: 15 / 132}     # clusters of so many blocks, one on an SM, that an H100 of 132 SMs holds at once
@@ -37,6 +38,7 @@ class Static:
     STAGES: int
     GUESS: int               # K blocks of weights fetched before group sizes are known
     SPLIT: int               # most units a tile is cut into along K
+    BOX: int                 # K blocks of a slot, whose weights are one box of TMA's
     CLUSTER: int             # blocks of a cluster; more than 1: as many units are a tile's, and no memory is between them
     W_AT: int                # boxes in front of the weights', where the rings are one allocation
     X_AT: int                # and of the tokens'
@@ -61,7 +63,7 @@ def extra(config: Config, name: str, default: int = 0) -> int:
 
 def slot_bytes(config: Config) -> int:
     """A ring slot: weights, tokens, scales, two barriers."""
-    return (config.block_n + config.block_m) * 128 + config.block_m * 4 + 16
+    return extra(config, "box", 1) * ((config.block_n + config.block_m) * 128 + config.block_m * 4) + 16
 
 
 def smem_bytes(problem: Problem, config: Config) -> int:
@@ -88,7 +90,7 @@ def max_registers(config: Config) -> int:
 def register_split(config: Config, table: int) -> tuple[int, int]:
     """(registers of a loader's thread, of a consumer's), with a group table of that size in each loader."""
     regs = max_registers(config)
-    wide = 16 * (config.block_m == 128)
+    wide = 16 * (config.block_m == 128) * (2 if extra(config, "box", 1) > 1 else 1)
     wide += 2 * (extra(config, "ahead", AHEADS[0]) - AHEADS[0]) * (-(-config.block_m // 32) + 1)
     if extra(config, "ctas", 1) == 1 and config.num_warps == 4:
         wide = min(wide + 112, 144)      # alone on an SM, there are registers for everybody, up to what warps start with
@@ -129,12 +131,13 @@ def static(problem: Problem, config: Config, groups: int) -> Static:
     # the larger boxes come first, so that both rings start at a multiple of their box
     stream = extra(config, "stream")
     together = cluster > 1 or stream
-    w_at = config.num_stages * config.block_m // config.block_n if together and config.block_m > config.block_n else 0
-    x_at = config.num_stages * config.block_n // config.block_m if together and not w_at else 0
-    rows = config.num_stages * (config.block_m + config.block_n)
+    blocks = config.num_stages * extra(config, "box", 1)
+    w_at = blocks * config.block_m // config.block_n if together and config.block_m > config.block_n else 0
+    x_at = blocks * config.block_n // config.block_m if together and not w_at else 0
+    rows = blocks * (config.block_m + config.block_n)
     return Static(LAYOUT_IDS[problem.layout], config.block_m, middle, narrow, config.block_n,
                   config.num_warps // 4, pieces(config), wide_trip, middle_trip, narrow_trip, config.num_stages,
-                  guess, config.split_k, cluster, w_at, x_at,
+                  guess, config.split_k, extra(config, "box", 1), cluster, w_at, x_at,
                   rows + (-(-config.num_stages // 16) if stream else 0), bool(stream), rows * 16 if stream else 0, table,
                   16 // ITEMSIZE[problem.out_dtype],
                   problem.accumulate, pads(problem), bool(extra(config, "keep")), extra(config, "ahead", AHEADS[0]), front,
@@ -174,9 +177,28 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
         return "split_k needs sms=... for its workspace"
     if (reason := _illegal_cluster(problem, config)) is not None:
         return reason
-    if config.num_stages < 3 or smem_bytes(problem, config) > smem_budget(config, arch):
-        need = smem_bytes(problem, config)
-        return f"{config.num_stages} stages take {need} bytes of shared memory; expected 3 or more that fit"
+    if (reason := _illegal_box(problem, config)) is not None:
+        return reason
+    need = smem_bytes(problem, config)
+    if config.num_stages < (3 if extra(config, "box", 1) == 1 else 2) or need > smem_budget(config, arch):
+        return f"{config.num_stages} stages take {need} bytes of shared memory; expected 3 or more that fit, 2 of several K blocks"
+    return None
+
+
+def _illegal_box(problem: Problem, config: Config) -> str | None:
+    box, ahead = extra(config, "box", 1), extra(config, "ahead", AHEADS[0])
+    if box not in BOXES:
+        return f"box={box}, expected one of {BOXES} K blocks"
+    if box == 1:
+        return None
+    if problem.n % 8 or problem.k // 128 % box:
+        return f"box={box} takes weight rows by 8 and K by {128 * box}, not N = {problem.n}, K = {problem.k}"
+    if ahead % box:
+        return f"box={box}, ahead={ahead}, expected scales of whole boxes"
+    if config.split_k > 1:
+        return f"box={box} is for whole tiles, not split_k={config.split_k}"
+    if extra(config, "stream") and (extra(config, "guess") or config.block_m > config.block_n):
+        return f"box={box} with stream takes no guess, and no more tokens than weight rows"
     return None
 
 

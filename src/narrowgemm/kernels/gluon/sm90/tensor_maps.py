@@ -25,6 +25,20 @@ def planes(t: Tensor | Copied, k: int, box: int) -> Any:
     return TensorDescriptor(t, [count, rows, k], [plane, outer, 1], [1, box, 128], FP8_PLANE.value)
 
 
+def planes_by_eight(t: Tensor, k: int, box: int, blocks: int) -> Any:
+    """`planes` in boxes of `box` rows by `blocks` x 128: eight rows of a block lie together, as wgmma takes them, and a row of
+    memory is read by `blocks` x 128 bytes. Rows are a multiple of 8."""
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    rows, outer = t.shape[-2], stride(t, -2, k)
+    count = t.shape[0] if t.dim() == 3 else 1
+    plane = stride(t, 0, outer * rows) if t.dim() == 3 else outer * rows
+    shape = [1, box // 8, blocks, 8, 128]
+    layout = gl.NVMMASharedLayout.get_default_for(shape, gl.float8e4nv)
+    return TensorDescriptor(t, [count, rows // 8, k // 128, 8, 128], [plane, 8 * outer, 128, outer, 1], shape, layout)
+
+
 def output(x: Operands, group_stride: int, row_stride: int, columns: int, itemsize: int) -> Any:
     """The TMA descriptor of the output as rows, group after group (`group_stride` 0: one group), in boxes of 64 x columns."""
     from triton.experimental.gluon import language as gl
