@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..formats import ScaledTensor
 from ..problem import Plan, Problem, Step
-from . import context
+from . import cache_keys, context
 from .binding import bind, unbound
 from .bound import Pointer, Ready, joined
 from .operands import Operands
@@ -50,6 +50,7 @@ class Launch(NamedTuple):
         arguments = self.arguments
         if not isinstance(self.kernel, JITFunction):    # the interpreter copies storages, so it wants tensors
             arguments = [p.view() if isinstance(p, Pointer) else p for p in arguments]
+        cache_keys.settle(self.kernel)
         if self.boxes:
             with_boxes(self.warm(), self.boxes)
         if self.cluster > 1:
@@ -58,6 +59,7 @@ class Launch(NamedTuple):
 
     def warm(self) -> Any:
         """Compile what the launch runs, without a launch: tensors may be on 'meta'."""
+        cache_keys.settle(self.kernel)
         return self.kernel.warmup(*self.arguments, grid=self.grid, **self.keywords)
 
     def parameters(self) -> list[Any]:
