@@ -51,6 +51,10 @@ its lines in L2, as loads do: a kernel whose weights pass through L2 can be a te
 """
 
 
+# suites whose aims are other ones where bytes bound a case
+BY_BOUND = ("mxfp4-256", "mxfp4-256-row", "mxfp4-masked", "mxfp4-masked-few")
+
+
 def rows_of(files: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows that count of one device."""
     return make_tables.rows_of(make_tables.in_order(make_tables.newest(files)))
@@ -106,6 +110,23 @@ def suites(seen: set[str]) -> list[str]:
     return ["| suite | what it measures |", "| --- | --- |", *(f"| `{name}` | {TITLES[name]} |" for name in TITLES if name in seen)]
 
 
+def bounds(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The suites of BY_BOUND, by what the floor of a case is."""
+    from narrowgemm.testing import results
+
+    rows = [r for r in rows if r["suite"] in BY_BOUND and r["asked"] == "auto"]
+    of = {(r["suite"], r["case"]): r["note"].rpartition("floor by ")[2] for r in rows if r["peer"] == "floor" and r["note"]}
+    lines = []
+    for bound in ("bytes", "FLOPs"):
+        for x in results.summarise([r for r in rows if of.get((r["suite"], r["case"])) == bound]):
+            lines.append((x.suite, f"| `{x.suite}` | {bound} | {x.peer} | {x.cases} | {x.mean:.2f} | {x.worst:.2f} |"))
+    if not lines:
+        return []
+    return ["MXFP4 by what bounds a case: bytes, where they take longer to be read than its FLOPs at the FP8 rate above.", "",
+            "| suite | bound by | against | cases | geometric mean | worst |", "| --- | --- | --- | ---: | ---: | ---: |",
+            *(line for _, line in sorted(lines, key=lambda x: BY_BOUND.index(x[0]))), ""]
+
+
 def page_of(devices: dict[str, list[dict[str, Any]]], rows: dict[str, list[dict[str, Any]]]) -> str:
     """The text of the page. `devices`: result files by device; `rows`: those of each that count."""
     from narrowgemm.cli.report import markdown_table
@@ -121,7 +142,7 @@ def page_of(devices: dict[str, list[dict[str, Any]]], rows: dict[str, list[dict[
         parts += [f"## {header['device']}", "", make_tables.described("Measured with", used), "",
                   f"Measured in the newest of these runs: {c.get('read_gbs', 0):.0f} GB/s streaming read, "
                   f"{c.get('flops_8', 0):.0f} TFLOPS in FP8 and {c.get('flops_16', 0):.0f} in BF16 through torch.",
-                  "", *markdown_table(results.summarise(mine)), "",
+                  "", *markdown_table(results.summarise(mine)), "", *bounds(mine),
                   *make_tables.not_asked(make_tables.left_out(chosen)), *make_tables.wrong(mine)]
         parts += [f"![{what}](pictures/performance-{name}-{kind}.svg)\n" for kind, what in drawn(pictured(mine))]
     return "\n".join(parts).rstrip() + "\n"

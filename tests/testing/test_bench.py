@@ -342,6 +342,20 @@ def test_the_performance_page_comes_from_the_files(whole: Path, tmp_path: Path) 
     assert make.main(["--check"], tmp_path) == 1
 
 
+def test_figures_by_what_bounds_a_case() -> None:
+    """What the floor of a case was, of suites whose aims hang on it."""
+    make = tables("make_performance")
+    bounds = {"a": "bytes", "b": "bytes", "c": "FLOPs"}
+    ratios = {("a", "own_fp8"): 1.6, ("b", "own_fp8"): 1.4, ("c", "own_fp8"): 0.8,
+              ("a", "floor"): 0.9, ("b", "floor"): 0.8, ("c", "floor"): 0.5}
+    rows = [{"suite": "mxfp4-masked", "case": c, "asked": "auto", "peer": p, "ratio": x, "error": None,
+             "note": "spread 0.1%" + (f"; floor by {bounds[c]}" if p == "floor" else "")} for (c, p), x in ratios.items()]
+    found = make.bounds(rows)
+    assert "| `mxfp4-masked` | bytes | own_fp8 | 2 | 1.50 | 1.40 |" in found
+    assert "| `mxfp4-masked` | FLOPs | own_fp8 | 1 | 0.80 | 0.80 |" in found and "| `mxfp4-masked` | FLOPs | floor | 1 | 0.50 | 0.50 |" in found
+    assert make.bounds([r | {"suite": "fp8-dense"} for r in rows]) == []
+
+
 def test_time_over_tokens() -> None:
     """Tokens of routed products, layers and dense ones; a shape needs three of them."""
     make = tables("make_performance")
