@@ -17,7 +17,7 @@ from narrowgemm.kernels.gluon.sm90.fold_tile import FoldTile
 from narrowgemm.kernels.gluon.sm90.fp8_block_tile import LAYOUTS
 from narrowgemm.prepack import PREPACK
 from narrowgemm.prepack_bits import FP8_PREPACK
-from narrowgemm.problem import Config, Operand, Problem
+from narrowgemm.problem import Config, Operand, Problem, Step
 
 from .. import _gluon as emu
 from . import _ptx
@@ -271,6 +271,27 @@ def test_a_mean_of_few_groups_is_close_to_their_sizes() -> None:
     # two groups of 448 take a round of tiles of 256 rows, were they up to 512
     best = min(fold.configs(two, H200), key=lambda c: fold.estimate(two, c, H200))
     assert (best.block_m, best.block_n) == (256, 128) and not fold.whole(best)
+
+
+@pytest.mark.parametrize("groups", [4, 64])
+def test_masked_groups_of_more_rows_take_longer(groups: int) -> None:
+    """Weights that expand fast do so however few the rows and however many the groups."""
+    p = problem("masked", groups=groups)
+    p = replace(p, b=replace(p.b, prepack=FP8_PREPACK))
+    config = next(c for c in fold.configs(p, H200) if (c.block_m, c.block_n, c.extra) == (256, 128, ()))
+    seconds = [fold.estimate(replace(p, rows=rows), config, H200) for rows in (96, 160, 224, 256, 320)]
+    assert seconds == sorted(seconds)
+
+
+def test_quarters_have_a_block_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole tiles may be fewer than blocks where their parts are not."""
+    from .gluon_sm90_fold_jobs import describe, operands
+
+    monkeypatch.setenv("NARROWGEMM_ARCH", "h200")
+    p = replace(describe("masked", order=FP8_PREPACK), rows=256)
+    grids = {c.extra: fold.launches(Step(fold.NAME, c), p, operands(p), None)[-1].grid for c in fold.configs(p, H200)
+             if (c.block_m, c.block_n) == (256, 128) and not fold.whole(c)}
+    assert grids[()] == (2 * 4 * 12, ) and grids[("quarters", 1), ] == (H200.sms, )
 
 
 def test_illegal_configs_say_why() -> None:

@@ -168,6 +168,15 @@ def test_few_fp8_rows_are_bound_by_bytes(rows: int) -> None:
     assert narrow_fp8_model.estimate(p, plan.config, ARCH) < (experts * 4096 * 7168 * 0.53125 + 256 * rows * (2 * 4096 + 7168)) / ARCH.bandwidth / 0.75
 
 
+def test_a_product_that_starts_ahead_is_predicted_to() -> None:
+    """Masked groups find their entries themselves; a contiguous layout waits for the launch in front, for microseconds."""
+    masked = replace(for_fp8(m=128, n=7168, k=2048, groups=4), layout="masked", rows=8)
+    waits = replace(masked, layout="contiguous", m=32)
+    config = narrow_prefill.configs(masked, ARCH)[0]
+    assert narrow_prefill.starts_ahead(masked, config) and not narrow_prefill.starts_ahead(waits, config)
+    assert narrow_fp8_model.estimate(masked, config, ARCH) < narrow_fp8_model.estimate(waits, config, ARCH) - 2e-6
+
+
 def test_widths_are_pieces_that_tma_brings() -> None:
     for most, widths in COLUMNS.items():
         assert all(w % 16 == 0 for w in widths) and sorted(set(widths)) == list(widths) and widths[-1] == most and most % 32 == 0

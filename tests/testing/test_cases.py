@@ -26,7 +26,7 @@ DIGEST = "5f09dc338b0c5048"
 
 
 FP4_COUNTS = {"mxfp4-contiguous": 14, "mxfp4-a4w4": 14, "mxfp4-mx8": 14, "mxfp4-256": 18, "mxfp4-256-row": 18, "mxfp4-masked": 60,
-              "mxfp4-masked-few": 8}
+              "mxfp4-masked-few": 8, "mxfp4-masked-spread": 155}
 
 
 def test_fp4_suites() -> None:

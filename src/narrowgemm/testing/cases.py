@@ -39,6 +39,7 @@ from .suites import (
     fp4_experts,
     fp4_masked,
     fp4_masked_few,
+    fp4_masked_spread,
     large,
     layers,
     masked,
@@ -93,7 +94,7 @@ _BUILDERS: dict[str, Callable[[str], list[Any]]] = {
     "mxfp4-a4w4": lambda s: fp4_contiguous(s, MXFP4),
     "mxfp4-mx8": lambda s: fp4_contiguous(s, MXFP8),
     "mxfp4-256": fp4_experts, "mxfp4-256-row": lambda s: fp4_experts(s, FP8_ROW),
-    "mxfp4-masked": fp4_masked, "mxfp4-masked-few": fp4_masked_few,
+    "mxfp4-masked": fp4_masked, "mxfp4-masked-few": fp4_masked_few, "mxfp4-masked-spread": fp4_masked_spread,
     "mxfp8-bandwidth": lambda s: mxfp8_dense(s, (1, 2, 4, 8, 16), 30_000_000),
     "mxfp8-plain-decode": lambda s: mxfp8_dense(s, (1, 2, 4, 8, 16, 32, 64), packed=False),
     "mxfp8-plain-bandwidth": lambda s: mxfp8_dense(s, (1, 2, 4, 8, 16), 30_000_000, packed=False),
@@ -137,7 +138,7 @@ PEERS: dict[str, tuple[str, ...]] = {name: ("deepgemm", "floor") for name in SUI
     **{f"mxfp4-{x}": ("deepgemm", "triton_kernels", "humming", "humming_w4a8_token", "floor") for x in ("contiguous", "256")},
     "mxfp4-a4w4": ("deepgemm", "floor"), "mxfp4-mx8": ("dequant_bf16", "torch_bf16", "floor"),
     "mxfp4-256-row": ("humming_w4a8_token", "floor"),
-    "mxfp4-masked": ("own_fp8", "floor"), "mxfp4-masked-few": ("own_fp8", "floor"),
+    "mxfp4-masked": ("own_fp8", "floor"), "mxfp4-masked-few": ("own_fp8", "floor"), "mxfp4-masked-spread": ("own_fp8", "floor"),
     "edge": (), "large": (), "cpu-small": ("torch_bf16", "floor"), "cpu-formats": ("torch_bf16", "floor")}
 
 

@@ -37,6 +37,7 @@ TITLES: dict[str, str] = {
     "mxfp4-256-row": "FP8 with one scale a row x MXFP4, 256 experts, top-8, 32-8192 tokens",
     "mxfp4-masked": "FP8 x MXFP4, masked, 256 to 1024 rows a group",
     "mxfp4-masked-few": "FP8 x MXFP4, masked, 4 or 16 rows a group",
+    "mxfp4-masked-spread": "FP8 x MXFP4, masked, 1 to 64 groups of 1 to 2048 rows: where choices change",
     "train-fwd": "training, forward, row- and tensor-wise FP8",
     "train-dgrad": "training, gradients of the input, row- and tensor-wise FP8",
     "train-block": "training, forward and input gradients, FP8 in blocks",

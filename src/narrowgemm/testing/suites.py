@@ -188,6 +188,19 @@ def fp4_masked_few(suite: str) -> list[Case]:
             for g in (8, 32) for m in (4, 16) for n, k in FP4_SHAPES]
 
 
+# groups -> rows of each; (N, K)
+FP4_SPREAD = {1: (1, 32, 128, 384, 2048), 2: (16, 128, 384, 1024), 4: (1, 16, 64, 192, 512), 8: (32, 64, 128, 192, 1024),
+              16: (16, 48, 96, 384), 32: (8, 64, 128, 192), 64: (4, 32, 96, 256)}
+FP4_SPREAD_SHAPES = (*FP4_SHAPES, (1536, 7168), (2880, 2880), (5120, 2880))
+
+
+def fp4_masked_spread(suite: str) -> list[Case]:
+    """From one row to thousands, one group to 64, sizes near each other or far apart: where the choice of a kernel changes."""
+    return [Case(suite, "masked", g, m, n, k, max_m=min(4096, max(128, 4 * m)), sizes="skew:8" if g >= 8 and i % 2 else UNEVEN,
+                 a=FP8_1x128, b=MXFP4, packed="fp8")
+            for n, k in FP4_SPREAD_SHAPES for g, rows in FP4_SPREAD.items() for i, m in enumerate(rows)]
+
+
 def mxfp8_prefill(suite: str) -> list[Case]:
     """Many rows on packed weights: dense ones of MiniMax-M3 (qkv, o_proj), then eight local experts of it and of DeepSeek-V3."""
     experts = [nk for m in map(get_model, ("minimax-m3", "deepseek-v3")) for nk in (m.gate_up(), m.down())]

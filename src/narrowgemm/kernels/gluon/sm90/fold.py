@@ -193,11 +193,12 @@ def workspace(problem: Problem, config: Config) -> int:
 
 # ---------------------------------------------------------------- cost
 TILE_SECONDS = 0.9e-6       # of a tile, beyond its K blocks
-_MASKED_TILE_SECONDS = 1.7e-6   # seen in masked groups of 256 rows and more, as `_NIBBLE_TIMES`
+_NIBBLE_SECONDS = 1.7e-6    # the same of those with `_NIBBLE_TIMES`
 # microseconds of one K block of 128 on one SM, where every SM is busy: docs/measured.md
 _BLOCK_TIMES = {(256, 128): 1.15, (128, 256): 1.50, (128, 128): 0.82}
-# the same of weights packed for FP8 activations, seen in masked groups of 256 rows and more
+# the same of weights packed for FP8 activations, in masked groups of any size
 _NIBBLE_TIMES = {(256, 128): 0.88, (128, 256): 1.10, (128, 128): 0.62}
+_ALONE = 0.95               # of these, where hardly any other SM is at work
 _TAIL = 0.76                # of a tile's time, where it has rows in its first half only
 _QUARTER = 0.52             # and of a quarter's
 _LIST_SECONDS = 1.2e-6      # until a block has its list of tiles and quarters
@@ -227,16 +228,17 @@ def _product_seconds(problem: Problem, config: Config, arch: Arch) -> float:
     works = {fp8_block.dealt(problem, config, spread, halves, width) for spread in ((False, True) if counted else (False, ))}
     sms = min(arch.sms, problem.max_sms or arch.sms)
     blocks = -(-problem.k // BLOCK)
-    seen = fold_whole.nibbles(problem) and problem.layout == "masked" and problem.rows >= _FEW_ROWS
-    times = _NIBBLE_TIMES if seen else _BLOCK_TIMES
+    nibbles = fold_whole.nibbles(problem) and problem.layout == "masked"
+    times = _NIBBLE_TIMES if nibbles else _BLOCK_TIMES
     unit = blocks * 1e-6 * (_H200_RATE / 132) / (arch.fp8_flops / arch.sms) * times[config.block_m, config.block_n]
-    tile = unit + (_MASKED_TILE_SECONDS if seen else TILE_SECONDS)
+    tile = unit + (_NIBBLE_SECONDS if nibbles else TILE_SECONDS)
     half, quarter = (1 - (1 - share) * unit / tile for share in (_TAIL, _QUARTER))
     seconds = _LIST_SECONDS if config.extra == _QUARTERS else 0.0
     for work in works:
         rounds = _rounds(work, sms, half, quarter) if config.extra == _QUARTERS else fp8_block.waves(work, sms, half)
-        seconds += rounds * tile / len(works)
-    if problem.groups >= _MANY_GROUPS and problem.rows <= _FEW_ROWS and counted:
+        alone = _ALONE if nibbles else 1.0
+        seconds += rounds * tile * (alone + (1 - alone) * min(1.0, work.tiles / sms)) / len(works)
+    if problem.groups >= _MANY_GROUPS and problem.rows <= _FEW_ROWS and counted and not nibbles:
         seconds *= _SPREAD
     rate = arch.bandwidth * sms / arch.sms
     memory = MEMORY_SECONDS + problem.bytes / (rate * MEMORY_EFFICIENCY)
@@ -349,7 +351,7 @@ def _product(tile: FoldTile, problem: Problem, x: Operands, arch: Arch, a_desc: 
                                             device.PLANES.value))
     descriptors.append(output(x, og, om, tile.OUT_COLS, tile.OUT_BYTES) if tile.STORE_TMA else None)
     sms = min(problem.max_sms or arch.sms, arch.sms)
-    grid = max(1, min(sms, row_tiles(problem, x, tile.BM) * -(-x.n // tile.BN)))
+    grid = max(1, min(sms, row_tiles(problem, x, tile.BM) * -(-x.n // tile.BN) * (4 if tile.QUARTERS else 1)))
     pointer, count = flags or (top, 0)
     given = (x.out, top, top if x.factor is None else x.factor, x.index, pointer)
     sizes = (x.m, x.n, blocks, x.groups, x.alignment, count, units, og, om, og // om)

@@ -135,8 +135,9 @@ def workspace(problem: Problem, config: Config) -> int:
 
 
 # ---------------------------------------------------------------- cost
-_BLOCK_TIMES = {1: 0.80, 2: 0.770}      # microseconds of a K block of a tile, by blocks of a cluster: docs/measured.md
-_SMALL_TIME = 0.39                      # of the small tile
+_BLOCK_TIMES = {1: 0.75, 2: 0.72}       # microseconds of a K block of a tile, by blocks of a cluster: docs/measured.md
+_TILE_SECONDS = 1.4e-6                  # of a tile beyond them, with the powers of two of its columns
+_SMALL_TIME, _SMALL_ALONE = 0.39, 0.31  # of a K block of the small tile, where every SM is busy and where only a few are
 RATE = 0.88                             # of the streaming rate, in the launch in front
 _FEW_RATE, _HIDDEN = 0.80, 1.0e-6       # the same for few masked groups, and what of the two launches is at the same time
 _CLUSTER_SECONDS = 3.0e-6
@@ -191,14 +192,18 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
         return seconds + _in_front(problem, arch)
     works = {fp8_block.tiles(problem, unit, spread, spread_width(problem)) for spread in spreads}
     clusters = min(arch.sms, problem.max_sms or arch.sms) // columns
-    block = -(-problem.k // BLOCK) * 1e-6 * fp8_block.rate(arch)
-    block *= _SMALL_TIME if (config.block_m, config.block_n) == _SMALL else _BLOCK_TIMES[columns]
+    unit_seconds, small = -(-problem.k // BLOCK) * 1e-6 * fp8_block.rate(arch), (config.block_m, config.block_n) == _SMALL
     total = 0.0
     for work in works:
         waves = work / clusters
-        seconds = (math.ceil(waves) if waves < 8 else waves + 0.5) * (block + fp8_block.TILE_SECONDS)
+        if small:
+            time = _SMALL_ALONE + (_SMALL_TIME - _SMALL_ALONE) * min(1.0, waves)
+            each = unit_seconds * time + fp8_block.TILE_SECONDS
+        else:
+            each = unit_seconds * _BLOCK_TIMES[columns] + _TILE_SECONDS
+        seconds = (math.ceil(waves) if waves < 8 else waves + 0.5) * each
         total += fp8_block.with_memory(seconds, work * columns, problem, arch)
-    if (config.block_m, config.block_n) == _SMALL and problem.layout == "masked":
+    if small and problem.layout == "masked":
         return total / len(works) + _in_front(problem, arch)
     seconds = (total / len(works) + _CLUSTER_SECONDS * (columns > 1)) * (_FEWER_ROWS if problem.rows < _ROWS else 1.0)
     rate = arch.bandwidth * clusters * columns / arch.sms

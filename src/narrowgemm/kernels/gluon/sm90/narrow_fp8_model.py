@@ -13,6 +13,13 @@ from .narrow_tile import CHUNK, ITEMSIZE, ROWS, by_row, chunks_of, extra, in_two
 # fitted to 60 products on an H200: docs/measured.md
 # by blocks of an SM: two launches, the table, the first bytes, blocks that are idle at the end
 START = {1: 12.0e-6, 2: 11.0e-6}
+# where the product starts beside the launch in front, fitted to 240 products on an H100, 22 on an H200: both launches by blocks of
+# an SM, start and end of the bytes, of the streaming rate, the same in the launch in front
+AHEAD_START = {1: 5.2e-6, 2: 4.7e-6}
+AHEAD_BYTES, AHEAD_EFFICIENCY, AHEAD_COPY = 3.4e-6, 0.95, 0.345
+MAX_GROUPS = 256            # whose entries a warp finds by itself
+ALONE = 0.71                # of the clocks of a K block, where hardly any other SM is at work
+LAST_WAVE = 0.35            # power of the share of blocks that are at work in the mean, by which bytes take longer
 TILE_CLOCKS = 200.0         # of a tile, beyond its K blocks
 # of one K block of 64 weight rows on one SM: expansion, and for each column, by most tokens and units of a consumer
 BLOCK_CLOCKS = {(32, 1): (170.0, 2.9), (32, 2): (170.0, 2.9), (64, 1): (205.0, 3.5), (64, 2): (170.0, 2.9), (128, 1): (200.0, 3.0),
@@ -34,6 +41,12 @@ def width(rows: float, tokens: int) -> int:
     """Columns that a tile of `rows` tokens runs at."""
     widths = columns(tokens) if tokens in COLUMNS else FP8_WIDTHS[tokens]
     return next((p + q for p, q in widths if p + q >= rows), tokens)
+
+
+def starts_ahead(problem: Problem) -> bool:
+    """Whether the product starts while the launch in front runs, and asks for weights: it finds its entries itself. Beside
+    two numbers a token it would spill registers."""
+    return not in_two(problem) and problem.layout in ("dense", "masked", "offsets") and problem.groups <= MAX_GROUPS
 
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
@@ -60,8 +73,16 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     written = total * problem.n * ITEMSIZE[problem.out_dtype]
     weights = experts * -(-problem.n // ROWS) * chunks * ROWS * (CHUNK / 2 + 4)
     rate = arch.bandwidth * sms / arch.sms
-    efficiency = TWO_EFFICIENCY.get(shape, EFFICIENCY) if two else EFFICIENCY
-    memory = (weights + 2 * written + bytes_ * total * problem.k) / (rate * efficiency)
-    gather = 2.0 * bytes_ * total * problem.k / (rate * COPY)
+    moved, tokens = weights + 2 * written + bytes_ * total * problem.k, 2.0 * bytes_ * total * problem.k
     combine = 3 * 4.0 * total * problem.n / (rate * 0.95) if problem.epilogue.combine else 0.0
-    return START[ctas] + (compute**_POWER + memory**_POWER) ** (1 / _POWER) + gather + combine
+    if starts_ahead(problem):
+        compute *= ALONE + (1 - ALONE) * min(1.0, work * ctas)
+        share = max(0.6, work / math.ceil(work)) if work < 8 else 1.0
+        memory = AHEAD_BYTES + moved / (rate * AHEAD_EFFICIENCY) * share**-LAST_WAVE
+        return AHEAD_START[ctas] + _both(compute, memory) + tokens / (rate * AHEAD_COPY) + combine
+    efficiency = TWO_EFFICIENCY.get(shape, EFFICIENCY) if two else EFFICIENCY
+    return START[ctas] + _both(compute, moved / (rate * efficiency)) + tokens / (rate * COPY) + combine
+
+
+def _both(compute: float, memory: float) -> float:
+    return (compute**_POWER + memory**_POWER) ** (1 / _POWER)

@@ -86,7 +86,6 @@ TWO_PAIR_STAGES = 5
 WIDE_SHAPES = ((128, 1), (192, 1))
 # those of SHAPES that run with FP32 scales of A: two units of E2M1 were seen to hang
 PROMOTED = {"e2m1": ((32, 1), (64, 1), (128, 1), (192, 1)), "e4m3": ((64, 2),)}
-MAX_GROUPS = 256        # whose entries a warp finds by itself
 TOUCHED = 8             # K blocks of a block's first tile that the launch in front asks for
 TOUCHED_ROWS = 4        # expected ones of a masked group: with fewer, some have none, and weights that nobody needs would come
 FEWEST = {"e2m1": 0, "e4m3": 32}     # tiles of so many tokens and fewer are left to the kernel for few
@@ -181,8 +180,7 @@ def tile_of(problem: Problem, config: Config, slots: bool = True, factor: bool =
 
 def starts_ahead(problem: Problem, config: Config) -> bool:
     """Whether the product starts while the launch in front runs, and asks for weights: it finds its entries itself."""
-    fp8 = by_fp8(problem, config) and not in_two(problem)       # beside two numbers a token it would spill registers
-    return fp8 and problem.layout in ("dense", "masked", "offsets") and problem.groups <= MAX_GROUPS
+    return by_fp8(problem, config) and narrow_fp8_model.starts_ahead(problem)
 
 
 def touched(problem: Problem, config: Config) -> int:
