@@ -94,10 +94,17 @@ _CANDIDATES = (_config(256, 128, 8), _config(128, 256, 8), _config(256, 128, 16)
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     # rows of the output off 16 bytes take registers that two places in the order of tiles leave none of
-    tails = problem.layout == "masked" and problem.rows > TAILS_LEAST and problem.out_aligned
-    offered = ((), _TAILS, _QUARTERS) if tails and fold_whole.nibbles(problem) else ((), _TAILS) if tails else ((), )
+    fast, masked = expands_fast(problem), problem.layout == "masked"
+    tails = (masked or fast) and problem.rows > TAILS_LEAST and problem.out_aligned
+    offered = ((), _TAILS, _QUARTERS) if tails and fast and masked else ((), _TAILS) if tails else ((), )
     own = [c for c in _CANDIDATES if c.extra in offered and legal(problem, c, arch) is None]
     return [*own, *fold_whole.configs(problem, arch)]
+
+
+def expands_fast(problem: Problem) -> bool:
+    """Whether tiles take `_NIBBLE_TIMES`. By offsets that was measured with more rows than `TAILS_LEAST` only."""
+    few = problem.layout == "offsets" and problem.rows <= TAILS_LEAST
+    return fold_whole.nibbles(problem) and problem.layout in ("masked", "offsets") and not few
 
 
 def whole(config: Config) -> int:
@@ -196,7 +203,7 @@ TILE_SECONDS = 0.9e-6       # of a tile, beyond its K blocks
 _NIBBLE_SECONDS = 1.7e-6    # the same of those with `_NIBBLE_TIMES`
 # microseconds of one K block of 128 on one SM, where every SM is busy: docs/measured.md
 _BLOCK_TIMES = {(256, 128): 1.15, (128, 256): 1.50, (128, 128): 0.82}
-# the same of weights packed for FP8 activations, in masked groups of any size
+# the same of weights packed for FP8 activations, in masked groups of any size (`expands_fast`)
 _NIBBLE_TIMES = {(256, 128): 0.88, (128, 256): 1.10, (128, 128): 0.62}
 _ALONE = 0.95               # of these, where hardly any other SM is at work
 _TAIL = 0.76                # of a tile's time, where it has rows in its first half only
@@ -204,7 +211,8 @@ _QUARTER = 0.52             # and of a quarter's
 _LIST_SECONDS = 1.2e-6      # until a block has its list of tiles and quarters
 _MANY_ROUNDS = 8            # with more, the last one is half full in the mean
 _H200_RATE = 1.40e15
-_MANY_GROUPS, _FEW_ROWS, _SPREAD = 64, 256, 1.4     # many groups of few rows took so much more
+_MANY_GROUPS = 64           # by offsets are never of one size
+_FEW_ROWS, _SPREAD = 256, 1.4       # and those of few rows took so much more, with weights in the other order
 COPY = 0.80                 # of the streaming rate, in the launch in front
 _NOT_HIDDEN = 0.15
 
@@ -225,10 +233,12 @@ def _product_seconds(problem: Problem, config: Config, arch: Arch) -> float:
     counted = problem.layout not in ("dense", "contiguous")
     halves = bool(config.extra)
     width = fold_whole.spread_width(problem)
-    works = {fp8_block.dealt(problem, config, spread, halves, width) for spread in ((False, True) if counted else (False, ))}
     sms = min(arch.sms, problem.max_sms or arch.sms)
     blocks = -(-problem.k // BLOCK)
-    nibbles = fold_whole.nibbles(problem) and problem.layout == "masked"
+    nibbles = expands_fast(problem)
+    routed = nibbles and problem.layout == "offsets" and problem.groups >= _MANY_GROUPS
+    spreads = (False, ) if not counted else (True, ) if routed else (False, True)
+    works = {fp8_block.dealt(problem, config, spread, halves, width) for spread in spreads}
     times = _NIBBLE_TIMES if nibbles else _BLOCK_TIMES
     unit = blocks * 1e-6 * (_H200_RATE / 132) / (arch.fp8_flops / arch.sms) * times[config.block_m, config.block_n]
     tile = unit + (_NIBBLE_SECONDS if nibbles else TILE_SECONDS)
