@@ -20,14 +20,6 @@ SIZES = [3, 0, 130, 1, 39]
 OAI = {"activation": "swiglu_oai", "args": (1.7, 2.0)}
 
 
-@pytest.fixture
-def on(device, monkeypatch):
-    """The device, with a GPU to plan for where there is none."""
-    if device == "cpu":
-        monkeypatch.setenv("NARROWGEMM_ARCH", "h200")
-    return device
-
-
 def inputs(on: str, inter: int, sizes: list[int] = SIZES, before: int = 0, after: int = 0, dtype: torch.dtype = torch.bfloat16):
     g = torch.Generator().manual_seed(inter)
     t = before + sum(sizes) + after

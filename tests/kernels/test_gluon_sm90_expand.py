@@ -7,7 +7,7 @@ import pytest
 
 from narrowgemm.kernels.gluon.sm90.expand import Tile
 from narrowgemm.kernels.gluon.sm90.fold_mixed import MixedTile
-from narrowgemm.kernels.gluon.sm90.fp8_scaled_tile import LAYOUTS
+from narrowgemm.kernels.gluon.sm90.fp8_block_tile import LAYOUTS
 
 from .. import _gluon as emu
 from .test_gluon_sm90_scaled import CASES, GUARD, MARK, TILES, guarded, owners, random

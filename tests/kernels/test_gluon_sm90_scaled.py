@@ -12,7 +12,8 @@ import torch
 from narrowgemm.arch import get_arch
 from narrowgemm.formats import FP8_ROW, FP8_TENSOR, FP8_1x128
 from narrowgemm.kernels.gluon.sm90 import fp8_scaled, fp8_wgrad
-from narrowgemm.kernels.gluon.sm90.fp8_scaled_tile import LAYOUTS, Tile
+from narrowgemm.kernels.gluon.sm90.fp8_block_tile import LAYOUTS
+from narrowgemm.kernels.gluon.sm90.fp8_scaled_tile import Tile
 from narrowgemm.kernels.launching import Launch
 from narrowgemm.problem import Config, Operand, Problem, promotion
 

@@ -32,14 +32,6 @@ E8M0 = [f for f in SCALED if f.scale == "e8m0"]
 KINDS = [FP8_TENSOR, FP8_ROW, FP8_1x128, FP8_128x128, MXFP8, MXFP4]
 
 
-@pytest.fixture
-def on(device, monkeypatch):
-    """The device, with a GPU to plan for where there is none."""
-    if device == "cpu":
-        monkeypatch.setenv("NARROWGEMM_ARCH", "h200")
-    return device
-
-
 def raw(x: torch.Tensor) -> torch.Tensor:
     return x.clone(memory_format=torch.contiguous_format).view(torch.uint8).cpu()
 

@@ -19,14 +19,6 @@ KINDS = [FP8_TENSOR, FP8_ROW, FP8_1x128, FP8_1x128.with_element("e5m2"), FP8_1x1
 SIZES = [3, 0, 128, 0, 130, 39]
 
 
-@pytest.fixture
-def on(device, monkeypatch):
-    """The device, with a GPU to plan for where there is none."""
-    if device == "cpu":
-        monkeypatch.setenv("NARROWGEMM_ARCH", "h200")
-    return device
-
-
 def sample(*shape: int, device: str, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     g = torch.Generator().manual_seed(len(shape))
     x = torch.randn(shape, generator=g) * torch.exp(2 * torch.randn(shape, generator=g))

@@ -25,8 +25,9 @@ from ... import launching
 from ...launching import Launch, Pointer
 from ...operands import Operands
 from . import expand_rows, narrow, refusals
+from .fp8_block_tile import LAYOUTS, MAX_GROUPS
 from .fp8_scaled import SHAPES, tiles
-from .fp8_scaled_tile import LAYOUTS, MAX_GROUPS, OUT_COLS
+from .fp8_scaled_tile import OUT_COLS
 from .fp8_scaled_tile import Tile as ScaledTile
 from .narrow_tile import CHUNK, KINDS, ROWS, extra
 from .refusals import OUT_BYTES

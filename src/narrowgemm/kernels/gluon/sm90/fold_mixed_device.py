@@ -247,7 +247,7 @@ def consumer(d_desc, out, scales, rings, d_s, bars, table, problem, flags_ptr, R
             mbarrier.arrive(empty.index(before(slot, cfg)), count=1)
             store_tile((x, y), scales, d_s, d_desc, out, problem, tile, cfg, 0, WN, mma)
         elif cfg.ZERO and cfg.LAYOUT != DENSE:
-            store_zeros(out, index_ptr, tile, tile[2], tile[0] * cfg.BN + WN * 128, M, N, G, cfg)
+            store_zeros(out, tile, tile[2], tile[0] * cfg.BN + WN * 128, N, cfg)
         cursor, tile = next_tile(cursor, tile, work, cfg, 4)
         live = is_live(tile)
     tma.store_wait(0)

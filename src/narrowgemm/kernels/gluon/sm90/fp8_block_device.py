@@ -148,7 +148,7 @@ def consumer(d_desc, out, scales, rings, d_s, bars, table, problem, cfg: gl.cons
         else:
             cursor, ahead = next_tile(cursor, tile, work, cfg, 4)
             if cfg.ZERO and cfg.LAYOUT != DENSE:
-                store_zeros(out, index_ptr, tile, tile[2] + WM * (cfg.MP * 64), tile[0] * cfg.BN + WN * cfg.NP * cfg.WN, M, N, G, cfg)
+                store_zeros(out, tile, tile[2] + WM * (cfg.MP * 64), tile[0] * cfg.BN + WN * cfg.NP * cfg.WN, N, cfg)
         tile = ahead
         bases = scale_bases(scales, tile, N, cfg, WM, WN)
         sb = load_b_scales(bases[1], scales, slot * 0, KB, cfg, True)

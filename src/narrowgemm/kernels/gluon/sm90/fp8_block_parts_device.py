@@ -187,7 +187,7 @@ def read_a_scale(sa_v, place, cfg: gl.constexpr, WM: gl.constexpr, PIECE: gl.con
 
 # ---------------------------------------------------------------- store
 @gluon.jit
-def row_masks(index_ptr, row, M, G, tile, cfg: gl.constexpr):
+def row_masks(index_ptr, row, G, tile, cfg: gl.constexpr):
     """(rows whose product is stored, rows that are written at all) of the vector `row`."""
     n, g, first, end, stop = tile
     mine = row < end
@@ -230,7 +230,7 @@ def add_output(acc, out, index_ptr, tile, row0, col0, M, N, G, cfg: gl.constexpr
     COLS: gl.constexpr = cfg.WN
     row = row0 + fresh(gl.arange(0, 64, gl.SliceLayout(1, mma)))
     col = col0 + gl.arange(0, COLS, gl.SliceLayout(0, mma))
-    mine, written = row_masks(index_ptr, row, M, G, tile, cfg)
+    mine, written = row_masks(index_ptr, row, G, tile, cfg)
     ptrs = output_pointers(out, tile, row, col, cfg)
     mask = gl.expand_dims(mine, 1) & gl.expand_dims(col < N, 0)
     return acc + gl.load(ptrs, mask=mask, other=0).to(gl.float32)
@@ -256,7 +256,7 @@ def store_masked(buf, out, index_ptr, tile, row0, col0, M, N, G, cfg: gl.constex
     lay: gl.constexpr = vector_layout(cfg.OUT_COLS, cfg.OUT_BYTES)
     row = row0 + fresh(gl.arange(0, 64, gl.SliceLayout(1, lay)))
     col = col0 + gl.arange(0, COLS, gl.SliceLayout(0, lay))
-    mine, written = row_masks(index_ptr, row, M, G, tile, cfg)
+    mine, written = row_masks(index_ptr, row, G, tile, cfg)
     v = buf.load(lay)
     if cfg.ZERO and (cfg.LAYOUT == CONTIGUOUS or cfg.LAYOUT == PSUM):
         keep, v = gl.broadcast(gl.expand_dims(mine, 1), v)
@@ -293,7 +293,7 @@ def store_part(x, buf, d_desc, out, index_ptr, tile, row0, col0, M, N, G, cfg: g
 
 
 @gluon.jit
-def store_zeros(out, index_ptr, tile, row0, col0, M, N, G, cfg: gl.constexpr):
+def store_zeros(out, tile, row0, col0, N, cfg: gl.constexpr):
     """A tile that is padding only."""
     out_ptr, og, om, pitch = out
     n, g, first, end, stop = tile

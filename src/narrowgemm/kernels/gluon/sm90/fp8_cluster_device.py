@@ -105,7 +105,6 @@ def sum_block(acc, p, sa, sb, slot, phase, kb, sa_v, bars, KB, M, sa_base, bases
 @gluon.jit
 def store_tile(acc, scales, d_s, d_desc, out, problem, own, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr, mma: gl.constexpr,
                COUNT: gl.constexpr):
-    index_ptr, M, N, KB, G, alignment = problem
     MP: gl.constexpr = cfg.MP
     NP: gl.constexpr = COUNT
     PIECES: gl.constexpr = MP * NP
@@ -190,7 +189,7 @@ def consumer(d_desc, out, scales, ring, d_s, table, problem, cfg: gl.constexpr, 
         if not has_products(tile, cfg):
             cursor, ahead = next_tile(cursor, tile, work, UNIT, 4)
             if cfg.ZERO and cfg.LAYOUT != DENSE:
-                store_zeros(out, index_ptr, own, own[2] + WM * (cfg.MP * 64), own[0] * cfg.STEP + WN * cfg.NP * cfg.WN, M, N, G, cfg)
+                store_zeros(out, own, own[2] + WM * (cfg.MP * 64), own[0] * cfg.STEP + WN * cfg.NP * cfg.WN, N, cfg)
         elif cfg.MIX:
             if own[4] == 0:
                 cursor, ahead, slot, phase = mixed_sums(zero, sa, sb, slot, phase, cursor, tile, work, sa_v, bars, sa_base, bases, scales,
@@ -218,7 +217,7 @@ def consumer(d_desc, out, scales, ring, d_s, table, problem, cfg: gl.constexpr, 
         else:
             cursor, ahead = next_tile(cursor, tile, work, UNIT, 4)
             if cfg.ZERO and cfg.LAYOUT == PSUM:
-                store_zeros(out, index_ptr, own, own[2] + WM * (cfg.MP * 64), own[0] * cfg.STEP + WN * cfg.NP * cfg.WN, M, N, G, cfg)
+                store_zeros(out, own, own[2] + WM * (cfg.MP * 64), own[0] * cfg.STEP + WN * cfg.NP * cfg.WN, N, cfg)
             for kb in range(0, KB):
                 cluster.wait(full + slot * 8, phase, 1)
                 cluster.arrive(empty + slot * 8, cfg.CLUSTER)

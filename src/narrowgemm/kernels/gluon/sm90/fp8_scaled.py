@@ -21,7 +21,8 @@ from ...launching import Launch
 from ...operands import Operands
 from ...triton import k_major
 from . import refusals
-from .fp8_scaled_tile import LAYOUTS, MAX_GROUPS, OUT_COLS, Tile
+from .fp8_block_tile import LAYOUTS, MAX_GROUPS
+from .fp8_scaled_tile import OUT_COLS, Tile
 from .refusals import OUT_BYTES
 from .tensor_maps import output, planes, row_tiles, stride
 

@@ -77,7 +77,7 @@ def held(out, index_ptr, tile, row0, col0, M, N, G, cfg: gl.constexpr, mma: gl.c
     """What 64 x 64 of the output hold, where the row is this product's."""
     row = row0 + fresh(gl.arange(0, 64, gl.SliceLayout(1, mma)))
     col = col0 + gl.arange(0, 64, gl.SliceLayout(0, mma))
-    mine, written = row_masks(index_ptr, row, M, G, tile, cfg)
+    mine, written = row_masks(index_ptr, row, G, tile, cfg)
     mask = gl.expand_dims(mine, 1) & gl.expand_dims(col < N, 0)
     return gl.load(output_pointers(out, tile, row, col, cfg), mask=mask, other=0)
 

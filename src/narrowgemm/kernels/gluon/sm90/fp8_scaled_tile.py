@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-LAYOUTS = {"dense": 0, "contiguous": 1, "offsets": 2, "psum": 3, "masked": 4}
-WARPGROUP_ROWS = 64     # rows of one wgmma
+from .fp8_block_tile import LAYOUTS, WARPGROUP_ROWS
+
 OUT_COLS = 64           # columns of one store
-MAX_GROUPS = 4096       # groups that the table in shared memory holds
 _BARRIER_BYTES = 8
 
 

@@ -22,7 +22,8 @@ from ...operands import Operands
 from ...triton import k_major
 from ...triton.k_major import Copied
 from . import fp8_scaled
-from .fp8_scaled_tile import LAYOUTS, MAX_GROUPS, OUT_COLS, Tile
+from .fp8_block_tile import LAYOUTS, MAX_GROUPS
+from .fp8_scaled_tile import OUT_COLS, Tile
 from .tensor_maps import planes, stride
 
 NAME = "gluon_sm90.fp8_wgrad"
