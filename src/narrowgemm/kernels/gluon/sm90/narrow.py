@@ -56,7 +56,7 @@ BACKEND = "gluon_sm90"
 MAX_GROUPS = 1024
 STREAM_ROWS = 4              # of an expert
 # bytes of the workspace, less, for all rows that a masked A has room for, by bytes of a number: no more was run
-MASKED_BYTES = {1: 1 << 30, 2: 1 << 32, 4: 1 << 30}
+MASKED_BYTES = {1: 1 << 30, 2: 1 << 32, 4: 1 << 32}
 PREP_K = 2048                # of K that one program of the launch in front converts
 SHARE = 2                    # programs of it to an expected row of a masked group, which may have more rows
 PREP_ROW = 8192              # at most, where it has to know a row's largest number first
