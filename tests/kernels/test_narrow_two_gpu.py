@@ -36,6 +36,12 @@ def test_gates(case: Case, kernel: str) -> None:
     build(case, "cuda", seed=5).verify_repeats(backend=kernel)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_one_sm(kernel: str) -> None:
+    """A block goes from tile to tile, each of which has powers of two of its own."""
+    build(CASES[1], "cuda", seed=6).verify(backend=kernel, max_sms=1)
+
+
 FEW = [narrow.make_config(tokens, *shape, keep=i % 2 == 0, wide=i % 3 > 0)
        for i, (tokens, shape) in enumerate((t, s) for t, shapes in narrow.SHAPES["e2m1"].items() for s in shapes)]
 MANY = [*((t, u, "") for t, u in narrow_prefill.TWO_SHAPES), (*narrow_prefill.FP8_PAIR, "ctas"), *((t, u, "bf16") for t, u in narrow_prefill.WIDE_SHAPES)]

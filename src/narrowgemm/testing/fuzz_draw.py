@@ -225,4 +225,6 @@ def neighbours(draw_: Draw, rng: random.Random, count: int) -> Iterator[Draw]:
             k = case.k if case.k % 128 or case.layout == "k_grouped" else 128 * rng.randint(1, max(1, case.k // 64))
             groups = rng.choice([g for g in GROUPS if g <= 2 * case.groups]) if case.layout != "dense" else 1
             near = replace(near, n=n, k=k, groups=groups)
-        yield replace(draw_, case=near, seed=rng.randrange(1 << 31), values=rng.choices(list(VALUES), list(VALUES.values()))[0])
+        few = rng.choice((1, 2, 7)) if rng.random() < 0.15 else draw_.max_sms       # blocks that go from tile to tile
+        yield replace(draw_, case=near, seed=rng.randrange(1 << 31), values=rng.choices(list(VALUES), list(VALUES.values()))[0],
+                      max_sms=few)
