@@ -54,9 +54,9 @@ def with_triton(which: str) -> dict[str, str]:
 
 
 def compile_jobs(target: str, jobs: str, *args: str, triton: str = "oldest", sass: bool = False) -> list[dict]:
-    """One report a compiled kernel: job, kernel, shared (bytes), spills (bytes), registers, ops (mnemonic: count); with `sass`, which takes
-    as long as compiling, `unwritten`, too: reads of registers that nothing has written, and `order`: of loads, barriers, exits and
-    what the special function unit computes, as they stand."""
+    """One report a compiled kernel: job, kernel, shared (bytes), spills (bytes), registers, serialized (wgmma is), starved (for too few
+    registers), ops (mnemonic: count); with `sass`, which takes as long as compiling, `unwritten`, too: reads of registers that nothing has
+    written, and `order`: of loads, barriers, exits and what the special function unit computes, as they stand."""
     env = {"NARROWGEMM_ARCH": target, "NARROWGEMM_TEST_SASS": str(int(sass))}
     with tempfile.TemporaryDirectory() as folder:
         status = server(triton).run({"env": env, "folder": folder, "arguments": (target, jobs, *args)})
@@ -175,7 +175,7 @@ def nvidia_report(kernel, target: str, log: str) -> dict:
     spill = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = re.search(r"Used (\d+) registers", log)
     return {"spills": int(spill[1]) + int(spill[2]) if spill else -1, "registers": int(registers[1]) if registers else -1,
-            "serialized": "C7514" in log, "ops": {op: ptx.count(op) for op in NVIDIA_OPS}, **machine_code}
+            "serialized": "C7514" in log, "starved": "C7511" in log, "ops": {op: ptx.count(op) for op in NVIDIA_OPS}, **machine_code}
 
 
 def amd_report(kernel) -> dict:

@@ -124,7 +124,9 @@ def test_rows_with_one_scale_go_with_weights_packed_for_fp8() -> None:
     assert narrow_prefill.supports(p, ARCH) is None and "BF16" in (narrow.supports(p, ARCH) or "")
     assert "FP8 1x128" in (narrow_prefill.supports(replace(p, b=replace(p.b, prepack=PREPACK)), ARCH) or "")
     found = narrow_prefill.configs(p, ARCH)
-    assert found == narrow_prefill.configs(for_fp8(), ARCH)
+    others = [c for c in narrow_prefill.configs(for_fp8(), ARCH) if c not in found]
+    assert {(c.block_m, c.block_n // 64) for c in others} == {x for x, (_, _, piece) in narrow_prefill.FP8_COLUMNS.items() if piece}
+    assert all("scales of 128" in (narrow_prefill.legal(p, c, ARCH) or "") for c in others)
     for c in found:
         tile, other = (narrow_prefill.tile_of(x, c, False, False) for x in (p, for_fp8()))
         assert tile.ROW and tile.XFACTOR and not tile.SCALES and not other.ROW and other.SCALES
@@ -135,18 +137,45 @@ def test_rows_with_one_scale_go_with_weights_packed_for_fp8() -> None:
 
 
 def test_widths_of_any_sixteens_are_for_fp8_tokens() -> None:
-    """One unit a consumer, two or three consumers of as many warps; nothing else has these tiles, nor other numbers of warps."""
+    """Two or three consumers of one or two units each; nothing else has these tiles, nor other numbers of warps."""
     for p in (for_fp8(), replace(for_fp8(), a=Operand(FP8_ROW, scale_dtype="fp32"))):
         found = [c for c in narrow_prefill.configs(p, ARCH) if (c.block_m, c.block_n // 64) in narrow_prefill.FP8_COLUMNS]
-        assert len(found) == len(narrow_prefill.FP8_COLUMNS)
+        assert len(found) == sum(piece == 0 or p.a.format == FP8_1x128 for _, _, piece in narrow_prefill.FP8_COLUMNS.values())
         for c in found:
             tile = narrow_prefill.tile_of(p, c)
-            assert tile.COLUMNS and (1, tile.CONSUMERS, c.block_n) == (tile.MP, tile.UNITS, tile.BN) and c.num_warps == 4 * tile.CONSUMERS + 1
-            assert tile.UNITS % tile.BOX_UNITS == 0 and tile.BOX_UNITS in (1, 2)
+            assert tile.COLUMNS and (tile.MP * tile.CONSUMERS, c.block_n) == (tile.UNITS, tile.BN) and c.num_warps == 4 * tile.CONSUMERS + 1
+            assert tile.UNITS % tile.BOX_UNITS == 0 and tile.BOX_UNITS in (1, 2, 4) and (tile.MP == 1 or tile.PIECE > 0)
             assert f"{c.num_warps} warps" in (narrow_prefill.legal(p, replace(c, num_warps=c.num_warps + 4), ARCH) or "")
             # the tokens' ring is the largest allocation: device code takes its address from the start of shared memory
-            assert max(tile.STAGES * tile.UNITS * 4096, tile.STAGES * tile.BT * 128) < tile.X_BOXES * 2048
+            assert max(tile.STAGES * tile.UNITS * 4096, tile.STAGES * tile.XT * 128) < tile.X_BOXES * 2048
+            assert tile.BT <= tile.XT and tile.XT % 32 == 0, "a slot's tokens come in boxes of 32"
             assert "tile" in (narrow_prefill.legal(replace(p, a=Operand(BF16)), c, ARCH) or "")
+
+
+@pytest.mark.parametrize("piece", [0, 48, 64])
+def test_products_in_turn(piece: int) -> None:
+    """They cover a tile's columns, none is wider than a piece, and each sum is found once, where its product left it."""
+    from narrowgemm.kernels.gluon.sm90 import narrow_columns_device as device
+
+    def value(x: object) -> object:
+        return getattr(x, "value", x)
+
+    for widths in COLUMNS.values():
+        for p in widths:
+            at = [int(value(x)) for x in value(device.cuts(p, piece))]
+            wide = [b - a for a, b in zip(at, at[1:], strict=False)]
+            assert at[0] == 0 and at[-1] == p // 16 and all(0 < 16 * w <= (piece or p) for w in wide) and max(wide) == value(device.widest(p, piece))
+            left = [(u, i) for a, b in zip(at, at[1:], strict=False) for u in range(2) for i in range(a, b)]
+            assert [left[value(device.place(p, piece, 2, u, i))] for u in range(2) for i in range(p // 16)] == sorted(left)
+
+
+def test_tiles_of_products_in_turn_are_chosen() -> None:
+    """Three units where one tile holds an expert's tokens, four where it takes two, one product where there are few."""
+    def shape(tokens: int) -> tuple[int, int]:
+        c = dispatch.select(for_fp8(m=8 * tokens, n=4096, k=7168, groups=256), ARCH).config
+        return c.block_m, c.block_n // 64
+
+    assert [shape(t) for t in (2048, 4096, 8192)] == [(96, 3), (160, 3), (144, 4)]
 
 
 def test_explain_and_tables_know_the_order() -> None:
@@ -179,7 +208,7 @@ def test_a_product_that_starts_ahead_is_predicted_to() -> None:
 
 def test_widths_are_pieces_that_tma_brings() -> None:
     for most, widths in COLUMNS.items():
-        assert all(w % 16 == 0 for w in widths) and sorted(set(widths)) == list(widths) and widths[-1] == most and most % 32 == 0
+        assert all(w % 16 == 0 for w in widths) and sorted(set(widths)) == list(widths) and widths[-1] == most
         assert [narrow_fp8_model.width(r, most) for r in range(1, most + 1)] == [min(w for w in widths if w >= r) for r in range(1, most + 1)]
     for most, pairs in FP8_WIDTHS.items():
         sums = [p + q for p, q in pairs]

@@ -153,7 +153,7 @@ def test_narrow_rows_are_exact(device: str, fmt, xkind: int) -> None:
 
 @pytest.mark.parametrize("scale_type", ["fp32", "e8m0"])
 def test_fp8_rows_for_weights_packed_for_them(device: str, scale_type: str) -> None:
-    """Words of four of the four blocks of 32 in turn; scales as they are, of a position and of those 1, 8 and 9 further on."""
+    """Words of four of the four blocks of 32 in turn; scales as they are, of positions 1, 0, 9 and 8 further on."""
     g = torch.Generator().manual_seed(6)
     x = torch.randint(0, 120, (11, K), generator=g, dtype=torch.uint8)
     codes = torch.tensor([[0, 1], [127, 130], [255, 3], [254, 9], [100, 90], *([i, 9 * i] for i in range(6))]).byte()
@@ -166,7 +166,7 @@ def test_fp8_rows_for_weights_packed_for_them(device: str, scale_type: str) -> N
     assert torch.equal(got["x"].cpu().view(torch.uint8), want)
     value = scale if scale_type == "fp32" else e8m0_to_float(scale)
     expected = torch.full((11, 2, 4), 7.0)
-    for j, on in enumerate((0, 1, 8, 9)):
+    for j, on in enumerate((1, 0, 9, 8)):
         expected[:11 - on, :, j] = value[on:].nan_to_num(7.0)
     assert torch.equal(got["ratios"].cpu().nan_to_num(7.0), expected)
 
@@ -229,8 +229,8 @@ def test_bf16_as_two_numbers_in_units_of_128(device: str) -> None:
     got = run(device, "dense", TWO_ORDER, x.to(device), None, torch.zeros(1, dtype=torch.int32, device=device), None, None, 1, 7, 7)
     first, second = got["x"].cpu().float().view(7, -1, 2, 128).unbind(2)
     units = got["ratios"].cpu()
-    assert torch.equal(units[:-1, :, 1], units[1:, :, 0])       # beside each position's own, those further on
-    check_two(first, second, units[..., 0], x)
+    assert torch.equal(units[:-1, :, 0], units[1:, :, 1])       # beside each position's own, those further on
+    check_two(first, second, units[..., 1], x)
 
 
 def test_bf16_for_weights_packed_for_fp8(device: str) -> None:

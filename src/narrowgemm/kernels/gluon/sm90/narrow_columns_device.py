@@ -1,8 +1,11 @@
 """FP8 tokens by MXFP4 weights, as `narrow_fp8_device` has them, on any multiple of 16 columns.
 
 A tensor of Gluon has a power of two of columns, a wgmma any multiple of 8. So a unit's sums are a tuple of [64, 16], and the wgmma is PTX
-over the registers of all of them: one of 80 columns takes five eighths of the time of one of 128. Consumers multiply in turn: the
-next one starts when all but the last wgmma of this one are done, and meanwhile this one adds up and expands its next weights.
+over the registers of all of them: one of 80 columns takes five eighths of the time of one of 128.
+
+One product a K block: consumers multiply in turn. The next one starts when all but the last wgmma of this one are done, and meanwhile
+this one adds up and expands its next weights. Several (PIECE): of so many columns at most, one after the other, so that only one's
+sums take registers beside those of the tile, and consumers in no order. Two units a consumer then share what is read of the tokens' scales.
 """
 
 from triton.experimental import gluon
@@ -20,7 +23,7 @@ from .narrow_prefill_parts_device import ROWS_OF_BYTES
 from .shim import view_as, view_cube
 
 WORDS = gl.constexpr(words_layout(4))
-PIECE = gl.constexpr(sums8_layout(16))
+SIXTEEN = gl.constexpr(sums8_layout(16))
 SWIZZLED = gl.constexpr(0x4000004000010000)     # wgmma's descriptor of rows of 128 bytes, swizzled by as many, without its address
 TURNS = 8                                       # the first of the hardware's barriers for turns: Triton takes them from 0 on
 FIRST_TURN = gl.constexpr(f"bar.arrive {TURNS}, 256; mov.b32 $0, 0;")
@@ -29,40 +32,48 @@ LAST_TURN = gl.constexpr(f"bar.sync {TURNS}, 256; mov.b32 $0, 0;")
 
 # ---------------------------------------------------------------- wgmma
 @constexpr_function
-def product_code(P, BLOCKS, WG):
+def product_code(P, BLOCKS, WG, PIECE, FROM):
     """PTX. Operands: sums, the same as they come in; of each block the lower halves, words 0 to 3 of row g, then of row g + 8, the upper
-    halves, and the descriptor of its tokens."""
-    d = P // 2
+    halves, and the descriptor of its tokens, whose columns from FROM on are multiplied; a number that isn't negative.
+
+    PIECE: that what comes in isn't added is decided by that number. ptxas would otherwise give each product sums of its own, of which there
+    are too many, and so have each wgmma wait for the one before."""
+    d, blocks = P // 2, 24 * BLOCKS
     sums = "{" + ", ".join(f"${i}" for i in range(d)) + "}"
+    turn = "" if PIECE else f"bar.sync {TURNS + WG}, 256;"
     text = f"""{{
 .reg .pred add;
 .reg .b64 at;
-bar.sync {TURNS + WG}, 256;
+{turn}
 wgmma.fence.sync.aligned;"""
     for i in range(4 * BLOCKS):
         lo, q = 2 * d + 24 * (i // 4), i % 4
         hi, desc = lo + 8, lo + 16
-        commit = "wgmma.commit_group.sync.aligned;" if i == 4 * BLOCKS - 1 else ""
+        commit = "wgmma.commit_group.sync.aligned;" if i == 4 * BLOCKS - 1 and not PIECE else ""
+        add = f"setp.lt.s32 add, ${2 * d + blocks}, 0;" if PIECE and i == 0 else f"setp.ne.b32 add, {int(i > 0)}, 0;"
         text += f"""
 {commit}
-add.s64 at, ${desc}, {2 * q};
-setp.ne.b32 add, {int(i > 0)}, 0;
+add.s64 at, ${desc}, {2 * q + 8 * FROM};
+{add}
 wgmma.mma_async.sync.aligned.m64n{P}k32.f32.e4m3.e4m3 {sums}, {{${lo + q}, ${lo + 4 + q}, ${hi + q}, ${hi + 4 + q}}}, at, add, 1, 1;"""
     return text + "\nwgmma.commit_group.sync.aligned;\n}"
 
 
 @constexpr_function
-def settle_code(WG, CONSUMERS):
+def settle_code(WG, CONSUMERS, PIECE):
+    if PIECE:
+        return "wgmma.wait_group.sync.aligned 0;"
     return f"""wgmma.wait_group.sync.aligned 1;
 bar.arrive {TURNS + (WG + 1) % CONSUMERS}, 256;
 wgmma.wait_group.sync.aligned 0;"""
 
 
 @constexpr_function
-def tied(P, BLOCKS=0):
-    """Constraints of P / 2 registers that come in and go out, and of the other operands of a product."""
+def tied(P, BLOCKS=0, SCALES=0):
+    """Constraints of P / 2 registers that come in and go out, of the other operands of a product, and of scales."""
     d = P // 2
-    return ",".join(["=f"] * d + [str(i) for i in range(d)] + (["r"] * 16 + ["l"] * 8) * BLOCKS)
+    product = (["r"] * 16 + ["l"] * 8) * BLOCKS + ["r"] * 8 if BLOCKS else []
+    return ",".join(["=f"] * d + [str(i) for i in range(d)] + product + ["f"] * SCALES)
 
 
 @constexpr_function
@@ -71,28 +82,30 @@ def floats(P):
 
 
 @gluon.jit
-def product(parts, operands, P: gl.constexpr, BLOCKS: gl.constexpr, WG: gl.constexpr):
-    """When it is this consumer's turn, start parts = a . tokens^T over BLOCKS blocks of 128 of K."""
-    return gl.inline_asm_elementwise(product_code(P, BLOCKS, WG), tied(P, BLOCKS), parts + operands, dtype=floats(P), is_pure=False, pack=8)
+def product(parts, operands, slot, P: gl.constexpr, BLOCKS: gl.constexpr, cfg: gl.constexpr, WG: gl.constexpr, FROM: gl.constexpr):
+    """When it is this consumer's turn, if it has one, start parts = a . tokens^T over BLOCKS blocks of 128 of K and P columns."""
+    return gl.inline_asm_elementwise(product_code(P, BLOCKS, WG, cfg.PIECE, FROM), tied(P, BLOCKS), parts + operands + (slot, ),
+                                     dtype=floats(P), is_pure=False, pack=8)
 
 
 @gluon.jit
-def settle(parts, P: gl.constexpr, cfg: gl.constexpr, WG: gl.constexpr):
-    """Wait for the product; give the turn away shortly before."""
-    return gl.inline_asm_elementwise(settle_code(WG, cfg.CONSUMERS), tied(P), parts, dtype=floats(P), is_pure=False, pack=8)
+def settle(parts, scales, P: gl.constexpr, cfg: gl.constexpr, WG: gl.constexpr):
+    """Wait for the product; give the turn away shortly before. The scales are there by then: they aren't asked for behind the wait."""
+    return gl.inline_asm_elementwise(settle_code(WG, cfg.CONSUMERS, cfg.PIECE), tied(P, 0, 8 * len(scales)), parts + scales,
+                                     dtype=floats(P), is_pure=False, pack=8)
 
 
 @gluon.jit
 def first_turn(cfg: gl.constexpr, WG: gl.constexpr):
     """The last consumer gives the first one its first turn."""
-    if WG == cfg.CONSUMERS - 1:
+    if WG == cfg.CONSUMERS - 1 and cfg.PIECE == 0:
         gl.inline_asm_elementwise(FIRST_TURN, "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1)
 
 
 @gluon.jit
-def last_turn(WG: gl.constexpr):
+def last_turn(cfg: gl.constexpr, WG: gl.constexpr):
     """The first consumer takes the turn that is left, so that a block ends with no barrier half arrived at."""
-    if WG == 0:
+    if WG == 0 and cfg.PIECE == 0:
         gl.inline_asm_elementwise(LAST_TURN, "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1)
 
 
@@ -101,7 +114,7 @@ def last_turn(WG: gl.constexpr):
 def of_words(x):
     """Words [64, 4 blocks, 4], a thread's registers as they are, as a [64, 16] beside sums: word w of row g is w, of row g + 8 is 4 + w."""
     x = gl.permute(gl.reshape(x, [4, 2, 8, 4, 2, 2]), (0, 4, 2, 1, 3, 5))
-    return gl.convert_layout(gl.reshape(x, [64, 16]), PIECE, assert_trivial=True)
+    return gl.convert_layout(gl.reshape(x, [64, 16]), SIXTEEN, assert_trivial=True)
 
 
 @gluon.jit
@@ -122,63 +135,125 @@ def expanded(w_s, s_s, unit, kb, tops, tables, cfg: gl.constexpr):
 @gluon.jit
 def tokens_at(slot, cfg: gl.constexpr):
     """The descriptor of a slot's tokens: their ring is the largest allocation, which is at the start of shared memory."""
-    return ((cluster.start_of_shared() + slot * (cfg.BT * 128)) >> 4).to(gl.int64) | SWIZZLED
+    return ((cluster.start_of_shared() + slot * (cfg.XT * 128)) >> 4).to(gl.int64) | SWIZZLED
 
 
 @gluon.jit
-def scales_of_slot(ring, slot, P: gl.constexpr, cfg: gl.constexpr):
-    """P / 16 tensors [1, 16]."""
-    BOXES: gl.constexpr = cfg.BT // 16
-    out = ()
-    for i in gl.static_range(P // 16):
-        f = view_cube(ring, gl.float32, cfg.STAGES * BOXES, 1, 8, 8, CUBE).index(slot * BOXES + i)
-        s = f.slice(0, 4, 1).slice(0, 4, 2).load(sixteens_layout(16))
-        s = gl.reshape(gl.permute(gl.reshape(s, [1, 4, 2, 2]), (0, 2, 1, 3)), [16])
-        out = out + (gl.expand_dims(gl.convert_layout(s, gl.SliceLayout(0, PIECE), assert_trivial=True), 0), )
-    return out
+def scale_of_slot(ring, slot, i: gl.constexpr, cfg: gl.constexpr):
+    """[1, 16]: of a slot's tokens from 16 i on."""
+    f = view_cube(ring, gl.float32, cfg.STAGES * (cfg.XT // 16), 1, 8, 8, CUBE).index(slot * (cfg.XT // 16) + i)
+    s = f.slice(0, 4, 1).slice(0, 4, 2).load(sixteens_layout(16))
+    one, own = gl.split(gl.reshape(s, [1, 4, 2, 2]))
+    s = gl.reshape(gl.permute(gl.join(own, one), (0, 2, 1, 3)), [16])
+    return gl.expand_dims(gl.convert_layout(s, gl.SliceLayout(0, SIXTEEN), assert_trivial=True), 0)
 
 
 # ---------------------------------------------------------------- K
+@constexpr_function
+def cuts(P, PIECE):
+    """Where the products of P columns begin, in 16 columns, and where the last one ends."""
+    count = -(-P // PIECE) if PIECE else 1
+    return [-(-P // 16 * j // count) for j in range(count + 1)]
+
+
+@constexpr_function
+def widest(P, PIECE):
+    """Columns of the widest product, in 16."""
+    count = -(-P // PIECE) if PIECE else 1
+    return -(-P // 16 // count)
+
+
+@constexpr_function
+def place(P, PIECE, MP, unit, i):
+    """Of the sums of a unit's columns 16 i among those of all products, one after the other, of all units each."""
+    count = -(-P // PIECE) if PIECE else 1
+    at = [-(-P // 16 * j // count) for j in range(count + 1)]
+    j = max(k for k in range(count) if at[k] <= i)
+    return at[j] * MP + unit * (at[j + 1] - at[j]) + i - at[j]
+
+
+@gluon.jit
+def several(x, FROM: gl.constexpr, TO: gl.constexpr):
+    some = ()
+    for i in gl.static_range(FROM, TO):
+        some = some + (x[i], )
+    return some
+
+
+@gluon.jit
+def some_columns(sums, parts, operands, at, f_s, empty, cfg: gl.constexpr, WG: gl.constexpr, COUNT: gl.constexpr, FROM: gl.constexpr,
+                 TO: gl.constexpr, ALL: gl.constexpr):
+    """(sums with the products of columns FROM to TO of ALL, in 16, unit by unit, parts)."""
+    MP: gl.constexpr = cfg.MP
+    P: gl.constexpr = (TO - FROM) * 16
+    new = ()
+    scales = ()
+    for u in gl.static_range(MP):
+        some = product(several(parts, 0, TO - FROM), operands[u], at[0], P, COUNT, cfg, WG, FROM * 16)
+        if u == 0 and not cfg.ROW:
+            for i in gl.static_range(TO - FROM):
+                s, p = gl.broadcast(scale_of_slot(f_s, at[0], FROM + i, cfg), some[i])
+                scales = scales + (s, )
+        some = settle(some, scales, P, cfg, WG)
+        if TO == ALL and u == MP - 1:
+            for c in gl.static_range(COUNT):
+                mbarrier.arrive(empty.index(at[c]), count=1)
+        for i in gl.static_range(TO - FROM):
+            if cfg.ROW:
+                new = new + (sums[u * ALL + FROM + i] + some[i], )
+            else:
+                new = new + (gl.fma(some[i], scales[i], sums[u * ALL + FROM + i]), )
+        parts = some + several(parts, TO - FROM, len(parts))
+    return new, parts
+
+
 @gluon.jit
 def blocks16(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg: gl.constexpr, WG: gl.constexpr, P: gl.constexpr,
              COUNT: gl.constexpr):
-    """COUNT K blocks from kb, one product: the tensor cores add them up. More than one are for tokens with one scale a row."""
+    """COUNT K blocks from kb, a product of each unit and piece: the tensor cores add them up. More than one are for tokens with one scale
+    a row."""
     x_s, x1_s, w_s, s_s, f_s, f1_s = rings
     full, empty = bars
     w_full, x_full = full
+    MP: gl.constexpr = cfg.MP
     operands = ()
+    for u in gl.static_range(MP):
+        operands = operands + ((), )
     at = ()
     for c in gl.static_range(COUNT):
         mbarrier.wait(w_full.index(slot), phase)
-        operands = operands + expanded(w_s, s_s, slot * cfg.UNITS + WG, kb + c, tops, tables, cfg) + (tokens_at(slot, cfg), )
+        more = ()
+        for u in gl.static_range(MP):
+            a = expanded(w_s, s_s, slot * cfg.UNITS + (WG * MP + u), kb + c, tops[u], tables, cfg)
+            more = more + (operands[u] + a + (tokens_at(slot, cfg), ), )
+        operands = more
         mbarrier.wait(x_full.index(slot), phase)
         at = at + (slot, )
         slot, phase = advance(slot, phase, cfg.STAGES)
-    parts = product(parts, operands, P, COUNT, WG)
-    if not cfg.ROW:
-        scales = scales_of_slot(f_s, at[0], P, cfg)
-    parts = settle(parts, P, cfg, WG)
-    for c in gl.static_range(COUNT):
-        mbarrier.arrive(empty.index(at[c]), count=1)
+    found = ()
+    for j in gl.static_range(len(cuts(P, cfg.PIECE)) - 1):
+        more, parts = some_columns(sums, parts, operands, at, f_s, empty, cfg, WG, COUNT, cuts(P, cfg.PIECE)[j], cuts(P, cfg.PIECE)[j + 1],
+                                   P // 16)
+        found = found + more
     new = ()
-    for i in gl.static_range(P // 16):
-        if cfg.ROW:
-            new = new + (sums[i] + parts[i], )
-        else:
-            s, p = gl.broadcast(scales[i], parts[i])
-            new = new + (gl.fma(p, s, sums[i]), )
+    for u in gl.static_range(MP):
+        for i in gl.static_range(P // 16):
+            new = new + (found[place(P, cfg.PIECE, MP, u, i)], )
     return new, parts, slot, phase
 
 
 @gluon.jit
 def products16(slot, phase, KC, top_ptr, unit, rows, rings, bars, cfg: gl.constexpr, WG: gl.constexpr, P: gl.constexpr):
-    """All of K of one unit's tile: (P / 16 sums [64, 16], slot, phase). Arguments as those of `narrow_fp8_device.products8`."""
+    """All of K of one consumer's units: (P / 16 sums [64, 16] of each, slot, phase). Arguments as those of `narrow_fp8_device.products8`."""
+    MP: gl.constexpr = cfg.MP
     tables = lane_table()
-    tops = row_tops(top_ptr, unit.to(gl.int64) * 64, rows)
+    tops = ()
     sums = ()
-    for i in gl.static_range(P // 16):
-        sums = sums + (gl.zeros([64, 16], gl.float32, PIECE), )
-    parts = sums
+    for u in gl.static_range(MP):
+        tops = tops + (row_tops(top_ptr, (unit + u).to(gl.int64) * 64, rows - u * 64), )
+    for i in gl.static_range(MP * (P // 16)):
+        sums = sums + (gl.zeros([64, 16], gl.float32, SIXTEEN), )
+    parts = several(sums, 0, widest(P, cfg.PIECE))
     for kb in range(0, KC - cfg.REST, cfg.UNROLL):
         slot = fresh(slot)      # where it comes round once a trip, every slot's addresses would be kept in registers
         sums, parts, slot, phase = blocks16(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg, WG, P, cfg.UNROLL)

@@ -66,11 +66,12 @@ def scales_of(ring, slot, cfg: gl.constexpr, T: gl.constexpr, P: gl.constexpr):
     """[1, P] of a slot's tokens."""
     if P == 8:
         f = view_as(ring, gl.float32, cfg.STAGES * (T // P), P, 4, ROWS_OF_BYTES).index(slot * (T // P))
-        return f.slice(0, 1, 1).permute((1, 0)).load(sums8_layout(P))
+        return f.slice(1, 1, 1).permute((1, 0)).load(sums8_layout(P))
     else:
         f = view_cube(ring, gl.float32, cfg.STAGES * (T // P), P // 16, 8, 8, CUBE).index(slot * (T // P))
         s = f.slice(0, 4, 1).slice(0, 4, 2).load(sixteens_layout(P))        # sixteen, first column, further on
-        s = gl.reshape(gl.permute(gl.reshape(s, [P // 16, 4, 2, 2]), (0, 2, 1, 3)), [P])
+        one, own = gl.split(gl.reshape(s, [P // 16, 4, 2, 2]))
+        s = gl.reshape(gl.permute(gl.join(own, one), (0, 2, 1, 3)), [P])
         return gl.expand_dims(gl.convert_layout(s, gl.SliceLayout(0, sums8_layout(P)), assert_trivial=True), 0)
 
 

@@ -21,12 +21,12 @@ MAX_GROUPS = 256            # whose entries a warp finds by itself
 ALONE = 0.71                # of the clocks of a K block, where hardly any other SM is at work
 LAST_WAVE = 0.35            # power of the share of blocks that are at work in the mean, by which bytes take longer
 TILE_CLOCKS = 200.0         # of a tile, beyond its K blocks
-# of one K block of 64 weight rows on one SM: expansion, and for each column, by most tokens and units of a consumer
+# of one K block of 64 weight rows on one SM: expansion, and for each column, by most tokens and half the units
 BLOCK_CLOCKS = {(32, 1): (170.0, 2.9), (32, 2): (170.0, 2.9), (64, 1): (205.0, 3.5), (64, 2): (170.0, 2.9), (128, 1): (200.0, 3.0),
-                (96, 1): (243.0, 2.45), (160, 1): (250.0, 2.72)}
+                (96, 1.5): (243.0, 2.45), (160, 1): (250.0, 2.72), (160, 1.5): (300.0, 1.84), (144, 2): (345.0, 1.72)}
 # the same of tokens with one scale
 ROW_CLOCKS = {(32, 1): (160.0, 2.6), (32, 2): (160.0, 2.6), (64, 1): (195.0, 3.0), (64, 2): (165.0, 2.6), (128, 1): (200.0, 2.5),
-              (96, 1): (225.0, 2.3), (160, 1): (204.0, 2.2)}
+              (96, 1.5): (225.0, 2.3), (160, 1): (204.0, 2.2)}
 # the same of BF16 tokens, two numbers each, as a factor: fitted to 40 products
 TWO_CLOCKS = {(32, 1): 1.10, (32, 2): 1.22, (64, 1): 1.20, (64, 2): 1.27}
 EFFICIENCY = 0.97           # of the streaming rate
@@ -56,7 +56,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     spread = rows**0.5 if problem.layout != "dense" else 0.0
     sizes = [max(1.0, rows + spread * z) for z in (_SPREAD if spread else (0.0, ))]
     chunks, units, ctas = chunks_of(problem), config.block_n // ROWS, extra(config, "ctas", 1)
-    shape, two = (config.block_m, units // 2), in_two(problem)
+    shape, two = (config.block_m, units / 2), in_two(problem)
     expand, column = (x * (TWO_CLOCKS[shape] if two else 1.0) for x in (ROW_CLOCKS if by_row(problem) else BLOCK_CLOCKS)[shape])
     bytes_ = 2.0 if two else 1.0
     clocks = entries = 0.0

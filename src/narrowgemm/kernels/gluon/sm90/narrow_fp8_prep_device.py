@@ -28,7 +28,7 @@ def store_scales(scale_ptr, scale, at, i, KX):
     what a thread of wgmma wants of 16 positions. They are another group's, or nobody's, where the group ends."""
     for j in tl.static_range(4):
         back = at - (j // 2 * 8 + j % 2)
-        tl.store(scale_ptr + back * (KX // 32) + (4 * i + j), scale, mask=(i < KX // 128) & (back >= 0))
+        tl.store(scale_ptr + back * (KX // 32) + (4 * i + (j ^ 1)), scale, mask=(i < KX // 128) & (back >= 0))
 
 
 @triton.jit

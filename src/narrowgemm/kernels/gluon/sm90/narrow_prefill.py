@@ -75,8 +75,8 @@ SHAPES = {(32, 1): (12, 8), (64, 1): (7, 5), (64, 2): (5, 3), (128, 1): (4, 3), 
 
 # the same of FP8 tokens and weights packed for them: ring slots
 FP8_SHAPES = {(32, 2): 9, (64, 1): 10, (64, 2): 7, (128, 1): 6}
-# the same by most tokens and consumers, a unit each: widths of COLUMNS
-FP8_COLUMNS = {(96, 3): 7, (160, 2): 6}
+# the same by most tokens and units, in widths of COLUMNS: consumers, ring slots, columns of a product where they are several
+FP8_COLUMNS = {(96, 3): (3, 7, 0), (160, 2): (2, 6, 0), (160, 3): (3, 5, 64), (144, 4): (2, 4, 48)}
 FP8_PAIR = (32, 1)      # two blocks an SM
 FP8_PAIR_STAGES = 7
 # of BF16 ones
@@ -110,13 +110,25 @@ def in_columns(problem: Problem, config: Config) -> bool:
     return by_fp8(problem, config) and not in_two(problem) and (config.block_m, config.block_n // ROWS) in FP8_COLUMNS
 
 
+def piece_of(config: Config) -> int:
+    """Columns of a product, where a tile of FP8_COLUMNS has several a K block."""
+    return FP8_COLUMNS[config.block_m, config.block_n // ROWS][2]
+
+
+def offered(problem: Problem, tokens: int, units: int, piece: int) -> bool:
+    """Several products a K block are faster where tokens have scales, on three units only if one tile holds an expert's."""
+    if in_two(problem) or (piece and by_row(problem)):
+        return False
+    return not piece or units > 3 or rows_expected(problem) <= tokens
+
+
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     if packed_for_fp8(problem):
         shapes, stages = (TWO_SHAPES, TWO_PAIR_STAGES) if in_two(problem) else (FP8_SHAPES, FP8_PAIR_STAGES)
         pair = replace(_config(*FP8_PAIR, stages), extra=(("ctas", 2), ))
         wide = [replace(_config(*x, SHAPES[x][0]), extra=(("bf16", 1), )) for x in WIDE_SHAPES]
-        turns = [_config(t, 1, s, w) for (t, w), s in FP8_COLUMNS.items() if not in_two(problem)]
-        every = (*(_config(t, u, s) for (t, u), s in shapes.items()), *turns, pair, *wide)
+        columns = [_config(t, u // w, s, w) for (t, u), (w, s, p) in FP8_COLUMNS.items() if offered(problem, t, u, p)]
+        every = (*(_config(t, u, s) for (t, u), s in shapes.items()), *columns, pair, *wide)
         return [c for c in every if legal(problem, c, arch) is None]
     e4m3 = problem.b.format.element == "e4m3"
     packed = [_config(t, u, stages[e4m3]) for (t, u), stages in SHAPES.items() if t > FEWEST[problem.b.format.element]]
@@ -125,20 +137,22 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
 
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     """Why `config` can't run the problem, or None."""
-    fp8, turns = by_fp8(problem, config), in_columns(problem, config)
+    fp8, columns = by_fp8(problem, config), in_columns(problem, config)
     units = config.block_n // (2 * ROWS)
     shapes = list(WIDE_SHAPES if packed_for_fp8(problem) else SHAPES)
     if fp8:
         shapes = [FP8_PAIR, *(TWO_SHAPES if in_two(problem) else FP8_SHAPES)]
     shape = (config.block_m, units)
-    if (not turns and (shape not in shapes or config.block_n % (2 * ROWS))) or config.block_k != CHUNK:
+    if (not columns and (shape not in shapes or config.block_n % (2 * ROWS))) or config.block_k != CHUNK:
         shapes += [*FP8_COLUMNS] if fp8 and not in_two(problem) else []
         return f"tile {config.block_m}x{config.block_n}x{config.block_k}, expected tokens and units of {shapes}, and {CHUNK}"
+    if columns and piece_of(config) and by_row(problem):
+        return f"tile {config.block_m}x{config.block_n} is for tokens with scales of 128 of K, not {problem.a.format.name}"
     if extra(config, "bf16") and not in_two(problem):
         return f"bf16=1 is for BF16 tokens and weights in the order {FP8_PREPACK}, not {problem.a.format.name}, {problem.b.prepack}"
     if promotes(problem) and not fp8 and shape not in PROMOTED[problem.b.format.element]:
         return f"tokens and units {shape} have not run right with FP32 scales of A, expected {PROMOTED[problem.b.format.element]}"
-    warps = 4 * (config.block_n // ROWS) + 1 if turns else 9
+    warps = 4 * FP8_COLUMNS[config.block_m, config.block_n // ROWS][0] + 1 if columns else 9
     if config.num_warps != warps or not config.swap_ab or not config.persistent or config.split_k != 1:
         return f"expected {warps} warps, swap_ab and persistent, without split_k"
     if extra(config, "unroll", 2) not in (2, 4):
@@ -161,8 +175,8 @@ def k_blocks(problem: Problem) -> int:
 def tile_of(problem: Problem, config: Config, slots: bool = True, factor: bool = False) -> Tile:
     """The compile-time constants of a config. `slots`: positions are mapped to slots; `factor`: weight rows have factors."""
     e = problem.epilogue
-    turns, row = in_columns(problem, config), by_row(problem)
-    unroll = 1 if turns and not row else extra(config, "unroll", 2)
+    columns, row = in_columns(problem, config), by_row(problem)
+    unroll = 1 if columns and not row else extra(config, "unroll", 2)
     args = (*e.activation_args, 0.0, 0.0)
     pair, fp8 = problem.b.prepack.partition(":")[2], by_fp8(problem, config)
     fp32, ahead = e.combine or problem.out_dtype == "fp32", starts_ahead(problem, config)
@@ -171,7 +185,8 @@ def tile_of(problem: Problem, config: Config, slots: bool = True, factor: bool =
                 ACT_IDS[e.activation], args[0], args[1], e.bias, e.routing_weight, promotes(problem) and not fp8,
                 doubles(problem), fp8, packed_for_fp8(problem) and not fp8, fp8 and in_two(problem),
                 ITEMSIZE["fp32" if fp32 else problem.out_dtype],
-                ROW=row, CONSUMERS=consumers(config), COLUMNS=turns, AHEAD=ahead, LAYOUT=LAYOUTS[problem.layout] if ahead else 0,
+                ROW=row, CONSUMERS=consumers(config), COLUMNS=columns, PIECE=piece_of(config) if columns else 0, AHEAD=ahead,
+                LAYOUT=LAYOUTS[problem.layout] if ahead else 0,
                 GROUPS=max(32, power_of_two(problem.groups)) if ahead else 32,
                 **({"CTAS": 2, "CONSUMER_REGISTERS": 104, "PRODUCER_REGISTERS": 24} if extra(config, "ctas", 1) == 2 else
                    {"CONSUMER_REGISTERS": 160, "PRODUCER_REGISTERS": 24} if consumers(config) == 3 else

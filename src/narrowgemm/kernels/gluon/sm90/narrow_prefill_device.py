@@ -143,10 +143,12 @@ def run_tile(slot, phase, rings, bars, buf, vectors, pointers, tile, sizes, cfg:
     if cfg.WEIGHT:
         weight_s.store(weights)
     if cfg.COLUMNS:
-        for j in gl.static_range(P0 // 32):
-            finish(side_by_side(sums[2 * j], sums[2 * j + 1]), buf, vectors, of_rows[0], (out_ptr, om), tile, unit, (N, R), cfg, 32, 32 * j)
-        if P0 % 32 > 0:
-            finish(sums[P0 // 16 - 1], buf, vectors, of_rows[0], (out_ptr, om), tile, unit, (N, R), cfg, 16, P0 - 16)
+        for u in gl.static_range(MP):
+            for j in gl.static_range(P0 // 32):
+                finish(side_by_side(sums[u * (P0 // 16) + 2 * j], sums[u * (P0 // 16) + 2 * j + 1]), buf, vectors, of_rows[u], (out_ptr, om), tile,
+                       unit + u, (N, R), cfg, 32, 32 * j)
+            if P0 % 32 > 0:
+                finish(sums[(u + 1) * (P0 // 16) - 1], buf, vectors, of_rows[u], (out_ptr, om), tile, unit + u, (N, R), cfg, 16, P0 - 16)
     else:
         for j in gl.static_range(MP):
             finish(sums[j], buf, vectors, of_rows[j], (out_ptr, om), tile, unit + j, (N, R), cfg, P0, 0)
@@ -179,7 +181,7 @@ def consumer(rings, bars, buf, vectors, pointers, table, table_ptr, sizes, cfg: 
                                        cfg.WIDTHS[i][0], cfg.WIDTHS[i][1])
         e, n, first, rows = ahead
     if cfg.COLUMNS:
-        last_turn(WG)
+        last_turn(cfg, WG)
 
 
 @gluon.jit(do_not_specialize=["KC", "NT", "R", "cap", "G"])
@@ -208,7 +210,7 @@ def narrow_prefill_kernel(x8_desc, x16_desc, x32_desc, x64_desc, x128_desc, w_de
     f1_s = x0_s
     if cfg.SCALES:
         if cfg.COLUMNS:
-            f0_s = gl.allocate_shared_memory(gl.float32, [STAGES * cfg.BT // 16, 16, 4], RATIO_TILE)
+            f0_s = gl.allocate_shared_memory(gl.float32, [STAGES * cfg.XT // 16, 16, 4], RATIO_TILE)
         else:
             f0_s = gl.allocate_shared_memory(gl.float32, [STAGES, cfg.T0, 4], RATIO_TILE)
         if cfg.T1 > 0:

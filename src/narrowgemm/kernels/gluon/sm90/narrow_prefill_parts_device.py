@@ -84,14 +84,14 @@ def load_columns(descs, x_s, f_s, bar, slot, first, kb, cfg: gl.constexpr, P: gl
     x_descs, w_desc, s_desc, f_desc = descs
     mbarrier.expect(bar, P * 128 + (P * 16 if cfg.SCALES else 0))
     if cfg.SCALES:
-        boxes = view_as(f_s, gl.float32, cfg.STAGES * (cfg.BT // 16), 16, 4, RATIO_TILE)
+        boxes = view_as(f_s, gl.float32, cfg.STAGES * (cfg.XT // 16), 16, 4, RATIO_TILE)
         for i in gl.static_range(P // 16):
-            tma_load(f_desc, [first + i * 16, kb * 4], bar, boxes.index(slot * (cfg.BT // 16) + i))
+            tma_load(f_desc, [first + i * 16, kb * 4], bar, boxes.index(slot * (cfg.XT // 16) + i))
     boxes = view_as(x_s, gl.float8e4nv, cfg.X_BOXES // 2, 32, 128, X8_TILE)
     for i in gl.static_range(P // 32):
-        tma_load(x_descs[2], [first + i * 32, kb * 128], bar, boxes.index(slot * (cfg.BT // 32) + i))
+        tma_load(x_descs[2], [first + i * 32, kb * 128], bar, boxes.index(slot * (cfg.XT // 32) + i))
     if P % 32 > 0:
-        last = view_as(x_s, gl.float8e4nv, cfg.X_BOXES, 16, 128, X8_TILE).index(slot * (cfg.BT // 16) + (P // 16 - 1))
+        last = view_as(x_s, gl.float8e4nv, cfg.X_BOXES, 16, 128, X8_TILE).index(slot * (cfg.XT // 16) + (P // 16 - 1))
         tma_load(x_descs[1], [first + (P - 16), kb * 128], bar, last)
 
 

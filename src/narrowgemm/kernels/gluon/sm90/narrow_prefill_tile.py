@@ -22,6 +22,7 @@ FP8_WIDTHS = {
 # widths that are one wgmma of a multiple of 16 columns, by the most tokens
 COLUMNS = {
     96: (32, 48, 64, 80, 96),
+    144: (32, 48, 64, 80, 96, 112, 128, 144),
     160: (32, 64, 80, 96, 112, 128, 144, 160),
 }
 BOXES = (8, 16, 32, 64, 128)    # tokens of a TMA box
@@ -73,7 +74,8 @@ class Tile:
     PRODUCER_REGISTERS: int = 40
     ROW: bool = False        # tokens are FP8 with one scale, applied at the end
     CONSUMERS: int = 2       # warpgroups that multiply
-    COLUMNS: bool = False    # FP8 tokens in widths of COLUMNS, a unit a consumer: see narrow_columns_device
+    COLUMNS: bool = False    # FP8 tokens in widths of COLUMNS: see narrow_columns_device
+    PIECE: int = 0           # most columns of a product of several in turn, 0: one product of all columns
     BN: int = field(init=False)
     UNITS: int = field(init=False)
     BOX_UNITS: int = field(init=False)       # units that one TMA brings: a power of two
@@ -81,6 +83,7 @@ class Tile:
     T0: int = field(init=False)              # most tokens of a pair's first and second piece
     T1: int = field(init=False)
     X_BOXES: int = field(init=False)         # COLUMNS: 16 tokens x 128 of K each, and one more, so that no allocation is as large
+    XT: int = field(init=False)              # COLUMNS: tokens that a slot has room for
     TP: int = field(init=False)              # BT up to a power of two
     SCALES: bool = field(init=False)         # tokens' scales, or ratios of them, come beside their K blocks
     FEATURES: int = field(init=False)        # of the output that a unit gives
@@ -95,7 +98,8 @@ class Tile:
         set_(self, "WIDTHS", columns(self.BT) if self.COLUMNS else (FP8_WIDTHS if self.FP8 else WIDTHS)[self.BT])
         set_(self, "T0", max(w[0] for w in self.WIDTHS))
         set_(self, "T1", max(w[1] for w in self.WIDTHS))
-        set_(self, "X_BOXES", self.STAGES * self.BT // 16 + 1)
+        set_(self, "XT", -(-self.BT // 32) * 32)
+        set_(self, "X_BOXES", self.STAGES * self.XT // 16 + 1)
         set_(self, "TP", 1 << (self.BT - 1).bit_length())
         set_(self, "SCALES", self.CHUNKED or (self.FP8 and not self.ROW))
         set_(self, "FEATURES", 32 if self.ACT else 64)
@@ -111,7 +115,7 @@ class Tile:
     def shared_bytes(self) -> int:
         """Shared memory of a block: an upper bound."""
         token = (128 if self.FP8 and not self.TWO else 256) + (RATIO_BYTES if self.SCALES else 0)
-        ring = self.STAGES * (self.WEIGHT_BYTES + (self.T0 + self.T1) * token + 3 * _BARRIER_BYTES)
+        ring = self.STAGES * (self.WEIGHT_BYTES + ((self.XT if self.COLUMNS else self.T0) + self.T1) * token + 3 * _BARRIER_BYTES)
         staging = self.CONSUMERS * self.OUT_TOKENS * self.FEATURES * self.OUT_BYTES
         vectors = self.CONSUMERS * self.TP * 4 * (self.SLOTS + self.XFACTOR + self.WEIGHT)
         return ring + staging + vectors + (4 * self.GROUPS if self.AHEAD else 0) + 1024 + (2048 if self.COLUMNS else 0)
