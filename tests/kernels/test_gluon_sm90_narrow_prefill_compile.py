@@ -61,8 +61,9 @@ def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], ob
 
 def check(reports: list[dict], spills: int = 0) -> None:
     for r in reports:
-        # three consumers share a block's registers: a tile's state is kept beyond them, in no loop over K
-        most = max(spills, 320 if " w13 " in r["job"] else 0) if r["kernel"] == "narrow_prefill_kernel" else 0
+        # three consumers share a block's registers, two of two units each fill them: a tile's state is kept beyond them, in no loop over K
+        beyond = 320 if "96x192x" in r["job"] else 960 if "160x192x" in r["job"] else 600 if "144x256x" in r["job"] else 0
+        most = max(spills, beyond) if r["kernel"] == "narrow_prefill_kernel" else 0
         assert r["spills"] <= most, f"{r['job']}: {r['spills']} bytes spilled in {r['kernel']}"
         assert not r["serialized"] and not r["starved"], f"{r['job']}: ptxas serialises wgmma"
         if r["kernel"] != "narrow_prefill_kernel":

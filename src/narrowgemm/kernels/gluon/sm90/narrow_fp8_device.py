@@ -55,7 +55,7 @@ def to_e4m3(w, fields, tops, tables, operand: gl.constexpr, ROWS: gl.constexpr =
 
 @constexpr_function
 def sixteens_layout(tokens):
-    """Of scales [tokens / 16, 4, 4]: of each 16 a thread has those of one first column and of the columns 1, 8 and 9 further on."""
+    """Of scales [tokens / 16, 4, 4]: of each 16 a thread has those of the columns 1, 0, 9 and 8 beyond one first column."""
     rows = [[1 << i, 0, 0] for i in range((tokens // 16).bit_length() - 1)]
     return gl.DistributedLinearLayout([[0, 0, 1], [0, 0, 2], *rows], [[0, 1, 0], [0, 2, 0], [0, 0, 0], [0, 0, 0], [0, 0, 0]],
                                       [[0, 0, 0], [0, 0, 0]], [], [tokens // 16, 4, 4])

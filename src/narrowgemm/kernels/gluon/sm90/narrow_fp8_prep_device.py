@@ -24,8 +24,9 @@ def token_scale(xs_ptr, i, count, ssk):
 
 @triton.jit
 def store_scales(scale_ptr, scale, at, i, KX):
-    """Of each K block i a position has the scales of itself and of those 1, 8 and 9 further on: 16 bytes, the least that TMA moves, and
-    what a thread of wgmma wants of 16 positions. They are another group's, or nobody's, where the group ends."""
+    """Of each K block i a position has the scales of those 1, 0, 9 and 8 further on: 16 bytes, the least that TMA moves, and what a thread of
+    wgmma wants of 16 positions, the scale of an even column in an odd register: the other bank than its sums. They are another group's,
+    or nobody's, where the group ends."""
     for j in tl.static_range(4):
         back = at - (j // 2 * 8 + j % 2)
         tl.store(scale_ptr + back * (KX // 32) + (4 * i + (j ^ 1)), scale, mask=(i < KX // 128) & (back >= 0))
