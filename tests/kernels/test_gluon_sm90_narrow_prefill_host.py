@@ -170,9 +170,10 @@ def test_products_in_turn(piece: int) -> None:
 
 
 def test_tiles_of_products_in_turn_are_chosen() -> None:
-    """Three units where one tile holds an expert's tokens, four where it takes two, one product where there are few."""
+    """By the model: three units where one tile holds an expert's tokens, four where it takes two, one product where there are few."""
     def shape(tokens: int) -> tuple[int, int]:
-        c = dispatch.select(for_fp8(m=8 * tokens, n=4096, k=7168, groups=256), ARCH).config
+        p = for_fp8(m=8 * tokens, n=4096, k=7168, groups=256)
+        c = min(narrow_prefill.configs(p, ARCH), key=lambda c: narrow_fp8_model.estimate(p, c, ARCH))
         return c.block_m, c.block_n // 64
 
     assert [shape(t) for t in (2048, 4096, 8192)] == [(96, 3), (160, 3), (144, 4)]
