@@ -114,7 +114,8 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
             found += alone(problem, arch, bt, kept)
             if bt >= min(rows, 64):             # narrower ones read the weights twice for nothing
                 found += at_once(problem, arch, bt, kept)
-    found += boxed(problem, arch, kept)
+    boxes = boxed(problem, arch, kept)
+    found = boxes if any(extra(c, "stream") for c in boxes) else found + boxes      # nothing else is as fast there
     few = Config(8, 64, 128, 4, 0, swap_ab=True, persistent=True)
     if problem.layout == "offsets" and expected_rows(problem) == 1 and tiles_expected(problem, few) <= 2 * arch.sms:
         # one or two experts with a token, as a rank of many has them at one token. Cut along K they take 0.79-0.97 of what the
@@ -136,15 +137,18 @@ def alone(problem: Problem, arch: Arch, tokens: int, keep: bool) -> list[Config]
 
 
 def boxed(problem: Problem, arch: Arch, keep: bool) -> list[Config]:
-    """Of groups of few rows in a layer, whose weights don't pass through L2: tiles of the same widths by a CTA alone on each SM,
-    whose slots are several K blocks. Memory gives more where rows of weights are read by 256 and 512 bytes than by 128."""
+    """Of groups of few rows in a layer: tiles of the same widths by a CTA alone on each SM, whose slots are several K blocks.
+    Memory gives more where rows of weights are read by 256 and 512 bytes than by 128. Where
+    weights pass through L2, of 8 columns."""
     found = []
     for tokens, narrow, middle, _ in widths(problem) if problem.front else ():
         rows, warps, box, ahead = (64, 4, 4, AHEADS[2]) if tokens == 64 else (128, 8, 2, 0)
         c = Config(tokens, rows, 128, warps, 0, swap_ab=True, persistent=True)
-        if narrow and not streams(problem, c, arch):
-            options = {"keep": int(keep), "box": box, "ahead": ahead, "narrow": narrow, "middle": middle, "trip": box}
-            found.append(with_stages(problem, arch, c, options | {"guess": int(warps == 4)}))
+        stream = streams(problem, c, arch)
+        if narrow and (not stream or (warps == 4 and narrow == TOKENS[0])):
+            found.append(with_stages(problem, arch, c, {
+                "keep": int(keep), "box": box, "ahead": ahead, "narrow": narrow, "middle": middle, "trip": box,
+                "stream": int(stream), "guess": int(warps == 4 and not stream)}))
     return [c for c in found if legal(problem, c, arch) is None]
 
 
