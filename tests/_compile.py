@@ -27,11 +27,11 @@ from typing import NoReturn
 
 import pytest
 
+from tests._sass import unwritten
+
 ROOT = Path(__file__).resolve().parent.parent
 TRITONS = ("oldest", "newest")
 SECONDS = 900       # that a worker may take
-# R1 is the stack's pointer: bits taken from it as data stand for a value that nothing has written
-UNWRITTEN = re.compile(r"(?:LOP3\.LUT|SHF[A-Z0-9.]*) R\d+, [^;]*\bR1\b[^;]*;")
 ORDERED = re.compile(r"\b(LDG\.E[.\w]*|BAR\.SYNC|MUFU\.\w+|EXIT)")
 NVIDIA_OPS = ("wgmma.mma_async", "mma.sync", "tcgen05.mma", "cp.async", "cp.async.bulk.tensor", "e4m3", "setmaxnreg",
               "block_scale", "griddepcontrol.wait", "kind::mxf8f6f4", "kind::mxf4.",
@@ -55,8 +55,8 @@ def with_triton(which: str) -> dict[str, str]:
 
 def compile_jobs(target: str, jobs: str, *args: str, triton: str = "oldest", sass: bool = False) -> list[dict]:
     """One report a compiled kernel: job, kernel, shared (bytes), spills (bytes), registers, serialized (wgmma is), starved (for too few
-    registers), ops (mnemonic: count); with `sass`, which takes as long as compiling, `unwritten`, too: reads of registers that nothing has
-    written, and `order`: of loads, barriers, exits and what the special function unit computes, as they stand."""
+    registers), ops (mnemonic: count); with `sass`, which takes as long as compiling, `unwritten`, too, see `_sass.py`, and `order`: of loads,
+    barriers, exits and what the special function unit computes, as they stand."""
     env = {"NARROWGEMM_ARCH": target, "NARROWGEMM_TEST_SASS": str(int(sass))}
     with tempfile.TemporaryDirectory() as folder:
         status = server(triton).run({"env": env, "folder": folder, "arguments": (target, jobs, *args)})
@@ -170,7 +170,7 @@ def nvidia_report(kernel, target: str, log: str) -> dict:
             cubin.write_bytes(kernel.asm["cubin"])
             dump = tool.with_name("cuobjdump")
             code = subprocess.run([dump, "-sass", cubin], capture_output=True, text=True).stdout if dump.exists() else ""
-            machine_code["unwritten"] = len(UNWRITTEN.findall(code))
+            machine_code["unwritten"] = unwritten(code)
             machine_code["order"] = ORDERED.findall(code)
     spill = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = re.search(r"Used (\d+) registers", log)
