@@ -21,6 +21,7 @@ from .values import (
     float32,
     int1,
     int8,
+    int16,
     int32,
     int64,
     load,
@@ -37,6 +38,13 @@ def atomic_add(p: Pointer, value: int, **_: Any) -> Tensor:
     with _atomic:
         old = load(p)
         store(p, wrap(np.asarray(old.a + raw(value), old.a.dtype)))
+    return old
+
+
+def atomic_max(p: Pointer, value: Any, **_: Any) -> Tensor:
+    with _atomic:
+        old = load(p)
+        store(p, wrap(np.asarray(max(old.a, raw(value)), old.a.dtype)))
     return old
 
 
@@ -135,12 +143,12 @@ def warp_specialize(functions: list[tuple[Any, tuple]], warps: list[int], regist
 gl = types.ModuleType("triton.experimental.gluon.language")
 gl.__dict__.update(
     constexpr=lambda x=None: x, float8e4nv=float8e4nv, bfloat16=bfloat16, float16=float16, float32=float32, int32=int32,
-    int64=int64, uint8=uint8, int8=int8, int1=int1, NVMMASharedLayout=Layout, SwizzledSharedLayout=Layout, BlockedLayout=Layout,
+    int64=int64, int16=int16, pointer_type=lambda dtype: dtype, uint8=uint8, int8=int8, int1=int1, NVMMASharedLayout=Layout, SwizzledSharedLayout=Layout, BlockedLayout=Layout,
     SliceLayout=Layout, NVMMADistributedLayout=Layout, DistributedLinearLayout=Layout,
     DotOperandLayout=Layout, SharedLinearLayout=lambda *bases: BOXED, load=load, store=store,
     allocate_shared_memory=allocate_shared_memory,
     warp_specialize=warp_specialize, static_range=range, static_assert=_static_assert, associative_scan=_scan, split=_split,
-    atomic_add=atomic_add, atomic_cas=atomic_cas, program_id=lambda axis: wrap(local.program[0]), num_programs=lambda axis=0: wrap(local.program[1]),
+    atomic_add=atomic_add, atomic_max=atomic_max, atomic_cas=atomic_cas, program_id=lambda axis: wrap(local.program[0]), num_programs=lambda axis=0: wrap(local.program[1]),
     to_tensor=wrap, where=_where, minimum=_keep(np.minimum), maximum=_keep(np.maximum),
     cdiv=lambda x, y: wrap((raw(x) + y - 1) // y), broadcast=_broadcast, expand_dims=_expand,
     arange=lambda start, end, layout=None: Tensor(np.arange(start, end, dtype=np.int32)),

@@ -26,8 +26,8 @@ float8e4nv, bfloat16 = DType("float8e4nv", np.float32, 1), DType("bfloat16", np.
 float16, float32 = DType("float16", np.float16, 2), DType("float32", np.float32, 4)
 int32, int64 = DType("int32", np.int32, 4), DType("int64", np.int64, 8)
 uint8, int1 = DType("uint8", np.uint8, 1), DType("int1", np.bool_, 1)
-int8 = DType("int8", np.int8, 1)
-_OF_NP = {t.np: t for t in (float16, float32, int32, int64, uint8, int1)}
+int8, int16 = DType("int8", np.int8, 1), DType("int16", np.int16, 2)
+_OF_NP = {t.np: t for t in (float16, float32, int16, int32, int64, uint8, int1)}
 
 
 def round_bf16(x: np.ndarray) -> np.ndarray:
@@ -113,6 +113,11 @@ class Pointer:
 
     def __sub__(self, other: Any) -> Pointer:
         return Pointer(self.memory, self.offset - np.asarray(raw(other), np.int64), self.element)
+
+    def to(self, dtype: DType, bitcast: bool) -> Pointer:
+        """To narrower elements of the same memory."""
+        assert bitcast and self.element.size % dtype.size == 0
+        return Pointer(self.memory.view(dtype.np), self.offset * (self.element.size // dtype.size))
 
     def checked(self, mask: np.ndarray, what: str) -> np.ndarray:
         at = self.offset[mask] if self.offset.ndim else self.offset[None][mask.reshape(-1)]

@@ -19,7 +19,13 @@ def prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
     return out
 
 
-OPS = {"shl": np.left_shift, "shr": np.right_shift, "and": np.bitwise_and, "prmt": prmt}
+def min_of_halves(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    low, high = (np.minimum(a >> np.uint32(n) & np.uint32(0xFFFF), b >> np.uint32(n) & np.uint32(0xFFFF)) for n in (0, 16))
+    return low | high << np.uint32(16)
+
+
+OPS = {"shl": np.left_shift, "shr": np.right_shift, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "add": np.add,
+       "sub": np.subtract, "min.u32": np.minimum, "min.u16x2": min_of_halves, "prmt": prmt}
 
 
 def run(code: str, *inputs: np.ndarray) -> list[np.ndarray]:
@@ -39,7 +45,7 @@ def run(code: str, *inputs: np.ndarray) -> list[np.ndarray]:
             continue
         op, _, rest = line.partition(" ")
         to, *args = (x.strip() for x in rest.split(","))
-        name = op.partition(".")[0]
+        name = op if op.startswith("min.") else op.partition(".")[0]
         if name == "lop3":
             assert int(args[3], 0) == 0xEA, "only (a & b) | c"
             words[to] = value(args[0]) & value(args[1]) | value(args[2])

@@ -9,6 +9,7 @@ import narrowgemm as ng
 from narrowgemm.arch import detect
 from narrowgemm.formats import MXFP8, ScaledTensor
 from narrowgemm.kernels.gluon.sm90 import fold_both
+from narrowgemm.kernels.operands import Operands
 from narrowgemm.testing.cases import Case, build
 from narrowgemm.testing.numerics import calc_diff
 
@@ -84,6 +85,39 @@ def test_activations_far_out_take_the_other_product(code: int) -> None:
     got, want = ng.gemm(a, ng.prepack(w, folded=True), out_dtype=torch.float32, backend=NAME), double(a) @ double(w).mT
     for row in (6, 7, 8):
         assert calc_diff(got[row].double(), want[row]) <= 1e-6
+
+
+def test_a_look_in_front_leaves_outliers_at_once_and_normal_data_folded() -> None:
+    """In one graph, whatever came before: cuts of few blocks, or a count that no limit reaches and nothing written."""
+    m, k = 1024, 6144
+    inputs = build(Case("both", "dense", 1, m, 520, k, a=MXFP8, b=MXFP8, packed="folded"), DEV, seed=1)
+    plan = inputs.plan(backend=NAME)
+    packed = inputs.packed
+    a = activations("normal", m, k)
+    x = Operands(a, ScaledTensor(packed.data, packed.scale, MXFP8), inputs.out.tensor, m, 520, k, 1, None, 1, packed=packed,
+                 factor=packed.factor, folded=packed.folded.data, folded_rest=packed.folded.rest)
+    work = torch.zeros(plan.workspace_bytes, dtype=torch.uint8, device=DEV)
+    at, blocks = fold_both.regions(plan.problem, m), m // 64 * (k // 128)
+    count, flags, y = (work[at.counter: at.counter + 4].view(torch.int32), work[at.flags: at.flags + 4 * blocks].view(torch.int32),
+                       work[at.x: at.x + m * k])
+    front = fold_both.launches(plan.steps[0], plan.problem, x, work)[:2]
+    for launch in front:
+        launch.run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for launch in front:
+            launch.run()
+    for kind in ("normal", "blocks apart", "normal", "blocks apart", "normal"):
+        new = activations(kind, m, k)
+        a.data.copy_(new.data)
+        a.scale.copy_(new.scale)
+        work.fill_(0x7F)
+        graph.replay()
+        if kind == "normal":
+            assert count.item() == sum(bin(f).count("1") for f in flags.tolist()) <= 0.15 * blocks
+            assert 0.02 < (flags != 0).float().mean().item() < 0.12
+        else:
+            assert count.item() == 1 << 30 and bool((y == 0x7F).all()) and bool((flags == 0x7F7F7F7F).all())
 
 
 def test_a_graph_follows_the_data() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import cache, partial
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -10,38 +13,113 @@ from narrowgemm.formats import MXFP8, ScaledTensor
 from narrowgemm.prepack_folded import fold
 from narrowgemm.reference.quantize import dequantize, quantize
 
+from .. import _gluon as emu
+from . import _ptx
+
 M, K = 150, 352
 BLOCKS, COLUMN = 3, 152
+PITCH, PROBES = 576, 8
 
 
-def run(device: str, a: ScaledTensor, index: list[int] | None = None, limit: int = 1 << 30, picks: tuple | None = None,
-        narrow: bool = False) -> dict[str, Tensor]:
-    """7 is what was there. picks: (layout, groups, the entries' starts, entries), by index's groups."""
-    from narrowgemm.kernels.gluon.sm90.fold_mixed_prep_device import clear_kernel, fold_mixed_kernel, pick_kernel
+def emulated_pointer(x: Tensor, dtype: torch.dtype) -> emu.Pointer:
+    """bf16 as the words that it lies in."""
+    flat = x.reshape(-1)
+    return emu.Pointer((flat.view(torch.int32) if dtype is torch.bfloat16 else flat.view(dtype)).numpy())
 
-    a = a.to(device)
+
+@cache
+def emulated():
+    """The device module, its PTX by the words of `_ptx` and by what the conversions are in torch."""
+    kernels = emu.load_device_module("fold_mixed_prep_device")
+    words = kernels.over_code.__globals__
+    words["over"] = over
+    words["room_of"] = lambda x: word(_ptx.run(words["ROOM_ASM"], x.a.view(np.uint32))[0])
+    picks = kernels.place_block.__globals__
+    picks["turned"] = lambda *rows: tuple(map(word, _ptx.run(picks["TURN_ASM"], *(np.ascontiguousarray(r.a).view(np.uint32) for r in rows))))
+    picks["put"], picks["take"] = put, partial(take, picks)
+    return kernels
+
+
+def word(x: np.ndarray) -> emu.Tensor:
+    return emu.Tensor(np.ascontiguousarray(x).view(np.int32))
+
+
+def elements(x: np.ndarray) -> Tensor:
+    """Words to four values each."""
+    x = np.ascontiguousarray(x)
+    return torch.from_numpy(x.view(np.uint8).reshape(*x.shape, 4)).view(torch.float8_e4m3fn).float()
+
+
+def over(x: emu.Tensor, s: emu.Tensor) -> tuple[emu.Tensor, emu.Tensor]:
+    """`FOLD_ASM`."""
+    scale = torch.from_numpy(np.ascontiguousarray(np.broadcast_to(s.a, x.a.shape)).view(np.float16).reshape(*x.a.shape, 2)[..., :1].astype(np.float32))
+    want = elements(x.a) * scale
+    y = want.clamp(-448, 448).to(torch.float8_e4m3fn)
+    lost = ((y.float() != want) & ~want.isnan()).any(-1)
+    return word(y.view(torch.uint8).numpy().reshape(*x.a.shape, 4).view(np.uint32)[..., 0]), word(lost.int().numpy())
+
+
+def put(place: emu.Shared, at: emu.Tensor, value: emu.Tensor) -> None:
+    at, value = np.broadcast_arrays(at.a, value.a)
+    assert not (at % 4).any() and at.min() >= 0 and at.max() < 4 * place.a.size
+    place.a.reshape(-1)[at // 4] = value
+
+
+def take(names: dict, place: emu.Shared, k: emu.Tensor, quad: emu.Tensor) -> tuple[emu.Tensor, emu.Tensor]:
+    """`TAKE_ASM`."""
+    words = place.a.reshape(-1)
+    x = elements(words[names["word_at"](k, quad).a // 4])
+    scales = words[names["scale_at"](k >> 5, quad * 4).a[..., None] // 4 + np.arange(4)].view(np.float32)
+    bits = (x * torch.from_numpy(scales)).bfloat16().contiguous().view(torch.int32).numpy()
+    return word(bits[..., 0]), word(bits[..., 1])
+
+
+def run(device: str, a: ScaledTensor, index: list[int] | None = None, picks: tuple | None = None, probes: list[int] | None = None,
+        aligned: bool = True) -> dict[str, Tensor]:
+    """7 is what was there. picks: (layout, groups, the entries' starts, entries), by index's groups. probes: what the look in front says,
+    instead of what it finds."""
     layout, groups, starts, entries = picks or (0, 1, None, None)
     planes, masked = (a.shape[0], True) if a.data.dim() == 3 else (1, False)
     m = a.shape[-2]
     rb = -(-m // 64)
-    out = {"y": torch.full((planes, m, BLOCKS * 128), 7, dtype=torch.uint8, device=device).view(torch.float8_e4m3fn),
-           "scale": torch.full((planes, BLOCKS, 4, COLUMN), 7.0, device=device),
-           "flags": torch.full((planes, rb, BLOCKS), 7, dtype=torch.int32, device=device),
-           "count": torch.full((1,), 7, dtype=torch.int32, device=device)}
-    if entries is not None:
-        out["picked"] = torch.full((entries.shape[1], 576), 7.0, dtype=torch.bfloat16, device=device)
-        starts, entries = starts.to(device), entries.to(device)
-    count = torch.tensor(index or [0], dtype=torch.int32, device=device)
-    clear_kernel[(1,)](out["count"])
-    fold_mixed_kernel[(planes * rb * 2,)](
-        a.data, a.scale, count, out["y"], out["scale"], out["flags"], out["count"], m, K, BLOCKS, rb, 2, limit,
-        a.data.stride(0) if masked else 0, a.data.stride(-2), a.scale.stride(0) if masked else 0, a.scale.stride(-2),
-        a.scale.stride(-1), COLUMN, MASKED=masked, STAGES=3, NARROW=narrow)
-    if entries is not None:
-        pick_kernel[(rb * BLOCKS,)](a.data, a.scale, count, starts, entries, out["picked"], out["count"], m, BLOCKS, limit,
-                                    a.data.stride(0), *a.scale.stride(), groups, entries.shape[1], 576, LAYOUT=layout, GROUPS=4,
-                                    CHUNK=64)
-    return out
+    none = torch.zeros(4, dtype=torch.int32)
+    given = {"x": a.data.view(torch.uint8), "s": a.scale, "index": torch.tensor(index or [0], dtype=torch.int32),
+             "starts": none if starts is None else starts, "entries": none if entries is None else entries}
+    out = {"y": torch.full((planes, m, BLOCKS * 128), 7, dtype=torch.uint8),
+           "scale": torch.full((planes, BLOCKS, 4, COLUMN), 7.0),
+           "flags": torch.full((planes, rb, BLOCKS), 7, dtype=torch.int32),
+           "count": torch.full((1,), 7, dtype=torch.int32),
+           "probes": torch.full((PROBES,), 7, dtype=torch.int32),
+           "picked": torch.full((1 if entries is None else entries.shape[1], PITCH), 7.0, dtype=torch.bfloat16)}
+    given, out = ({k: v.to(device) for k, v in x.items()} for x in (given, out))
+    each = 16 if aligned else 1
+    x, s = given["x"], given["s"]
+    strides = (x.stride(0) // each if masked else 0, x.stride(-2) // each, s.stride(0) if masked else 0, *s.stride()[-2:])
+    shape = (m, K, BLOCKS, rb)
+    if device == "cpu":
+        kernels, pointer = emulated(), emulated_pointer
+    else:
+        from narrowgemm.kernels.gluon.sm90 import fold_mixed_prep_device as kernels
+        pointer = Tensor.view
+    source = pointer(x, torch.int32) if aligned else pointer(x, torch.uint8)
+    places = {k: pointer(v, v.dtype) for k, v in (given | out).items()}
+
+    def call(kernel, grid: int, arguments: tuple, **constants) -> None:
+        if device == "cpu":
+            emu.launch(partial(kernel, **constants), grid, *arguments)
+        else:
+            kernel[(grid,)](*arguments, **constants, num_warps=4)
+
+    call(kernels.probe_kernel, PROBES, (source, places["s"], places["index"], places["probes"], places["count"], *shape, planes, *strides),
+         MASKED=masked, ALIGNED=aligned)
+    if probes is not None:
+        out["probes"].copy_(torch.tensor(probes))
+    call(kernels.fold_mixed_kernel, planes * rb * BLOCKS,
+         (source, places["s"], places["index"], pointer(out["y"], torch.int32), places["scale"], places["flags"], places["count"],
+          places["probes"], places["starts"], places["entries"], pointer(out["picked"], torch.int32), *shape, *strides, COLUMN // 4, groups,
+          0 if entries is None else entries.shape[1], PITCH // 4),
+         MASKED=masked, ALIGNED=aligned, PROBES=PROBES, PICKS=entries is not None, LAYOUT=layout, GROUPS=32)
+    return out | {"y": out["y"].view(torch.float8_e4m3fn)}
 
 
 def values(out: dict[str, Tensor]) -> Tensor:
@@ -106,11 +184,22 @@ def test_scales_that_are_far_out(device: str, code: int, flagged: bool, counted:
 def test_how_far_out_scales_are_beside_picks(device: str, narrow: bool) -> None:
     """Two windows of scales, each with its ends."""
     low, high = (64, 180) if narrow else (16, 200)
+    picks = (0, 1, torch.zeros(1, BLOCKS + 1, dtype=torch.int32), torch.zeros(1, 64, dtype=torch.int32)) if narrow else None
     for code, counted in ((low - 1, True), (low, False), (high, False), (high + 1, True)):
         a = ScaledTensor(torch.ones(M, K).to(torch.float8_e4m3fn), torch.full((M, 11), 127, dtype=torch.uint8), MXFP8)
         assert a.scale is not None
         a.scale[149] = code
-        assert (run(device, a, narrow=narrow)["count"].item() >= 1 << 30) == counted, code
+        assert (run(device, a, picks=picks)["count"].item() >= 1 << 30) == counted, code
+
+
+def test_rows_that_are_read_byte_by_byte(device: str) -> None:
+    """As where they don't lie on 16 bytes: the same."""
+    a = quantize(torch.randn(M, K, generator=torch.Generator().manual_seed(4)), MXFP8)
+    assert a.scale is not None
+    a.scale[70, 1] -= 12
+    got, want = run(device, a, aligned=False), run(device, a)
+    assert all(torch.equal(got[name].view(torch.uint8), want[name].view(torch.uint8)) for name in ("y", "scale", "flags", "count"))
+    assert want["flags"].any()
 
 
 def test_blocks_of_zeros_fold_whatever_their_scale(device: str) -> None:
@@ -131,9 +220,18 @@ def test_rows_of_a_masked_group_that_are_not_in_use_are_left_alone(device: str) 
     assert (got["flags"].cpu()[1] == 7).all() and (got["flags"].cpu()[0, 2] == 7).all()
 
 
-def test_too_many_flags_end_the_work(device: str) -> None:
-    a = quantize(torch.randn(M, K, generator=torch.Generator().manual_seed(2)), MXFP8)
-    assert not (run(device, a, limit=-1)["y"].view(torch.uint8) != 7).any()
+def test_where_most_of_a_look_in_front_does_not_fold_nothing_is_done(device: str) -> None:
+    a = ScaledTensor(torch.full((M, K), 0.013671875).to(torch.float8_e4m3fn), torch.full((M, 11), 120, dtype=torch.uint8), MXFP8)
+    assert a.scale is not None
+    a.scale[:, ::2] = 121
+    got = run(device, a)
+    assert got["count"].item() == 1 << 30 and (got["y"].view(torch.uint8) == 7).all() and (got["probes"] == 1).all()
+    assert (got["flags"] == 7).all() and (got["scale"] == 7).all()
+    a.scale[64:] = 120
+    got = run(device, a)
+    assert 0 < got["probes"].sum() <= PROBES // 2 and 0 < got["count"].item() < 100
+    assert not (run(device, a, probes=[1] * (PROBES // 2) + [0] * (PROBES // 2))["y"].view(torch.uint8) == 7).all()
+    assert (run(device, a, probes=[1] * (PROBES // 2 + 1) + [0] * (PROBES // 2 - 1))["y"].view(torch.uint8) == 7).all()
 
 
 INDEX = {"dense": None, "contiguous": [0] * 37 + [2] * 53 + [-1] * 10 + [1] * 50, "offsets": [0, 37, 90, 150]}

@@ -16,9 +16,10 @@ SPILLS = 64     # bytes, around a store of FP32 with factors, and where warps of
 
 def check(which: str, *args: str) -> list[str]:
     product, op = JOBS[which]
-    reports = compile_jobs("sm90", f"tests.kernels.gluon_sm90_{which}_jobs:jobs", *args)
+    reports = compile_jobs("sm90", f"tests.kernels.gluon_sm90_{which}_jobs:jobs", *args, sass=which.startswith("fold_"))
     for r in reports:
         assert not r["serialized"], f"{r['job']}: ptxas serialises wgmma"
+        assert not r.get("unwritten"), f"{r['job']}: {r['kernel']} reads registers that nothing has written"
         assert r["spills"] <= (SPILLS if r["kernel"] == product and ("fp32" in r["job"] or which == "fold_both") else 0), r
         if r["kernel"] == product:
             stated = int(r["job"].rsplit("|", 1)[1])

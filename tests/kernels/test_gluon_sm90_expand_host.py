@@ -107,6 +107,6 @@ def test_workspace_holds_everything() -> None:
     of = fold_both.regions(both, 300)
     assert list(of) == sorted(of) and of.size >= of.picks + 2 * 192 * fold_both.pitch(300, 1) and fold_both.pitch(300, 1) >= 300 + 24
     assert of.flags - of.scale >= 16 * 3 * 300 and of.picks - of.flags >= 4 * 3 * 5 and of.size >= expand.regions(both, 300, of.x).size
-    assert [fold_mixed.fold_steps(rows, 48) for rows in (1, 8, 32, 128, 1024)] == [1, 1, 2, 8, 8]
+    assert at.x >= fold_mixed.FRONT and of.x >= fold_mixed.FRONT >= fold_mixed.PROBES_AT + 4 * fold_mixed.PROBES
     # what BF16 needs, where FP8's product leaves it
     assert fold_mixed.workspace(p, fold_mixed.configs(p, H100)[0]) >= expand.regions(p, 400, at.x).size

@@ -21,16 +21,13 @@ from ...launching import Launch, Pointer
 from ...operands import Operands
 from . import expand, fold_mixed
 from .expand import columns
-from .fold_mixed import BEHIND, BLOCK, FLAG_ROWS, MOST_FLAGS, MixedTile, column, configs_of, fold_steps, tiles_time
-from .fp8_block_tile import LAYOUTS
-from .narrow import a_strides, power_of_two
+from .fold_mixed import BEHIND, BLOCK, FLAG_ROWS, FRONT, MOST_FLAGS, MixedTile, column, configs_of, front, gate, tiles_time
 from .tensor_maps import output, row_tiles, stride
 
 NAME = "gluon_sm90.fold_both"
 BACKEND = "gluon_sm90"
 KINDS = ("dense", "contiguous", "offsets")
 MOST_GROUPS = 128           # that the launch in front looks a row's group up in
-CHUNK = 32                  # picks of a K block that it brings at a time
 
 
 # ---------------------------------------------------------------- what it takes
@@ -88,7 +85,7 @@ def regions(problem: Problem, m: int) -> Regions:
     """`m`: rows of A."""
     kx = columns(problem.k)
     blocks = kx // BLOCK
-    sizes = (4, m * kx, 16 * blocks * column(m), 4 * blocks * -(-m // FLAG_ROWS),
+    sizes = (FRONT, m * kx, 16 * blocks * column(m), 4 * blocks * -(-m // FLAG_ROWS),
              2 * max(problem.b.picks, 1) * pitch(m, problem.groups))
     at = Regions(*accumulate((-(-s // 256) * 256 for s in sizes), initial=0))
     return at._replace(size=max(at.size, expand.regions(problem, m, at.x).size))
@@ -104,9 +101,10 @@ def workspace(problem: Problem, config: Config) -> int:
 
 
 # ---------------------------------------------------------------- cost
-LAUNCH_SECONDS = 29e-6      # six launches, two of which do nothing, and what A's wait for
-FOLD = 1.15e-12             # an element of A, on a device of `fold_mixed.RATE`
-PICK = 1.8e-12, 3.0e-12     # a row and a column of picks: of one group, and of several
+# of one group, and of several, whose tiles take longer than their number says
+LAUNCH_SECONDS = 14e-6, 29e-6   # five launches, two of which do nothing
+FOLD = 1.05e-12             # an element of A, on a device of `fold_mixed.RATE`
+PICK = 0.7e-12, 3.0e-12     # a row and a column of picks
 STEP_TIME = 0.75e-6         # 64 columns of picks of a tile, on one SM
 
 
@@ -116,7 +114,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     sms = min(arch.sms, p.max_sms or arch.sms)
     front = (FOLD * p.k + PICK[p.groups > 1] * p.b.picks) * p.m * fold_mixed.RATE / arch.fp8_flops * arch.sms / sms
     steps = p.b.picks / prepack_folded.STEP / -(-p.n // prepack_folded.TILE)
-    return LAUNCH_SECONDS + front + max(tiles_time(p, config, arch, sms, steps * STEP_TIME), p.bytes / arch.bandwidth)
+    return LAUNCH_SECONDS[p.groups > 1] + front + max(tiles_time(p, config, arch, sms, steps * STEP_TIME), p.bytes / arch.bandwidth)
 
 
 # ---------------------------------------------------------------- launch
@@ -125,31 +123,18 @@ def copy_of(x: Operands) -> prepack_folded.FoldedCopy | None:
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
-    """A folded and its columns picked, the product; BF16's two launches, for what that left."""
-    from . import fold_mixed_prep_device as device
-
-    scale, copy, rest = x.a.scale, copy_of(x), x.folded_rest
-    assert workspace is not None and scale is not None and copy is not None and rest is not None
-    at, kx = regions(problem, x.m), columns(x.k)
-    blocks, row_blocks = kx // BLOCK, -(-x.m // FLAG_ROWS)
+    """A looked at, folded and its columns picked, the product; BF16's two launches, for what that left."""
+    copy, rest = copy_of(x), x.folded_rest
+    assert workspace is not None and copy is not None and rest is not None
+    at = regions(problem, x.m)
     of = prepack_folded.regions(x.groups, x.n, x.k, copy.columns, copy.picks)
-    count, flags = Pointer(workspace, torch.int32, at.counter), Pointer(workspace, torch.int32, at.flags)
-    y, scales = Pointer(workspace, torch.float8_e4m3fn, at.x), Pointer(workspace, torch.float32, at.scale)
-    picked = Pointer(workspace, torch.bfloat16, at.picks)
-    limit, steps = int(MOST_FLAGS * row_blocks * blocks), fold_steps(row_blocks, blocks)
+    limit = int(MOST_FLAGS * -(-x.m // FLAG_ROWS) * (columns(x.k) // BLOCK))
+    picks = (Pointer(rest, torch.int32, of.starts), Pointer(rest, torch.int32, of.picks), Pointer(workspace, torch.int32, at.picks),
+             copy.picks, pitch(x.m, x.groups) // 4)
     return [
-        Launch(device.clear_kernel, (1,), (count,), {"num_warps": 1}),
-        Launch(device.fold_mixed_kernel, (row_blocks * -(-blocks // steps),),
-               (x.a.data, scale, count, y, scales, flags, count, x.m, x.k, blocks, row_blocks, steps, limit,
-                *a_strides(x, False), column(x.m)),
-               {"MASKED": False, "STAGES": 3, "NARROW": True, "num_warps": 8, "maxnreg": 80}),
-        Launch(device.pick_kernel, (row_blocks * blocks,),
-               (x.a.data, scale, count if x.index is None else x.index, Pointer(rest, torch.int32, of.starts),
-                Pointer(rest, torch.int32, of.picks), picked, count, x.m, blocks, limit, x.a.data.stride(-2), *scale.stride()[-2:],
-                x.groups, copy.picks, pitch(x.m, x.groups)),
-               {"LAYOUT": LAYOUTS[problem.layout], "GROUPS": max(2, power_of_two(x.groups)), "CHUNK": CHUNK, "num_warps": 8}),
+        *front(problem, x, workspace, at, picks),
         _product(step.config, problem, x, workspace, limit),
-        *expand.launches(Step(expand.NAME, BEHIND), problem, x, workspace, at.x, expand.Gate(count, limit))]
+        *expand.launches(Step(expand.NAME, BEHIND), problem, x, workspace, at.x, gate(workspace, at, limit))]
 
 
 def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, limit: int) -> Launch:
@@ -187,4 +172,4 @@ def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, l
         device.fold_mixed_product_kernel, (grid,),
         (*boxes, x.out, top, top, x.index, Pointer(workspace, torch.int32, at.flags), Pointer(workspace, torch.int32, at.counter),
          Pointer(rest, torch.int32, of.at), x.m, x.n, blocks, row_blocks, x.groups, x.alignment, limit, x.n, 0, om, 0, tile),
-        {"num_warps": 4, "maxnreg": tile.max_registers})
+        {"num_warps": 4, "maxnreg": tile.max_registers, "launch_pdl": True})

@@ -12,7 +12,7 @@ import math
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ from . import expand
 from .expand import columns, unit_rows
 from .fp8_block import tiles
 from .fp8_block_tile import LAYOUTS, MAX_GROUPS, Tile
-from .narrow import a_strides
+from .narrow import a_strides, power_of_two
 from .refusals import OUT_BYTES
 from .tensor_maps import output, row_tiles, stride
 
@@ -34,8 +34,10 @@ BACKEND = "gluon_sm90"
 BLOCK = 128             # of K
 FLAG_ROWS = 64          # of A that have a flag a K block
 WHOLE_BLOCKS = 8        # of K of 64 rows of weights that a program expands
-FOLD_BLOCKS = 8         # of K of 64 rows of A that a program folds at most
-FOLD_PROGRAMS = 528     # that there are rather than more blocks a program
+PROBES = 128            # blocks of A that are looked at in front: where more than half of them don't fold, nothing is tried
+PROBES_AT = 256         # bytes behind the count
+FRONT = PROBES_AT + 4 * PROBES
+FOLD_REGISTERS = 96     # of a lane of the four warps that fold a block: five blocks an SM
 MOST_FLAGS = 0.75       # cuts that there may be a block of A: beyond, BF16 is faster
 BEHIND = expand.CANDIDATES[0]   # of the product that takes what this one leaves
 
@@ -129,7 +131,7 @@ def regions(problem: Problem, m: int) -> Regions:
     """`m`: rows of A, of one group where masked."""
     planes, kx = problem.groups if problem.layout == "masked" else 1, columns(problem.k)
     blocks = kx // BLOCK
-    sizes = (4, planes * m * kx, 16 * planes * blocks * column(m), 4 * planes * blocks * -(-m // FLAG_ROWS),
+    sizes = (FRONT, planes * m * kx, 16 * planes * blocks * column(m), 4 * planes * blocks * -(-m // FLAG_ROWS),
              problem.groups * unit_rows(problem.n) * kx)
     at = Regions(*accumulate((-(-s // 256) * 256 for s in sizes), initial=0))
     return at._replace(size=max(at.size, expand.regions(problem, planes * m, at.x).size))
@@ -142,11 +144,6 @@ def column(m: int) -> int:
 
 def workspace(problem: Problem, config: Config) -> int:
     return regions(problem, problem.m).size
-
-
-def fold_steps(row_blocks: int, blocks: int) -> int:
-    """K blocks of 64 rows of A that a program folds: each waits for its loads, so few rows are shared by many."""
-    return max(1, min(FOLD_BLOCKS, row_blocks * blocks // FOLD_PROGRAMS))
 
 
 # ---------------------------------------------------------------- cost
@@ -183,28 +180,56 @@ def tiles_time(p: Problem, config: Config, arch: Arch, sms: int, more: float = 0
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
     """Weights to E4M3, A folded, the product; BF16's two launches, for what that left."""
     from ....arch import detect
-    from . import fold_mixed_prep_device, fold_whole_device
+    from . import fold_whole_device
 
-    scale, fields, top = x.a.scale, x.b.scale, x.top
-    assert workspace is not None and scale is not None and fields is not None and top is not None
-    masked = problem.layout == "masked"
-    at, planes, kx = regions(problem, x.m), x.groups if masked else 1, columns(x.k)
-    blocks, units, row_blocks = kx // BLOCK, unit_rows(x.n) // 64, -(-x.m // FLAG_ROWS)
-    count, flags = Pointer(workspace, torch.int32, at.counter), Pointer(workspace, torch.int32, at.flags)
-    y, scales = Pointer(workspace, torch.float8_e4m3fn, at.x), Pointer(workspace, torch.float32, at.scale)
-    limit, steps = int(MOST_FLAGS * planes * row_blocks * blocks), fold_steps(planes * row_blocks, blocks)
+    fields, top = x.b.scale, x.top
+    assert workspace is not None and fields is not None and top is not None
+    at, planes = regions(problem, x.m), x.groups if problem.layout == "masked" else 1
+    blocks, units = columns(x.k) // BLOCK, unit_rows(x.n) // 64
+    limit = int(MOST_FLAGS * planes * -(-x.m // FLAG_ROWS) * blocks)
     tile = tile_of(problem, step.config, detect(x.out.device), x.factor is not None)
+    look, fold = front(problem, x, workspace, at)
     return [
-        Launch(fold_mixed_prep_device.clear_kernel, (1,), (count,), {"num_warps": 1}),
+        look,
         Launch(fold_whole_device.fold_whole_kernel, (x.groups * units * -(-blocks // WHOLE_BLOCKS),),
                (Pointer(x.b.data, torch.int32), Pointer(fields, torch.int32), top, Pointer(workspace, torch.int32, at.weights),
                 None, x.index, x.m, x.groups, x.alignment, units, blocks, tile, WHOLE_BLOCKS, 0), {"num_warps": 4}),
-        Launch(fold_mixed_prep_device.fold_mixed_kernel, (planes * row_blocks * -(-blocks // steps),),
-               (x.a.data, scale, count if x.index is None else x.index, y, scales, flags, count, x.m, x.k, blocks, row_blocks,
-                steps, limit, *a_strides(x, masked), column(x.m)),
-               {"MASKED": masked, "STAGES": 3, "num_warps": 8, "maxnreg": 80}),
+        fold,
         _product(step.config, problem, x, workspace, limit),
-        *expand.launches(Step(expand.NAME, BEHIND), problem, x, workspace, at.x, expand.Gate(count, limit))]
+        *expand.launches(Step(expand.NAME, BEHIND), problem, x, workspace, at.x, gate(workspace, at, limit))]
+
+
+def gate(workspace: Tensor, at: Any, limit: int) -> expand.Gate:
+    """BF16's product is done where more than `limit` cuts were counted."""
+    return expand.Gate(Pointer(workspace, torch.int32, at.counter), limit)
+
+
+def front(problem: Problem, x: Operands, workspace: Tensor, at: Any, picks: tuple[Pointer, Pointer, Pointer, int, int] | None = None
+          ) -> list[Launch]:
+    """A looked at; A folded. at: `Regions` of either kernel. picks: where the entries of each K block start, the entries, where
+    columns go, entries of a group, and how many fours of rows lie between two columns."""
+    from . import fold_mixed_prep_device as device
+
+    scale, data, masked, words = x.a.scale, x.a.data, problem.layout == "masked", problem.a.aligned
+    assert scale is not None
+    planes, blocks, row_blocks = x.groups if masked else 1, columns(x.k) // BLOCK, -(-x.m // FLAG_ROWS)
+    count, probes = (Pointer(workspace, torch.int32, at.counter + far) for far in (0, PROBES_AT))
+    index = count if x.index is None else x.index
+    source = Pointer(data, torch.int32 if words else torch.uint8)
+    xg, xm, sg, sm, sk = a_strides(x, masked)
+    each = 16 if words else 1
+    strides = (xg // each, xm // each, sg, sm, sk)
+    starts, entries, to, entries_of_group, pitch = picks or (count, count, count, 0, 0)
+    options = {"MASKED": masked, "ALIGNED": words, "num_warps": 4}
+    return [
+        Launch(device.probe_kernel, (PROBES,),
+               (source, scale, index, probes, count, x.m, x.k, blocks, row_blocks, planes, *strides), options),
+        Launch(device.fold_mixed_kernel, (planes * row_blocks * blocks,),
+               (source, scale, index, Pointer(workspace, torch.int32, at.x), Pointer(workspace, torch.float32, at.scale),
+                Pointer(workspace, torch.int32, at.flags), count, probes, starts, entries, to, x.m, x.k, blocks, row_blocks,
+                *strides, column(x.m) // 4, x.groups, entries_of_group, pitch),
+               {**options, "PROBES": PROBES, "PICKS": picks is not None, "LAYOUT": LAYOUTS[problem.layout],
+                "GROUPS": max(32, power_of_two(x.groups)), "maxnreg": FOLD_REGISTERS, "launch_pdl": True})]
 
 
 def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, limit: int) -> Launch:
@@ -236,4 +261,5 @@ def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, l
         device.fold_mixed_product_kernel, (grid,),
         (*boxes, None, None, x.out, x.top, x.top if x.factor is None else x.factor, x.index,
          Pointer(workspace, torch.int32, at.flags), Pointer(workspace, torch.int32, at.counter), None, x.m, x.n, blocks, row_blocks,
-         x.groups, x.alignment, limit, units, og, om, og // om, tile), {"num_warps": 4, "maxnreg": tile.max_registers})
+         x.groups, x.alignment, limit, units, og, om, og // om, tile),
+        {"num_warps": 4, "maxnreg": tile.max_registers, "launch_pdl": True})

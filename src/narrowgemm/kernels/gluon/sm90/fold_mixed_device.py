@@ -14,6 +14,7 @@ are what the sums of a tile begin with.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.language.extra.cuda import gdc_wait
 
 from .fp8_block_device import store_tile
 from .fp8_block_parts_device import FP8_PLANE, FP8_TILE, ROW_OF_FLOATS, advance, fence, promote, read_a_scale, store_zeros
@@ -262,6 +263,7 @@ def fold_mixed_product_kernel(a_desc, sa_desc, b_desc, d_desc, p_desc, r_desc, o
 
     PICKS: p_desc BF16 [columns of picks, rows of A as `column_of` places them], r_desc BF16 [1 or G, rows_of_b, columns of a tile], at
     int32 [1 or G, tiles of weights + 1], the first column of a tile's picks, a multiple of 64 each; None elsewhere."""
+    gdc_wait()
     M = gl.where(gl.load(count_ptr) <= limit, M, 0)
     S: gl.constexpr = cfg.STAGES
     a_s = gl.allocate_shared_memory(gl.float8e4nv, [S, 1, 128, 128], FP8_PLANE)
