@@ -37,7 +37,7 @@ WHOLE_BLOCKS = 8        # of K of 64 rows of weights that a program expands
 PROBES = 128            # blocks of A that are looked at in front: where more than half of them don't fold, nothing is tried
 PROBES_AT = 256         # bytes behind the count
 FRONT = PROBES_AT + 4 * PROBES
-FOLD_REGISTERS = 96     # of a lane of the four warps that fold a block: five blocks an SM
+FOLD_REGISTERS = 112    # of a lane of the four warps that fold a block: four blocks an SM
 MOST_FLAGS = 0.75       # cuts that there may be a block of A: beyond, BF16 is faster
 BEHIND = expand.CANDIDATES[0]   # of the product that takes what this one leaves
 
