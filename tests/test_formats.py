@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -54,6 +56,15 @@ def scale_of(fmt: Format, *shape: int) -> torch.Tensor:
 def test_names_are_keys_and_formats_hash(fmt: Format):
     assert get_format(fmt.name) is fmt and get_format(fmt) is fmt and hash(fmt) == hash(get_format(fmt.name))
     assert fmt.elem.max > 0 and fmt.elem.per_byte in (1, 2)
+
+
+def test_there_and_back_is_the_same_format():
+    for name, fmt in FORMATS.items():
+        if name.startswith("fp8"):
+            for element, scale in itertools.product(("e4m3", "e5m2"), ("fp32", "e8m0") if "128" in name else ("fp32",)):
+                for other in (fmt.with_element(element).with_scale(scale), fmt.with_scale(scale).with_element(element)):
+                    assert get_format(other.name) == other and (other.element, other.scale, other.group) == (element, scale, fmt.group)
+    assert get_format("mxfp8:e5m2").with_element("e4m3") == MXFP8
 
 
 @pytest.mark.parametrize(("fmt", "shape", "want"), [

@@ -83,16 +83,19 @@ class Format:
     def with_element(self, element: str) -> Format:
         """The same blocks over another element type, e.g. `FP8_TENSOR.with_element('e5m2')`."""
         expect(element in ELEMENTS, "element", repr(element), f"one of {sorted(ELEMENTS)}")
-        return self if element == self.element else replace(
-            self, element=element, name=f"{self.name.split(':')[0]}:{element}")
+        if element == self.element:
+            return self
+        base, _, other = self.name.partition(":")       # only E4M3 goes without its name where there is another
+        return replace(self, element=element, name=base if other and element == "e4m3" else f"{base}:{element}")
 
     def with_scale(self, scale: str) -> Format:
         """The same blocks with another scale type, 'fp32' or 'e8m0'."""
         expect(scale in ("fp32", "e8m0"), "scale type", repr(scale), "'fp32' or 'e8m0'")
         if scale == self.scale:
             return self
-        base = self.name.removesuffix("_ue8m0")
-        return replace(self, scale=scale, name=base + "_ue8m0" if scale == "e8m0" else base)
+        base, colon, element = self.name.partition(":")
+        base = base.removesuffix("_ue8m0") + ("_ue8m0" if scale == "e8m0" else "")
+        return replace(self, scale=scale, name=base + colon + element)
 
     def scale_shape(self, shape: tuple[int, ...] | torch.Size) -> tuple[int, ...]:
         """Logical scale shape `[..., ceil(R/rows), ceil(K/cols)]` of an operand of logical `shape` `[..., R, K]`."""

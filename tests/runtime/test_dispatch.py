@@ -10,7 +10,9 @@ import pytest
 
 import narrowgemm as ng
 from narrowgemm.arch import ARCHS, get_arch
+from narrowgemm.formats import BF16, MXFP8, FP8_1x128
 from narrowgemm.kernels.registry import candidates, kernels
+from narrowgemm.ops import steps
 from narrowgemm.ops.explain import describe, explain
 from narrowgemm.problem import Config, bucket, middle
 from narrowgemm.runtime import dispatch
@@ -20,6 +22,22 @@ from narrowgemm.tuning.fingerprint import fingerprint
 from ..test_gpu import FP8_KERNELS, SPACE
 
 TARGETS = ("h200", "h100", "h20", "b200", "rtx5090", "mi300x", "mi350x", "l40s", "a100", "cpu")
+
+
+@pytest.mark.parametrize("device", TARGETS)
+def test_no_rows_get_a_plan(device: str) -> None:
+    """Of a layer without tokens every step and product is planned like any other."""
+    problems = [describe("gemm" if layout == "dense" else "grouped_gemm", layout=layout, groups=1 if layout == "dense" else 8, m=0, n=256, k=256,
+                         a=a, b=b) for layout in ("dense", "contiguous", "psum", "offsets", "masked")
+                for a, b in (("fp8_1x128", "fp8_128x128"), ("mxfp8", "mxfp8"), ("bf16", "mxfp4"), ("bf16", "bf16"))]
+    problems += [steps.route_problem(0, 8, 2, 0, BF16), steps.sort_problem(0, 8), steps.combine_problem(0, 256, 2, 8, BF16, False)]
+    for fmt in (BF16, MXFP8, FP8_1x128):
+        problems += [steps.activate_problem(0, 256, groups, 0, BF16, fmt, steps.scale_layout_of(fmt), "swiglu", (), False, False)
+                     for groups in (0, 8)]
+        problems += [make(0, 256, 2, 8, BF16, fmt, steps.scale_layout_of(fmt)) for make in (steps.gather_problem, steps.sort_gather_problem)]
+    for problem in problems:
+        plan = dispatch.select(problem, get_arch(device))
+        assert plan.predicted_us >= 0, (plan, problem)
 
 
 @pytest.mark.parametrize("device", TARGETS)

@@ -59,7 +59,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     nbytes = problem.a.format.storage_bytes(rows, 2 * problem.k) + problem.b.format.storage_bytes(rows, problem.k)
     tile = config.block_m * config.block_k
     late = problem.m * problem.k / (tile * arch.sms * (2048 // (config.num_warps * arch.warp))) - 1
-    for_nothing = 0 if config.persistent else max(0.0, late) * (1 - rows / problem.m) * NONE_SECONDS
+    for_nothing = 0 if config.persistent else max(0.0, late) * (1 - rows / max(1, problem.m)) * NONE_SECONDS
     return steps.seconds(nbytes, -(-rows * problem.k // tile), config, arch) + for_nothing
 
 
