@@ -35,14 +35,13 @@ class Layer:
 
     def plan(self, tokens: int, arch: Arch) -> ExpertsPlan:
         """The plan of a call of so many tokens on `arch`. Raises Unsupported."""
-        import torch
-
+        from ..formats import get_format
         from ..ops.explain_experts import explain_experts
 
         return explain_experts(tokens=tokens, hidden=self.hidden, inter=self.inter, experts=self.experts, top_k=self.top_k,
                                num_experts=self.world, weights=self.weights, activation_format=self.activations,
                                activation=self.activation, interleaved=self.interleaved, bias=self.bias,
-                               packed=self.packed or False, dtype=getattr(torch, DTYPES[self.dtype]), device=arch.name).plan
+                               packed=self.packed or False, dtype=get_format(self.dtype).elem.dtype, device=arch.name).plan
 
     @property
     def bytes(self) -> float:
@@ -52,9 +51,6 @@ class Layer:
         fmt, rows = get_format(self.weights), max(self.sizes) * self.top_k
         weights = self.experts * (fmt.storage_bytes(2 * self.inter, self.hidden) + fmt.storage_bytes(self.hidden, self.inter))
         return PACKING ** bool(self.packed) * weights + rows * (2 * self.hidden + 6 * self.inter) * 2.0
-
-
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 
 
 def split_layer(layer: Layer, arch: Arch) -> list[tuple[Layer, ExpertsPlan]]:
@@ -71,12 +67,12 @@ def compile_layer(layer: Layer, device: str) -> int:
     """Call `experts` with every size, from logits, from int32 and from int64 ids, on weights of zeros; how many calls that were."""
     import torch
 
-    from ..formats import FORMATS
+    from ..formats import FORMATS, get_format
     from ..ops.experts import experts
     from ..ops.prepare import zeros
     from ..prepack import prepack
 
-    where, dtype = torch.device(device), getattr(torch, DTYPES[layer.dtype])
+    where, dtype = torch.device(device), get_format(layer.dtype).elem.dtype
     up, down = (zeros((layer.experts, n, k), FORMATS[layer.weights], where, mn_major=False)
                 for n, k in ((2 * layer.inter, layer.hidden), (layer.hidden, layer.inter)))
     weights = (up, down) if not layer.packed else (

@@ -21,7 +21,7 @@ from ...launching import Launch, Pointer
 from ...operands import Operands
 from . import expand, fold_mixed
 from .expand import columns
-from .fold_mixed import BEHIND, BLOCK, FLAG_ROWS, FRONT, MOST_FLAGS, MixedTile, column, configs_of, front, gate, tiles_time
+from .fold_mixed import BEHIND, BLOCK, FLAG_ROWS, FRONT, MixedTile, column, configs_of, front, gate, tiles_time
 from .tensor_maps import output, row_tiles, stride
 
 NAME = "gluon_sm90.fold_both"
@@ -128,13 +128,13 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     assert workspace is not None and copy is not None and rest is not None
     at = regions(problem, x.m)
     of = prepack_folded.regions(x.groups, x.n, x.k, copy.columns, copy.picks)
-    limit = int(MOST_FLAGS * -(-x.m // FLAG_ROWS) * (columns(x.k) // BLOCK))
+    behind = gate(problem, x, workspace, at)
     picks = (Pointer(rest, torch.int32, of.starts), Pointer(rest, torch.int32, of.picks), Pointer(workspace, torch.int32, at.picks),
              copy.picks, pitch(x.m, x.groups) // 4)
     return [
         *front(problem, x, workspace, at, picks),
-        _product(step.config, problem, x, workspace, limit),
-        *expand.launches(Step(expand.NAME, BEHIND), problem, x, workspace, at.x, gate(workspace, at, limit))]
+        _product(step.config, problem, x, workspace, behind.limit),
+        *expand.launches(Step(expand.NAME, BEHIND), problem, x, workspace, at.x, behind)]
 
 
 def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, limit: int) -> Launch:

@@ -184,9 +184,8 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
 
     fields, top = x.b.scale, x.top
     assert workspace is not None and fields is not None and top is not None
-    at, planes = regions(problem, x.m), x.groups if problem.layout == "masked" else 1
-    blocks, units = columns(x.k) // BLOCK, unit_rows(x.n) // 64
-    limit = int(MOST_FLAGS * planes * -(-x.m // FLAG_ROWS) * blocks)
+    at, blocks, units = regions(problem, x.m), columns(x.k) // BLOCK, unit_rows(x.n) // 64
+    behind = gate(problem, x, workspace, at)
     tile = tile_of(problem, step.config, detect(x.out.device), x.factor is not None)
     look, fold = front(problem, x, workspace, at)
     return [
@@ -195,13 +194,18 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
                (Pointer(x.b.data, torch.int32), Pointer(fields, torch.int32), top, Pointer(workspace, torch.int32, at.weights),
                 None, x.index, x.m, x.groups, x.alignment, units, blocks, tile, WHOLE_BLOCKS, 0), {"num_warps": 4}),
         fold,
-        _product(step.config, problem, x, workspace, limit),
-        *expand.launches(Step(expand.NAME, BEHIND), problem, x, workspace, at.x, gate(workspace, at, limit))]
+        _product(step.config, problem, x, workspace, behind.limit),
+        *expand.launches(Step(expand.NAME, BEHIND), problem, x, workspace, at.x, behind)]
 
 
-def gate(workspace: Tensor, at: Any, limit: int) -> expand.Gate:
-    """BF16's product is done where more than `limit` cuts were counted."""
-    return expand.Gate(Pointer(workspace, torch.int32, at.counter), limit)
+def a_blocks(problem: Problem, x: Operands) -> tuple[int, int, int]:
+    """(planes, blocks of rows, of K) that A is folded in."""
+    return x.groups if problem.layout == "masked" else 1, -(-x.m // FLAG_ROWS), columns(x.k) // BLOCK
+
+
+def gate(problem: Problem, x: Operands, workspace: Tensor, at: Any) -> expand.Gate:
+    """BF16's product is done where more than `MOST_FLAGS` cuts a block of A were counted. at: as in `front`."""
+    return expand.Gate(Pointer(workspace, torch.int32, at.counter), int(MOST_FLAGS * math.prod(a_blocks(problem, x))))
 
 
 def front(problem: Problem, x: Operands, workspace: Tensor, at: Any, picks: tuple[Pointer, Pointer, Pointer, int, int] | None = None
@@ -212,7 +216,7 @@ def front(problem: Problem, x: Operands, workspace: Tensor, at: Any, picks: tupl
 
     scale, data, masked, words = x.a.scale, x.a.data, problem.layout == "masked", problem.a.aligned
     assert scale is not None
-    planes, blocks, row_blocks = x.groups if masked else 1, columns(x.k) // BLOCK, -(-x.m // FLAG_ROWS)
+    planes, row_blocks, blocks = a_blocks(problem, x)
     count, probes = (Pointer(workspace, torch.int32, at.counter + far) for far in (0, PROBES_AT))
     index = count if x.index is None else x.index
     source = Pointer(data, torch.int32 if words else torch.uint8)

@@ -116,9 +116,9 @@ def piece_of(config: Config) -> int:
 
 
 def offered(problem: Problem, tokens: int, units: int, piece: int) -> bool:
-    """Several products a K block are faster where tokens have scales, on three units if one tile holds an expert's.
+    """Several products a K block have been run by offsets alone, of tokens with scales: three units if one tile holds an expert's.
 
-    They have been run by offsets alone."""
+    Faster with few experts, slower with many: candidates that the model doesn't choose."""
     if in_two(problem) or (piece and (by_row(problem) or problem.op != "grouped_gemm" or problem.layout != "offsets")):
         return False
     return not piece or units > 3 or rows_expected(problem) <= tokens
