@@ -143,7 +143,14 @@ def get_format(fmt: Format | str) -> Format:
     return FORMATS[fmt]
 
 
+def dtype_of(name: str) -> torch.dtype:
+    """The torch dtype of an element type, by its name ('bf16', 'fp32', 'e4m3', ...): for a dtype, the inverse of `dtype_name`."""
+    expect(name in ELEMENTS, "dtype", repr(name), f"one of {sorted(ELEMENTS)}")
+    return ELEMENTS[name].dtype
+
+
 def dtype_name(dtype: torch.dtype) -> str:
+    """The name of a dtype as plans, tables and command lines have it. TypeError for a dtype that no element type is stored in."""
     expect(dtype in DTYPE_NAMES, "dtype", dtype, f"one of {[str(d) for d in DTYPE_NAMES]}", error=TypeError)
     return DTYPE_NAMES[dtype]
 

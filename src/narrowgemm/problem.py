@@ -117,6 +117,11 @@ def bucket(m: int) -> int:
     return -(-m // step) * step
 
 
+def buckets(most: int) -> tuple[int, ...]:
+    """Every number of rows that plans differ by, from 1 to `most`."""
+    return tuple(sorted({b for b in map(bucket, range(1, most + 1)) if b <= most} | {most}))
+
+
 def middle(b: int) -> int:
     """The mean of the numbers whose bucket `b` is."""
     p = 1 << (b - 1).bit_length() if b > 2 else 0

@@ -13,7 +13,9 @@ from narrowgemm.arch import get_arch
 from narrowgemm.cli import cache as cli_cache
 from narrowgemm.cli.group import cli
 from narrowgemm.ops.prepare import zeros
-from narrowgemm.runtime import cache, cache_layers
+from narrowgemm.problem import buckets
+from narrowgemm.runtime import cache
+from narrowgemm.runtime.warm import Layer, Products
 
 OWN, FOREIGN, HELPER = ("A" * 52, "B" * 52, "c" * 64)
 
@@ -83,11 +85,11 @@ def test_tensor_parallel_shapes_and_every_bucket() -> None:
     assert {(u.n, u.k, u.groups) for u, _ in work} == {(2048, 7168, 1), (7168, 1024, 1)}
     for n in (2048, 7168):
         sizes = [s for u, _ in work if u.n == n for s in u.sizes]
-        assert sorted(sizes) == list(cache.buckets(300)) and sizes.count(300) == 1
-    for unit, kernels in work:
-        for size in unit.sizes:
-            assert cli_cache.kernels_of({"": unit.plan(size, get_arch("h200"))}) == kernels
-    assert len({tuple(kernels) for u, kernels in work if u.n == 7168}) == sum(u.n == 7168 for u, _ in work), "one unit for each"
+        assert sorted(sizes) == list(buckets(300)) and sizes.count(300) == 1
+    for calls, kernels in work:
+        for size in calls.sizes:
+            assert cli_cache.kernels_of(calls.plans(size, get_arch("h200"))) == kernels
+    assert len({tuple(kernels) for u, kernels in work if u.n == 7168}) == sum(u.n == 7168 for u, _ in work), "one part for each"
 
 
 @pytest.mark.parametrize(("model", "device", "packed", "wanted", "others"), [
@@ -96,11 +98,11 @@ def test_tensor_parallel_shapes_and_every_bucket() -> None:
 def test_narrow_weights_are_packed_where_a_hopper_serves(model: str, device: str, packed: str | None, wanted: str, others: str) -> None:
     """For products and for the whole layer, as the transformers integration packs them."""
     work = cli_cache.plan_work(model, 1, 8, ["offsets", "experts"], 256, None, packed, "bf16", get_arch(device))
-    for unit, kernels in work:
-        assert unit.packed == ("bf16" if wanted.startswith("gluon") else "")
+    for calls, kernels in work:
+        assert calls.packed == ("bf16" if wanted.startswith("gluon") else "")
         assert wanted in str(kernels) and others not in str(kernels), kernels
-    layers = [(u, k) for u, k in work if not hasattr(u, "layout")]
-    assert sorted(s for u, _ in layers for s in u.sizes) == sorted(cache.buckets(256))
+    layers = [(u, k) for u, k in work if isinstance(u, Layer)]
+    assert sorted(s for u, _ in layers for s in u.sizes) == sorted(buckets(256))
     assert all(k[0].startswith("route triton.route") for _, k in layers)
 
 
@@ -117,11 +119,11 @@ def test_bad_input(args: tuple[str, ...], message: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["dense", "masked", "offsets"])
-def test_a_unit_launches_each_of_its_plans(layout: str) -> None:
-    unit = cache.Unit(layout, 1 if layout == "dense" else 2, 128, 128, "fp8_1x128", "fp8_128x128", "bf16", 8, (1, 8))
-    assert cache.compile_unit(unit, "cpu") == 1
-    packed = cache.Unit(layout, unit.groups, 128, 128, "bf16", "mxfp4", "bf16", 8, (1, 8), "bf16")
-    assert cache.compile_unit(packed, "cpu") == 1
+def test_products_launch_each_of_their_plans(layout: str) -> None:
+    plain = Products(layout, 1 if layout == "dense" else 2, 128, 128, "fp8_1x128", "fp8_128x128", "bf16", 8, (1, 8))
+    assert plain.compile("cpu") == 1
+    packed = Products(layout, plain.groups, 128, 128, "bf16", "mxfp4", "bf16", 8, (1, 8), "bf16")
+    assert packed.compile("cpu") == 1
 
 
 def test_weights_to_compile_for_lie_as_real_ones() -> None:
@@ -133,14 +135,14 @@ def test_weights_to_compile_for_lie_as_real_ones() -> None:
 
 @pytest.mark.parametrize(("weights", "packed", "oss"), [("fp8_128x128", "", False), ("mxfp4", "bf16", True), ("mxfp8", "", False)])
 def test_a_layer_is_called_with_every_size_and_routing(weights: str, packed: str, oss: bool) -> None:
-    layer = cache_layers.Layer(2, 4, 128, 128, 2, weights, "swiglu_oai" if oss else "swiglu", oss, oss, "bf16", (1, 4), packed)
-    assert cache_layers.compile_layer(layer, "cpu") == 6
+    layer = Layer(2, 4, 128, 128, 2, weights, "swiglu_oai" if oss else "swiglu", oss, oss, "bf16", (1, 4), packed)
+    assert layer.compile("cpu") == 6
     assert layer.bytes > 2 * 3 * 128 * 128 / 2
 
 
-def test_units_are_compiled_in_processes_and_failures_are_named() -> None:
-    good = cache.Unit("dense", 1, 128, 128, "fp8_1x128", "fp8_128x128", "bf16", 8, (8,))
-    bad = cache.Unit("dense", 1, 128, 128, "fp8_1x128", "fp8_128x128", "bf16", 8, (9,))
+def test_parts_are_compiled_in_processes_and_failures_are_named() -> None:
+    good = Products("dense", 1, 128, 128, "fp8_1x128", "fp8_128x128", "bf16", 8, (8,))
+    bad = Products("dense", 1, 128, 128, "fp8_1x128", "fp8_128x128", "bf16", 8, (9,))
     cli_cache.run([(good, [])], "cpu", 1)
     with pytest.raises(cli_cache.click.ClickException, match="numbers of rows from 1 to max_m, 8"):
         cli_cache.run([(good, []), (bad, [])], "cpu", 2)

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from narrowgemm.arch import get_arch
-from narrowgemm.formats import MXFP4, MXFP8, Format, ScaledTensor
+from narrowgemm.formats import MXFP4, MXFP8, Format, ScaledTensor, dtype_of
 from narrowgemm.kernels.gluon.sm90 import expand
 from narrowgemm.kernels.operands import Operands
 from narrowgemm.prepack import PREPACK
@@ -16,7 +16,6 @@ from narrowgemm.problem import Config, Operand, Problem, Step
 
 M, N, K, G = 512, 1528, 1056, 4
 LAYOUTS = ("dense", "contiguous", "offsets", "psum", "masked")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def describe(layout: str, a: Format = MXFP8, b: Format = MXFP8, prepack: str = PREPACK, **kw) -> Problem:
@@ -39,7 +38,7 @@ def operands(p: Problem, factor: bool = False) -> Operands:
         b = ScaledTensor(new(p.n, p.k, dtype=p.b.format.elem.dtype), new(p.n, p.k // 32), p.b.format)
     return Operands(
         ScaledTensor(new(*dims, p.k // p.a.format.elem.per_byte, dtype=p.a.format.elem.dtype), new(*dims, p.k // 32), p.a.format), b,
-        new(*dims, p.n, dtype=DTYPES[p.out_dtype]), M, p.n, p.k, p.groups, index[p.layout] if p.layout in index else
+        new(*dims, p.n, dtype=dtype_of(p.out_dtype)), M, p.n, p.k, p.groups, index[p.layout] if p.layout in index else
         new(G, dtype=torch.int32), 128, factor=new(p.groups, tiles * 64, dtype=torch.float32) if factor else None)
 
 

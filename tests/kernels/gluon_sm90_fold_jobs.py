@@ -9,7 +9,7 @@ from functools import partial
 import torch
 
 from narrowgemm.arch import get_arch
-from narrowgemm.formats import MXFP4, Format, FP8_1x128, ScaledTensor
+from narrowgemm.formats import MXFP4, Format, FP8_1x128, ScaledTensor, dtype_of
 from narrowgemm.kernels.gluon.sm90 import fold, fold_whole, fp8_cluster_tile
 from narrowgemm.kernels.operands import Operands
 from narrowgemm.prepack_bits import FP8_PREPACK, PREPACK
@@ -19,7 +19,6 @@ from .gluon_sm90_cluster_jobs import check_places
 
 M, N, K, G = 512, 1528, 1056, 4
 LAYOUTS = ("dense", "contiguous", "offsets", "psum", "masked")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def describe(layout: str, a: Format = FP8_1x128, a_scale: str = "mn", order: str = PREPACK, **kw) -> Problem:
@@ -43,7 +42,7 @@ def operands(p: Problem, factor: bool = False) -> Operands:
     return Operands(
         ScaledTensor(new(*dims, p.k // fmt.elem.per_byte, dtype=fmt.elem.dtype), scale, fmt),
         ScaledTensor(new(p.groups, tiles, chunks, 64, 64), new(p.groups, tiles, -(-chunks // 2), 4, 8, 4, 2, 2), MXFP4),
-        new(*dims, p.n, dtype=DTYPES[p.out_dtype]), M, p.n, p.k, p.groups, index[p.layout] if p.layout in index else
+        new(*dims, p.n, dtype=dtype_of(p.out_dtype)), M, p.n, p.k, p.groups, index[p.layout] if p.layout in index else
         new(G, dtype=torch.int32), 128, factor=new(p.groups, tiles * 64, dtype=torch.float32) if factor else None,
         top=new(p.groups, tiles * 64))
 

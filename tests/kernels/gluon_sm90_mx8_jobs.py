@@ -10,7 +10,7 @@ from types import ModuleType
 import torch
 
 from narrowgemm.arch import get_arch
-from narrowgemm.formats import MXFP8, ScaledTensor
+from narrowgemm.formats import MXFP8, ScaledTensor, dtype_of
 from narrowgemm.kernels.gluon.sm90 import mx8_bf16, mx8_decode, mx8_rows
 from narrowgemm.kernels.launching import with_boxes
 from narrowgemm.kernels.operands import Operands
@@ -25,7 +25,6 @@ FEW = {
     mx8_bf16: (((40, 768, 6144, "fp32"), -1, 1), ((300, 768, 6144, "bf16"), -1, 0)),
 }
 MORE = {mx8_decode: (), mx8_rows: (), mx8_bf16: (((64, 9216, 6144, "bf16"), 0, 0), ((50, 6144, 6144, "fp16"), 0, 4))}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def problem(m: int, n: int, k: int, out: str) -> Problem:
@@ -38,7 +37,7 @@ def operands(p: Problem, off: int = 0) -> Operands:
         data = torch.empty(rows, p.k, dtype=torch.float8_e4m3fn, device="meta")
         return ScaledTensor(data, torch.empty(rows, p.k // 32 + off, dtype=torch.uint8, device="meta")[:, :p.k // 32], MXFP8)
 
-    return Operands(side(p.m), side(p.n), torch.empty(p.m, p.n, dtype=DTYPES[p.out_dtype], device="meta"), p.m, p.n, p.k)
+    return Operands(side(p.m), side(p.n), torch.empty(p.m, p.n, dtype=dtype_of(p.out_dtype), device="meta"), p.m, p.n, p.k)
 
 
 def compile_step(kernel: ModuleType, p: Problem, config: Config, x: Operands) -> None:

@@ -9,14 +9,13 @@ from dataclasses import replace
 import torch
 
 from narrowgemm.arch import get_arch
-from narrowgemm.formats import FP8_1x128, FP8_128x128, ScaledTensor
+from narrowgemm.formats import FP8_1x128, FP8_128x128, ScaledTensor, dtype_of
 from narrowgemm.kernels.gluon.sm90 import fp8_block
 from narrowgemm.kernels.operands import Operands
 from narrowgemm.problem import Config, Operand, Problem, Step
 
 M, N, K, G = 512, 1536, 1024, 4
 LAYOUTS = ("dense", "contiguous", "offsets", "psum", "masked")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def describe(layout: str, k: int = K, a_scale: str = "mn", e8m0: bool = False, **kw) -> Problem:
@@ -36,7 +35,7 @@ def operands(p: Problem) -> Operands:
     return Operands(
         ScaledTensor(empty(*planes, M, p.k, dtype=f8), sa, p.a.format),
         ScaledTensor(empty(*groups, N, p.k, dtype=f8), empty(*groups, N // 128, p.k // 128, dtype=scale), p.b.format),
-        empty(*planes, M, N, dtype=DTYPES[p.out_dtype]), M, N, p.k, p.groups,
+        empty(*planes, M, N, dtype=dtype_of(p.out_dtype)), M, N, p.k, p.groups,
         index[p.layout] if p.layout in index else empty(G, dtype=torch.int32), 128)
 
 

@@ -7,14 +7,13 @@ from collections.abc import Callable, Iterator
 import torch
 
 from narrowgemm.arch import get_arch
-from narrowgemm.formats import FP8_ROW, FP8_TENSOR, Format, ScaledTensor
+from narrowgemm.formats import FP8_ROW, FP8_TENSOR, Format, ScaledTensor, dtype_of
 from narrowgemm.kernels.gluon.sm90 import fp8_scaled
 from narrowgemm.kernels.operands import Operands
 from narrowgemm.problem import Config, Operand, Problem, Step
 
 M, N, K, G = 512, 1536, 1040, 4
 LAYOUTS = ("dense", "contiguous", "offsets", "psum", "masked")
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def describe(layout: str, a: Format = FP8_ROW, b: Format = FP8_ROW, promote: int = 512, **kw) -> Problem:
@@ -32,7 +31,7 @@ def operands(p: Problem) -> Operands:
     groups = () if p.layout == "dense" else (G,)
     index = {"dense": None, "contiguous": torch.empty(M, dtype=torch.int32), "offsets": torch.empty(G + 1, dtype=torch.int64)}
     return Operands(scaled((*planes, M, K), p.a.format), scaled((*groups, N, K), p.b.format),
-                    torch.empty(*planes, M, N, dtype=DTYPES[p.out_dtype]), M, N, K, p.groups,
+                    torch.empty(*planes, M, N, dtype=dtype_of(p.out_dtype)), M, N, K, p.groups,
                     index[p.layout] if p.layout in index else torch.empty(G, dtype=torch.int32), 128)
 
 

@@ -8,13 +8,13 @@ from dataclasses import replace
 import torch
 
 from narrowgemm.arch import get_arch
-from narrowgemm.formats import FP8_ROW, FP8_TENSOR, Format, FP8_1x128, ScaledTensor
+from narrowgemm.formats import FP8_ROW, FP8_TENSOR, Format, FP8_1x128, ScaledTensor, dtype_of
 from narrowgemm.kernels.gluon.sm90 import fp8_wgrad
 from narrowgemm.kernels.operands import Operands
 from narrowgemm.problem import Config, Operand, Problem, Step, promotion
 from narrowgemm.scales import mn_major_tma_aligned
 
-from .gluon_sm90_scaled_jobs import DTYPES, scaled
+from .gluon_sm90_scaled_jobs import scaled
 
 M, N, K, G = 512, 1536, 2048, 4
 
@@ -28,7 +28,7 @@ def call(p: Problem, config: Config) -> None:
     a, b = (scaled(shape, f) for shape, f in (((p.m, p.k), p.a.format), ((p.n, p.k), p.b.format)))
     if p.a.format.group[1]:
         a, b = (ScaledTensor(x.data, mn_major_tma_aligned(x.scale), x.format) for x in (a, b))
-    x = Operands(a, b, torch.empty(G, p.m, p.n, dtype=DTYPES[p.out_dtype]), p.m, p.n, p.k, G,
+    x = Operands(a, b, torch.empty(G, p.m, p.n, dtype=dtype_of(p.out_dtype)), p.m, p.n, p.k, G,
                  torch.empty(G + 1, dtype=torch.int32))
     space = torch.empty(fp8_wgrad.workspace(p, config), dtype=torch.uint8)
     for made in fp8_wgrad.launches(Step(fp8_wgrad.NAME, config), p, x, space):

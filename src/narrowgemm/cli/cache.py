@@ -13,9 +13,9 @@ import click
 
 from ..arch import Arch, detect, get_arch
 from ..errors import Unsupported, expect
-from ..problem import Plan
+from ..problem import Plan, buckets
 from ..runtime import cache as store
-from ..runtime import cache_layers as layers
+from ..runtime.warm import Calls, Layer, Products, by_kernels
 from ..testing.models import MODELS, get_model
 from .bench import Progress, split
 
@@ -23,8 +23,7 @@ LAYOUTS = ("dense", "contiguous", "psum", "offsets", "masked", "experts")
 PACKED = ("bf16", "fp8", "mxfp8", "no")
 ACTIVATIONS = {"fp8_128x128": "fp8_1x128", "mxfp8": "mxfp8", "mxfp4": "bf16"}   # what goes with weights of a format
 CONTEXT_BYTES = 1 << 30   # that a process takes on a GPU beside its tensors
-Unit = store.Unit | layers.Layer
-Work = list[tuple[Unit, list[str]]]     # what to call, and the kernels with their configs that it launches
+Work = list[tuple[Calls, list[str]]]    # what to call, and the kernels with their configs that it launches
 
 
 @click.group()
@@ -108,10 +107,10 @@ def warm(model: str, tp: int, ep: int, layouts: tuple[str, ...], max_m: int, a: 
         raise click.ClickException(str(e)) from e
     except ValueError as e:
         raise click.UsageError(str(e)) from e
-    compiled = [(u, kernels) for u, kernels in work if kernels]
+    compiled = [(calls, kernels) for calls, kernels in work if kernels]
     for text in described(work, arch):
         click.echo(text)
-    need = max((u.bytes for u, _ in compiled), default=0.0)
+    need = max((calls.bytes for calls, _ in compiled), default=0.0)
     takes = f"a GPU of the kind that will serve, here {arch.name}, with {need / 1e9:.1f} GB free for each process"
     if where is None and arch.name != "cpu":
         click.echo(f"listed, not compiled: compiling launches every kernel once, which takes {takes}")
@@ -140,7 +139,7 @@ def target(device: str | None) -> tuple[Arch, str | None]:
 
 def plan_work(model: str, tp: int, ep: int, layouts: Sequence[str], max_m: int, a: str | None, packed: str | None, out_dtype: str,
               arch: Arch) -> Work:
-    """A unit for each Plan of each product and layout. Raises ValueError (a format), Unsupported."""
+    """Calls of each product and layout, in parts by kernel. Raises ValueError (a format), Unsupported."""
     m = get_model(model)
     narrow = m.weights in ("mxfp4", "mxfp8")
     expect(narrow or packed in (None, "no"), "packed", packed, f"no: {model}'s weights are {m.weights}, which needs no packing")
@@ -149,13 +148,13 @@ def plan_work(model: str, tp: int, ep: int, layouts: Sequence[str], max_m: int, 
     work: Work = []
     for n, k in dict.fromkeys((m.gate_up(tp), m.down(tp))):
         for layout in (x for x in layouts if x != "experts"):
-            unit = store.Unit(layout, 1 if layout == "dense" else m.local_experts(ep), n, k, a or ACTIVATIONS[m.weights],
-                              m.weights, out_dtype, max_m, store.buckets(max_m), pack)
-            work += [(u, kernels_of({"": plan})) for u, plan in store.split(unit, arch)]
+            products = Products(layout, 1 if layout == "dense" else m.local_experts(ep), n, k, a or ACTIVATIONS[m.weights],
+                                m.weights, out_dtype, max_m, buckets(max_m), pack)
+            work += [(part, kernels_of(plans)) for part, plans in by_kernels(products, arch)]
     if "experts" in layouts:
-        layer = layers.Layer(m.local_experts(ep), m.experts, m.hidden, m.inter // tp, m.top_k, m.weights, m.activation,
-                             m.oss, m.oss, out_dtype, store.buckets(max_m), pack, a)
-        work += [(u, kernels_of(plan.steps)) for u, plan in layers.split_layer(layer, arch)]
+        layer = Layer(m.local_experts(ep), m.experts, m.hidden, m.inter // tp, m.top_k, m.weights, m.activation,
+                      m.oss, m.oss, out_dtype, buckets(max_m), pack, a)
+        work += [(part, kernels_of(plans)) for part, plans in by_kernels(layer, arch)]
     return work
 
 
@@ -165,36 +164,29 @@ def kernels_of(plans: Mapping[str, Plan]) -> list[str]:
 
 
 def described(work: Work, arch: Arch) -> list[str]:
-    lines = [f"on {arch.name} ({arch.target}):"]
-    for unit, kernels in work:
-        sizes, what = ",".join(map(str, unit.sizes)), "; ".join(kernels) or "reference, nothing to compile"
-        packed = f" packed for {unit.packed}" if unit.packed else ""
-        of = f"{unit.layout:10s} G{unit.groups} N{unit.n} K{unit.k}{packed} rows" if isinstance(unit, store.Unit) else \
-            f"{'experts':10s} E{unit.experts} I{unit.inter} H{unit.hidden} top-{unit.top_k}{packed} tokens"
-        lines.append(f"  {of} {sizes}: {what}")
-    return lines
+    return [f"on {arch.name} ({arch.target}):",
+            *(f"  {calls}: {'; '.join(kernels) or 'reference, nothing to compile'}" for calls, kernels in work)]
 
 
-def compile_ahead(unit: Unit, where: str) -> int:
-    """Launch what the unit needs, in this process; how many calls."""
-    return store.compile_unit(unit, where) if isinstance(unit, store.Unit) else layers.compile_layer(unit, where)
+def compile_ahead(calls: Calls, where: str) -> int:
+    """What a process of the pool does; a function of the module, because it is pickled by name."""
+    return calls.compile(where)
 
 
 def run(work: Work, where: str, processes: int) -> None:
-    """Compile every unit in a pool of processes. ClickException where one failed."""
+    """Compile every part in a pool of processes. ClickException where one failed."""
     errors = []
     with Progress(len(work)) as bar, ProcessPoolExecutor(
             processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         bar.describe(f"compiling in {processes} processes")
-        jobs: dict[Future[int], Unit] = {pool.submit(compile_ahead, u, where): u for u, _ in work}
+        jobs: dict[Future[int], Calls] = {pool.submit(compile_ahead, calls, where): calls for calls, _ in work}
         for job in as_completed(jobs):
-            unit = jobs[job]
             try:
                 job.result()
             except BrokenProcessPool:
-                errors.append(f"{unit}: its process died")
+                errors.append(f"{jobs[job]}: its process died")
             except (RuntimeError, ValueError, TypeError, OSError) as e:
-                errors.append(f"{unit}: {type(e).__name__}: {e}")
+                errors.append(f"{jobs[job]}: {type(e).__name__}: {e}")
             bar.advance()
     click.echo(f"compiled {len(work) - len(errors)} of {len(work)} into {store.folder()}")
     if errors:

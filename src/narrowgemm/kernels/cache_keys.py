@@ -11,23 +11,27 @@ import ast
 from collections.abc import Iterator
 from typing import Any
 
-_settled: dict[int, Any] = {}      # by id, and kept: hashing a function works its key out, and a freed one's id is another's
-
 
 def settle(kernel: Any) -> None:
-    """Work out the cache key of a Triton function, those of all that it calls first. Nothing in the interpreter."""
+    """Work out the cache key of a Triton function, after those of all functions that it calls. Does nothing in the interpreter."""
     from triton.runtime.jit import JITCallable
 
-    if id(kernel) in _settled or not isinstance(kernel, JITCallable):
+    if isinstance(kernel, JITCallable):
+        _settle(kernel, set())
+
+
+def _settle(function: Any, seen: set[int]) -> None:
+    """`seen`: ids of the functions on the way here, since one may call itself. Not the functions: hashing one works out its key."""
+    if function.hash is not None or id(function) in seen:      # Triton keeps a key there once it is worked out
         return
-    _settled[id(kernel)] = kernel       # a function that calls itself stands for itself
-    for f in called(kernel):
-        settle(f)
-    kernel.cache_key        # noqa: B018  worked out where it is read, once
+    seen.add(id(function))
+    for f in called(function):
+        _settle(f, seen)
+    function.cache_key      # noqa: B018  a property: reading it works the key out
 
 
 def called(function: Any) -> Iterator[Any]:
-    """Triton functions that one names, by itself or in a module of its globals, in the order of its text."""
+    """The Triton functions that `function` names (`f`, or `module.f`), in the order of its text."""
     from triton.runtime.jit import JITCallable
 
     names = function.__globals__

@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..formats import ScaledTensor, dtype_name, get_format
+from ..formats import ScaledTensor, dtype_name, dtype_of, get_format
 from .expert_mlp import How, Kept, backward, forward
-from .grouped_linear import DTYPES
 from .library import LIBRARY
 from .quantize_both import Both
 
@@ -56,7 +55,7 @@ def _backward(dy: Tensor, h: Tensor, xt: Tensor, xts: Tensor, at: Tensor, ats: T
     fx, fw = get_format(how.x), get_format(how.w)
     kept = Kept(h, ScaledTensor(xt, xts, fx), ScaledTensor(at, ats, fx), seg)
     dx, dw1, dw2 = backward(dy.contiguous(), kept, ScaledTensor(c1, cs1, fw), ScaledTensor(c2, cs2, fw), offsets, None, how,
-                            (True, True, True), (None, None), (DTYPES[w1], DTYPES[w2]))
+                            (True, True, True), (None, None), (dtype_of(w1), dtype_of(w2)))
     assert dx is not None and dw1 is not None and dw2 is not None
     return dx, dw1, dw2
 
@@ -64,8 +63,8 @@ def _backward(dy: Tensor, h: Tensor, xt: Tensor, xts: Tensor, at: Tensor, ats: T
 def _backward_fake(dy: Tensor, h: Tensor, xt: Tensor, xts: Tensor, at: Tensor, ats: Tensor, seg: Tensor, c1: Tensor,
                    cs1: Tensor, c2: Tensor, cs2: Tensor, offsets: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     g, hidden, two = c1.shape
-    return (h.new_empty((h.shape[0], hidden)), dy.new_empty((g, two, hidden), dtype=DTYPES[rest[-2]]),
-            dy.new_empty((g, hidden, two // 2), dtype=DTYPES[rest[-1]]))
+    return (h.new_empty((h.shape[0], hidden)), dy.new_empty((g, two, hidden), dtype=dtype_of(rest[-2])),
+            dy.new_empty((g, hidden, two // 2), dtype=dtype_of(rest[-1])))
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import expect
-from ..formats import FP8_ROW, FP8_TENSOR, Format, FP8_1x128, FP8_128x128, ScaledTensor, dtype_name, get_format
+from ..formats import FP8_ROW, FP8_TENSOR, Format, FP8_1x128, FP8_128x128, ScaledTensor, dtype_name, dtype_of, get_format
 from ..layouts import INT, KGrouped, Offsets, check_index
 from .grouped import grouped_gemm
 from .library import LIBRARY
@@ -28,7 +28,6 @@ RECIPES: dict[str, tuple[Format, Format]] = {
     "tensorwise": (FP8_TENSOR, FP8_TENSOR), "rowwise": (FP8_ROW, FP8_ROW), "block": (FP8_1x128, FP8_128x128)}
 ELEMENTS = ("e4m3", "e5m2")
 GRADIENT_CLAMP = 1e-20      # least amax: gradients of a mean over many tokens are far below the 1e-4 that activations have
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,18 +193,18 @@ def _backward_op(dy: Tensor, wt: Tensor, wts: Tensor, offsets: Tensor, sdy: Tens
                  ) -> tuple[Tensor, Tensor]:
     how = How(fx, fdy, fast_accum, max_sms)
     q = quantize_both(dy.contiguous(), fdy, offsets, scale=sdy, amax_clamp=GRADIENT_CLAMP)
-    dx = input_gradient(q, ScaledTensor(wt, wts, get_format(fw)), offsets, DTYPES[x_dtype], how)
+    dx = input_gradient(q, ScaledTensor(wt, wts, get_format(fw)), offsets, dtype_of(x_dtype), how)
     if not need_w:
         return dx, dy.new_empty(0)
-    return dx, weight_gradient(q, ScaledTensor(xt, xts, get_format(fx)), KGrouped(seg, 128), None, DTYPES[w_dtype], how)
+    return dx, weight_gradient(q, ScaledTensor(xt, xts, get_format(fx)), KGrouped(seg, 128), None, dtype_of(w_dtype), how)
 
 
 def _backward_fake(dy: Tensor, wt: Tensor, wts: Tensor, offsets: Tensor, sdy: Tensor | None, xt: Tensor, xts: Tensor, seg: Tensor,
                    fx: str, fdy: str, fw: str, fast_accum: bool, max_sms: int, x_dtype: str, w_dtype: str, need_w: bool
                    ) -> tuple[Tensor, Tensor]:
     g, k, n = wt.shape
-    dx = dy.new_empty((dy.shape[0], k), dtype=DTYPES[x_dtype])
-    return dx, dy.new_empty((g, n, k), dtype=DTYPES[w_dtype]) if need_w else dy.new_empty(0)
+    dx = dy.new_empty((dy.shape[0], k), dtype=dtype_of(x_dtype))
+    return dx, dy.new_empty((g, n, k), dtype=dtype_of(w_dtype)) if need_w else dy.new_empty(0)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -8,7 +8,7 @@ from ..errors import expect
 from ..formats import Format, FP8_1x128, ScaledTensor, get_format
 from ..layouts import Contiguous, Layout, Masked, Offsets, Psum
 from ..prepack import PackedWeight
-from ..problem import Plan, bucket
+from ..problem import Plan, bucket, buckets
 from ..scales import mn_major_tma_aligned
 from . import gemm as gemm_op
 from . import grouped as grouped_op
@@ -38,7 +38,7 @@ def prepare(b: ScaledTensor | PackedWeight, *, layout: str = "dense", max_m: int
     expect(max_m >= 1, "max_m", max_m, "at least 1 row")
     fmt = get_format(a_format)
     expect(all(1 <= m <= max_m for m in sizes), "sizes", sizes, f"numbers of rows from 1 to max_m, {max_m}")
-    sizes = sizes or tuple(sorted({bucket(m) for m in range(1, max_m + 1) if bucket(m) <= max_m} | {max_m}))
+    sizes = sizes or buckets(max_m)
     groups = b.shape[0] if layout != "dense" else 1
     hints = tuple(sorted({bucket(e) for e in expected_m})) or (0,)
     plans: dict[tuple, Plan] = {}
