@@ -56,13 +56,10 @@ def fill(w_desc, x_desc, slot, w_row, x_row, kb, cfg: gl.constexpr, ALONE: gl.co
 
 @gluon.jit
 def loader(w_desc, x_desc, bars, w_row, x_row, k0, blocks, cfg: gl.constexpr):
-    """K blocks from EARLY on."""
+    """K blocks from EARLY on, of which a ring of as many slots has come round already."""
     empty, ready = bars
-    slot = gl.to_tensor(EARLY)
-    phase = gl.to_tensor(1)
-    if cfg.STAGES == EARLY:
-        slot = gl.to_tensor(0)
-        phase = gl.to_tensor(0)
+    slot = gl.to_tensor(EARLY % cfg.STAGES)
+    phase = gl.to_tensor(1 - EARLY // cfg.STAGES)
     for kb in range(EARLY, blocks):
         mbarrier.wait(empty.index(slot), phase)
         fill(w_desc, x_desc, slot, w_row, x_row, k0 + kb, cfg, True)

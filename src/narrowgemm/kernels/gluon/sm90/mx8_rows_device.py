@@ -40,12 +40,9 @@ def fill(w_desc, x_desc, slot, w_row, x_row, kb, cfg: gl.constexpr, ALONE: gl.co
 
 @gluon.jit
 def loader(w_desc, x_desc, w_row, x_row, k0, blocks, cfg: gl.constexpr):
-    """K blocks from EARLY on."""
-    slot = gl.to_tensor(EARLY)
-    phase = gl.to_tensor(1)
-    if cfg.STAGES == EARLY:
-        slot = gl.to_tensor(0)
-        phase = gl.to_tensor(0)
+    """K blocks from EARLY on, of which a ring of as many slots has come round already."""
+    slot = gl.to_tensor(EARLY % cfg.STAGES)
+    phase = gl.to_tensor(1 - EARLY // cfg.STAGES)
     for kb in range(EARLY, blocks):
         cluster.wait(empty_at(slot, cfg), phase, 1)
         fill(w_desc, x_desc, slot, w_row, x_row, k0 + kb, cfg, True)

@@ -76,20 +76,12 @@ def add(acc, p, fx, fw, WILD: gl.constexpr, cfg: gl.constexpr):
 
 
 @gluon.jit
-def first_of(both, cfg: gl.constexpr):
+def parts_from(both, FIRST: gl.constexpr, cfg: gl.constexpr):
+    """The PARTS tensors of one sum, from the FIRST on, of two that `keep` has kept together."""
     P: gl.constexpr = cfg.PARTS
     out = ()
     for i in gl.static_range(P):
-        out = out + (both[i], )
-    return out
-
-
-@gluon.jit
-def second_of(both, cfg: gl.constexpr):
-    P: gl.constexpr = cfg.PARTS
-    out = ()
-    for i in gl.static_range(P):
-        out = out + (both[cfg.PARTS + i], )
+        out = out + (both[FIRST + i], )
     return out
 
 
@@ -109,8 +101,8 @@ def add_block(acc, slot, at, powers, s_x, WILD: gl.constexpr, cfg: gl.constexpr)
         acc = add(acc, p, fx, fw, WILD, cfg)
         if j < 2:
             both = keep(acc + p, 2 * P, COLS)
-            acc = first_of(both, cfg)
-            p = multiply_step(a + 32 * (j + 2), b + 32 * (j + 2), second_of(both, cfg), P, COLS, mma)
+            acc = parts_from(both, 0, cfg)
+            p = multiply_step(a + 32 * (j + 2), b + 32 * (j + 2), parts_from(both, P, cfg), P, COLS, mma)
         p, q = q, p
     return acc
 
