@@ -1,4 +1,6 @@
-"""Rewrites the table of README.md from the committed result files: figures are never typed.
+"""Rewrites the two tables of README.md from the committed result files: figures are never typed.
+
+The table of results has every suite; the headline, on the first screen, those of HEADLINE against one peer each.
 
     python benchmarks/make_tables.py            writes README.md
     python benchmarks/make_tables.py --check    exits with 1 where README.md is not what the files say
@@ -17,10 +19,24 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from narrowgemm.testing import results
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
+HEADLINE_BEGIN, HEADLINE_END = "<!-- headline:begin -->", "<!-- headline:end -->"
+# suite, peer, what is compared, with what; the peers that are faster belong here as much as the others
+HEADLINE = (
+    ("experts-fp8", "deepgemm_layer", "a whole expert layer in FP8, 1 to 16384 tokens", "DeepGEMM, with Triton steps around it"),
+    ("fp8-masked-decode", "deepgemm", "FP8 experts with 1 to 20 tokens each", "DeepGEMM"),
+    ("fp8-contiguous", "deepgemm", "FP8 experts with thousands of tokens each", "DeepGEMM"),
+    ("a16w4-decode", "triton_kernels", "MXFP4 experts, BF16 activations, 1 to 16 tokens", "triton_kernels"),
+    ("a16w4-prefill", "triton_kernels", "MXFP4 experts, BF16 activations, 1024 and 4096 tokens", "triton_kernels"),
+    ("mxfp4-contiguous", "deepgemm", "MXFP4 experts, FP8 activations, thousands of tokens each", "DeepGEMM, FP8 weights"),
+    ("train-step", "torch_step", "a training step of the experts in FP8", "torch in BF16"),
+)
 
 
 def committed(root: Path) -> list[Path]:
@@ -89,8 +105,8 @@ def described(name: str, files: list[dict[str, Any]]) -> str:
             f"{', '.join(sorted({str(d['date'])[:10] for d in files}))}.")
 
 
-def cells(rows: list[dict[str, Any]]) -> dict[str, str]:
-    """Suite -> its own peers, each with the mean and the worst of the ratios; the floor only where there is no other."""
+def summaries(rows: list[dict[str, Any]]) -> dict[str, list[results.Summary]]:
+    """By suite, its own peers in their order; others, where none of its own was measured."""
     from narrowgemm.testing import results
     from narrowgemm.testing.cases import PEERS
 
@@ -98,12 +114,17 @@ def cells(rows: list[dict[str, Any]]) -> dict[str, str]:
     for s in results.summarise(rows):
         if not s.asked.endswith("+transform"):
             found.setdefault(s.suite, []).append(s)
-    out = {}
-    for suite, mine in found.items():
-        own = sorted((s for s in mine if s.peer in PEERS[suite]), key=lambda s: PEERS[suite].index(s.peer))
-        shown = [s for s in own if s.peer != "floor"] or own or mine
-        out[suite] = "<br>".join(f"{s.peer} {s.mean:.2f} ({s.worst:.2f})" for s in shown)
-    return out
+    return {suite: sorted((s for s in mine if s.peer in PEERS[suite]), key=lambda s: PEERS[suite].index(s.peer)) or mine
+            for suite, mine in found.items()}
+
+
+def ratio(s: results.Summary) -> str:
+    return f"{s.mean:.2f} ({s.worst:.2f})"
+
+
+def cell(mine: list[results.Summary]) -> str:
+    """A suite's ratios by peer; the floor only where there is no other."""
+    return "<br>".join(f"{s.peer} {ratio(s)}" for s in [s for s in mine if s.peer != "floor"] or mine)
 
 
 def left_out(chosen: dict[tuple[str, bool], list[dict[str, Any]]]) -> dict[str, list[str]]:
@@ -136,35 +157,46 @@ def named(what: str, found: list[tuple[str, str]]) -> list[str]:
     return [f"{what}: {text}.", ""] if text else []
 
 
-def render(paths: list[Path]) -> tuple[str, list[str]]:
-    """(text between the marks, problems)."""
+def render(paths: list[Path]) -> tuple[str, str, list[str]]:
+    """(the table of results, the headline, problems)."""
     from narrowgemm.testing import results
     from narrowgemm.testing.cases import SUITES
     from narrowgemm.testing.suite_titles import TITLES
 
-    columns: dict[str, dict[str, str]] = {}
+    columns: dict[str, dict[str, list[results.Summary]]] = {}
     sources, problems = [], []
     for name, files in by_device(paths).items():
         chosen = in_order(newest(files))
         rows = rows_of(chosen)
         device = files[-1]["device"]
-        columns[device] = cells(rows)
+        columns[device] = summaries(rows)
         sources.append(described(device, [*{id(d): d for some in chosen.values() for d in some}.values()]))
         problems += [f"{name}: {p}" for p in results.check(rows, without=left_out(chosen))]
     if not columns:
-        return "No result is committed yet.\n", problems
+        return "No result is committed yet.\n", "No result is committed yet.\n", problems
     lines = [f"| | {' | '.join(columns)} |", f"| --- |{' --- |' * len(columns)}"]
-    lines += [f"| {TITLES[s]} (`{s}`) | {' | '.join(c.get(s, '-') for c in columns.values())} |"
+    lines += [f"| {TITLES[s]} (`{s}`) | {' | '.join(cell(c[s]) if s in c else '-' for c in columns.values())} |"
               for s in sorted(SUITES, key=lambda s: s.startswith("portable")) if any(s in c for c in columns.values())]
-    return "\n".join([*lines, "", *(line for text in sources for line in (text, ""))]).rstrip() + "\n", problems
+    lines += ["", *(line for text in sources for line in (text, ""))]
+    return "\n".join(lines).rstrip() + "\n", headline(columns), problems
 
 
-def rewritten(text: str, block: str) -> str:
+def headline(columns: dict[str, dict[str, list[results.Summary]]]) -> str:
+    """A row for each of HEADLINE that was measured on one of the devices."""
+    lines = [f"| | against | {' | '.join(columns)} |", f"| --- | --- |{' ---: |' * len(columns)}"]
+    for suite, peer, what, against in HEADLINE:
+        shown = [next((ratio(s) for s in c.get(suite, ()) if s.peer == peer), "-") for c in columns.values()]
+        if set(shown) != {"-"}:
+            lines.append(f"| {what} | {against} | {' | '.join(shown)} |")
+    return "\n".join(lines) + "\n"
+
+
+def rewritten(text: str, block: str, begin: str = BEGIN, end: str = END) -> str:
     """`text` with what is between the marks replaced. ValueError where the marks are not there once, in order."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"README.md: got no single block from {BEGIN} to {END}, expected one")
-    head, rest = text.split(BEGIN)
-    return f"{head}{BEGIN}\n{block}{END}{rest.split(END)[1]}"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"README.md: got no single block from {begin} to {end}, expected one")
+    head, rest = text.split(begin)
+    return f"{head}{begin}\n{block}{end}{rest.split(end)[1]}"
 
 
 def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
@@ -174,8 +206,8 @@ def main(argv: list[str] | None = None, root: Path = ROOT) -> int:
     sys.path.insert(0, str(root / "src"))
     readme = root / "README.md"
     before = readme.read_text()
-    block, problems = render(committed(root))
-    after = rewritten(before, block)
+    block, first, problems = render(committed(root))
+    after = rewritten(rewritten(before, block), first, HEADLINE_BEGIN, HEADLINE_END)
     for p in problems:
         print(f"MISSING {p}", file=sys.stderr)
     if args.check:

@@ -270,7 +270,7 @@ def test_tables_come_from_the_files(whole: Path, tmp_path: Path, capsys: pytest.
     folder = tmp_path / "benchmarks" / "results" / "cpu"
     folder.mkdir(parents=True)
     readme = tmp_path / "README.md"
-    readme.write_text(f"head\n{make.BEGIN}\nold\n{make.END}\ntail\n")
+    readme.write_text(f"head\n{make.HEADLINE_BEGIN}\nold\n{make.HEADLINE_END}\nbetween\n{make.BEGIN}\nold\n{make.END}\ntail\n")
     assert make.main([], tmp_path) == 0
     assert "No result is committed yet." in readme.read_text()
     (folder / "2026-01-01-r.json").write_text(whole.read_text())
@@ -281,6 +281,7 @@ def test_tables_come_from_the_files(whole: Path, tmp_path: Path, capsys: pytest.
     assert text.startswith("head\n") and text.endswith("tail\n") and "old" not in text
     assert re.search(r"^\| every layout .* \(`cpu-small`\) \| torch_bf16 \d+\.\d\d \(\d+\.\d\d\) \|$", text, re.MULTILINE)
     assert "commits `abc`" in text and "floor" not in text
+    assert "| experts-" not in text, "no suite of the headline was measured there"
     edited(whole, folder, lambda d: d["rows"].pop())
     (folder / "edited.json").rename(folder / "2026-01-01-r.json")
     assert make.main([], tmp_path) == 1 and "MISSING cpu: cpu-small/" in capsys.readouterr().err
@@ -300,12 +301,12 @@ def test_peers_that_a_run_was_not_asked_for_are_named(whole: Path, tmp_path: Pat
     data["peers"] = ["floor"]
     data["rows"] = [r for r in data["rows"] if r["peer"] != "torch_bf16"]
     (folder / "r.json").write_text(json.dumps(data))
-    text, problems = make.render([folder / "r.json"])
+    text, _, problems = make.render([folder / "r.json"])
     assert not problems and "(`cpu-small`) | floor " in text
     assert "Not measured there: torch_bf16 (`cpu-small`)." in page(tables("make_performance"), folder)
     data["peers"] = ["torch_bf16", "floor"]
     (folder / "r.json").write_text(json.dumps(data))
-    assert any("against torch_bf16: missing" in p for p in make.render([folder / "r.json"])[1])
+    assert any("against torch_bf16: missing" in p for p in make.render([folder / "r.json"])[2])
 
 
 def test_wrong_peers_are_named_and_wrong_rows_of_ours_are_problems(whole: Path, tmp_path: Path) -> None:
@@ -318,7 +319,7 @@ def test_wrong_peers_are_named_and_wrong_rows_of_ours_are_problems(whole: Path, 
                          ("torch_bf16: out of memory", False)):
         row.update(error=error, ratio=None)
         (folder / "r.json").write_text(json.dumps(data))
-        problems = make.render([folder / "r.json"])[1]
+        problems = make.render([folder / "r.json"])[2]
         text = page(tables("make_performance"), folder)
         assert ("numeric gate: torch_bf16 (`cpu-small` 1)." in text) == named and bool(problems) != named
 
