@@ -25,7 +25,7 @@ from ..ops.route import Routing, combine, gather, route, sort_by_expert
 from ..ops.steps import select
 from ..problem import Plan
 from ..reference.activate import activate as reference_activate
-from ..reference.gemm import full_float32
+from ..reference.float32 import full_float32
 from ..runtime.dispatch import by_reason
 from ..testing.numerics import GateResult, calc_diff, check_gates
 from ..testing.timers import GraphTimer, WallTimer, ceilings

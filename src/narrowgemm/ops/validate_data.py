@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -28,7 +30,7 @@ def check_scales(*operands: ScaledTensor) -> None:
                 bad, what = (s.contiguous().view(torch.int32) & 0x7FFFFF) != 0, "no power of two"
         at = _first(bad)
         if at is not None:
-            where = tuple(int(i) for i in torch.unravel_index(torch.tensor(at), bad.shape))
+            where = tuple(at // math.prod(bad.shape[i + 1:]) % n for i, n in enumerate(bad.shape))
             raise ValueError(f"scale of {name} at {where}: got {what}, expected a finite scale")
 
 

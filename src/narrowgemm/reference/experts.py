@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..formats import Format, ScaledTensor
 from .activate import activate
-from .gemm import full_float32
+from .float32 import full_float32
 from .quantize import quantize
 
 

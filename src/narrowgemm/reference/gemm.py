@@ -2,25 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import torch
 from torch import Tensor
 
 from ..formats import ScaledTensor
-
-
-@contextmanager
-def full_float32() -> Iterator[None]:
-    """FP32 matrix products without TF32 and without autocast inside the block, whatever the process has set."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = False
-    try:
-        with torch.autocast("cuda", enabled=False), torch.autocast("cpu", enabled=False):
-            yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
+from .float32 import full_float32
 
 
 def product(a: ScaledTensor, b: ScaledTensor) -> Tensor:

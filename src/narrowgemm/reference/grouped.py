@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..formats import ScaledTensor
-from .gemm import full_float32, product
+from .float32 import full_float32
+from .gemm import product
 
 
 def rows_of_groups(kind: str, index: Tensor, m: int, groups: int, alignment: int = 1) -> Iterator[tuple[int, Tensor]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..formats import ScaledTensor
 from ..layouts import Psum
-from ..reference.gemm import full_float32
+from ..reference.float32 import full_float32
 from ..reference.grouped import grouped_gemm, own_scales, rows_of_groups, take_columns
 from .fuzz_inputs import build
 from .guard import GUARD, all_bytes

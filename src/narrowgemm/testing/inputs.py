@@ -20,7 +20,7 @@ from ..formats import ELEMENTS, Format, ScaledTensor
 from ..layouts import Contiguous, KGrouped, Layout, Masked, Offsets, Psum
 from ..prepack import PackedWeight, prepack
 from ..problem import Plan
-from ..reference.gemm import full_float32
+from ..reference.float32 import full_float32
 from .case import Case
 from .guard import Guarded, guarded_empty
 from .numerics import FAST_ACCUM_GATE, KERNEL_GATE, GateResult, Sums, independent, recipe_gate
