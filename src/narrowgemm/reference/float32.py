@@ -35,7 +35,7 @@ def full_float32() -> Iterator[None]:
 
 def _take() -> Callable[[], None]:
     """Full precision from here on; what brings the present state back."""
-    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    backends = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul     # type: ignore[attr-defined]
     before = [b.fp32_precision for b in backends]
     if not any(p in REDUCED for p in before):
         return lambda: None
