@@ -27,7 +27,7 @@ from narrowgemm.ops import gemm as gemm_op
 from narrowgemm.ops import grouped as grouped_op
 from narrowgemm.ops import quantize as quantize_op
 from narrowgemm.ops.activate_both import activate_backward, activate_both
-from narrowgemm.ops.common import PlanCache
+from narrowgemm.ops.plan_cache import PlanCache
 from narrowgemm.testing.cases import Case, build
 from narrowgemm.testing.inputs import Inputs
 from narrowgemm.testing.models import get_model

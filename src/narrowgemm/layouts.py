@@ -26,9 +26,15 @@ from .errors import expect, expect_count
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """Base of the grouped layouts: `kind` names it in a `Problem`, `index` is the device tensor kernels read."""
+    """Base of the grouped layouts: `kind` names it in a `Problem`, `index` is the device tensor kernels read.
+
+    What the host knows beside the index, where a layout has these as fields: `alignment`, groups start at multiples of it;
+    `expected_m`, the mean rows of a group, 0 for unknown.
+    """
 
     kind: ClassVar[str] = ""
+    alignment = 1       # not annotated, so no fields of every layout
+    expected_m = 0
 
     @property
     def index(self) -> Tensor:
@@ -198,3 +204,13 @@ class KGrouped(Layout):
     @property
     def num_groups(self) -> int:
         return self.offsets.numel() - 1
+
+
+ROWS: dict[str, type[Layout]] = {c.kind: c for c in (Contiguous, Psum, Offsets, Masked)}     # layouts of rows, by name
+
+
+def layout_of_rows(kind: str, index: Tensor, alignment: int = 1, expected_m: int = 0) -> Layout:
+    """The layout of this kind over `index`, with what its class has of the rest. KeyError for a kind that is not in ROWS."""
+    if kind == "psum":
+        return Psum(index, alignment, expected_m)
+    return Masked(index, expected_m) if kind == "masked" else ROWS[kind](index)  # type: ignore[call-arg]

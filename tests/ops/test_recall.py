@@ -9,9 +9,10 @@ import torch
 
 import narrowgemm as ng
 from narrowgemm.formats import FP8_1x128, FP8_128x128, ScaledTensor
-from narrowgemm.ops import common, recall
+from narrowgemm.ops import recall
+from narrowgemm.ops.plan_cache import NOTHING, Known, PlanCache
 
-KNOWN = common.Known(None, {}, common.NOTHING)
+KNOWN = Known(None, {}, NOTHING)
 
 
 def aligned(shape: tuple[int, ...], dtype: torch.dtype, offset: int = 0) -> torch.Tensor:
@@ -28,7 +29,7 @@ def operands() -> dict[str, torch.Tensor]:
             "out": aligned((16, 128), torch.bfloat16), "index": aligned((16,), torch.int32)}
 
 
-def recalled(cache: common.PlanCache, t: dict[str, torch.Tensor], *rest: object) -> common.Known | None:
+def recalled(cache: PlanCache, t: dict[str, torch.Tensor], *rest: object) -> Known | None:
     a, b = ScaledTensor(t["x"], t["sx"], FP8_1x128), ScaledTensor(t["y"], t["sy"], FP8_128x128)
     known, addresses = cache.recall(a, b, t.get("out"), t.get("index"), *rest)
     if known is not None:
@@ -38,16 +39,16 @@ def recalled(cache: common.PlanCache, t: dict[str, torch.Tensor], *rest: object)
 
 
 @pytest.fixture
-def cache() -> common.PlanCache:
+def cache() -> PlanCache:
     if recall._maker() is None:
         pytest.skip("this torch's guards are not what they were")
-    cache, t = common.PlanCache(), operands()
+    cache, t = PlanCache(), operands()
     a, b = ScaledTensor(t["x"], t["sx"], FP8_1x128), ScaledTensor(t["y"], t["sy"], FP8_128x128)
     cache.remember(KNOWN, a, b, t["out"], t["index"], "option", False)
     return cache
 
 
-def test_other_tensors_of_the_same_signature(cache: common.PlanCache) -> None:
+def test_other_tensors_of_the_same_signature(cache: PlanCache) -> None:
     assert recalled(cache, operands(), "option", False) is KNOWN
 
 
@@ -69,7 +70,7 @@ CHANGES: dict[str, Callable[[dict[str, torch.Tensor]], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_whatever_differs_is_not_recalled(cache: common.PlanCache, change: Callable) -> None:
+def test_whatever_differs_is_not_recalled(cache: PlanCache, change: Callable) -> None:
     t = operands()
     change(t)
     rest = ("option", False)
@@ -84,13 +85,13 @@ def test_a_call_off_16_bytes_is_not_remembered(name: str) -> None:
     """Its Plan may be one for tensors that TMA can't take: calls that are aligned must not get it."""
     if recall._maker() is None:
         pytest.skip("this torch's guards are not what they were")
-    cache, t = common.PlanCache(), operands()
+    cache, t = PlanCache(), operands()
     t[name] = aligned(tuple(t[name].shape), t[name].dtype, 8)
     cache.remember(KNOWN, ScaledTensor(t["x"], t["sx"], FP8_1x128), ScaledTensor(t["y"], t["sy"], FP8_128x128), t["out"], t["index"])
     assert recalled(cache, operands()) is None
 
 
-def test_options_and_environment(cache: common.PlanCache, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_and_environment(cache: PlanCache, monkeypatch: pytest.MonkeyPatch) -> None:
     assert recalled(cache, operands(), "option", True) is None
     monkeypatch.setenv("NARROWGEMM_BACKEND", "reference")
     assert recalled(cache, operands(), "option", False) is None
@@ -111,13 +112,13 @@ def test_an_operand_that_changes_in_place_between_two_calls() -> None:
 
 def test_a_torch_without_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recall, "_maker", lambda: None)
-    cache, t = common.PlanCache(), operands()
+    cache, t = PlanCache(), operands()
     a, b = ScaledTensor(t["x"], t["sx"], FP8_1x128), ScaledTensor(t["y"], t["sy"], FP8_128x128)
     cache.remember(KNOWN, a, b, t["out"], None)
     assert recalled(cache, t) is None
 
 
-def test_few_are_kept_of_one_shape(cache: common.PlanCache) -> None:
+def test_few_are_kept_of_one_shape(cache: PlanCache) -> None:
     for pad in range(1, 2 * recall.ALIKE):
         t = operands()
         t["out"] = aligned((16, 128 + 8 * pad), torch.bfloat16)[:, :128]

@@ -15,7 +15,7 @@ from ..arch import Arch, detect, get_arch
 from ..errors import Unsupported, expect
 from ..problem import Plan, buckets
 from ..runtime import cache as store
-from ..runtime.warm import Calls, Layer, Products, by_kernels
+from ..runtime.warm import Layer, Products, Workload, by_kernels
 from ..testing.models import MODELS, get_model
 from .bench import Progress, split
 
@@ -23,7 +23,7 @@ LAYOUTS = ("dense", "contiguous", "psum", "offsets", "masked", "experts")
 PACKED = ("bf16", "fp8", "mxfp8", "no")
 ACTIVATIONS = {"fp8_128x128": "fp8_1x128", "mxfp8": "mxfp8", "mxfp4": "bf16"}   # what goes with weights of a format
 CONTEXT_BYTES = 1 << 30   # that a process takes on a GPU beside its tensors
-Work = list[tuple[Calls, list[str]]]    # what to call, and the kernels with their configs that it launches
+Work = list[tuple[Workload, list[str]]]    # what to call, and the kernels with their configs that it launches
 
 
 @click.group()
@@ -168,7 +168,7 @@ def described(work: Work, arch: Arch) -> list[str]:
             *(f"  {calls}: {'; '.join(kernels) or 'reference, nothing to compile'}" for calls, kernels in work)]
 
 
-def compile_ahead(calls: Calls, where: str) -> int:
+def compile_ahead(calls: Workload, where: str) -> int:
     """What a process of the pool does; a function of the module, because it is pickled by name."""
     return calls.compile(where)
 
@@ -179,7 +179,7 @@ def run(work: Work, where: str, processes: int) -> None:
     with Progress(len(work)) as bar, ProcessPoolExecutor(
             processes, mp_context=multiprocessing.get_context("spawn")) as pool:
         bar.describe(f"compiling in {processes} processes")
-        jobs: dict[Future[int], Calls] = {pool.submit(compile_ahead, calls, where): calls for calls, _ in work}
+        jobs: dict[Future[int], Workload] = {pool.submit(compile_ahead, calls, where): calls for calls, _ in work}
         for job in as_completed(jobs):
             try:
                 job.result()

@@ -17,9 +17,10 @@ from ..reference import quantize as quantization
 from ..runtime import env
 from ..runtime.launch import run
 from . import common, steps
+from .plan_cache import PlanCache
 from .quantize import quantize
 
-_plans = common.PlanCache()
+_plans = PlanCache()
 
 
 @overload
@@ -118,7 +119,7 @@ def plan_of(h: Tensor, activation: str, args: tuple[float, ...], interleaved: bo
     if h.numel() == 0:
         return None
     groups = 0 if layout is None else layout.offsets.numel() - 1
-    rows = getattr(layout, "expected_m", 0) or -(-h.shape[0] // max(groups, 1))
+    rows = -(-h.shape[0] // max(groups, 1))
     problem = steps.activate_problem(h.shape[0], h.shape[1] // 2, groups, rows, steps.PLAIN[h.dtype],
                                      fmt or steps.PLAIN[h.dtype], scale_layout, activation, args, interleaved,
                                      bias is not None)

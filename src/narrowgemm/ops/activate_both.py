@@ -24,10 +24,11 @@ from ..reference.quantize_both import ALIGNMENT
 from ..runtime import env
 from ..runtime.launch import run
 from . import common, library, steps
+from .plan_cache import PlanCache
 from .quantize_both import Both, allocate_both, quantize_both
 
 GROUPS = ((1, 128), (1, 0), (0, 0))
-_plans = common.PlanCache()
+_plans = PlanCache()
 
 
 def activate_both(h: Tensor, layout: Offsets, fmt: Format | str, *, activation: str = "swiglu", args: tuple[float, ...] = (),

@@ -1,16 +1,12 @@
-"""What the GEMM ops share: operand checks, the Problem's operands, and the cache from a call's signature to its Plan.
+"""What the GEMM ops share: their options, operand checks, and the Problem that a checked call is.
 
-Checks depend on nothing but shapes, strides, dtypes, devices, alignment and options, all of which are in the signature:
-a call whose signature was seen before is known to be valid, and goes straight to its Plan.
+Checks depend on nothing but shapes, strides, dtypes, devices, alignment and options, so they run once a signature (`plan_cache`).
 """
 
 from __future__ import annotations
 
-import threading
-from collections import OrderedDict
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import torch
 from torch import Tensor
@@ -19,12 +15,10 @@ from ..arch import detect
 from ..errors import expect
 from ..formats import PLAIN, Format, ScaledTensor, dtype_name
 from ..problem import Config, Operand, Plan, Problem, bucket, promotion
-from ..runtime import dispatch, env
+from ..runtime import dispatch
 from .overlap import share_memory, stored_twice
-from .recall import Calls
 
 OUT_DTYPES = tuple(PLAIN)
-_LIMIT = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +49,6 @@ def as_operand(x: ScaledTensor | Tensor, name: str) -> ScaledTensor:
     return ScaledTensor(x, None, PLAIN[x.dtype])
 
 
-def signature(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, *rest: object) -> tuple:
-    """Everything that checks and the Plan depend on."""
-    return identify(a, b, out, None, *rest)[0]
-
-
 def check_kinds(**tensors: object) -> None:
     """TypeError for what is given for a tensor and is none with memory of its own; None is nothing."""
     for name, x in tensors.items():
@@ -77,169 +66,10 @@ def refuse(error: Exception, **tensors: object) -> NoReturn:
     raise error
 
 
-def refuse_product(error: Exception, a: ScaledTensor, b: ScaledTensor, out: Tensor | None, index: Tensor | None) -> NoReturn:
-    refuse(error, a=a.data, b=b.data, scale_of_a=a.scale, scale_of_b=b.scale, out=out, index=index)
-
-
-def identify(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, index: Tensor | None,
-             *rest: object) -> tuple[tuple, tuple[int, ...]]:
-    """(everything that checks and the Plan depend on, addresses of a, its scales, b, its scales and the index).
-
-    It is made in every call, so it is plain reads, no objects of our own; a device is its number, which costs a third.
-    """
-    try:
-        x, y, sx, sy = a.data, b.data, a.scale, b.scale
-        p, q = x.data_ptr(), y.data_ptr()
-        key: tuple
-        if sx is not None and sy is not None:
-            ps, qs = sx.data_ptr(), sy.data_ptr()
-            key = (a.format, x.shape, x.stride(), x.dtype, x.get_device(), sx.shape, sx.stride(), sx.dtype, sx.get_device(),
-                   b.format, y.shape, y.stride(), y.dtype, y.get_device(), sy.shape, sy.stride(), sy.dtype, sy.get_device(),
-                   rest, env.choice())
-        else:
-            ps, qs = 0 if sx is None else sx.data_ptr(), 0 if sy is None else sy.data_ptr()
-            key = (a.format, b.format, _traits(x), _traits(y), _traits(sx), _traits(sy), rest, env.choice())
-        bits = p | ps | q | qs
-        if out is not None:
-            bits |= out.data_ptr()
-            key += (out.shape, out.stride(), out.dtype, out.get_device())
-        pi = 0
-        if index is not None:
-            pi = index.data_ptr()
-            bits |= pi
-            key += (index.shape, index.dtype, index.get_device())
-        if bits & 15:
-            key += (p & 15, ps & 15, q & 15, qs & 15, 0 if out is None else out.data_ptr() & 15, pi & 15)
-        if not p:       # a tensor without elements, or one without memory, whose calls are no others'
-            key += (x.numel(),)
-        if x.get_device() < 0:      # CPU and meta tensors both say -1
-            key += tuple([t if t is None else t.device for t in (x, sx, y, sy, out, index)])
-        return key, (p, ps, q, qs, pi)
-    except (AttributeError, RuntimeError) as error:
-        refuse_product(error, a, b, out, index)
-
-
-def _traits(t: Tensor | None) -> tuple | None:
-    return None if t is None else (t.shape, t.stride(), t.dtype, t.get_device())
-
-
 def check_traced(config: Config | None, out: Tensor | None, accumulate: bool) -> None:
     """What a call can't have under torch.compile; the rest is checked when the compiled graph runs."""
     expect(config is None, "config under torch.compile", "a Config", "None: a tuned table decides there")
     expect(out is not None or not accumulate, "out with accumulate=True", None, "the tensor to add to")
-
-
-def wants_sync(validate: str | None) -> bool:
-    return validate == "sync" or env.get("NARROWGEMM_VALIDATE") == "sync"
-
-
-class Known(NamedTuple):
-    """What is known of a signature: its Plan (None: nothing to compute), the launches that the Plan is bound to
-    (`kernels.launching`), what an output is allocated with, and whether calls read their data back to check it."""
-
-    plan: Plan | None
-    memo: dict
-    empty: Empty
-    sync: bool = False
-
-
-class Empty(NamedTuple):
-    """Arguments of `torch.empty_strided`, which takes two thirds of the time of `torch.empty` with a tuple."""
-
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    def make(self) -> Tensor:
-        return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device=self.device)
-
-
-def empty(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Empty:
-    """Of a contiguous tensor."""
-    return Empty(tuple(shape), torch.empty(shape, device="meta").stride(), dtype, device)
-
-
-NOTHING = Empty((0,), (1,), torch.uint8, torch.device("cpu"))
-
-
-def _all_of(x: Tensor, sx: Tensor, y: Tensor, sy: Tensor, out: Tensor | None, index: Tensor | None) -> tuple[Tensor, ...]:
-    if out is None:
-        return (x, sx, y, sy) if index is None else (x, sx, y, sy, index)
-    return (x, sx, y, sy, out) if index is None else (x, sx, y, sy, out, index)
-
-
-class PlanCache:
-    """What is known of signatures, bounded, safe with several threads. Signatures hold devices, so one cache serves them all."""
-
-    def __init__(self) -> None:
-        self._known: OrderedDict[tuple, Known] = OrderedDict()
-        self._calls: Calls[Known] = Calls()
-        self._lock = threading.Lock()
-
-    def find(self, key: tuple) -> Known | None:
-        """None where an argument can't be hashed, too: the checks of a call that is new say which, and why."""
-        try:
-            return self._known.get(key)
-        except TypeError:
-            return None
-
-    def recall(self, a: ScaledTensor, b: ScaledTensor, out: Tensor | None, index: Tensor | None,
-               *rest: object) -> tuple[Known | None, tuple[int, ...]]:
-        """(what is known of a call, addresses as of `identify`), for scaled operands whose tensors start on 16 bytes and have
-        the signature of a call that `remember` was told of. None: `identify` has to read it."""
-        try:
-            x, y, sx, sy = a.data, b.data, a.scale, b.scale
-            if sx is None or sy is None:
-                return None, ()
-            alike = self._calls.known.get((a.format, x.shape, b.format, y.shape, rest, out is None, index is None, env.choice()))
-            if alike is None:
-                return None, ()
-            addresses = x.data_ptr(), sx.data_ptr(), y.data_ptr(), sy.data_ptr(), 0 if index is None else index.data_ptr()
-            bits = addresses[0] | addresses[1] | addresses[2] | addresses[3] | addresses[4] | (0 if out is None else out.data_ptr())
-            if bits & 15:
-                return None, ()
-            tensors = _all_of(x, sx, y, sy, out, index)
-            for check, known in alike:
-                if check(*tensors):
-                    return known, addresses
-            return None, ()
-        except TypeError:       # as in `find`
-            return None, ()
-        except (AttributeError, RuntimeError) as error:
-            refuse_product(error, a, b, out, index)
-
-    def remember(self, known: Known, a: ScaledTensor, b: ScaledTensor, out: Tensor | None, index: Tensor | None,
-                 *rest: object) -> None:
-        """For `recall`, what is known of a call with these arguments; nothing where a tensor is off 16 bytes: guards don't tell."""
-        if a.scale is None or b.scale is None:
-            return
-        tensors = _all_of(a.data, a.scale, b.data, b.scale, out, index)
-        if any(t.data_ptr() & 15 for t in tensors):
-            return
-        key = (a.format, a.data.shape, b.format, b.data.shape, rest, out is None, index is None, env.choice())
-        self._calls.add(key, tensors, known)
-
-    def add(self, key: tuple, plan: Plan | None, out: Empty, validate: str | None = None, memo: dict | None = None) -> Known:
-        """`validate` and what the environment says of it are in the key. `memo`: what it begins with; another thread may find what
-        was added at once."""
-        with self._lock:
-            known = self._known.setdefault(key, Known(plan, {} if memo is None else memo, out, wants_sync(validate)))
-            if len(self._known) > _LIMIT:
-                self._known.popitem(last=False)
-        return known
-
-    def get(self, key: tuple, make: Callable[[], Plan | None]) -> tuple[Plan | None, dict]:
-        """(Plan, bound launches), for an op that makes its outputs itself; `make` checks a call that is the first of its kind, and
-        plans it."""
-        known = self.find(key)
-        if known is None:
-            known = self.add(key, make(), NOTHING)
-        return known.plan, known.memo
-
-    def newest(self) -> Known:
-        """Of the signature that was seen for the first time last."""
-        return next(reversed(self._known.values()))
 
 
 def check_operand(x: ScaledTensor, name: str, shape: str, dims: int, groups: int = 0) -> None:

@@ -17,14 +17,15 @@ from ..errors import expect, expect_count
 from ..formats import Format, get_format
 from ..prepack import PackedWeight
 from ..runtime import env
-from . import common, experts_check, experts_warm, steps
+from . import experts_check, experts_warm, steps
 from .experts_arguments import Arguments, Kind, Shared, Weights, as_weight, as_weights, check_shared, known_by
 from .experts_call import Call, compose
 from .experts_plan import ExpertsPlan, Options, Recipe, Sizes, by_slot, default_activations, make
+from .plan_cache import PlanCache
 from .recall import Calls
 
 ROUTING = ("scoring", "renormalize", "num_expert_group", "topk_group", "scaling_factor")
-_plans = common.PlanCache()
+_plans = PlanCache()
 _calls: Calls[ExpertsPlan] = Calls()
 
 

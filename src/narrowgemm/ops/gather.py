@@ -13,10 +13,11 @@ from ..reference import quantize as reference
 from ..reference.route import Routing
 from ..runtime import env
 from ..runtime.launch import run
-from . import common, steps
+from . import steps
+from .plan_cache import PlanCache
 from .quantize import quantize
 
-_plans = common.PlanCache()
+_plans = PlanCache()
 
 
 def gather_quantize(x: Tensor, routing: Routing, fmt: Format | str, *, rounding: str = "rceil", amax_clamp: float = 1e-4,

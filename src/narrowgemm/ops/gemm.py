@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -12,9 +15,10 @@ from ..problem import Config, Plan
 from ..runtime.launch import again, run
 from . import common, library, validate_data
 from .common import Options
+from .plan_cache import Empty, PlanCache, empty_of
 from .routed import packed_gemm
 
-_plans = common.PlanCache()
+_plans = PlanCache()
 
 
 def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tensor, *, out: Tensor | None = None,
@@ -54,13 +58,8 @@ def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tensor, *, o
     rest = dtype, accumulate, fast_accum, backend, config, max_sms, validate, on_unsupported
     known, addresses = _plans.recall(a, b, out, None, *rest)
     if known is None:
-        key, addresses = common.identify(a, b, out, None, *rest)
-        known = _plans.find(key)
-        if known is None:
-            known = _plans.add(key, plan_of(a, b, out, dtype, accumulate,
-                                            Options(backend, config, max_sms, validate, on_unsupported, fast_accum)),
-                               common.empty((a.shape[0], b.shape[0]), dtype, a.device), validate)
-        _plans.remember(known, a, b, out, None, *rest)
+        known, addresses = _plans.look_up(a, b, out, None, rest, validate, partial(
+            _first_call, a, b, out, dtype, accumulate, backend, config, max_sms, validate, on_unsupported, fast_accum))
     plan, memo, empty, sync = known
     if sync:
         validate_data.check_scales(a, b)
@@ -71,6 +70,12 @@ def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tensor, *, o
     if plan is not None:
         run(plan, Operands(a, b, out, a.shape[0], b.shape[0], a.shape[1], memo=memo), workspace)
     return out
+
+
+def _first_call(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, dtype: torch.dtype, accumulate: bool,
+                *options: Any) -> tuple[Plan | None, Empty]:
+    """What `PlanCache.look_up` asks for where a signature is new. options: those of `Options`, in their order."""
+    return (plan_of(a, b, out, dtype, accumulate, Options(*options)), empty_of((a.shape[0], b.shape[0]), dtype, a.device))
 
 
 def plan_of(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, dtype: torch.dtype, accumulate: bool,

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..errors import Unsupported, expect
 from ..formats import ScaledTensor, get_format
 from ..kernels.operands import Operands
-from ..layouts import Contiguous, Layout, Masked, Offsets, Psum
+from ..layouts import ROWS, Layout, layout_of_rows
 from ..prepack import PackedWeight
 from ..problem import Config, Plan
 from ..runtime.launch import again, run
 from . import common, library, validate_data
 from .common import Options
+from .plan_cache import Empty, PlanCache, empty_of
 from .routed import packed_gemm
 
-_plans = common.PlanCache()
-KINDS: dict[str, type[Layout]] = {c.kind: c for c in (Contiguous, Psum, Offsets, Masked)}
+_plans = PlanCache()
 
 
 def grouped_gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tensor, layout: Layout, *, out: Tensor | None = None,
@@ -47,18 +50,13 @@ def grouped_gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tens
         return _traced(a, b, layout, out, out_dtype, accumulate, zero_padding, backend, config, max_sms, on_unsupported, fast_accum)
     dtype = common.out_dtype_of(out, out_dtype, torch.bfloat16)
     index = layout.index
-    alignment, expected_m = _hints(layout)
-    rest = (layout.kind, alignment, expected_m, zero_padding, dtype, accumulate, fast_accum, backend, config, max_sms, validate,
-            on_unsupported)
+    rest = (layout.kind, layout.alignment, layout.expected_m, zero_padding, dtype, accumulate, fast_accum, backend, config,
+            max_sms, validate, on_unsupported)
     known, addresses = _plans.recall(a, b, out, index, *rest)
     if known is None:
-        key, addresses = common.identify(a, b, out, index, *rest)
-        known = _plans.find(key)
-        if known is None:
-            known = _plans.add(key, plan_of(a, b, layout, out, dtype, accumulate, zero_padding,
-                                            Options(backend, config, max_sms, validate, on_unsupported, fast_accum)),
-                               common.empty((*a.shape[:-1], b.shape[-2]), dtype, a.device), validate)
-        _plans.remember(known, a, b, out, index, *rest)
+        known, addresses = _plans.look_up(a, b, out, index, rest, validate, partial(
+            _first_call, a, b, layout, out, dtype, accumulate, zero_padding, backend, config, max_sms, validate, on_unsupported,
+            fast_accum))
     plan, memo, empty, sync = known
     if sync:
         validate_data.check_layout(layout, a.shape[-2], b.shape[0])
@@ -68,22 +66,24 @@ def grouped_gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tens
     if workspace is None and again(memo, addresses, out):
         return out
     if plan is not None:
-        run(plan, Operands(a, b, out, a.shape[-2], b.shape[-2], a.shape[-1], b.shape[0], index, alignment, memo=memo), workspace)
+        run(plan, Operands(a, b, out, a.shape[-2], b.shape[-2], a.shape[-1], b.shape[0], index, layout.alignment,
+                           memo=memo), workspace)
     return out
 
 
-def _hints(layout: Layout) -> tuple[int, int]:
-    """(alignment of psum's groups, expected rows a group): what the host knows of a layout beside its index."""
-    return (layout.alignment if isinstance(layout, Psum) else 1,
-            layout.expected_m if isinstance(layout, (Psum, Masked)) else 0)
+def _first_call(a: ScaledTensor, b: ScaledTensor, layout: Layout, out: Tensor | None, dtype: torch.dtype, accumulate: bool,
+                zero_padding: bool, *options: Any) -> tuple[Plan | None, Empty]:
+    """As in `gemm`."""
+    return (plan_of(a, b, layout, out, dtype, accumulate, zero_padding, Options(*options)),
+            empty_of((*a.shape[:-1], b.shape[-2]), dtype, a.device))
 
 
 def plan_of(a: ScaledTensor, b: ScaledTensor, layout: Layout, out: Tensor | None, dtype: torch.dtype, accumulate: bool,
             zero_padding: bool, options: Options) -> Plan | None:
     """Check the call and select its Plan; None where there is nothing to compute."""
     options.check()
-    if layout.kind not in KINDS:
-        raise Unsupported(f"grouped_gemm has no {layout.kind} layout", f"it takes {', '.join(KINDS)}; k_grouped is "
+    if layout.kind not in ROWS:
+        raise Unsupported(f"grouped_gemm has no {layout.kind} layout", f"it takes {', '.join(ROWS)}; k_grouped is "
                           "grouped_gemm_wgrad's, routed is routed_gemm's")
     masked = layout.kind == "masked"
     common.check_pair(a, b, "[G, max_m, K]" if masked else "[M, K]", "[G, N, K]", 3 if masked else 2, 3)
@@ -100,7 +100,7 @@ def plan_of(a: ScaledTensor, b: ScaledTensor, layout: Layout, out: Tensor | None
     if 0 in shape:
         return None
     expect(groups > 0, f"groups of b for {m} rows", 0, "at least one")
-    rows = _hints(layout)[1] or (m if masked else -(-m // groups))
+    rows = layout.expected_m or (m if masked else -(-m // groups))
     like = out if out is not None else torch.empty(shape, dtype=dtype, device="meta")
     return common.plan("grouped_gemm", layout.kind, a, b, like, m, groups, min(rows, m), accumulate, zero_padding, options)
 
@@ -111,9 +111,8 @@ def _traced(a: ScaledTensor, b: ScaledTensor, layout: Layout, out: Tensor | None
     common.check_traced(config, out, accumulate)
     if out is None:
         out = torch.empty((*a.shape[:-1], b.shape[-2]), dtype=dtype or torch.bfloat16, device=a.device)
-    alignment, expected_m = _hints(layout)
     torch.ops.narrowgemm.grouped_gemm(a.data, a.scale, b.data, b.scale, a.format.name, b.format.name, out, layout.index,
-                                      layout.kind, alignment, expected_m, zero_padding, accumulate, backend or "",
+                                      layout.kind, layout.alignment, layout.expected_m, zero_padding, accumulate, backend or "",
                                       max_sms, on_unsupported, fast_accum)
     return out
 
@@ -121,11 +120,9 @@ def _traced(a: ScaledTensor, b: ScaledTensor, layout: Layout, out: Tensor | None
 def _impl(a: Tensor, a_scale: Tensor | None, b: Tensor, b_scale: Tensor | None, a_format: str, b_format: str, out: Tensor,
           index: Tensor, kind: str, alignment: int, expected_m: int, zero_padding: bool, accumulate: bool,
           backend: str, max_sms: int, on_unsupported: str, fast_accum: bool = False) -> None:
-    layout = Psum(index, alignment, expected_m) if kind == "psum" else Masked(index, expected_m) if kind == "masked" \
-        else KINDS[kind](index)  # type: ignore[call-arg]
-    grouped_gemm(ScaledTensor(a, a_scale, get_format(a_format)), ScaledTensor(b, b_scale, get_format(b_format)), layout,
-                 out=out, accumulate=accumulate, fast_accum=fast_accum, zero_padding=zero_padding, backend=backend or None,
-                 max_sms=max_sms, on_unsupported=on_unsupported)
+    grouped_gemm(ScaledTensor(a, a_scale, get_format(a_format)), ScaledTensor(b, b_scale, get_format(b_format)),
+                 layout_of_rows(kind, index, alignment, expected_m), out=out, accumulate=accumulate, fast_accum=fast_accum,
+                 zero_padding=zero_padding, backend=backend or None, max_sms=max_sms, on_unsupported=on_unsupported)
 
 
 library.register("grouped_gemm", f"{library.OPERANDS}, Tensor(a!) out, Tensor index, str kind, int alignment, "

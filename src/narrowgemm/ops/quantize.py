@@ -17,10 +17,11 @@ from ..runtime import dispatch, env
 from ..runtime.launch import again, run
 from ..scales import tma_aligned_rows
 from . import common, library
+from .plan_cache import Empty, Known, PlanCache, empty_of
 
 SCALE_LAYOUTS = ("row_major", "mn_major")
 SCALES = "scales"   # where the memo of a signature holds what scales are allocated with
-_plans = common.PlanCache()
+_plans = PlanCache()
 
 
 def quantize(x: Tensor, fmt: Format | str, *, rounding: str = "rceil", amax_clamp: float = 1e-4,
@@ -51,7 +52,7 @@ def quantize(x: Tensor, fmt: Format | str, *, rounding: str = "rceil", amax_clam
 
 
 def _known(x: Tensor, fmt: Format, rounding: str, amax_clamp: float, scale_layout: str, backend: str | None,
-           config: Config | None) -> common.Known:
+           config: Config | None) -> Known:
     where = x.get_device()      # a third of what `device` takes; CPU and meta tensors both say -1
     key = (fmt, x.shape, x.stride(), x.dtype, where if where >= 0 else x.device, common.off_16_bytes(x), rounding, amax_clamp,
            scale_layout, backend, config, env.choice())
@@ -88,7 +89,7 @@ def _check(x: Tensor, fmt: Format | str, rounding: str, amax_clamp: float, scale
 class Padded(NamedTuple):
     """MN-major scales whose columns are longer than they look."""
 
-    stored: common.Empty
+    stored: Empty
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
@@ -96,15 +97,15 @@ class Padded(NamedTuple):
         return self.stored.make().as_strided(self.shape, self.strides)
 
 
-def _outputs(x: Tensor, fmt: Format, scale_layout: str) -> tuple[common.Empty, common.Empty | Padded]:
+def _outputs(x: Tensor, fmt: Format, scale_layout: str) -> tuple[Empty, Empty | Padded]:
     """What payload and scales are allocated with."""
     *lead, k = x.shape
-    payload = common.empty((*lead, k // fmt.elem.per_byte), fmt.elem.dtype, x.device)
+    payload = empty_of((*lead, k // fmt.elem.per_byte), fmt.elem.dtype, x.device)
     dtype = torch.float32 if fmt.scale == "fp32" else torch.uint8
     *lead, rows, cols = shape = fmt.scale_shape(x.shape)
     if scale_layout == "row_major":
-        return payload, common.empty(shape, dtype, x.device)
-    stored = common.empty((*lead, cols, tma_aligned_rows(rows, dtype.itemsize)), dtype, x.device)
+        return payload, empty_of(shape, dtype, x.device)
+    stored = empty_of((*lead, cols, tma_aligned_rows(rows, dtype.itemsize)), dtype, x.device)
     strides = torch.empty(stored.shape, device="meta")[..., :rows].mT.stride()
     if stored.shape[-1] == rows:
         return payload, stored._replace(shape=tuple(shape), strides=strides)

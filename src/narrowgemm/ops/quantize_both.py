@@ -23,9 +23,10 @@ from ..runtime import dispatch, env
 from ..runtime.launch import run
 from ..scales import tma_aligned_rows
 from . import common, library, steps
+from .plan_cache import NOTHING, PlanCache
 
 GROUPS = ((1, 128), (128, 128), (1, 0), (0, 0))
-_plans = common.PlanCache()
+_plans = PlanCache()
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +70,7 @@ def quantize_both(x: Tensor, fmt: Format | str, offsets: Tensor | None = None, *
     known = _plans.find(key)
     if known is None:
         known = _plans.add(key, plan_of(x, fmt, offsets, scale, rounding, amax_clamp, backend, amax),
-                           common.NOTHING)
+                           NOTHING)
     x = x.detach()
     rows, columns, seg = allocate_both(x, fmt, offsets, scale)
     _fill(known.plan, x, fmt, rows, columns, offsets, seg, scale is not None, rounding, amax_clamp, known.memo, amax)

@@ -26,13 +26,14 @@ from ..reference.route import Routing
 from ..rows import check_rows
 from ..runtime import env
 from ..runtime.launch import run
-from . import common, steps
+from . import steps
+from .plan_cache import PlanCache
 from .steps import FLOATS
 
 __all__ = ["Routing", "combine", "gather", "moe_align_block_size", "route", "sort_by_expert"]
 
 SCORINGS = ("softmax", "sigmoid")
-_plans = common.PlanCache()
+_plans = PlanCache()
 
 
 def route(logits: Tensor, top_k: int, *, scoring: str = "softmax", renormalize: bool = True, bias: Tensor | None = None,

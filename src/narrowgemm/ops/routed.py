@@ -11,18 +11,19 @@ from ..arch import detect
 from ..errors import Unsupported, expect
 from ..formats import ScaledTensor, dtype_name
 from ..kernels.operands import Operands
-from ..layouts import Contiguous, Layout, Masked, Offsets, Psum, Routed, check_index
+from ..layouts import ROWS, Layout, Masked, Offsets, Routed, check_index
 from ..prepack import PackedWeight
 from ..problem import Config, Epilogue, Operand, Plan, Problem, bucket
 from ..reference.routed import ALPHA, LIMIT
-from ..runtime import dispatch
+from ..runtime import dispatch, env
 from ..runtime.launch import run
 from . import common, traced, validate_data
 from .common import Options
+from .plan_cache import PlanCache, empty_of, signature_of
 
 ACTIVATIONS = ("swiglu", "swiglu_oai")
 FLOATS = common.OUT_DTYPES
-_plans = common.PlanCache()
+_plans = PlanCache()
 
 
 @dataclass(slots=True, eq=False)
@@ -90,7 +91,7 @@ def routed_gemm(a: ScaledTensor | Tensor, b: PackedWeight | ScaledTensor | Tenso
     if known is None:
         plan = _routed_plan(a, b, layout, s, out, dtype, a_div, epilogue,
                             Options(backend, config, max_sms, validate, on_unsupported))
-        known = _plans.add(key, plan, common.empty(out_shape(b, s, epilogue), dtype, a.device), validate)
+        known = _plans.add(key, plan, empty_of(out_shape(b, s, epilogue), dtype, a.device), validate)
     plan, memo, empty, sync = known
     if s.num_slots < 0:     # positions are slots, and rows of A
         s.num_slots = s.positions = a.shape[0]
@@ -116,15 +117,13 @@ def packed_gemm(a: ScaledTensor | Tensor, b: PackedWeight, layout: Layout | None
     if torch.compiler.is_compiling():
         return traced.packed_gemm(a, b, layout, out, out_dtype, accumulate, zero_padding, options)
     dtype = common.out_dtype_of(out, out_dtype, torch.bfloat16)
-    index = None if layout is None else layout.index
-    kind = "dense" if layout is None else layout.kind
-    hint = layout.expected_m if isinstance(layout, Masked | Psum) else 0
-    alignment = layout.alignment if isinstance(layout, Psum) else 1
-    key = (*signature(a, b, out), dtype, accumulate, zero_padding, options, kind, _like(index), hint, alignment)
+    index, alignment = (None, 1) if layout is None else (layout.index, layout.alignment)
+    key = (*signature(a, b, out), dtype, accumulate, zero_padding, options, _like(index),
+           None if layout is None else (layout.kind, layout.expected_m, alignment))
     known = _plans.find(key)
     if known is None:
         known = _plans.add(key, packed_plan(a, b, layout, out, dtype, accumulate, options, zero_padding),
-                           common.empty((*a.shape[:-1], b.n), dtype, a.device), options.validate)
+                           empty_of((*a.shape[:-1], b.n), dtype, a.device), options.validate)
     plan, memo, empty, sync = known
     if sync and layout is not None:
         validate_data.check_layout(layout, a.shape[-2], b.groups)
@@ -193,9 +192,9 @@ def _like(x: Tensor | None, name: str = "a tensor argument") -> tuple | None:
 
 def signature(a: ScaledTensor, b: PackedWeight | ScaledTensor, out: Tensor | None) -> tuple:
     if isinstance(b, ScaledTensor):
-        return common.signature(a, b, out)
+        return signature_of(a, b, out)
     return (a.format, _like(a.data), _like(a.scale), _like(out), b.format, b.shape, b.pair, b.prepack, _like(b.factor),
-            _like(b.top), _like(b.data), _like(b.scale), *_of_folded(b), common.env.choice())
+            _like(b.top), _like(b.data), _like(b.scale), *_of_folded(b), env.choice())
 
 
 def _of_folded(b: PackedWeight) -> tuple:
@@ -272,7 +271,7 @@ def _routed_plan(a: ScaledTensor, b: PackedWeight | ScaledTensor, layout: Routed
 def packed_plan(a: ScaledTensor, b: PackedWeight, layout: Layout | None, out: Tensor | None, dtype: torch.dtype, accumulate: bool,
                 options: Options, zero_padding: bool = True) -> Plan | None:
     options.check()
-    if layout is not None and not isinstance(layout, Contiguous | Psum | Offsets | Masked):
+    if layout is not None and layout.kind not in ROWS:
         raise Unsupported(f"grouped_gemm has no {layout.kind} layout", "use Contiguous, Psum, Offsets or Masked; or routed_gemm")
     masked = isinstance(layout, Masked)
     common.check_operand(a, "a", "[G, max_m, K]" if masked else "[M, K]", 3 if masked else 2)
@@ -296,14 +295,13 @@ def packed_plan(a: ScaledTensor, b: PackedWeight, layout: Layout | None, out: Te
     even = out is None or not masked or out.shape[0] == 1 or out.stride(0) == m * out.stride(1)
     expect(even, "out, strides", None if out is None else out.stride(), "groups one behind the other, for a packed weight")
     like = out if out is not None else torch.empty(shape, dtype=dtype, device="meta")
-    hint = layout.expected_m if isinstance(layout, Masked | Psum) else 0
-    rows = hint or (m if layout is None or masked else -(-m // b.groups))
+    rows = m if layout is None else layout.expected_m or (m if masked else -(-m // b.groups))
     problem = Problem("gemm" if layout is None else "grouped_gemm", "dense" if layout is None else layout.kind, bucket(m), b.n, b.k,
                       b.groups, common.operand(a), replace(weight_operand(b), picks=-1 if b.folded is None else b.folded.picks),
                       rows=bucket(max(1, min(rows, m))),
                       out_dtype=dtype_name(dtype), out_aligned=common.on_16_bytes(like), accumulate=accumulate,
                       zero_padding=zero_padding, max_sms=options.max_sms,
-                      alignment=layout.alignment if isinstance(layout, Psum) else 1)
+                      alignment=1 if layout is None else layout.alignment)
     return _select(problem, a.device, options)
 
 

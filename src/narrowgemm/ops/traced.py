@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..formats import ScaledTensor, get_format
-from ..layouts import Contiguous, Layout, Masked, Offsets, Psum, Routed
+from ..layouts import Layout, Offsets, Routed, layout_of_rows
 from ..prepack import PackedWeight
 from ..problem import Config
 from . import common, library
@@ -44,10 +44,10 @@ def packed_gemm(a: ScaledTensor, b: PackedWeight, layout: Layout | None, out: Te
     common.check_traced(options.config, out, accumulate)
     if out is None:
         out = torch.empty((*a.shape[:-1], b.n), dtype=dtype or torch.bfloat16, device=a.device)
-    torch.ops.narrowgemm.packed_gemm(a.data, a.scale, a.format.name, *parts(b), None if layout is None else layout.index,
-                                     "dense" if layout is None else layout.kind,
-                                     layout.expected_m if isinstance(layout, Masked | Psum) else 0,
-                                     layout.alignment if isinstance(layout, Psum) else 1, out, accumulate, zero_padding,
+    rows: tuple[Any, ...] = (None, "dense", 0, 1)
+    if layout is not None:
+        rows = (layout.index, layout.kind, layout.expected_m, layout.alignment)
+    torch.ops.narrowgemm.packed_gemm(a.data, a.scale, a.format.name, *parts(b), *rows, out, accumulate, zero_padding,
                                      options.backend or "", options.max_sms, options.on_unsupported)
     return out
 
@@ -60,10 +60,7 @@ def _packed_impl(a: Tensor, a_scale: Tensor | None, a_format: str, b: Tensor, b_
 
     w = weight(b, b_scale, b_factor, b_codes, b_top, b_format, b_shape, b_pair, b_prepack)
     assert isinstance(w, PackedWeight)
-    how: Layout | None = None
-    if index is not None:
-        how = (Masked(index, expected_m) if layout == "masked" else Psum(index, alignment, expected_m) if layout == "psum" else
-               Contiguous(index) if layout == "contiguous" else Offsets(index))
+    how = None if index is None else layout_of_rows(layout, index, alignment, expected_m)
     eager(ScaledTensor(a, a_scale, get_format(a_format)), w, how, out, None, accumulate,
           common.Options(backend or None, None, max_sms, None, on_unsupported), None, zero_padding)
 

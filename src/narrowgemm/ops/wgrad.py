@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -13,8 +16,9 @@ from ..problem import Config, Plan
 from ..runtime.launch import again, run
 from . import common, library, validate_data
 from .common import Options
+from .plan_cache import Empty, PlanCache, empty_of
 
-_plans = common.PlanCache()
+_plans = PlanCache()
 
 
 def grouped_gemm_wgrad(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, layout: KGrouped, *, out: Tensor | None = None,
@@ -39,13 +43,11 @@ def grouped_gemm_wgrad(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, layou
         return _traced(a, b, layout, out, out_dtype, accumulate, backend, config, max_sms, on_unsupported, fast_accum)
     dtype = common.out_dtype_of(out, out_dtype, torch.float32)
     index, groups = layout.offsets, layout.num_groups
-    key, addresses = common.identify(a, b, out, index, layout.alignment, dtype, accumulate, fast_accum, backend, config,
-                                     max_sms, validate, on_unsupported)
-    known = _plans.find(key)
+    rest = (layout.alignment, dtype, accumulate, fast_accum, backend, config, max_sms, validate, on_unsupported)
+    known, addresses = _plans.recall(a, b, out, index, *rest)
     if known is None:
-        known = _plans.add(key, plan_of(a, b, layout, out, dtype, accumulate,
-                                        Options(backend, config, max_sms, validate, on_unsupported, fast_accum)),
-                           common.empty((groups, a.shape[0], b.shape[0]), dtype, a.device), validate)
+        known, addresses = _plans.look_up(a, b, out, index, rest, validate, partial(
+            _first_call, a, b, layout, out, dtype, accumulate, backend, config, max_sms, validate, on_unsupported, fast_accum))
     plan, memo, empty, sync = known
     if sync:
         validate_data.check_layout(layout, a.shape[-1], groups)
@@ -57,6 +59,13 @@ def grouped_gemm_wgrad(a: ScaledTensor | Tensor, b: ScaledTensor | Tensor, layou
     if plan is not None:
         run(plan, Operands(a, b, out, a.shape[0], b.shape[0], a.shape[1], groups, index, memo=memo), workspace)
     return out
+
+
+def _first_call(a: ScaledTensor, b: ScaledTensor, layout: KGrouped, out: Tensor | None, dtype: torch.dtype, accumulate: bool,
+                *options: Any) -> tuple[Plan | None, Empty]:
+    """As in `gemm`."""
+    return (plan_of(a, b, layout, out, dtype, accumulate, Options(*options)),
+            empty_of((layout.num_groups, a.shape[0], b.shape[0]), dtype, a.device))
 
 
 def plan_of(a: ScaledTensor, b: ScaledTensor, layout: KGrouped, out: Tensor | None, dtype: torch.dtype, accumulate: bool,

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 PACKING = 3     # times the bytes of weights that packing them takes
 
 
-class Calls(Protocol):
+class Workload(Protocol):
     """What `by_kernels` and `narrowgemm cache warm` ask of `Products` and `Layer`."""
 
     @property

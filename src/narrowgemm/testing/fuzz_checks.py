@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..formats import ScaledTensor
-from ..layouts import Psum
 from ..reference.float32 import full_float32
 from ..reference.grouped import grouped_gemm, own_scales, rows_of_groups, take_columns
 from .fuzz_inputs import build
@@ -170,14 +169,13 @@ def corrupt_faults(inputs: Inputs, draw: Draw) -> list[str]:
     assert layout is not None
     if layout.kind in ("offsets", "psum") and draw.corrupt not in MONOTONE:
         return [f for f in inputs.out.faults() if "beside" in f]
-    alignment = layout.alignment if isinstance(layout, Psum) else 1
     got = inputs.out.tensor.clone()
     found = inputs.out.faults()
     owners = torch.zeros(got.shape[:-1], dtype=torch.int32, device=got.device)
-    for g, rows in rows_of_groups(layout.kind, layout.index, inputs.a.shape[-2], c.groups, alignment):
+    for g, rows in rows_of_groups(layout.kind, layout.index, inputs.a.shape[-2], c.groups, layout.alignment):
         (owners[g] if c.layout == "masked" else owners)[rows] += 1
     inputs.reset_out()
-    want = grouped_gemm(inputs.a, inputs.b, inputs.out.tensor, layout.kind, layout.index, alignment=alignment,
+    want = grouped_gemm(inputs.a, inputs.b, inputs.out.tensor, layout.kind, layout.index, alignment=layout.alignment,
                         accumulate=c.accumulate, zero_padding=c.zero_padding)
     none = owners == 0
     if not torch.equal(bits(got[none]), bits(want[none])):

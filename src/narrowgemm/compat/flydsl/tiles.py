@@ -11,6 +11,7 @@ from ...formats import ScaledTensor
 from ...kernels.registry import kernels
 from ...layouts import Layout
 from ...ops import common, grouped
+from ...ops.plan_cache import signature_of
 from ...problem import Config
 from ...runtime import dispatch
 from ..notice import warn_once
@@ -30,7 +31,7 @@ class Tiles:
         """`backend` and `config` for `grouped_gemm`, or nothing where there is no wish, or none that can be met."""
         if self.shape == DEFAULT:
             return {}
-        key = common.signature(a, b, d, layout.kind)
+        key = signature_of(a, b, d, layout.kind)
         if key not in self._known:
             if len(self._known) >= _LIMIT:
                 self._known.clear()
