@@ -15,7 +15,7 @@ from narrowgemm.cli import moe_block
 from narrowgemm.cli.group import cli
 from narrowgemm.integrations.checkpoints import load_moe_layer, write_fp8_checkpoint
 from narrowgemm.ops import experts, experts_plan, steps
-from narrowgemm.ops.common import PlanCache
+from narrowgemm.ops.plan_cache import PlanCache
 from narrowgemm.testing.models import MODELS, MoEModel
 from narrowgemm.testing.timers import make_timer
 
@@ -75,7 +75,7 @@ def test_tables() -> None:
     result = demo(*TINY)
     assert result.exit_code == 0, result.output
     for part in (*FP8_STEPS, "deepseek-v3: 12 tokens", "the model has top-8 of 256", "% roof", "BF16 err",
-                 "kernel gate ok", "gate_up ran on reference. Why:", "the same bits as its steps"):
+                 "kernel gate ok", "gate_up ran on reference: cost model", "narrowgemm explain", "the same bits as its steps"):
         assert part in result.output, part
     assert max(map(len, result.stdout.split("error: calc_diff")[0].splitlines())) <= 125
 

@@ -188,9 +188,9 @@ def show(console: Console, block: Block, doc: dict[str, Any]) -> None:
     ):
         console.print(line, soft_wrap=True, highlight=False)
     for step in block.fp8:
-        if step.why:
-            console.print(f"[bold]{step.name}[/] ran on {step.kernel}. Why: {step.why}.", soft_wrap=True,
-                          highlight=False)
+        if step.reason:
+            console.print(f"[bold]{step.name}[/] ran on {step.kernel}: {step.reason}", soft_wrap=True, highlight=False)
+    console.print("Why each other kernel was passed over: --json has it, and `narrowgemm explain`.", highlight=False)
     bits = "the same bits as" if block.same_bits else "OTHER bits than"
     console.print(f"[bold]experts[/] gives {bits} its steps one by one.", soft_wrap=True, highlight=False)
     for name, result in block.gates.items():

@@ -50,7 +50,8 @@ class Roof:
 @dataclass(slots=True)
 class Step:
     """One step as it ran. `nbytes`: each input read once, each output written once. `error`: calc_diff of its result
-    against the FP32 layer's at the same point, None where the step makes no numbers. `predicted_us` is the plan's."""
+    against the FP32 layer's at the same point, None where the step makes no numbers. Of the plan: `predicted_us`, `reason`,
+    and `why`, which also says why every other kernel was passed over."""
 
     name: str
     run: Callable[[], object]
@@ -60,6 +61,7 @@ class Step:
     us: float = 0.0
     error: float | None = None
     kernel: str = "torch"
+    reason: str = ""
     why: str = ""
     predicted_us: float | None = None
 
@@ -248,10 +250,10 @@ def _errors(steps: list[Step], made: dict[str, Any], ref: dict[str, Tensor]) -> 
 def _choice(plan: Plan | None) -> dict[str, Any]:
     """What a step says about the kernel it ran on."""
     if plan is None:
-        return {"kernel": "", "why": "nothing to compute"}
+        return {"kernel": "", "reason": "nothing to compute", "why": "nothing to compute"}
     kernel = plan.kernel if plan.backend == "reference" else f"{plan.kernel} [{plan.config}]"
     why = f"{plan.reason}; not {'; '.join(by_reason(plan.passed_over))}" if plan.passed_over else plan.reason
-    return {"kernel": kernel, "why": why, "predicted_us": plan.predicted_us}
+    return {"kernel": kernel, "reason": plan.reason, "why": why, "predicted_us": plan.predicted_us}
 
 
 def roof_of(device: torch.device, timer: Timer) -> Roof:
