@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 import time
 from dataclasses import replace
 
@@ -13,7 +14,7 @@ from narrowgemm.errors import Unsupported
 from narrowgemm.formats import BF16, MXFP4
 from narrowgemm.kernels.registry import kernels
 from narrowgemm.reference import gemm as reference
-from narrowgemm.testing import fuzz, fuzz_steps, fuzz_training
+from narrowgemm.testing import fuzz, fuzz_compat, fuzz_steps, fuzz_training
 from narrowgemm.testing.case import Case
 from narrowgemm.testing.fuzz_checks import sum_error
 from narrowgemm.testing.fuzz_inputs import GuardedView, Store, build, stored
@@ -61,6 +62,29 @@ def test_a_wrong_gradient_is_found(op: str, monkeypatch: pytest.MonkeyPatch) -> 
         calls = 0
         found += fuzz_steps.run(op, seed, CPU)
     assert any("calc_diff" in f for f in found)
+
+
+PRODUCTS = {"deep_gemm": ("deep_gemm.grouped.grouped_gemm", "deep_gemm.dense.gemm"), "k_grouped": ("deep_gemm.kgrouped.grouped_gemm_wgrad",),
+            "aiter": ("aiter.mxfp8.gemm", "aiter.mxfp8.routed_gemm"), "moe_sorting": ("flydsl.moe.routed_gemm",),
+            "flydsl": ("flydsl.factories.grouped_gemm",), "bf16_names": ("deep_gemm.grouped.grouped_gemm",),
+            "scaled_grouped_mm": ("torch_scaled.grouped_gemm", "torch_scaled.grouped_gemm_wgrad")}
+
+
+@pytest.mark.parametrize("op", PRODUCTS)
+def test_wrong_products_under_other_names_are_found(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are 5% off."""
+    assert set(PRODUCTS) == set(fuzz_compat.OPS) - {"convert"}
+    for at in PRODUCTS[op]:
+        module, _, name = f"narrowgemm.compat.{at}".rpartition(".")
+        right = getattr(sys.modules[module], name)
+
+        def wrong(*args, right=right, **given):
+            out = right(*args, **given)
+            out[out != 0] *= 1.05
+            return out
+
+        monkeypatch.setattr(sys.modules[module], name, wrong)
+    assert sum(bool(fuzz_steps.run(op, seed, CPU)) for seed in range(6)) >= 2
 
 
 DENSE = fuzz.Draw(Case("fuzz", "dense", 1, 40, 64, 256), 5)

@@ -135,18 +135,20 @@ def steps(given: argparse.Namespace, device: torch.device) -> int:
     """`fuzz_steps` in place of products."""
     from . import fuzz_steps
 
-    def once(op: str, seed: int) -> list[str]:
+    def once(op: str, seed: int) -> tuple[str, list[str]]:
         try:
-            return fuzz_steps.run(op, seed, device)
+            found = fuzz_steps.run(op, seed, device)
         except (Unsupported, ValueError, TypeError) as e:
-            return [] if isinstance(e, Unsupported) or ": got " in str(e) else [failure(e)]
+            return ("refused", []) if isinstance(e, Unsupported) or ": got " in str(e) else ("wrong", [failure(e)])
         except FAILURES as e:
-            return [failure(e)]
+            return "wrong", [failure(e)]
+        return "wrong" if found else "ok", found
 
     if given.replay:
         one = json.loads(given.replay)
-        print(*once(one["op"], one["seed"]), sep="\n", flush=True)
-        return 0
+        what, found = once(one["op"], one["seed"])
+        print(what, *found, sep="\n", flush=True)
+        return int(what == "wrong")
     which, _, of = given.share.partition("/")
     seed = given.seed * int(of) + int(which)
     print(f"seed {seed}", flush=True)
@@ -157,8 +159,8 @@ def steps(given: argparse.Namespace, device: torch.device) -> int:
         op, number = rng.choice(names), rng.randrange(1 << 31)
         if given.trace:
             Path(given.trace).write_text(json.dumps({"op": op, "seed": number}))
-        found = once(op, number)
-        counts[f"{op} {'wrong' if found else 'ok'}"] += 1
+        what, found = once(op, number)
+        counts[f"{op} {what}"] += 1
         if found:
             print(f"WRONG {'; '.join(found)[:600]}\n  {json.dumps({'op': op, 'seed': number})}", flush=True)
             if lost(device):

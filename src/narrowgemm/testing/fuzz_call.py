@@ -63,8 +63,8 @@ class Call:
             self.found.append(f"{self.op}: {what}")
 
     def same(self, what: str, got: Tensor, want: Tensor) -> None:
-        got = got.cpu().contiguous()
-        equal = got.shape == want.shape and torch.equal(got.view(torch.uint8), want.contiguous().view(torch.uint8))
+        x, y = (t.cpu().clone(memory_format=torch.contiguous_format).view(torch.uint8) for t in (got, want))
+        equal = got.shape == want.shape and torch.equal(x, y)
         self.say(f"{what}: other bits than the reference", not equal)
 
     def scaled(self, what: str, got: ScaledTensor, want: ScaledTensor, rows: slice = slice(None),

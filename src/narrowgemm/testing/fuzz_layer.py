@@ -43,7 +43,7 @@ def run(c: Call) -> None:
     pair = c.pick(("", "halves", "interleaved")) if fmt in (MXFP4, MXFP8) else ""
     packed = bool(pair) or (fmt in (MXFP4, MXFP8) and c.chance(0.5))
     interleaved = pair == "interleaved" if pair else c.chance(0.3)
-    x_format = c.pick(ACTIVATIONS.get(fmt, (None,)))
+    x_format = c.pick(ACTIVATIONS.get(fmt, (None,))) or (BF16 if packed else None)    # by default unpacked weights get another
     up, down = weights(c, fmt, count, 2 * inter, hidden), weights(c, fmt, count, hidden, inter)
     biases = [c.floats(count, 2 * inter, wild=False), c.floats(count, hidden, wild=False)] if c.chance(0.4) else [None, None]
     shared = (weights(c, fmt, 2 * inter, hidden), weights(c, fmt, hidden, inter)) if not packed and c.chance(0.3) else None

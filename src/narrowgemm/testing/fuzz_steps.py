@@ -29,7 +29,7 @@ from ..reference import activate as reference_activate
 from ..reference import quantize as reference_quantize
 from ..reference import route as reference_route
 from ..reference.route import Routing
-from . import fuzz_layer, fuzz_training
+from . import fuzz_compat, fuzz_layer, fuzz_training
 from .fuzz_call import DTYPES, STORES, Call
 from .fuzz_inputs import GuardedView
 
@@ -302,7 +302,7 @@ def _routed(c: Call) -> None:
 OPS: dict[str, Callable[[Call], None]] = {
     "quantize": _quantize, "quantize_both": _quantize_both, "route": _route, "sort": _sort, "gather": _gather,
     "activate": _activate, "activate_both": _activate_both, "combine": _combine, "routed": _routed,
-    "experts": fuzz_layer.run, **{op: partial(fuzz_training.run, op) for op in fuzz_training.OPS}}
+    "experts": fuzz_layer.run, **fuzz_compat.OPS, **{op: partial(fuzz_training.run, op) for op in fuzz_training.OPS}}
 
 
 def run(op: str, seed: int, device: torch.device) -> list[str]:
