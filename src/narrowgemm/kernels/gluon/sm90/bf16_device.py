@@ -15,7 +15,7 @@ from .fp8_block_schedule_device import DENSE, MASKED, first_tile, fresh, has_pro
 from .fp8_scaled_device import producer
 from .fp8_scaled_parts_device import store_padding, store_tile
 from .fp8_scaled_sums_device import cut_all, products
-from .ring_device import groups_table, ring_barriers, store_buffers
+from .ring_device import groups_table, operand_rings, ring_barriers, store_buffers
 from .shim import view_as
 
 BLOCK = gl.constexpr(64)
@@ -137,17 +137,12 @@ def bf16_kernel(a_desc, b0_desc, b1_desc, d_desc, out_ptr, sa_ptr, sb_ptr, index
     if cfg.GATE:
         M = gl.where(gl.load(count_ptr) > limit, M, 0)
     S: gl.constexpr = cfg.STAGES
-    a_s = gl.allocate_shared_memory(gl.bfloat16, [S, 1, cfg.BM, BLOCK], PLANES)
-    b0_s = gl.allocate_shared_memory(gl.bfloat16, [S, 1, cfg.WGN * cfg.COLS0, BLOCK], PLANES)
-    b1_s = b0_s
-    if cfg.COLS1 > 0:
-        b1_s = gl.allocate_shared_memory(gl.bfloat16, [S, 1, cfg.WGN * cfg.COLS1, BLOCK], PLANES)
+    rings = operand_rings(a_desc, b0_desc, b1_desc, BLOCK, PLANES, cfg)
     d_s = store_buffers(out_ptr, cfg)
     bars = ring_barriers(S, 1, cfg.CONSUMERS)
     table = groups_table(bars[0], index_ptr, M, G, alignment, cfg)
 
     descs = (a_desc, b0_desc, b1_desc)
-    rings = (a_s, b0_s, b1_s)
     problem = (index_ptr, M, N, KB, G, alignment)
     scales = (sa_ptr, sag, sb_ptr, sbg)
     out = (out_ptr, og, om, out_pitch)

@@ -17,7 +17,7 @@ from .fp8_block_parts_device import FP8_PLANE, FP8_TILE
 from .fp8_block_schedule_device import DENSE, first_tile, fresh, has_products, is_live, next_tile, total_tiles
 from .fp8_scaled_parts_device import fetch_scales, load_block, store_padding, store_tile
 from .fp8_scaled_sums_device import cut_all, products
-from .ring_device import feed, fill_blocks, groups_table, ring_barriers, store_buffers
+from .ring_device import feed, fill_blocks, groups_table, operand_rings, ring_barriers, store_buffers
 from .shim import view_as
 
 
@@ -65,17 +65,12 @@ def fp8_scaled_kernel(a_desc, b0_desc, b1_desc, d_desc, out_ptr, sa_ptr, sb_ptr,
     [1 or G, N, K], d_desc [M, N]; out_pitch: rows of d_desc from one group to the next (masked). s..: strides of scales;
     og, om: of the output. KB: K blocks of 128, the last of which may be cut short."""
     S: gl.constexpr = cfg.STAGES
-    a_s = gl.allocate_shared_memory(a_desc.dtype, [S, 1, cfg.BM, 128], FP8_PLANE)
-    b0_s = gl.allocate_shared_memory(b0_desc.dtype, [S, 1, cfg.WGN * cfg.COLS0, 128], FP8_PLANE)
-    b1_s = b0_s
-    if cfg.COLS1 > 0:
-        b1_s = gl.allocate_shared_memory(b1_desc.dtype, [S, 1, cfg.WGN * cfg.COLS1, 128], FP8_PLANE)
+    rings = operand_rings(a_desc, b0_desc, b1_desc, 128, FP8_PLANE, cfg)
     d_s = store_buffers(out_ptr, cfg)
     bars = ring_barriers(S, 1, cfg.CONSUMERS)
     table = groups_table(bars[0], index_ptr, M, G, alignment, cfg)
 
     descs = (a_desc, b0_desc, b1_desc)
-    rings = (a_s, b0_s, b1_s)
     problem = (index_ptr, M, N, KB, G, alignment)
     scales = (sa_ptr, sag, sam, sb_ptr, sbg, sbn)
     out = (out_ptr, og, om, out_pitch)

@@ -19,7 +19,7 @@ from .fp8_block_parts_device import FP8_PLANE, FP8_TILE, ROW_OF_FLOATS, advance
 from .fp8_block_schedule_device import ROW_OF_INTS, clip, entries, fresh, strip_order
 from .fp8_scaled_parts_device import fetch_scales, load_block, store_tile
 from .fp8_scaled_sums_device import cut_all, piece_of, piece_products, products, scaled_products
-from .ring_device import ring_barriers, store_buffers
+from .ring_device import operand_rings, ring_barriers, store_buffers
 from .shim import block_barrier, tma_load, view_as, view_rows
 
 
@@ -193,11 +193,7 @@ def fp8_wgrad_kernel(a_desc, b0_desc, b1_desc, sa_desc, sb_desc, d_desc, out_ptr
     d_desc [rows, N]; out_pitch: rows of d_desc from one group to the next. s..: strides of scales; og, om: of the output.
     plan_ptr, count_ptr, sums_ptr: see the plan. `cfg.LAYOUT` is masked: the output is stored as such."""
     S: gl.constexpr = cfg.STAGES
-    a_s = gl.allocate_shared_memory(a_desc.dtype, [S, 1, cfg.BM, 128], FP8_PLANE)
-    b0_s = gl.allocate_shared_memory(b0_desc.dtype, [S, 1, cfg.WGN * cfg.COLS0, 128], FP8_PLANE)
-    b1_s = b0_s
-    if cfg.COLS1 > 0:
-        b1_s = gl.allocate_shared_memory(b1_desc.dtype, [S, 1, cfg.WGN * cfg.COLS1, 128], FP8_PLANE)
+    a_s, b0_s, b1_s = operand_rings(a_desc, b0_desc, b1_desc, 128, FP8_PLANE, cfg)
     sa_s = a_s
     sb_s = b0_s
     if cfg.BLOCKS:

@@ -18,6 +18,18 @@ def store_buffers(out_ptr, cfg: gl.constexpr):
 
 
 @gluon.jit
+def operand_rings(a_desc, b0_desc, b1_desc, BLOCK: gl.constexpr, layout: gl.constexpr, cfg: gl.constexpr):
+    """(A's, B's, the rest of B's) boxes of STAGES K blocks. A tile whose columns are no power of two has its B in two parts;
+    of one part only, the rest is the first again."""
+    a_s = gl.allocate_shared_memory(a_desc.dtype, [cfg.STAGES, 1, cfg.BM, BLOCK], layout)
+    b0_s = gl.allocate_shared_memory(b0_desc.dtype, [cfg.STAGES, 1, cfg.WGN * cfg.COLS0, BLOCK], layout)
+    b1_s = b0_s
+    if cfg.COLS1 > 0:
+        b1_s = gl.allocate_shared_memory(b1_desc.dtype, [cfg.STAGES, 1, cfg.WGN * cfg.COLS1, BLOCK], layout)
+    return a_s, b0_s, b1_s
+
+
+@gluon.jit
 def ring_barriers(STAGES: gl.constexpr, FILLED: gl.constexpr, FREED: gl.constexpr):
     """(full, empty), a barrier a slot: FILLED arrivals beside TMA's bytes make it full, FREED make it empty."""
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
