@@ -34,7 +34,8 @@ $L__BB0_1:
 
 def test_code_is_what_the_device_runs() -> None:
     code = same_ptx.stripped(PTX)
-    assert code.split() == ".visible .entry kernel( { add.s32 %r1, %r2, %r3; $L__BB0_1: bra $L__BB0_1; }".split()
+    assert [line.strip() for line in code.splitlines()] == [
+        ".visible .entry kernel(", "{", "add.s32 %r1, %r2, %r3;", "$L__BB0_1:", "bra $L__BB0_1;", "}"]
     assert same_ptx.stripped(PTX.replace("20", "21").replace("tmp3", "tmp4")) == code
     assert same_ptx.stripped(PTX.replace("%r3;", "%r4;")) != code
 

@@ -1,11 +1,11 @@
-"""Whether a change leaves the machine code of kernels alone: compiles jobs of the compile tests to PTX in a revision and in the working tree.
+"""Whether a change leaves kernels' machine code alone: compiles jobs of the compile tests to PTX, before it and after it.
 
-    python tools/same_ptx.py gluon_sm90_mx8_jobs:jobs:mx8_decode:all             # against HEAD
+    python tools/same_ptx.py gluon_sm90_mx8_jobs:jobs:mx8_decode:all             # the working tree against HEAD
     python tools/same_ptx.py --base main --keep /tmp/ptx gluon_sm90_bf16_jobs:jobs
 
-A job is named as in `tests/_compile.py`: a module of tests/kernels, its function, and the arguments behind the target. PTX is compared
-without comments, line numbers and debug sections, so a renamed function that is inlined doesn't count. Needs no GPU, and runs no ptxas.
-Exits with 1 where a kernel differs, or is in one of the two only. NVIDIA targets only.
+A job is named as in `tests/_compile.py`: a module of tests/kernels, its function, and what the function takes behind the target. PTX
+is compared without comments, line numbers and debug sections, so the names of inlined functions don't count. Needs no GPU, and runs
+no ptxas. Exits with 1 where a kernel differs, or is there only before or after. NVIDIA targets only.
 """
 
 from __future__ import annotations
@@ -43,9 +43,8 @@ def stripped(ptx: str) -> str:
 def compiled(target: str, jobs: list[str]) -> Iterator[tuple[str, str]]:
     """(job and kernel, code) of all that the jobs launch, with the package and the tests that this process imports."""
     import triton
-    from triton.backends.nvidia import compiler
-
     from tests._compile import FakeDriver
+    from triton.backends.nvidia import compiler
 
     compiler.CUDABackend.make_cubin = lambda *_: b"none"
     triton.runtime.driver.set_active(FakeDriver(target))
@@ -101,8 +100,8 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         base = Path(folder) / "base"
-        archive = subprocess.run(["git", "archive", arguments.base, "src", "tests"], cwd=ROOT, check=True, capture_output=True).stdout
-        with tarfile.open(fileobj=BytesIO(archive)) as tar:
+        archive = subprocess.run(["git", "archive", arguments.base, "src", "tests"], cwd=ROOT, check=True, capture_output=True)
+        with tarfile.open(fileobj=BytesIO(archive.stdout)) as tar:
             tar.extractall(base, filter="data")
         processes = [in_tree(tree, Path(folder) / name, arguments) for tree, name in ((base, "before"), (ROOT, "after"))]
         outputs = [p.communicate()[0] for p in processes]
