@@ -3,7 +3,7 @@
     python tools/same_ptx.py gluon_sm90_mx8_jobs:jobs:mx8_decode:all             # the working tree against HEAD
     python tools/same_ptx.py --base main --keep /tmp/ptx gluon_sm90_bf16_jobs:jobs
 
-A job is named as in `tests/_compile.py`: a module of tests/kernels, its function, and what the function takes behind the target. PTX
+A job is named as in `tests/_compile.py`: a module of tests/kernels, its function, what the function takes behind the target. PTX
 is compared without comments, line numbers and debug sections, so the names of inlined functions don't count. Needs no GPU, and runs
 no ptxas. Exits with 1 where a kernel differs, or is there only before or after. NVIDIA targets only.
 """

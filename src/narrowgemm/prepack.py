@@ -187,80 +187,92 @@ def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16",
 
     pair: for gate_up weights whose activation is to be fused, how gate and up rows lie in `weights`: 'halves' ([gate; up]) or
         'interleaved' (gate, up, gate, up, ... as GPT-OSS). N must then be even.
-    activations: what the weights will be multiplied with, as far as it is known. 'bf16', an order that is fast with activations of
-        every format. 'fp8': MXFP4 weights whose scales fold into E4M3 get the order `FP8_PREPACK`, which is multiplied on FP8
-        tensor cores with FP8 activations, 1x128 and row-wise, and with BF16 ones, as two E4M3 numbers each (activations of other
-        formats then run on the reference). 'mxfp8': dense MXFP8 weights, `[N, K]` with K a multiple of 128, stay as they are
-        (`ROWS_PREPACK`; scales row by row, memory shared with `weights` where nothing has to be moved), since the kernels of such
-        products take them so (activations of other formats then run on portable kernels). Weights that are none of these get the
-        first order.
-    folded: for MXFP8 without `pair`, in the first order, a second copy beside, as large as the first: products of MXFP8 activations
-        of many rows then run on FP8 tensor cores instead of BF16 ones, as exactly. `PackedWeight.folded` is None where too much of
-        the weights does not fold.
+    activations: what the weights will be multiplied with, as far as it is known.
+        'bf16': an order that is fast with activations of every format.
+        'fp8': MXFP4 weights whose scales fold into E4M3 get the order `FP8_PREPACK`, for FP8 tensor cores: with FP8 activations,
+            1x128 or row-wise, and with BF16 ones, as two E4M3 numbers each. Other activations then run on the reference.
+        'mxfp8': dense MXFP8 weights, `[N, K]` with K a multiple of 128, stay as they are (`ROWS_PREPACK`), which is how the kernels
+            for MXFP8 activations read them; memory is shared where scales lie row by row. Other activations then run on the
+            portable kernels.
+        Weights of another kind than 'fp8' or 'mxfp8' is for get the order of 'bf16'.
+    folded: for MXFP8 without `pair`, in the order of 'bf16': also make a second copy, as large as the first, by which products with
+        many rows of MXFP8 activations run on FP8 tensor cores instead of BF16 ones, just as exactly. `PackedWeight.folded` is None
+        where too much of the weights does not fold.
 
-    Works on any device, some experts at a time. It reads the scales back once, so call it when loading. Raises TypeError or
+    Works on any device, some experts at a time. It waits for the device a few times, so call it when loading. Raises TypeError or
     ValueError for weights that are not of this kind, and Unsupported if the scales of one row are further apart than BF16 can
-    represent exactly (more than 2^131; any are taken as they are); such weights can be used unpacked.
+    represent exactly (more than 2^131); such weights can be used unpacked.
     """
-    expect(isinstance(weights, ScaledTensor), "weights", type(weights).__name__,
-           "a ScaledTensor in MXFP4 or MXFP8 (narrowgemm.quantize or ScaledTensor.make)", error=TypeError)
-    fmt = weights.format
-    check_packable(fmt)
-    expect(weights.data.dim() in (2, 3), "weights, shape", tuple(weights.shape), "[E, N, K] or [N, K]")
-    expect(pair in PAIRS, "pair", repr(pair), f"one of {PAIRS}")
-    expect(activations in ACTIVATIONS, "activations", repr(activations), f"one of {ACTIVATIONS}")
-    *_, n, k = shape = tuple(weights.shape)
-    expect(n > 0 and k > 0, "weights, shape", shape, "no empty axis")
-    if not torch.compiler.is_compiling() and weights.data.numel() and not weights.data.data_ptr():
-        raise Unsupported(f"prepack of weights without memory, on {weights.device}: what order they get depends on their scales",
-                          "pack them once they are loaded; explain and experts_workspace size packed weights without any")
-    expect(pair == "" or n % 2 == 0, f"N of {pair} gate and up rows", n, "an even number")
-    expect(isinstance(folded, bool), "folded", repr(folded), "True or False", error=TypeError)
-    expect(not folded or (fmt == MXFP8 and not pair), "folded, of weights", f"{fmt.name}, pair {pair!r}", "mxfp8 without pair")
-    expect(not folded or activations == "bf16", "activations, folded", repr(activations), "'bf16', whose order it stands beside")
+    _check_weights(weights, pair, activations, folded)
     assert weights.scale is not None
+    fmt, shape = weights.format, tuple(weights.shape)
     scale = weights.scale if weights.scale.dtype == torch.uint8 else float_to_e8m0(weights.scale)
     data = weights.data.view(torch.uint8)
     if len(shape) == 2:
         data, scale = data.unsqueeze(0), scale.unsqueeze(0)
     if as_they_are(fmt, shape, pair, activations):
         return PackedWeight(_from_16_bytes(data), _from_16_bytes(scale), fmt, shape, prepack=ROWS_PREPACK)
-    groups, tiles, chunks = data.shape[0], tiles_of(n), -(-k // CHUNK)
-    order = row_order(n, pair).to(data.device)
+    wanted = FP8_PREPACK if activations == "fp8" and fmt.element == "e2m1" and _all_fold(data, scale, fmt) else PREPACK
+    order = row_order(shape[-2], pair).to(data.device)
+    packed, fields, factor, top, regular = _permuted(data, scale, fmt, order, shape[-1], wanted)
+    copy = fold(data, scale) if folded else None
+    if regular:
+        return PackedWeight(packed, fields, fmt, shape, pair, prepack=wanted, top=top, folded=copy)
+    return PackedWeight(packed, fields, fmt, shape, pair, factor, scale.contiguous(), wanted, top, copy)
+
+
+def _check_weights(weights: ScaledTensor, pair: str, activations: str, folded: bool) -> None:
+    """Arguments of `prepack`. TypeError, ValueError; Unsupported for a format, or weights without memory."""
+    expect(isinstance(weights, ScaledTensor), "weights", type(weights).__name__,
+           "a ScaledTensor in MXFP4 or MXFP8 (narrowgemm.quantize or ScaledTensor.make)", error=TypeError)
+    fmt, shape = weights.format, tuple(weights.shape)
+    check_packable(fmt)
+    expect(weights.data.dim() in (2, 3), "weights, shape", shape, "[E, N, K] or [N, K]")
+    expect(pair in PAIRS, "pair", repr(pair), f"one of {PAIRS}")
+    expect(activations in ACTIVATIONS, "activations", repr(activations), f"one of {ACTIVATIONS}")
+    expect(shape[-2] > 0 and shape[-1] > 0, "weights, shape", shape, "no empty axis")
+    if not torch.compiler.is_compiling() and weights.data.numel() and not weights.data.data_ptr():
+        raise Unsupported(f"prepack of weights without memory, on {weights.device}: what order they get depends on their scales",
+                          "pack them once they are loaded; explain and experts_workspace size packed weights without any")
+    expect(pair == "" or shape[-2] % 2 == 0, f"N of {pair} gate and up rows", shape[-2], "an even number")
+    expect(isinstance(folded, bool), "folded", repr(folded), "True or False", error=TypeError)
+    expect(not folded or (fmt == MXFP8 and not pair), "folded, of weights", f"{fmt.name}, pair {pair!r}", "mxfp8 without pair")
+    expect(not folded or activations == "bf16", "activations, folded", repr(activations), "'bf16', whose order it stands beside")
+
+
+def _permuted(data: Tensor, scale: Tensor, fmt: Format, order: Tensor, k: int, prepack: str
+              ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, bool]:
+    """What `PackedWeight` holds: data, scale, factor and top; and whether factor and the original codes can be left out.
+
+    data: uint8 `[E, N, K or K / 2]`; scale: E8M0 codes `[E, N, K / 32]`; order: `row_order`. Raises Unsupported.
+    """
+    groups, rows, chunks, device = data.shape[0], order.numel(), -(-k // CHUNK), data.device
     halves = (2,) if fmt.element == "e4m3" else ()
-    packed = torch.empty((groups, tiles, chunks, *halves, TILE, TILE), dtype=torch.uint8, device=data.device)
-    fields = torch.empty((groups, tiles, -(-chunks // 2), 4, 8, 4, 2, 2), dtype=torch.uint8, device=data.device)
-    factor = torch.ones((groups, tiles * TILE), dtype=torch.float32, device=data.device)
-    step = max(1, CHUNK_BYTES // max(1, data[:1].numel()))
-    regular = torch.ones((), dtype=torch.bool, device=data.device)
-    exact = torch.ones((), dtype=torch.bool, device=data.device)
-    top = torch.zeros((groups, tiles * TILE), dtype=torch.uint8, device=data.device) if fmt.element == "e2m1" else None
-    folds = torch.ones((), dtype=torch.bool, device=data.device)
-    wanted = FP8_PREPACK if activations == "fp8" and top is not None and _all_fold(data, scale, fmt, step) else PREPACK
+    packed = torch.empty((groups, rows // TILE, chunks, *halves, TILE, TILE), dtype=torch.uint8, device=device)
+    fields = torch.empty((groups, rows // TILE, -(-chunks // 2), 4, 8, 4, 2, 2), dtype=torch.uint8, device=device)
+    factor = torch.ones((groups, rows), dtype=torch.float32, device=device)
+    top = torch.zeros((groups, rows), dtype=torch.uint8, device=device) if fmt.element == "e2m1" else None
+    regular, exact, folds = (torch.ones((), dtype=torch.bool, device=device) for _ in range(3))     # read back once all is done
+    step = _experts_at_a_time(data)
     for e in range(0, groups, step):
-        d = _rows(data[e:e + step], order, -(-k // CHUNK) * CHUNK // fmt.elem.per_byte)
+        d = _rows(data[e:e + step], order, chunks * CHUNK // fmt.elem.per_byte)
         s = scale[e:e + step]
         shift, fits = shifts(data[e:e + step], s, fmt)
         exact &= fits.all()
-        plain = shift.nan_to_num(1.0).eq(0).all() & in_window(s, fmt)
-        regular &= plain
+        regular &= shift.nan_to_num(1.0).eq(0).all() & in_window(s, fmt)
         factor[e:e + step] = torch.where(order >= 0, power_of_two(_take(shift, order)), 1.0)
-        packed[e:e + step] = pack_data(d, fmt, wanted)
+        packed[e:e + step] = pack_data(d, fmt, prepack)
+        whole = shift.nan_to_num(0.0).to(torch.int16)
         if top is not None:
             high, low = row_codes(data[e:e + step], s, fmt)
             folds &= _fold(high, low)
-            code = (high - shift.nan_to_num(0.0).to(torch.int16)).clamp(min=0).to(torch.uint8)
-            top[e:e + step] = torch.where(order >= 0, _take(code, order), 0)
-        field = (s.to(torch.int16) - shift.nan_to_num(0.0).to(torch.int16).unsqueeze(-1) + BIAS[fmt.element]).clamp(0, 254)
+            top[e:e + step] = torch.where(order >= 0, _take((high - whole).clamp(min=0).to(torch.uint8), order), 0)
+        field = (s.to(torch.int16) - whole.unsqueeze(-1) + BIAS[fmt.element]).clamp(0, 254)
         fields[e:e + step] = pack_scale(_rows(field.to(torch.uint8), order, 8 * fields.shape[2]))
     if not bool(exact):
         raise Unsupported(f"a row of these {fmt.name} weights has scales further apart than BF16 holds exactly",
-                          "use the weights as they are: they run on the reference")
-    top = top if bool(folds) else None
-    copy = fold(data, scale) if folded else None
-    if bool(regular):
-        return PackedWeight(packed, fields, fmt, shape, pair, prepack=wanted, top=top, folded=copy)
-    return PackedWeight(packed, fields, fmt, shape, pair, factor, scale.contiguous(), wanted, top, copy)
+                          "use the weights as they are, which the portable kernels take")
+    return packed, fields, factor, top if bool(folds) else None, bool(regular)
 
 
 def as_they_are(fmt: Format, shape: tuple[int, ...], pair: str, activations: str) -> bool:
@@ -278,7 +290,12 @@ def _fold(high: Tensor, low: Tensor) -> Tensor:
     return ((high < 0) | (high - low <= FOLD)).all()
 
 
-def _all_fold(data: Tensor, scale: Tensor, fmt: Format, step: int) -> bool:
+def _experts_at_a_time(data: Tensor) -> int:
+    return max(1, CHUNK_BYTES // max(1, data[:1].numel()))
+
+
+def _all_fold(data: Tensor, scale: Tensor, fmt: Format) -> bool:
+    step = _experts_at_a_time(data)
     return all(bool(_fold(*row_codes(data[e:e + step], scale[e:e + step], fmt))) for e in range(0, data.shape[0], step))
 
 
@@ -294,7 +311,7 @@ def unpack(packed: PackedWeight) -> ScaledTensor:
     where = inverse_order(n, packed.pair).to(packed.device)
     groups = packed.groups
     data = torch.empty((groups, n, k // fmt.elem.per_byte), dtype=torch.uint8, device=packed.device)
-    step = max(1, CHUNK_BYTES // max(1, data[:1].numel()))
+    step = _experts_at_a_time(data)
     for e in range(0, groups, step):
         data[e:e + step] = unpack_data(packed.data[e:e + step], fmt, packed.prepack)[:, where, :data.shape[-1]]
     if packed.codes is not None:
