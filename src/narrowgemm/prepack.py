@@ -190,7 +190,8 @@ def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16",
     activations: what the weights will be multiplied with, as far as it is known.
         'bf16': an order that is fast with activations of every format.
         'fp8': MXFP4 weights whose scales fold into E4M3 get the order `FP8_PREPACK`, for FP8 tensor cores: with FP8 activations,
-            1x128 or row-wise, and with BF16 ones, as two E4M3 numbers each. Other activations then run on the reference.
+            1x128 or row-wise, and with BF16 ones, as two E4M3 numbers each. MXFP4 ones then run on the kernel for many rows,
+            whatever their number, FP16 and MXFP8 ones on the reference.
         'mxfp8': dense MXFP8 weights, `[N, K]` with K a multiple of 128, stay as they are (`ROWS_PREPACK`), which is how the kernels
             for MXFP8 activations read them; memory is shared where scales lie row by row. Other activations then run on the
             portable kernels.
