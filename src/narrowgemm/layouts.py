@@ -46,6 +46,7 @@ class Layout:
 
 
 def check_index(x: Tensor, name: str, dim: int, dtypes: tuple[torch.dtype, ...]) -> None:
+    """An index tensor has one of these dtypes, so many dimensions, and is contiguous. TypeError, ValueError."""
     if isinstance(x, Tensor) and x.dtype in dtypes and x.dim() == dim and x.is_contiguous():
         return      # layouts are made in every call: no messages for what is right
     expect(isinstance(x, Tensor), name, type(x).__name__, "a torch.Tensor", error=TypeError)
@@ -73,7 +74,7 @@ class Contiguous(Layout):
 
 
 def check_hint(expected_m: int) -> None:
-    """A tensor would be read back in every call."""
+    """A hint is an int: a tensor would be read back in every call. TypeError, ValueError."""
     if type(expected_m) is not int or expected_m < 0:
         expect_count(expected_m, "expected_m", 0, ", a number of rows, 0 for unknown")
 

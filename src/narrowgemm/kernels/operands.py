@@ -26,38 +26,36 @@ class Tensors:
 
 @dataclass(slots=True, eq=False)
 class Operands(Tensors):
-    """`out` is written in place. `index` is the layout's device tensor; `alignment` is psum's; `m` is real, not a bucket.
+    """Of a product, or of `quantize` and `quantize_both`, which have a matrix `a` and the outputs. Shapes are those of the op.
 
-    routed_gemm: row of A = slot // a_div, row of the output = slot; see `layouts.Routed`. `slots` int32: the slot of each of
-    `positions` positions, None where they are the same. `bias` `[G, N]`, in the rows' logical order; `weight` FP32, one a slot;
-    `add` `[tokens, N]`, with contiguous rows, to a token's sum.
+    routed_gemm: row of A = slot // a_div, row of the output = slot; see `layouts.Routed`.
     """
 
     a: ScaledTensor
-    b: ScaledTensor
-    out: Tensor
-    m: int
+    b: ScaledTensor                       # quantise: the output, payload and scales
+    out: Tensor                           # written in place
+    m: int                                # real sizes, where a Problem has buckets; masked: `m` is the rows a group can hold
     n: int
     k: int
     groups: int = 1
-    index: Tensor | None = None
-    alignment: int = 1
+    index: Tensor | None = None           # the layout's device tensor
+    alignment: int = 1                    # psum: rows that groups start at multiples of
     out_scale: Tensor | None = None       # quantise: scales of `out`
     rounding: str = "rceil"               # quantise: how an E8M0 scale is rounded
     amax_clamp: float = 1e-4              # quantise: least amax of a block
     packed: PackedWeight | None = None    # what `b` is data and scale of, where weights are prepacked
     factor: Tensor | None = None          # its factors
-    slots: Tensor | None = None
+    slots: Tensor | None = None           # routed_gemm: int32, the slot of each position; None where they are the same
     experts: Tensor | None = None         # routed layout: expert_ids
     posted: Tensor | None = None          # routed layout: num_tokens_post_padded
-    bias: Tensor | None = None
-    weight: Tensor | None = None          # routing weights
+    bias: Tensor | None = None            # [G, N], in the logical order of the weight's rows
+    weight: Tensor | None = None          # routing weights, FP32, one a slot
     num_slots: int = 0
     positions: int = 0
     top_k: int = 1
     block_m: int = 1                      # routed layout: positions of a block
     segments: Tensor | None = None        # quantise both: where each group's columns start, written
-    add: Tensor | None = None
+    add: Tensor | None = None             # routed_gemm: [tokens, N], contiguous rows, added to a token's sum
     top: Tensor | None = None             # packed weights: largest scale code of each row, where it folds
     folded: Tensor | None = None          # packed weights: their folded copy, `prepack_folded.FoldedCopy`
     folded_rest: Tensor | None = None

@@ -66,6 +66,8 @@ PRODUCTS = ("gemm", "grouped_gemm", "grouped_gemm_wgrad", "quantize", "routed_ge
 
 
 class Kernel(Protocol):
+    """What every kernel module has, beside `launches` or `launch`; see above."""
+
     NAME: str
     BACKEND: str
 
@@ -73,6 +75,7 @@ class Kernel(Protocol):
     def configs(self, problem: Problem, arch: Arch) -> list[Config]: ...
     def workspace(self, problem: Problem, config: Config) -> int: ...
     def estimate(self, problem: Problem, config: Config, arch: Arch) -> float: ...
+
 
 @lru_cache(maxsize=1)
 def kernels() -> dict[str, Kernel]:
@@ -82,6 +85,7 @@ def kernels() -> dict[str, Kernel]:
 
 
 def backends() -> tuple[str, ...]:
+    """Every backend, in the order in which the registry first names it."""
     return tuple(dict.fromkeys(k.BACKEND for k in kernels().values()))
 
 

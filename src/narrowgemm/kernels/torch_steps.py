@@ -66,10 +66,10 @@ def launch(step: Step, problem: Problem, operands: StepOperands, workspace: Tens
             target.copy_(source)
         route.store_live(o.rows, route.gather_quantize(o.x, made, o.rows.format, o.rounding, o.amax_clamp), made.offsets)
     elif isinstance(o, ActivateOperands):
-        fmt = o.result.format if o.result.format.scaled else None
+        fmt = o.rows.format if o.rows.format.scaled else None
         value = activate.activate(o.h, activation=o.activation, args=o.args, interleaved=o.interleaved, bias=o.bias,
                                   offsets=o.offsets, fmt=fmt, rounding=o.rounding, amax_clamp=o.amax_clamp)
-        route.store_live(o.result, value, o.offsets)
+        route.store_live(o.rows, value, o.offsets)
     elif isinstance(o, ActivateBothOperands):
         _both(o, problem.op.endswith("_cast"))
     else:

@@ -114,6 +114,7 @@ def _check(h: Tensor, activation: str, args: tuple[float, ...], bias: Tensor | N
 def plan_of(h: Tensor, activation: str, args: tuple[float, ...], interleaved: bool, bias: Tensor | None,
             layout: Offsets | None, fmt: Format | None, rounding: str, amax_clamp: float, scale_layout: str,
             out: ScaledTensor | None, backend: str | None, config: Config | None) -> Plan | None:
+    """Check the call and select its Plan; None where there is nothing to compute."""
     _check(h, activation, args, bias, layout, fmt, rounding, amax_clamp, scale_layout, out)
     common.check_flags(interleaved=interleaved)
     if h.numel() == 0:

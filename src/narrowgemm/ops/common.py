@@ -33,6 +33,7 @@ class Options:
     fast_accum: bool = False
 
     def check(self) -> None:
+        """TypeError, ValueError. `on_unsupported` is checked where it is used, in `dispatch.select`."""
         check_flags(fast_accum=self.fast_accum)
         dispatch.check_choice(self.backend, self.config)
         expect(isinstance(self.max_sms, int) and self.max_sms >= 0, "max_sms", self.max_sms, "0 (all) or a positive count")
@@ -97,6 +98,7 @@ def check_operand(x: ScaledTensor, name: str, shape: str, dims: int, groups: int
 
 
 def check_pair(a: ScaledTensor, b: ScaledTensor, a_shape: str, b_shape: str, a_dims: int, b_dims: int, groups: int = 0) -> None:
+    """`check_operand` of both, and that they fit each other. `a_shape`, `b_shape`: what messages call the shapes."""
     check_operand(a, "a", a_shape, a_dims, groups)
     check_operand(b, "b", b_shape, b_dims, groups)
     expect(a.device == b.device, "b, device", b.device, f"a's, {a.device}")
@@ -105,7 +107,7 @@ def check_pair(a: ScaledTensor, b: ScaledTensor, a_shape: str, b_shape: str, a_d
 
 
 def check_row_scales(a: ScaledTensor) -> None:
-    """Rows of one scale block may belong to several groups."""
+    """No scale of `a` spans rows, which may belong to several groups."""
     expect(a.format.group[0] in (0, 1), f"a's scale block {a.format.group}, rows", a.format.group[0],
            "1 or whole tensor: rows of one block may belong to several groups")
 
@@ -118,7 +120,7 @@ def check_flags(**flags: object) -> None:
 
 def check_out(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, accumulate: bool,
               *reads: ScaledTensor | Tensor) -> None:
-    """`reads`: what is read while `out` is written."""
+    """`out` has the shape, dtype and device, or can be allocated so (None). `reads`: what is read while it is written."""
     if out is None:
         expect(dtype in OUT_DTYPES, "out_dtype", dtype, f"one of {OUT_DTYPES}", error=TypeError)
         expect(not accumulate, "out with accumulate=True", None, "the tensor to add to")
@@ -137,7 +139,7 @@ def check_out(out: Tensor | None, shape: tuple[int, ...], dtype: torch.dtype, de
 
 
 def off_16_bytes(x: Tensor) -> int:
-    """Bytes that it starts off 16; -1 for a tensor without memory: what is known of others is not known of it."""
+    """By how many bytes `x` starts behind a multiple of 16; -1 for a tensor without memory, so that it shares no signature."""
     try:
         at = x.data_ptr()
     except (AttributeError, RuntimeError) as error:
@@ -163,12 +165,13 @@ def _scale_major(x: ScaledTensor) -> str:
 
 
 def operand(x: ScaledTensor, prepack: str = "") -> Operand:
+    """The Problem's side of `x`."""
     scale = "" if x.scale is None else "e8m0" if x.scale.dtype == torch.uint8 else "fp32"
     return Operand(x.format, x.major, prepack, scale, _scale_major(x), on_16_bytes(x.data))
 
 
 def is_wide(*tensors: Tensor | None) -> bool:
-    """An offset inside a tile of 256 rows or a K block of 128 can pass 2^31 elements."""
+    """Whether an offset inside a tile of 256 rows, or a K block of 128, can pass 2^31 elements."""
     return any(256 * max(t.stride()[-2:], default=0) >= 2**31 for t in tensors if t is not None)
 
 
@@ -187,6 +190,7 @@ def plan(op: str, layout: str, a: ScaledTensor, b: ScaledTensor, out: Tensor, m:
 
 
 def out_dtype_of(out: Tensor | None, dtype: torch.dtype | None, default: torch.dtype) -> torch.dtype:
+    """What was asked for, else that of the output given, else `default`."""
     if out is not None and not isinstance(out, Tensor):
         expect(False, "out", type(out).__name__, "a torch.Tensor", error=TypeError)
     return dtype if dtype is not None else default if out is None else out.dtype

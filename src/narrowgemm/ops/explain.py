@@ -27,11 +27,13 @@ class Explanation:
 
     @property
     def floor_us(self) -> float:
+        """Microseconds that no kernel can be faster than."""
         p = self.plan.problem
         rate = self.arch.fp8_flops if p.a.format.elem.bits <= 8 and p.b.format.elem.bits <= 8 else self.arch.bf16_flops
         return 1e6 * max(p.bytes / self.arch.bandwidth, p.flops / max(rate or self.arch.bf16_flops, 1.0))
 
     def to_dict(self) -> dict[str, Any]:
+        """As plain data, for `explain --json`."""
         p = self.plan
         problem = {k: (v if not isinstance(v, Operand) else v.format.name) for k, v in
                    ((f, getattr(p.problem, f)) for f in ("op", "layout", "m", "n", "k", "groups", "rows", "a", "b", "out_dtype"))}

@@ -36,6 +36,7 @@ class Calls(Generic[T]):
         return None
 
     def add(self, key: tuple, tensors: Sequence[Tensor], known: T) -> None:
+        """Have `find` give `known` for an equal key and tensors of the signature of these."""
         check = guard(tensors)
         if check is None:
             return

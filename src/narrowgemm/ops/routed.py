@@ -28,7 +28,7 @@ _plans = PlanCache()
 
 @dataclass(slots=True, eq=False)
 class Slots:
-    """What `routed_gemm` has beside A, B and out, as `kernels.operands.Operands` names it. -1: as many as A has rows."""
+    """What `routed_gemm` has beside A, B and out, named as in `kernels.operands.Operands`. Counts of -1: as many as A has rows."""
 
     slots: Tensor | None
     num_slots: int
@@ -159,6 +159,7 @@ def slots_of(layout: Routed | Offsets, row_map: Tensor | None, top_k: int | None
 
 def epilogue_of(b: PackedWeight | ScaledTensor, bias: Tensor | None, activation: str | None, alpha: float, limit: float,
                 interleaved: bool, weight: Tensor | None, combine: bool, add: Tensor | None) -> Epilogue:
+    """What is done to the sums. How gate and up rows lie is a packed weight's own business; of others `interleaved` says it."""
     expect(activation in (None, *ACTIVATIONS), "activation", repr(activation), f"None or one of {ACTIVATIONS}")
     pair = b.pair if isinstance(b, PackedWeight) else ""
     args = (float(alpha), float(limit)) if activation == "swiglu_oai" else ()
@@ -270,6 +271,7 @@ def _routed_plan(a: ScaledTensor, b: PackedWeight | ScaledTensor, layout: Routed
 
 def packed_plan(a: ScaledTensor, b: PackedWeight, layout: Layout | None, out: Tensor | None, dtype: torch.dtype, accumulate: bool,
                 options: Options, zero_padding: bool = True) -> Plan | None:
+    """As `gemm.plan_of` (layout None) and `grouped.plan_of`, of a packed weight."""
     options.check()
     if layout is not None and layout.kind not in ROWS:
         raise Unsupported(f"grouped_gemm has no {layout.kind} layout", "use Contiguous, Psum, Offsets or Masked; or routed_gemm")

@@ -22,7 +22,7 @@ SCALE_LAYOUTS = ("row_major", "mn_major")
 
 
 def sign(x: Tensor | None) -> object:
-    """What checks and the Plan depend on."""
+    """What of a tensor belongs to a signature; of anything else its type, so that checks see it."""
     if not isinstance(x, Tensor):
         return type(x)
     at = x.get_device()
@@ -51,6 +51,7 @@ def wants_definition(*tensors: Tensor | None) -> bool:
 
 
 def target(fmt: Format, scale_layout: str = "") -> Operand:
+    """The Problem's side of an output."""
     if not fmt.scaled:
         return Operand(fmt)
     return Operand(fmt, scale_dtype=fmt.scale, scale_major="mn" if scale_layout == "mn_major" else "k")
@@ -101,19 +102,19 @@ def check_routing(routing: object) -> None:
 
 
 def check_kind_of_out(out: object) -> None:
-    """In front of the cache, whose key reads it."""
+    """`out` is a ScaledTensor or None. Checked in front of the cache, whose key reads it."""
     if out is not None and not isinstance(out, ScaledTensor):
         expect(False, "out", type(out).__name__, "a ScaledTensor", error=TypeError)
 
 
 def check_args(args: object, name: str = "args") -> None:
-    """In front of the cache: a list can't be hashed."""
+    """`args` is a tuple. Checked in front of the cache, whose key it is part of: a list can't be hashed."""
     if type(args) is not tuple:
         expect(False, name, type(args).__name__, "a tuple, (alpha, limit) of swiglu_oai or none", error=TypeError)
 
 
 def like(routing: Routing) -> tuple:
-    """What of a Routing's tensors checks and launches depend on, beside `row_map`."""
+    """What of a Routing belongs to a signature, beside `row_map`."""
     x, y = routing.offsets, routing.inverse
     try:
         return routing.top_k, x.shape, x.stride(), x.dtype, y.shape, y.stride(), y.dtype
@@ -123,7 +124,7 @@ def like(routing: Routing) -> tuple:
 
 
 def check_tensors_of(routing: Routing) -> None:
-    """Once a signature: a Routing may be the caller's own, and kernels take its tensors by address."""
+    """A Routing's tensors fit each other: it may be the caller's own, and kernels take its tensors by address."""
     slots = routing.row_map.numel()
     expect_count(routing.top_k, "routing, top_k")
     expect(slots % routing.top_k == 0, "routing, top_k", routing.top_k, f"a divisor of the {slots} slots of row_map")

@@ -67,7 +67,7 @@ def launches(step: Step, problem: Problem, operands: ActivateOperands, workspace
     from . import activate_device as device
 
     o, c, fmt = operands, step.config, problem.b.format
-    h, out, scale = o.h, o.result.data, o.result.scale
+    h, out, scale = o.h, o.rows.data, o.rows.scale
     r, inter = h.shape[0], h.shape[1] // 2
     experts = 0 if o.offsets is None else o.offsets.numel() - 1
     alpha, limit = o.args if o.activation == "swiglu_oai" else (1.0, 0.0)
