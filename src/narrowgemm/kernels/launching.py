@@ -119,6 +119,7 @@ def collect(plan: Plan, operands: Operands | StepOperands, workspace: Tensor | N
 def _aliased(x: Any, workspace: Tensor | None) -> tuple[Any, Tensor | None]:
     """The same operands, each tensor an object of its own: what is one tensor in this call may be two in the next."""
     def own(t: Any) -> Any:
+        """The same value in objects of its own."""
         if isinstance(t, ScaledTensor):
             return ScaledTensor(own(t.data), own(t.scale), t.format)
         return t.detach() if isinstance(t, Tensor) else t

@@ -66,6 +66,7 @@ class Products:
         return f"{self.layout:10s} G{self.groups} N{self.n} K{self.k}{_for(self.packed)} rows {_list(self.sizes)}"
 
     def plans(self, size: int, arch: Arch) -> dict[str, Plan]:
+        """One plan, under no name."""
         from ..ops.explain import explain
 
         masked = self.layout == "masked"
@@ -124,6 +125,7 @@ class Layer:
                 f"tokens {_list(self.sizes)}")
 
     def plans(self, size: int, arch: Arch) -> dict[str, Plan]:
+        """The plan of each step."""
         from ..ops.explain_experts import explain_experts
 
         return explain_experts(tokens=size, hidden=self.hidden, inter=self.inter, experts=self.experts, top_k=self.top_k,

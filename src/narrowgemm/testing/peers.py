@@ -32,6 +32,8 @@ from .training_peers import BestConfig, StepPeer
 
 
 class Peer(Protocol):
+    """Another library's product, under the name that results and `--peers` know."""
+
     @property
     def name(self) -> str: ...
 

@@ -58,6 +58,7 @@ def write_json(path: Path, header: dict[str, Any], rows: Sequence[Row]) -> None:
 
 
 def write_csv(path: Path, rows: Sequence[Row]) -> None:
+    """The rows as CSV, one column a field of `Row`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as f:
         out = csv.DictWriter(f, COLUMNS)

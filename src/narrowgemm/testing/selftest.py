@@ -19,7 +19,7 @@ from functools import lru_cache, partial
 import torch
 
 from ..arch import ARCHS, Arch, detect
-from ..formats import BF16, FORMATS, FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, Format, FP8_1x128, FP8_128x128
+from ..formats import BF16, FORMATS, FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, Format, FP8_1x128, FP8_128x128, ScaledTensor
 from ..kernels.registry import PRODUCTS, Kernel, kernels, other_chip
 from ..layouts import Offsets
 from ..ops.activate_both import activate_both
@@ -88,6 +88,7 @@ def checks() -> tuple[Check, ...]:
 
 
 def product_checks() -> Iterator[Check]:
+    """Both gates of every case."""
     for case in cases():
         # tensors without memory, but where values decide how weights are packed
         plan = build(case, "cpu" if case.packed else "meta", hollow=True).plan(backend="reference")
@@ -100,6 +101,7 @@ def _product(case: Case, kernel: str, device: torch.device) -> float:
 
 
 def quantize_checks() -> Iterator[Check]:
+    """`quantize` into every scaled format: the reference's bits."""
     from ..ops.quantize import plan_of
 
     for shape in ((40, 512), (3, 1056)):
@@ -112,14 +114,11 @@ def quantize_checks() -> Iterator[Check]:
 
 def _quantize(shape: tuple[int, int], fmt: Format, kernel: str, device: torch.device) -> None:
     x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).bfloat16()
-    got, want = quantize(x.to(device), fmt, backend=kernel), reference.quantize(x, fmt, "rceil", 1e-4)
-    assert got.scale is not None and want.scale is not None
-    if not (torch.equal(got.data.cpu().view(torch.uint8), want.data.view(torch.uint8))
-            and torch.equal(got.scale.cpu(), want.scale)):
-        raise AssertionError("other bits than the reference")
+    _same_bits(quantize(x.to(device), fmt, backend=kernel), reference.quantize(x, fmt, "rceil", 1e-4))
 
 
 def both_checks() -> Iterator[Check]:
+    """`quantize_both`: the reference's bits, along rows and along columns."""
     from ..ops.quantize_both import plan_of
 
     for fmt in (FP8_1x128, FP8_ROW, FP8_TENSOR, FP8_128x128):
@@ -132,14 +131,17 @@ def _both(fmt: Format, kernel: str, device: torch.device) -> None:
     x = torch.randn((200, 384), generator=torch.Generator().manual_seed(0)).bfloat16()
     got = quantize_both(x.to(device), fmt, backend=kernel)
     for q, source in ((got.rows, x), (got.columns, x.mT)):
-        want = reference.quantize(source, fmt, "rceil", 1e-4)
-        assert q.scale is not None and want.scale is not None
-        if not (torch.equal(q.data.cpu().view(torch.uint8), want.data.view(torch.uint8))
-                and torch.equal(q.scale.cpu(), want.scale)):
-            raise AssertionError("other bits than the reference")
+        _same_bits(q, reference.quantize(source, fmt, "rceil", 1e-4))
+
+
+def _same_bits(got: ScaledTensor, want: ScaledTensor) -> None:
+    assert got.scale is not None and want.scale is not None
+    if not (torch.equal(got.data.cpu().view(torch.uint8), want.data.view(torch.uint8)) and torch.equal(got.scale.cpu(), want.scale)):
+        raise AssertionError("other bits than the reference")
 
 
 def activate_both_checks() -> Iterator[Check]:
+    """`activate_both`: within rounding of the reference."""
     from ..ops.activate_both import Call, plan_of
 
     for fmt in (FP8_1x128, FP8_ROW, FP8_TENSOR):
@@ -193,6 +195,7 @@ def run(device: torch.device, budget: float = 45.0, share: tuple[int, int] = (0,
 
 
 def attempt(name: str, check: Check, device: torch.device) -> Result:
+    """Run one check on one kernel; what went wrong is in the Result."""
     start = time.monotonic()
     try:
         diff = check.run(name, device)
@@ -203,6 +206,7 @@ def attempt(name: str, check: Check, device: torch.device) -> Result:
 
 
 def main(argv: list[str]) -> int:
+    """`python -m narrowgemm.testing.selftest DEVICE SECONDS [I/N]`: 1 where a check failed."""
     device, budget = torch.device(argv[0]), float(argv[1])
     which, _, of = (argv[2] if len(argv) > 2 else "0/1").partition("/")
     failed = False

@@ -26,6 +26,7 @@ Call = tuple[Callable[[], object], Callable[[int], Tensor]]     # a run, and row
 
 
 def torch_row_refuses(case: Case) -> str | None:
+    """Why torch's row-wise grouped product does not compute the case, or None."""
     if case.a not in SCALED or case.b not in SCALED:
         return f"torch's grouped product takes row-wise scales, not {case.a.name} x {case.b.name}"
     if case.layout not in ("offsets", "k_grouped"):
@@ -63,6 +64,7 @@ def torch_row(case: Case, inputs: Inputs) -> Call:
 
 
 def deepgemm_k_grouped_refuses(case: Case) -> str | None:
+    """Why DeepGEMM's k-grouped product does not compute the case, or None."""
     if (case.a, case.b) != (FP8_1x128, FP8_1x128) and not (case.a in SCALED and case.b in SCALED):
         return f"its k-grouped product takes E4M3 with 1x128 scales on both sides, not {case.a.name} x {case.b.name}"
     if case.out_dtype != "fp32" or not case.accumulate:

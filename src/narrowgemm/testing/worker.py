@@ -82,11 +82,13 @@ def build(case: Any, device: torch.device, seed: int, scale_layout: str, reuse: 
 
 
 def check_outputs(inputs: Any, outputs: Any) -> dict[str, GateResult]:
+    """Gates of results of a case of any kind, as `inputs.check_outputs`."""
     made = layer if isinstance(inputs, layer.LayerInputs) else step if isinstance(inputs, step.StepInputs) else products
     return made.check_outputs(inputs, outputs)  # type: ignore[attr-defined]
 
 
 def gate_limits(case: Any) -> dict[str, float]:
+    """The limits that a result of ours has to keep, of a case of any kind."""
     if isinstance(case, step.StepCase):
         return {"recipe": step.RECIPE_GATE}
     return {"kernel": layer.GATE[case.a.element]} if isinstance(case, layer.LayerCase) else products.gate_limits(case)
@@ -180,6 +182,7 @@ class Measurement:
         self.times: dict[str, Timing] = {}
 
     def attempt(self, stage: str, step: Callable[[], Any], blame: str) -> Any:
+        """A stage that may fail: its result, None where it did, which `errors[blame]` then has. Raises DeviceLost."""
         emit("stage", stage=stage)
         try:
             out, error = self.bench.attempt(step)
@@ -191,6 +194,7 @@ class Measurement:
         return out
 
     def measure(self) -> None:
+        """Run ours and the peers once, hold them to the gates, and time those that are right."""
         job, case, bench = self.job, self.case, self.bench
         inputs = self.inputs = self.attempt(
             "build", lambda: build(case, bench.device, job.seed, job.scale_layout, bench.weights), "")
@@ -212,6 +216,7 @@ class Measurement:
         self.time()
 
     def ours(self, inputs: Inputs, asked: str) -> None:
+        """Our call, through `inputs` that are poisoned first; AssertionError where it wrote what it must not."""
         backend = None if asked == "auto" else asked
         self.plans[asked] = inputs.plan(backend=backend)
         inputs.reset_out()
@@ -224,6 +229,7 @@ class Measurement:
         self.calls[own(asked)] = lambda: inputs.call(backend=backend)
 
     def peer(self, inputs: Inputs, peer: str) -> None:
+        """A peer's call, as its adapter prepares it. ImportError where the peer isn't here."""
         adapter = peers_.get_peer(peer)
         if reason := adapter.available(self.bench.device):
             raise ImportError(reason)
@@ -252,12 +258,14 @@ class Measurement:
     # ---- rows ------------------------------------------------------------------------------------------------------
 
     def emit_rows(self) -> None:
+        """A row for each of our backends and each peer, with an error where there are no figures."""
         for asked in self.job.backends:
             mine = self.own_values(asked)
             for peer in (*self.peers,) or (None,):
                 emit("row", row=make_row(self.case, asked, peer, **self.peer_values(mine, peer)))
 
     def own_values(self, asked: str) -> dict[str, Any]:
+        """The columns of a row that are ours."""
         case, name = self.case, own(asked)
         # what happened to this call itself says more than that the device was lost later
         values: dict[str, Any] = {"error": self.errors.get(name) or self.errors.get("")}
@@ -279,6 +287,7 @@ class Measurement:
         return values
 
     def peer_values(self, mine: dict[str, Any], peer: str | None) -> dict[str, Any]:
+        """Our columns with the peer's beside; its error only where we have none."""
         out = dict(mine)
         if peer is None:
             return out
@@ -347,6 +356,7 @@ def _once(peer: peers_.Peer, inputs: Inputs) -> None:
 
 
 def main() -> int:
+    """The process: a Job on standard input, events on standard output. STICKY where the device was lost."""
     job = Job(**json.load(sys.stdin))
     bench = None if job.warm else Bench(job)
     if bench is not None:

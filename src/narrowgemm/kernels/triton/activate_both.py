@@ -60,6 +60,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
 
 
 def seconds(problem: Problem, config: Config, arch: Arch, efficiency: float) -> float:
+    """Predicted, at a share `efficiency` of the bandwidth; Hopper's kernel has another share."""
     parts = 2 if problem.op.startswith("activate_backward") else 1
     read = (1 + parts) * problem.a.format.storage_bytes(problem.m, problem.k) * (2 if workspace(problem, config) else 1)
     written = parts * (2 if problem.b.format.scaled else 1) * problem.b.format.storage_bytes(problem.m, problem.k)

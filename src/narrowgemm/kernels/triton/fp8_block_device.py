@@ -28,6 +28,7 @@ def e8m0(code):
 
 @triton.jit
 def load_scale(ptrs, E8M0: tl.constexpr, mask=None):
+    """Scales in FP32."""
     s = tl.load(ptrs, mask=mask)
     if E8M0:
         s = e8m0(s)

@@ -51,6 +51,7 @@ def wgrad_tile(tile, a_ptr, b_ptr, out_ptr, sa_ptr, sb_ptr, index_ptr, M, N, K, 
                stride_og, stride_om, stride_sag, stride_sam, stride_sak, stride_sbg, stride_sbn, stride_sbk,
                BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP_M: tl.constexpr, ACCUMULATE: tl.constexpr, EVEN: tl.constexpr,
                SA_E8M0: tl.constexpr, SB_E8M0: tl.constexpr, WIDE: tl.constexpr):
+    """One tile of one group's output."""
     num_m = tl.cdiv(M, BM)
     num_n = tl.cdiv(N, BN)
     g = tile // (num_m * num_n)

@@ -48,6 +48,7 @@ def supports(problem: Problem, arch: Arch) -> str | None:
 
 
 def kind(fmt: Format) -> str:
+    """Which of the kernels writes a format: '' for none."""
     rows, cols = fmt.group
     if rows == 1:
         return "groups" if cols in GROUP_COLUMNS else "rows" if cols == 0 else ""

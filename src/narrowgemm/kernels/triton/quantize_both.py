@@ -55,6 +55,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
 
 
 def seconds(problem: Problem, config: Config, arch: Arch, efficiency: float) -> float:
+    """Predicted, at a share `efficiency` of the bandwidth; Hopper's kernel has another share."""
     batch = 1 if problem.layout == "offsets" else problem.groups
     size = batch * problem.m * problem.k
     reads = 2 if workspace(problem, config) else 1

@@ -41,6 +41,7 @@ def exp(x):
 
 @triton.jit
 def score_of(x, top, total, SOFTMAX: tl.constexpr):
+    """Softmax of logits, given their maximum and the sum of exponentials, or sigmoid."""
     if SOFTMAX:
         return tl.div_rn(exp(x - top), tl.zeros(x.shape, tl.float32) + total)
     return tl.div_rn(tl.full(x.shape, 1.0, tl.float32), 1.0 + exp(0.0 - x))

@@ -158,6 +158,7 @@ def load_k_block(a_ptrs, b_ptrs, offs_k, left, EVEN_K: tl.constexpr, SWAP: tl.co
 @triton.jit
 def store_tile(out_ptr, acc, m_off, n_off, row_live, col_live, stride_om, ACCUMULATE: tl.constexpr, SWAP: tl.constexpr,
                WIDE: tl.constexpr):
+    """Store the sums of live rows and columns, added to what is there where ACCUMULATE; sums are [BN, BM] where SWAP."""
     if WIDE:
         m_off = m_off.to(tl.int64)
     if SWAP:

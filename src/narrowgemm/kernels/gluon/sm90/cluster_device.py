@@ -80,6 +80,7 @@ def arrive_all():
 
 @gluon.jit
 def join_all():
+    """Second half of `wait_all`."""
     gl.inline_asm_elementwise("""{
         barrier.cluster.wait.acquire;
         mov.b32 $0, $1;

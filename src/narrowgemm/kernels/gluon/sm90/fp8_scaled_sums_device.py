@@ -33,6 +33,7 @@ def cut(x, COLS: gl.constexpr):
 
 @gluon.jit
 def cut_all(acc, cfg: gl.constexpr):
+    """Both parts of the sums as tensors of 64 columns."""
     out = cut(acc[0], cfg.COLS0)
     if cfg.COLS1 > 0:
         out = out + cut(acc[1], cfg.COLS1)
@@ -142,6 +143,7 @@ def products(views, bars, slot, phase, count, cfg: gl.constexpr, WM: gl.constexp
 # ---------------------------------------------------------------- sums of blocks that have scales of their own
 @gluon.jit
 def block_scales(scale_views, slot, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr, mma: gl.constexpr):
+    """Scales of a slot's K block: of this warpgroup's 64 rows, and of its columns."""
     sa_v, sb_v = scale_views
     return (sa_v.index(slot * cfg.WGM + WM).load(gl.SliceLayout(1, mma)),
             sb_v.index(slot * cfg.WGN + WN).load(gl.SliceLayout(0, mma)))

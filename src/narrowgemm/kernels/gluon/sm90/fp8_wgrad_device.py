@@ -27,6 +27,7 @@ from .shim import block_barrier, tma_load, view_as, view_rows
 # first K block, K blocks). A cursor is (t, chunk of the table, items before it).
 @gluon.jit
 def find_item(t, chunk, before, work, cfg: gl.constexpr, WARPS: gl.constexpr):
+    """The item of number t, and the cursor to look up the next one from."""
     plan_ptr, offs_ptr, order, ends, M, N, K, total = work
     lay: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     num_m = gl.cdiv(M, cfg.BM)
@@ -74,6 +75,7 @@ def partial_pointers(sums_ptr, at, part: gl.constexpr, cfg: gl.constexpr, WM: gl
 
 @gluon.jit
 def keep(parts, sums_ptr, at, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr):
+    """Leave a chunk's sums of this warpgroup in memory, as item `at`."""
     PARTS: gl.constexpr = cfg.MP * cfg.WN // 64
     for j in gl.static_range(PARTS):
         gl.store(partial_pointers(sums_ptr, at, j, cfg, WM, WN), parts[j])
@@ -95,6 +97,7 @@ def collect(sums_ptr, at, tiles, chunks, cfg: gl.constexpr, WM: gl.constexpr, WN
 
 @gluon.jit
 def producer(descs, rings, bars, work, cfg: gl.constexpr):
+    """TMA of every item's K blocks, as far ahead as the ring is long."""
     full, empty = bars
     a_desc, b0_desc, b1_desc, sa_desc, sb_desc = descs
     a_s, b0_s, b1_s, sa_s, sb_s = rings

@@ -40,6 +40,7 @@ CODES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 # ---------------------------------------------------------------- loads
 @gluon.jit
 def ask_weights(w_desc, slot, row, kb, cfg: gl.constexpr, ALONE: gl.constexpr):
+    """Ask for the weights of K block kb, each consumer's rows on their own."""
     bar = weights_full(slot, cfg)
     cluster.expect(bar, cfg.BN * 128, ALONE)
     to = cluster.start_of_shared() + (cfg.W_AT + slot * (CONSUMERS * 8192))
@@ -49,6 +50,7 @@ def ask_weights(w_desc, slot, row, kb, cfg: gl.constexpr, ALONE: gl.constexpr):
 
 @gluon.jit
 def ask_tokens(x_desc, slot, row, kb, cfg: gl.constexpr):
+    """Ask for the tokens of K block kb, in BF16: two boxes of 64 columns."""
     bar = tokens_full(slot, cfg)
     cluster.expect(bar, cfg.BT * 256)
     to = cluster.start_of_shared() + slot * (cfg.BT * 256)

@@ -163,6 +163,7 @@ def scaler(ptr, strides, row, k0, trips, limit, s_s, bars, KB, cfg: gl.constexpr
 
 @gluon.jit
 def consumer(s_s, w_codes, other, bars, out_ptr, ring, where, end, som, trips, cfg: gl.constexpr, CID: gl.constexpr):
+    """Sums of the tile's K blocks, of every second one where there are two consumers; the first stores."""
     empty, ready = bars
     BT: gl.constexpr = cfg.BT
     w_v = view_as(ring, gl.float8e4nv, cfg.STAGES, ROWS, 128, gl.NVMMASharedLayout.get_default_for([64, 128], gl.float8e4nv))

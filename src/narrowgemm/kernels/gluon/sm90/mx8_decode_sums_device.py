@@ -81,6 +81,7 @@ def start(views, slot, p, STEP: gl.constexpr, cfg: gl.constexpr):
 
 @gluon.jit
 def token_powers(s_s, slot, STEP: gl.constexpr, cfg: gl.constexpr, layout: gl.constexpr):
+    """[BT] of each of a step's blocks: what the scaler has left in the slot."""
     GROUP: gl.constexpr = cfg.GROUP
     out = ()
     for j in gl.static_range(GROUP):

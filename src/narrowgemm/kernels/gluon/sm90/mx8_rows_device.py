@@ -53,6 +53,7 @@ def loader(w_desc, x_desc, w_row, x_row, k0, blocks, cfg: gl.constexpr):
 # ---------------------------------------------------------------- a tile
 @gluon.jit
 def consumer(powers, s_x, sums, ring, ready, out_ptr, where, N, som, blocks, cfg: gl.constexpr, CID: gl.constexpr):
+    """Sums of every CONSUMERS-th K block from the CID-th on; the first consumer adds up the others' and stores."""
     w_row, x_row, live = where
     C: gl.constexpr = cfg.CONSUMERS
     P: gl.constexpr = cfg.PARTS

@@ -94,6 +94,7 @@ def weight_codes(ptr, stride, row, limit, kb, KB, cfg: gl.constexpr):
 
 @gluon.jit
 def weight_scaler(ptr, swn, row, limit, k0, trips, powers, KB, cfg: gl.constexpr):
+    """2^(c - 127) of the weights' codes into every slot, and whether the slot's are wild. Loads run two trips ahead."""
     main, rest = powers
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)
@@ -154,6 +155,7 @@ def token_codes(ptr, strides, row, M, kb, KB, cfg: gl.constexpr):
 
 @gluon.jit
 def wild_tokens(u, cfg: gl.constexpr):
+    """Whether a code of a trip is wild."""
     found = wild(u[0])
     for i in gl.static_range(3):
         found |= wild(u[i + 1])
@@ -180,6 +182,7 @@ def put_tokens(u, s_x, s_x4, slot, WILD: gl.constexpr, cfg: gl.constexpr):
 
 @gluon.jit
 def token_scaler(ptr, strides, row, M, k0, trips, s_x, s_x4, KB, cfg: gl.constexpr):
+    """2^(c - 127) of the tokens' codes into every slot. Loads run a trip ahead."""
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(1)
     here = token_codes(ptr, strides, row, M, k0, KB, cfg)

@@ -39,6 +39,7 @@ def wild_at(slot, cfg: gl.constexpr):
 # ---------------------------------------------------------------- sums of a K block
 @gluon.jit
 def zeros(cfg: gl.constexpr):
+    """A sum of zeros."""
     P: gl.constexpr = cfg.PARTS
     out = ()
     for i in gl.static_range(P):
