@@ -136,7 +136,8 @@ def _both(fmt: Format, kernel: str, device: torch.device) -> None:
 
 def _same_bits(got: ScaledTensor, want: ScaledTensor) -> None:
     assert got.scale is not None and want.scale is not None
-    if not (torch.equal(got.data.cpu().view(torch.uint8), want.data.view(torch.uint8)) and torch.equal(got.scale.cpu(), want.scale)):
+    data = torch.equal(got.data.cpu().view(torch.uint8), want.data.view(torch.uint8))
+    if not (data and torch.equal(got.scale.cpu(), want.scale)):
         raise AssertionError("other bits than the reference")
 
 
