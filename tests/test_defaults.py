@@ -58,7 +58,7 @@ def test_nothing_changes(name: str, default: torch.dtype | str) -> None:
 
 
 @pytest.mark.usefixtures("_restored")
-def test_guards_are_found_under_another_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guards_are_found_under_another_default() -> None:
     usual = recall._maker.__wrapped__() is not None
     torch.set_default_device("meta")
     torch.set_default_dtype(torch.bfloat16)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,5 +45,17 @@ def test_called_functions_are_those_that_are_named() -> None:
     assert {f.__name__ for f in cache_keys.called(module.second_kernel)} == {"step", "twice"}
 
 
-def test_a_kernel_of_the_interpreter_has_no_key() -> None:
-    cache_keys.settle(object())
+def test_a_kernel_of_the_interpreter_gets_no_key() -> None:
+    """It is no function of Triton's compiler, whatever attributes it has."""
+    interpreted = SimpleNamespace(hash=None, cache_key="read")
+    cache_keys.settle(interpreted)
+    assert interpreted.hash is None
+
+
+def test_a_key_is_worked_out_once_and_a_function_that_calls_itself_has_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, read = fresh(), []
+    monkeypatch.setattr(cache_keys, "called", lambda f, of=cache_keys.called: read.append(f.__name__) or of(f))
+    for _ in range(2):
+        cache_keys.settle(module.first_kernel)
+    assert sorted(read) == ["first_kernel", "step", "twice"]
+    assert len(module.twice.cache_key) == 64

@@ -116,7 +116,7 @@ def test_files_that_are_no_results(tmp_path: Path) -> None:
         assert done.exit_code == 1 and message in done.output
 
 
-def test_split_results_count_as_one_and_an_error_does_not_replace_a_figure(whole: Path, tmp_path: Path) -> None:
+def test_split_results_count_as_one_and_an_error_does_not_replace_a_figure(whole: Path) -> None:
     data = results.read(whole)
     half = len(data["rows"]) // 2
     first, second = data | {"rows": data["rows"][:half]}, data | {"rows": data["rows"][half:]}
@@ -186,13 +186,13 @@ def test_a_worker_that_dies_costs_its_case_or_its_peer(monkeypatch: pytest.Monke
     assert len(killed) == 1
 
 
-def test_a_worker_that_cannot_start_answers_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_worker_that_cannot_start_answers_for_all() -> None:
     job = Job([(SUITE, c.id) for c in DENSE[:2]], {SUITE: ["floor"]}, ["auto"], "no-such-device", rounds=1)
     rows = [e["row"] for e in runner.run(job) if e["event"] == "row"]
     assert len(rows) == 2 and all("worker ended with 1" in r["error"] for r in rows)
 
 
-def test_a_silent_worker_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_worker_is_ended() -> None:
     job = Job([(SUITE, DENSE[0].id)], {SUITE: ["floor"]}, ["auto"], "cpu", rounds=1)
     (row,) = (e["row"] for e in runner.run(job, timeout=0.01) if e["event"] == "row")
     assert "no answer for 0 s" in row["error"]
