@@ -22,7 +22,7 @@ class Operand:
     scale_major: str = ""     # 'mn': R contiguous, columns 16-byte aligned (what TMA loads); 'k'; 'strided'; '' without scale
     aligned: bool = True      # payload: base and every outer stride are multiples of 16 bytes (what TMA needs)
     folds: bool = False       # packed E2M1: each row's scales lie within 15 powers of two (`PackedWeight.top`)
-    picks: int = -1           # packed E4M3: `FoldedCopy.picks`, columns of A for what doesn't fold; -1: there is no folded copy
+    picks: int = -1           # packed E4M3: `FoldedCopy.picks`, columns of A that meet what doesn't fold; -1: no folded copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +77,7 @@ class Problem:
     max_sms: int = 0                           # 0: all
     wide: bool = False                         # an offset inside one tile passes 2^31 elements
     alignment: int = 1                         # k_grouped, psum: groups start at multiples of it; k_grouped: gaps hold zeros
-    # what the launch in front may still be bringing as this one starts: 'tokens' (A), 'sizes' (of groups, too); '': all is there
+    # what the launch before may still be writing when this one starts: 'tokens' (A), 'sizes' (the groups' sizes, too); '': nothing
     front: str = ""
     positions: int = 0                         # routed: bucket of the positions, padding among them, that there is room for
 
@@ -123,14 +123,14 @@ def buckets(most: int) -> tuple[int, ...]:
 
 
 def middle(b: int) -> int:
-    """The mean of the numbers whose bucket `b` is."""
+    """The mean of the numbers that `bucket` brings to `b`."""
     p = 1 << (b - 1).bit_length() if b > 2 else 0
     step = p // 8 if b > 64 else p // 4 if b > 8 else p // 2 if b > 2 else 1
     return b - (step - 1) // 2
 
 
-SCALED_BLOCK = 128          # K block of every scale finer than a row's: promoting follows from scaling
-PROMOTE = 512               # of K, where scales don't ask for more: Hopper's FP8 tensor core keeps about 14 bits
+SCALED_BLOCK = 128          # of K: scales finer than a row's are applied to partial sums in FP32 this often, which promotes them
+PROMOTE = 512               # of K, where scales ask for nothing: Hopper's FP8 tensor core keeps about 14 bits of a sum
 
 
 def promotion(a: Format, b: Format, fast_accum: bool = False) -> int:

@@ -1,8 +1,8 @@
-"""Taking down a launch as it reaches Triton's C launcher, so that it can be repeated with other addresses.
+"""Recording a launch as it reaches Triton's C launcher, so that it can be repeated with other addresses.
 
-How the C launcher is called differs between Triton 3.6 and 3.9, so nothing is assumed that can be looked at: what was taken
-down must be, argument by argument, what was passed. Where it is not, where a profiler has asked Triton for launch hooks, or
-where a pointer is off the 16 bytes that it was on, Triton's own launch runs. `unbound()` says which kernels always do.
+How the C launcher is called differs between Triton 3.6 and 3.9, so nothing is assumed that can be checked: the recorded list must
+be, argument by argument, what was passed. Triton's own launch runs where it is not, where a profiler has asked Triton for launch
+hooks, and where a pointer is no longer aligned to 16 bytes as it was. `unbound()` names the kernels that always run that way.
 """
 
 from __future__ import annotations

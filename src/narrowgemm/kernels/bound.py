@@ -1,8 +1,9 @@
 """Launches that are bound to a signature: everything is fixed but addresses and the stream.
 
-No address is kept, but for encoded TMA descriptors, which are found by the address in them; all else that is in one belongs to
-the signature. So a freed and reallocated tensor meets its own descriptor or one that is equal. A launch fills in a copy of the
-list, so threads don't meet in it; the stream is asked for in every launch; a signature names its device.
+The only addresses that are kept are those in encoded TMA descriptors, which are looked up by that address; everything else in a
+descriptor belongs to the signature. So a tensor that was freed and allocated again finds its own descriptor, or an equal one.
+Threads do not disturb each other: a launch fills in a copy of the argument list. The stream is asked for in every launch; the
+device is part of the signature.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ MAPS = 256          # encoded descriptors kept for one argument of one signature
 class Pointer:
     """`tensor`'s address plus `offset` bytes, as a pointer to `dtype`: what Triton takes for a tensor, without a view's cost.
 
-    A part of no bytes may start where a buffer ends. That address may be nobody's, and Triton refuses such: the pointer is to the
-    buffer's start.
+    A part without bytes may start where its buffer ends, at an address that belongs to nobody, which Triton refuses. Such a pointer
+    is to the buffer's start.
     """
 
     __slots__ = ("dtype", "offset", "tensor")

@@ -1,10 +1,10 @@
-"""Launching Triton and Gluon kernels, the second time at the driver's own cost.
+"""Launching Triton and Gluon kernels: the first time as Triton does it, from then on at the driver's own cost.
 
-Triton's launch works out anew what a kernel was specialised for and encodes every TMA descriptor: 45 to 80 us a call. All of
-that depends on a call's signature alone: shapes, strides, dtypes, alignment, options. So a signature's first launch is Triton's
-own; behind it the argument list is taken down as it reaches Triton's C launcher, with a slot for every address. Later launches
-fill in addresses and the stream, and call the C launcher (`bound.py`). How the list is taken down, and where that does not work:
-`binding.py`; `unbound()` says which kernels those are.
+In every launch Triton works out anew what a kernel was specialised for and encodes every TMA descriptor: 45 to 80 us. All of that
+depends on a call's signature alone: shapes, strides, dtypes, alignment, options. So only a signature's first launch is Triton's own.
+After it, the argument list is recorded as it reaches Triton's C launcher, with a gap for every address (`binding.py`); later
+launches fill in addresses and the stream, and call the C launcher (`bound.py`). `unbound()` names the kernels where that does not
+work, which are launched Triton's way every time.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ class Launch(NamedTuple):
     arguments: Sequence[Any]
     keywords: dict[str, Any]
     cluster: int = 1        # blocks that run together; the grid is of clusters
-    by_256: Sequence[int] = ()      # which of its descriptors fetch into L2 by 256 bytes, once bound
-    boxes: Sequence[tuple[int, int]] = ()       # (which descriptor, rows of its box), where they are no power of two
+    by_256: Sequence[int] = ()      # numbers of the descriptors that fetch into L2 by 256 bytes, once bound (`tensor_map.py`)
+    boxes: Sequence[tuple[int, int]] = ()       # (number of a descriptor, rows of its box), where these are no power of two
 
     def run(self) -> Any:
         """Launch Triton's way; the compiled kernel, or None from the interpreter."""
@@ -92,9 +92,9 @@ Describe = Callable[[Step, Problem, Any, Tensor | None], Sequence[Launch]]
 
 
 def launch(describe: Describe, step: Step, problem: Problem, operands: Operands | StepOperands, workspace: Tensor | None) -> None:
-    """Make a step's launches on the current stream, and bind them if the signature's have not been.
+    """Make a step's launches on the current stream, and bind them where this is the signature's first call.
 
-    What `describe` returns may depend on all that is in the signature, and on no address.
+    describe: a kernel's `launches`. What it returns may depend on all that is in the signature, and on no address.
     """
     context.ensure()
     compiled = [x.run() for x in describe(step, problem, operands, workspace)]
