@@ -1,8 +1,8 @@
 """Launching Triton and Gluon kernels: the first time as Triton does it, from then on at the driver's own cost.
 
 In every launch Triton works out anew what a kernel was specialised for and encodes every TMA descriptor: 45 to 80 us. All of that
-depends on a call's signature alone: shapes, strides, dtypes, alignment, options. So only a signature's first launch is Triton's own.
-After it, the argument list is recorded as it reaches Triton's C launcher, with a gap for every address (`binding.py`); later
+depends on a call's signature alone: shapes, strides, dtypes, alignment, options. So only a signature's first launch is Triton's.
+Behind it, the argument list is recorded as it reaches Triton's C launcher, with a gap for every address (`binding.py`); later
 launches fill in addresses and the stream, and call the C launcher (`bound.py`). `unbound()` names the kernels where that does not
 work, which are launched Triton's way every time.
 """
