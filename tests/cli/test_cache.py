@@ -12,10 +12,10 @@ from narrowgemm import MXFP4, quantize
 from narrowgemm.arch import get_arch
 from narrowgemm.cli import cache as cli_cache
 from narrowgemm.cli.group import cli
+from narrowgemm.ops.compile_ahead import Layer, Products
 from narrowgemm.ops.prepare import zeros
 from narrowgemm.problem import buckets
 from narrowgemm.runtime import cache
-from narrowgemm.runtime.warm import Layer, Products
 
 OWN, FOREIGN, HELPER = ("A" * 52, "B" * 52, "c" * 64)
 

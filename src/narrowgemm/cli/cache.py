@@ -13,9 +13,9 @@ import click
 
 from ..arch import Arch, detect, get_arch
 from ..errors import Unsupported, expect
+from ..ops.compile_ahead import Layer, Products, Workload, by_kernels
 from ..problem import Plan, buckets
 from ..runtime import cache as store
-from ..runtime.warm import Layer, Products, Workload, by_kernels
 from ..testing.models import MODELS, get_model
 from .bench import Progress, split
 

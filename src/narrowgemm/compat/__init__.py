@@ -1,1 +1,1 @@
-"""Other libraries' names and signatures. The only place with process-wide state."""
+"""Other libraries' names and signatures. The only place with process-wide settings, where those libraries have them."""

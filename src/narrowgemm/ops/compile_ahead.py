@@ -8,17 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
+
+import torch
 
 from ..arch import Arch
 from ..formats import dtype_of, get_format
+from ..prepack import prepack
 from ..problem import Plan
-
-if TYPE_CHECKING:
-    import torch
-
-    from ..formats import ScaledTensor
-    from ..prepack import PackedWeight
+from .experts import experts
+from .explain import explain
+from .explain_experts import explain_experts
+from .prepare import prepare, zeros
 
 PACKING = 3     # times the bytes of weights that packing them takes
 
@@ -67,8 +68,6 @@ class Products:
 
     def plans(self, size: int, arch: Arch) -> dict[str, Plan]:
         """One plan, under no name."""
-        from ..ops.explain import explain
-
         masked = self.layout == "masked"
         return {"": explain("gemm" if self.layout == "dense" else "grouped_gemm", layout=self.layout, groups=self.groups,
                             m=self.max_m if masked else size, expected_m=size if masked else 0, n=self.n, k=self.k, a=self.a,
@@ -83,18 +82,13 @@ class Products:
 
     def compile(self, device: str) -> int:
         """One call a Plan; returns how many Plans there are."""
-        import torch
-
-        from ..ops.prepare import prepare, zeros
-        from ..prepack import prepack
-
         where = torch.device(device)
         masked = self.layout == "masked"
         shape = (self.n, self.k) if self.layout == "dense" else (self.groups, self.n, self.k)
         plain = zeros(shape, get_format(self.b), where, mn_major=False)
-        weight: ScaledTensor | PackedWeight = prepack(plain, activations=self.packed) if self.packed else plain
-        plans = prepare(weight, layout=self.layout, max_m=self.max_m, a_format=self.a, out_dtype=dtype_of(self.out_dtype),
-                        expected_m=self.sizes if masked else (), sizes=() if masked else self.sizes)
+        plans = prepare(prepack(plain, activations=self.packed) if self.packed else plain, layout=self.layout, max_m=self.max_m,
+                        a_format=self.a, out_dtype=dtype_of(self.out_dtype), expected_m=self.sizes if masked else (),
+                        sizes=() if masked else self.sizes)
         _wait(where)
         return len(plans)
 
@@ -126,8 +120,6 @@ class Layer:
 
     def plans(self, size: int, arch: Arch) -> dict[str, Plan]:
         """The plan of each step."""
-        from ..ops.explain_experts import explain_experts
-
         return explain_experts(tokens=size, hidden=self.hidden, inter=self.inter, experts=self.experts, top_k=self.top_k,
                                num_experts=self.world, weights=self.weights, activation_format=self.activations,
                                activation=self.activation, interleaved=self.interleaved, bias=self.bias,
@@ -142,12 +134,6 @@ class Layer:
 
     def compile(self, device: str) -> int:
         """Three calls a size: from logits, from int32 and from int64 ids, which are three routing kernels. Returns how many."""
-        import torch
-
-        from ..ops.experts import experts
-        from ..ops.prepare import zeros
-        from ..prepack import prepack
-
         where, dtype = torch.device(device), dtype_of(self.dtype)
         up, down = (zeros((self.experts, n, k), get_format(self.weights), where, mn_major=False)
                     for n, k in ((2 * self.inter, self.hidden), (self.hidden, self.inter)))
@@ -181,8 +167,6 @@ def by_kernels(calls: C, arch: Arch) -> list[tuple[C, Mapping[str, Plan]]]:
 
 
 def _wait(device: torch.device) -> None:
-    import torch
-
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
