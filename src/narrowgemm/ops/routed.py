@@ -219,16 +219,8 @@ def weight_operand(b: PackedWeight | ScaledTensor) -> Operand:
     return Operand(b.format, "k", f"{b.prepack}:{b.pair}" if b.pair else b.prepack, "e8m0", "", folds=b.top is not None)
 
 
-def _routed_plan(a: ScaledTensor, b: PackedWeight | ScaledTensor, layout: Routed | Offsets, s: Slots, out: Tensor | None,
-                 dtype: torch.dtype, a_div: int, epilogue: Epilogue, options: Options) -> Plan | None:
-    options.check()
-    common.check_operand(a, "a", "[rows, K]", 2)
-    _check_weights(b, 3)
-    groups, n, k = groups_of(b), b.shape[-2], b.shape[-1]
-    expect(a.device == b.device, "b, device", b.device, f"a's, {a.device}")
-    expect(a.shape[-1] == k, "K of a", a.shape[-1], f"b's, {k}")
-    common.check_row_scales(a)
-    layout.groups(groups)
+def _check_slots(a: ScaledTensor, layout: Routed | Offsets, s: Slots, a_div: int, epilogue: Epilogue) -> None:
+    """Slots, rows of A and blocks fit each other."""
     expect(isinstance(a_div, int) and a_div >= 1, "a_div", a_div, "at least 1")
     if s.slots is None and isinstance(layout, Offsets):     # positions are slots, and rows of A
         expect(a_div == 1, "a_div without a row_map", a_div, "1: position r is row r of a")
@@ -237,6 +229,15 @@ def _routed_plan(a: ScaledTensor, b: PackedWeight | ScaledTensor, layout: Routed
     need = -(-s.num_slots // a_div)
     expect(a.shape[0] >= need, "a, rows", a.shape[0], f"at least {need}, for {s.num_slots} slots with a_div = {a_div}")
     expect(not epilogue.combine or s.num_slots % s.top_k == 0, "slots to combine", s.num_slots, f"a multiple of top_k = {s.top_k}")
+    if isinstance(layout, Routed):
+        blocks = -(-s.positions // s.block_m)
+        expect(layout.expert_ids.numel() >= blocks, "expert_ids, length", layout.expert_ids.numel(), f"at least {blocks}")
+        expect(layout.num_tokens_post_padded.numel() >= 1, "num_tokens_post_padded, length", 0, "1")
+
+
+def _check_epilogue(a: ScaledTensor, layout: Routed | Offsets, s: Slots, groups: int, n: int, shape: tuple[int, int],
+                    epilogue: Epilogue) -> None:
+    """Bias, routing weights and what is added fit the product and each other; all indices are on the operands' device."""
     expect(not epilogue.activation or n % 2 == 0, "N of gate and up", n, "an even number")
     if s.bias is not None:
         expect(s.bias.dtype in FLOATS, "bias, dtype", s.bias.dtype, f"one of {FLOATS}", error=TypeError)
@@ -248,15 +249,26 @@ def _routed_plan(a: ScaledTensor, b: PackedWeight | ScaledTensor, layout: Routed
     for name, x in (("layout", layout.index), ("row_map", s.slots), ("expert_ids", s.experts), ("num_tokens_post_padded", s.posted),
                     ("bias", s.bias), ("routing_weight", s.weight), ("add", s.add)):
         expect(x is None or x.device == a.device, f"{name}, device", None if x is None else x.device, f"the operands', {a.device}")
-    if isinstance(layout, Routed):
-        blocks = -(-s.positions // s.block_m)
-        expect(layout.expert_ids.numel() >= blocks, "expert_ids, length", layout.expert_ids.numel(), f"at least {blocks}")
-        expect(layout.num_tokens_post_padded.numel() >= 1, "num_tokens_post_padded, length", 0, "1")
-    shape = out_shape(b, s, epilogue)
     if s.add is not None:
         expect(s.add.dtype in FLOATS, "add, dtype", s.add.dtype, f"one of {FLOATS}", error=TypeError)
         expect(epilogue.combine, "add", "a tensor", "None without combine: it is added to a token's sum")
         expect(tuple(s.add.shape) == shape and s.add.stride(-1) == 1, "add, shape", tuple(s.add.shape), f"{shape}, contiguous rows")
+
+
+def _routed_plan(a: ScaledTensor, b: PackedWeight | ScaledTensor, layout: Routed | Offsets, s: Slots, out: Tensor | None,
+                 dtype: torch.dtype, a_div: int, epilogue: Epilogue, options: Options) -> Plan | None:
+    """Check the call and select its Plan; None where there is nothing to compute. Fills in the counts of `s` that were -1."""
+    options.check()
+    common.check_operand(a, "a", "[rows, K]", 2)
+    _check_weights(b, 3)
+    groups, n, k = groups_of(b), b.shape[-2], b.shape[-1]
+    expect(a.device == b.device, "b, device", b.device, f"a's, {a.device}")
+    expect(a.shape[-1] == k, "K of a", a.shape[-1], f"b's, {k}")
+    common.check_row_scales(a)
+    layout.groups(groups)
+    _check_slots(a, layout, s, a_div, epilogue)
+    shape = out_shape(b, s, epilogue)
+    _check_epilogue(a, layout, s, groups, n, shape, epilogue)
     common.check_flags(combine=epilogue.combine)
     common.check_out(out, shape, dtype, a.device, False, a, *_stored(b), *(t for t in (s.bias, s.weight) if t is not None))
     if 0 in shape:
