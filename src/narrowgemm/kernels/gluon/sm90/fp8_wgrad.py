@@ -24,7 +24,7 @@ from ...triton.k_major import Copied
 from . import fp8_scaled
 from .fp8_block_tile import LAYOUTS, MAX_GROUPS
 from .fp8_scaled_tile import OUT_COLS, Tile
-from .tensor_maps import planes, stride
+from .tensor_maps import output, planes, stride
 
 NAME = "gluon_sm90.fp8_wgrad"
 BACKEND = "gluon_sm90"
@@ -186,10 +186,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
         tile = replace(tile, STORE_TMA=False)
     out_desc = None
     if tile.STORE_TMA:
-        box = [64, tile.OUT_COLS]
-        dtype = {2: gl.bfloat16, 4: gl.float32}[tile.OUT_BYTES]     # only its width matters to the layout
-        out_desc = TensorDescriptor(out, [(x.groups - 1) * (og // om) + x.m, x.n], [om, 1], box,
-                                    gl.NVMMASharedLayout.get_default_for(box, dtype))
+        out_desc = output(x, og, om, tile.OUT_COLS, tile.OUT_BYTES)
     tiles = -(-x.m // tile.BM) * -(-x.n // tile.BN)
     sms = arch.sms if not problem.max_sms else min(problem.max_sms, arch.sms)
     planned, arrivals, _ = _counts(problem, step.config)
