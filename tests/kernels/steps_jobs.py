@@ -83,6 +83,7 @@ def jobs(target: str) -> Iterator[tuple[str, Callable[[], object]]]:
     for fmt in FORMATS:
         if fmt is not FP8_ROW:
             yield f"sort and gather {fmt.name}", lambda f=fmt: sort_gather(x[:16], f)
+            yield f"sort and gather by token {fmt.name}", lambda f=fmt: sort_gather(x[:100], f)
     yield "activate behind", lambda: behind(h[:128], FP8_1x128, "activate")
     yield "combine behind", lambda: behind(y[:128], FP8_1x128, "combine")
     yield "combine", lambda: combine(y, r, torch.zeros(4096, 8), **triton)

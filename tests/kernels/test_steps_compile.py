@@ -9,7 +9,8 @@ from narrowgemm.arch import get_arch
 from .._compile import compile_jobs
 
 KERNELS = {"route_kernel", "place_kernel", "histogram_kernel", "prefix_kernel", "scatter_kernel", "gather_kernel",
-           "gather_rows_kernel", "gather_by_row_kernel", "sort_gather_kernel", "activate_kernel", "activate_rows_kernel", "combine_kernel"}
+           "gather_rows_kernel", "gather_by_row_kernel", "sort_gather_kernel", "sort_gather_tokens_kernel", "activate_kernel",
+           "activate_rows_kernel", "combine_kernel"}
 
 
 @pytest.mark.compile

@@ -72,9 +72,10 @@ def gather_problem(tokens: int, k: int, top_k: int, experts: int, source: Format
                    rows=bucket(expected), gather=True, a_div=top_k)
 
 
-def sort_gather_problem(tokens: int, k: int, top_k: int, experts: int, source: Format, fmt: Format, scale_layout: str) -> Problem:
+def sort_gather_problem(tokens: int, k: int, top_k: int, experts: int, source: Format, fmt: Format, scale_layout: str,
+                        expected: int = 0) -> Problem:
     """Sort and gather in one."""
-    return replace(gather_problem(tokens, k, top_k, experts, source, fmt, scale_layout), op="sort_gather")
+    return replace(gather_problem(tokens, k, top_k, experts, source, fmt, scale_layout, expected), op="sort_gather")
 
 
 def activate_problem(rows: int, inter: int, groups: int, expected: int, source: Format, fmt: Format, scale_layout: str,

@@ -17,7 +17,8 @@ BACKEND = "triton"
 OPS = ("sort_by_expert",)
 MAX_EXPERTS = 4095         # a program of the three-launch form holds a counter for each
 CHUNK = 128                # slots of a program there, ranked against each other
-COLUMNS = 16               # keys of a program of its prefix
+PREFIX = 4096              # counters that a program of its prefix holds at once,
+ROWS = 1024                # of so many chunks at most
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:
@@ -66,10 +67,11 @@ def launches(step: Step, problem: Problem, operands: SortOperands, workspace: Te
     totals, counts = Pointer(workspace, torch.int32), Pointer(workspace, torch.int32, 4 * width)
     options |= {"num_warps": c.num_warps}
     shape = {"CHUNK": CHUNK, "BINS": width}
-    rows = min(256, next_pow2(chunks))
+    rows = min(ROWS, next_pow2(chunks))
+    columns = min(PREFIX // rows, 16)       # of many chunks the fewer, so that more programs share them
     return [
         Launch(device.histogram_kernel, (chunks,), (o.ids, o.expert_map, counts, *sizes), shape | options),
-        Launch(device.prefix_kernel, (width // COLUMNS,), (counts, totals, chunks),
-               {"BINS": width, "ROWS": rows, "COLUMNS": COLUMNS, "num_warps": c.num_warps, "num_stages": 1}),
+        Launch(device.prefix_kernel, (width // columns,), (counts, totals, chunks),
+               {"BINS": width, "ROWS": rows, "COLUMNS": columns, "num_warps": c.num_warps, "num_stages": 1}),
         Launch(device.scatter_kernel, (chunks,), (o.ids, o.expert_map, counts, totals, o.out, o.inverse, o.offsets, *sizes),
                shape | options)]

@@ -15,7 +15,8 @@ from .steps import legal, tile_configs
 NAME = "triton.sort_gather"
 BACKEND = "triton"
 OPS = ("sort_gather",)
-MAX_SLOTS = 512            # each program looks at all of them
+MAX_SLOTS = 2048           # each program looks at all of them,
+BY_SLOT = 512              # one a slot up to so many, else one a token
 TABLE = 8                  # offsets that a program writes
 
 __all__ = ["BACKEND", "NAME", "OPS", "configs", "estimate", "launches", "legal", "supports", "workspace"]
@@ -31,7 +32,9 @@ def supports(problem: Problem, arch: Arch) -> str | None:
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
-    return tile_configs(problem, arch, (1024, 2048, 4096))
+    if problem.m * problem.a_div <= BY_SLOT:
+        return tile_configs(problem, arch, (1024, 2048, 4096))
+    return tile_configs(problem, arch, (4096,))
 
 
 def workspace(problem: Problem, config: Config) -> int:
@@ -41,9 +44,11 @@ def workspace(problem: Problem, config: Config) -> int:
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     """A gather that reads a token for each of its slots, in L2, and looks at ids first."""
     slots = problem.m * problem.a_div
-    nbytes = problem.a.format.storage_bytes(problem.m, problem.k) + problem.b.format.storage_bytes(slots, problem.k)
-    programs = slots * -(-problem.k // (config.block_m * config.block_k)) + -(-problem.groups // TABLE)
-    return 1.0e-6 + 1.5e-9 * slots + steps.seconds(nbytes, programs, config, arch)
+    rows = min(slots, problem.groups * problem.rows) if problem.rows else slots
+    nbytes = problem.a.format.storage_bytes(problem.m, problem.k) + problem.b.format.storage_bytes(rows, problem.k)
+    few = slots <= BY_SLOT
+    programs = (slots if few else problem.m) * -(-problem.k // (config.block_m * config.block_k)) + -(-problem.groups // TABLE)
+    return 1.0e-6 + (1.5e-9 if few else 0.8e-9) * slots + steps.seconds(nbytes, programs, config, arch)
 
 
 def launches(step: Step, problem: Problem, operands: SortGatherOperands, workspace: Tensor | None) -> list[Launch]:
@@ -56,7 +61,9 @@ def launches(step: Step, problem: Problem, operands: SortGatherOperands, workspa
     blocks = -(-k // c.block_k)
     bg = min(c.block_m, next_pow2(blocks))
     sr, ss = (0, 0) if scale is None else scale.stride()
-    return [Launch(device.sort_gather_kernel, (-(-(o.experts + 1) // TABLE) + slots * -(-blocks // bg),), (
+    by_slot = slots <= BY_SLOT
+    kernel = device.sort_gather_kernel if by_slot else device.sort_gather_tokens_kernel
+    return [Launch(kernel, (-(-(o.experts + 1) // TABLE) + (slots if by_slot else x.shape[0]) * -(-blocks // bg),), (
         o.ids, o.expert_map, x, o.row_map, o.inverse, o.offsets, out, scale, slots, o.first_expert, o.experts, known, k, blocks,
         o.amax_clamp, x.stride(0), out.stride(0), sr, ss),
         {"MAP": o.expert_map is not None, "SLOTS": max(16, next_pow2(slots)), "TABLE": TABLE, "TOP_K": o.top_k, "N": c.block_k,
