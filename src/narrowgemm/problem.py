@@ -55,7 +55,7 @@ class Problem:
     `k`: contracted length; for k_grouped the sum over groups.
     """
 
-    op: str                                    # 'gemm', 'grouped_gemm', 'grouped_gemm_wgrad'
+    op: str                                    # 'gemm', 'grouped_gemm', 'grouped_gemm_wgrad', ...
     layout: str
     m: int
     n: int

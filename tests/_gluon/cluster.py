@@ -17,7 +17,7 @@ from .asynchronous import Descriptor, Pending, warpgroup_mma_wait
 from .block import Block, current, local, start
 from .language import atomic_add
 from .shared import COLUMNS_FIRST, Barrier, Shared, init
-from .values import EmulationError, Pointer, Tensor, arguments, float8e4nv, float32, load, raw, wrap
+from .values import EmulationError, Pointer, Tensor, arguments, bfloat16, float8e4nv, float32, load, raw, wrap
 
 
 class Cluster:
@@ -154,6 +154,28 @@ def _wait_sums(sums: tuple[Any, ...], parts: int, columns: int) -> tuple[Any, ..
     return done if isinstance(done, tuple) else (done, )
 
 
+def _put_rows(at: Tensor, values: Tensor) -> None:
+    for address, value in zip(at.a.tolist(), values.a):
+        current().memory.at(address, 1, 4)[0] = value
+
+
+def _take_rows(at: Tensor) -> Tensor:
+    return wrap(np.array([current().memory.at(address, 1, 4)[0] for address in at.a.tolist()], np.float32))
+
+
+def _activated(gate: Tensor, up: Tensor, alpha: float, limit: float, clamped: int) -> Tensor:
+    assert not clamped
+    gate, up = (x.to(bfloat16).a for x in (gate, up))
+    with np.errstate(over="ignore"):
+        return Tensor(gate / (1 + np.exp(-alpha * gate)) * up, float32).to(bfloat16)
+
+
+def _scales_of(most: Tensor, clamp: Any) -> tuple[Tensor, Tensor]:
+    """Magnitudes are numbers here, not their bits."""
+    scale = (np.maximum(most.a, np.float32(raw(clamp))) / 448).astype(np.float32)
+    return wrap(scale), wrap(1 / scale)
+
+
 def stand_ins(package: str) -> dict[str, types.ModuleType]:
     cluster = types.ModuleType(f"{package}.cluster_device")
     cluster.__dict__.update(
@@ -170,7 +192,11 @@ def stand_ins(package: str) -> dict[str, types.ModuleType]:
     wgmma.__dict__.update(multiply=_multiply, multiply_step=_multiply_step, wait=_wait_sums, wait_for=_wait_for, keep=lambda sums, parts, columns: sums)
     counters = types.ModuleType(f"{package}.counters_device")
     counters.__dict__.update(take=lambda p: atomic_add(p, 1), finish=lambda p: atomic_add(p, 1), await_count=_await_count)
-    return {m.__name__: m for m in (cluster, wgmma, counters)}
+    gated = types.ModuleType(f"{package}.fp8_gated_values_device")
+    gated.__dict__.update(
+        activated=_activated, magnitudes=lambda y: wrap(np.abs(y.a).max(1)), scales_of=_scales_of, put_rows=_put_rows, take_rows=_take_rows,
+        narrowed=lambda y, inverse, dtype: Tensor(y.a * inverse.a[:, None], dtype), announce=lambda bar: _own(bar).update(arrivals=4))
+    return {m.__name__: m for m in (cluster, wgmma, counters, gated)}
 
 
 def launch(kernel: Any, grid: int, blocks: int, partitions: int, *args: Any, seed: int = 0) -> None:

@@ -114,5 +114,6 @@ def test_an_expert_layer_step_by_step() -> None:
     assert tuple(doc["steps"]) == steps and doc["workspace_bytes"] > 64 * 8 * 7168
     assert doc["steps"]["gate_up"]["kernel"].startswith("gluon_sm90") and doc["steps"]["route"]["kernel"] == "triton.route"
     many = json.loads(explain(*args[:5], "4096", *args[6:], "--json").output)
-    assert tuple(many["steps"]) == ("route", "sort", "gather", "gate_up", "activate", "down", "combine")
+    assert tuple(many["steps"]) == ("route", "sort", "gather", "gate_up", "down", "combine")
+    assert many["steps"]["gate_up"]["kernel"] == "gluon_sm90.fp8_gated"
     assert explain(*args[:-1], "nothing").exit_code == 2

@@ -51,3 +51,12 @@ def test_clusters(triton: str) -> None:
 @pytest.mark.slow
 def test_every_config_on_clusters() -> None:
     check(compile_jobs("sm90", CLUSTER_JOBS, "all"), WORST_SPILL_CLUSTER["oldest"])
+
+
+@pytest.mark.compile
+@pytest.mark.parametrize("triton", TRITONS)
+def test_gated(triton: str) -> None:
+    """Gate and up of a result come from one wgmma; the exponentials stand behind the loop over K."""
+    reports = compile_jobs("sm90", "tests.kernels.gluon_sm90_gated_jobs:jobs", triton=triton)
+    assert len({r["job"] for r in reports}) == 4 and all(r["ops"]["m64n128k32.f32.e4m3.e4m3"] for r in reports)
+    check(reports, {"oldest": 0, "newest": 64}[triton])

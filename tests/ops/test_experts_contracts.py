@@ -115,7 +115,7 @@ def test_steps_that_overlap(t: int) -> None:
 
 
 @pytest.mark.parametrize(("t", "world", "fronts"), [(1, 512, ("sizes", "tokens", "tokens", "tokens")), (16, 64, ("sizes", "", "tokens", "")),
-                                                    (16384, 64, ("tokens", "", "tokens", ""))])
+                                                    (512, 64, ("tokens", "", "tokens", ""))])
 def test_who_may_start_meanwhile(t: int, world: int, fronts: tuple[str, ...]) -> None:
     """Steps behind products whose weights L2 could hold; behind longer ones they'd be in the way."""
     up, down = (ScaledTensor(torch.empty(64, *s, dtype=torch.float8_e4m3fn, device="meta"),

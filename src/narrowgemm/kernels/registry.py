@@ -28,6 +28,7 @@ MODULES: tuple[str, ...] = (
     "gluon.sm90.fp8_decode",
     "gluon.sm90.fp8_block",
     "gluon.sm90.fp8_cluster",
+    "gluon.sm90.fp8_gated",
     "gluon.sm90.fp8_scaled",
     "gluon.sm90.fp8_wgrad",
     "gluon.sm90.quantize_both",

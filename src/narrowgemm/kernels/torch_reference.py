@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..arch import Arch
+from ..formats import ScaledTensor
 from ..prepack import unpack
 from ..prepack_bits import ORDERS
 from ..problem import Config, Problem, Step
@@ -13,15 +14,16 @@ from .operands import Operands
 
 NAME = "reference"
 BACKEND = "reference"
-OPS = ("gemm", "grouped_gemm", "grouped_gemm_wgrad", "quantize", "quantize_both", "cast_both", "cast_both_amax", "routed_gemm")
+OPS = ("gemm", "grouped_gemm", "grouped_gemm_wgrad", "quantize", "quantize_both", "cast_both", "cast_both_amax", "routed_gemm",
+       "gated_gemm")
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:
     if problem.op not in OPS or (problem.layout == "routed" and problem.op != "routed_gemm"):
         return f"has no {problem.op} for the {problem.layout} layout"
-    if problem.op != "routed_gemm" and (not problem.epilogue.plain or problem.gather):
+    if problem.op not in ("routed_gemm", "gated_gemm") and (not problem.epilogue.plain or problem.gather):
         return "has no fused gather and no epilogue beyond the sum"
-    if problem.epilogue.quantize is not None:
+    if problem.epilogue.quantize is not None and problem.op != "gated_gemm":
         return "has no quantised output"
     if problem.a.prepack or problem.b.prepack.partition(":")[0] not in ("", *ORDERS):
         return f"takes plain operands, and weights in the order {' or '.join(ORDERS)}, which it unpacks in every call"
@@ -58,7 +60,6 @@ def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor |
         if x.out_scale is not None and y.scale is not None:
             x.out_scale.copy_(y.scale)
     elif problem.op in ("quantize_both", "cast_both", "cast_both_amax"):
-        from ..formats import ScaledTensor
         from ..reference import quantize_both
 
         fmt = problem.b.format
@@ -72,8 +73,25 @@ def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor |
         assert x.index is not None
         grouped.grouped_gemm(x.a, b, x.out, problem.layout, x.index, alignment=x.alignment,
                              accumulate=problem.accumulate, zero_padding=problem.zero_padding)
+    elif problem.op == "gated_gemm":
+        gated(x, problem)
     elif problem.op == "routed_gemm":
         routed.routed_gemm(x, b, problem)
     else:
         assert x.index is not None
         grouped.grouped_gemm_wgrad(x.a, b, x.out, x.index, accumulate=problem.accumulate)
+
+
+def gated(x: Operands, problem: Problem) -> None:
+    """Product, activation and quantisation; rows of no group are not written."""
+    from ..reference import activate, grouped
+
+    e, h = problem.epilogue, torch.zeros((x.m, x.n), dtype=torch.bfloat16, device=x.out.device)
+    assert x.index is not None and x.out_scale is not None
+    grouped.grouped_gemm(x.a, x.b, h, problem.layout, x.index)
+    y = activate.activate(h, activation=e.activation, args=e.activation_args, offsets=x.index, fmt=e.quantize,
+                          amax_clamp=x.amax_clamp)
+    assert isinstance(y, ScaledTensor) and y.scale is not None
+    rows = slice(int(x.index[0]), int(x.index[-1]))
+    x.out[rows] = y.data[rows]
+    x.out_scale[rows] = y.scale[rows]

@@ -1,6 +1,7 @@
 """`experts`: the whole expert layer in one op. Tokens and router output in, combined hidden states out.
 
     route -> sort -> gather + quantise -> gate_up -> activate + quantise -> down -> combine
+    route -> sort -> gather + quantise -> gate_up + activate + quantise -> down -> combine    (FP8 in blocks, many rows, on Hopper)
     route -> sort -> gate_up + activate -> down + combine                                       (packed with a pair)
 
 A launch a step (one for sort and gather where there are few slots), no read-back, every intermediate in one workspace. What is

@@ -117,8 +117,11 @@ class Call:
         if "gather" in self.plan.steps:
             self.step("gather", GatherOperands(self.x, row_map, offsets, inverse, self.plan.sizes.top_k, x, "rceil", 1e-4,
                                                memos["gather"]))
-        self.product("gate_up", x, self.given.gate_up, at["h"], offsets)
-        self.act("activate", at["h"], act, self.given.gate_up_bias, offsets)
+        if "activate" in self.plan.steps:
+            self.product("gate_up", x, self.given.gate_up, at["h"], offsets)
+            self.act("activate", at["h"], act, self.given.gate_up_bias, offsets)
+        else:
+            self.product("gate_up", x, self.given.gate_up, act.data, offsets, out_scale=act.scale)
         self.product("down", act, self.given.down, at["y"], offsets)
         self.step("combine", CombineOperands(at["y"], row_map, offsets, inverse, steps.rows_contiguous(weights),
                                              self.given.down_bias, self.add, self.out, memos["combine"]))

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..arch import Arch
 from ..errors import expect, expect_count
-from ..formats import FP8_ROW, MXFP4, MXFP8, Format, FP8_1x128, ScaledTensor
+from ..formats import BF16, FP8_ROW, MXFP4, MXFP8, Format, FP8_1x128, ScaledTensor
 from ..kernels.registry import kernels
 from ..prepack import PackedWeight
 from ..problem import Epilogue, Operand, Plan, Problem, bucket
@@ -37,6 +37,7 @@ Weight = ScaledTensor | PackedWeight
 # the activations that a weight format is served with, by the name of its blocks
 DEFAULTS = {"fp8_128x128": FP8_1x128, "fp8_1x128": FP8_1x128, "fp8_row": FP8_ROW, "fp8_tensor": FP8_ROW, "mxfp8": MXFP8}
 LEADING = ("gluon_sm90.fp8_decode",)      # products that say that the launch behind may start
+GATED = "gluon_sm90.fp8_gated"             # the product with the activation inside
 INVARIANT_ROWS = 128       # rows a group for which a batch-invariant layer is planned, whatever it gets
 
 
@@ -196,8 +197,10 @@ def make(sizes: Sizes, recipe: Recipe, gate_up: Weight, down: Weight, arch: Arch
     for name, length, kind in (("row_map", s.rows, torch.int32), ("inverse", s.rows, torch.int32),
                                ("offsets", s.experts + 1, torch.int64)):
         pool.plain(name, (length,), kind)
-    _space(pool, s, fmt, dtype, r.packed)
-    plans = (_packed_plans if r.packed else _plans)(s, r, gate_up, down, pool.buffers, arch, options)
+    inside = gated(s, r, gate_up, arch, options)
+    _space(pool, s, fmt, dtype, r.packed, inside is not None)
+    plans = _packed_plans(s, r, gate_up, down, pool.buffers, arch, options) if r.packed else \
+        _plans(s, r, gate_up, down, pool.buffers, arch, options, inside)
     if shared is not None:
         plans = _shared_plans(s, r, *shared, pool.buffers, arch, options) | plans
     need = max(p.workspace_bytes for p in plans.values())
@@ -208,17 +211,22 @@ def make(sizes: Sizes, recipe: Recipe, gate_up: Weight, down: Weight, arch: Arch
                        {name: {} for name in plans})
 
 
-def _space(pool: Pool, s: Sizes, fmt: Format, dtype: torch.dtype, packed: bool) -> None:
-    """Two regions: narrow activations, and products. Packed: `x` has a row a token, `h` is the activation."""
+def _space(pool: Pool, s: Sizes, fmt: Format, dtype: torch.dtype, packed: bool, inside: bool) -> None:
+    """Two regions: narrow activations, and products. Packed: `x` has a row a token, `h` is the activation. `inside`: the first
+    product makes the second one's rows, of which its own are none."""
     lay = Pool()
+    if inside:
+        pool.scaled("act", s.rows, s.inter, fmt, pool.take(Pool().scaled("act", s.rows, s.inter, fmt, 0)))
     if packed:
         narrow = 0
         if fmt.scaled:
             narrow = max(lay.scaled("x", s.tokens, s.hidden, fmt, 0), lay.scaled("act", s.rows, s.inter, fmt, 0))
         wide = lay.plain("h", (s.rows, s.inter), dtype, 0)
     else:
-        narrow = max(lay.scaled("x", s.rows, s.hidden, fmt, 0), lay.scaled("act", s.rows, s.inter, fmt, 0))
-        wide = max(lay.plain("h", (s.rows, 2 * s.inter), dtype, 0), lay.plain("y", (s.rows, s.hidden), dtype, 0))
+        narrow, wide = lay.scaled("x", s.rows, s.hidden, fmt, 0), lay.plain("y", (s.rows, s.hidden), dtype, 0)
+        if not inside:
+            narrow = max(narrow, lay.scaled("act", s.rows, s.inter, fmt, 0))
+            wide = max(wide, lay.plain("h", (s.rows, 2 * s.inter), dtype, 0))
     if s.shared:
         narrow = max(narrow, lay.scaled("shared.x", s.tokens, s.hidden, fmt, 0),
                      lay.scaled("shared.act", s.tokens, s.shared, fmt, 0))
@@ -297,8 +305,30 @@ def _packed_plans(s: Sizes, r: Recipe, gate_up: Weight, down: Weight, buffers: d
     return plans
 
 
+def gated(s: Sizes, r: Recipe, gate_up: Weight, arch: Arch, options: Options) -> Plan | None:
+    """gate_up with activation and quantisation inside, where that is predicted to take less than the two steps; else None."""
+    fmt = r.activations
+    kind = (fmt, r.source, r.interleaved, r.gate_up_bias, options.batch_invariant)
+    if r.packed or kind != (FP8_1x128, BF16, False, False, False) or not gate_up.format.scaled:
+        return None
+    lay = Pool()
+    lay.scaled("x", s.rows, s.hidden, fmt, 0)
+    lay.scaled("act", s.rows, s.inter, fmt, 0)
+    plain = product(s.here, s.experts, s.expected, _operand(lay.buffers, "x", fmt), gate_up, lay.buffers["act"], r.source, options,
+                    "tokens")
+    kernel, epilogue = kernels()[GATED], Epilogue(activation=r.activation, activation_args=r.args, quantize=fmt)
+    both = replace(plain, op="gated_gemm", epilogue=epilogue)
+    if kernel.supports(both, arch) or options.backend not in (None, kernel.BACKEND) or not kernel.configs(both, arch):
+        return None
+    found = select_product(both, s.rows, arch, replace(options, backend=GATED))
+    step = steps.activate_problem(s.rows, s.inter, s.experts, s.expected, r.source, fmt, steps.scale_layout_of(fmt), r.activation,
+                                  r.args, r.interleaved, r.gate_up_bias)
+    apart = (dispatch.select(plain, arch, options.backend), dispatch.select(step, arch))
+    return found if found.predicted_us < sum(p.predicted_us for p in apart) else None
+
+
 def _plans(s: Sizes, r: Recipe, gate_up: Weight, down: Weight, buffers: dict[str, Buffer], arch: Arch,
-           options: Options) -> dict[str, Plan]:
+           options: Options, inside: Plan | None = None) -> dict[str, Plan]:
     fmt, backend = r.activations, options.backend if options.backend in ("triton", "reference") else None
 
     def step(problem: Problem) -> Plan:
@@ -308,12 +338,15 @@ def _plans(s: Sizes, r: Recipe, gate_up: Weight, down: Weight, buffers: dict[str
     if r.routed:
         plans["route"] = step(steps.route_problem(s.tokens, s.world, s.top_k, r.groups, r.source))
     plans |= _arranged(s, r.source, fmt, step)
-    plans["gate_up"] = select_product(product(s.here, s.experts, s.expected, _operand(buffers, "x", fmt), gate_up,
-                                              buffers["h"], r.source, options, "sizes" if "sort gather" in plans else "tokens"),
-                                      s.rows, arch, options)
-    plans["activate"] = step(replace(steps.activate_problem(s.rows, s.inter, s.experts, s.expected, r.source, fmt,
-                                                            steps.scale_layout_of(fmt), r.activation, r.args, r.interleaved,
-                                                            r.gate_up_bias), front=front_of(plans["gate_up"], arch)))
+    if inside is not None:
+        plans["gate_up"] = inside
+    else:
+        plans["gate_up"] = select_product(product(s.here, s.experts, s.expected, _operand(buffers, "x", fmt), gate_up,
+                                                  buffers["h"], r.source, options, "sizes" if "sort gather" in plans else "tokens"),
+                                          s.rows, arch, options)
+        plans["activate"] = step(replace(steps.activate_problem(s.rows, s.inter, s.experts, s.expected, r.source, fmt,
+                                                                steps.scale_layout_of(fmt), r.activation, r.args, r.interleaved,
+                                                                r.gate_up_bias), front=front_of(plans["gate_up"], arch)))
     plans["down"] = select_product(product(s.here, s.experts, s.expected, _operand(buffers, "act", fmt), down,
                                            buffers["y"], r.source, options, "tokens"), s.rows, arch, options)
     plans["combine"] = step(replace(steps.combine_problem(s.tokens, s.hidden, s.top_k, s.experts, r.source, r.down_bias),
@@ -339,7 +372,8 @@ def arranged_apart(s: Sizes, source: Format, fmt: Format, step: Callable[[Proble
 def _arranged(s: Sizes, source: Format, fmt: Format, step: Callable[[Problem], Plan]) -> dict[str, Plan]:
     """Both in one launch, where one is predicted to take less."""
     apart = arranged_apart(s, source, fmt, step)
-    one = step(steps.sort_gather_problem(s.tokens, s.hidden, s.top_k, s.experts, source, fmt, steps.scale_layout_of(fmt)))
+    one = step(steps.sort_gather_problem(s.tokens, s.hidden, s.top_k, s.experts, source, fmt, steps.scale_layout_of(fmt),
+                                         s.expected))
     return {"sort gather": one} if one.predicted_us < sum(p.predicted_us for p in apart.values()) else apart
 
 

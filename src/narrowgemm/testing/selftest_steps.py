@@ -8,11 +8,14 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ..formats import BF16, FP8_ROW, MXFP4, MXFP8, Format, FP8_1x128, ScaledTensor
+from ..formats import BF16, FP8_ROW, MXFP4, MXFP8, Format, FP8_1x128, FP8_128x128, ScaledTensor
+from ..kernels.operands import Operands
 from ..kernels.step_operands import SortGatherOperands
+from ..layouts import Offsets
 from ..ops import steps
 from ..ops.activate import activate
 from ..ops.gather import gather_quantize
+from ..ops.grouped import grouped_gemm
 from ..ops.quantize import quantize
 from ..ops.route import combine, route, sort_by_expert
 from ..ops.routed import routed_gemm
@@ -45,6 +48,9 @@ def checks() -> Iterator[tuple[str, Problem, Run]]:
         problem = Problem("routed_gemm", "offsets", bucket(rows), N, K, EXPERTS, Operand(BF16), Operand(MXFP4, scale_dtype="e8m0"),
                           rows=bucket(-(-rows // EXPERTS)), epilogue=epilogue, gather=True, a_div=TOP_K, zero_padding=False)
         yield f"routed-{'down' if combined else 'gate-up'}", problem, partial(_routed, combined)
+    gated = Problem("gated_gemm", "offsets", 400, 512, K, 3, Operand(FP8_1x128, scale_dtype="fp32", scale_major="mn"),
+                    Operand(FP8_128x128, scale_dtype="fp32"), rows=133, epilogue=Epilogue(activation="swiglu", quantize=FP8_1x128))
+    yield "gated", gated, partial(_gated, gated)
     yield "combine", steps.combine_problem(TOKENS, K, TOP_K, EXPERTS, BF16, True), _combine
 
 
@@ -155,6 +161,20 @@ def _activate(fmt: Format, kernel: str, device: torch.device) -> float:
 
 def _live(x: ScaledTensor, rows: int) -> Tensor:
     return ScaledTensor(x.data[:rows].cpu(), None if x.scale is None else x.scale[:rows].cpu(), x.format).dequantize()
+
+
+def _gated(problem: Problem, kernel: str, device: torch.device) -> float:
+    gen, m, n = torch.Generator().manual_seed(0), problem.m, problem.n
+    x = quantize(torch.randn(m, K, generator=gen).bfloat16(), FP8_1x128, scale_layout="mn_major", backend="reference")
+    w = quantize(torch.randn(3, n, K, generator=gen).bfloat16() / K**0.5, FP8_128x128, backend="reference")
+    where = Offsets(torch.tensor([0, 130, 131, m]))
+    want = activate(grouped_gemm(x, w, where, out_dtype=torch.bfloat16, backend="reference"), layout=where, fmt=FP8_1x128,
+                    backend="reference")
+    got = steps.allocate(m, n // 2, FP8_1x128, torch.bfloat16, device, "mn_major")
+    a, b = (ScaledTensor(t.data.to(device), t.scale.to(device), t.format) for t in (x, w) if t.scale is not None)
+    operands = Operands(a, b, got.data, m, n, K, 3, where.offsets.to(device), out_scale=got.scale)
+    run(steps.select(problem, device, kernel, None), operands)
+    return calc_diff(got.dequantize().cpu(), want.dequantize())
 
 
 def _combine(kernel: str, device: torch.device) -> float:

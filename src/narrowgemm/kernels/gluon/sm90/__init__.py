@@ -8,6 +8,7 @@ this first), `_sums_device` (its inner loop), `_parts_device`, `_schedule_device
     fp8_decode      FP8 in blocks, few rows a group: weights stream, tokens are columns
     fp8_block       FP8 in blocks, many rows
     fp8_cluster     the same on pairs of blocks, by PTX where Gluon has no words
+    fp8_gated       gate_up of an expert layer on the same tiles, with SwiGLU and its quantisation
     fp8_scaled      FP8 by row or tensor
     fp8_wgrad       FP8 weight gradients, by row, tensor or 1x128
     mx8_decode      MXFP8 x MXFP8, weights as a checkpoint has them, few tokens: FP8 wgmma
