@@ -5,7 +5,8 @@
 
 A job is named as in `tests/_compile.py`: a module of tests/kernels, its function, what the function takes behind the target. PTX
 is compared without comments, line numbers and debug sections, so the names of inlined functions don't count. Needs no GPU, and runs
-no ptxas. Exits with 1 where a kernel differs, or is there only before or after. NVIDIA targets only.
+no ptxas, whose registers hang on line numbers, too. Exits with 1 where a kernel differs, or is there only before or after. NVIDIA
+targets only.
 """
 
 from __future__ import annotations

@@ -56,6 +56,19 @@ def test_every_tile_is_right(device: str) -> None:
         inputs.verify(backend="triton", config=Config(bm, bn, 128, warps, stages, persistent=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("fmt", [MXFP4, MXFP8], ids=lambda f: f.name)
+def test_infinities_and_nan_come_out_as_the_references(dtype: torch.dtype, fmt, device: str) -> None:
+    """FP16 is two BF16 numbers: of infinity the second one is nothing."""
+    torch.manual_seed(3)
+    x, w = torch.randn(5, 256).to(dtype), quantize(torch.randn(64, 256), fmt)
+    x[1, 7], x[2, 200], x[3, 40] = float("inf"), float("-inf"), float("nan")
+    want = gemm(x, w, out_dtype=torch.float32, backend="reference")
+    got = gemm(x.to(device), w.to(device), out_dtype=torch.float32, backend="triton.mx").cpu()
+    assert bool(want.isinf().any()) and torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.isinf(), want.isinf()) and torch.equal(got[want.isinf()], want[want.isinf()])
+
+
 def test_rows_off_sixteen_bytes_take_one_stage_on_nvidia() -> None:
     aligned = describe("gemm", m=64, n=256, k=384, a="bf16", b="mxfp4")
     off = replace(aligned, b=replace(aligned.b, aligned=False))

@@ -91,6 +91,18 @@ def test_empty_dense(m: int, n: int, k: int) -> None:
     assert torch.equal(ng.gemm(a, b, out=base, accumulate=True), torch.ones(m, n))
 
 
+@pytest.mark.parametrize("fmt", [ng.MXFP4, ng.MXFP8, ng.FP8_1x128, ng.FP8_ROW], ids=lambda f: f.name)
+def test_wgrad_of_every_scale_block_and_packing(fmt: ng.Format) -> None:
+    """Groups that begin and end inside a scale's block, and inside a byte of two elements."""
+    torch.manual_seed(0)
+    a, b = ng.quantize(torch.randn(8, 250), fmt), ng.quantize(torch.randn(6, 250), ng.FP8_1x128)
+    bounds = [3, 34, 34, 101, 250]
+    got = ng.grouped_gemm_wgrad(a, b, ng.KGrouped(torch.tensor(bounds)))
+    for g, (start, end) in enumerate(zip(bounds, bounds[1:])):
+        want = a.dequantize()[:, start:end] @ b.dequantize()[:, start:end].T
+        assert torch.allclose(got[g], want, atol=1e-4), (g, start, end)
+
+
 def test_empty_grouped() -> None:
     b = ng.quantize(torch.randn(2, 64, 128), ng.FP8_128x128)
     none = ng.quantize(torch.randn(0, 128), ng.FP8_1x128)

@@ -74,9 +74,9 @@ def take_columns(x: ScaledTensor, start: int, end: int) -> Tensor:
     cols = x.format.group[1]
     if not cols or x.scale is None:
         return ScaledTensor(x.data[:, start:end], x.scale, x.format).dequantize()
-    lo = start // cols * cols
-    part = ScaledTensor(x.data[:, lo:end], x.scale[:, lo // cols : -(-end // cols)], x.format)
-    return part.dequantize()[:, start - lo :]
+    lo, packed = start // cols * cols, x.format.elem.per_byte
+    part = ScaledTensor(x.data[:, lo // packed : -(-end // packed)], x.scale[:, lo // cols : -(-end // cols)], x.format)
+    return part.dequantize()[:, start - lo : end - lo]
 
 
 def own_scales(x: ScaledTensor, g: int) -> ScaledTensor:

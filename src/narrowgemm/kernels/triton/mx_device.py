@@ -48,7 +48,8 @@ def mx_add(acc, a, sa, zero, b, sb, A_KIND: tl.constexpr, B_KIND: tl.constexpr, 
         return tl.dot_scaled(a, None, "bf16", b, sb, B_KIND, acc)
     elif A_KIND == "fp16":      # two BF16 numbers hold all bits of each
         high = a.to(tl.bfloat16)
-        low = (a.to(tl.float32) - high.to(tl.float32)).to(tl.bfloat16)
+        whole = high.to(tl.float32)     # of infinity nothing is left, not NaN
+        low = tl.where(tl.abs(whole) == float("inf"), 0.0, a.to(tl.float32) - whole).to(tl.bfloat16)
         return tl.dot_scaled(low, None, "bf16", b, sb, B_KIND, tl.dot_scaled(high, None, "bf16", b, sb, B_KIND, acc))
     elif CHUNKED:
         one = tl.full([a.shape[0], sb.shape[1]], 127, tl.uint8)
