@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..errors import expect
 from ..formats import ScaledTensor
 from ..prepack import PackedWeight
 
@@ -21,7 +22,14 @@ class Tensors:
 
     def addresses(self, workspace: Tensor | None) -> tuple[int, ...]:
         """The workspace's, then those of `tensors`; 0 where there is none."""
-        return tuple([0 if t is None else t.data_ptr() for t in (workspace, *self.tensors())])
+        return tuple([0 if t is None else t.data_ptr() or without_memory(t) for t in (workspace, *self.tensors())])
+
+
+def without_memory(t: Tensor) -> int:
+    """0, the address of a tensor without elements, of one on 'meta' and of a fake one. TypeError for a wrapper around others."""
+    expect(not (t.numel() and hasattr(t, "__tensor_flatten__")), "tensor", type(t).__name__, "a tensor with memory of its own: "
+           "a DTensor's to_local(), or what wait() gives where a collective is under way", error=TypeError)
+    return 0
 
 
 @dataclass(slots=True, eq=False)

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..arch import detect
 from ..errors import expect, expect_count
 from ..formats import Format, get_format
+from ..kernels.operands import without_memory
 from ..prepack import PackedWeight
 from ..runtime import env
 from . import experts_check, experts_warm, steps
@@ -92,7 +93,7 @@ def experts(x: Tensor, gate_up: Weights, down: Weights, *, router_logits: Tensor
         return compose(a)
     made = planned(a)      # the first of its signature, or one that can't be bound: step by step
     result = torch.empty(x.shape, dtype=x.dtype, device=x.device) if out is None else out
-    if x.shape[0] == 0 or not x.data_ptr():     # no tokens, or none with memory
+    if not x.data_ptr() and not without_memory(x):      # no tokens, or none with memory
         return result
     if workspace is None:
         space = experts_warm.space(made, x.device)

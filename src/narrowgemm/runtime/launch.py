@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import expect
 from ..kernels import launching
 from ..kernels.launching import READY
-from ..kernels.operands import Operands
+from ..kernels.operands import Operands, without_memory
 from ..kernels.registry import kernels
 from ..kernels.step_operands import StepOperands
 from ..problem import Plan, Problem, Step
@@ -24,6 +24,7 @@ def run(plan: Plan, operands: Operands | StepOperands, workspace: Tensor | None 
     """
     out, memo = operands.out, operands.memo
     if not out.data_ptr() and out.numel():
+        without_memory(out)
         return
     expect(workspace is None or isinstance(workspace, Tensor), "workspace", type(workspace).__name__, "a torch.Tensor or None",
            error=TypeError)
@@ -40,8 +41,8 @@ def run(plan: Plan, operands: Operands | StepOperands, workspace: Tensor | None 
             expect(workspace.numel() >= need, "workspace bytes", workspace.numel(), f"at least {need}")
             expect(workspace.data_ptr() % 16 == 0, "workspace, address modulo 16", workspace.data_ptr() % 16,
                    "0: kernels copy 16 bytes of it at a time")
-    ready = None if memo is None else memo.get(READY)
-    if ready is not None and ready(operands.addresses(workspace)):
+    ready, addresses = None if memo is None else memo.get(READY), operands.addresses(workspace)
+    if ready is not None and ready(addresses):
         return
     for step in plan.steps:
         launch(step, plan.problem, operands, workspace)
@@ -69,6 +70,8 @@ def again(memo: dict, addresses: tuple[int, ...], out: Tensor, out_scale: int = 
     if ready is None:
         return False
     a, a_scale, b, b_scale, index = addresses
+    if not a or not b:      # without memory of their own: `run` says which can't be taken
+        return False
     work = 0
     if ready.workspace_bytes:
         # held until the launch is made; from then on the stream's order keeps it
