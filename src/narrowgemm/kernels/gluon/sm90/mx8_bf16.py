@@ -76,7 +76,7 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
     columns = next((t for t in TOKENS if t >= problem.m), TOKENS[-1])
     tiles_m = -(-problem.m // columns)
     more = tile.caching(problem, tiles_m, arch)
-    for split, room in tile.rooms(arch):
+    for split, room in tile.clusters_at_once(arch):
         if split > 1 and tiles_m == 1 and math.ceil(problem.n / (CONSUMERS * ROWS)) > room:      # too much for one wave is not cut
             continue
         rows = CONSUMERS * rows_of(problem.n, max(1, room // tiles_m))
@@ -147,14 +147,14 @@ _POWER = 8
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds: the bytes over the bandwidth and the K blocks of a CTA after one another, in waves."""
-    waves = -(-tiles_of(problem, config) // tile.room_of(config, arch))
+    waves = -(-tiles_of(problem, config) // tile.tiles_at_once(config, arch))
     work = waves * (chunk_of(problem, config) * BLOCK[config.block_m] + TILE[config.block_m])
     return tile.seconds(config, START[config.block_m], tile.read_seconds(problem, arch, READ), work, _POWER, CUT)
 
 
 # ---------------------------------------------------------------- launch
 def static(problem: Problem, config: Config, sw: int) -> Static:
-    """`sw`: what `mx8_tile.by` says of the weights' scales."""
+    """`sw`: what `mx8_tile.row_alignment` says of the weights' scales."""
     w_at = config.num_stages * config.block_m * 256
     _, own, rest = REGISTERS[config.block_m]
     return Static(**tile.shared(problem, config, sw, own, rest), **tile.columns(problem, config, chunk_of(problem, config)),
@@ -171,7 +171,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     config = step.config
     sw, sx = x.b.scale, x.a.scale
     assert sw is not None and sx is not None and workspace is not None
-    cfg, at = static(problem, config, tile.by(sw)), regions(problem)
+    cfg, at = static(problem, config, tile.row_alignment(sw)), regions(problem)
     codes, swn = tile.weight_codes(sw, cfg)
     xp, xfactor = Pointer(workspace, torch.bfloat16, at.x), Pointer(workspace, torch.float32, at.xfactor)
     boxes = (planes(x.b.data, x.k, ROWS),

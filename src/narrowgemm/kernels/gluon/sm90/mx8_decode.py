@@ -75,14 +75,14 @@ def smem_bytes(problem: Problem, config: Config) -> int:
 
 
 def loader_registers(config: Config) -> int:
-    """Of a thread of the loader and of the scaler."""
+    """Registers of a thread of the loader and of the scaler."""
     if config.num_warps == 4:
         return 56
     return 40 if extra(config, "ctas", 1) > 1 else 88
 
 
 def consumer_registers(config: Config) -> int:
-    """Of a consumer's thread, once the loaders have given up theirs."""
+    """Registers of a consumer's thread, once the loaders have given up theirs."""
     return min(232, (max_registers(config) * (config.num_warps + 4) - 4 * loader_registers(config)) // config.num_warps // 8 * 8)
 
 
@@ -91,7 +91,7 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
     tiles_m = -(-problem.m // bt)
     caching = tile.caching(problem, tiles_m, arch)
     out = []
-    for split, room in tile.rooms(arch):
+    for split, room in tile.clusters_at_once(arch):
         for rows, ctas in rows_of(problem.n, tiles_m, split, room):
             for warps in (4, 8):
                 # two consumers need no longer ring than two CTAs on an SM have, even where one each would do; fewer rows need one
@@ -111,8 +111,11 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
 
 
 def rows_of(n: int, tiles_m: int, split: int, room: int) -> list[tuple[int, int]]:
-    """(weight rows of a tile, CTAs on an SM): 64, and the fewest with which all tiles are on the chip at once, one or two CTAs on
-    an SM, so that all SMs have as much to do. `room`: tiles of `split` CTAs, one on an SM; what is too much for two is not cut."""
+    """(weight rows of a tile, CTAs on an SM): 64 rows; and the fewest with which all tiles are on the chip at once, with one or two
+    CTAs on an SM, so that all SMs have as much to do. K is not cut where there are more tiles than two CTAs on each SM take.
+
+    room: how many tiles of `split` CTAs are on the chip at once, with one on an SM.
+    """
     def ctas(rows: int) -> int:
         return -(-(-(-n // rows) * tiles_m) // room)
 
@@ -163,7 +166,7 @@ _POWER = 2.6
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds: the bytes over the bandwidth and the K blocks of a CTA after one another, in waves."""
-    ctas, alone, tiles = extra(config, "ctas", 1), tile.room_of(config, arch), tile.tiles_of(problem, config)
+    ctas, alone, tiles = extra(config, "ctas", 1), tile.tiles_at_once(config, arch), tile.tiles_of(problem, config)
     block = BLOCK[config.block_m, config.num_warps] * (1.0 + BESIDE * (ctas > 1 and tiles > alone))
     work = -(-tiles // (alone * ctas)) * (chunk_of(problem, config) * block + TILE[config.num_warps])
     memory = tile.read_seconds(problem, arch, STREAM if extra(config, "stream") else READ)
@@ -174,7 +177,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
 
 # ---------------------------------------------------------------- launch
 def static(problem: Problem, config: Config, sw: int, sx: int) -> Static:
-    """`sw`, `sx`: what `mx8_tile.by` says of both scales."""
+    """`sw`, `sx`: what `mx8_tile.row_alignment` says of both scales."""
     return Static(**tile.shared(problem, config, sw, consumer_registers(config), loader_registers(config)),
                   **tile.columns(problem, config, chunk_of(problem, config)),
                   GROUP=GROUP[config.block_m], CONSUMERS=config.num_warps // 4, X_AT=config.num_stages * ROWS // config.block_m,
@@ -187,6 +190,6 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     config = step.config
     sw, sx = x.b.scale, x.a.scale
     assert sw is not None and sx is not None
-    cfg = static(problem, config, tile.by(sw), tile.by(sx))
+    cfg = static(problem, config, tile.row_alignment(sw), tile.row_alignment(sx))
     x_codes = (Pointer(sx, torch.int32), sx.stride(-2) // 4, 1) if cfg.FOURS else (sx, sx.stride(-2), sx.stride(-1))
     return [tile.launch(device.mx8_decode_kernel, x, cfg.BT, ROWS, x_codes, chunk_of(problem, config), max_registers(config), cfg)]

@@ -72,7 +72,7 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
     tiles_m = -(-problem.m // TOKENS)
     more = tile.caching(problem, tiles_m, arch)
     out = []
-    for split, room in tile.rooms(arch):
+    for split, room in tile.clusters_at_once(arch):
         if split > 1 and math.ceil(problem.n / WIDEST) * tiles_m > room:      # what is too much for one wave is not cut
             continue
         c = Config(TOKENS, rows_of(problem.n, tiles_m, room), 128, 4 * CONSUMERS, 0, split_k=split, extra=more)
@@ -122,14 +122,14 @@ _POWER = 8
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds: the bytes over the bandwidth and the K blocks of a CTA after one another, in waves."""
-    waves = -(-tiles_of(problem, config) // tile.room_of(config, arch))
+    waves = -(-tiles_of(problem, config) // tile.tiles_at_once(config, arch))
     work = waves * chunk_of(problem, config) * (BLOCK + ROW * config.block_n)
     return tile.seconds(config, START, tile.read_seconds(problem, arch, READ), work, _POWER, CUT)
 
 
 # ---------------------------------------------------------------- launch
 def static(problem: Problem, config: Config, sw: int, codes: int) -> Static:
-    """`sw`: what `mx8_tile.by` says of the weights' scales; `codes`: `token_codes`."""
+    """`sw`: what `mx8_tile.row_alignment` says of the weights' scales; `codes`: `token_codes`."""
     bn, stages = config.block_n, config.num_stages
     main, rest = powers_of(bn)
     _, own, others = REGISTERS
@@ -145,7 +145,7 @@ def token_codes(scale: Tensor, m: int) -> int:
     """How codes of m tokens are loaded: by four tokens (2), by four of a row (1), each (0)."""
     if scale.stride(-2) == 1 and scale.stride(-1) % 4 == scale.data_ptr() % 4 == m % 4 == 0:
         return 2
-    return int(tile.by(scale) > 0)
+    return int(tile.row_alignment(scale) > 0)
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
@@ -154,7 +154,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     config = step.config
     sw, sx = x.b.scale, x.a.scale
     assert sw is not None and sx is not None
-    cfg = static(problem, config, tile.by(sw), token_codes(sx, x.m))
+    cfg = static(problem, config, tile.row_alignment(sw), token_codes(sx, x.m))
     x_codes = [(sx, sx.stride(-2), sx.stride(-1)), (Pointer(sx, torch.int32), sx.stride(-2) // 4, 1),
                (Pointer(sx, torch.int32), 0, sx.stride(-1) // 4)][cfg.TOKEN_CODES]
     box = 64 if cfg.BN <= 64 else 128

@@ -23,7 +23,7 @@ TRIP = 4                     # K blocks of 128 whose codes are 16 bytes of a row
 
 @dataclass(frozen=True, kw_only=True)
 class Shared:
-    """What the device code of each is compiled for."""
+    """What the device code of each of these kernels is compiled for."""
 
     BN: int                  # weight rows of a tile
     STAGES: int
@@ -37,7 +37,7 @@ class Shared:
 
 @dataclass(frozen=True, kw_only=True)
 class Columns(Shared):
-    """And where tokens are wgmma's columns, which is for parts of `fp8_decode`'s to read, too."""
+    """The same, where tokens are wgmma's columns. Parts of `fp8_decode`'s device code read it, too."""
 
     BT: int                  # token columns
     TRIPS: int               # of the longest part of K
@@ -47,7 +47,7 @@ class Columns(Shared):
 
 
 def shared(problem: Problem, config: Config, sw: int, consumer: int, loader: int) -> dict[str, Any]:
-    """Fields of `Shared`. `sw`: what `by` says of the weights' scales; registers of a consumer's thread, of the other warps'."""
+    """The fields of `Shared`. sw: `row_alignment` of the weights' scales. consumer, loader: registers of a thread of theirs."""
     return {"BN": config.block_n, "STAGES": config.num_stages, "CLUSTER": config.split_k,
             "VEC": min(sw // 4, 1) if blocks_of(problem) % TRIP else sw // 4,
             "KEEP": bool(extra(config, "keep")), "STREAM": bool(extra(config, "stream")),
@@ -55,7 +55,7 @@ def shared(problem: Problem, config: Config, sw: int, consumer: int, loader: int
 
 
 def columns(problem: Problem, config: Config, chunk: int) -> dict[str, Any]:
-    """The other fields of `Columns`. `chunk`: `chunk_of`."""
+    """The fields that `Columns` adds. chunk: `chunk_of`."""
     return {"BT": config.block_m, "TRIPS": chunk // TRIP, "STORE_VEC": 16 // ITEMSIZE[problem.out_dtype]}
 
 
@@ -86,7 +86,7 @@ def supports(problem: Problem, arch: Arch) -> str | None:
 
 
 def of_tokens(problem: Problem, arch: Arch, fewest: int, most: int) -> str | None:
-    """As `supports`, of a kernel for `fewest` to `most` tokens."""
+    """`supports`, for a kernel that takes from `fewest` to `most` tokens."""
     if problem.op == "gemm" and not fewest <= problem.m <= most:
         return f"is for {fewest} to {most} tokens, not {problem.m}"
     return supports(problem, arch)
@@ -105,7 +105,7 @@ def chunk_of(problem: Problem, config: Config, trip: int = TRIP) -> int:
 
 
 def illegal_split(problem: Problem, config: Config, trip: int = TRIP) -> str | None:
-    """Why K can't be cut so, or None."""
+    """Why K can't be cut into `config.split_k` parts, or None."""
     if config.split_k not in (1, *CLUSTERS):
         return f"split_k={config.split_k}, expected 1 or one of {CLUSTERS}, the blocks of a cluster"
     if config.split_k > 1 and problem.batch_invariant:
@@ -116,15 +116,15 @@ def illegal_split(problem: Problem, config: Config, trip: int = TRIP) -> str | N
 
 
 # ---------------------------------------------------------------- candidates
-def rooms(arch: Arch) -> Iterator[tuple[int, int]]:
-    """(blocks of a cluster, clusters that are on the chip together, a block on an SM)."""
+def clusters_at_once(arch: Arch) -> Iterator[tuple[int, int]]:
+    """(blocks of a cluster, how many such clusters are on the chip at the same time), with one block on an SM."""
     yield 1, arch.sms
     for blocks, share in ROOM.items():
         yield blocks, round(arch.sms * share)
 
 
 def caching(problem: Problem, tiles_m: int, arch: Arch) -> tuple[tuple[str, int], ...]:
-    """Of `Config.extra`: whether output stays in L2, and weights pass through it; what has to be read twice stays."""
+    """For `Config.extra`: 'keep' where the output stays in L2, 'stream' where weights are read once and leave it first."""
     keep = problem.m * problem.n * ITEMSIZE[problem.out_dtype] <= KEEP_BYTES
     stream = tiles_m == 1 and problem.b.format.storage_bytes(problem.n, problem.k) <= STREAM_CACHES * arch.l2
     return tuple((name, 1) for name, given in (("keep", keep), ("stream", stream)) if given)
@@ -135,25 +135,25 @@ def tiles_of(problem: Problem, config: Config) -> int:
 
 
 # ---------------------------------------------------------------- cost
-def room_of(config: Config, arch: Arch) -> int:
-    """Tiles that are on the chip together, a block on an SM."""
+def tiles_at_once(config: Config, arch: Arch) -> int:
+    """How many tiles are on the chip at the same time, with one block on an SM."""
     return round(arch.sms * ROOM.get(config.split_k, 1.0))
 
 
 def read_seconds(problem: Problem, arch: Arch, share: float) -> float:
-    """Of the weights, at a share of the bandwidth."""
+    """To read the weights, at a share of the bandwidth."""
     return problem.b.format.storage_bytes(problem.n, problem.k) / (arch.bandwidth * share)
 
 
 def seconds(config: Config, start: float, memory: float, work: float, power: float, cut: float) -> float:
-    """The bytes over the bandwidth and the K blocks of a CTA after one another, and `cut`, what a cluster of two takes to add its
-    sums up, as much again for each doubling. `power`: how sharply the longer of the first two takes over."""
+    """Predicted time. memory: of the bytes; work: of the K blocks of a CTA, one after another; power: how sharply the longer of the two
+    takes over. cut: what a cluster of two takes to add up its sums; each doubling takes as much again."""
     return start + (memory**power + work**power) ** (1 / power) + cut * math.log2(config.split_k)
 
 
 # ---------------------------------------------------------------- launch
-def by(scale: Tensor) -> int:
-    """Bytes, 16 or 4, that rows of a scale tensor start on whose base is on 16 and whose codes lie next to each other; else 0."""
+def row_alignment(scale: Tensor) -> int:
+    """Bytes that rows of scales start at multiples of: 16, 4, or 0 for neither, and where a row's codes do not lie side by side."""
     if scale.data_ptr() % 16 or scale.stride(-1) != 1:
         return 0
     return next((n for n in (16, 4) if scale.stride(-2) % n == 0), 0)
@@ -166,8 +166,11 @@ def weight_codes(scale: Tensor, cfg: Shared) -> tuple[Tensor | Pointer, int]:
 
 def launch(kernel: Any, x: Operands, tokens: int, box: int, x_codes: tuple[Any, ...], chunk: int, registers: int,
            cfg: Shared) -> Launch:
-    """Of a kernel that takes codes of both sides, for tiles of so many tokens. `box`: rows of weights' boxes that Triton's frontend
-    is told, which takes powers of two; `x_codes`: codes of tokens and their strides; `registers`: of a thread at the launch."""
+    """The launch of a kernel that takes codes of both sides, for tiles of so many tokens.
+
+    box: rows of the weights' boxes as Triton's frontend is told them, a power of two. x_codes: the tokens' codes and their strides.
+    registers: of a thread at the launch.
+    """
     assert x.b.scale is not None
     codes, stride = weight_codes(x.b.scale, cfg)
     descriptors = planes(x.b.data, x.k, box), planes(x.a.data, x.k, tokens)
