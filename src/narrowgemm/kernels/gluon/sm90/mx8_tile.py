@@ -146,8 +146,8 @@ def read_seconds(problem: Problem, arch: Arch, share: float) -> float:
 
 
 def seconds(config: Config, start: float, memory: float, work: float, power: float, cut: float) -> float:
-    """Predicted time. memory: of the bytes; work: of the K blocks of a CTA, one after another; power: how sharply the longer of the two
-    takes over. cut: what a cluster of two takes to add up its sums; each doubling takes as much again."""
+    """Predicted time. memory: of the bytes; work: of a CTA's K blocks, one after another; power: how sharply the longer of these
+    two takes over. cut: what a cluster of two takes to add up its sums; each doubling takes as much again."""
     return start + (memory**power + work**power) ** (1 / power) + cut * math.log2(config.split_k)
 
 
