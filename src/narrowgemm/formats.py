@@ -74,6 +74,11 @@ class Format:
         return self.scale != "none"
 
     @property
+    def scale_dtype(self) -> torch.dtype:
+        """What scales are stored in: float32, or uint8 for E8M0 codes."""
+        return torch.float32 if self.scale == "fp32" else torch.uint8
+
+    @property
     def scaling_type(self) -> str:
         """Name of the matching `torch.nn.functional.ScalingType` member, or '' where torch has none."""
         names = {(0, 0): "TensorWise", (1, 0): "RowWise", (1, 32): "BlockWise1x32", (1, 128): "BlockWise1x128",

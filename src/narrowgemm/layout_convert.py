@@ -344,7 +344,7 @@ def routed_groups(routed: Routed, num_groups: int) -> tuple[Tensor, Tensor]:
 
 def _sync(validate: str | None) -> bool:
     expect(validate in (None, "sync"), "validate", repr(validate), "None or 'sync'")
-    return (validate or env.get("NARROWGEMM_VALIDATE")) == "sync"
+    return env.wants_sync(validate)
 
 
 def _fits(starts: Tensor, lens: Tensor, capacity: int, validate: str | None) -> None:

@@ -301,8 +301,7 @@ def _empty(experts: int, rows: int, cols: int, scale: str, device: torch.device 
     fmt = FP8_128x128.with_scale(scale)
     shape = (experts, rows, cols)
     return ScaledTensor(torch.empty(shape, dtype=torch.float8_e4m3fn, device=device),
-                        torch.empty(fmt.scale_shape(shape), device=device,
-                                    dtype=torch.float32 if scale == "fp32" else torch.uint8), fmt)
+                        torch.empty(fmt.scale_shape(shape), device=device, dtype=fmt.scale_dtype), fmt)
 
 
 def _copy(ckpt: Checkpoint, part: _Part, stack: ScaledTensor, slot: int, row: int) -> None:

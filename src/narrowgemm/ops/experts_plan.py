@@ -135,7 +135,7 @@ class Pool:
         end = self.plain(name, (rows, k // fmt.elem.per_byte), fmt.elem.dtype, at)
         if not fmt.scaled:
             return end
-        dtype = torch.float32 if fmt.scale == "fp32" else torch.uint8
+        dtype = fmt.scale_dtype
         sr, sc = fmt.scale_shape((rows, k))
         if steps.scale_layout_of(fmt) == "row_major":
             return self.plain(f"{name}.scale", (sr, sc), dtype, end)

@@ -97,5 +97,5 @@ def operand(shape: tuple[int, ...], fmt: Format, dtype: torch.dtype) -> ScaledTe
     if not fmt.scaled:
         return ScaledTensor(torch.empty(shape, dtype=dtype, device="meta"), None, fmt)
     data = torch.empty((*shape[:-1], shape[-1] // fmt.elem.per_byte), dtype=ELEMENTS[fmt.element].dtype, device="meta")
-    scale = torch.empty(fmt.scale_shape(shape), dtype=torch.float32 if fmt.scale == "fp32" else torch.uint8, device="meta")
+    scale = torch.empty(fmt.scale_shape(shape), dtype=fmt.scale_dtype, device="meta")
     return ScaledTensor(data, scale, fmt)

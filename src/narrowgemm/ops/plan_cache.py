@@ -132,7 +132,7 @@ class PlanCache:
         key: holds `validate` and what the environment says of it, too. memo: what `Known.memo` begins with.
         """
         with self._lock:
-            known = self._known.setdefault(key, Known(plan, {} if memo is None else memo, out, wants_sync(validate)))
+            known = self._known.setdefault(key, Known(plan, {} if memo is None else memo, out, env.wants_sync(validate)))
             if len(self._known) > LIMIT:
                 self._known.popitem(last=False)
         return known
@@ -199,8 +199,3 @@ def _traits(t: Tensor | None) -> tuple | None:
 
 def refuse_product(error: Exception, a: ScaledTensor, b: ScaledTensor, out: Tensor | None, index: Tensor | None) -> NoReturn:
     refuse(error, a=a.data, b=b.data, scale_of_a=a.scale, scale_of_b=b.scale, out=out, index=index)
-
-
-def wants_sync(validate: str | None) -> bool:
-    """Whether a call with this `validate` reads its data back."""
-    return validate == "sync" or env.get("NARROWGEMM_VALIDATE") == "sync"

@@ -101,7 +101,7 @@ def _outputs(x: Tensor, fmt: Format, scale_layout: str) -> tuple[Empty, Empty | 
     """What payload and scales are allocated with."""
     *lead, k = x.shape
     payload = empty_of((*lead, k // fmt.elem.per_byte), fmt.elem.dtype, x.device)
-    dtype = torch.float32 if fmt.scale == "fp32" else torch.uint8
+    dtype = fmt.scale_dtype
     *lead, rows, cols = shape = fmt.scale_shape(x.shape)
     if scale_layout == "row_major":
         return payload, empty_of(shape, dtype, x.device)

@@ -138,7 +138,7 @@ def allocate_both(x: Tensor, fmt: Format, offsets: Tensor | None, scale: Tensor 
 
 
 def _scales(shape: tuple[int, ...], fmt: Format, x: Tensor) -> Tensor:
-    dtype = torch.float32 if fmt.scale == "fp32" else torch.uint8
+    dtype = fmt.scale_dtype
     *lead, rows, cols = fmt.scale_shape(shape)
     if fmt.group[1] == 0 or fmt.group[0] == 128:
         return x.new_empty((*lead, rows, cols), dtype=dtype)

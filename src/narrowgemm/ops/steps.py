@@ -161,7 +161,7 @@ def allocate(rows: int, k: int, fmt: Format, dtype: torch.dtype, device: torch.d
     if not fmt.scaled:
         return ScaledTensor(torch.empty((rows, k), dtype=dtype, device=device), None, fmt)
     data = torch.empty((rows, k // fmt.elem.per_byte), dtype=fmt.elem.dtype, device=device)
-    kind = torch.float32 if fmt.scale == "fp32" else torch.uint8
+    kind = fmt.scale_dtype
     sr, sc = fmt.scale_shape((rows, k))
     if scale_layout == "row_major":
         return ScaledTensor(data, torch.empty((sr, sc), dtype=kind, device=device), fmt)
@@ -175,7 +175,7 @@ def check_out(out: ScaledTensor, rows: int, k: int, fmt: Format, dtype: torch.dt
     want = fmt.elem.dtype if fmt.scaled else dtype
     check_like(out.data, "out, payload", (rows, k // fmt.elem.per_byte), want, device, rows_only=True)
     if fmt.scaled:
-        want = torch.float32 if fmt.scale == "fp32" else torch.uint8
+        want = fmt.scale_dtype
         expect(isinstance(out.scale, Tensor), "out, scale", type(out.scale).__name__, "a torch.Tensor", error=TypeError)
         assert out.scale is not None
         expect(out.scale.dtype == want, "out, scale dtype", out.scale.dtype, str(want), error=TypeError)

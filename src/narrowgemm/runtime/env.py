@@ -27,6 +27,11 @@ def choice() -> tuple[str | bytes | None, ...]:
     return read(_KEYS[0]), read(_KEYS[1]), read(_KEYS[2]), read(_KEYS[3])
 
 
+def wants_sync(validate: str | None = None) -> bool:
+    """Whether a call with this `validate` reads device data back to check it."""
+    return validate == "sync" or get("NARROWGEMM_VALIDATE") == "sync"
+
+
 def get(name: str) -> str:
     """The variable's value, or '' where it is not set. Raises KeyError for a name that the table lacks."""
     assert name in VARIABLES, name

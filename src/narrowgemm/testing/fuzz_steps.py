@@ -165,7 +165,7 @@ def _gather(c: Call) -> None:
     out, guard = None, None
     if c.chance(0.5):
         guard = GuardedView((rows, k // fmt.elem.per_byte), fmt.elem.dtype if fmt.scaled else dtype, c.device, c.pick(STORES))
-        kind = torch.float32 if fmt.scale == "fp32" else torch.uint8
+        kind = fmt.scale_dtype
         scale = torch.zeros(fmt.scale_shape((rows, k)), dtype=kind, device=c.device) if fmt.scaled else None
         out = ScaledTensor(guard.tensor, scale, fmt)
     got = gather_quantize(c.there(x), there, fmt, rounding=rounding, out=out, backend=c.kernel("gather_quantize"))

@@ -142,7 +142,7 @@ def check_sizes_tensor(grouped_layout: Tensor, groups: int) -> None:
 def group_offsets(grouped_layout: Tensor, groups: int, ks: list[int]) -> Tensor:
     """int32 `[G+1]` from the sizes on the device, so that no copy from the host waits; both lists must agree."""
     check_sizes_tensor(grouped_layout, groups)
-    if grouped_layout.device.type == "cpu" or env.get("NARROWGEMM_VALIDATE") == "sync":
+    if grouped_layout.device.type == "cpu" or env.wants_sync():
         given = grouped_layout.tolist()
         expect(given == ks, "grouped_layout", given, f"ks_cpu, {ks}")
     return torch.nn.functional.pad(grouped_layout.cumsum(0, dtype=torch.int32), (1, 0))

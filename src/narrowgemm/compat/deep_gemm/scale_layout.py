@@ -147,7 +147,7 @@ def exact_codes(sf: Tensor, live: Tensor | None = None, *, check: bool = False) 
     code = torch.where(exact, torch.where(tiny, 0, bits >> 23), 255)
     if live is not None:
         exact, code = exact | ~live, torch.where(live, code, 0)
-    if check or sf.device.type == "cpu" or env.get("NARROWGEMM_VALIDATE") == "sync":
+    if check or sf.device.type == "cpu" or env.wants_sync():
         expect(bool((exact | sf.isnan()).all()), "float32 scales to pack as E8M0", "values that are no powers of two",
                "powers of two: quantise with use_ue8m0=True; scales are never rounded after the payload was quantised")
     return code.to(torch.uint8)

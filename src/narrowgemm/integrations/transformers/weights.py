@@ -177,7 +177,7 @@ def reserve(module: Any, weights: str, activations: str, *, payload: bool) -> No
         w = getattr(module, name)
         e, n, k = (w.mT if module.is_transposed else w).shape
         scale = torch.empty(pair[0].scale_shape((e, n, k)), device=w.device,
-                            dtype=torch.float32 if pair[0].scale == "fp32" else torch.uint8)
+                            dtype=pair[0].scale_dtype)
         data = torch.empty((e, n, k // pair[0].elem.per_byte), dtype=pair[0].elem.dtype, device=w.device) if payload else w
         put(module, name, data, scale)
     setattr(module, FORMATS, pair)
