@@ -74,6 +74,15 @@ def mn_major_tma_aligned(scale: Tensor) -> Tensor:
     return out.copy_(scale)
 
 
+def empty_scales(shape: tuple[int, ...] | torch.Size, fmt: Format, device: torch.device, mn_major: bool) -> Tensor:
+    """Uninitialised scales of an operand of logical `shape`: row-major, or MN-major with columns on 16 bytes, as TMA loads them."""
+    *lead, rows, cols = fmt.scale_shape(shape)
+    if not mn_major:
+        return torch.empty((*lead, rows, cols), dtype=fmt.scale_dtype, device=device)
+    stored = (*lead, cols, tma_aligned_rows(rows, fmt.scale_dtype.itemsize))
+    return torch.empty(stored, dtype=fmt.scale_dtype, device=device)[..., :rows].mT
+
+
 def normalize_scale(scale: Tensor | float, shape: tuple[int, ...] | torch.Size, fmt: Format, device: torch.device,
                     layout: str = "auto") -> Tensor:
     """Scales of a logical `shape` operand, as float32 or uint8 E8M0 `[..., R/rows, K/cols]`. See `ScaledTensor.make`."""

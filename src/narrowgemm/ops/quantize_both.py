@@ -21,7 +21,7 @@ from ..reference.quantize import check_input
 from ..reference.quantize_both import ALIGNMENT
 from ..runtime import dispatch, env
 from ..runtime.launch import run
-from ..scales import tma_aligned_rows
+from ..scales import empty_scales
 from . import common, library, steps
 from .plan_cache import NOTHING, PlanCache
 
@@ -138,11 +138,7 @@ def allocate_both(x: Tensor, fmt: Format, offsets: Tensor | None, scale: Tensor 
 
 
 def _scales(shape: tuple[int, ...], fmt: Format, x: Tensor) -> Tensor:
-    dtype = fmt.scale_dtype
-    *lead, rows, cols = fmt.scale_shape(shape)
-    if fmt.group[1] == 0 or fmt.group[0] == 128:
-        return x.new_empty((*lead, rows, cols), dtype=dtype)
-    return x.new_empty((*lead, cols, tma_aligned_rows(rows, dtype.itemsize)), dtype=dtype)[..., :rows].mT
+    return empty_scales(shape, fmt, x.device, fmt.group[1] != 0 and fmt.group[0] != 128)
 
 
 def _fill(plan: Plan | None, x: Tensor, fmt: Format, rows: ScaledTensor, columns: ScaledTensor, offsets: Tensor | None,

@@ -13,7 +13,7 @@ from ..formats import PLAIN, Format, ScaledTensor
 from ..problem import Config, Epilogue, Operand, Plan, Problem, bucket
 from ..reference.route import Routing
 from ..runtime import dispatch
-from ..scales import tma_aligned_rows
+from ..scales import empty_scales
 from . import common
 from .overlap import stored_twice
 
@@ -161,12 +161,7 @@ def allocate(rows: int, k: int, fmt: Format, dtype: torch.dtype, device: torch.d
     if not fmt.scaled:
         return ScaledTensor(torch.empty((rows, k), dtype=dtype, device=device), None, fmt)
     data = torch.empty((rows, k // fmt.elem.per_byte), dtype=fmt.elem.dtype, device=device)
-    kind = fmt.scale_dtype
-    sr, sc = fmt.scale_shape((rows, k))
-    if scale_layout == "row_major":
-        return ScaledTensor(data, torch.empty((sr, sc), dtype=kind, device=device), fmt)
-    scale = torch.empty((sc, tma_aligned_rows(sr, kind.itemsize)), dtype=kind, device=device)[:, :sr].mT
-    return ScaledTensor(data, scale, fmt)
+    return ScaledTensor(data, empty_scales((rows, k), fmt, device, scale_layout != "row_major"), fmt)
 
 
 def check_out(out: ScaledTensor, rows: int, k: int, fmt: Format, dtype: torch.dtype, device: torch.device) -> None:
