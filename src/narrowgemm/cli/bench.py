@@ -97,6 +97,7 @@ class Progress:
             self.bar.advance(self.task)
 
     def say(self, text: str) -> None:
+        """A line above the bar; on a terminal the bar stays below it."""
         if self.bar is not None and self.bar.console.is_terminal:
             self.bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
         else:
@@ -188,6 +189,7 @@ def bench(suites: tuple[str, ...], patterns: tuple[str, ...], backends: tuple[st
 
 
 def check_names(option: str, names: Sequence[str], peers: bool) -> None:
+    """BadParameter for a name that is no backend (`peers`: no peer)."""
     from ..kernels.registry import backends
     from ..testing import peers as peers_
 
@@ -198,6 +200,7 @@ def check_names(option: str, names: Sequence[str], peers: bool) -> None:
 
 
 def peers_of(suite: str, given: Sequence[str]) -> list[str]:
+    """A suite's peers: those that `--peers` gives ('none' for no peer), else its own."""
     return [p for p in split(given) if p != "none"] if given else list(PEERS[suite])
 
 
@@ -219,6 +222,7 @@ class Run:
             "peers": list(dict.fromkeys(p for names in job.peers.values() for p in names))}
 
     def save(self) -> None:
+        """Write the rows so far, where files were asked for."""
         if self.json_path:
             results.write_json(self.json_path, self.header, self.rows)
         if self.csv_path:
@@ -244,6 +248,7 @@ class Run:
         self.rows = [r for r in old["rows"] if (r["suite"], r["case"]) not in redo]
 
     def go(self, warm: int) -> None:
+        """Compile ahead in `warm` processes, then measure; rows are saved after each case."""
         self.save()
         if not self.job.cases:
             return
@@ -256,6 +261,7 @@ class Run:
                 self.take(event, bar)
 
     def take(self, event: dict[str, Any], bar: Progress) -> None:
+        """Follow one event of `runner.run`."""
         kind = event["event"]
         if kind == "environment":
             self.header |= {k: event[k] for k in ("device", "arch", "timer")}

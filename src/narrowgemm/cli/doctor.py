@@ -66,6 +66,7 @@ def doctor(device: str, budget: float, as_json: bool) -> None:
 
 
 def findings(device: str, budget: float) -> Iterator[Finding]:
+    """Everything that is looked at, as it is found."""
     yield from versions()
     where, finding = target(device)
     yield finding
@@ -76,6 +77,7 @@ def findings(device: str, budget: float) -> Iterator[Finding]:
 
 
 def versions() -> Iterator[Finding]:
+    """Of what the package needs, and of what parts of it do."""
     for name, least in (LEAST | OPTIONAL_LEAST).items():
         wanted = ".".join(map(str, least))
         try:
@@ -121,6 +123,7 @@ def arch_name(device: str) -> str:
 
 
 def compile_cache() -> Finding:
+    """Whether Triton's cache can be written, and has room."""
     root = cache.folder()
     there = next(p for p in (root, *root.parents) if p.exists())
     if not os.access(there, os.W_OK):

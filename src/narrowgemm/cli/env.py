@@ -203,6 +203,7 @@ def text(report: dict[str, Any]) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """`narrowgemm env`, and `python -m narrowgemm env` where click is missing."""
     parser = argparse.ArgumentParser(prog="narrowgemm env", description=__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON")
     args = parser.parse_args(argv)

@@ -169,6 +169,7 @@ def line(record: sweep.Record) -> str:
 
 
 def finish(run: search.Tuning, cases: Sequence[Case]) -> None:
+    """Say what is left, what failed, and where the results are."""
     have = {r["case"]: r for r in run.records}
     errors = [r for r in run.records if r["error"]]
     if missing := [c for c in cases if c.id not in have]:
@@ -178,13 +179,22 @@ def finish(run: search.Tuning, cases: Sequence[Case]) -> None:
                    f"{errors[0]['error']}", err=True)
     click.echo(f"measurements: {run.log}")
     if run.out is not None:
-        said(run.out)
+        say_tables(run.out)
 
 
-def said(root: Path) -> None:
+def say_tables(root: Path) -> None:
+    """Where the tables are, and what makes them count."""
     click.echo(f"tables: {root}")
     if root != store.PACKAGED and os.environ.get("NARROWGEMM_TABLES") != str(root):
         click.echo(f"they are used where NARROWGEMM_TABLES={root} is set")
+
+
+def read_sweep(path: Path) -> dict[str, Any]:
+    """`sweep.read`; ClickException for a file that is none of its."""
+    try:
+        return sweep.read(path)
+    except ValueError as e:
+        raise click.ClickException(str(e)) from e
 
 
 def tables_from(sources: Sequence[Path], root: Path) -> None:
@@ -192,10 +202,7 @@ def tables_from(sources: Sequence[Path], root: Path) -> None:
     headers: dict[str, dict[str, Any]] = {}
     records: dict[str, dict[str, sweep.Record]] = {}
     for path in sources:
-        try:
-            data = sweep.read(path)
-        except ValueError as e:
-            raise click.ClickException(str(e)) from e
+        data = read_sweep(path)
         headers[data["arch"]] = data
         records.setdefault(data["arch"], {}).update({r["case"]: r for r in data["cases"]})
     for arch, mine in records.items():
@@ -205,15 +212,13 @@ def tables_from(sources: Sequence[Path], root: Path) -> None:
         if idle := [case for case, r in mine.items() if not adopt.tables([r])]:
             click.echo(f"{len(idle)} cases make no row, since the cost model's pick has no steady time, or nothing ran: "
                        + ", ".join(idle))
-    said(root)
+    say_tables(root)
 
 
 def vllm_from(sources: Sequence[Path], folder: Path, top_k: int) -> None:
+    """vLLM's files from sweeps, into `folder`."""
     for path in sources:
-        try:
-            data = sweep.read(path)
-        except ValueError as e:
-            raise click.ClickException(str(e)) from e
+        data = read_sweep(path)
         made = vllm.write(folder, data["cases"], data["device"], top_k)
         for name in made:
             click.echo(f"{name}: {len(json.loads(name.read_text()))} numbers of tokens")
@@ -223,10 +228,7 @@ def vllm_from(sources: Sequence[Path], folder: Path, top_k: int) -> None:
 
 def print_report(path: Path) -> int:
     """The exit status: 1 where a case has no figure, or a choice of this version is slower than the portable kernel."""
-    try:
-        data = sweep.read(path)
-    except ValueError as e:
-        raise click.ClickException(str(e)) from e
+    data = read_sweep(path)
     click.echo(f"device {data['device']} ({data['arch']}); commit {str(data['commit'])[:12] or 'unknown'}; "
                f"{len(data['cases'])} cases")
     lines, problems = report.summarise(data["suites"], data["cases"], report.recorded)
@@ -252,6 +254,7 @@ def _known(name: str) -> Arch | None:
 
 
 def list_space(cases: Sequence[Case], arch: Arch, kernels: Sequence[str], within: float) -> None:
+    """The candidates that a run would measure, counted by case."""
     keys, total = set(), 0
     for c in cases:
         problem = problem_of(c)
