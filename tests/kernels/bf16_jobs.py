@@ -21,6 +21,10 @@ def call(layout: str, m: int, config: Config, dtype: torch.dtype, k: int, major:
         ng.gemm(torch.zeros(m, k, dtype=dtype), b[0], backend="triton", config=config)
     elif layout == "masked":
         ng.grouped_gemm(torch.zeros(G, m, k, dtype=dtype), b, ng.Masked(torch.zeros(G, dtype=torch.int32)), backend="triton", config=config)
+    elif layout in ("contiguous", "psum"):
+        index = torch.zeros(m if layout == "contiguous" else G, dtype=torch.int32)
+        ng.grouped_gemm(torch.zeros(m, k, dtype=dtype), b, ng.Contiguous(index) if layout == "contiguous" else ng.Psum(index, 128),
+                        backend="triton", config=config)
     else:
         ng.grouped_gemm(torch.zeros(m, k, dtype=dtype), b, ng.Offsets(torch.zeros(G + 1, dtype=torch.int64)), backend="triton",
                         config=config)
@@ -29,8 +33,8 @@ def call(layout: str, m: int, config: Config, dtype: torch.dtype, k: int, major:
 def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], object]]]:
     """'few': what is first for few and for many rows; 'all': every config of every layout."""
     arch = get_arch(target)
-    for layout, m in (("offsets", 16), ("masked", 4096), ("dense", 4096)) if which == "few" else \
-            [(layout, m) for layout in ("dense", "offsets", "masked") for m in (16, 64, 4096)]:
+    for layout, m in (("offsets", 16), ("masked", 4096), ("dense", 4096), ("contiguous", 4096), ("psum", 16)) if which == "few" else \
+            [(layout, m) for layout in ("dense", "offsets", "masked", "contiguous", "psum") for m in (16, 64, 4096)]:
         problem = describe("gemm" if layout == "dense" else "grouped_gemm", layout=layout, groups=1 if layout == "dense" else G,
                            m=m, n=N, k=K, a="bf16", b="bf16")
         found = bf16.configs(problem, arch)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from narrowgemm import Offsets, explain, grouped_gemm
+from narrowgemm import Contiguous, Offsets, Psum, explain, grouped_gemm
 from narrowgemm.arch import get_arch
 from narrowgemm.formats import BF16, FP16
 from narrowgemm.kernels.triton import bf16
@@ -24,7 +24,12 @@ CASES = [Case("bf16", "dense", 1, 33, 200, 208, a=BF16, b=BF16), Case("bf16", "d
          Case("bf16", "offsets", 4, 16, 128, 128, sizes="zero", a=BF16, b=BF16),
          Case("bf16", "offsets", 3, 150, 136, 96, sizes=UNEVEN, a=FP16, b=FP16, out_dtype="fp32", accumulate=True),
          Case("bf16", "masked", 3, 20, 136, 192, max_m=40, sizes=UNEVEN, a=BF16, b=BF16, out_dtype="fp32"),
-         Case("bf16", "masked", 4, 70, 96, 72, max_m=100, sizes="empty:0.4", a=FP16, b=FP16, out_dtype="fp16", accumulate=True)]
+         Case("bf16", "masked", 4, 70, 96, 72, max_m=100, sizes="empty:0.4", a=FP16, b=FP16, out_dtype="fp16", accumulate=True),
+         Case("bf16", "contiguous", 5, 33, 96, 160, sizes=UNEVEN, alignment=1, a=BF16, b=BF16, out_dtype="fp32"),
+         Case("bf16", "contiguous", 4, 50, 136, 100, sizes=UNEVEN, alignment=16, slack=40, order="repeated", a=BF16, b=BF16),
+         Case("bf16", "contiguous", 3, 70, 72, 128, sizes="empty:0.4", a=FP16, b=FP16, out_dtype="fp16", zero_padding=False),
+         Case("bf16", "psum", 4, 40, 128, 128, sizes="empty:0.5", a=BF16, b=BF16), Case("bf16", "psum", 3, 150, 72, 96, sizes=UNEVEN, a=BF16, b=BF16, out_dtype="fp32", accumulate=True),
+         Case("bf16", "psum", 5, 21, 64, 208, sizes=UNEVEN, alignment=8, slack=70, a=FP16, b=FP16, out_dtype="fp16", zero_padding=False)]
 
 
 @pytest.fixture(autouse=True)
@@ -75,6 +80,34 @@ def test_bounds_that_are_wrong_reach_nothing_outside(device: str) -> None:
         assert bool(out.isfinite().all())
 
 
+@pytest.mark.parametrize("psum", [False, True])
+def test_padding_is_zeroed_or_left_and_bad_groups_are_padding(psum: bool, device: str) -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(70, 64, device=device).bfloat16(), torch.randn(3, 72, 64, device=device).bfloat16()
+    ids = torch.full((70,), -1, dtype=torch.int32)
+    ids[0:5], ids[16:37], ids[48:49] = 0, 1, 2
+    layout = Psum(torch.tensor([5, 37, 49], dtype=torch.int32, device=device), 16) if psum else Contiguous(ids.to(device))
+    if not psum:
+        ids[60:62] = torch.tensor([7, -9], dtype=torch.int32)
+        layout = Contiguous(ids.to(device))
+    live = (ids >= 0) & (ids < 3)
+    a[~live] = float("nan")
+    want = torch.stack([a[r].float() @ b[g].float().T if 0 <= g < 3 else torch.zeros(72, device=device) for r, g in enumerate(ids.tolist())])
+    for zero in (True, False):
+        out = torch.full((70, 72), 7.0, device=device, dtype=torch.bfloat16)
+        grouped_gemm(a, b, layout, out=out, zero_padding=zero, backend="triton.bf16")
+        assert bool((out[~live] == (0 if zero else 7)).all())
+        check_kernel(out[live], want[live]).assert_()
+
+
+def test_padded_layouts_leave_what_hopper_has_to_it_and_nothing_to_the_reference() -> None:
+    def chosen(device: str, k: int = 512, **more: object) -> str:
+        return explain("grouped_gemm", layout="contiguous", groups=8, m=256, n=512, k=k, a="bf16", b="bf16", device=device, **more).plan.kernel
+
+    assert chosen("h200") == chosen("h100") == "gluon_sm90.bf16" and chosen("mi350x") == chosen("a100") == chosen("b200") == bf16.NAME
+    assert explain("grouped_gemm", layout="psum", groups=8, m=256, n=512, k=512, a="fp16", b="fp16", device="h200").plan.kernel == bf16.NAME
+
+
 def test_few_rows_are_ours_and_many_are_hoppers_or_torchs() -> None:
     def chosen(m: int, fmt: str = "bf16", device: str = "h200", **more: object) -> str:
         return explain("grouped_gemm", layout="offsets", groups=128, m=m, n=1536, k=2048, a=fmt, b=fmt, out_dtype=fmt, device=device,
@@ -87,7 +120,7 @@ def test_few_rows_are_ours_and_many_are_hoppers_or_torchs() -> None:
 
 
 @pytest.mark.parametrize("why, changed", [
-    ("on both sides", {"b": "mxfp4"}), ("on both sides", {"a": "fp16"}), ("contiguous", {"layout": "contiguous"}),
+    ("on both sides", {"b": "mxfp4"}), ("on both sides", {"a": "fp16"}),
     ("matrix instruction", {"device": "cpu"})])
 def test_says_what_it_does_not_take(why: str, changed: dict) -> None:
     case = {"layout": "offsets", "groups": 8, "m": 256, "n": 512, "k": 512, "device": "h200", "a": "bf16", "b": "bf16"} | changed

@@ -1,4 +1,4 @@
-"""Portable 16-bit GEMM, dense and grouped (offsets, masked), BF16 or FP16 on both sides: one Triton source for every GPU.
+"""Portable 16-bit GEMM, dense and grouped (every layout of rows), BF16 or FP16 on both sides: one Triton source for every GPU.
 
 For few rows, where torch's grouped product costs its set-up, its index arithmetic and a copy: one launch here, bound to the
 signature like any other. Many rows are cuBLAS's (`torch_bf16`). Device code: `bf16_device.py`.
@@ -16,7 +16,9 @@ from . import common
 
 NAME = "triton.bf16"
 BACKEND = "triton"
-LAYOUTS = ("dense", "offsets", "masked")
+LAYOUTS = ("dense", "contiguous", "psum", "offsets", "masked")
+PADDED = ("contiguous", "psum")
+BESIDE = 4.0        # times as long on Hopper, in these: not measured beside `gluon_sm90.bf16`, in whose place it is never taken
 ELEMENTS = ("bf16", "fp16")
 # of the BF16 rate on 128x128 tiles; of the read bandwidth; what a byte through L2 costs of one from memory (H100)
 EFFICIENCY, STREAMING, L2_COST = 0.43, 0.92, 0.03
@@ -52,6 +54,8 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
         near = [t for t in AMD if t[0] <= max(16, 2 * rows)]
     elif rows <= 64:
         near = [t for t in FEW if t[0] <= max(16, 2 * rows)]
+        if arch.target == "sm100" and problem.layout == "psum":
+            near = [t for t in near if t[:2] != (16, 64)]       # spills there
     else:
         near = list(MANY)
         if arch.target == "sm100" and problem.layout == "masked":
@@ -86,7 +90,8 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     busy = tiles / (waves * sms) if tiles > sms else min(1.0, 2 * tiles / sms)
     streaming = STREAMING if problem.rows <= 16 else STREAMING_MORE
     memory = (problem.bytes / (streaming * busy) + L2_COST * through_l2) / arch.bandwidth * arch.sms / sms
-    return common.LAUNCH_SECONDS + max(math, memory)
+    beside = BESIDE if problem.layout in PADDED and arch.target == "sm90" else 1.0
+    return (common.LAUNCH_SECONDS + max(math, memory)) * beside
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
@@ -95,13 +100,15 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     c = step.config
     a, b, out = x.a.data, x.b.data, x.out
     masked = problem.layout == "masked"
-    programs = common.slots(problem, x, c.block_m) * -(-x.n // c.block_n)
+    most = common.slots(problem, x, c.block_m)
+    programs = most * -(-x.n // c.block_n)
     programs = min(programs, problem.max_sms or common.resident(out, smem_bytes(c)))
     return [Launch(
         device.bf16_kernel, (programs,),
-        (a, b, out, x.index if x.index is not None else a, x.m, x.n, x.k, x.groups, a.stride(0) if masked else 0, a.stride(-2),
-         a.stride(-1), b.stride(0) if b.dim() == 3 else 0, b.stride(-2), b.stride(-1), out.stride(0) if masked else 0,
+        (a, b, out, x.index if x.index is not None else a, x.m, x.n, x.k, x.groups, most, x.alignment, a.stride(0) if masked else 0,
+         a.stride(-2), a.stride(-1), b.stride(0) if b.dim() == 3 else 0, b.stride(-2), b.stride(-1), out.stride(0) if masked else 0,
          out.stride(-2)),
         dict(LAYOUT=common.LAYOUT_IDS[problem.layout], BM=c.block_m, BN=c.block_n, BK=c.block_k, GROUP_M=c.group_m,
              EVEN_K=x.k % c.block_k == 0, EVEN_N=x.n % c.block_n == 0, SWAP=c.swap_ab, ACCUMULATE=problem.accumulate,
-             WIDE=problem.wide, num_warps=c.num_warps, num_stages=c.num_stages))]
+             ZERO=problem.zero_padding and problem.layout in PADDED, WIDE=problem.wide, num_warps=c.num_warps,
+             num_stages=c.num_stages))]
