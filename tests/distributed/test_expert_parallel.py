@@ -17,6 +17,19 @@ ROOT = Path(__file__).parents[2]
 FORWARD = ("random", "one", "some", "wire", "micro", "micro-wire", "mesh", "token", "token-some", "token-one")
 
 
+def test_a_mesh_of_two_dimensions_is_refused() -> None:
+    from narrowgemm.distributed import ExpertParallel
+
+    class Mesh:
+        ndim = 2
+
+        def get_group(self) -> None:
+            raise AssertionError("which of its dimensions?")
+
+    with pytest.raises(ValueError, match="DeviceMesh of the experts, dimensions: got 2, expected 1: take a sub-mesh by name"):
+        ExpertParallel(8, Mesh())
+
+
 def launch(folder: Path, ranks: int, names: tuple[str, ...], wait_for: int | None = None) -> list[dict[str, Any]]:
     """What the checks found on each rank, or on the first `wait_for` of them; the others are ended then."""
     env = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TRITON_INTERPRET": "0"}

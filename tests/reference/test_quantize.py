@@ -121,6 +121,19 @@ def floor_log2(x: Fraction) -> int:
     return e
 
 
+@pytest.mark.parametrize("fmt", [f for f in FORMATS.values() if f.scaled], ids=lambda f: f.name)
+def test_the_largest_float32_gives_a_finite_payload_and_scale(fmt: Format) -> None:
+    """With E8M0 scales it is rounded to 2^128, which only float64 holds."""
+    largest = torch.finfo(torch.float32).max
+    for rounding in ("rceil", "floor", "even"):
+        q = quantize(torch.full((2, 128), largest), fmt, rounding)
+        wide = q.dequantize(torch.float64)
+        top = float(wide.max())
+        assert bool(wide.isfinite().all()) and 0.75 * largest < top <= 2.0**128
+        assert (top == 2.0**128) == (fmt.scale == "e8m0" and rounding != "floor")
+        assert bool((q.dequantize().isinf() == (wide == 2.0**128)).all())
+
+
 def exact_code(amax: float, fmt: Format, rounding: str) -> int:
     """The E8M0 code by rational arithmetic, straight from the words of the definition."""
     a, elem = Fraction(amax), fmt.elem

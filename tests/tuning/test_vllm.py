@@ -69,6 +69,10 @@ def test_the_best_of_both_products_is_written(tmp_path: Path) -> None:
     data = json.loads(made[0].read_text())
     assert {t: v["BLOCK_SIZE_M"] for t, v in data.items()} == {"8": 32, "64": 64}
     assert vllm.read(made[0]) == [Config(32, 64, 128), Config(64, 64, 128)]
+    alone = vllm.write(tmp_path / "alone", records, "NVIDIA H200", top_k=1)     # a layer whose tokens have one expert each
+    assert list(json.loads(alone[0].read_text())) == ["64", "512"]
+    with pytest.raises(ValueError, match="top_k: got 0"):
+        vllm.write(tmp_path, records, "NVIDIA H200", top_k=0)
 
 
 def test_commands(tmp_path: Path) -> None:

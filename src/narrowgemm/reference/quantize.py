@@ -16,8 +16,9 @@ element, and 448 is still never exceeded). E8M0 rounding modes:
 
 All three are computed on the bits of amax, without logarithms. A code never leaves [0, 254]; 255 marks a block that
 holds a NaN or an infinity: its scale is NaN (both scale types), its FP8 payload is NaN (0x7F), and its E2M1 payload, for
-which there is no NaN, is +6 (0x7): it dequantises to NaN everywhere. A finite input never gives an infinity or a NaN. The
-sign of zero is kept.
+which there is no NaN, is +6 (0x7): it dequantises to NaN everywhere. A finite input never gives an infinity or a NaN as
+payload or scale; with E8M0 scales, elements within half a step of 2^128 are rounded to 2^128, which is beyond float32.
+The sign of zero is kept.
 
 Sources: OCP Microscaling Formats (MX) v1.0 section 6.3 (floor); NVIDIA's cuBLAS block-scaling definition (rceil);
 AMD Quark / torchao (even); DeepGEMM (FP32 scales, amax clamp of 1e-4).

@@ -103,8 +103,7 @@ def _layout(c: Call, groups: int, rows: int) -> tuple[Layout, int, tuple[int, ..
     return Contiguous(ids), total, (total,)
 
 
-def _compare(c: Call, what: str, guard: GuardedView, want: Tensor, call: Callable[[], Any], base: Tensor | None = None,
-             graphs: bool = True) -> None:
+def _compare(c: Call, what: str, guard: GuardedView, want: Tensor, call: Callable[[], Any], base: Tensor | None = None) -> None:
     """Twice the same bits, near what is wanted, nothing beside; now and then from a CUDA graph, too."""
     first = None
     for _ in range(2):
@@ -119,7 +118,7 @@ def _compare(c: Call, what: str, guard: GuardedView, want: Tensor, call: Callabl
         c.found += [f"{what}: {f}" for f in guard.faults()]
     assert first is not None
     c.near(what, first, want, RELATIVE[first.dtype], OF_ROW)
-    if c.device.type == "cuda" and graphs and c.chance(0.3) and "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ:
+    if c.device.type == "cuda" and c.chance(0.3) and "PYTORCH_NO_CUDA_MEMORY_CACHING" not in os.environ:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             call()
@@ -379,7 +378,7 @@ def _bf16_names(c: Call) -> None:
     else:
         call = lambda: bf16.m_grouped_bf16_gemm_nn_contiguous(      # noqa: E731
             x, w.mT, guard.tensor, index, use_psum_layout=layout.kind == "psum")
-    _compare(c, what, guard, want, call, base, graphs=layout.kind == "masked")      # others may run the reference: odd strides
+    _compare(c, what, guard, want, call, base)
 
 
 OPS: dict[str, Callable[[Call], None]] = {
