@@ -77,6 +77,8 @@ def test_one_token_and_none() -> None:
         for recipe in RECIPES:
             y, dx, d1, d2 = run(x, w1, w2, lens, dy[:count], recipe=recipe)
             assert y.shape == dx.shape == (count, H) and bool(d1[2].any()) == bool(d2[2].any()) == bool(count)
+            d1, d2 = torch.autograd.grad(expert_mlp(x, w1, w2, lens, recipe=recipe).sum(), (w1, w2))    # a gradient that is expanded
+            assert bool(d1[2].any()) == bool(d2[2].any()) == bool(count)
 
 
 def test_only_what_needs_a_gradient() -> None:

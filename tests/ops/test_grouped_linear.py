@@ -198,3 +198,11 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match=f"group_lens, length: got 2, expected the number of groups of the weights, {w.shape[0]}"):
         grouped_linear(x, w, lens[:2])
     assert ng.grouped_linear is grouped_linear
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise", "block"])
+def test_no_rows_and_a_gradient_that_is_expanded(recipe: str) -> None:
+    """A rank without tokens: the sum's gradient has strides of zero, and torch takes it for contiguous."""
+    x, w = torch.empty(0, 256).bfloat16().requires_grad_(), torch.randn(3, 64, 256).bfloat16().requires_grad_()
+    dx, dw = torch.autograd.grad(grouped_linear(x, w, torch.zeros(3, dtype=torch.int64), recipe=recipe).sum(), (x, w))
+    assert dx.shape == (0, 256) and dw.shape == w.shape and not bool(dw.any())

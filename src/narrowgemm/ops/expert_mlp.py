@@ -27,6 +27,7 @@ from .grouped import grouped_gemm
 from .grouped_linear import ELEMENTS, GRADIENT_CLAMP, group_offsets, recipe_formats
 from .quantize import quantize
 from .quantize_both import Both, quantize_both
+from .steps import contiguous
 from .wgrad import grouped_gemm_wgrad
 
 RECIPES = ("bf16", "tensorwise", "rowwise", "block")
@@ -208,6 +209,6 @@ class _ExpertMLP(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         offsets, segments, h, *rest = ctx.saved_tensors
         x, a, gate_up, down = (f and ScaledTensor(data, scale, f) for f, data, scale in zip(ctx.formats, rest[::2], rest[1::2]))
-        grads = backward(dy.contiguous(), Kept(h, x, a, segments), gate_up, down, offsets, ctx.scaling, ctx.how,
+        grads = backward(contiguous(dy), Kept(h, x, a, segments), gate_up, down, offsets, ctx.scaling, ctx.how,
                          ctx.needs_input_grad[:3], ctx.mains, ctx.dtypes)
         return *grads, None, None, None, None, None

@@ -10,6 +10,7 @@ from torch import Tensor
 from ..layouts import Offsets
 from .activate import activate
 from .activate_both import activate_backward
+from .steps import contiguous
 
 Mains = tuple[Tensor | None, Tensor | None]
 
@@ -44,7 +45,7 @@ class _ExpertMLP(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         x, w1, w2, offsets, ends, h, a = ctx.saved_tensors
         need, (activation, args) = ctx.needs_input_grad, ctx.how
-        dy = dy.contiguous()
+        dy = contiguous(dy)
         dx = dw1 = dw2 = None
         if need[2]:
             dw2 = _weight(product(dy.mT, a, ends), ctx.mains[1], ctx.dtypes[1])

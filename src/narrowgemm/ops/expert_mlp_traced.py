@@ -11,6 +11,7 @@ from ..formats import ScaledTensor, dtype_name, dtype_of, get_format
 from .expert_mlp import How, Kept, backward, forward
 from .library import LIBRARY
 from .quantize_both import Both
+from .steps import contiguous
 
 STRINGS = "str fx, str fdy, str fw, str activation, float[] args, bool fast_accum, int max_sms"
 
@@ -54,7 +55,7 @@ def _backward(dy: Tensor, h: Tensor, xt: Tensor, xts: Tensor, at: Tensor, ats: T
     how = _how(tuple(strings))
     fx, fw = get_format(how.x), get_format(how.w)
     kept = Kept(h, ScaledTensor(xt, xts, fx), ScaledTensor(at, ats, fx), seg)
-    dx, dw1, dw2 = backward(dy.contiguous(), kept, ScaledTensor(c1, cs1, fw), ScaledTensor(c2, cs2, fw), offsets, None, how,
+    dx, dw1, dw2 = backward(contiguous(dy), kept, ScaledTensor(c1, cs1, fw), ScaledTensor(c2, cs2, fw), offsets, None, how,
                             (True, True, True), (None, None), (dtype_of(w1), dtype_of(w2)))
     assert dx is not None and dw1 is not None and dw2 is not None
     return dx, dw1, dw2

@@ -21,6 +21,7 @@ from ..layouts import INT, KGrouped, Offsets, check_index
 from .grouped import grouped_gemm
 from .library import LIBRARY
 from .quantize_both import Both, quantize_both
+from .steps import contiguous
 from .wgrad import grouped_gemm_wgrad
 
 # recipe -> formats of activations and gradients, of weights
@@ -161,7 +162,7 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         offsets, seg, wt, wts, sdy, xt, xts = ctx.saved_tensors
         how = ctx.how
-        q = quantize_both(dy.contiguous(), how.dy, offsets, scale=sdy, amax_clamp=GRADIENT_CLAMP)
+        q = quantize_both(contiguous(dy), how.dy, offsets, scale=sdy, amax_clamp=GRADIENT_CLAMP)
         dx = dw = None
         if ctx.needs_input_grad[0]:
             dx = input_gradient(q, ScaledTensor(wt, wts, ctx.formats[1]), offsets, ctx.dtypes[0], how)
@@ -192,7 +193,7 @@ def _backward_op(dy: Tensor, wt: Tensor, wts: Tensor, offsets: Tensor, sdy: Tens
                  fx: str, fdy: str, fw: str, fast_accum: bool, max_sms: int, x_dtype: str, w_dtype: str, need_w: bool
                  ) -> tuple[Tensor, Tensor]:
     how = How(fx, fdy, fast_accum, max_sms)
-    q = quantize_both(dy.contiguous(), fdy, offsets, scale=sdy, amax_clamp=GRADIENT_CLAMP)
+    q = quantize_both(contiguous(dy), fdy, offsets, scale=sdy, amax_clamp=GRADIENT_CLAMP)
     dx = input_gradient(q, ScaledTensor(wt, wts, get_format(fw)), offsets, dtype_of(x_dtype), how)
     if not need_w:
         return dx, dy.new_empty(0)

@@ -82,7 +82,7 @@ def _check(x: Tensor, fmt: Format, offsets: Tensor | None, scale: Tensor | None,
     expect(fmt.group in GROUPS and fmt.element in ("e4m3", "e5m2"), "format of quantize_both", fmt.name,
            "FP8 with scales of whole tensors, rows, 1x128 or 128x128")
     expect(x.dim() in (2, 3), "input of quantize_both, shape", tuple(x.shape), "[T, C] or [B, T, C]")
-    expect(x.stride(-1) == 1 or x.shape[-1] <= 1, "input of quantize_both, strides", x.stride(), "last stride 1")
+    expect(x.stride(-1) == 1 or x.shape[-1] <= 1 or not x.numel(), "input of quantize_both, strides", x.stride(), "last stride 1")
     if offsets is not None:
         check_index(offsets, "offsets", 1, INT)
         expect(x.dim() == 2, "input of quantize_both with offsets, shape", tuple(x.shape), "[T, C]")

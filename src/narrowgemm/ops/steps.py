@@ -142,7 +142,13 @@ def select(problem: Problem, device: torch.device, backend: str | None, config: 
 
 def rows_contiguous(x: Tensor) -> Tensor:
     """`x` with contiguous rows; a copy only where they are not."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else contiguous(x)
+
+
+def contiguous(x: Tensor) -> Tensor:
+    """`x` with the strides of a contiguous tensor; a copy only where it has others. A gradient of no tokens that a sum's backward
+    expanded has strides of zero, and torch takes it for contiguous."""
+    return x.contiguous() if x.numel() else x.new_empty(x.shape)
 
 
 def check_like(x: Tensor, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device,
