@@ -128,7 +128,7 @@ def _multiply(a: Any, b: Any, sums: tuple[Any, ...], parts: int, columns: int, m
     return tuple(started)
 
 
-def _multiply_step(a: Any, b: Any, sums: tuple[Any, ...], parts: int, columns: int, mma: Any) -> tuple[Pending, ...]:
+def _multiply_step(a: Any, b: Any, sums: tuple[Any, ...], parts: int, columns: int, mma: Any, goes_on: bool = False) -> tuple[Pending, ...]:
     """32 of K of boxes whose rows are of 128."""
     if len(sums) != parts or any(isinstance(p, Pending) and p in local.flight for p in sums):
         raise EmulationError("registers of sums in flight are given to others")
@@ -139,7 +139,17 @@ def _multiply_step(a: Any, b: Any, sums: tuple[Any, ...], parts: int, columns: i
         return memory.at(first, count * 128).reshape(count, 128)[:, int(raw(at)) - first:][:, :32]
 
     y = rows(b, parts * columns).reshape(parts, columns, 32)
-    started = [Pending(Shared(rows(a, 64), float8e4nv), Shared(part.T, float8e4nv), None, float32) for part in y]
+    started = [Pending(Shared(rows(a, 64), float8e4nv), Shared(part.T, float8e4nv), p if goes_on else None, float32) for part, p in zip(y, sums)]
+    local.flight.extend(started)
+    return tuple(started)
+
+
+def _multiply_turned(a: Any, b: Any, sums: tuple[Any, ...], parts: int, columns: int, mma: Any) -> tuple[Pending, ...]:
+    """64 columns of A, 64 rows each, in BF16."""
+    memory, a, b = current().memory, int(raw(a)), int(raw(b))
+    x = Shared(memory.at(a, 64 * 64, 2).reshape(64, 64).T, bfloat16)
+    started = [Pending(x, Shared(memory.at(b + i * columns * 128, columns * 64, 2).reshape(columns, 64).T, bfloat16), p, float32)
+               for i, p in enumerate(sums)]
     local.flight.extend(started)
     return tuple(started)
 
@@ -189,7 +199,8 @@ def stand_ins(package: str) -> dict[str, types.ModuleType]:
         load_box=lambda desc, kernel, parameter, at, bar, to: _load(desc, kernel, parameter, (*at, 0, 0), bar, to, 1),
         load_rows=lambda desc, kernel, parameter, at, bar, to: _load(desc, kernel, parameter, at, bar, to, 1))
     wgmma = types.ModuleType(f"{package}.wgmma_device")
-    wgmma.__dict__.update(multiply=_multiply, multiply_step=_multiply_step, wait=_wait_sums, wait_for=_wait_for, keep=lambda sums, parts, columns: sums)
+    wgmma.__dict__.update(multiply=_multiply, multiply_step=_multiply_step, multiply_turned=_multiply_turned,
+                          multiply_part=lambda a, b, goes_on, sums, *rest: _multiply_step(a, b, sums, *rest, goes_on=bool(raw(goes_on))), wait=_wait_sums, wait_for=_wait_for, keep=lambda sums, parts, columns: sums)
     counters = types.ModuleType(f"{package}.counters_device")
     counters.__dict__.update(take=lambda p: atomic_add(p, 1), finish=lambda p: atomic_add(p, 1), await_count=_await_count)
     gated = types.ModuleType(f"{package}.fp8_gated_values_device")

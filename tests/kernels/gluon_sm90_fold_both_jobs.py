@@ -34,19 +34,20 @@ def call(p: Problem, config: Config) -> None:
     x.folded, x.folded_rest = new(p.groups, p.n, p.k), new(regions(p.groups, p.n, p.k, COLUMNS, PICKS).size)
     x.packed = PackedWeight(x.b.data, x.b.scale, MXFP8, (p.groups, p.n, p.k), folded=FoldedCopy(x.folded, x.folded_rest, COLUMNS, PICKS))
     for launch in fold_both.launches(Step(fold_both.NAME, config, len(work)), p, x, work):
-        if launch.kernel.fn.__name__ not in ("expand_kernel", "bf16_kernel"):
-            launch.warm()
+        launch.warm()
 
 
 def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], object]]]:
-    """'few': one layout; 'all': every layout with every option."""
+    """'few': one layout on 128x256 and on the widest of other tiles; 'all': every layout with every option, and every width."""
     arch = get_arch(target)
     runs = [describe("offsets")]
     if which == "all":
         runs = [describe(layout, **kw) for layout in fold_both.KINDS
                 for kw in ({}, {"out_dtype": "fp32"}, {"out_dtype": "fp16"}, {"out_aligned": False})]
     for p in runs:
-        c = fold_both.configs(p, arch)[0]
-        tile = fold_both.tile_of(p, c, arch)
-        assert tile is not None
-        yield f"{p.layout} {p.out_dtype} {c} | {tile.shared_bytes}", partial(call, p, c)
+        p = replace(p, n=1536)
+        offered = fold_both.configs(p, arch)
+        for c in offered if which == "all" and (p.layout, p.out_dtype) == ("dense", "bf16") else (offered[0], offered[-1]):
+            tile = fold_both.tile_of(p, c, arch)
+            assert tile is not None
+            yield f"{p.layout} {p.out_dtype} {c} | {tile.shared_bytes}", partial(call, p, c)

@@ -75,7 +75,7 @@ def take(names: dict, place: emu.Shared, k: emu.Tensor, quad: emu.Tensor) -> tup
 
 
 def run(device: str, a: ScaledTensor, index: list[int] | None = None, picks: tuple | None = None, probes: list[int] | None = None,
-        aligned: bool = True) -> dict[str, Tensor]:
+        aligned: bool = True, early: int = 2) -> dict[str, Tensor]:
     """7 is what was there. picks: (layout, groups, the entries' starts, entries), by index's groups. probes: what the look in front says,
     instead of what it finds."""
     layout, groups, starts, entries = picks or (0, 1, None, None)
@@ -116,9 +116,9 @@ def run(device: str, a: ScaledTensor, index: list[int] | None = None, picks: tup
         out["probes"].copy_(torch.tensor(probes))
     call(kernels.fold_mixed_kernel, planes * rb * BLOCKS,
          (source, places["s"], places["index"], pointer(out["y"], torch.int32), places["scale"], places["flags"], places["count"],
-          places["probes"], places["starts"], places["entries"], pointer(out["picked"], torch.int32), *shape, *strides, COLUMN // 4, groups,
+          places["probes"], places["count"], places["starts"], places["entries"], pointer(out["picked"], torch.int32), *shape, *strides, COLUMN // 4, groups,
           0 if entries is None else entries.shape[1], PITCH // 4),
-         MASKED=masked, ALIGNED=aligned, PROBES=PROBES, PICKS=entries is not None, LAYOUT=layout, GROUPS=32)
+         MASKED=masked, ALIGNED=aligned, PROBES=PROBES, PICKS=entries is not None, LAYOUT=layout, GROUPS=32, EARLY=early)
     return out | {"y": out["y"].view(torch.float8_e4m3fn)}
 
 
@@ -224,14 +224,18 @@ def test_where_most_of_a_look_in_front_does_not_fold_nothing_is_done(device: str
     a = ScaledTensor(torch.full((M, K), 0.013671875).to(torch.float8_e4m3fn), torch.full((M, 11), 120, dtype=torch.uint8), MXFP8)
     assert a.scale is not None
     a.scale[:, ::2] = 121
-    got = run(device, a)
-    assert got["count"].item() == 1 << 30 and (got["y"].view(torch.uint8) == 7).all() and (got["probes"] == 1).all()
-    assert (got["flags"] == 7).all() and (got["scale"] == 7).all()
+    got = run(device, a, early=4)
+    own = got["y"].view(torch.uint8) == 7
+    assert own[0, 64:, 128:].all() and own[0, 128:].all() and not own[0, :64].all()     # that of programs beside the look is overwritten
+    assert (got["flags"] == 7).all()
+    got = run(device, a, early=1)
+    assert got["count"].item() == 1 << 30 and (got["y"].view(torch.uint8)[0, :, 128:] == 7).all() and (got["probes"] == 1).all()
+    assert (got["flags"] == 7).all() and (got["scale"][:, 1:] == 7).all()
     a.scale[64:] = 120
     got = run(device, a)
     assert 0 < got["probes"].sum() <= PROBES // 2 and 0 < got["count"].item() < 100
-    assert not (run(device, a, probes=[1] * (PROBES // 2) + [0] * (PROBES // 2))["y"].view(torch.uint8) == 7).all()
-    assert (run(device, a, probes=[1] * (PROBES // 2 + 1) + [0] * (PROBES // 2 - 1))["y"].view(torch.uint8) == 7).all()
+    assert not (run(device, a, probes=[1] * (PROBES // 2) + [0] * (PROBES // 2))["flags"] == 7).all()
+    assert (run(device, a, probes=[1] * (PROBES // 2 + 1) + [0] * (PROBES // 2 - 1))["flags"] == 7).all()
 
 
 INDEX = {"dense": None, "contiguous": [0] * 37 + [2] * 53 + [-1] * 10 + [1] * 50, "offsets": [0, 37, 90, 150]}

@@ -124,25 +124,30 @@ def run_mixed(device, layout: str, *, factors: bool = False, out: emu.DType = em
     steps = (np.arange(c.groups)[:, None] + np.array([0, 1])) % 3        # of both tiles
     at = np.concatenate([np.zeros((c.groups, 1)), 64 * steps.cumsum(1)], 1).astype(np.int32)[:, : 3 if picks else 2].copy()
     values = random(c.rng, c.groups, units, 128)
-    columns = random(c.rng, 1, c.m, 256)[0]
-    placed = np.full((256, -(-c.m // 64) * 64 + 128 * c.groups), np.nan, np.float32)
+    columns = random(c.rng, 1, c.m, 256 + 64)[0]
+    removed = 40 * picks        # columns that are left out of A, behind the others
+    columns[:, 256 + removed:] = 0
+    rest_of_those = random(c.rng, c.groups, units, 128)
+    placed = np.full((256 + 64, -(-c.m // 64) * 64 + 128 * c.groups), np.nan, np.float32)
     for r in range(c.m):
         if (at_row := place(layout, r, c.index)) is not None:
             placed[:, at_row] = columns[r]
     emu.launch(device.fold_mixed_product_kernel, 3, emu.Descriptor(c.a, [1, 128, 128], emu.float8e4nv),
                emu.Descriptor(of_rows[..., :c.m], [1, 4, 128], emu.float32), emu.Descriptor(weights, [1, 256, 128], emu.float8e4nv),
                emu.Descriptor(c.body.reshape(-1, n), [64, t.OUT_COLS], out), emu.Descriptor(placed, [64, 64], emu.bfloat16),
-               emu.Descriptor(values, [1, 256, 64], emu.bfloat16), emu.Pointer(c.memory, GUARD, out),
+               emu.Descriptor(values, [1, 256, 64], emu.bfloat16), emu.Descriptor(rest_of_those, [1, 256, 64], emu.bfloat16), emu.Pointer(c.memory, GUARD, out),
                emu.Pointer(top.reshape(-1)), emu.Pointer(factor.reshape(-1)), c.at, emu.Pointer(flags.reshape(-1)),
-               emu.Pointer(np.array([count], np.int32)), emu.Pointer(at.reshape(-1)), c.m, n, blocks, rb, c.groups, c.alignment, 5, units, c.m * n, n, c.m, t)
+               emu.Pointer(np.array([count, removed], np.int32)), emu.Pointer(at.reshape(-1)), c.m, n, blocks, rb, c.groups, c.alignment, 5, units,
+               256, c.m * n, n, c.m, t)
     if count <= 5:
         scale = np.exp2(top[:, :n, None].astype(np.float64) - 133) * (factor[:, :n, None] if factors else 1)
         a, b = c.a * sa.reshape(c.planes, c.m, -1).repeat(32, 2), c.b * scale
         if picks:
-            rest = np.zeros((c.groups, n, 256))
+            rest = np.zeros((c.groups, n, 256 + 64))
+            rest[..., 256: 256 + removed] = rest_of_those[:, :n, :removed]
             for g, (begin, middle, end) in enumerate(at):
                 rest[g, :256, begin:middle], rest[g, 256:, middle:end] = values[g, :256, :middle - begin], values[g, 256:n, :end - middle]
-            a = np.concatenate([a, np.broadcast_to(columns, (c.planes, c.m, 256))], 2)
+            a = np.concatenate([a, np.broadcast_to(columns, (c.planes, c.m, 256 + 64))], 2)
             b = np.concatenate([b, rest * scale], 2)
         c.check(a.astype(np.float64), b, t.ZERO)
     return c

@@ -88,7 +88,7 @@ def test_every_config_fits_and_cublas_is_for_plain_dense_products() -> None:
 def test_illegal_configs(change: dict, reason: str) -> None:
     p = problem(2048, 2304, 6144)
     assert reason in (expand.legal(p, replace(expand.CANDIDATES[0], **change), H100) or "")
-    assert fold_both.legal(BOTH, replace(fold_both.configs(BOTH, H100)[0], block_n=128), H100) is not None
+    assert fold_both.legal(BOTH, replace(fold_both.configs(BOTH, H100)[0], block_n=136), H100) is not None
     assert fold_mixed.legal(MIXED, replace(fold_mixed.configs(MIXED, H100)[0], block_m=256), H100) is not None
 
 
@@ -110,3 +110,27 @@ def test_workspace_holds_everything() -> None:
     assert at.x >= fold_mixed.FRONT and of.x >= fold_mixed.FRONT >= fold_mixed.PROBES_AT + 4 * fold_mixed.PROBES
     # what BF16 needs, where FP8's product leaves it
     assert fold_mixed.workspace(p, fold_mixed.configs(p, H100)[0]) >= expand.regions(p, 400, at.x).size
+
+
+def test_tiles_that_fill_the_last_round_are_chosen() -> None:
+    """2048 x 2304 are 144 tiles of 128x256 for 132 SMs, and 256 of 128x144; long products are left to pairs of blocks, or to 128x256."""
+    def best(m: int, n: int, k: int, picks: int) -> tuple[int, int]:
+        p = replace(BOTH, layout="dense", op="gemm", m=m, n=n, k=k, groups=1, rows=m, b=replace(BOTH.b, picks=picks))
+        c = min(fold_both.configs(p, H100), key=lambda c: fold_both.estimate(p, c, H100))
+        return c.block_n, dict(c.extra).get("cluster_m", 1)
+
+    assert best(512, 2304, 6144, 1152) == (80, 1) and best(2048, 2304, 6144, 1152) == (144, 1)
+    assert best(512, 6144, 8192, 3900) == (192, 1) and best(8192, 9216, 6144, 4608) == (192, 2)
+    assert fold_both.met(2304, 80) == pytest.approx(36 / 29) and fold_both.met(2304, 256) == 1 and fold_both.met(768, 192) == 1.5
+
+
+def test_tiles_of_other_widths_ask_for_whole_packed_ones() -> None:
+    wide, narrow, pairs = fold_both.configs_of()[0], fold_both.of_widths()[1], fold_both.of_widths()[-1]
+    assert fold_both.legal(BOTH, narrow, H100) is None and fold_both.legal(BOTH, pairs, H100) is None
+    other = replace(BOTH, n=4000)
+    assert fold_both.legal(other, wide, H100) is None and "256 wide" in (fold_both.legal(other, narrow, H100) or "")
+    for reason, bad in (("expected 2 to 8", replace(narrow, num_stages=9)), ("expected", replace(narrow, extra=(("mix", 1),))),
+                        ("expected", replace(narrow, block_m=64)), ("shared memory", replace(pairs, num_stages=8))):
+        assert reason in (fold_both.legal(BOTH, bad, H100) or "")
+    assert "two SMs" in (fold_both.legal(replace(BOTH, max_sms=1), pairs, H100) or "")
+    assert pairs in fold_both.configs(replace(BOTH, layout="dense", op="gemm", groups=1), H100) and pairs not in fold_both.configs(BOTH, H100)

@@ -8,6 +8,7 @@ the device leaves all of it to the BF16 product launched behind where too many d
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -19,14 +20,35 @@ from ....arch import Arch
 from ....problem import Config, Problem, Step
 from ...launching import Launch, Pointer
 from ...operands import Operands
-from . import expand, fold_mixed
+from . import expand, expand_gate, fold_both_tile, fold_mixed
 from .expand import columns
-from .fold_mixed import BEHIND, BLOCK, FLAG_ROWS, FRONT, MixedTile, column, configs_of, front, gate, tiles_time
+from .fold_mixed import (
+    BEHIND,
+    BLOCK,
+    FLAG_ROWS,
+    FRONT,
+    LIMIT,
+    LOOK_BYTES,
+    PROBES_AT,
+    MixedTile,
+    column,
+    configs_of,
+    front,
+    gate,
+    tiles_time,
+)
+from .fp8_block import tiles
+from .fp8_block_tile import LAYOUTS, MAX_GROUPS
+from .narrow import power_of_two
+from .refusals import OUT_BYTES
 from .tensor_maps import output, row_tiles, stride
 
 NAME = "gluon_sm90.fold_both"
 BACKEND = "gluon_sm90"
 KINDS = ("dense", "contiguous", "offsets")
+MOST_BLOCKS = 255           # of K, that columns are left out of: what looks say is added up in ten bits each
+WEIGHT_ROWS = 16            # of their weights, that a program takes at a time
+WEIGHT_PROGRAMS = 4         # of those, an SM
 MOST_GROUPS = 128           # that the launch in front looks a row's group up in
 
 
@@ -51,22 +73,60 @@ def supports(problem: Problem, arch: Arch) -> str | None:
 
 
 # ---------------------------------------------------------------- configs
+# columns of a tile -> tensors of a piece, columns of one, slots of the ring
+WIDTHS = {64: (1, 64, 8), 80: (5, 16, 7), 128: (2, 64, 6), 144: (9, 16, 6), 160: (5, 32, 5), 192: (3, 64, 5)}
+
+
+PAIRED = (144, 192)         # for pairs of blocks, too, which share weights
+
+
+def _config(columns: int, pairs: bool = False, strip: int = 8) -> Config:
+    return Config(128, columns, BLOCK, 9, WIDTHS[columns][2], strip, persistent=True, extra=(("cluster_m", 2),) if pairs else ())
+
+
+def of_widths() -> list[Config]:
+    return [*map(_config, WIDTHS), *(_config(columns, True) for columns in PAIRED)]
+
+
 def configs(problem: Problem, arch: Arch) -> list[Config]:
-    return [c for c in configs_of() if legal(problem, c, arch) is None]
+    offered = [*configs_of(), *(c for c in of_widths() if problem.layout == "dense" or not c.extra)]
+    return [c for c in offered if legal(problem, c, arch) is None]
 
 
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     """Why `config` can't run the problem, or None."""
-    if (reason := fold_mixed.of_kind(config)) is not None:
-        return reason
+    if config.block_n == 256:
+        if (reason := fold_mixed.of_kind(config)) is not None:
+            return reason
+    elif config.block_n not in WIDTHS or config != replace(
+            _config(config.block_n, bool(config.extra)), num_stages=config.num_stages, group_m=config.group_m):
+        return f"{config}, expected {_config(192)} or one of {sorted(WIDTHS)} columns"
+    elif problem.n % prepack_folded.TILE:
+        return f"tiles that are not {prepack_folded.TILE} wide are for N in whole times that, not {problem.n}"
+    elif config.extra and problem.max_sms == 1:
+        return "pairs of blocks are for two SMs and more"
+    elif not 2 <= config.num_stages <= 8 or config.group_m < 1:
+        return f"num_stages={config.num_stages}, group_m={config.group_m}, expected 2 to 8, and at least 1"
     if tile_of(problem, config, arch) is None:
         return f"needs more shared memory than the {arch.smem} bytes of the device"
     return None
 
 
-def tile_of(problem: Problem, config: Config, arch: Arch) -> MixedTile | None:
+def tile_of(problem: Problem, config: Config, arch: Arch) -> MixedTile | fold_both_tile.Tile | None:
     """The product's compile-time constants; None where it needs more shared memory than there is."""
-    return fold_mixed.tile_of(problem, config, arch, picks=True)
+    if config.block_n == 256:
+        return fold_mixed.tile_of(problem, config, arch, picks=True)
+    tensors, columns, _ = WIDTHS[config.block_n]
+    counted = problem.layout not in ("dense", "contiguous")
+    groups = next(n for n in (32, 128, 512, MAX_GROUPS) if not counted or n >= problem.groups)
+    for buffers in (tensors, 2, 1):     # staging of the store: as much as fits
+        tile = fold_both_tile.Tile(
+            LAYOUTS[problem.layout], 2, 1, 1, tensors, columns, STAGES=config.num_stages, STRIP=config.group_m, OUT_BUFFERS=buffers,
+            OUT_BYTES=OUT_BYTES[problem.out_dtype], GROUPS=groups, ZERO=problem.zero_padding and problem.layout == "contiguous",
+            STORE_TMA=problem.out_aligned, CLUSTER_M=1 + bool(config.extra))
+        if tile.shared_bytes <= arch.smem:
+            return tile
+    return None
 
 
 # ---------------------------------------------------------------- workspace
@@ -78,6 +138,7 @@ class Regions(NamedTuple):
     scale: int
     flags: int
     picks: int
+    removed: int
     size: int
 
 
@@ -85,8 +146,9 @@ def regions(problem: Problem, m: int) -> Regions:
     """`m`: rows of A."""
     kx = columns(problem.k)
     blocks = kx // BLOCK
-    sizes = (FRONT, m * kx, 16 * blocks * column(m), 4 * blocks * -(-m // FLAG_ROWS),
-             2 * max(problem.b.picks, 1) * pitch(m, problem.groups))
+    sizes = (max(FRONT, PROBES_AT + LOOK_BYTES * blocks + 4 * LIMIT), m * kx, 16 * blocks * column(m),
+             4 * blocks * -(-m // FLAG_ROWS), 2 * (max(problem.b.picks, 1) + LIMIT) * pitch(m, problem.groups),
+             2 * LIMIT * problem.groups * problem.n)
     at = Regions(*accumulate((-(-s // 256) * 256 for s in sizes), initial=0))
     return at._replace(size=max(at.size, expand.regions(problem, m, at.x).size))
 
@@ -101,11 +163,16 @@ def workspace(problem: Problem, config: Config) -> int:
 
 
 # ---------------------------------------------------------------- cost
-# of one group, and of several, whose tiles take longer than their number says
-LAUNCH_SECONDS = 14e-6, 29e-6   # five launches, two of which do nothing
-FOLD = 1.05e-12             # an element of A, on a device of `fold_mixed.RATE`
-PICK = 0.7e-12, 3.0e-12     # a row and a column of picks
-STEP_TIME = 0.75e-6         # 64 columns of picks of a tile, on one SM
+# fitted on an H100: docs/measured.md
+# six launches, three of which do nothing; of several groups, whose tiles take longer than their number says
+LAUNCH_SECONDS = 11e-6, 36e-6
+FOLD = 1.05e-12                 # an element of A, on a device of `fold_mixed.RATE`
+PICK = 0.7e-12, 3.0e-12         # a row and a column of picks; of several groups
+STEP_TIME = 0.75e-6             # 64 columns of picks of a tile of 256 columns, on one SM
+# a K block of a tile that is narrower: so much, and so much a column, which 64 columns of picks take, too
+BLOCK_TIME, COLUMN_TIME = 0.155e-6, 0.0026e-6
+LONG_WAVES, LONG_PAIR = 5, 0.9  # from so many waves on pairs take so much of it: what both read comes from L2 once
+SHARE = 0.1                     # of tiles and bytes, the one that takes less time
 
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
@@ -114,7 +181,22 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     sms = min(arch.sms, p.max_sms or arch.sms)
     front = (FOLD * p.k + PICK[p.groups > 1] * p.b.picks) * p.m * fold_mixed.RATE / arch.fp8_flops * arch.sms / sms
     steps = p.b.picks / prepack_folded.STEP / -(-p.n // prepack_folded.TILE)
-    return LAUNCH_SECONDS[p.groups > 1] + front + max(tiles_time(p, config, arch, sms, steps * STEP_TIME), p.bytes / arch.bandwidth)
+    if config.block_n == prepack_folded.TILE:
+        seconds = tiles_time(p, config, arch, sms, steps * STEP_TIME)
+    else:
+        column, pair = COLUMN_TIME * config.block_n, 1 + bool(config.extra)
+        unit = replace(config, block_m=128 * pair)
+        if pair > 1 and tiles(p, unit, False) > LONG_WAVES * (sms // pair):
+            column *= LONG_PAIR
+        seconds = tiles_time(p, unit, arch, sms // pair, steps * met(p.n, config.block_n) * column, BLOCK_TIME + column)
+    memory = p.bytes / arch.bandwidth
+    return LAUNCH_SECONDS[p.groups > 1] + front + max(seconds, memory) + SHARE * min(seconds, memory)
+
+
+def met(n: int, columns: int) -> float:
+    """Of the tiles that weights are packed in, how many one of so many columns meets."""
+    starts = range(0, n, columns)
+    return sum((min(s + columns, n) - 1) // prepack_folded.TILE - s // prepack_folded.TILE + 1 for s in starts) / len(starts)
 
 
 # ---------------------------------------------------------------- launch
@@ -131,10 +213,25 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     behind = gate(problem, x, workspace, at)
     picks = (Pointer(rest, torch.int32, of.starts), Pointer(rest, torch.int32, of.picks), Pointer(workspace, torch.int32, at.picks),
              copy.picks, pitch(x.m, x.groups) // 4)
+    blocks = columns(x.k) // BLOCK
+    remove = power_of_two(blocks) if blocks <= MOST_BLOCKS else 0
     return [
-        *front(problem, x, workspace, at, picks),
+        *front(problem, x, workspace, at, picks, remove),
+        *([_outlying_weights(x, workspace, at)] if remove else []),
         _product(step.config, problem, x, workspace, behind.limit),
-        *expand.launches(Step(expand.NAME, BEHIND), problem, x, workspace, at.x, behind)]
+        *expand_gate.launches(Step(expand.NAME, BEHIND), problem, x, workspace, at.x, behind)]
+
+
+def _outlying_weights(x: Operands, workspace: Tensor, at: Regions) -> Launch:
+    from ....arch import detect
+    from .fold_outliers_device import outlying_weights_kernel
+
+    assert x.folded is not None
+    rows, listed = x.groups * x.n, at.counter + PROBES_AT + LOOK_BYTES * (columns(x.k) // BLOCK)
+    return Launch(outlying_weights_kernel, (min(-(-rows // WEIGHT_ROWS), WEIGHT_PROGRAMS * detect(x.out.device).sms),),
+                  (Pointer(x.folded, torch.float8_e4m3fn), Pointer(workspace, torch.int32, listed),
+                   Pointer(workspace, torch.int32, at.counter), Pointer(workspace, torch.bfloat16, at.removed), rows, x.k),
+                  {"ROWS": WEIGHT_ROWS, "num_warps": 4, "launch_pdl": True})
 
 
 def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, limit: int) -> Launch:
@@ -142,7 +239,7 @@ def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, l
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from ....arch import detect
-    from . import fold_mixed_device as device
+    from . import fold_both_device, fold_mixed_device
     from .fp8_block_parts_device import FP8_PLANE
 
     arch = detect(x.out.device)
@@ -153,23 +250,39 @@ def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, l
     of = prepack_folded.regions(x.groups, x.n, x.k, copy.columns, copy.picks)
     blocks, row_blocks, across, rows = kx // BLOCK, -(-x.m // FLAG_ROWS), column(x.m), pitch(x.m, x.groups)
     om = stride(x.out, -2, x.n)
+    own = isinstance(tile, fold_both_tile.Tile)
+    box = tile.B_BOX & -tile.B_BOX if own else tile.BN
     flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
-    boxes = [
+    plane = [x.groups, x.n, copy.columns]
+    if isinstance(tile, fold_both_tile.Tile):     # by the tiles that weights are packed in, so that boxes end with one
+        plane = [x.groups * x.n // prepack_folded.TILE, prepack_folded.TILE, copy.columns]
+    a, sa, b, d, p, r, o = (
         TensorDescriptor(Pointer(workspace, torch.float8_e4m3fn, at.x), [1, x.m, kx], [x.m * kx, kx, 1], [1, 128, BLOCK],
                          FP8_PLANE.value),
         TensorDescriptor(Pointer(workspace, torch.float32, at.scale), [1, blocks * 4, x.m], [4 * blocks * across, across, 1],
                          [1, 4, 128], flat),
-        TensorDescriptor(Pointer(x.folded, torch.float8_e4m3fn), [x.groups, x.n, x.k], [x.n * x.k, x.k, 1], [1, 256, BLOCK],
+        TensorDescriptor(Pointer(x.folded, torch.float8_e4m3fn), [x.groups, x.n, x.k], [x.n * x.k, x.k, 1], [1, box, BLOCK],
                          FP8_PLANE.value),
         output(x, 0, om, tile.OUT_COLS, tile.OUT_BYTES) if tile.STORE_TMA else None,
-        TensorDescriptor(Pointer(workspace, torch.bfloat16, at.picks), [copy.picks, rows], [rows, 1], [64, 64],
-                         device.PICK_TILE.value),
-        TensorDescriptor(Pointer(rest, torch.bfloat16, of.values), [x.groups, x.n, copy.columns],
-                         [x.n * copy.columns, copy.columns, 1], [1, 256, 64], device.REST_PLANE.value)]
+        TensorDescriptor(Pointer(workspace, torch.bfloat16, at.picks), [copy.picks + LIMIT, rows], [rows, 1], [64, 64],
+                         fold_mixed_device.PICK_TILE.value),
+        TensorDescriptor(Pointer(rest, torch.bfloat16, of.values), plane, [plane[1] * plane[2], plane[2], 1], [1, box, 64],
+                         fold_mixed_device.REST_PLANE.value),
+        TensorDescriptor(Pointer(workspace, torch.bfloat16, at.removed), [x.groups, x.n, LIMIT], [x.n * LIMIT, LIMIT, 1],
+                         [1, box, 64], fold_mixed_device.REST_PLANE.value))
     top = Pointer(rest, torch.uint8, of.top)
-    grid = max(1, min(min(problem.max_sms or arch.sms, arch.sms), row_tiles(problem, x, tile.BM) * -(-x.n // tile.BN)))
+    blocks_of = tile.CLUSTER if isinstance(tile, fold_both_tile.Tile) else 1
+    grid = max(1, min(min(problem.max_sms or arch.sms, arch.sms) // blocks_of,
+                      row_tiles(problem, x, tile.BM * blocks_of) * -(-x.n // tile.BN)))
+    flags, count, starts = (Pointer(workspace, torch.int32, at.flags), Pointer(workspace, torch.int32, at.counter),
+                            Pointer(rest, torch.int32, of.at))
+    options = {"num_warps": 4, "maxnreg": tile.max_registers, "launch_pdl": True}
+    if isinstance(tile, fold_both_tile.Tile):
+        return Launch(
+            fold_both_device.fold_both_product_kernel, (grid,),
+            (a, sa, b, r, p, o, d, x.out, top, x.index, flags, count, starts, x.m, x.n, blocks, row_blocks, x.groups, x.alignment,
+             limit, copy.picks, om, tile), options, blocks_of, boxes=tile.boxes)
     return Launch(
-        device.fold_mixed_product_kernel, (grid,),
-        (*boxes, x.out, top, top, x.index, Pointer(workspace, torch.int32, at.flags), Pointer(workspace, torch.int32, at.counter),
-         Pointer(rest, torch.int32, of.at), x.m, x.n, blocks, row_blocks, x.groups, x.alignment, limit, x.n, 0, om, 0, tile),
-        {"num_warps": 4, "maxnreg": tile.max_registers, "launch_pdl": True})
+        fold_mixed_device.fold_mixed_product_kernel, (grid,),
+        (a, sa, b, d, p, r, o, x.out, top, top, x.index, flags, count, starts, x.m, x.n, blocks, row_blocks, x.groups, x.alignment,
+         limit, x.n, copy.picks, 0, om, 0, tile), options)

@@ -35,9 +35,13 @@ BLOCK = 128             # of K
 FLAG_ROWS = 64          # of A that have a flag a K block
 WHOLE_BLOCKS = 8        # of K of 64 rows of weights that a program expands
 PROBES = 128            # blocks of A that are looked at in front: where more than half of them don't fold, nothing is tried
+LOOKS = 4               # of a K block, where columns are left out: `fold_outliers_device.py`
+LIMIT = 128             # of such columns, whose list lies behind the probes
 PROBES_AT = 256         # bytes behind the count
 FRONT = PROBES_AT + 4 * PROBES
-FOLD_REGISTERS = 112    # of a lane of the four warps that fold a block: four blocks an SM
+LOOK_BYTES = LOOKS * 4 * (1 + 4)        # of a K block
+FOLD_REGISTERS = 112, 96    # of a lane of the four warps that fold a block: four blocks an SM; five, where there are more than four
+EARLY_BLOCKS = 4        # an SM, that may start beside the look in front; five where they are smaller
 MOST_FLAGS = 0.75       # cuts that there may be a block of A: beyond, BF16 is faster
 BEHIND = expand.CANDIDATES[0]   # of the product that takes what this one leaves
 
@@ -164,11 +168,11 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     return LAUNCH_SECONDS + front + max(tiles_time(p, config, arch, sms), p.bytes / rate)
 
 
-def tiles_time(p: Problem, config: Config, arch: Arch, sms: int, more: float = 0.0) -> float:
-    """Seconds of a product's tiles on `sms` SMs. more: of each, on a device of RATE."""
+def tiles_time(p: Problem, config: Config, arch: Arch, sms: int, more: float = 0.0, block: float = BLOCK_TIME) -> float:
+    """Seconds of a product's tiles on `sms` SMs. On a device of RATE, block: of a K block; more: of each."""
     counted = p.layout not in ("dense", "contiguous")
     works = {tiles(p, config, spread) for spread in ((False, True) if counted else (False, ))}
-    unit = (-(-p.k // BLOCK) * BLOCK_TIME + more) * (RATE / 132) / (arch.fp8_flops / arch.sms)
+    unit = (-(-p.k // BLOCK) * block + more) * (RATE / 132) / (arch.fp8_flops / arch.sms)
     seconds = 0.0
     for work in works:
         waves = math.ceil(work / sms) if work < 8 * sms else work / sms + 0.5
@@ -208,11 +212,13 @@ def gate(problem: Problem, x: Operands, workspace: Tensor, at: Any) -> expand.Ga
     return expand.Gate(Pointer(workspace, torch.int32, at.counter), int(MOST_FLAGS * math.prod(a_blocks(problem, x))))
 
 
-def front(problem: Problem, x: Operands, workspace: Tensor, at: Any, picks: tuple[Pointer, Pointer, Pointer, int, int] | None = None
-          ) -> list[Launch]:
+def front(problem: Problem, x: Operands, workspace: Tensor, at: Any,
+          picks: tuple[Pointer, Pointer, Pointer, int, int] | None = None, remove: int = 0) -> list[Launch]:
     """A looked at; A folded. at: `Regions` of either kernel. picks: where the entries of each K block start, the entries, where
-    columns go, entries of a group, and how many fours of rows lie between two columns."""
+    columns go, entries of a group, and how many fours of rows lie between two columns. remove: `REMOVE` of `fold_mixed_kernel`."""
+    from ....arch import detect
     from . import fold_mixed_prep_device as device
+    from . import fold_outliers_device
 
     scale, data, masked, words = x.a.scale, x.a.data, problem.layout == "masked", problem.a.aligned
     assert scale is not None
@@ -223,17 +229,26 @@ def front(problem: Problem, x: Operands, workspace: Tensor, at: Any, picks: tupl
     xg, xm, sg, sm, sk = a_strides(x, masked)
     each = 16 if words else 1
     strides = (xg // each, xm // each, sg, sm, sk)
+    sms = detect(x.out.device).sms
+    many = planes * row_blocks * blocks > EARLY_BLOCKS * sms
     starts, entries, to, entries_of_group, pitch = picks or (count, count, count, 0, 0)
     options = {"MASKED": masked, "ALIGNED": words, "num_warps": 4}
+    listed = Pointer(workspace, torch.int32, at.counter + PROBES_AT + LOOK_BYTES * blocks) if remove else count
+    look = Launch(device.probe_kernel, (PROBES,),
+                  (source, scale, index, probes, count, x.m, x.k, blocks, row_blocks, planes, *strides), options)
+    if remove:
+        look = Launch(fold_outliers_device.look_kernel, (LOOKS * blocks,),
+                      (source, scale, probes, count, x.m, x.k, blocks, row_blocks, *strides[1:2], *strides[3:]),
+                      {"ALIGNED": words, "num_warps": 4})
     return [
-        Launch(device.probe_kernel, (PROBES,),
-               (source, scale, index, probes, count, x.m, x.k, blocks, row_blocks, planes, *strides), options),
+        look,
         Launch(device.fold_mixed_kernel, (planes * row_blocks * blocks,),
                (source, scale, index, Pointer(workspace, torch.int32, at.x), Pointer(workspace, torch.float32, at.scale),
-                Pointer(workspace, torch.int32, at.flags), count, probes, starts, entries, to, x.m, x.k, blocks, row_blocks,
+                Pointer(workspace, torch.int32, at.flags), count, probes, listed, starts, entries, to, x.m, x.k, blocks, row_blocks,
                 *strides, column(x.m) // 4, x.groups, entries_of_group, pitch),
                {**options, "PROBES": PROBES, "PICKS": picks is not None, "LAYOUT": LAYOUTS[problem.layout],
-                "GROUPS": max(32, power_of_two(x.groups)), "maxnreg": FOLD_REGISTERS, "launch_pdl": True})]
+                "GROUPS": max(32, power_of_two(x.groups)), "EARLY": (EARLY_BLOCKS + many) * sms, "REMOVE": remove,
+                "maxnreg": FOLD_REGISTERS[many], "launch_pdl": True})]
 
 
 def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, limit: int) -> Launch:
@@ -263,7 +278,7 @@ def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, l
     grid = max(1, min(sms, row_tiles(problem, x, tile.BM) * -(-x.n // tile.BN)))
     return Launch(
         device.fold_mixed_product_kernel, (grid,),
-        (*boxes, None, None, x.out, x.top, x.top if x.factor is None else x.factor, x.index,
+        (*boxes, None, None, None, x.out, x.top, x.top if x.factor is None else x.factor, x.index,
          Pointer(workspace, torch.int32, at.flags), Pointer(workspace, torch.int32, at.counter), None, x.m, x.n, blocks, row_blocks,
-         x.groups, x.alignment, limit, units, og, om, og // om, tile),
+         x.groups, x.alignment, limit, units, 0, og, om, og // om, tile),
         {"num_warps": 4, "maxnreg": tile.max_registers, "launch_pdl": True})

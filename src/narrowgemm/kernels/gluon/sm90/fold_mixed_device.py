@@ -14,7 +14,7 @@ are what the sums of a tile begin with.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .fp8_block_device import store_tile
 from .fp8_block_parts_device import FP8_PLANE, FP8_TILE, ROW_OF_FLOATS, advance, fence, promote, read_a_scale, store_zeros
@@ -60,7 +60,8 @@ def load_picks(descs, rings, bar, slot, at, cfg: gl.constexpr):
 @gluon.jit
 def fill_with_picks(load: gl.constexpr, operands, tile, at, slot, phase, bars, problem, cfg: gl.constexpr):
     """As `fill_blocks`, behind the tile's picks."""
-    descs, rings, picks, at_ptr = operands
+    descs, rings, picks, at_ptr, outlying = operands
+    o_desc, of_weights, removed = outlying
     full, empty = bars
     n, g, first, end, stop = tile
     row = first
@@ -71,11 +72,15 @@ def fill_with_picks(load: gl.constexpr, operands, tile, at, slot, phase, bars, p
         mbarrier.wait(empty.index(slot), phase)
         load_picks(picks, rings, full.index(slot), slot, (column, column - begin, row, g, n * cfg.BN), cfg)
         slot, phase = advance(slot, phase, cfg.STAGES)
+    for k in range(0, removed, STEP):
+        mbarrier.wait(empty.index(slot), phase)
+        load_picks((picks[0], o_desc), rings, full.index(slot), slot, (of_weights + k, k, row, g, n * cfg.BN), cfg)
+        slot, phase = advance(slot, phase, cfg.STAGES)
     return fill_blocks(load, (descs, rings), tile, at, slot, phase, bars, problem, cfg)
 
 
 @gluon.jit
-def multiply_picks(x, y, rings, bars, slot, phase, tile, N, at_ptr, cfg: gl.constexpr, WN: gl.constexpr, mma: gl.constexpr):
+def multiply_picks(x, y, rings, bars, slot, phase, tile, N, at_ptr, removed, cfg: gl.constexpr, WN: gl.constexpr, mma: gl.constexpr):
     """Sums of both pieces after the tile's picks: (x, y, slot, phase)."""
     a_s, sa_s, b_s = rings
     full, empty = bars
@@ -86,7 +91,7 @@ def multiply_picks(x, y, rings, bars, slot, phase, tile, N, at_ptr, cfg: gl.cons
     begin, last = picks_of(at_ptr, tile[0], tile[1], N, cfg)
     x = gl.convert_layout(x, narrow, assert_trivial=True)
     y = gl.convert_layout(y, narrow, assert_trivial=True)
-    for column in range(begin, last, STEP):
+    for column in range(begin, last + (removed + (STEP - 1)) // STEP * STEP, STEP):
         mbarrier.wait(full.index(slot), phase)
         slot = fresh(slot)
         rest = r_v.index(slot * 2 + WN).permute((1, 0))
@@ -110,9 +115,9 @@ def load_block(descs, rings, bar, slot, at, kb, cfg: gl.constexpr):
 
 
 @gluon.jit
-def producer(descs, picks, rings, bars, table, problem, at_ptr, cfg: gl.constexpr):
+def producer(descs, picks, rings, bars, table, problem, at_ptr, outlying, cfg: gl.constexpr):
     if cfg.PICKS:
-        feed(fill_with_picks, load_block, (descs, rings, picks, at_ptr), bars, table, problem, cfg)
+        feed(fill_with_picks, load_block, (descs, rings, picks, at_ptr, outlying), bars, table, problem, cfg)
     else:
         feed(fill_blocks, load_block, (descs, rings), bars, table, problem, cfg)
 
@@ -205,7 +210,7 @@ def step_in_parts(acc, p, up, views, bars, slot, ahead, phase, more, cfg: gl.con
 
 
 @gluon.jit
-def consumer(d_desc, out, scales, rings, d_s, bars, table, problem, flags_ptr, RB, at_ptr, cfg: gl.constexpr, WN: gl.constexpr):
+def consumer(d_desc, out, scales, rings, d_s, bars, table, problem, flags_ptr, RB, at_ptr, removed, cfg: gl.constexpr, WN: gl.constexpr):
     """128 rows and columns [WN * 128, +128) of every tile."""
     a_s, sa_s, b_s = rings
     full, empty = bars
@@ -232,7 +237,7 @@ def consumer(d_desc, out, scales, rings, d_s, bars, table, problem, flags_ptr, R
             x = gl.zeros([64, 128], gl.float32, mma)
             y = gl.zeros([64, 128], gl.float32, mma)
             if cfg.PICKS:
-                x, y, slot, phase = multiply_picks(x, y, rings, bars, slot, phase, tile, N, at_ptr, cfg, WN, mma)
+                x, y, slot, phase = multiply_picks(x, y, rings, bars, slot, phase, tile, N, at_ptr, removed, cfg, WN, mma)
             mbarrier.wait(full.index(slot), phase)
             for kb in range(KB):
                 next_kb = gl.minimum(kb + 1, KB - 1)
@@ -254,16 +259,22 @@ def consumer(d_desc, out, scales, rings, d_s, bars, table, problem, flags_ptr, R
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "KB", "RB", "G", "alignment", "limit", "rows_of_b", "out_pitch"])
-def fold_mixed_product_kernel(a_desc, sa_desc, b_desc, d_desc, p_desc, r_desc, out_ptr, top_ptr, factor_ptr, index_ptr, flags_ptr,
-                              count_ptr, at_ptr, M, N, KB, RB, G, alignment, limit, rows_of_b, og, om, out_pitch, cfg: gl.constexpr):
+@gluon.jit(do_not_specialize=["M", "KB", "RB", "G", "alignment", "limit", "rows_of_b", "of_weights", "out_pitch"])
+def fold_mixed_product_kernel(a_desc, sa_desc, b_desc, d_desc, p_desc, r_desc, o_desc, out_ptr, top_ptr, factor_ptr, index_ptr, flags_ptr,
+                              count_ptr, at_ptr, M, N, KB, RB, G, alignment, limit, rows_of_b, of_weights, og, om, out_pitch,
+                              cfg: gl.constexpr):
     """A persistent grid. M: rows of A, or rows a group can hold (masked). a_desc [1 or G, M, K], sa_desc [1 or G, KB * 4, M], b_desc
     [1 or G, rows_of_b, K] E4M3, d_desc [M, N]; flags int32 [1 or G, RB, KB]; top, factor [G, rows_of_b]. Nothing is done where
     more than `limit` flags are up, as count_ptr says. out_pitch: rows of d_desc from one group to the next (masked).
 
     PICKS: p_desc BF16 [columns of picks, rows of A as `column_of` places them], r_desc BF16 [1 or G, rows_of_b, columns of a tile], at
-    int32 [1 or G, tiles of weights + 1], the first column of a tile's picks, a multiple of 64 each; None elsewhere."""
+    int32 [1 or G, tiles of weights + 1], the first column of a tile's picks, a multiple of 64 each; None elsewhere. Columns that
+    are left out of A, as many as count_ptr's second number says, lie in p_desc from of_weights on, o_desc BF16 [1 or G, rows_of_b, columns]."""
     gdc_wait()
+    gdc_launch_dependents()
+    removed = gl.to_tensor(0)
+    if cfg.PICKS:
+        removed = gl.load(count_ptr + 1)
     M = gl.where(gl.load(count_ptr) <= limit, M, 0)
     S: gl.constexpr = cfg.STAGES
     a_s = gl.allocate_shared_memory(gl.float8e4nv, [S, 1, 128, 128], FP8_PLANE)
@@ -278,7 +289,7 @@ def fold_mixed_product_kernel(a_desc, sa_desc, b_desc, d_desc, p_desc, r_desc, o
     out = (out_ptr, og, om, out_pitch)
     rings = (a_s, sa_s, b_s)
     gl.warp_specialize([
-        (consumer, (d_desc, out, scales, rings, d_s, bars, table, problem, flags_ptr, RB, at_ptr, cfg, 0)),
-        (consumer, (d_desc, out, scales, rings, d_s, bars, table, problem, flags_ptr, RB, at_ptr, cfg, 1)),
-        (producer, ((a_desc, sa_desc, b_desc), (p_desc, r_desc), rings, bars, table, problem, at_ptr, cfg)),
+        (consumer, (d_desc, out, scales, rings, d_s, bars, table, problem, flags_ptr, RB, at_ptr, removed, cfg, 0)),
+        (consumer, (d_desc, out, scales, rings, d_s, bars, table, problem, flags_ptr, RB, at_ptr, removed, cfg, 1)),
+        (producer, ((a_desc, sa_desc, b_desc), (p_desc, r_desc), rings, bars, table, problem, at_ptr, (o_desc, of_weights, removed), cfg)),
     ], [4, 1], [cfg.CONSUMER_REGISTERS, cfg.PRODUCER_REGISTERS])

@@ -11,6 +11,7 @@ WORDS = gl.constexpr(gl.DistributedLinearLayout(
 PAIR = gl.constexpr(gl.SliceLayout(2, gl.DistributedLinearLayout(
     [[0, 0, 1], [0, 0, 2], [1, 0, 0], [2, 0, 0]], [[0, 0, 4], [0, 1, 0], [0, 2, 0], [4, 0, 0], [8, 0, 0]], [[16, 0, 0], [32, 0, 0]], [],
     [64, 4, 8])))
+LOWEST = gl.constexpr(64)   # that a scale is lowered to
 MOST = gl.constexpr(14)     # powers of two that a block's scale may lie under the largest
 # four elements over a scale, FP16 twice: E4M3, and bits where they are not what they were. What is compared comes out of the word, not
 # out of its halves: the ptxas of Triton 3.6 takes a half from the word that it is put into, where that may be made later
@@ -122,9 +123,9 @@ def holding(x):
 
 
 @gluon.jit
-def over_code(x, code, scale, holds):
-    """Words of scales `code` over `scale`; what they lose."""
-    down = gl.where(holds, gl.minimum(gl.maximum(scale - code, 0), MOST), 0)
+def over_code(x, code, scale, holds, REMOVE: gl.constexpr = False):
+    """Words of scales `code` over `scale`; what they lose. REMOVE: a scale may be smaller, too."""
+    down = gl.where(holds, gl.minimum(gl.maximum(scale - code, -15 if REMOVE else 0), MOST), 0)
     return over(x, gl.expand_dims((15 - down) * 0x04000400, 2))
 
 
@@ -142,11 +143,33 @@ def counting(x, code):
 
 
 @gluon.jit
-def bounds(x, code, there):
+def without(x, mask, REMOVE: gl.constexpr):
+    """Words without the columns of a block whose bits of `mask` [1, 4] are set."""
+    if REMOVE:
+        row, part, word = places()
+        four = (gl.expand_dims(mask, 2) >> (word * 4)) & 15
+        x = x & ((((four * 0x00204081) & 0x01010101) * 255) ^ -1)
+    return x
+
+
+@gluon.jit
+def least_of(x, code, mask, REMOVE: gl.constexpr):
+    """The least that scales can be for what is left of them [64, 4]: where columns are removed, the largest element may be far below what
+    its scale is for."""
+    if REMOVE:
+        t = x & 0x7F7F7F7F
+        t = gl.maximum(gl.maximum(t & 0x7F, (t >> 8) & 0x7F), gl.maximum((t >> 16) & 0x7F, t >> 24))
+        up = gl.maximum(0x7E - gl.max(t, 2), 0) >> 3
+        code = gl.where(mask != 0, gl.maximum(code - up, gl.minimum(code, LOWEST)), code)
+    return code
+
+
+@gluon.jit
+def bounds(x, code, there, mask, REMOVE: gl.constexpr):
     """(the least that a scale can be, the largest), [64, 4]."""
     holds, counts = counting(x, code)
     room = gl.minimum(gl.min(room_of(x), 2), MOST)
-    return gl.where(counts, code, 0), gl.where(there & (code == 255), -1, gl.where(counts, code + room, 1000))
+    return gl.where(counts, least_of(x, code, mask, REMOVE), 0), gl.where(there & (code == 255), -1, gl.where(counts, code + room, 1000))
 
 
 @gluon.jit
@@ -157,10 +180,10 @@ def apart(least, limit, part, FROM: gl.constexpr, TO: gl.constexpr):
 
 
 @gluon.jit
-def rows_apart(x, code, there):
+def rows_apart(x, code, there, mask, REMOVE: gl.constexpr):
     """By row, what of a block's parts have no scale together: bits 0 to 4 for 01, 12, 23, 012 and 123."""
     row, part, word = places()
-    least, limit = bounds(x, code, there)
+    least, limit = bounds(x, code, there, mask, REMOVE)
     pairs = apart(least, limit, part, 0, 1) | (apart(least, limit, part, 1, 2) << 1) | (apart(least, limit, part, 2, 3) << 2)
     return pairs | (apart(least, limit, part, 0, 2) << 3) | (apart(least, limit, part, 1, 3) << 4)
 
@@ -179,11 +202,11 @@ def cuts_of(rows):
 
 
 @gluon.jit
-def scales_between(cuts, x, code):
+def scales_between(cuts, x, code, mask, REMOVE: gl.constexpr):
     """Scale codes [64, 4] of parts with these cuts between them. Alone, 32 of K keep the scale that they had."""
     row, part, word = places()
     holds, counts = counting(x, code)
-    least = gl.where(counts, code, 0)
+    least = gl.where(counts, least_of(x, code, mask, REMOVE), 0)
     piece = gl.where(part > 0, cuts & 1, 0) + gl.where(part > 1, (cuts >> 1) & 1, 0) + gl.where(part > 2, cuts >> 2, 0)
     own = code
     for i in gl.static_range(4):

@@ -127,3 +127,67 @@ def wait_code(PENDING):
 def wait_for(sums, PENDING: gl.constexpr, PARTS: gl.constexpr, COLS: gl.constexpr):
     """The sums, once no more than PENDING steps that were started behind them are in flight."""
     return passed(wait_code(PENDING), sums, PARTS, COLS)
+
+
+# ---------------------------------------------------------------- onto sums that there are
+@constexpr_function
+def part_code(PARTS, COLS):
+    """PTX: as `step_code`, onto the sums where the last operand is not 0."""
+    each = COLS // 2
+    count = PARTS * each
+    sums = ", ".join(f"${i}" for i in range(count))
+    return f"""{{
+        .reg .b64 a, b;
+        .reg .b32 hi;
+        .reg .pred more;
+        mov.b32 hi, 0x40000040;
+        mov.b64 a, {{${2 * count}, hi}};
+        mov.b64 b, {{${2 * count + each}, hi}};
+        setp.ne.b32 more, ${2 * count + 2 * each}, 0;
+        wgmma.fence.sync.aligned;
+        wgmma.mma_async.sync.aligned.m64n{PARTS * COLS}k32.f32.e4m3.e4m3 {{{sums}}}, a, b, more, 1, 1;
+        wgmma.commit_group.sync.aligned;
+    }}"""
+
+
+@gluon.jit
+def multiply_part(a, b, goes_on, p, PARTS: gl.constexpr, COLS: gl.constexpr, mma: gl.constexpr):
+    """`multiply` of 32 of K, p += where it `goes_on`."""
+    EACH: gl.constexpr = COLS // 2
+    a = gl.full([64, COLS], (a >> 4) & 0x3fff, gl.int32, mma)
+    b = gl.full([64, COLS], (b >> 4) & 0x3fff, gl.int32, mma)
+    goes_on = gl.full([64, COLS], goes_on, gl.int32, mma)
+    code: gl.constexpr = part_code(PARTS, COLS)
+    return gl.inline_asm_elementwise(code, outputs(PARTS, COLS) + "," + same_registers(PARTS, COLS) + ",r" * (3 * EACH), p + (a, b, goes_on),
+                                     dtype=floats(PARTS), is_pure=False, pack=EACH)
+
+
+@constexpr_function
+def turned_code(PARTS, COLS):
+    """PTX: as `multiply_code`, of 64 of K in BF16, onto the sums. Columns of A lie one behind the other, 64 rows of one in 128 bytes, so that
+    16 of K are 2048 bytes of it."""
+    each = COLS // 2
+    count = PARTS * each
+    sums = ", ".join(f"${i}" for i in range(count))
+    steps = "".join(f"""
+        wgmma.mma_async.sync.aligned.m64n{PARTS * COLS}k16.f32.bf16.bf16 {{{sums}}}, a{k}, b{k}, more, 1, 1, 1, 0;""" for k in range(4))
+    adds = "".join(f"""
+        add.s64 a{k}, a0, {128 * k};
+        add.s64 b{k}, b0, {2 * k};""" for k in range(1, 4))
+    return f"""{{
+        .reg .b64 a<4>, b<4>;
+        .reg .b32 hi;
+        .reg .pred more;
+        mov.b32 hi, 0x40000040;
+        mov.b64 a0, {{${2 * count}, hi}};
+        mov.b64 b0, {{${2 * count + each}, hi}};{adds}
+        setp.ne.b32 more, 1, 0;
+        wgmma.fence.sync.aligned;{steps}
+        wgmma.commit_group.sync.aligned;
+    }}"""
+
+
+@gluon.jit
+def multiply_turned(a, b, sums, PARTS: gl.constexpr, COLS: gl.constexpr, mma: gl.constexpr):
+    """Start sums += products of 64 columns of A, 64 rows each, by PARTS * COLS rows of B, in BF16."""
+    return start(turned_code(PARTS, COLS), a, b, sums, PARTS, COLS, mma)

@@ -1,0 +1,29 @@
+"""The launches of `expand.py` behind a product that may have left everything to them, decided on the device: where it has not, they
+cost next to nothing."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ....problem import Problem, Step
+from ...launching import Launch
+from ...operands import Operands
+from . import expand
+from .expand import Gate
+
+PROGRAMS = 5        # an SM, that take the pieces in turn: as many as it has registers for
+REGISTERS = 88      # of a lane
+
+
+def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor, start: int, gate: Gate) -> list[Launch]:
+    """As `expand.launches`, of packed weights."""
+    from ....arch import detect
+    from . import expand_gate_device as device
+
+    front, product = expand.launches(step, problem, x, workspace, start, gate)
+    a = list(front.arguments)
+    # without what is for plain weights: factors of their columns, their rows, pieces of these and strides
+    a = [*a[:8], *a[9:17], a[17], front.grid[0], a[18], *a[19:24], *a[29:]]
+    programs = min(front.grid[0], PROGRAMS * detect(x.out.device).sms)
+    options = {**front.keywords, "maxnreg": REGISTERS, "launch_pdl": True}
+    return [Launch(device.gated_expand_kernel, (programs,), a, options), product]

@@ -1,0 +1,29 @@
+"""What is fixed when the Hopper product of folded MXFP8 by folded MXFP8 is compiled for tiles of any width, and where its shared
+memory lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from . import fp8_cluster_tile
+
+
+@dataclass(frozen=True)
+class Tile(fp8_cluster_tile.Tile):
+    """As the kernel's on clusters, for blocks that are alone: 128 rows, 64 of each warpgroup, a piece of NP * WN columns. A K block
+    has SUB scales of A a row; a slot holds 64 columns of picks and what they are multiplied by as well."""
+
+    FOLD: bool = True
+    SUB: int = 4
+    KERNEL: str = "fold_both_product_kernel"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        put = object.__setattr__
+        put(self, "BLOCK_BYTES", (self.BM + self.BN) * 128 + self.SUB * self.BM * 4)
+        put(self, "BARS_AT", self.SA_AT + self.STAGES * self.SUB * self.BM * 4)
+
+    @property
+    def boxes(self) -> tuple[tuple[int, int], ...]:
+        """B's, and those of what picks are multiplied by."""
+        return () if self.B_BOX & (self.B_BOX - 1) == 0 else tuple((which, self.B_BOX) for which in (2, 3, 5))
