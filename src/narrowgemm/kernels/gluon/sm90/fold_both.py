@@ -119,9 +119,10 @@ def tile_of(problem: Problem, config: Config, arch: Arch) -> MixedTile | fold_bo
     tensors, columns, _ = WIDTHS[config.block_n]
     counted = problem.layout not in ("dense", "contiguous")
     groups = next(n for n in (32, 128, 512, MAX_GROUPS) if not counted or n >= problem.groups)
+    stages = config.num_stages - (problem.out_dtype == "fp32")      # staging of the store takes twice as much
     for buffers in (tensors, 2, 1):     # staging of the store: as much as fits
         tile = fold_both_tile.Tile(
-            LAYOUTS[problem.layout], 2, 1, 1, tensors, columns, STAGES=config.num_stages, STRIP=config.group_m, OUT_BUFFERS=buffers,
+            LAYOUTS[problem.layout], 2, 1, 1, tensors, columns, STAGES=stages, STRIP=config.group_m, OUT_BUFFERS=buffers,
             OUT_BYTES=OUT_BYTES[problem.out_dtype], GROUPS=groups, ZERO=problem.zero_padding and problem.layout == "contiguous",
             STORE_TMA=problem.out_aligned, CLUSTER_M=1 + bool(config.extra))
         if tile.shared_bytes <= arch.smem:
