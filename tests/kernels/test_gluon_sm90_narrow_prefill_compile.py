@@ -3,6 +3,7 @@ the shared memory that the host states is no less than the compiler's."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -38,10 +39,15 @@ PROBLEMS = (("offsets", BF16, MXFP4, 128, 16384, 5760, 2880, "interleaved", "swi
 
 
 def compile_step(p: Problem, config: Config, x: Operands) -> None:
+    from narrowgemm.kernels.gluon.sm90 import narrow_prefill_parts_device
+
     size = narrow_prefill.workspace(p, config)
     work = torch.empty(size, dtype=torch.uint8, device="meta")
     for made in narrow_prefill.launches(Step(narrow_prefill.NAME, config, size), p, x, work):
-        made.warm()
+        compiled = made.warm()
+        if dict(config.extra).get("stream") and made.kernel.__name__ == narrow_prefill_parts_device.KERNEL.value:
+            maps = re.findall(r"\.param \.align 64 \.b8 narrow_prefill_kernel_param_(\d+)\[128\]", compiled.asm["ptx"])
+            assert maps[5] == str(narrow_prefill_parts_device.W_PARAMETER.value), "boxes of weights are asked for by this number"
 
 
 def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], object]]]:

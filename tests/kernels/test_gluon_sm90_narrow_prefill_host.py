@@ -95,7 +95,7 @@ def test_weights_packed_for_fp8() -> None:
     shapes = {(t, 2 * u) for t, u in (*narrow_prefill.FP8_SHAPES, narrow_prefill.FP8_PAIR)}
     assert {(c.block_m, c.block_n // 64) for c in found} == shapes | set(narrow_prefill.FP8_COLUMNS)
     assert {c.block_m for c in found} == {*FP8_WIDTHS, *COLUMNS}
-    assert [dict(c.extra) for c in found if c.extra] == [{"ctas": 2}]
+    assert [dict(c.extra) for c in found if c.extra] == [{"box": 2, "ctas": 2}]
     for slots, factor in ((False, False), (True, True)):
         tiles = [narrow_prefill.tile_of(p, c, slots, factor) for c in found]
         assert all(t.FP8 and not t.CHUNKED and not t.XFACTOR and t.shared_bytes <= ARCH.smem for t in tiles)
@@ -266,3 +266,28 @@ def test_many_tokens_choose_it_and_few_do_not() -> None:
     few = min(narrow_prefill.configs(problem(2048), ARCH), key=lambda c: narrow_prefill.estimate(problem(2048), c, ARCH))
     many = min(narrow_prefill.configs(problem(65536), ARCH), key=lambda c: narrow_prefill.estimate(problem(65536), c, ARCH))
     assert few.block_m == 32 and many.block_m == 192
+
+
+def test_weights_of_few_groups_pass_through_l2() -> None:
+    """Where they are up to three times as large as it, and tokens are few: not a dense product's, which another call may find there."""
+    def pair(**kw: object) -> dict[str, object]:
+        return next(dict(c.extra) for c in narrow_prefill.configs(for_fp8(**kw), ARCH) if dict(c.extra).get("ctas"))
+
+    few = dict(m=64, n=7168, k=2048, layout="masked")
+    assert pair(groups=8, **few) == {"box": 2, "ctas": 2, "stream": 1}
+    assert pair(groups=32, **few) == pair(m=64, n=7168, k=2048, groups=1, layout="dense") == {"box": 2, "ctas": 2}
+
+
+def test_rings_that_are_refused() -> None:
+    """Slots of several K blocks where products are in pieces, or trips are of others; a ring of tokens in front of the weights'."""
+    p = for_fp8()
+    found = narrow_prefill.configs(p, ARCH)
+    pair = next(c for c in found if dict(c.extra).get("ctas"))
+    columns, wide = (next(c for c in found if c.block_m == t) for t in (96, 128))
+
+    def said(config: Config, **extra: int) -> str:
+        return narrow_prefill.legal(p, replace(config, extra=tuple(sorted((dict(config.extra) | extra).items()))), ARCH) or ""
+
+    assert "box=4" in said(pair, box=4) and "box=2" in said(pair, unroll=4) and "box=2" in said(columns, box=2)
+    assert "stream" in said(wide, stream=1) and said(pair, stream=1) == ""
+    assert "box=2" in (narrow_prefill.legal(problem(), replace(narrow_prefill.configs(problem(), ARCH)[0], extra=(("box", 2), )), ARCH) or "")

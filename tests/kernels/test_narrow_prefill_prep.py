@@ -25,7 +25,7 @@ def weight_order(x: torch.Tensor) -> torch.Tensor:
 
 def run(device: str, kind: str, xkind: int, x: torch.Tensor, xs: torch.Tensor | None, index: torch.Tensor, slots: torch.Tensor | None,
         weight: torch.Tensor | None, groups: int, positions: int, num_slots: int, group: int = 32,
-        blocks: tuple[torch.Tensor, torch.Tensor, int] | None = None) -> dict[str, torch.Tensor]:
+        blocks: tuple[torch.Tensor, torch.Tensor, int] | None = None, by_k: bool = False) -> dict[str, torch.Tensor]:
     """`blocks`: experts, positions in use and positions a block of the routed layout."""
     from narrowgemm.kernels.gluon.sm90.narrow_prefill_prep_device import narrow_prefill_prep_kernel as kernel
 
@@ -38,16 +38,19 @@ def run(device: str, kind: str, xkind: int, x: torch.Tensor, xs: torch.Tensor | 
            "weight": torch.full((total,), 7.0, device=device), "live": torch.full((num_slots,), 9, dtype=torch.int8, device=device),
            "table": torch.full((TABLE_HEAD + 3 * cap,), -9, dtype=torch.int32, device=device)}
     experts, posted, block_m = blocks or (index, index, 1)
-    cfg = PrepStatic(KINDS[kind], BT, 8, xkind, group, slots is not None, PREP_K, slots is not None, weight is not None, block_m)
+    cfg = PrepStatic(KINDS[kind], BT, 8, xkind, group, slots is not None, PREP_K, slots is not None, weight is not None, block_m,
+                     BY_K=by_k)
     order = index if slots is None else slots
     scale, ssm, ssk = (x, 0, 0) if xs is None else (xs, xs.stride(0), xs.stride(1))
     sxg, ssg = (positions * x.stride(0), positions * ssm) if kind == "masked" else (0, 0)
-    out["ratios"] = torch.full((total, kx // 128, 4), 7.0, device=device)
+    out["ratios"] = torch.full((kx // 128, total, 4) if by_k else (total, kx // 128, 4), 7.0, device=device)
     share = 2
     kernel[(1 + (groups * share if kind == "masked" else total),)](x, scale, out["x"], out["factor"], out["ratios"], out["weight"] if weight is None else weight, out["weight"], index, order,
                          order if blocks is None else experts, order if blocks is None else posted, out["table"], out["live"], x, x, K, kx,
                          sxg, x.stride(0), ssg, ssm, ssk, groups, num_slots, positions, block_m, cap,
                          A_DIV if slots is not None else 1, share, 1, cfg)
+    if by_k:
+        out["ratios"] = out["ratios"].transpose(0, 1)
     out["entries"] = out["table"][TABLE_HEAD:].view(3, cap)[:, :int(out["table"][0])].t()
     return out
 
@@ -151,15 +154,16 @@ def test_narrow_rows_are_exact(device: str, fmt, xkind: int) -> None:
     assert bool(got["factor"][3].isnan())
 
 
+@pytest.mark.parametrize("by_k", [False, True], ids=["by position", "by K block"])
 @pytest.mark.parametrize("scale_type", ["fp32", "e8m0"])
-def test_fp8_rows_for_weights_packed_for_them(device: str, scale_type: str) -> None:
+def test_fp8_rows_for_weights_packed_for_them(device: str, scale_type: str, by_k: bool) -> None:
     """Words of four of the four blocks of 32 in turn; scales as they are, of positions 1, 0, 9 and 8 further on."""
     g = torch.Generator().manual_seed(6)
     x = torch.randint(0, 120, (11, K), generator=g, dtype=torch.uint8)
     codes = torch.tensor([[0, 1], [127, 130], [255, 3], [254, 9], [100, 90], *([i, 9 * i] for i in range(6))]).byte()
     scale = torch.rand(11, 2, generator=g) if scale_type == "fp32" else codes
     got = run(device, "dense", FP8_ORDER, x.view(torch.float8_e4m3fn).to(device), scale.to(device), torch.zeros(1, dtype=torch.int32, device=device),
-              None, None, 1, 11, 11)
+              None, None, 1, 11, 11, by_k=by_k)
     want = torch.zeros(11, 256, dtype=torch.uint8)
     want[:, :K] = x
     want = want.view(11, 2, 4, 8, 4).permute(0, 1, 3, 2, 4).reshape(11, 256)
@@ -169,6 +173,20 @@ def test_fp8_rows_for_weights_packed_for_them(device: str, scale_type: str) -> N
     for j, on in enumerate((1, 0, 9, 8)):
         expected[:11 - on, :, j] = value[on:].nan_to_num(7.0)
     assert torch.equal(got["ratios"].cpu().nan_to_num(7.0), expected)
+
+
+def test_scales_of_masked_groups_by_k_block(device: str) -> None:
+    """Positions of all groups side by side; of rows that a group doesn't have, none."""
+    g = torch.Generator().manual_seed(11)
+    x, scale = torch.randint(0, 120, (9, K), generator=g, dtype=torch.uint8), torch.rand(9, 2, generator=g)
+    sizes = torch.tensor([3, 0, 1], dtype=torch.int32, device=device)
+    got = run(device, "masked", FP8_ORDER, x.view(torch.float8_e4m3fn).to(device), scale.to(device), sizes, None, None, 3, 3, 9, by_k=True)
+    expected = torch.full((9, 2, 4), 7.0)
+    for row in (0, 1, 2, 6):
+        for j, on in enumerate((1, 0, 9, 8)):
+            if row >= on:
+                expected[row - on, :, j] = scale[row]
+    assert torch.equal(got["ratios"].cpu(), expected)
 
 
 def fp8_order(x: torch.Tensor) -> torch.Tensor:

@@ -221,7 +221,7 @@ def blocks16(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg: gl.co
         operands = operands + ((), )
     at = ()
     for c in gl.static_range(COUNT):
-        mbarrier.wait(w_full.index(slot), phase)
+        mbarrier.wait(w_full.index(cfg.F_AT + slot), phase)
         more = ()
         for u in gl.static_range(MP):
             a = expanded(w_s, s_s, slot * cfg.UNITS + (WG * MP + u), kb + c, tops[u], tables, cfg)

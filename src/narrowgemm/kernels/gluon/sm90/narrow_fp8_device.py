@@ -62,14 +62,14 @@ def sixteens_layout(tokens):
 
 
 @gluon.jit
-def scales_of(ring, slot, cfg: gl.constexpr, T: gl.constexpr, P: gl.constexpr):
-    """[1, P] of a slot's tokens."""
+def scales_of(ring, slot, cfg: gl.constexpr, T: gl.constexpr, P: gl.constexpr, AT: gl.constexpr):
+    """[1, P] of a slot's tokens in its K block AT."""
     if P == 8:
-        f = view_as(ring, gl.float32, cfg.STAGES * (T // P), P, 4, ROWS_OF_BYTES).index(slot * (T // P))
-        return f.slice(1, 1, 1).permute((1, 0)).load(sums8_layout(P))
+        f = view_as(ring, gl.float32, cfg.STAGES * (T // 16), 16 * cfg.BOX, 4, ROWS_OF_BYTES).index(slot * (T // 16))
+        return f.slice(16 * AT, P, 0).slice(1, 1, 1).permute((1, 0)).load(sums8_layout(P))
     else:
-        f = view_cube(ring, gl.float32, cfg.STAGES * (T // P), P // 16, 8, 8, CUBE).index(slot * (T // P))
-        s = f.slice(0, 4, 1).slice(0, 4, 2).load(sixteens_layout(P))        # sixteen, first column, further on
+        f = view_cube(ring, gl.float32, cfg.STAGES * (T // P), P // 16, 8 * cfg.BOX, 8, CUBE).index(slot * (T // P))
+        s = f.slice(8 * AT, 4, 1).slice(0, 4, 2).load(sixteens_layout(P))        # sixteen, first column, further on
         one, own = gl.split(gl.reshape(s, [P // 16, 4, 2, 2]))
         s = gl.reshape(gl.permute(gl.join(own, one), (0, 2, 1, 3)), [P])
         return gl.expand_dims(gl.convert_layout(s, gl.SliceLayout(0, sums8_layout(P)), assert_trivial=True), 0)
@@ -90,10 +90,10 @@ def columns8(tokens, cfg):
 
 @gluon.jit
 def multiply8(a, ring, slot, p, MORE: gl.constexpr, cfg: gl.constexpr, T: gl.constexpr, P: gl.constexpr):
-    """Start p = a . tokens^T over a slot's 128 of K. MORE: p += that, else p comes in only to keep its registers."""
+    """Start p = a . tokens^T over a K block's 128 of K; `slot` counts K blocks. MORE: p += that, else p comes in only to keep its registers."""
     N: gl.constexpr = columns8(P, cfg)
     BOXES: gl.constexpr = T // P * (2 if cfg.TWO else 1) * P // N
-    xs = view_as(ring, gl.float8e4nv, cfg.STAGES * BOXES, N, 128, X8_TILE)
+    xs = view_as(ring, gl.float8e4nv, cfg.STAGES * cfg.BOX * BOXES, N, 128, X8_TILE)
     a = gl.convert_layout(a, gl.DotOperandLayout(0, sums8_layout(N), 4), assert_trivial=True)
     p = warpgroup_mma(a, xs.index(slot * BOXES).permute((1, 0)), p, use_acc=MORE, is_async=True)
     if cfg.TWO and N == P:
@@ -113,7 +113,7 @@ def multiply_all(a, rings, slot, parts, MORE: gl.constexpr, cfg: gl.constexpr, P
 @gluon.jit
 def weight_views(rings, cfg: gl.constexpr):
     """Bytes and scale fields of all slots' units."""
-    return (view_as(rings[2], gl.uint8, cfg.STAGES * cfg.UNITS, 64, 64, ROWS_OF_BYTES),
+    return (view_as(rings[2], gl.uint8, cfg.STAGES * cfg.UNITS * cfg.BOX, 64, 64, ROWS_OF_BYTES),
             view_as(rings[3], gl.int32, cfg.STAGES * cfg.UNITS, 32, 4, ROWS_OF_BYTES))
 
 
@@ -123,8 +123,11 @@ def expand_unit(views, slot, kb, tops, tables, UNIT: gl.constexpr, MORE: gl.cons
     """A warpgroup's UNIT of a slot, K block kb + MORE, to E4M3."""
     w_v, s_v = views
     unit = slot * cfg.UNITS + (WG * cfg.MP + UNIT)
-    fields = s_v.index(unit).load(field_layout(64)) >> (16 * ((kb + MORE) % 2))
-    return to_e4m3(w_v.index(unit).load(byte_layout(64)), fields, tops[UNIT], tables, gl.DotOperandLayout(0, sums8_layout(P0), 4))
+    if cfg.BOX > 1:     # slots begin at even K blocks
+        fields = s_v.index(unit).load(field_layout(64)) >> (16 * (MORE % 2))
+    else:
+        fields = s_v.index(unit).load(field_layout(64)) >> (16 * ((kb + MORE) % 2))
+    return to_e4m3(w_v.index(unit * cfg.BOX + MORE % cfg.BOX).load(byte_layout(64)), fields, tops[UNIT], tables, gl.DotOperandLayout(0, sums8_layout(P0), 4))
 
 
 @gluon.jit
@@ -155,7 +158,7 @@ def add_up(sums, parts, scales, cfg: gl.constexpr, UNIT: gl.constexpr, PIECES: g
 @gluon.jit
 def blocks8(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg: gl.constexpr, WG: gl.constexpr, P0: gl.constexpr,
             P1: gl.constexpr, COUNT: gl.constexpr):
-    """COUNT K blocks from kb, each unit's product a step. Leaves with nothing in flight: ptxas serialises wgmma that are, across a loop's
+    """COUNT K blocks from kb, whole slots, each unit's product a step. Leaves with nothing in flight: ptxas serialises wgmma that are, across a loop's
     back edge. Weights are expanded while the step before runs; the wait for tokens between the two keeps ptxas from moving either."""
     full, empty = bars
     w_full, x_full = full
@@ -164,22 +167,24 @@ def blocks8(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg: gl.con
     views = weight_views(rings, cfg)
     old = slot
     for c in gl.static_range(COUNT):
-        mbarrier.wait(w_full.index(slot), phase)
+        if c % cfg.BOX == 0:
+            mbarrier.wait(w_full.index(cfg.F_AT + slot), phase)
         for i in gl.static_range(MP):
             a = expand_unit(views, slot, kb, tops, tables, i, c, cfg, WG, P0)
             mbarrier.wait(x_full.index(slot), phase)
             if c + i > 0:
                 parts = settle(parts, PIECES)
-                if i == 0:
+                if i == 0 and c % cfg.BOX == 0:
                     mbarrier.arrive(empty.index(old), count=1)
                 sums = add_up(sums, parts, scales, cfg, (i + MP - 1) % MP, PIECES)
             if i == 0:
-                scales = (scales_of(rings[4], slot, cfg, cfg.T0, P0), )
+                scales = (scales_of(rings[4], slot, cfg, cfg.T0, P0, c % cfg.BOX), )
                 if P1 > 0:
-                    scales = scales + (scales_of(rings[5], slot, cfg, cfg.T1, P1), )
-            parts = multiply_all(a, rings, slot, parts, False, cfg, P0, P1)
+                    scales = scales + (scales_of(rings[5], slot, cfg, cfg.T1, P1, c % cfg.BOX), )
+            parts = multiply_all(a, rings, slot * cfg.BOX + c % cfg.BOX, parts, False, cfg, P0, P1)
         old = slot
-        slot, phase = advance(slot, phase, cfg.STAGES)
+        if c % cfg.BOX == cfg.BOX - 1:
+            slot, phase = advance(slot, phase, cfg.STAGES)
     parts = settle(parts, PIECES)
     mbarrier.arrive(empty.index(old), count=1)
     sums = add_up(sums, parts, scales, cfg, MP - 1, PIECES)
@@ -196,24 +201,26 @@ def blocks_of_rows(sums, slot, phase, kb, tops, tables, rings, bars, cfg: gl.con
     MP: gl.constexpr = cfg.MP
     PIECES: gl.constexpr = 2 if P1 > 0 else 1
     views = weight_views(rings, cfg)
+    BOX: gl.constexpr = cfg.BOX
     parts = (gl.zeros([64, P0], gl.float32, sums8_layout(P0)), )
     if P1 > 0:
         parts = parts + (gl.zeros([64, P1], gl.float32, sums8_layout(P1)), )
     at = ()
     for c in gl.static_range(COUNT):
         at = at + ((slot, phase), )
-        slot, phase = advance(slot, phase, cfg.STAGES)
+        if c % cfg.BOX == cfg.BOX - 1:
+            slot, phase = advance(slot, phase, cfg.STAGES)
     for n in gl.static_range(MP * COUNT):
         if n < COUNT:
-            mbarrier.wait(w_full.index(at[n][0]), at[n][1])
+            mbarrier.wait(w_full.index(cfg.F_AT + at[n][0]), at[n][1])
         a = expand_unit(views, at[n % COUNT][0], kb, tops, tables, n // COUNT, n % COUNT, cfg, WG, P0)
         mbarrier.wait(x_full.index(at[n % COUNT][0]), at[n % COUNT][1])
         if n > 0 and n % COUNT == 0:
             parts = settle(parts, PIECES)
             sums = add_up(sums, parts, (), cfg, n // COUNT - 1, PIECES)
-        parts = multiply_all(a, rings, at[n % COUNT][0], parts, n % COUNT > 0, cfg, P0, P1)
+        parts = multiply_all(a, rings, at[n % COUNT][0] * cfg.BOX + n % cfg.BOX, parts, n % COUNT > 0, cfg, P0, P1)
     parts = settle(parts, PIECES)
-    for c in gl.static_range(COUNT):
+    for c in gl.static_range(0, COUNT, BOX):
         mbarrier.arrive(empty.index(at[c][0]), count=1)
     return add_up(sums, parts, (), cfg, MP - 1, PIECES), slot, phase
 

@@ -23,13 +23,17 @@ def token_scale(xs_ptr, i, count, ssk):
 
 
 @triton.jit
-def store_scales(scale_ptr, scale, at, i, KX):
+def store_scales(scale_ptr, scale, at, i, KX, rows, cfg: tl.constexpr):
     """Of each K block i a position has the scales of those 1, 0, 9 and 8 further on: 16 bytes, the least that TMA moves, and what a thread of
     wgmma wants of 16 positions, the scale of an even column in an odd register: the other bank than its sums. They are another group's,
-    or nobody's, where the group ends."""
+    or nobody's, where the group ends. BY_K: positions of a K block lie side by side, `rows` of them, else K blocks of a position."""
     for j in tl.static_range(4):
         back = at - (j // 2 * 8 + j % 2)
-        tl.store(scale_ptr + back * (KX // 32) + (4 * i + (j ^ 1)), scale, mask=(i < KX // 128) & (back >= 0))
+        if cfg.BY_K:
+            to = scale_ptr + (i.to(tl.int64) * rows + back) * 4 + (j ^ 1)
+        else:
+            to = scale_ptr + back * (KX // 32) + (4 * i + (j ^ 1))
+        tl.store(to, scale, mask=(i < KX // 128) & (back >= 0))
 
 
 @triton.jit
@@ -47,17 +51,17 @@ def load_fp8(x_ptr, xs_ptr, part, K, ssk, cfg: tl.constexpr):
 
 
 @triton.jit
-def store_fp8(x, scale, to_ptr, scale_ptr, at, part, KX, cfg: tl.constexpr):
+def store_fp8(x, scale, to_ptr, scale_ptr, at, part, KX, rows, cfg: tl.constexpr):
     """Those to position `at`, out[w * 16 + q * 4 + b] = in[q * 32 + w * 4 + b] of every 128. Scales go where `store_scales` says."""
     o = part * cfg.BK + tl.arange(0, cfg.BK)
     tl.store(to_ptr + o, tl.reshape(in_order(x, cfg.BK // 128), [cfg.BK]), mask=o < KX)
-    store_scales(scale_ptr, scale, at, part * (cfg.BK // 128) + tl.arange(0, cfg.BK // 128), KX)
+    store_scales(scale_ptr, scale, at, part * (cfg.BK // 128) + tl.arange(0, cfg.BK // 128), KX, rows, cfg)
 
 
 @triton.jit
-def bring_fp8(x_ptr, xs_ptr, to_ptr, scale_ptr, at, part, K, KX, ssk, cfg: tl.constexpr):
+def bring_fp8(x_ptr, xs_ptr, to_ptr, scale_ptr, at, part, K, KX, ssk, rows, cfg: tl.constexpr):
     x, scale = load_fp8(x_ptr, xs_ptr, part, K, ssk, cfg)
-    store_fp8(x, scale, to_ptr, scale_ptr, at, part, KX, cfg)
+    store_fp8(x, scale, to_ptr, scale_ptr, at, part, KX, rows, cfg)
 
 
 @triton.jit
@@ -105,7 +109,7 @@ def store_two(first, second, to_ptr, b, inside, BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def bring_two(x_ptr, to_ptr, scale_ptr, at, part, K, KX, cfg: tl.constexpr):
+def bring_two(x_ptr, to_ptr, scale_ptr, at, part, K, KX, rows, cfg: tl.constexpr):
     """BK elements of a BF16 row to position `at` as two E4M3 numbers each, in units of 128 of K, which go where `store_scales` says."""
     BLOCKS: tl.constexpr = cfg.BK // 128
     b = part * BLOCKS + tl.arange(0, BLOCKS)
@@ -114,7 +118,7 @@ def bring_two(x_ptr, to_ptr, scale_ptr, at, part, K, KX, cfg: tl.constexpr):
     unit, inverse = unit_of_top(tl.max(magnitude(x), 1))
     first, second = in_two(x, unit[:, None], inverse[:, None], 1)
     store_two(first, second, to_ptr, b, b[:, None] * 128 < KX, BLOCKS)
-    store_scales(scale_ptr, unit, at, b, KX)
+    store_scales(scale_ptr, unit, at, b, KX, rows, cfg)
 
 
 @triton.jit

@@ -22,6 +22,7 @@ from ....problem import Config, Problem, Step
 from ...launching import Launch, Pointer
 from ...operands import Operands
 from . import narrow, narrow_fp8_model
+from . import narrow_prefill_ring as ring
 from .fp8_block_tile import LAYOUTS
 from .narrow import TWO_ORDER, combine, power_of_two, sms_of, xkind
 from .narrow_model import active_experts, rows_expected, slots_expected
@@ -78,7 +79,6 @@ FP8_SHAPES = {(32, 2): 9, (64, 1): 10, (64, 2): 7, (128, 1): 6}
 # the same by most tokens and units, in widths of COLUMNS: consumers, ring slots, columns of a product where they are several
 FP8_COLUMNS = {(96, 3): (3, 7, 0), (160, 2): (2, 6, 0), (160, 3): (3, 5, 64), (144, 4): (2, 4, 48)}
 FP8_PAIR = (32, 1)      # two blocks an SM
-FP8_PAIR_STAGES = 7
 # of BF16 ones
 TWO_SHAPES = {(32, 2): 7, (64, 1): 7, (64, 2): 5}
 TWO_PAIR_STAGES = 5
@@ -126,8 +126,9 @@ def offered(problem: Problem, tokens: int, units: int, piece: int) -> bool:
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     if packed_for_fp8(problem):
-        shapes, stages = (TWO_SHAPES, TWO_PAIR_STAGES) if in_two(problem) else (FP8_SHAPES, FP8_PAIR_STAGES)
-        pair = replace(_config(*FP8_PAIR, stages), extra=(("ctas", 2), ))
+        shapes, pair = TWO_SHAPES, replace(_config(*FP8_PAIR, TWO_PAIR_STAGES), extra=(("ctas", 2), ))
+        if not in_two(problem):
+            shapes, pair = FP8_SHAPES, replace(_config(*FP8_PAIR, ring.SLOTS), extra=ring.options(problem, arch))
         wide = [replace(_config(*x, SHAPES[x][0]), extra=(("bf16", 1), )) for x in WIDE_SHAPES]
         columns = [_config(t, u // w, s, w) for (t, u), (w, s, p) in FP8_COLUMNS.items() if offered(problem, t, u, p)]
         every = (*(_config(t, u, s) for (t, u), s in shapes.items()), *columns, pair, *wide)
@@ -163,6 +164,10 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     if extra(config, "ctas", 1) != (2 if paired else 1):
         return f"ctas={extra(config, 'ctas', 1)}, expected 2 for {FP8_PAIR} FP8 tokens and units, else 1"
     tile = tile_of(problem, config)
+    if tile.BOX not in (1, 2) or (tile.BOX > 1 and (not fp8 or columns or tile.UNROLL != tile.BOX)):
+        return f"box={tile.BOX} K blocks a slot, expected 1, or 2 for FP8 tiles of one product and trips of two"
+    if extra(config, "stream") and not tile.weights_first:
+        return "stream takes tiles whose weights have more of the ring than their tokens"
     if config.num_stages < 2 or tile.shared_bytes > smem_budget(config, arch):
         return f"{config.num_stages} stages take {tile.shared_bytes} bytes of shared memory; expected 2 or more, in {arch.smem}"
     return None
@@ -179,15 +184,19 @@ def tile_of(problem: Problem, config: Config, slots: bool = True, factor: bool =
     e = problem.epilogue
     columns, row = in_columns(problem, config), by_row(problem)
     unroll = 1 if columns and not row else extra(config, "unroll", 2)
+    box = extra(config, "box", 1)
     args = (*e.activation_args, 0.0, 0.0)
     pair, fp8 = problem.b.prepack.partition(":")[2], by_fp8(problem, config)
     fp32, ahead = e.combine or problem.out_dtype == "fp32", starts_ahead(problem, config)
-    return Tile(config.block_m, config.block_n // (consumers(config) * ROWS), config.num_stages, unroll, k_blocks(problem) % unroll,
+    return Tile(config.block_m, config.block_n // (consumers(config) * ROWS), config.num_stages, unroll,
+                k_blocks(problem) % unroll if box == 1 else 0,      # slots of several end with zeros
                 problem.b.format.element == "e4m3", slots, factor, problem.a.format.scaled and (not fp8 or row), PAIR_IDS[pair],
                 ACT_IDS[e.activation], args[0], args[1], e.bias, e.routing_weight, promotes(problem) and not fp8,
                 doubles(problem), fp8, packed_for_fp8(problem) and not fp8, fp8 and in_two(problem),
                 ITEMSIZE["fp32" if fp32 else problem.out_dtype],
                 ROW=row, CONSUMERS=consumers(config), COLUMNS=columns, PIECE=piece_of(config) if columns else 0, AHEAD=ahead,
+                BOX=box, BY_K=fp8 and not row and not columns, STREAM=bool(extra(config, "stream")),
+                OUT_TOKENS=16 if box > 1 and extra(config, "ctas", 1) == 2 else 32,
                 LAYOUT=LAYOUTS[problem.layout] if ahead else 0,
                 GROUPS=max(32, power_of_two(problem.groups)) if ahead else 32,
                 **({"CTAS": 2, "CONSUMER_REGISTERS": 104, "PRODUCER_REGISTERS": 24} if extra(config, "ctas", 1) == 2 else
@@ -317,6 +326,7 @@ class PrepStatic:
     WEIGHT: bool             # slots have routing weights
     BLOCK: int = 1           # positions of a block (routed), a power of two no less
     LIST: bool = True        # the entries are listed
+    BY_K: bool = False       # tokens' scales lie K block by K block
     PDL: bool = False        # the product starts meanwhile
     TOUCHED: int = 0         # K blocks that L2 is asked for, for each block of the product, a power of two
     UNITS: int = 0           # of a tile
@@ -351,17 +361,20 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
                       NIBBLE_ORDER if tile.NIBBLES else TWO_ORDER if tile.TWO else ROW_ORDER if tile.ROW else FP8_ORDER if tile.FP8
                       else xkind(problem.a),
                       problem.a.format.group[1] or 32, e.combine, PREP_K,
-                      x.slots is not None, x.weight is not None, power_of_two(x.block_m), not tile.AHEAD or e.combine, tile.AHEAD,
-                      touched(problem, config), tile.UNITS)
+                      x.slots is not None, x.weight is not None, power_of_two(x.block_m), not tile.AHEAD or e.combine, tile.BY_K,
+                      tile.AHEAD, touched(problem, config), tile.UNITS)
     x_tile = narrow_prefill_parts_device.X8_TILE.value if tile.FP8 else narrow_prefill_parts_device.X_TILE.value
     planes = narrow_prefill_parts_device.PLANES.value
     wide = k_blocks(problem) * CHUNK * (2 if tile.TWO else 1)
     boxes = [TensorDescriptor(tokens, [rows, wide], [wide, 1], [p, CHUNK], x_tile) for p in BOXES]
-    for base, deep, box in ((Pointer(x.b.data, i32), chunks * tile.WEIGHT_ROWS, [tile.BOX_UNITS, tile.WEIGHT_ROWS, 256]),
+    of_units = [tile.BOX_UNITS, tile.BOX * tile.WEIGHT_ROWS, 256]
+    for base, deep, box in ((Pointer(x.b.data, i32), chunks * tile.WEIGHT_ROWS, of_units),
                             (Pointer(fields, i32), -(-chunks // 2), [tile.BOX_UNITS, 1, SCALE_BYTES // 4])):
         boxes.append(TensorDescriptor(base, [x.groups * tiles, deep, box[2]], [deep * box[2], box[2], 1], box, planes))
     flat = narrow_prefill_parts_device.RATIO_TILE.value
-    boxes.append(TensorDescriptor(ratios, [rows, 4 * chunks], [4 * chunks, 1], [16, 4], flat) if tile.SCALES else boxes[0])
+    by_k = tile.SCALES and tile.BY_K
+    deep, across, box = (chunks, 4 * rows, [tile.BOX, 64]) if by_k else (rows, 4 * chunks, [16, 4])
+    boxes.append(TensorDescriptor(ratios, [deep, across], [across, 1], box, flat) if tile.SCALES else boxes[0])
     out, om = (y, n) if e.combine else (x.out, x.out.stride(-2))
     sms = sms_of(x.out.device)
     grid = max(1, min(min(sms, problem.max_sms or sms) * tile.CTAS, cap * -(-tiles // tile.UNITS)))

@@ -29,6 +29,7 @@ from .narrow_columns_device import first_turn, last_turn, products16, side_by_si
 from .narrow_entries_device import entry_at, entry_sums, sum_up
 from .narrow_fp8_device import products8
 from .narrow_prefill_parts_device import PLANES, RATIO_TILE, X8_TILE, X_TILE, finish, load_activations, load_weights, products, rows_vectors
+from .shim import view_rows
 
 HEAD = gl.constexpr(16)      # of the table: see narrow_tile.TABLE_HEAD
 
@@ -78,10 +79,11 @@ def producer(descs, rings, bars, table, table_ptr, sizes, cfg: gl.constexpr):
     phase = gl.to_tensor(1)
     t = gl.program_id(0)
     e, n, first, rows = tile_at(t, total, num_n, sums, table_ptr, G, cap, cfg, 1)
+    boxes = (KC + (cfg.BOX - 1)) // cfg.BOX
     asked = gl.to_tensor(0)
     if cfg.AHEAD:       # the first weights come while the launch in front brings the tokens
         if rows > 0:
-            asked = gl.minimum(KC, cfg.STAGES)
+            asked = gl.minimum(boxes, cfg.STAGES)
         for kb in range(asked):
             load_weights(descs, rings, full, kb, e * NT + n * cfg.UNITS, kb, cfg)
         gdc_wait()
@@ -90,7 +92,7 @@ def producer(descs, rings, bars, table, table_ptr, sizes, cfg: gl.constexpr):
         # the next tile is looked up first, so that its loads are off the path between two tiles
         ahead = tile_at(t, total, num_n, sums, table_ptr, G, cap, cfg, 1)
         unit = e * NT + n * cfg.UNITS
-        for kb in range(KC):
+        for kb in range(boxes):
             mbarrier.wait(empty.index(slot), phase)
             if cfg.AHEAD:
                 if kb >= asked:
@@ -199,12 +201,18 @@ def narrow_prefill_kernel(x8_desc, x16_desc, x32_desc, x64_desc, x128_desc, w_de
     if cfg.COLUMNS:
         x0_s = gl.allocate_shared_memory(ELEMENT, [cfg.X_BOXES, 16, 128], TILE)
     else:
-        x0_s = gl.allocate_shared_memory(ELEMENT, [STAGES, NUMBERS * cfg.T0, 128], TILE)
+        x0_s = gl.allocate_shared_memory(ELEMENT, [STAGES * cfg.BOX, NUMBERS * cfg.T0, 128], TILE)
     x1_s = x0_s
     if cfg.T1 > 0:
-        x1_s = gl.allocate_shared_memory(ELEMENT, [STAGES, NUMBERS * cfg.T1, 128], TILE)
+        x1_s = gl.allocate_shared_memory(ELEMENT, [STAGES * cfg.BOX, NUMBERS * cfg.T1, 128], TILE)
     BOXES: gl.constexpr = STAGES * cfg.UNITS // cfg.BOX_UNITS
-    w_s = gl.allocate_shared_memory(gl.int32, [BOXES, cfg.BOX_UNITS, cfg.WEIGHT_ROWS, 256], PLANES)
+    if cfg.STREAM:      # the largest allocation is at the start of shared memory, so its addresses are known
+        ring = gl.allocate_shared_memory(gl.int8, [cfg.F_AT // 16 + 1, 128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+        w_s = ring
+        w_full = view_rows(ring, gl.int64, cfg.F_AT + 16, 1, mbarrier.MBarrierLayout())
+    else:
+        w_s = gl.allocate_shared_memory(gl.int32, [BOXES, cfg.BOX_UNITS, cfg.BOX * cfg.WEIGHT_ROWS, 256], PLANES)
+        w_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     s_s = gl.allocate_shared_memory(gl.int32, [BOXES, cfg.BOX_UNITS, 1, 128], PLANES)
     f0_s = x0_s
     f1_s = x0_s
@@ -212,19 +220,18 @@ def narrow_prefill_kernel(x8_desc, x16_desc, x32_desc, x64_desc, x128_desc, w_de
         if cfg.COLUMNS:
             f0_s = gl.allocate_shared_memory(gl.float32, [STAGES * cfg.XT // 16, 16, 4], RATIO_TILE)
         else:
-            f0_s = gl.allocate_shared_memory(gl.float32, [STAGES, cfg.T0, 4], RATIO_TILE)
+            f0_s = gl.allocate_shared_memory(gl.float32, [STAGES * cfg.BOX, cfg.T0, 4], RATIO_TILE)
         if cfg.T1 > 0:
-            f1_s = gl.allocate_shared_memory(gl.float32, [STAGES, cfg.T1, 4], RATIO_TILE)
+            f1_s = gl.allocate_shared_memory(gl.float32, [STAGES * cfg.BOX, cfg.T1, 4], RATIO_TILE)
     staging: gl.constexpr = gl.NVMMASharedLayout.get_default_for([cfg.OUT_TOKENS, cfg.FEATURES], out_ptr.dtype.element_ty)
     d_s = gl.allocate_shared_memory(out_ptr.dtype.element_ty, [cfg.CONSUMERS, cfg.OUT_TOKENS, cfg.FEATURES], staging)
     slot_s = gl.allocate_shared_memory(gl.int32, [cfg.CONSUMERS, cfg.TP if cfg.SLOTS else 1], ROW_OF_INTS)
     xfactor_s = gl.allocate_shared_memory(gl.float32, [cfg.CONSUMERS, cfg.TP if cfg.XFACTOR else 1], ROW_OF_FLOATS)
     weight_s = gl.allocate_shared_memory(gl.float32, [cfg.CONSUMERS, cfg.TP if cfg.WEIGHT else 1], ROW_OF_FLOATS)
-    w_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     x_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
-        mbarrier.init(w_full.index(i), count=1)
+        mbarrier.init(w_full.index(cfg.F_AT + i), count=1)
         mbarrier.init(x_full.index(i), count=1)
         mbarrier.init(empty.index(i), count=cfg.CONSUMERS)
     table = empty

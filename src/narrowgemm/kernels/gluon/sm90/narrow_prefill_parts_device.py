@@ -5,6 +5,7 @@ from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from . import cluster_device as cluster
 from .fp8_block_parts_device import advance, vector_layout
 from .fp8_block_schedule_device import fresh
 from .narrow_epilogue_device import activate, payload_unit
@@ -18,6 +19,9 @@ PLANES = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidt
 RATIO_TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2))
 ROWS_OF_BYTES = gl.constexpr(gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
 BYTES3 = gl.constexpr(bytes_layout(64))
+
+KERNEL = gl.constexpr("narrow_prefill_kernel")
+W_PARAMETER = gl.constexpr(25)      # among its PTX parameters, the descriptor of weights: five of two dimensions are in front
 
 
 @constexpr_function
@@ -39,21 +43,27 @@ def load_tokens(descs, ring, bar, slot, row, k, cfg: gl.constexpr, T: gl.constex
     if P == 128:
         desc = descs[4]
     if cfg.TWO:         # the first numbers of all tokens, then the second ones
-        boxes = view_as(ring, gl.float8e4nv, cfg.STAGES * (2 * T // P), P, 128, X8_TILE)
+        boxes = view_as(ring, gl.float8e4nv, cfg.STAGES * cfg.BOX * (2 * T // P), P, 128, X8_TILE)
         for i in gl.static_range(2):
             tma_load(desc, [row, 2 * k + 128 * i], bar, boxes.index(slot * (2 * T // P) + i))
     elif cfg.FP8:
-        tma_load(desc, [row, k], bar, view_as(ring, gl.float8e4nv, cfg.STAGES * (T // P), P, 128, X8_TILE).index(slot * (T // P)))
+        boxes = view_as(ring, gl.float8e4nv, cfg.STAGES * cfg.BOX * (T // P), P, 128, X8_TILE)
+        tma_load(desc, [row, k], bar, boxes.index(slot * (T // P)))
     else:
         tma_load(desc, [row, k], bar, view_as(ring, gl.bfloat16, cfg.STAGES * (T // P), P, 128, X_TILE).index(slot * (T // P)))
 
 
 @gluon.jit
 def load_ratios(desc, ring, bar, slot, row, kb, cfg: gl.constexpr, T: gl.constexpr, P: gl.constexpr):
-    """What the sums of P tokens are multiplied by before K block kb is added, or (FP8) the scales of that block."""
-    boxes = view_as(ring, gl.float32, cfg.STAGES * (T // 16), 16, 4, RATIO_TILE)
-    for i in gl.static_range((P + 15) // 16):
-        tma_load(desc, [row + i * 16, kb * 4], bar, boxes.index(slot * (T // 16) + i))
+    """What the sums of P tokens are multiplied by before K block kb is added, or (FP8) the scales of that block; of box kb of several."""
+    if cfg.BY_K:
+        boxes = view_as(ring, gl.float32, cfg.STAGES * (T // 16), cfg.BOX, 64, RATIO_TILE)
+        for i in gl.static_range((P + 15) // 16):
+            tma_load(desc, [kb * cfg.BOX, (row + i * 16) * 4], bar, boxes.index(slot * (T // 16) + i))
+    else:
+        boxes = view_as(ring, gl.float32, cfg.STAGES * (T // 16), 16, 4, RATIO_TILE)
+        for i in gl.static_range((P + 15) // 16):
+            tma_load(desc, [row + i * 16, kb * 4], bar, boxes.index(slot * (T // 16) + i))
 
 
 @gluon.jit
@@ -67,15 +77,21 @@ def weight_block(kb, cfg: gl.constexpr):
 
 @gluon.jit
 def load_weights(descs, rings, full, slot, unit, kb, cfg: gl.constexpr):
-    """K block kb of the tile's units and their scales into a slot."""
+    """Box kb of K blocks of the tile's units and their scales into a slot. STREAM: in PTX, as Gluon's copy takes no policy."""
     x_descs, w_desc, s_desc, f_desc = descs
     x0_s, x1_s, w_s, s_s, f0_s, f1_s = rings
-    bar = full[0].index(slot)
+    bar = full[0].index(cfg.F_AT + slot)
     mbarrier.expect(bar, cfg.WEIGHT_BYTES)
     BOXES: gl.constexpr = cfg.UNITS // cfg.BOX_UNITS
+    ROWS: gl.constexpr = cfg.BOX * cfg.WEIGHT_ROWS
     for i in gl.static_range(BOXES):
-        tma_load(w_desc, [unit + i, weight_block(kb, cfg) * cfg.WEIGHT_ROWS, 0], bar, w_s.index(slot * BOXES + i))
-        tma_load(s_desc, [unit + i, weight_block(kb, cfg) // 2, 0], bar, s_s.index(slot * BOXES + i))
+        if cfg.STREAM:
+            start = cluster.start_of_shared()
+            cluster.load(w_desc, KERNEL, W_PARAMETER, (unit + i, weight_block(kb, cfg) * ROWS, 0), start + (cfg.F_AT + slot) * 8,
+                         start + (slot * BOXES + i) * (cfg.BOX_UNITS * ROWS * 1024), 1, True, True)
+        else:
+            tma_load(w_desc, [unit + i, weight_block(kb, cfg) * ROWS, 0], bar, w_s.index(slot * BOXES + i))
+        tma_load(s_desc, [unit + i, weight_block(kb, cfg) * cfg.BOX // 2, 0], bar, s_s.index(slot * BOXES + i))
 
 
 @gluon.jit
@@ -97,7 +113,7 @@ def load_columns(descs, x_s, f_s, bar, slot, first, kb, cfg: gl.constexpr, P: gl
 
 @gluon.jit
 def load_activations(descs, rings, full, slot, first, kb, cfg: gl.constexpr, P0: gl.constexpr, P1: gl.constexpr):
-    """K block kb of P0 + P1 tokens from position `first` into a slot, and what their sums are multiplied by."""
+    """K block, or box of them, kb of P0 + P1 tokens from position `first` into a slot, and what their sums are multiplied by."""
     x_descs, w_desc, s_desc, f_desc = descs
     x0_s, x1_s, w_s, s_s, f0_s, f1_s = rings
     bar = full[1].index(slot)
@@ -105,14 +121,16 @@ def load_activations(descs, rings, full, slot, first, kb, cfg: gl.constexpr, P0:
     if cfg.COLUMNS:
         load_columns(descs, x0_s, f0_s, bar, slot, first, kb, cfg, P0)
     else:
-        mbarrier.expect(bar, (P0 + P1) * TOKEN + ((P0 + 15) // 16 + P1 // 16) * (256 if cfg.SCALES else 0))
+        B: gl.constexpr = cfg.BOX
+        mbarrier.expect(bar, B * ((P0 + P1) * TOKEN + ((P0 + 15) // 16 + P1 // 16) * (256 if cfg.SCALES else 0)))
         if cfg.SCALES:
             load_ratios(f_desc, f0_s, bar, slot, first, kb, cfg, cfg.T0, P0)
             if P1 > 0:
                 load_ratios(f_desc, f1_s, bar, slot, first + P0, kb, cfg, cfg.T1, P1)
-        load_tokens(x_descs, x0_s, bar, slot, first, kb * 128, cfg, cfg.T0, P0)
-        if P1 > 0:
-            load_tokens(x_descs, x1_s, bar, slot, first + P0, kb * 128, cfg, cfg.T1, P1)
+        for j in gl.static_range(B):
+            load_tokens(x_descs, x0_s, bar, slot * B + j, first, (kb * B + j) * 128, cfg, cfg.T0, P0)
+            if P1 > 0:
+                load_tokens(x_descs, x1_s, bar, slot * B + j, first + P0, (kb * B + j) * 128, cfg, cfg.T1, P1)
 
 
 # ---------------------------------------------------------------- products
@@ -203,7 +221,7 @@ def blocks(sums, slot, phase, kb, rings, bars, cfg: gl.constexpr, WG: gl.constex
     s_v = view_as(s_s, gl.int32, cfg.STAGES * cfg.UNITS, 32, 4, ROWS_OF_BYTES)
     old = slot
     for c in gl.static_range(COUNT):
-        mbarrier.wait(w_full.index(slot), phase)
+        mbarrier.wait(w_full.index(cfg.F_AT + slot), phase)
         for i in gl.static_range(MP):
             unit = slot * cfg.UNITS + (WG * MP + i)
             fields = s_v.index(unit).load(field_layout(64)) >> (16 * (weight_block(kb + c, cfg) % 2))

@@ -72,8 +72,8 @@ def bring_ratios(xs_ptr, ratio_ptr, last_ptr, K, KX, ssk):
 
 @triton.jit
 def bring(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, ratio_ptr, weight_ptr, of_position_ptr, slot, at, row, part, K, KX, sxg, sxm, ssg, ssm, ssk,
-          positions, cfg: tl.constexpr):
-    """BK columns of a row of A to position `at`."""
+          positions, rows, cfg: tl.constexpr):
+    """BK columns of a row of A to position `at` of `rows`."""
     base = offset_of(row, positions, sxg, sxm, cfg)
     xs_ptr += offset_of(row, positions, ssg, ssm, cfg)
     to = xp_ptr + at.to(tl.int64) * (2 * KX if (cfg.XKIND == FP16) | (cfg.XKIND == TWO_ORDER) else KX)
@@ -81,11 +81,11 @@ def bring(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, ratio_ptr, weight_ptr, of_position
         if part == 0:
             tl.store(of_position_ptr + at, tl.load(weight_ptr + slot))
     if cfg.XKIND == FP8_ORDER:
-        bring_fp8(x_ptr + base, xs_ptr, to, ratio_ptr, at.to(tl.int64), part, K, KX, ssk, cfg)
+        bring_fp8(x_ptr + base, xs_ptr, to, ratio_ptr, at.to(tl.int64), part, K, KX, ssk, rows, cfg)
     elif cfg.XKIND == ROW_ORDER:
         bring_row(x_ptr + base, xs_ptr, to, xfactor_ptr + at, part, K, KX, cfg)
     elif cfg.XKIND == TWO_ORDER:
-        bring_two(x_ptr + base, to, ratio_ptr, at.to(tl.int64), part, K, KX, cfg)
+        bring_two(x_ptr + base, to, ratio_ptr, at.to(tl.int64), part, K, KX, rows, cfg)
     elif cfg.XKIND == PLAIN_FP8:
         o = part * cfg.BK + tl.arange(0, cfg.BK)
         y = narrow_weight_order(x_ptr, base, part * cfg.BK, K, cfg.BK).to(tl.bfloat16)
@@ -153,6 +153,9 @@ def narrow_prefill_prep_kernel(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, ratio_ptr, we
     pieces = (KX + cfg.BK - 1) // cfg.BK
     at = (pid - 1) // pieces
     part = (pid - 1) % pieces
+    rows = positions
+    if cfg.KIND == MASKED:
+        rows = positions * G
     if pid == 0:
         if cfg.LIST:
             list_all(index_ptr, slots_ptr, experts_ptr, posted_ptr, table_ptr, live_ptr, positions, G, R, cap, block_m, cfg)
@@ -165,12 +168,12 @@ def narrow_prefill_prep_kernel(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, ratio_ptr, we
                 x, scale = load_fp8(x_ptr + offset_of(row, positions, sxg, sxm, cfg), xs_ptr + offset_of(row, positions, ssg, ssm, cfg),
                                     part, K, ssk, cfg)
                 if first < in_use(index_ptr, g, positions):
-                    store_fp8(x, scale, xp_ptr + row * KX, ratio_ptr, row, part, KX, cfg)
+                    store_fp8(x, scale, xp_ptr + row * KX, ratio_ptr, row, part, KX, rows, cfg)
                 first += each
             for r in range(first, in_use(index_ptr, g, positions), each):
                 row = g.to(tl.int64) * positions + r
                 bring(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, ratio_ptr, weight_ptr, of_position_ptr, row, row, row, part, K, KX, sxg, sxm, ssg,
-                      ssm, ssk, positions, cfg)
+                      ssm, ssk, positions, rows, cfg)
         elif cfg.TOUCHED > 0:
             touch_first(w_ptr, s_ptr, pid - 1 - G * each * pieces, G, NT, KX // 128, cfg)
     else:
@@ -183,4 +186,4 @@ def narrow_prefill_prep_kernel(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, ratio_ptr, we
             used = used & (at < tl.load(index_ptr + G))
         if used:
             bring(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, ratio_ptr, weight_ptr, of_position_ptr, slot, at, row, part, K, KX, sxg, sxm, ssg,
-                  ssm, ssk, positions, cfg)
+                  ssm, ssk, positions, rows, cfg)

@@ -75,7 +75,11 @@ class Tile:
     ROW: bool = False        # tokens are FP8 with one scale, applied at the end
     CONSUMERS: int = 2       # warpgroups that multiply
     COLUMNS: bool = False    # FP8 tokens in widths of COLUMNS: see narrow_columns_device
+    BOX: int = 1             # K blocks of a slot, whose weights are one box of TMA
+    BY_K: bool = False       # tokens' scales lie K block by K block in memory, else position by position
+    STREAM: bool = False     # weights pass through L2, which gives them up first
     PIECE: int = 0           # most columns of a product of several in turn, 0: one product of all columns
+    F_AT: int = field(init=False)            # STREAM: words of 8 bytes in front of the weights' barriers, in their allocation
     BN: int = field(init=False)
     UNITS: int = field(init=False)
     BOX_UNITS: int = field(init=False)       # units that one TMA brings: a power of two
@@ -104,7 +108,8 @@ class Tile:
         set_(self, "SCALES", self.CHUNKED or (self.FP8 and not self.ROW))
         set_(self, "FEATURES", 32 if self.ACT else 64)
         set_(self, "WEIGHT_ROWS", 8 if self.E4M3 else 4)
-        set_(self, "WEIGHT_BYTES", self.UNITS * (self.WEIGHT_ROWS * 1024 + SCALE_BYTES))
+        set_(self, "F_AT", self.STAGES * self.UNITS * self.BOX * self.WEIGHT_ROWS * 128 if self.STREAM else 0)
+        set_(self, "WEIGHT_BYTES", self.UNITS * (self.BOX * self.WEIGHT_ROWS * 1024 + SCALE_BYTES))
 
     @property
     def max_registers(self) -> int:
@@ -112,10 +117,17 @@ class Tile:
         return 80 if self.CTAS == 2 else 168 if self.CONSUMERS == 2 else 128
 
     @property
+    def weights_first(self) -> bool:
+        """Whether the weights' ring is the largest allocation, which Triton puts at the start of shared memory: STREAM needs it."""
+        weights = self.UNITS * self.WEIGHT_ROWS * 1024
+        return max(self.XT if self.COLUMNS else self.T0, self.T1) * (128 if self.FP8 and not self.TWO else 256) < weights
+
+    @property
     def shared_bytes(self) -> int:
         """Shared memory of a block: an upper bound."""
         token = (128 if self.FP8 and not self.TWO else 256) + (RATIO_BYTES if self.SCALES else 0)
-        ring = self.STAGES * (self.WEIGHT_BYTES + ((self.XT if self.COLUMNS else self.T0) + self.T1) * token + 3 * _BARRIER_BYTES)
+        tokens = self.BOX * ((self.XT if self.COLUMNS else self.T0) + self.T1) * token
+        ring = self.STAGES * (self.WEIGHT_BYTES + tokens + 3 * _BARRIER_BYTES) + (1024 if self.STREAM else 0)
         staging = self.CONSUMERS * self.OUT_TOKENS * self.FEATURES * self.OUT_BYTES
         vectors = self.CONSUMERS * self.TP * 4 * (self.SLOTS + self.XFACTOR + self.WEIGHT)
         return ring + staging + vectors + (4 * self.GROUPS if self.AHEAD else 0) + 1024 + (2048 if self.COLUMNS else 0)
