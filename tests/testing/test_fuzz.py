@@ -13,10 +13,11 @@ import torch
 from narrowgemm.errors import Unsupported
 from narrowgemm.formats import BF16, MXFP4
 from narrowgemm.kernels.registry import kernels
+from narrowgemm.ops.grouped import grouped_gemm
 from narrowgemm.reference import gemm as reference
 from narrowgemm.testing import fuzz, fuzz_compat, fuzz_steps, fuzz_training
 from narrowgemm.testing.case import Case
-from narrowgemm.testing.fuzz_checks import sum_error
+from narrowgemm.testing.fuzz_checks import corrupt_faults, sum_error
 from narrowgemm.testing.fuzz_inputs import GuardedView, Store, build, stored
 
 CPU = torch.device("cpu")
@@ -195,6 +196,21 @@ def test_steps_on_a_gpu(op: str) -> None:
         if found:
             wrong.append(f"{op} {seed}: {found}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_sums_that_leave_fp16_may_be_off_by_a_share_of_what_they_are() -> None:
+    """A tensor core's 2^-8 of a sum of a million is no fault where FP16 ends at 65504; 4% is."""
+    case = Case("fuzz", "offsets", 4, 40, 16, 1024, out_dtype="fp16")
+    one = fuzz.Draw(case, 3, values="bits", corrupt="past")
+    for share, wrong in ((2.0**-8, False), (0.04, True)):
+        inputs = build(one, CPU)
+        wide = torch.zeros(inputs.out.tensor.shape)
+        grouped_gemm(inputs.a, inputs.b, inputs.layout, out=wide, backend="reference")
+        assert float(wide.abs().max()) > 1e6
+        inputs.reset_out()
+        written = wide.any(1)
+        inputs.out.tensor[written] = (wide[written] + share * wide.abs().max()).to(torch.float16)
+        assert bool(corrupt_faults(inputs, one)) == wrong
 
 
 def test_inputs_are_what_a_draw_says() -> None:
