@@ -132,6 +132,8 @@ def test_good_data_passes_validation() -> None:
     a, b = operands(G)
     for layout in layouts().values():
         ng.grouped_gemm(a, b, layout, validate="sync")
+    full = masked_a()
+    ng.grouped_gemm(full, b, ng.Masked(torch.tensor([full.shape[1], 0, full.shape[1]], dtype=I32)), validate="sync")     # as many as there is room for
 
 
 OWN = ng.sort_by_expert(torch.tensor([[0, 1], [2, 0], [1, 2]], dtype=I32), G)
@@ -142,7 +144,13 @@ def narrow_out(dtype: torch.dtype) -> ng.ScaledTensor:
     return ng.ScaledTensor(torch.zeros(6, 64, dtype=torch.float8_e4m3fn), torch.zeros(6, 1, dtype=dtype), ng.FP8_1x128)
 
 
+PACKED = ng.prepack(ng.quantize(torch.randn(G, 64, 64), ng.MXFP4))
+GROUPS = ng.Masked(torch.zeros(G, dtype=I32))
+
 MORE = {
+    "accumulate of packed weights is no flag": (lambda: ng.grouped_gemm(torch.randn(G, 8, 64).bfloat16(), PACKED, GROUPS, out=torch.zeros(G, 8, 64), accumulate="no"), TypeError, "accumulate: got 'no', expected True or False"),
+    "zero_padding of packed weights is no flag": (lambda: ng.grouped_gemm(torch.randn(G, 8, 64).bfloat16(), PACKED, GROUPS, zero_padding="no"), TypeError, "zero_padding: got 'no', expected True or False"),
+    "gaps between groups to write, with packed weights": (lambda: ng.grouped_gemm(torch.randn(G, 8, 64).bfloat16(), PACKED, GROUPS, out=torch.zeros(G, 9, 64)[:, :8]), ValueError, r"out, strides: got \(576, 64, 1\), expected groups one behind the other"),
     "fast_accum of packed weights": (lambda: ng.gemm(torch.randn(4, 64).bfloat16(), ng.prepack(ng.quantize(torch.randn(64, 64), ng.MXFP4)), fast_accum=True), ValueError, "fast_accum of packed mxfp4: got True"),
     "accumulate is no flag": (lambda: ng.gemm(*operands(), out=torch.zeros(M, N), accumulate="no"), TypeError, "accumulate: got 'no', expected True or False"),
     "workspace is a size": (lambda: ng.gemm(*operands(), workspace=4096), TypeError, "workspace: got int, expected a torch.Tensor"),
