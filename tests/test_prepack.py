@@ -275,6 +275,17 @@ def test_float32_scales_come_back_as_codes() -> None:
     assert same(unpack(prepack(f)), w)
 
 
+@pytest.mark.parametrize("wrong, error, words", [
+    (None, TypeError, "weights, scale: got NoneType"), (lambda s: s[..., :3], ValueError, r"got \(3, 64, 3\), expected \(3, 64, 4\)"),
+    (lambda s: s.repeat(1, 1, 2), ValueError, r"got \(3, 64, 8\)"), (lambda s: s[:2], ValueError, r"got \(2, 64, 4\)"),
+    (lambda s: s.to("meta"), ValueError, "weights, scale device: got meta, expected the payload's, cpu")])
+def test_scales_that_are_not_the_payloads_are_refused(wrong, error, words) -> None:
+    """Fewer along K, or more, were taken without a word."""
+    w = quantize(torch.randn(3, 64, 128), MXFP4)
+    with pytest.raises(error, match=words):
+        prepack(ScaledTensor(w.data, None if wrong is None else wrong(w.scale), w.format))
+
+
 def test_what_is_refused() -> None:
     with pytest.raises(TypeError, match="ScaledTensor"):
         prepack(torch.randn(64, 128))  # type: ignore[arg-type]

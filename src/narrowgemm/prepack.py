@@ -229,6 +229,12 @@ def _check_weights(weights: ScaledTensor, pair: str, activations: str, folded: b
     fmt, shape = weights.format, tuple(weights.shape)
     check_packable(fmt)
     expect(weights.data.dim() in (2, 3), "weights, shape", shape, "[E, N, K] or [N, K]")
+    scale = weights.scale
+    expect(isinstance(scale, Tensor), "weights, scale", type(scale).__name__, "a torch.Tensor", error=TypeError)
+    assert scale is not None
+    expect(tuple(scale.shape) == fmt.scale_shape(shape), f"weights ({fmt.name}) of shape {shape}: scale shape", tuple(scale.shape),
+           f"{fmt.scale_shape(shape)}: ScaledTensor.make takes other layouts")
+    expect(scale.device == weights.data.device, "weights, scale device", scale.device, f"the payload's, {weights.data.device}")
     expect(pair in PAIRS, "pair", repr(pair), f"one of {PAIRS}")
     expect(activations in ACTIVATIONS, "activations", repr(activations), f"one of {ACTIVATIONS}")
     expect(shape[-2] > 0 and shape[-1] > 0, "weights, shape", shape, "no empty axis")
