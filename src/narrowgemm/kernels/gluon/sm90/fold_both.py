@@ -167,6 +167,8 @@ def workspace(problem: Problem, config: Config) -> int:
 # fitted on an H100: docs/measured.md
 # six launches, three of which do nothing; of several groups, whose tiles take longer than their number says
 LAUNCH_SECONDS = 11e-6, 36e-6
+# of one group, more: launches that do nothing behind a product took 7 to 11 us on two H200s, 4 to 5 on H100s
+SLOWER_LAUNCHES = {"h200": 8e-6}
 FOLD = 1.05e-12                 # an element of A, on a device of `fold_mixed.RATE`
 PICK = 0.7e-12, 3.0e-12         # a row and a column of picks; of several groups
 STEP_TIME = 0.75e-6             # 64 columns of picks of a tile of 256 columns, on one SM
@@ -191,7 +193,8 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
             column *= LONG_PAIR
         seconds = tiles_time(p, unit, arch, sms // pair, steps * met(p.n, config.block_n) * column, BLOCK_TIME + column)
     memory = p.bytes / arch.bandwidth
-    return LAUNCH_SECONDS[p.groups > 1] + front + max(seconds, memory) + SHARE * min(seconds, memory)
+    launch = LAUNCH_SECONDS[1] if p.groups > 1 else LAUNCH_SECONDS[0] + SLOWER_LAUNCHES.get(arch.name, 0.0)
+    return launch + front + max(seconds, memory) + SHARE * min(seconds, memory)
 
 
 def met(n: int, columns: int) -> float:
