@@ -93,7 +93,7 @@ def test_weights_packed_for_fp8() -> None:
     assert FP8_PREPACK in (narrow.supports(p, ARCH) or "")
     found = narrow_prefill.configs(p, ARCH)
     shapes = {(t, 2 * u) for t, u in (*narrow_prefill.FP8_SHAPES, narrow_prefill.FP8_PAIR)}
-    assert {(c.block_m, c.block_n // 64) for c in found} == shapes | set(narrow_prefill.FP8_COLUMNS)
+    assert {(c.block_m, c.block_n // 64) for c in found} == shapes | set(narrow_prefill.FP8_COLUMNS) - {narrow_prefill.OF_ROWS}
     assert {c.block_m for c in found} == {*FP8_WIDTHS, *COLUMNS}
     assert [dict(c.extra) for c in found if c.extra] == [{"box": 2, "ctas": 2}]
     for slots, factor in ((False, False), (True, True)):
@@ -127,7 +127,10 @@ def test_rows_with_one_scale_go_with_weights_packed_for_fp8() -> None:
     others = [c for c in narrow_prefill.configs(for_fp8(), ARCH) if c not in found]
     assert {(c.block_m, c.block_n // 64) for c in others} == {x for x, (_, _, piece) in narrow_prefill.FP8_COLUMNS.items() if piece}
     assert all("scales of 128" in (narrow_prefill.legal(p, c, ARCH) or "") for c in others)
-    for c in found:
+    own = next(c for c in found if (c.block_m, c.block_n // 64) == narrow_prefill.OF_ROWS)
+    assert "one scale" in (narrow_prefill.legal(for_fp8(), own, ARCH) or "") and narrow_prefill.tile_of(p, own).shared_bytes <= ARCH.smem
+    assert own not in narrow_prefill.configs(replace(p, layout="contiguous"), ARCH)
+    for c in (c for c in found if c != own):
         tile, other = (narrow_prefill.tile_of(x, c, False, False) for x in (p, for_fp8()))
         assert tile.ROW and tile.XFACTOR and not tile.SCALES and not other.ROW and other.SCALES
         assert tile.shared_bytes < other.shared_bytes and tile.COLUMNS == other.COLUMNS
@@ -140,7 +143,9 @@ def test_widths_of_any_sixteens_are_for_fp8_tokens() -> None:
     """Two or three consumers of one or two units each; nothing else has these tiles, nor other numbers of warps."""
     for p in (for_fp8(), replace(for_fp8(), a=Operand(FP8_ROW, scale_dtype="fp32"))):
         found = [c for c in narrow_prefill.configs(p, ARCH) if (c.block_m, c.block_n // 64) in narrow_prefill.FP8_COLUMNS]
-        assert len(found) == sum(piece == 0 or p.a.format == FP8_1x128 for _, _, piece in narrow_prefill.FP8_COLUMNS.values())
+        row = p.a.format == FP8_ROW
+        assert len(found) == sum(row if x == narrow_prefill.OF_ROWS else piece == 0 or not row
+                                 for x, (_, _, piece) in narrow_prefill.FP8_COLUMNS.items())
         for c in found:
             tile = narrow_prefill.tile_of(p, c)
             assert tile.COLUMNS and (tile.MP * tile.CONSUMERS, c.block_n) == (tile.UNITS, tile.BN) and c.num_warps == 4 * tile.CONSUMERS + 1
@@ -177,6 +182,15 @@ def test_tiles_of_products_in_turn_are_not_chosen() -> None:
         return c.block_m, c.block_n // 64
 
     assert [shape(t) for t in (2048, 4096, 8192)] == [(96, 3), (160, 2), (160, 2)]
+
+
+@pytest.mark.parametrize("tokens, tile", [(2048, (96, 128)), (4096, (160, 128)), (8192, (160, 128))])
+@pytest.mark.parametrize("n, k", [(4096, 7168), (7168, 2048)])
+def test_tiles_of_tokens_with_one_scale(tokens: int, tile: tuple[int, int], n: int, k: int) -> None:
+    """With 64 rows an expert most are in 96 columns, and slots of so many tokens leave room for ten."""
+    p = replace(for_fp8(m=8 * tokens, n=n, k=k, groups=256), a=Operand(FP8_ROW, scale_dtype="fp32"))
+    c = min(narrow_prefill.configs(p, ARCH), key=lambda c: narrow_fp8_model.estimate(p, c, ARCH))
+    assert (c.block_m, c.block_n) == tile
 
 
 def test_explain_and_tables_know_the_order() -> None:

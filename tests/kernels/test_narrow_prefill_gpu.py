@@ -41,7 +41,7 @@ RUNS = [*((MAIN, shape) for shape in narrow_prefill.SHAPES),
                 max_m=300 if layout == "masked" else 0), t)
           for layout, a, t, out in (("offsets", FP8_1x128, (160, 1.5), "bf16"), ("offsets", FP8_1x128, (160, 1.5), "fp32"),
                                     ("offsets", FP8_1x128, (144, 2), "bf16"), ("offsets", FP8_1x128, (144, 2), "fp32"), ("offsets", FP8_1x128, (160, 1), "bf16"), ("masked", FP8_1x128, (160, 1), "fp32"),
-                                    ("offsets", FP8_ROW, (160, 1), "bf16"),
+                                    ("offsets", FP8_ROW, (160, 1), "bf16"), ("offsets", FP8_ROW, (96, 1), "bf16"), ("offsets", FP8_ROW, (96, 1), "fp32"),
                                     ("offsets", FP8_1x128, (96, 1.5), "bf16"), ("masked", FP8_1x128, (96, 1.5), "fp32"), ("psum", FP8_ROW, (96, 1.5), "bf16"),
                                     ("masked", FP8_ROW, (160, 1), "bf16"), ("psum", FP8_ROW, (128, 1), "fp32"), ("contiguous", FP8_ROW, (64, 2), "bf16"),
                                     ("offsets", FP8_ROW, (64, 1), "bf16"), ("offsets", FP8_ROW, (32, 2), "bf16"), ("masked", FP8_ROW, (32, 1), "bf16"))),

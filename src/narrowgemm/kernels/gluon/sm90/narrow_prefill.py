@@ -77,7 +77,8 @@ SHAPES = {(32, 1): (12, 8), (64, 1): (7, 5), (64, 2): (5, 3), (128, 1): (4, 3), 
 # the same of FP8 tokens and weights packed for them: ring slots
 FP8_SHAPES = {(32, 2): 9, (64, 1): 10, (64, 2): 7, (128, 1): 6}
 # the same by most tokens and units, in widths of COLUMNS: consumers, ring slots, columns of a product where they are several
-FP8_COLUMNS = {(96, 3): (3, 7, 0), (160, 2): (2, 6, 0), (160, 3): (3, 5, 64), (144, 4): (2, 4, 48)}
+FP8_COLUMNS = {(96, 3): (3, 7, 0), (160, 2): (2, 6, 0), (160, 3): (3, 5, 64), (144, 4): (2, 4, 48), (96, 2): (2, 10, 0)}
+OF_ROWS = (96, 2)       # of tokens with one scale a row alone
 FP8_PAIR = (32, 1)      # two blocks an SM
 # of BF16 ones
 TWO_SHAPES = {(32, 2): 7, (64, 1): 7, (64, 2): 5}
@@ -119,6 +120,8 @@ def offered(problem: Problem, tokens: int, units: int, piece: int) -> bool:
     """Several products a K block have been run by offsets alone, of tokens with scales: three units if one tile holds an expert's.
 
     Faster with few experts, slower with many: candidates that the model doesn't choose."""
+    if (tokens, units) == OF_ROWS:      # timed by offsets
+        return by_row(problem) and problem.op == "grouped_gemm" and problem.layout == "offsets"
     if in_two(problem) or (piece and (by_row(problem) or problem.op != "grouped_gemm" or problem.layout != "offsets")):
         return False
     return not piece or units > 3 or rows_expected(problem) <= tokens
@@ -151,6 +154,8 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
         return f"tile {config.block_m}x{config.block_n}x{config.block_k}, expected tokens and units of {shapes}, and {CHUNK}"
     if columns and piece_of(config) and by_row(problem):
         return f"tile {config.block_m}x{config.block_n} is for tokens with scales of 128 of K, not {problem.a.format.name}"
+    if columns and not by_row(problem) and (config.block_m, config.block_n // ROWS) == OF_ROWS:
+        return f"tile {config.block_m}x{config.block_n} is for tokens with one scale, not {problem.a.format.name}"
     if extra(config, "bf16") and not in_two(problem):
         return f"bf16=1 is for BF16 tokens and weights in the order {FP8_PREPACK}, not {problem.a.format.name}, {problem.b.prepack}"
     if promotes(problem) and not fp8 and shape not in PROMOTED[problem.b.format.element]:
