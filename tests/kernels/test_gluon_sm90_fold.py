@@ -153,9 +153,10 @@ def test_grouped(device, layout: str) -> None:
 TAILS = {"masked": [150, 0, 1, 129, 300, 256], "offsets": [3, 4, 70, 70, 201, 480, 736], "offsets-empty": [0] * 7}
 
 
-def test_tails(device) -> None:
-    """A group's last tile by half where it has no more rows: the same product, and blocks of neither kind left out."""
-    Case("masked", 300, 136, 1, 6, TAILS["masked"], **TILES["256x128"], TAIL=True).check(device, 3)
+@pytest.mark.parametrize("three", [False, True])
+def test_tails(device, three: bool) -> None:
+    """A group's last tile by half where it has no more rows, or without its last quarter: the same product, and blocks of neither kind left out."""
+    Case("masked", 300, 136, 1, 6, TAILS["masked"], **TILES["256x128"], TAIL=True, THREE=three).check(device, 3)
 
 
 QUARTERS = dict(MP=2, OUT_SPLIT=2, OUT_BUFFERS=2, TAIL=True, QUARTERS=True, ITEMS=32, LISTED=8)

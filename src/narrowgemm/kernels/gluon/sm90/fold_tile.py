@@ -22,6 +22,7 @@ class FoldTile(Tile):
     GATE: int = 0            # 0; 1: does nothing where a flag is up; 2: where none is
     FLAGS: int = 32          # power of two, at least the number of flags
     EXPANDER_REGISTERS: int = 72
+    THREE: bool = False      # TAIL: of a tile with rows in three quarters of it the last one isn't multiplied
     QUARTERS: bool = False   # tails, and whole tiles of a last round, by quarters: `fold_quarters_device.py`
     LISTED: int = 0          # groups at most, then
     ITEMS: int = 0           # places of a block's list of tiles, then

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from .fp8_block_parts_device import (
     FP8_PLANE, FP8_TILE, ROW_OF_FLOATS, advance, block_of, column_scales, load_a_scales, load_b_scales, load_blocks, multiply, scale_bases,
-    store_piece, store_zeros)
+    second_piece, store_piece, store_zeros)
 from .fp8_block_schedule_device import DENSE, first_tile, fresh, has_products, is_live, next_tile, total_tiles
 from .fp8_block_sums_device import blocks, sum_pieces
 from .ring_device import feed, groups_table, ring_barriers, store_buffers
@@ -134,7 +134,7 @@ def consumer(d_desc, out, scales, rings, d_s, bars, table, problem, cfg: gl.cons
             elif not cfg.TAIL:
                 acc, last, sa, sb, slot, phase = sum_pieces(acc, p, sa, sb, slot, phase, views, bars, problem, bases, scales, tile, cfg, WM,
                                                          WN, mma, MP)
-            elif tile[2] + cfg.BM // 2 < tile[3]:
+            elif tile[2] + second_piece(cfg, WM) < tile[3]:
                 acc, last, sa, sb, slot, phase = sum_pieces(acc, p, sa, sb, slot, phase, views, bars, problem, bases, scales, tile, cfg, WM,
                                                          WN, mma, MP)
             else:

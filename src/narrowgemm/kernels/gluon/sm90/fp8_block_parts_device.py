@@ -28,6 +28,12 @@ def block_of(cfg, WM, piece):
     return piece * cfg.WGM + WM if getattr(cfg, "TAIL", False) else WM * cfg.MP + piece
 
 
+@constexpr_function
+def second_piece(cfg, WM):
+    """TAIL: with rows beyond so many does a warpgroup work on its second piece along M. THREE: each warpgroup by itself, else both."""
+    return (cfg.WGM + (WM if getattr(cfg, "THREE", False) else 0)) * 64
+
+
 # ---------------------------------------------------------------- producer
 @gluon.jit
 def load_blocks(descs, rings, bar, slot, at, kb, whole, cfg: gl.constexpr, FROM: gl.constexpr):
