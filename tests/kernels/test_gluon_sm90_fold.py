@@ -155,7 +155,7 @@ TAILS = {"masked": [150, 0, 1, 129, 300, 256], "offsets": [3, 4, 70, 70, 201, 48
 
 @pytest.mark.parametrize("three", [False, True])
 def test_tails(device, three: bool) -> None:
-    """A group's last tile by half where it has no more rows, or without its last quarter: the same product, and blocks of neither kind left out."""
+    """A group's last tile by half where it has no more rows, or without its last quarter: the same product, no block left out."""
     Case("masked", 300, 136, 1, 6, TAILS["masked"], **TILES["256x128"], TAIL=True, THREE=three).check(device, 3)
 
 
