@@ -27,7 +27,7 @@ INDEX = {"contiguous": torch.int32, "offsets": torch.int64, "psum": torch.int32,
 FEW = (("dense", 64, 64, 0, 0, 64, 4, 2, 4), ("dense", 16, 16, 0, 0, 64, 4, 2, 4), ("masked", 20, 64, 0, 32, 64, 4, 1, 1),
        ("offsets", 8, 64, 0, 16, 64, 4, 1, 1), ("psum", 16, 64, 0, 32, 128, 4, 1, 1), ("contiguous", 64, 64, 0, 0, 128, 4, 1, 4),
        ("offsets", 20, 128, 64, 32, 128, 8, 1, 1), ("offsets", 1, 8, 0, 0, 64, 4, 2, 4))
-FRONT = {8: "sizes", 20: "tokens", 1: "tokens"}        # of offsets with so many rows a group: behind a launch of the layer
+FRONT = {8: "sizes", 20: "tokens"}         # of offsets with so many rows a group: behind a launch of the layer
 
 
 def problem(layout: str, rows: int, out_dtype: str = "bf16") -> Problem:
@@ -67,8 +67,9 @@ def chosen(which: str) -> Iterator[tuple[str, Problem, Config, Operands]]:
         for layout in fp8_decode.LAYOUT_IDS:
             for rows in (1, 16, 32, 64):
                 p = problem(layout, rows)
-                for c in fp8_decode.configs(p, ARCH):
-                    yield f"{layout} {rows}", p, c, operands(p)
+                for q in (p, replace(p, front="tokens")) if layout == "offsets" and rows == 1 else (p,):
+                    for c in fp8_decode.configs(q, ARCH):
+                        yield f"{layout} {rows} {q.front}", q, c, operands(q)
         return
     for layout, rows, *want in FEW:
         p = problem(layout, rows)
@@ -82,7 +83,7 @@ def chosen(which: str) -> Iterator[tuple[str, Problem, Config, Operands]]:
         yield f"dense {tokens} in clusters", p, c, operands(p)
     for tokens, rows, warps, more in ((8, 64, 4, (("ahead", 16), ("box", 4), ("trip", 4))),
                                        (128, 128, 8, (("box", 2), ("middle", 64), ("narrow", 16), ("trip", 2)))):
-        p = problem("offsets", 1)
+        p = replace(problem("offsets", 1), front="tokens")
         c = Config(tokens, rows, 128, warps, 3, swap_ab=True, persistent=True, extra=more)
         yield f"offsets {tokens} by boxes", p, c, operands(p)
     p = replace(problem("dense", 8, "fp32"), accumulate=True)

@@ -63,14 +63,15 @@ def test_entries_of_a_block(name: str, entries_device: types.ModuleType) -> None
     assert all(tokens <= 0 for live, *_, tokens in found if not live)
 
 
-@pytest.mark.parametrize(("ahead", "kb"), [(True, 5), (True, 2), (False, 5)])
-def test_producer_asks_for_the_first_weights_ahead(ahead: bool, kb: int) -> None:
-    """Every K block of every tile once, in order, a slot of the ring after the other, each behind a wait for it; tokens behind the launch
-    in front, weights of as many blocks as the ring has slots before that."""
+@pytest.mark.parametrize(("ahead", "blocks", "box"), [(True, 5, 1), (True, 2, 1), (False, 5, 1), (True, 9, 2), (True, 3, 2), (False, 8, 2)])
+def test_producer_asks_for_the_first_weights_ahead(ahead: bool, blocks: int, box: int) -> None:
+    """Every K block of every tile once, or pair of them, in order, a slot of the ring after the other, each behind a wait for it; tokens
+    behind the launch in front, weights of as many blocks as the ring has slots before that."""
+    kb = -(-blocks // box)
     module = emu.load_device_module("narrow_prefill_device")
     stages, tiles, programs = 3, 4, 5
     want = expected("masked")
-    cfg = types.SimpleNamespace(AHEAD=ahead, GROUPS=32, BT=BT, LAYOUT=LAYOUTS["masked"], UNITS=2, STAGES=stages, WIDTHS=((8, 0), (16, 0), (32, 0)))
+    cfg = types.SimpleNamespace(AHEAD=ahead, GROUPS=32, BT=BT, LAYOUT=LAYOUTS["masked"], UNITS=2, STAGES=stages, BOX=box, WIDTHS=((8, 0), (16, 0), (32, 0)))
     table = np.zeros(16 + 3 * 64, np.int32)
     table[0], table[16:].reshape(3, 64)[:, :len(want)] = len(want), np.array(want).T
     index, room = INDEX["masked"]
@@ -90,11 +91,11 @@ def test_producer_asks_for_the_first_weights_ahead(ahead: bool, kb: int) -> None
         def index(self, i: Any) -> Any:
             return i
 
-    def kernel(index_ptr: emu.Pointer, kb: Any, tiles: Any, cap: Any, groups: Any) -> None:
+    def kernel(index_ptr: emu.Pointer, blocks: Any, tiles: Any, cap: Any, groups: Any) -> None:
         sums = emu.allocate_shared_memory(emu.int32, [32], None)
         if ahead:
             given["sum_up"](sums, index_ptr, groups, cap, cfg)
-        module.producer((), (), (None, Slots()), sums, index_ptr, (kb, 2 * tiles, None, None, cap, groups), cfg)
+        module.producer((), (), (None, Slots()), sums, index_ptr, (blocks, 2 * tiles, None, None, cap, groups), cfg)
 
     seen = []
     for program in range(programs):
@@ -102,7 +103,7 @@ def test_producer_asks_for_the_first_weights_ahead(ahead: bool, kb: int) -> None
         block = emu.Block(program)
         emu.start(block, (program, programs))
         try:
-            kernel(*emu.arguments((emu.Pointer(np.asarray(index, np.int32) if ahead else table), kb, tiles, room if ahead else 64, len(index))))
+            kernel(*emu.arguments((emu.Pointer(np.asarray(index, np.int32) if ahead else table), blocks, tiles, room if ahead else 64, len(index))))
         finally:
             block.end()
         weights, tokens = ([x for x in log if x[0] == kind] for kind in ("weights", "tokens"))

@@ -128,6 +128,19 @@ def test_nan_scale_reaches_only_its_column(device: str) -> None:
     assert bool(out[:, 7].isnan().all()) and int(out.isnan().sum()) == 20
 
 
+def test_rows_of_scales_far_apart(device: str) -> None:
+    """A view's: the last row of a tile of 128 is more than 2^31 bytes behind the first."""
+    torch.manual_seed(5)
+    x, w = torch.randn(4, 64).bfloat16(), quantize(torch.randn(128, 64), MXFP4)
+    assert w.scale is not None
+    row = 2**24 + 2**18
+    scale = torch.empty(127 * row + 2, dtype=torch.uint8, device=device).as_strided((128, 2), (row, 1))      # what isn't touched takes no memory
+    scale.copy_(w.scale.view(torch.uint8))
+    far = ScaledTensor(w.data.to(device), scale, MXFP4)
+    got = gemm(x.to(device), far, out_dtype=torch.float32, backend="triton.mx", config=Config(16, 128, 128, 4, 2, persistent=True))
+    assert calc_diff(got.cpu(), x.float() @ w.dequantize().mT) < 5e-6
+
+
 @pytest.mark.parametrize("layout", ["dense", "offsets"])
 @pytest.mark.parametrize("codes, other", [((0, 4), (250, 255)), ((251, 255), (0, 4)), ((120, 130), (120, 130))])
 def test_scales_at_the_ends(layout: str, codes: tuple[int, int], other: tuple[int, int], device: str, monkeypatch: pytest.MonkeyPatch) -> None:

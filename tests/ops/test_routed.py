@@ -133,8 +133,13 @@ def test_what_is_refused() -> None:
         ng.routed_gemm(x, p, offsets, bias=bias[:, :4], **extra)
     with pytest.raises(ValueError, match="routing_weight, length"):
         ng.routed_gemm(x, p, offsets, routing_weight=weights[:3], **extra)
+    with pytest.raises(ValueError, match="routing_weight, shape"):      # as many, but a slot's weight is not where it looks to be
+        ng.routed_gemm(x, p, offsets, routing_weight=weights.mT, **extra)
     with pytest.raises(TypeError, match="float32"):
         ng.routed_gemm(x, p, offsets, routing_weight=weights.bfloat16(), **extra)
+    for flag in ("combine", "zero_padding", "interleaved"):
+        with pytest.raises(TypeError, match=f"{flag}: got 'no'"):
+            ng.routed_gemm(x, w, offsets, activation="swiglu", **{flag: "no"}, **extra)
     with pytest.raises(ValueError, match="a, rows"):
         ng.routed_gemm(x[:4], p, offsets, **extra)
     with pytest.raises(ValueError, match="K of a"):

@@ -184,8 +184,8 @@ def plan(op: str, layout: str, a: ScaledTensor, b: ScaledTensor, out: Tensor, m:
     problem = Problem(
         op, layout, bucket(m), n, k, groups, operand(a), operand(b), rows=bucket(max(rows, 1)),
         out_dtype=dtype_name(out.dtype), out_aligned=on_16_bytes(out), accumulate=accumulate, zero_padding=zero_padding,
-        promote=promotion(a.format, b.format, options.fast_accum), max_sms=options.max_sms, wide=is_wide(a.data, b.data, out),
-        alignment=alignment)
+        promote=promotion(a.format, b.format, options.fast_accum), max_sms=options.max_sms,
+        wide=is_wide(a.data, a.scale, b.data, b.scale, out), alignment=alignment)
     return dispatch.select(problem, detect(a.device), options.backend, options.config, options.on_unsupported)
 
 

@@ -89,7 +89,7 @@ def routed_gemm(a: ScaledTensor | Tensor, b: PackedWeight | ScaledTensor | Tenso
            _like(s.add, "add"))
     known = _plans.find(key)
     if known is None:
-        plan = _routed_plan(a, b, layout, s, out, dtype, a_div, epilogue,
+        plan = _routed_plan(a, b, layout, s, out, dtype, a_div, epilogue, zero_padding,
                             Options(backend, config, max_sms, validate, on_unsupported))
         known = _plans.add(key, plan, empty_of(out_shape(b, s, epilogue), dtype, a.device), validate)
     plan, memo, empty, sync = known
@@ -142,6 +142,9 @@ def slots_of(layout: Routed | Offsets, row_map: Tensor | None, top_k: int | None
     """The call's slots. Checks what its own arithmetic needs; the rest is checked once a signature."""
     if weight is not None:
         common.check_kinds(routing_weight=weight)
+        choices = layout.top_k if isinstance(layout, Routed) else top_k or 1
+        expect(weight.dim() == 1 or (weight.dim() == 2 and weight.shape[1] == choices), "routing_weight, shape",
+               tuple(weight.shape), f"one a slot: [slots], or [tokens, {choices}]")
         weight = weight.reshape(-1)
     if isinstance(layout, Routed):
         expect(row_map is None, "row_map of a Routed layout", "a tensor", "None: the layout has its slots")
@@ -256,7 +259,7 @@ def _check_epilogue(a: ScaledTensor, layout: Routed | Offsets, s: Slots, groups:
 
 
 def _routed_plan(a: ScaledTensor, b: PackedWeight | ScaledTensor, layout: Routed | Offsets, s: Slots, out: Tensor | None,
-                 dtype: torch.dtype, a_div: int, epilogue: Epilogue, options: Options) -> Plan | None:
+                 dtype: torch.dtype, a_div: int, epilogue: Epilogue, zero_padding: bool, options: Options) -> Plan | None:
     """Check the call and select its Plan; None where there is nothing to compute. Fills in the counts of `s` that were -1."""
     options.check()
     common.check_operand(a, "a", "[rows, K]", 2)
@@ -269,7 +272,7 @@ def _routed_plan(a: ScaledTensor, b: PackedWeight | ScaledTensor, layout: Routed
     _check_slots(a, layout, s, a_div, epilogue)
     shape = out_shape(b, s, epilogue)
     _check_epilogue(a, layout, s, groups, n, shape, epilogue)
-    common.check_flags(combine=epilogue.combine)
+    common.check_flags(combine=epilogue.combine, interleaved=epilogue.interleaved, zero_padding=zero_padding)
     common.check_out(out, shape, dtype, a.device, False, a, *_stored(b), *(t for t in (s.bias, s.weight) if t is not None))
     if 0 in shape:
         return None
