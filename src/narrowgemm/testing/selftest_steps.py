@@ -81,6 +81,13 @@ def equal(got: Tensor, want: Tensor) -> None:
         raise AssertionError("other bits than the reference")
 
 
+def within(diff: float, limit: float = 5e-6) -> float:
+    """The difference, which is no larger than that."""
+    if not diff <= limit:
+        raise AssertionError(f"calc_diff {diff:.1e}")
+    return diff
+
+
 def _route(kernel: str, device: torch.device) -> float:
     logits, _, _ = tensors()
     options = dict(scoring="sigmoid", num_expert_group=4, topk_group=2, bias=torch.linspace(0, 0.01, EXPERTS))
@@ -135,10 +142,7 @@ def _routed(combined: bool, kernel: str, device: torch.device) -> float:
                            activation=None if combined else "swiglu_oai", interleaved=not combined, combine=combined,
                            routing_weight=None if weights is None else weights.to(where), zero_padding=True, backend=backend)
 
-    diff = calc_diff(call(device, kernel).cpu(), call(torch.device("cpu"), "reference"))
-    if not diff <= 5e-6:
-        raise AssertionError(f"calc_diff {diff:.1e}")
-    return diff
+    return within(calc_diff(call(device, kernel).cpu(), call(torch.device("cpu"), "reference")))
 
 
 def _activate(fmt: Format, kernel: str, device: torch.device) -> float:
@@ -153,10 +157,7 @@ def _activate(fmt: Format, kernel: str, device: torch.device) -> float:
     exact = reference_activate.activate(h, activation="swiglu_oai", interleaved=True, bias=bias, offsets=routing.offsets,
                                         fmt=fmt) if fmt.scaled else ScaledTensor(want, None, fmt)
     assert isinstance(exact, ScaledTensor)
-    diff = calc_diff(_live(got, rows), _live(exact, rows))
-    if not diff <= (1e-3 if fmt is MXFP4 else 1e-4):
-        raise AssertionError(f"calc_diff {diff:.1e}")
-    return diff
+    return within(calc_diff(_live(got, rows), _live(exact, rows)), 1e-3 if fmt is MXFP4 else 1e-4)
 
 
 def _live(x: ScaledTensor, rows: int) -> Tensor:
@@ -174,7 +175,7 @@ def _gated(problem: Problem, kernel: str, device: torch.device) -> float:
     a, b = (ScaledTensor(t.data.to(device), t.scale.to(device), t.format) for t in (x, w) if t.scale is not None)
     operands = Operands(a, b, got.data, m, n, K, 3, where.offsets.to(device), out_scale=got.scale)
     run(steps.select(problem, device, kernel, None), operands)
-    return calc_diff(got.dequantize().cpu(), want.dequantize())
+    return within(calc_diff(got.dequantize().cpu(), want.dequantize()), 1e-4)
 
 
 def _combine(kernel: str, device: torch.device) -> float:
@@ -183,7 +184,4 @@ def _combine(kernel: str, device: torch.device) -> float:
     y, bias = torch.randn(TOKENS * TOP_K, K, generator=gen).bfloat16(), torch.randn(EXPERTS, K, generator=gen)
     weights = torch.rand(TOKENS, TOP_K, generator=gen)
     got = combine(y.to(device), there(routing, device), weights.to(device), bias=bias.to(device), backend=kernel)
-    diff = calc_diff(got.float().cpu(), reference.combine(y, routing, weights, bias=bias, out_dtype=torch.float32))
-    if not diff <= 5e-6:
-        raise AssertionError(f"calc_diff {diff:.1e}")
-    return diff
+    return within(calc_diff(got.float().cpu(), reference.combine(y, routing, weights, bias=bias, out_dtype=torch.float32)))
