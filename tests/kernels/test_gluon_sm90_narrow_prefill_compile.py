@@ -95,5 +95,6 @@ def test_small_tiles(triton: str, which: str) -> None:
 @pytest.mark.compile
 @pytest.mark.slow
 def test_whole_search_space() -> None:
-    # a block that finds its entries itself keeps a tile's state beyond the registers: reloaded once a tile, in no loop over K
-    check(compile_jobs("sm90", f"{__name__}:jobs", "all"), 400)
+    # a block that finds its entries itself keeps a tile's state beyond the registers: reloaded once a tile, in no loop over K (160x128 has
+    # the most; none of its sixteen loops over K has a local load)
+    check(compile_jobs("sm90", f"{__name__}:jobs", "all"), 480)
