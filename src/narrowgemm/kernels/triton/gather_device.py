@@ -34,6 +34,21 @@ def block_columns(live, g, K, N: tl.constexpr, PER_BYTE: tl.constexpr, EVEN: tl.
     return k, kh, mask, out_mask
 
 
+@triton.jit
+def narrowed_blocks(x, g, clamp, DTYPE: tl.constexpr, KIND: tl.constexpr, E2M1: tl.constexpr, SATURATE: tl.constexpr, ROUNDING: tl.constexpr,
+                    E8M0: tl.constexpr, TOP: tl.constexpr, EMAX: tl.constexpr, MANTISSA: tl.constexpr, MANTISSA_BITS: tl.constexpr,
+                    NATIVE: tl.constexpr, BG: tl.constexpr, N: tl.constexpr):
+    """(scales, values) of BG blocks of N of a token; KIND 'copy': the bits as they are, and for scales something that nobody stores."""
+    if KIND == "copy":
+        y = x
+        scale = g
+    elif E2M1:
+        scale, y = block_e2m1(x, clamp, E2M1, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS, BG, N)
+    else:
+        scale, y = block_fp8(x, clamp, DTYPE, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS, NATIVE)
+    return scale, y
+
+
 @triton.jit(do_not_specialize=["T"])
 def gather_kernel(x_ptr, inverse_ptr, offsets_ptr, out_ptr, scale_ptr, T, K, S, E, clamp, xr, orow, sr, ss,
                   TOP_K: tl.constexpr, N: tl.constexpr, BG: tl.constexpr, EVEN: tl.constexpr,
@@ -61,13 +76,8 @@ def gather_kernel(x_ptr, inverse_ptr, offsets_ptr, out_ptr, scale_ptr, T, K, S, 
         return
     if not EAGER:
         x = tl.load(x_ptr + k, mask=mask, other=0.0, eviction_policy="evict_first")
-    if KIND == "copy":
-        y = x
-        scale = g
-    elif E2M1:
-        scale, y = block_e2m1(x, clamp, E2M1, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS, BG, N)
-    else:
-        scale, y = block_fp8(x, clamp, out_ptr.dtype.element_ty, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS, NATIVE)
+    scale, y = narrowed_blocks(x, g, clamp, out_ptr.dtype.element_ty, KIND, E2M1, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS,
+                               NATIVE, BG, N)
     for j in range(TOP_K):
         row = tl.load(inverse_ptr + t * TOP_K + j).to(tl.int64)
         there = (row >= 0) & (row < rows)

@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents
 
-from .gather_device import block_columns
-from .quantize_device import block_e2m1, block_fp8
+from .gather_device import block_columns, narrowed_blocks
 from .sort_device import load_keys
 
 PACKED = tl.constexpr(4)
@@ -55,15 +54,10 @@ def sort_gather_kernel(ids_ptr, map_ptr, x_ptr, row_map_ptr, inverse_ptr, offset
     if key == E:
         return
     at = row.to(tl.int64)
-    if KIND == "copy":
-        tl.store(out_ptr + at * orow + kh, x, mask=out_mask)
-    elif E2M1:
-        scale, y = block_e2m1(x, clamp, E2M1, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS, BG, N)
-        tl.store(out_ptr + at * orow + kh, y, mask=out_mask)
-        tl.store(scale_ptr + at * sr + g * ss, scale, mask=live)
-    else:
-        scale, y = block_fp8(x, clamp, out_ptr.dtype.element_ty, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS, NATIVE)
-        tl.store(out_ptr + at * orow + kh, y, mask=out_mask)
+    scale, y = narrowed_blocks(x, g, clamp, out_ptr.dtype.element_ty, KIND, E2M1, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS,
+                               NATIVE, BG, N)
+    tl.store(out_ptr + at * orow + kh, y, mask=out_mask)
+    if KIND != "copy":
         tl.store(scale_ptr + at * sr + g * ss, scale, mask=live)
 
 
@@ -95,13 +89,8 @@ def sort_gather_tokens_kernel(ids_ptr, map_ptr, x_ptr, row_map_ptr, inverse_ptr,
     live = g < S
     k, kh, mask, out_mask = block_columns(live, g, K, N, PER_BYTE, EVEN)
     x = tl.load(x_ptr + t.to(tl.int64) * xr + k, mask=mask, other=0.0)     # on the way while ids are looked at
-    if KIND == "copy":
-        y = x
-        scale = g
-    elif E2M1:
-        scale, y = block_e2m1(x, clamp, E2M1, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS, BG, N)
-    else:
-        scale, y = block_fp8(x, clamp, out_ptr.dtype.element_ty, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS, NATIVE)
+    scale, y = narrowed_blocks(x, g, clamp, out_ptr.dtype.element_ty, KIND, E2M1, SATURATE, ROUNDING, E8M0, TOP, EMAX, MANTISSA, MANTISSA_BITS,
+                               NATIVE, BG, N)
     for first in tl.static_range(0, TOP_K, PACKED):
         # rows of several slots by one sum: each counts fewer slots than 16 bits hold
         counts = tl.zeros((SLOTS, ), tl.int64)

@@ -93,10 +93,11 @@ def keep(sums, PARTS: gl.constexpr, COLS: gl.constexpr):
 
 # ---------------------------------------------------------------- one step of 32 of K, several of which are in flight
 @constexpr_function
-def step_code(PARTS, COLS):
-    """PTX: as `multiply_code`, of 32 of K."""
+def step_code(PARTS, COLS, ONTO=False):
+    """PTX: as `multiply_code`, of 32 of K; ONTO: onto the sums where one more operand, the last, is not 0."""
     each = COLS // 2
     count = PARTS * each
+    goes_on = f"${2 * count + 2 * each}" if ONTO else "0"
     sums = ", ".join(f"${i}" for i in range(count))
     return f"""{{
         .reg .b64 a, b;
@@ -105,7 +106,7 @@ def step_code(PARTS, COLS):
         mov.b32 hi, 0x40000040;
         mov.b64 a, {{${2 * count}, hi}};
         mov.b64 b, {{${2 * count + each}, hi}};
-        setp.ne.b32 more, 0, 0;
+        setp.ne.b32 more, {goes_on}, 0;
         wgmma.fence.sync.aligned;
         wgmma.mma_async.sync.aligned.m64n{PARTS * COLS}k32.f32.e4m3.e4m3 {{{sums}}}, a, b, more, 1, 1;
         wgmma.commit_group.sync.aligned;
@@ -130,26 +131,6 @@ def wait_for(sums, PENDING: gl.constexpr, PARTS: gl.constexpr, COLS: gl.constexp
 
 
 # ---------------------------------------------------------------- onto sums that there are
-@constexpr_function
-def part_code(PARTS, COLS):
-    """PTX: as `step_code`, onto the sums where the last operand is not 0."""
-    each = COLS // 2
-    count = PARTS * each
-    sums = ", ".join(f"${i}" for i in range(count))
-    return f"""{{
-        .reg .b64 a, b;
-        .reg .b32 hi;
-        .reg .pred more;
-        mov.b32 hi, 0x40000040;
-        mov.b64 a, {{${2 * count}, hi}};
-        mov.b64 b, {{${2 * count + each}, hi}};
-        setp.ne.b32 more, ${2 * count + 2 * each}, 0;
-        wgmma.fence.sync.aligned;
-        wgmma.mma_async.sync.aligned.m64n{PARTS * COLS}k32.f32.e4m3.e4m3 {{{sums}}}, a, b, more, 1, 1;
-        wgmma.commit_group.sync.aligned;
-    }}"""
-
-
 @gluon.jit
 def multiply_part(a, b, goes_on, p, PARTS: gl.constexpr, COLS: gl.constexpr, mma: gl.constexpr):
     """`multiply` of 32 of K, p += where it `goes_on`."""
@@ -157,7 +138,7 @@ def multiply_part(a, b, goes_on, p, PARTS: gl.constexpr, COLS: gl.constexpr, mma
     a = gl.full([64, COLS], (a >> 4) & 0x3fff, gl.int32, mma)
     b = gl.full([64, COLS], (b >> 4) & 0x3fff, gl.int32, mma)
     goes_on = gl.full([64, COLS], goes_on, gl.int32, mma)
-    code: gl.constexpr = part_code(PARTS, COLS)
+    code: gl.constexpr = step_code(PARTS, COLS, True)
     return gl.inline_asm_elementwise(code, outputs(PARTS, COLS) + "," + same_registers(PARTS, COLS) + ",r" * (3 * EACH), p + (a, b, goes_on),
                                      dtype=floats(PARTS), is_pure=False, pack=EACH)
 
