@@ -10,6 +10,7 @@ DeepSeek-V3 for 1x128 / 128x128 blocks.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -178,7 +179,7 @@ class ScaledTensor:
     def __repr__(self) -> str:
         return f"ScaledTensor({self.format.name} {list(self.shape)}{described(self.scale)}, {self.device})"
 
-    def __reduce__(self) -> tuple:
+    def __reduce__(self) -> tuple[Any, ...]:
         # payloads go as bytes: plain pickle can't read a tensor of FP8 back (torch 2.13)
         data = self.data.view(torch.uint8) if self.format.elem.bits == 8 else self.data
         return _restore, (data, self.scale, self.format)

@@ -15,7 +15,7 @@ from ..testing.results import Row
 def points(rows: Sequence[Row]) -> dict[str, list[tuple[float, float]]]:
     """(FLOPs a byte, TFLOPS) by who computed: ours by suite, peers by name."""
     cases = {(c.suite, c.id): c for members in SUITES.values() for c in members}
-    out: dict[str, dict[tuple, tuple[float, float]]] = {}
+    out: dict[str, dict[tuple[Any, ...], tuple[float, float]]] = {}
     for r in rows:
         case = cases.get((r["suite"], r["case"]))
         if case is None or not r["us"] or r["error"] or not case.flops:

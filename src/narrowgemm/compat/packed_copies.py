@@ -12,6 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,12 +24,12 @@ from .notice import warn_once
 
 @dataclass(slots=True)
 class _Entry:
-    alive: tuple[weakref.ref, ...]
+    alive: tuple[weakref.ref[torch.UntypedStorage], ...]
     versions: tuple[int, ...]
     packed: PackedWeight
 
 
-_entries: dict[tuple, _Entry] = {}
+_entries: dict[tuple[Any, ...], _Entry] = {}
 _lock = threading.Lock()
 
 
@@ -59,7 +60,7 @@ def packed_copy(tensors: tuple[Tensor, ...], what: str, make: Callable[[], Packe
         if device.type == "cuda":
             torch.cuda.current_stream(device).synchronize()     # any stream may read it from here on
 
-        def gone(ref: weakref.ref) -> None:     # takes no lock: it may run wherever the last reference goes
+        def gone(ref: weakref.ref[torch.UntypedStorage]) -> None:     # takes no lock: it may run wherever the last reference goes
             if (now := _entries.get(key)) is not None and ref in now.alive:
                 _entries.pop(key, None)
 

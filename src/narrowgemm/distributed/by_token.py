@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..formats import ScaledTensor
 from ..ops.experts import experts
+from ..ops.experts_arguments import Weights
 from ..ops.route import Routing, combine, sort_by_expert
-from ..prepack import PackedWeight
 from ..rows import take_rows
 from .exchange import Exchange, exchange_counts
 
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from .parallel import ExpertParallel
 
 Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
-Weights = ScaledTensor | Tensor | PackedWeight
 
 
 def expert_layer(ep: ExpertParallel, gate_up: Weights, down: Weights, **options: Any) -> Layer:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from ..errors import expect
 from ..formats import ScaledTensor
 from ..prepack import PackedWeight
+
+Memo = dict[Any, Any]       # launches bound to calls of one signature, by Step (`kernels.launching`), and what an op adds
 
 
 class Tensors:
@@ -68,7 +71,7 @@ class Operands(Tensors):
     folded: Tensor | None = None          # packed weights: their folded copy, `prepack_folded.FoldedCopy`
     folded_rest: Tensor | None = None
     amax: Tensor | None = None            # quantise both: float32 [1], raised to the largest magnitude
-    memo: dict | None = None              # launches bound to calls of the same signature (`kernels.launching`); None: bind none
+    memo: Memo | None = None              # None: bind no launches
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return (self.a.data, self.a.scale, self.b.data, self.b.scale, self.out, self.index, self.out_scale, self.factor, self.slots,

@@ -82,7 +82,7 @@ class Kernel(Protocol):
 def kernels() -> dict[str, Kernel]:
     """Every kernel by name, in registry order."""
     mods = [import_module(f"{__package__}.{m}") for m in MODULES]
-    return {m.NAME: m for m in mods}  # type: ignore[misc]
+    return {m.NAME: m for m in mods}
 
 
 def backends() -> tuple[str, ...]:

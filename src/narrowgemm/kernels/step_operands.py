@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..formats import ScaledTensor
-from .operands import Tensors
+from .operands import Memo, Tensors
 
 
 class WritesRows(Tensors):
@@ -39,7 +39,7 @@ class RouteOperands(Tensors):
     num_expert_group: int           # 0: no groups
     topk_group: int
     scaling_factor: float
-    memo: dict | None = None
+    memo: Memo | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.logits, self.bias, self.weights, self.out
@@ -56,7 +56,7 @@ class SortOperands(Tensors):
     out: Tensor                     # row_map, written, as offsets and inverse
     offsets: Tensor
     inverse: Tensor
-    memo: dict | None = None
+    memo: Memo | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.ids, self.expert_map, self.out, self.offsets, self.inverse
@@ -74,7 +74,7 @@ class GatherOperands(WritesRows):
     rows: ScaledTensor              # [R, K], written
     rounding: str
     amax_clamp: float
-    memo: dict | None = None
+    memo: Memo | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.x, self.row_map, self.offsets, self.inverse, self.rows.data, self.rows.scale
@@ -96,7 +96,7 @@ class SortGatherOperands(WritesRows):
     rows: ScaledTensor              # [R, K], written
     rounding: str
     amax_clamp: float
-    memo: dict | None = None
+    memo: Memo | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.ids, self.expert_map, self.x, self.row_map, self.offsets, self.inverse, self.rows.data, self.rows.scale
@@ -115,7 +115,7 @@ class ActivateOperands(WritesRows):
     interleaved: bool
     rounding: str
     amax_clamp: float
-    memo: dict | None = None
+    memo: Memo | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.h, self.bias, self.offsets, self.rows.data, self.rows.scale
@@ -137,7 +137,7 @@ class ActivateBothOperands(WritesRows):
     args: tuple[float, ...]
     rounding: str
     amax_clamp: float
-    memo: dict | None = None
+    memo: Memo | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         data, scale = (None, None) if self.columns is None else (self.columns.data, self.columns.scale)
@@ -156,7 +156,7 @@ class CombineOperands(Tensors):
     bias: Tensor | None             # [E, N]
     add: Tensor | None              # [T, N]
     out: Tensor                     # [T, N], written
-    memo: dict | None = None
+    memo: Memo | None = None
 
     def tensors(self) -> tuple[Tensor | None, ...]:
         return self.y, self.row_map, self.offsets, self.inverse, self.weights, self.bias, self.add, self.out

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import expect
-from ..formats import BF16, Format, ScaledTensor, get_format
+from ..formats import BF16, PLAIN, Format, ScaledTensor, get_format
 from ..kernels.step_operands import ActivateOperands
 from ..layouts import Offsets
 from ..problem import Config, Plan
@@ -73,7 +73,7 @@ def activate(h: Tensor, *, activation: str = "swiglu", args: tuple[float, ...] =
     plan, memo = _plans.get(key, lambda: plan_of(h, activation, args, interleaved, bias, layout, form, rounding,
                                                  amax_clamp, scale_layout, out, backend, config))
     if out is None:
-        out = steps.allocate(h.shape[0], h.shape[1] // 2, form or steps.PLAIN[h.dtype], h.dtype, h.device, scale_layout)
+        out = steps.allocate(h.shape[0], h.shape[1] // 2, form or PLAIN[h.dtype], h.dtype, h.device, scale_layout)
     if plan is not None:
         run(plan, ActivateOperands(steps.rows_contiguous(h), None if bias is None else bias.contiguous(), offsets, out,
                                    activation, args or reference.OAI_ARGS, interleaved, rounding, amax_clamp, memo))
@@ -100,15 +100,15 @@ def _check(h: Tensor, activation: str, args: tuple[float, ...], bias: Tensor | N
         expect(bias.device == h.device, "bias, device", bias.device, f"h's, {h.device}")
     expect(scale_layout in steps.SCALE_LAYOUTS, "scale_layout", repr(scale_layout), f"one of {steps.SCALE_LAYOUTS}")
     if fmt is not None and not fmt.scaled:
-        expect(fmt == steps.PLAIN[h.dtype], "format of the activation", fmt.name,
-               f"a scaled one, or h's own, {steps.PLAIN[h.dtype].name}")
+        expect(fmt == PLAIN[h.dtype], "format of the activation", fmt.name,
+               f"a scaled one, or h's own, {PLAIN[h.dtype].name}")
     elif fmt is not None:
         quantization.check_input(torch.empty(h.shape[0], h.shape[1] // 2, dtype=h.dtype, device="meta"), fmt, rounding,
                                  amax_clamp)
         expect(fmt.group[0] == 1, "format of the activation", fmt.name, "one with scales of its own for each row: a "
                "tensor-wise scale would depend on rows of no group, use fp8_row")
     if out is not None:
-        steps.check_out(out, h.shape[0], h.shape[1] // 2, fmt or steps.PLAIN[h.dtype], h.dtype, h.device)
+        steps.check_out(out, h.shape[0], h.shape[1] // 2, fmt or PLAIN[h.dtype], h.dtype, h.device)
 
 
 def plan_of(h: Tensor, activation: str, args: tuple[float, ...], interleaved: bool, bias: Tensor | None,
@@ -121,7 +121,7 @@ def plan_of(h: Tensor, activation: str, args: tuple[float, ...], interleaved: bo
         return None
     groups = 0 if layout is None else layout.offsets.numel() - 1
     rows = -(-h.shape[0] // max(groups, 1))
-    problem = steps.activate_problem(h.shape[0], h.shape[1] // 2, groups, rows, steps.PLAIN[h.dtype],
-                                     fmt or steps.PLAIN[h.dtype], scale_layout, activation, args, interleaved,
+    problem = steps.activate_problem(h.shape[0], h.shape[1] // 2, groups, rows, PLAIN[h.dtype],
+                                     fmt or PLAIN[h.dtype], scale_layout, activation, args, interleaved,
                                      bias is not None)
     return steps.select(problem, h.device, backend, config)

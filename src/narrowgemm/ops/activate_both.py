@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..errors import expect
-from ..formats import Format, ScaledTensor, get_format
+from ..formats import PLAIN, Format, ScaledTensor, get_format
+from ..kernels.operands import Memo
 from ..kernels.step_operands import ActivateBothOperands
 from ..layouts import INT, KGrouped, Offsets, check_index
 from ..problem import Config, Plan
@@ -125,7 +126,7 @@ def _run(c: Call) -> Tensor | Both:
     return rows.data if columns is None else Both(rows, columns, KGrouped(made, ALIGNMENT))
 
 
-def _operands(c: Call, rows: ScaledTensor, columns: ScaledTensor | None, made: Tensor, memo: dict | None = None
+def _operands(c: Call, rows: ScaledTensor, columns: ScaledTensor | None, made: Tensor, memo: Memo | None = None
               ) -> ActivateBothOperands:
     return ActivateBothOperands(c.h, c.dy, c.layout.offsets, made, c.segments is None, rows, columns, c.amax, c.activation,
                                 c.args or reference.OAI_ARGS, c.rounding, c.amax_clamp, memo)
@@ -143,7 +144,7 @@ def _outputs(c: Call) -> tuple[ScaledTensor, ScaledTensor | None, Tensor]:
     like = c.h if c.dy is not None else c.h[:, :c.h.shape[1] // 2]      # of the result's shape
     if c.fmt is None:
         made = offsets.new_empty(offsets.shape, dtype=torch.int32) if c.seg is None else c.seg
-        return ScaledTensor(c.h.new_empty(like.shape), None, steps.PLAIN[c.h.dtype]), None, made
+        return ScaledTensor(c.h.new_empty(like.shape), None, PLAIN[c.h.dtype]), None, made
     rows, columns, fresh = allocate_both(like, c.fmt, offsets, c.scale)
     assert fresh is not None
     return rows, columns, fresh if c.seg is None else c.seg
@@ -197,7 +198,7 @@ def plan_of(c: Call) -> Plan | None:
     if c.h.numel() == 0 or c.in_two:
         return None
     op = ("activate_both" if c.dy is None else "activate_backward") + ("" if c.scale is None else "_cast")
-    source = steps.PLAIN[c.h.dtype]
+    source = PLAIN[c.h.dtype]
     problem = steps.activate_both_problem(op, c.h.shape[0], c.h.shape[1] // 2, c.layout.offsets.numel() - 1, source,
                                           c.fmt or source, c.activation, c.args,
                                           steps.aligned(c.h) and (c.dy is None or steps.aligned(c.dy)))
@@ -230,7 +231,7 @@ def _impl(h: Tensor, dy: Tensor | None, offsets: Tensor, seg: Tensor, rows: Tens
             to.copy_(source)  # type: ignore[arg-type]
         return
     plan = plan_of(c)
-    first = ScaledTensor(rows, row_scale, form or steps.PLAIN[h.dtype])
+    first = ScaledTensor(rows, row_scale, form or PLAIN[h.dtype])
     second = None
     if columns is not None and form is not None and row_scale is not None:
         second = ScaledTensor(columns, row_scale.mT if column_scale is None else column_scale, form)

@@ -158,7 +158,7 @@ class Layer:
 
 def by_kernels(calls: C, arch: Arch) -> list[tuple[C, Mapping[str, Plan]]]:
     """The calls in parts, one for each set of kernels and configs on `arch`, with the plans of one of its sizes."""
-    parts: dict[tuple, tuple[Mapping[str, Plan], list[int]]] = {}
+    parts: dict[tuple[Any, ...], tuple[Mapping[str, Plan], list[int]]] = {}
     for size in calls.sizes:
         plans = calls.plans(size, arch)
         launched = tuple((name, s.kernel, s.config) for name, plan in plans.items() for s in plan.steps)

@@ -206,7 +206,7 @@ class _ExpertMLP(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         offsets, segments, h, *rest = ctx.saved_tensors
         x, a, gate_up, down = (f and ScaledTensor(data, scale, f) for f, data, scale in zip(ctx.formats, rest[::2], rest[1::2]))
         grads = backward(contiguous(dy), Kept(h, x, a, segments), gate_up, down, offsets, ctx.scaling, ctx.how,

@@ -42,7 +42,7 @@ class _ExpertMLP(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, w2, offsets, ends, h, a = ctx.saved_tensors
         need, (activation, args) = ctx.needs_input_grad, ctx.how
         dy = contiguous(dy)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..arch import detect
 from ..errors import expect, expect_count
-from ..formats import Format, get_format
+from ..formats import PLAIN, Format, get_format
 from ..kernels.operands import without_memory
 from ..prepack import PackedWeight
 from ..runtime import env
@@ -122,7 +122,7 @@ def plan_of(a: Arguments) -> ExpertsPlan:
                                          a.router_bias, a.routing, a.expert_map)
     expect_count(a.num_experts, "num_experts", 0, ": 0 for unknown, or a number of experts")
     a.options.check()
-    source = steps.PLAIN[a.x.dtype]
+    source = PLAIN[a.x.dtype]
     fmt = experts_check.activations(a.activation_format or default_activations(a.gate_up, source), source, a.gate_up)
     recipe = Recipe(source, fmt, *a.kind, a.router_logits is not None, a.routing["num_expert_group"] or 1,
                     a.gate_up_bias is not None, a.down_bias is not None, by_slot(a.gate_up),
@@ -160,10 +160,10 @@ def plan_for(tokens: int, gate_up: Weights, down: Weights, top_k: int, num_exper
     if isinstance(up, PackedWeight) and up.pair:
         kind = (*kind[:2], up.pair == "interleaved")     # the weights know
     expect(tokens >= 0, "tokens", tokens, "at least 0")
-    expect(dtype in steps.PLAIN, "dtype", dtype, f"one of {steps.FLOATS}", error=TypeError)
+    expect(dtype in PLAIN, "dtype", dtype, f"one of {steps.FLOATS}", error=TypeError)
     x = torch.empty((tokens, up.shape[-1]), dtype=dtype, device=up.device)
     experts_check.layer(x, up, dn, kind, None, None, both, None, None)
-    source = steps.PLAIN[dtype]
+    source = PLAIN[dtype]
     fmt = get_format(activation_format) if activation_format is not None else default_activations(up, source)
     recipe = Recipe(source, experts_check.activations(fmt, source, up), *kind, True, num_expert_group or 1, bias, bias,
                     by_slot(up), both is not None)

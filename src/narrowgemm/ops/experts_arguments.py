@@ -12,6 +12,7 @@ from ..formats import Format, ScaledTensor
 from ..prepack import PackedWeight
 from . import common, steps
 from .experts_plan import Options, Weight
+from .recall import Signature
 
 Weights = ScaledTensor | Tensor | PackedWeight      # as a caller has them
 Shared = tuple[Weights, Weights]
@@ -47,7 +48,7 @@ class Arguments:
     def weights(self) -> tuple[Weight, ...]:
         return self.gate_up, self.down, *(self.shared or ())
 
-    def signature(self) -> tuple:
+    def signature(self) -> Signature:
         """Everything that checks and the plan depend on."""
         tensors = (self.x, self.router_logits, self.topk_weights, self.topk_ids, self.router_bias, self.gate_up_bias,
                    self.down_bias, self.shared_output, self.expert_map, self.out)
@@ -95,7 +96,7 @@ def known_by(*weights: Weights) -> tuple[list[object], list[Tensor | None]]:
     return names, tensors
 
 
-def _sign(w: Weight) -> tuple:
+def _sign(w: Weight) -> tuple[Any, ...]:
     if isinstance(w, ScaledTensor):
         return w.format, steps.sign(w.data), steps.sign(w.scale)
     return w.format, w.shape, w.pair, w.prepack, *map(steps.sign, (w.data, w.scale, w.factor, w.top))

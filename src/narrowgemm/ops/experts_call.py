@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..formats import ScaledTensor
+from ..formats import PLAIN, ScaledTensor
 from ..kernels.operands import Operands
 from ..kernels.step_operands import (
     ActivateOperands,
@@ -153,7 +153,7 @@ def compose(g: Arguments) -> Tensor:
     """The same layer by the public steps: what torch.compile traces, and what `experts` is held against."""
     x, gate_up, down, backend = g.x, g.gate_up, g.down, g.options.backend
     topk_weights, topk_ids, shared_output = g.topk_weights, g.topk_ids, g.shared_output
-    source = steps.PLAIN[x.dtype]
+    source = PLAIN[x.dtype]
     fmt = g.activation_format or default_activations(gate_up, source)
     portable = backend if backend in ("triton", "reference") else None
     name, args, interleaved = g.kind

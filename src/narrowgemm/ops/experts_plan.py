@@ -23,6 +23,7 @@ from torch import Tensor
 from ..arch import Arch
 from ..errors import expect, expect_count
 from ..formats import BF16, FP8_ROW, MXFP4, MXFP8, Format, FP8_1x128, ScaledTensor
+from ..kernels.operands import Memo
 from ..kernels.registry import kernels
 from ..prepack import PackedWeight
 from ..problem import Epilogue, Operand, Plan, Problem, bucket
@@ -154,7 +155,7 @@ class ExpertsPlan:
     buffers: dict[str, Buffer]
     bytes: int
     scratch: tuple[int, int]         # where the steps' own workspaces lie, and how long they are
-    memos: dict[str, dict]
+    memos: dict[str, Memo]
     whole: Any = None                # every step's launches as one, see `experts_warm`; None: warm calls make tensors
 
     @property

@@ -10,8 +10,8 @@ import torch
 from ..arch import Arch, detect, get_arch
 from ..errors import expect
 from ..formats import ELEMENTS, Format, ScaledTensor, get_format
-from ..prepack import ACTIVATIONS, CHUNK, TILE, PackedWeight, check_packable, tiles_of
-from ..prepack_bits import FP8_PREPACK, PREPACK
+from ..prepack import ACTIVATIONS, CHUNK, PackedWeight, check_packable, tiles_of
+from ..prepack_bits import FP8_PREPACK, PREPACK, TILE
 from ..runtime.dispatch import by_reason
 from .experts import plan_for
 from .experts_plan import ExpertsPlan, Options, Weight

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import expect
-from ..formats import BF16, Format, ScaledTensor, get_format
+from ..formats import BF16, PLAIN, Format, ScaledTensor, get_format
 from ..kernels.step_operands import GatherOperands
 from ..problem import Config, Plan
 from ..reference import quantize as reference
@@ -65,8 +65,8 @@ def _plan(x: Tensor, routing: Routing, fmt: Format, rounding: str, amax_clamp: f
                "one whose scales do not span some of the rows")
     else:
         expect(isinstance(x, Tensor), "x", type(x).__name__, "a torch.Tensor", error=TypeError)
-        expect(x.dtype in steps.PLAIN, "x, dtype", x.dtype, f"one of {steps.FLOATS}", error=TypeError)
-        expect(steps.PLAIN[x.dtype] == fmt, "format", fmt.name, f"a scaled one, or x's own, {steps.PLAIN[x.dtype].name}")
+        expect(x.dtype in PLAIN, "x, dtype", x.dtype, f"one of {steps.FLOATS}", error=TypeError)
+        expect(PLAIN[x.dtype] == fmt, "format", fmt.name, f"a scaled one, or x's own, {PLAIN[x.dtype].name}")
     steps.check_tensors_of(routing)
     expect(x.dim() == 2 and x.shape[0] == routing.num_tokens, "x, shape", tuple(x.shape),
            f"[{routing.num_tokens}, K], a row for each routed token")
@@ -75,7 +75,7 @@ def _plan(x: Tensor, routing: Routing, fmt: Format, rounding: str, amax_clamp: f
         steps.check_out(out, routing.row_map.numel(), x.shape[1], fmt, x.dtype, x.device)
     if x.numel() == 0 or (fmt.group == (0, 0) and fmt.scaled):
         return None
-    problem = steps.gather_problem(x.shape[0], x.shape[1], routing.top_k, routing.num_experts, steps.PLAIN[x.dtype], fmt,
+    problem = steps.gather_problem(x.shape[0], x.shape[1], routing.top_k, routing.num_experts, PLAIN[x.dtype], fmt,
                                    scale_layout)
     return steps.select(problem, x.device, backend, config)
 

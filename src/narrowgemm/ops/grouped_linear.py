@@ -159,7 +159,7 @@ class _GroupedLinear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         offsets, seg, wt, wts, sdy, xt, xts = ctx.saved_tensors
         how = ctx.how
         q = quantize_both(contiguous(dy), how.dy, offsets, scale=sdy, amax_clamp=GRADIENT_CLAMP)

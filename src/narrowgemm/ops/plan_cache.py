@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from ..formats import ScaledTensor
+from ..kernels.operands import Memo
 from ..problem import Plan
 from ..runtime import env
 from .common import refuse
-from .recall import Calls
+from .recall import Calls, Signature
 
 LIMIT = 4096        # signatures that one op keeps
 
@@ -31,7 +32,7 @@ class Known(NamedTuple):
     """What is known of a signature."""
 
     plan: Plan | None       # None: nothing to compute
-    memo: dict              # the launches that the Plan is bound to (`kernels.launching`), and what an op adds
+    memo: Memo              # the launches that the Plan is bound to (`kernels.launching`), and what an op adds
     empty: Empty            # what an output is allocated with
     sync: bool = False      # whether every call reads its data back to check it
 
@@ -66,11 +67,11 @@ class PlanCache:
     """What is known of signatures, bounded, safe with several threads. Signatures hold devices, so one cache serves them all."""
 
     def __init__(self) -> None:
-        self._known: OrderedDict[tuple, Known] = OrderedDict()
+        self._known: OrderedDict[Signature, Known] = OrderedDict()
         self._calls: Calls[Known] = Calls()
         self._lock = threading.Lock()
 
-    def find(self, key: tuple) -> Known | None:
+    def find(self, key: Signature) -> Known | None:
         """What is known of a signature. None, too, where an argument can't be hashed: a new call's checks say which, and why."""
         try:
             return self._known.get(key)
@@ -102,8 +103,8 @@ class PlanCache:
         except (AttributeError, RuntimeError) as error:
             refuse_product(error, a, b, out, index)
 
-    def look_up(self, a: ScaledTensor, b: ScaledTensor, out: Tensor | None, index: Tensor | None, rest: tuple, validate: str | None,
-                make: Callable[[], tuple[Plan | None, Empty]]) -> tuple[Known, tuple[int, ...]]:
+    def look_up(self, a: ScaledTensor, b: ScaledTensor, out: Tensor | None, index: Tensor | None, rest: tuple[object, ...],
+                validate: str | None, make: Callable[[], tuple[Plan | None, Empty]]) -> tuple[Known, tuple[int, ...]]:
         """What `recall` gives, for a call that it does not know; it knows the next one of this signature.
 
         make: checks and plans the call, where its signature is new; also gives what an output is allocated with.
@@ -126,7 +127,7 @@ class PlanCache:
         key = (a.format, a.data.shape, b.format, b.data.shape, rest, out is None, index is None, env.choice())
         self._calls.add(key, tensors, known)
 
-    def add(self, key: tuple, plan: Plan | None, out: Empty, validate: str | None = None, memo: dict | None = None) -> Known:
+    def add(self, key: Signature, plan: Plan | None, out: Empty, validate: str | None = None, memo: Memo | None = None) -> Known:
         """Keep what was worked out for a signature; what another thread has added meanwhile stays.
 
         key: holds `validate` and what the environment says of it, too. memo: what `Known.memo` begins with.
@@ -137,7 +138,7 @@ class PlanCache:
                 self._known.popitem(last=False)
         return known
 
-    def get(self, key: tuple, make: Callable[[], Plan | None]) -> tuple[Plan | None, dict]:
+    def get(self, key: Signature, make: Callable[[], Plan | None]) -> tuple[Plan | None, Memo]:
         """(Plan, bound launches) of a signature, for ops that make their outputs themselves. make: checks and plans a new call."""
         known = self.find(key)
         if known is None:
@@ -150,13 +151,13 @@ class PlanCache:
 
 
 # ---------------------------------------------------------------- signatures
-def signature_of(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, *rest: object) -> tuple:
+def signature_of(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, *rest: object) -> Signature:
     """The signature of a product without an index; `rest`: its options."""
     return identify(a, b, out, None, *rest)[0]
 
 
 def identify(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, index: Tensor | None,
-             *rest: object) -> tuple[tuple, tuple[int, ...]]:
+             *rest: object) -> tuple[Signature, tuple[int, ...]]:
     """(signature, addresses of a, its scales, b, its scales and the index; 0 where there is none).
 
     It is made in every call that is not recalled, so it is plain reads, with a device's number for the device, which costs a third.
@@ -164,7 +165,7 @@ def identify(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, index: Tensor
     try:
         x, y, sx, sy = a.data, b.data, a.scale, b.scale
         p, q = x.data_ptr(), y.data_ptr()
-        key: tuple
+        key: Signature
         if sx is not None and sy is not None:
             ps, qs = sx.data_ptr(), sy.data_ptr()
             key = (a.format, x.shape, x.stride(), x.dtype, x.get_device(), sx.shape, sx.stride(), sx.dtype, sx.get_device(),
@@ -193,7 +194,7 @@ def identify(a: ScaledTensor, b: ScaledTensor, out: Tensor | None, index: Tensor
         refuse_product(error, a, b, out, index)
 
 
-def _traits(t: Tensor | None) -> tuple | None:
+def _traits(t: Tensor | None) -> tuple[object, ...] | None:
     return None if t is None else (t.shape, t.stride(), t.dtype, t.get_device())
 
 

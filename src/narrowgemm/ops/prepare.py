@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from ..errors import expect
@@ -13,6 +15,7 @@ from ..scales import mn_major_tma_aligned
 from . import gemm as gemm_op
 from . import grouped as grouped_op
 from . import routed as routed_op
+from .common import Options
 
 LAYOUTS = ("dense", "contiguous", "psum", "offsets", "masked")
 
@@ -41,12 +44,12 @@ def prepare(b: ScaledTensor | PackedWeight, *, layout: str = "dense", max_m: int
     sizes = sizes or buckets(max_m)
     groups = b.shape[0] if layout != "dense" else 1
     hints = tuple(sorted({bucket(e) for e in expected_m})) or (0,)
-    plans: dict[tuple, Plan] = {}
+    plans: dict[tuple[Any, ...], Plan] = {}
     for m in [max_m] if layout == "masked" else sizes:
         for hint in hints if layout == "masked" else (0,):
             a = zeros((groups, m, b.shape[-1]) if layout == "masked" else (m, b.shape[-1]), fmt, b.device)
             where = empty_layout(layout, m, groups, alignment, hint, b.device)
-            options = gemm_op.Options(backend, None, max_sms)
+            options = Options(backend, None, max_sms)
             shape = (*a.shape[:-1], b.shape[-2])
             out = torch.empty(shape, dtype=out_dtype, device=b.device)
             plan: Plan | None

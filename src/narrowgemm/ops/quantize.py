@@ -10,7 +10,7 @@ from torch import Tensor
 from ..arch import detect
 from ..errors import expect
 from ..formats import PLAIN, Format, ScaledTensor, get_format
-from ..kernels.operands import Operands
+from ..kernels.operands import Memo, Operands
 from ..problem import Config, Operand, Plan, Problem, bucket
 from ..reference import quantize as reference
 from ..runtime import dispatch, env
@@ -113,7 +113,7 @@ def _outputs(x: Tensor, fmt: Format, scale_layout: str) -> tuple[Empty, Empty | 
 
 
 def _fill(plan: Plan | None, x: Tensor, fmt: Format, data: Tensor, scale: Tensor, rounding: str,
-          amax_clamp: float, memo: dict) -> None:
+          amax_clamp: float, memo: Memo) -> None:
     at = scale.data_ptr()
     if again(memo, (x.data_ptr(), 0, data.data_ptr(), at, 0), data, at):
         return

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..arch import detect
 from ..errors import expect
 from ..formats import PLAIN, Format, ScaledTensor, get_format
-from ..kernels.operands import Operands
+from ..kernels.operands import Memo, Operands
 from ..layouts import INT, KGrouped, check_index
 from ..problem import Operand, Plan, Problem, bucket
 from ..reference.quantize import check_input
@@ -142,7 +142,7 @@ def _scales(shape: tuple[int, ...], fmt: Format, x: Tensor) -> Tensor:
 
 
 def _fill(plan: Plan | None, x: Tensor, fmt: Format, rows: ScaledTensor, columns: ScaledTensor, offsets: Tensor | None,
-          seg: Tensor | None, given: bool, rounding: str, amax_clamp: float, memo: dict | None = None,
+          seg: Tensor | None, given: bool, rounding: str, amax_clamp: float, memo: Memo | None = None,
           amax: Tensor | None = None) -> None:
     if plan is not None:
         groups = 1 if offsets is None else offsets.numel() - 1

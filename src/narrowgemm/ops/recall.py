@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 Check = Callable[..., bool]
+Signature = tuple[Any, ...]      # of a call, as a key: see `plan_cache`
 T = TypeVar("T")
 LIMIT = 4096        # keys
 ALIKE = 4           # calls kept that differ in nothing but strides, dtypes, devices or modes of torch
@@ -25,17 +26,17 @@ class Calls(Generic[T]):
     """What is known of calls, by a key of all that is not a tensor and guards of the tensors. Safe with several threads."""
 
     def __init__(self) -> None:
-        self.known: dict[tuple, tuple[tuple[Check, T], ...]] = {}
+        self.known: dict[Signature, tuple[tuple[Check, T], ...]] = {}
         self._lock = threading.Lock()
 
-    def find(self, key: tuple, tensors: Sequence[Tensor]) -> T | None:
+    def find(self, key: Signature, tensors: Sequence[Tensor]) -> T | None:
         """What was added with a key that is equal, which says how many tensors there are, and tensors of the same signature."""
         for check, known in self.known.get(key, ()):
             if check(*tensors):
                 return known
         return None
 
-    def add(self, key: tuple, tensors: Sequence[Tensor], known: T) -> None:
+    def add(self, key: Signature, tensors: Sequence[Tensor], known: T) -> None:
         """Have `find` give `known` for an equal key and tensors of the signature of these."""
         check = guard(tensors)
         if check is None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import expect, expect_count
-from ..formats import ScaledTensor
+from ..formats import PLAIN, ScaledTensor
 from ..kernels.step_operands import CombineOperands, RouteOperands, SortOperands
 from ..layouts import INT, Routed, check_index
 from ..problem import Config, Plan
@@ -107,7 +107,7 @@ def _plan_route(logits: Tensor, top_k: int, scoring: str, bias: Tensor | None, n
             steps.check_like(x, name, (tokens, top_k), dtype, logits.device)
     if tokens == 0:
         return None
-    problem = steps.route_problem(tokens, logits.shape[1], top_k, num_expert_group or 1, steps.PLAIN[logits.dtype])
+    problem = steps.route_problem(tokens, logits.shape[1], top_k, num_expert_group or 1, PLAIN[logits.dtype])
     return steps.select(problem, logits.device, backend, config)
 
 
@@ -232,7 +232,7 @@ def _plan_combine(y: Tensor, routing: Routing, topk_weights: Tensor, bias: Tenso
     tokens, n = routing.num_tokens, y.shape[1]
     if tokens == 0 or n == 0:
         return None
-    problem = steps.combine_problem(tokens, n, routing.top_k, routing.num_experts, steps.PLAIN[y.dtype], bias is not None)
+    problem = steps.combine_problem(tokens, n, routing.top_k, routing.num_experts, PLAIN[y.dtype], bias is not None)
     return steps.select(problem, y.device, backend, config)
 
 

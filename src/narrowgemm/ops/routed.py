@@ -20,6 +20,7 @@ from ..runtime.launch import run
 from . import common, traced, validate_data
 from .common import Options
 from .plan_cache import PlanCache, empty_of, signature_of
+from .recall import Signature
 
 ACTIVATIONS = ("swiglu", "swiglu_oai")
 FLOATS = common.OUT_DTYPES
@@ -186,7 +187,7 @@ def _stored(b: PackedWeight | ScaledTensor) -> list[ScaledTensor | Tensor]:
     return list(b.tensors().values()) if isinstance(b, PackedWeight) else [b]
 
 
-def _like(x: Tensor | None, name: str = "a tensor argument") -> tuple | None:
+def _like(x: Tensor | None, name: str = "a tensor argument") -> tuple[object, ...] | None:
     if x is None:
         return None
     if not isinstance(x, Tensor) or x.layout != torch.strided:
@@ -194,14 +195,14 @@ def _like(x: Tensor | None, name: str = "a tensor argument") -> tuple | None:
     return (x.shape, x.stride(), x.dtype, x.device, common.off_16_bytes(x))
 
 
-def signature(a: ScaledTensor, b: PackedWeight | ScaledTensor, out: Tensor | None) -> tuple:
+def signature(a: ScaledTensor, b: PackedWeight | ScaledTensor, out: Tensor | None) -> Signature:
     if isinstance(b, ScaledTensor):
         return signature_of(a, b, out)
     return (a.format, _like(a.data), _like(a.scale), _like(out), b.format, b.shape, b.pair, b.prepack, _like(b.factor),
             _like(b.top), _like(b.data), _like(b.scale), *_of_folded(b), env.choice())
 
 
-def _of_folded(b: PackedWeight) -> tuple:
+def _of_folded(b: PackedWeight) -> tuple[object, ...]:
     f = b.folded
     return () if f is None else (_like(f.data), _like(f.rest), f.columns, f.picks)
 

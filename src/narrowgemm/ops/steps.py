@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -114,7 +115,7 @@ def check_args(args: object, name: str = "args") -> None:
         expect(False, name, type(args).__name__, "a tuple, (alpha, limit) of swiglu_oai or none", error=TypeError)
 
 
-def like(routing: Routing) -> tuple:
+def like(routing: Routing) -> tuple[Any, ...]:
     """What of a Routing belongs to a signature, beside `row_map`."""
     x, y = routing.offsets, routing.inverse
     try:

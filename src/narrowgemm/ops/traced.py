@@ -21,7 +21,7 @@ WEIGHT = ("Tensor b, Tensor? b_scale, Tensor? b_factor, Tensor? b_codes, Tensor?
 TAIL = "str backend, int max_sms, str on_unsupported"
 
 
-def parts(b: PackedWeight | ScaledTensor) -> tuple:
+def parts(b: PackedWeight | ScaledTensor) -> tuple[Any, ...]:
     """What `WEIGHT` says, of a weight."""
     if isinstance(b, PackedWeight):
         return b.data, b.scale, b.factor, b.codes, b.top, b.format.name, list(b.shape), b.pair, b.prepack

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..errors import expect
 from ..kernels import launching
 from ..kernels.launching import READY
-from ..kernels.operands import Operands, without_memory
+from ..kernels.operands import Memo, Operands, without_memory
 from ..kernels.registry import kernels
 from ..kernels.step_operands import StepOperands
 from ..problem import Plan, Problem, Step
@@ -60,7 +60,7 @@ def launch(step: Step, problem: Problem, operands: Operands | StepOperands, work
         launching.launch(kernel.launches, step, problem, operands, workspace)
 
 
-def again(memo: dict, addresses: tuple[int, ...], out: Tensor, out_scale: int = 0) -> bool:
+def again(memo: Memo, addresses: tuple[int, ...], out: Tensor, out_scale: int = 0) -> bool:
     """Launch what calls of this signature are known to come to, without making Operands.
 
     `addresses`: of a, its scales, b, its scales, and the index, 0 where there is none; how they are aligned is in the signature.

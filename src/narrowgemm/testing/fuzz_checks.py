@@ -19,7 +19,7 @@ from .inputs import Inputs
 from .numerics import FAST_ACCUM_GATE, KERNEL_GATE, Sums
 
 if TYPE_CHECKING:
-    from .fuzz import Draw
+    from .fuzz_draw import Draw
 
 MONOTONE = ("past", "negative", "beyond_int32")     # bounds still don't decrease, so whose row is which is defined
 GROUPS_CHECKED = 48

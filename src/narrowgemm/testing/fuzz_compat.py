@@ -245,7 +245,7 @@ def _aiter(c: Call) -> None:
                                           routed.num_tokens_post_padded) if t is not None]
         by = None if weight is None else weight.to(c.device)
         rest: tuple[Any, ...] = (tokens * top_k, top_k, block, out_dtype, 1 if down else top_k, by)
-        got = [grouped_gemm_mxfp8(*where, *rest, backend=backend) for _ in range(2)]    # type: ignore[arg-type,call-arg,misc]
+        got = [grouped_gemm_mxfp8(*where, *rest, backend=backend) for _ in range(2)]  # type: ignore[arg-type]
         what = f"{tokens}x{n}x{k} of {experts} by {top_k} block {block} down {down} weight {weight is not None} {out_dtype}"
     c.say(f"{what}: returned None", got[0] is None or got[1] is None)
     if got[0] is not None and got[1] is not None:

@@ -18,7 +18,7 @@ from .inputs import Inputs, make_layout
 from .values import mn_major, poisoned, put
 
 if TYPE_CHECKING:
-    from .fuzz import Draw
+    from .fuzz_draw import Draw
 
 VALUES = {"normal": 5, "bits": 2, "spread": 2, "far": 2, "nan": 1, "inf": 1, "zero": 1}     # and how often each is drawn
 # powers of two that one operand is moved up, and the other one down: by more, sums may leave FP32 before the second scale comes
@@ -168,7 +168,7 @@ def build(draw: Draw, device: torch.device) -> Inputs:
     if c.layout == "k_grouped":
         k = c.rows + draw.columns
         a, b = (_columns(make((r, c.rows), f, side), r, k, f, device) for r, f, side in ((c.m, c.a, 1), (c.n, c.b, -1)))
-        a, b = ((ScaledTensor(x.data, torch.stack([x.scale * (1 + g % 3) for g in range(c.groups)]), x.format)    # type: ignore[operator]
+        a, b = ((ScaledTensor(x.data, torch.stack([x.scale * (1 + g % 3) for g in range(c.groups)]), x.format)
                  if own and x.scale is not None and not x.format.group[1] and c.groups else x) for x in (a, b))
         out_shape = (c.groups, c.m, c.n)
     elif c.layout == "dense":

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..formats import BF16, FP8_ROW, FP8_TENSOR, MXFP4, MXFP8, Format, FP8_1x128, FP8_128x128, ScaledTensor
-from ..ops.experts import Weights, experts, plan_for
+from ..ops.experts import experts, plan_for
+from ..ops.experts_arguments import Weights
 from ..ops.experts_plan import Options
 from ..prepack import prepack
 from ..reference import quantize as reference

@@ -212,7 +212,7 @@ def _activate_both(c: Call) -> None:
 
     def call(h: Tensor, dy: Tensor, at: Offsets, amax: Tensor | None, backend: str | None) -> Any:
         own = {"activation": kind, "scale": None if scale is None else scale.to(h.device), "amax": amax, "backend": backend}
-        return activate_backward(h, dy, at, fmt, **own) if back else activate_both(h, at, fmt, **own)      # type: ignore[arg-type]
+        return activate_backward(h, dy, at, fmt, **own) if back else activate_both(h, at, fmt, **own)
 
     where = None if amax is None else amax.clone().to(c.device)
     backend = None if c.device.type == "cpu" or c.chance(0.6) else c.pick(("triton", "gluon_sm90"))

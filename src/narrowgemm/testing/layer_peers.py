@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -131,7 +132,7 @@ def deepgemm_layer(inputs: LayerInputs) -> Callable[[], Tensor]:
         at = routing.inverse - routing.offsets[slot_ids.clamp(0, case.groups - 1)]
         return torch.where(here, slot_ids * room + at, -1).to(torch.int32), routing.offsets.diff().to(torch.int32)
 
-    def product(a: tuple[Tensor, Tensor], b: tuple, c: Tensor, index: Tensor) -> None:
+    def product(a: tuple[Tensor, Tensor], b: tuple[Any, ...], c: Tensor, index: Tensor) -> None:
         if masked:
             dg.m_grouped_fp8_gemm_nt_masked(a, b, c.view(groups, room, -1), index, expected)
         else:

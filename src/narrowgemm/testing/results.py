@@ -89,7 +89,7 @@ def read(path: Path) -> dict[str, Any]:
 
 def merge(files: Iterable[dict[str, Any]]) -> list[Row]:
     """Rows of several files; of two rows for one thing the later counts, unless only the earlier has figures."""
-    rows: dict[tuple, Row] = {}
+    rows: dict[tuple[Any, ...], Row] = {}
     for data in files:
         for row in data["rows"]:
             row = row if not data.get("scale_transform") else row | {"asked": row["asked"] + " +transform"}

@@ -84,7 +84,7 @@ def build(case: Any, device: torch.device, seed: int, scale_layout: str, reuse: 
 def check_outputs(inputs: Any, outputs: Any) -> dict[str, GateResult]:
     """Gates of results of a case of any kind, as `inputs.check_outputs`."""
     made = layer if isinstance(inputs, layer.LayerInputs) else step if isinstance(inputs, step.StepInputs) else products
-    return made.check_outputs(inputs, outputs)  # type: ignore[attr-defined]
+    return made.check_outputs(inputs, outputs)
 
 
 def gate_limits(case: Any) -> dict[str, float]:

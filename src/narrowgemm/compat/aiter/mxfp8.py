@@ -149,8 +149,8 @@ def _allow(*asked: Any, packed: bool | str = True) -> None:
 
 
 @lru_cache(maxsize=4096)
-def _can_run(op: str, layout: str, groups: int, m: int, n: int, k: int, out_dtype: str, device: torch.device, choice: tuple,
-             packed: bool | str) -> tuple[bool, str]:
+def _can_run(op: str, layout: str, groups: int, m: int, n: int, k: int, out_dtype: str, device: torch.device,
+             choice: tuple[Any, ...], packed: bool | str) -> tuple[bool, str]:
     """`choice`: the variables that it depends on."""
     return can_run(op, layout=layout, groups=groups, m=m, n=n, k=k, a=MXFP8, b=MXFP8, out_dtype=out_dtype, packed=packed,
                    device=device)

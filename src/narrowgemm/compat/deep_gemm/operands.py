@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,7 @@ SCALES = (torch.float32, torch.uint8, E8M0, torch.int32)
 BLOCKS = {(1, 128): FP8_1x128, (128, 128): FP8_128x128, (1, 32): MXFP8}
 OUTPUTS = (torch.bfloat16, torch.float16, torch.float32)
 
-_checked: dict[tuple, tuple[Format, Format]] = {}  # calls whose operands need no more looking at
+_checked: dict[tuple[Any, ...], tuple[Format, Format]] = {}  # calls whose operands need no more looking at
 _LIMIT = 8192
 
 
@@ -47,7 +48,7 @@ def prepare(a: Pair, b: Weight, d: Tensor, dims: tuple[int, int], recipe: Sequen
 
     Calls that differ in nothing but data are checked once: what follows costs a look-up.
     """
-    key: tuple | None
+    key: tuple[Any, ...] | None
     try:
         (x, sx), (y, sy) = a, b  # type: ignore[misc]  # a packed weight is no pair
         key = (dims, recipe, recipe_a, recipe_b, x.shape, x.dtype, x.device, sx.shape, sx.dtype, sx.device, y.shape,

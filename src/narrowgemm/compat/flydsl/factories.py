@@ -10,6 +10,7 @@ import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,7 +111,7 @@ class _Spec:
     groups: int
     dtype: torch.dtype
     tiles: Tiles
-    checked: set[tuple] = field(default_factory=set)
+    checked: set[tuple[Any, ...]] = field(default_factory=set)
 
     def launch(self, masked: bool, d: Tensor, a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, index: Tensor,
                m: int, dims: tuple[int, int, int], stream: _Stream) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
 from ...errors import expect
 
-_HERE: AbstractContextManager = nullcontext()
+_HERE: AbstractContextManager[Any] = nullcontext()
 
 
-def on_stream(stream: torch.Stream | int | None, device: torch.device) -> AbstractContextManager:
+def on_stream(stream: torch.Stream | int | None, device: torch.device) -> AbstractContextManager[Any]:
     """A context in which work on `device` goes to `stream`. A handle is the integer `cudaStream_t` or `hipStream_t`.
 
     ValueError where the stream is another device's, TypeError for what is no stream.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
@@ -25,9 +26,9 @@ class Tiles:
     """The tiles a launcher was made with. The default is no wish: tuned tables and the cost model decide then."""
 
     shape: tuple[int, int, int]
-    _known: dict[tuple, tuple[str, Config] | None] = field(default_factory=dict)
+    _known: dict[tuple[Any, ...], tuple[str, Config] | None] = field(default_factory=dict)
 
-    def options(self, a: ScaledTensor, b: ScaledTensor, layout: Layout, d: Tensor) -> dict:
+    def options(self, a: ScaledTensor, b: ScaledTensor, layout: Layout, d: Tensor) -> dict[str, Any]:
         """`backend` and `config` for `grouped_gemm`, or nothing where there is no wish, or none that can be met."""
         if self.shape == DEFAULT:
             return {}

@@ -111,7 +111,7 @@ class _Copy:
 
 @dataclass(slots=True)
 class _Storage:
-    alive: weakref.ref
+    alive: weakref.ref[torch.UntypedStorage]
     copies: dict[tuple[int, Shape], _Copy] = field(default_factory=dict)
     frozen: bool = False
 
@@ -158,7 +158,7 @@ def _register(b: Tensor) -> _Storage:
     storage, entry = b.untyped_storage(), _entry(b)
     address = storage._cdata
     if entry is None:
-        def gone(ref: weakref.ref) -> None:  # takes no lock: it may run wherever the last reference goes
+        def gone(ref: weakref.ref[torch.UntypedStorage]) -> None:  # takes no lock: it may run wherever the last reference goes
             if (now := _storages.get(address)) is not None and now.alive is ref:
                 _storages.pop(address, None)
 

@@ -31,7 +31,7 @@ class NarrowGemmConfig(QuantizationConfigMixin):
     def __init__(self, quantize: str = "fp8", activations: str | None = None, stored: str = "wide", **_: Any) -> None:
         expect(quantize in WEIGHTS, "quantize", repr(quantize), f"one of {sorted(WEIGHTS)}")
         expect(stored in STORED, "stored", repr(stored), f"one of {STORED}")
-        self.quant_method = NAME  # type: ignore[assignment]  # transformers' enum holds its own methods only
+        self.quant_method = NAME     # transformers' enum holds its own methods only
         self.quantize = quantize
         self.activations = activations or ACTIVATIONS[quantize]
         self.stored = stored

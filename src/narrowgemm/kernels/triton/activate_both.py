@@ -10,6 +10,7 @@ from ...problem import Config, Problem, Step
 from ..launching import Launch, Pointer
 from ..step_operands import ActivateBothOperands
 from . import steps
+from .common import LAUNCH_SECONDS
 from .quantize import native
 
 NAME = "triton.activate_both"
@@ -64,7 +65,7 @@ def seconds(problem: Problem, config: Config, arch: Arch, efficiency: float) -> 
     parts = 2 if problem.op.startswith("activate_backward") else 1
     read = (1 + parts) * problem.a.format.storage_bytes(problem.m, problem.k) * (2 if workspace(problem, config) else 1)
     written = parts * (2 if problem.b.format.scaled else 1) * problem.b.format.storage_bytes(problem.m, problem.k)
-    return 2 * steps.LAUNCH_SECONDS + (read + written) / (arch.bandwidth * efficiency)
+    return 2 * LAUNCH_SECONDS + (read + written) / (arch.bandwidth * efficiency)
 
 
 def arguments(o: ActivateBothOperands) -> tuple[float, float]:

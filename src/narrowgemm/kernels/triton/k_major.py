@@ -16,10 +16,10 @@ from torch import Tensor
 from ...arch import Arch
 from ...problem import Operand
 from ..launching import Launch, Pointer
+from .common import LAUNCH_SECONDS
 
 ALIGNMENT = 128
 EFFICIENCY = 0.8        # of the streaming rate
-LAUNCH_SECONDS = 3e-6
 
 
 def refuse(x: Operand) -> str | None:

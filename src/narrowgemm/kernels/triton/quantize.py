@@ -15,6 +15,7 @@ from ...problem import Config, Problem, Step
 from ...reference.quantize import MANTISSA_BITS, mantissa
 from ..launching import Launch, Pointer
 from ..operands import Operands
+from .common import LAUNCH_SECONDS
 
 NAME = "triton.quantize"
 BACKEND = "triton"
@@ -23,7 +24,6 @@ GROUP_COLUMNS = (32, 64, 128)
 PARTS = 1024               # partial maxima of a matrix, tensor-wise
 ROW_ONCE = 16384           # elements of a row that a program holds in registers
 EFFICIENCY = 0.85          # of bandwidth
-LAUNCH_SECONDS = 3e-6
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:

@@ -15,6 +15,7 @@ from ...problem import Config, Problem, Step
 from ...reference.quantize import MANTISSA_BITS, mantissa
 from ..launching import Launch, Pointer
 from ..operands import Operands
+from .common import LAUNCH_SECONDS
 
 NAME = "triton.quantize_both"
 BACKEND = "triton"
@@ -22,7 +23,6 @@ KINDS = {(1, 128): "blocks", (128, 128): "tiles", (1, 0): "rows", (0, 0): "tenso
 OPS = ("quantize_both", "cast_both", "cast_both_amax")     # with the scale given; and with the largest magnitude found on the way
 # of the streaming rate, measured on an H100: finding a tile's scales, many times over, takes longer than its bytes
 EFFICIENCY = {"blocks": 0.36, "tiles": 0.85, "rows": 0.68, "tensor": 0.9}
-LAUNCH_SECONDS = 3e-6
 
 
 def supports(problem: Problem, arch: Arch) -> str | None:

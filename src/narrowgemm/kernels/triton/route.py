@@ -9,6 +9,7 @@ from ...problem import Config, Problem, Step
 from ..launching import Launch
 from ..step_operands import RouteOperands
 from . import steps
+from .common import LAUNCH_SECONDS
 from .quantize import next_pow2
 
 NAME = "triton.route"
@@ -41,7 +42,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     # a maximum over the experts after another, each a walk over a lane's scores and a reduction over the lanes
     rounds = problem.k * (40e-9 + 2e-9 * config.block_n / (config.num_warps * arch.warp) + 30e-9 * (config.num_warps > 1))
     resident = arch.sms * max(1, min(32, 64 // config.num_warps))
-    return steps.LAUNCH_SECONDS + max(nbytes / arch.bandwidth, max(1.0, problem.m / resident) * (1e-6 + rounds))
+    return LAUNCH_SECONDS + max(nbytes / arch.bandwidth, max(1.0, problem.m / resident) * (1e-6 + rounds))
 
 
 def launches(step: Step, problem: Problem, operands: RouteOperands, workspace: Tensor | None) -> list[Launch]:

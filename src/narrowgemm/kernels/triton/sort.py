@@ -9,7 +9,7 @@ from ...arch import Arch
 from ...problem import Config, Problem, Step
 from ..launching import Launch, Pointer
 from ..step_operands import SortOperands
-from . import steps
+from .common import LAUNCH_SECONDS
 from .quantize import next_pow2
 
 NAME = "triton.sort_by_expert"
@@ -48,8 +48,8 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     passes = -(-problem.m // config.block_m)
     if config.split_k == 1:
         waves = max(1.0, (problem.groups + 1) / (arch.sms * 2048 / (config.num_warps * arch.warp)))
-        return steps.LAUNCH_SECONDS + waves * (0.4e-6 + passes * 2.1e-6)
-    return 3 * steps.LAUNCH_SECONDS + 3e-6 + max(1.0, passes / (4 * arch.sms)) * 2e-6
+        return LAUNCH_SECONDS + waves * (0.4e-6 + passes * 2.1e-6)
+    return 3 * LAUNCH_SECONDS + 3e-6 + max(1.0, passes / (4 * arch.sms)) * 2e-6
 
 
 def launches(step: Step, problem: Problem, operands: SortOperands, workspace: Tensor | None) -> list[Launch]:

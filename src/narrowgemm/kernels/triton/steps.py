@@ -10,7 +10,8 @@ from ...arch import Arch, detect
 from ...formats import Format
 from ...problem import Config, Problem
 from ...reference.quantize import MANTISSA_BITS, mantissa
-from .quantize import GROUP_COLUMNS, LAUNCH_SECONDS, ROW_ONCE, e2m1_kind, native, next_pow2, warps
+from .common import LAUNCH_SECONDS
+from .quantize import GROUP_COLUMNS, ROW_ONCE, e2m1_kind, native, next_pow2, warps
 
 FLOATS = ("bf16", "fp16", "fp32")
 COPY_COLUMNS = 128         # of a block where there are no scales

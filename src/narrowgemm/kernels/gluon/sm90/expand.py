@@ -26,10 +26,11 @@ from ...launching import Launch, Pointer
 from ...operands import Operands
 from . import expand_rows, narrow, refusals
 from .fp8_block_tile import LAYOUTS, MAX_GROUPS
+from .fp8_decode_tile import extra
 from .fp8_scaled import SHAPES, tiles
 from .fp8_scaled_tile import OUT_COLS
 from .fp8_scaled_tile import Tile as ScaledTile
-from .narrow_tile import CHUNK, KINDS, ROWS, extra
+from .narrow_tile import CHUNK, KINDS, ROWS
 from .refusals import OUT_BYTES
 from .tensor_maps import output, row_tiles, stride
 

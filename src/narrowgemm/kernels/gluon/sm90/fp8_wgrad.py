@@ -24,6 +24,7 @@ from ...triton.k_major import Copied
 from . import fp8_scaled
 from .fp8_block_tile import LAYOUTS, MAX_GROUPS
 from .fp8_scaled_tile import OUT_COLS, Tile
+from .refusals import OUT_BYTES
 from .tensor_maps import output, planes, stride
 
 NAME = "gluon_sm90.fp8_wgrad"
@@ -54,8 +55,8 @@ def supports(problem: Problem, arch: Arch) -> str | None:
         return f"takes 1x128 scales of groups that start at multiples of 128 (KGrouped.alignment), not of {p.alignment}"
     if p.n < 8 or not p.k:
         return f"takes at least 8 columns and something to contract, not {p.n} and {p.k}"
-    if p.out_dtype not in fp8_scaled.OUT_BYTES:
-        return f"writes {', '.join(fp8_scaled.OUT_BYTES)}, not {p.out_dtype}"
+    if p.out_dtype not in OUT_BYTES:
+        return f"writes {', '.join(OUT_BYTES)}, not {p.out_dtype}"
     if 0 < p.promote < 128:
         return f"promotes every 128 of K, not every {p.promote}"
     if p.groups > MAX_GROUPS:
@@ -104,7 +105,7 @@ def tile_of(problem: Problem, config: Config, arch: Arch) -> Tile | None:
         tile = Tile(
             LAYOUTS["masked"], wgm, wgn, cols0, cols1, config.num_stages,
             0 if _blocks(problem) else problem.promote // 128, config.group_m, buffers,
-            fp8_scaled.OUT_BYTES[problem.out_dtype], groups, problem.a.format.group[0] == 1, problem.b.format.group[0] == 1,
+            OUT_BYTES[problem.out_dtype], groups, problem.a.format.group[0] == 1, problem.b.format.group[0] == 1,
             _blocks(problem), ZERO=False, ACCUMULATE=problem.accumulate, STORE_TMA=problem.out_aligned,
             SPLIT=_cut(problem, config) or pieces > 1,      # two pieces: see `_cut`
             TABLES=2, MP=pieces)
@@ -159,7 +160,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     times = BLOCK_TIMES if _blocks(problem) else fp8_scaled.BLOCK_TIMES
     tile = fp8_scaled.TILE_SECONDS + fp8_scaled.store_seconds(problem, tile_of(problem, config, arch), arch)
     if _blocks(problem) and _shape(problem, config)[4] > 1:
-        tile += WIDE_SECONDS * fp8_scaled.OUT_BYTES[problem.out_dtype] * (2 if problem.accumulate else 1)
+        tile += WIDE_SECONDS * OUT_BYTES[problem.out_dtype] * (2 if problem.accumulate else 1)
     seconds = waves * (unit * times[config.block_m, config.block_n] + tile)
     memory = fp8_scaled.MEMORY_SECONDS + problem.bytes / (arch.bandwidth * fp8_scaled.MEMORY_EFFICIENCY)
     copies = sum(k_major.seconds(size, arch) for size in _copies(problem) if size)

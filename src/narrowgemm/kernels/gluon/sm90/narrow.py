@@ -20,13 +20,12 @@ from ....prepack_bits import FP8_PREPACK, ORDERS
 from ....problem import Config, Operand, Problem, Step
 from ...launching import Launch, Pointer
 from ...operands import Operands
-from .fp8_decode_tile import KEEP_BYTES, STREAM_CACHES
+from .fp8_decode_tile import ITEMSIZE, KEEP_BYTES, STREAM_CACHES, extra
 from .narrow_model import active_experts, estimate, rows_expected
 from .narrow_split import ctas_at_most, splits
 from .narrow_tile import (
     ACT_IDS,
     CHUNK,
-    ITEMSIZE,
     KINDS,
     MAX_CTAS,
     PAIR_IDS,
@@ -39,7 +38,6 @@ from .narrow_tile import (
     chunks_of,
     doubles,
     entries_at_most,
-    extra,
     in_two,
     legal,
     packed_for_fp8,

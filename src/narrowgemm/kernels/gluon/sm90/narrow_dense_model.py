@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from ....arch import Arch
 from ....problem import Config, Problem
+from .fp8_decode_tile import extra
 from .narrow_split import ctas_at_most, ring_steps
-from .narrow_tile import CHUNK, ROWS, extra
+from .narrow_tile import CHUNK, ROWS
 
 START = 4.5e-6              # launches, first bytes, the store
 READ = 0.795                # of the bandwidth

@@ -6,9 +6,10 @@ import math
 
 from ....arch import Arch
 from ....problem import Config, Problem
+from .fp8_decode_tile import ITEMSIZE, extra
 from .narrow_model import active_experts, rows_expected, slots_expected
 from .narrow_prefill_tile import COLUMNS, FP8_WIDTHS, columns
-from .narrow_tile import CHUNK, ITEMSIZE, ROWS, by_row, chunks_of, extra, in_two
+from .narrow_tile import CHUNK, ROWS, by_row, chunks_of, in_two
 
 # fitted to 60 products on an H200: docs/measured.md
 # by blocks of an SM: two launches, the table, the first bytes, blocks that are idle at the end

@@ -5,7 +5,8 @@ from __future__ import annotations
 from ....arch import Arch
 from ....problem import Config, Problem
 from . import narrow_dense_model
-from .narrow_tile import CHUNK, ITEMSIZE, ROWS, extra, in_two
+from .fp8_decode_tile import ITEMSIZE, extra
+from .narrow_tile import CHUNK, ROWS, in_two
 
 START = 8.0e-6               # two launches, the table, the first bytes, the pieces' sums
 COMBINE = 2.5e-6

@@ -24,13 +24,13 @@ from ...operands import Operands
 from . import narrow, narrow_fp8_model
 from . import narrow_prefill_ring as ring
 from .fp8_block_tile import LAYOUTS
+from .fp8_decode_tile import ITEMSIZE, extra, smem_budget
 from .narrow import TWO_ORDER, combine, power_of_two, sms_of, xkind
 from .narrow_model import active_experts, rows_expected, slots_expected
 from .narrow_prefill_tile import BOXES, RATIO_BYTES, SCALE_BYTES, WIDTHS, Tile
 from .narrow_tile import (
     ACT_IDS,
     CHUNK,
-    ITEMSIZE,
     KINDS,
     PAIR_IDS,
     ROWS,
@@ -39,11 +39,9 @@ from .narrow_tile import (
     chunks_of,
     doubles,
     entries_at_most,
-    extra,
     in_two,
     packed_for_fp8,
     promotes,
-    smem_budget,
 )
 
 NAME = "gluon_sm90.narrow_prefill"

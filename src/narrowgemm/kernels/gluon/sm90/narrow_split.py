@@ -10,7 +10,8 @@ from dataclasses import replace
 
 from ....arch import Arch
 from ....problem import Config, Problem
-from .narrow_tile import CHUNK, chunks_of, extra
+from .fp8_decode_tile import extra
+from .narrow_tile import CHUNK, chunks_of
 
 PIECES = (8, 4)
 
