@@ -76,11 +76,12 @@ def k_grouped_from_group_lens(lens: Tensor) -> KGrouped:
 
 def contiguous_from_offsets(offsets: Offsets, capacity: int, *, alignment: int = 128, starts: Tensor | None = None,
                             validate: str | None = None) -> Converted:
-    """`Contiguous` of `capacity` rows; group g starts at `starts[g]`, or each at the next multiple of `alignment`.
+    """`offsets` as `Contiguous` of `capacity` rows; group g starts at `starts[g]`, or each at the next multiple of `alignment`.
 
     `starts`: int32 or int64 `[G]`, ascending, segments not overlapping (where they do, the later group has the row).
     `alignment=1` and `capacity` = the packed rows moves nothing: the row map is 0, 1, 2, ...
-    Rows past `capacity` are left out. The definition is DeepGEMM's `m_indices`.
+    Rows past `capacity` are left out. `validate='sync'` reads the index back and raises ValueError where rows don't fit.
+    The definition is DeepGEMM's `m_indices`.
     """
     base, lens = _packed(offsets, validate)
     check_rows(capacity, "capacity")
@@ -97,13 +98,13 @@ def contiguous_from_offsets(offsets: Offsets, capacity: int, *, alignment: int =
 
 
 def contiguous_from_psum(psum: Psum, rows: int) -> Contiguous:
-    """`m_indices` of the same `rows` rows: psum's segments stay where they are, the gaps become -1."""
+    """`m_indices` of the same `rows` rows: the segments of `psum` stay where they are, the gaps become -1."""
     group, _, live = _locate(*_psum_segments(psum), check_rows(rows, "rows"))
     return Contiguous(torch.where(live, group, -1).to(torch.int32))
 
 
 def offsets_from_contiguous(contiguous: Contiguous, num_groups: int, *, validate: str | None = None) -> Converted:
-    """`Offsets` over `M` packed rows, in any order of `m_indices`: a stable sort by group, padding rows last.
+    """`contiguous` as `Offsets` over `M` packed rows, in any order of `m_indices`: a stable sort by group, padding rows last.
 
     `row_map` `[M]` is -1 past `offsets[num_groups]`. Ids outside [0, num_groups) act as padding; `validate="sync"`
     raises for one that is not -1.
@@ -118,7 +119,10 @@ def offsets_from_contiguous(contiguous: Contiguous, num_groups: int, *, validate
 
 def psum_from_offsets(offsets: Offsets, capacity: int, *, alignment: int = 128,
                       validate: str | None = None) -> Converted:
-    """`Psum` over `capacity` rows. Ends are clipped to `capacity`. The definition is DeepGEMM's psum layout."""
+    """`offsets` as `Psum` over `capacity` rows: groups start at multiples of `alignment`, ends are clipped to `capacity`.
+
+    `validate`: as in `contiguous_from_offsets`. The definition is DeepGEMM's psum layout.
+    """
     base, lens = _packed(offsets, validate)
     check_rows(capacity, "capacity")
     expect(alignment >= 1, "alignment", alignment, "at least 1 row")
@@ -129,7 +133,10 @@ def psum_from_offsets(offsets: Offsets, capacity: int, *, alignment: int = 128,
 
 
 def offsets_from_psum(psum: Psum, rows: int, *, validate: str | None = None) -> Converted:
-    """`Offsets` over up to `rows` packed rows; the group sizes must not add up to more, the last ones are cut else."""
+    """`psum` as `Offsets` over up to `rows` packed rows; where the groups hold more, the last ones are cut.
+
+    `validate='sync'` reads the index back and raises ValueError for that.
+    """
     starts, lens = _psum_segments(psum)
     return _pack(starts, lens, rows, validate)
 
@@ -137,7 +144,10 @@ def offsets_from_psum(psum: Psum, rows: int, *, validate: str | None = None) -> 
 # masked --------------------------------------------------------------------------------------------------------------
 
 def masked_from_offsets(offsets: Offsets, max_m: int, *, expected_m: int = 0, validate: str | None = None) -> Converted:
-    """`Masked` of `max_m` rows a group, `row_map` `[G, max_m]`. Larger groups keep their first `max_m` rows."""
+    """`offsets` as `Masked` of `max_m` rows a group, `row_map` `[G, max_m]`. Larger groups keep their first `max_m` rows.
+
+    `expected_m`: the layout's hint. `validate='sync'` reads the index back and raises ValueError where a group is larger.
+    """
     base, lens = _packed(offsets, validate)
     check_rows(max_m * lens.numel(), "max_m * groups")
     if _sync(validate):
@@ -149,9 +159,10 @@ def masked_from_offsets(offsets: Offsets, max_m: int, *, expected_m: int = 0, va
 
 
 def offsets_from_masked(masked: Masked, max_m: int, rows: int, *, validate: str | None = None) -> Converted:
-    """`Offsets` over up to `rows` packed rows; `row_map` `[rows]` counts rows of `[G * max_m, K]`.
+    """`masked` as `Offsets` over up to `rows` packed rows; `row_map` `[rows]` counts rows of `[G * max_m, K]`.
 
-    `masked_m` is clipped to [0, max_m]. Where the groups hold more than `rows` rows, the last ones are cut.
+    `masked_m` is clipped to [0, max_m]. Where the groups hold more than `rows` rows, the last ones are cut. `validate='sync'`
+    reads the index back and raises ValueError for either.
     """
     groups = masked.masked_m.numel()
     check_rows(max_m * groups, "max_m * groups")
@@ -169,8 +180,9 @@ def routed_from_offsets(offsets: Offsets, slots: Tensor, *, block_m: int, top_k:
     """`Routed` from `slots` int32 / int64 `[R]` sorted by expert: those of e are at `[offsets[e], offsets[e+1])`.
 
     `num_slots` (default R) is tokens * top_k, and the sentinel. `capacity` (default: enough at worst) is the length of
-    `sorted_token_ids`, a multiple of `block_m`. Blocks past the last one have expert id -1. The definition is vLLM's
-    `moe_align_block_size`, with the slots of an expert in the order that they are given.
+    `sorted_token_ids`, a multiple of `block_m`. Blocks past the last one have expert id -1. `top_k`, `a_div`: those of `Routed`;
+    `validate`: as in `contiguous_from_offsets`. The definition is vLLM's `moe_align_block_size`, with the slots of an expert in
+    the order that they are given.
     """
     base, lens = _packed(offsets, validate)
     check_index(slots, "slots", 1, INT)
@@ -191,7 +203,7 @@ def routed_from_offsets(offsets: Offsets, slots: Tensor, *, block_m: int, top_k:
 
 
 def offsets_from_routed(routed: Routed, num_groups: int) -> Converted:
-    """`Offsets` over up to `num_slots` packed rows; `row_map` `[num_slots]` holds each row's slot, -1 past the last.
+    """`routed` as `Offsets` over up to `num_slots` packed rows; `row_map` `[num_slots]` holds each row's slot, -1 past the last.
 
     The blocks of an expert may be apart. Blocks with an expert id outside [0, num_groups), entries past
     `num_tokens_post_padded` and entries outside [0, num_slots) are skipped.
@@ -213,13 +225,16 @@ Rows = TypeVar("Rows", Tensor, ScaledTensor)
 
 def to_masked(x: Rows, offsets: Offsets, max_m: int, *, expected_m: int = 0,
               validate: str | None = None) -> tuple[Rows, Masked]:
-    """Packed rows `[M, K]` as `[G, max_m, K]` with `masked_m`; what a group lacks is zero, what is over is left out."""
+    """Packed rows x `[M, K]` of `offsets` as `[G, max_m, K]` with `masked_m`; what a group lacks is zero, what is over is left out.
+
+    `expected_m`, `validate`: as in `masked_from_offsets`.
+    """
     layout, row_map = masked_from_offsets(offsets, max_m, expected_m=expected_m, validate=validate)
     return gather_rows(x, row_map), layout
 
 
 def from_masked(y: Rows, offsets: Offsets, rows: int) -> Rows:
-    """`[G, max_m, N]` as packed rows `[rows, N]` by the packed side's `offsets`: the way back from `to_masked`.
+    """y `[G, max_m, N]` as packed rows `[rows, N]` by the packed side's `offsets`: the way back from `to_masked`.
 
     Rows that did not fit in `max_m`, and rows in no group, come back zero.
     """
@@ -232,9 +247,9 @@ def from_masked(y: Rows, offsets: Offsets, rows: int) -> Rows:
 
 def pad_to_contiguous(x: Rows, offsets: Offsets, alignment: int = 128, capacity: int | None = None, *,
                       starts: Tensor | None = None, validate: str | None = None) -> tuple[Rows, Contiguous]:
-    """Packed rows `[M, K]` as `[capacity, K]`, segments aligned and padded with zero rows, with their `m_indices`.
+    """Packed rows x `[M, K]` as `[capacity, K]`, segments aligned and padded with zero rows, with their `m_indices`.
 
-    `capacity`: default `aligned_capacity`, enough for any sizes. Other arguments: `contiguous_from_offsets`.
+    `capacity`: default `aligned_capacity`, enough for any sizes. Other arguments as in `contiguous_from_offsets`.
     """
     if capacity is None:
         expect(starts is None, "capacity", None, "a number of rows where starts are given")
@@ -245,9 +260,9 @@ def pad_to_contiguous(x: Rows, offsets: Offsets, alignment: int = 128, capacity:
 
 def unpad_from_contiguous(y: Rows, offsets: Offsets, rows: int, alignment: int = 128, *,
                           starts: Tensor | None = None) -> Rows:
-    """`[capacity, N]` as packed rows `[rows, N]` by the packed side's `offsets`: the way back from `pad_to_contiguous`.
+    """y `[capacity, N]` as packed rows `[rows, N]` by the packed side's `offsets`: the way back from `pad_to_contiguous`.
 
-    Rows past the capacity, and rows in no group, come back zero.
+    `alignment`, `starts`: what was given there. Rows past the capacity, and rows in no group, come back zero.
     """
     base, lens = _packed(offsets, None)
     starts = _aligned_starts(lens, alignment) if starts is None else starts.long()
@@ -331,7 +346,7 @@ def _pack(starts: Tensor, lens: Tensor, rows: int, validate: str | None) -> Conv
 
 
 def routed_groups(routed: Routed, num_groups: int) -> tuple[Tensor, Tensor]:
-    """Of each entry of `sorted_token_ids`: its expert, and whether it is a slot to compute."""
+    """Of each entry of `sorted_token_ids` of `routed`: its expert, and whether it is a slot to compute by one of `num_groups`."""
     ids, experts = routed.sorted_token_ids, routed.expert_ids
     blocks = -(-ids.numel() // routed.block_m)
     expect(experts.numel() >= blocks, "expert_ids, length", experts.numel(),

@@ -131,7 +131,7 @@ class PackedWeight:
 
     @staticmethod
     def from_state_dict(state: Mapping[str, Any]) -> PackedWeight:
-        """The weight that `state_dict` described. ValueError for another order than this version's, or shapes that don't fit."""
+        """The weight that `state_dict` gave `state` for. ValueError for another version's order, or shapes that don't fit."""
         missing = [k for k in ("data", "scale", "format", "shape", "pair", "prepack") if k not in state]
         expect(not missing, "state of a packed weight, missing", missing, "data, scale, format, shape, pair, prepack")
         expect(state["prepack"] in KNOWN, "prepack order", repr(state["prepack"]),
@@ -309,7 +309,7 @@ def _all_fold(data: Tensor, scale: Tensor, fmt: Format) -> bool:
 def unpack(packed: PackedWeight) -> ScaledTensor:
     """The weights that `packed` was made from, bit for bit (a scale that came as FP32 comes back as its E8M0 code).
 
-    Weights that were left in their order are not copied."""
+    Weights that were left in their order are not copied. Raises TypeError for what is no PackedWeight."""
     expect(isinstance(packed, PackedWeight), "packed", type(packed).__name__, "a PackedWeight", error=TypeError)
     packed.check()
     if packed.plain is not None:

@@ -163,11 +163,13 @@ class Config:
         return s + "".join(f" {k}={v}" for k, v in self.extra)
 
     def to_dict(self) -> dict[str, Any]:
+        """What differs from the defaults, as plain data; `extra`'s pairs beside the others."""
         d = {f: getattr(self, f) for f in self.__dataclass_fields__ if f != "extra"}
         return {k: v for k, v in d.items() if v != self.__dataclass_fields__[k].default} | dict(self.extra)
 
     @staticmethod
     def from_dict(d: dict[str, Any]) -> Config:
+        """The Config that `to_dict` gave `d` for."""
         own = {k: v for k, v in d.items() if k in Config.__dataclass_fields__ and k != "extra"}
         return replace(Config(**own), extra=tuple(sorted((k, v) for k, v in d.items() if k not in own)))
 

@@ -28,7 +28,7 @@ Layer = Callable[[Tensor, Tensor, Tensor], Tensor]
 def expert_layer(ep: ExpertParallel, gate_up: Weights, down: Weights, **options: Any) -> Layer:
     """A `layer` for `ExpertParallel.by_token`: `narrowgemm.experts` on this rank's experts, with its `options`.
 
-    gate_up `[E_local, 2I, H]`, down `[E_local, H, I]`. Raises what `experts` raises.
+    ep: whose layer it is; gate_up `[E_local, 2I, H]`, down `[E_local, H, I]`. Raises what `experts` raises.
     """
     first, world = ep.local_experts.start, ep.num_experts
 

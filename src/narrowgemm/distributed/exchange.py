@@ -18,7 +18,8 @@ from ..formats import ScaledTensor
 
 
 def exchange_counts(counts: Tensor, send: Sequence[int], receive: Sequence[int], group: Any) -> Tensor:
-    """`counts` int64, `send[r]` of them for rank r, exchanged: `sum(receive)` counts, `receive[r]` of them from rank r."""
+    """`counts` int64, `send[r]` of them for rank r, exchanged over `group`: `sum(receive)` counts, `receive[r]` of
+    them from rank r."""
     out = counts.new_empty(sum(receive))
     dist.all_to_all_single(out, counts.contiguous(), list(receive), list(send), group=group)
     return out
@@ -42,7 +43,7 @@ class Exchange:
         return _AllToAll.apply(x, self)
 
     def scaled(self, x: ScaledTensor) -> ScaledTensor:
-        """Payload and scales of rows with scales by row, bit for bit; no gradient."""
+        """Payload and scales of the rows of `x`, which has scales by row, bit for bit; no gradient."""
         data = self.start(x.data.view(torch.uint8))
         scale = None if x.scale is None else self.start(x.scale)
         return ScaledTensor(data.wait().view(x.data.dtype), None if scale is None else scale.wait(), x.format)

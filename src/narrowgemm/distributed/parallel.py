@@ -24,7 +24,7 @@ Compute = Callable[[Any, Offsets], Tensor]
 
 
 def experts_of_rank(num_experts: int, rank: int, ranks: int) -> range:
-    """The experts that a rank holds: neighbours, and no rank has two more than another."""
+    """Which of `num_experts` experts `rank` of `ranks` ranks holds: neighbours, and no rank has two more than another."""
     return range(num_experts * rank // ranks, num_experts * (rank + 1) // ranks)
 
 
@@ -79,7 +79,7 @@ class ExpertParallel:
         return experts_of_rank(self.num_experts, self.rank, self.ranks)
 
     def bounds(self, device: torch.device) -> Tensor:
-        """int64 `[ranks + 1]`: rank r holds the experts `[bounds[r], bounds[r + 1])`."""
+        """int64 `[ranks + 1]` on `device`: rank r holds the experts `[bounds[r], bounds[r + 1])`."""
         if device not in self._bounds:
             self._bounds[device] = torch.tensor([*accumulate(self.held, initial=0)], device=device)
         return self._bounds[device]
@@ -122,11 +122,11 @@ class ExpertParallel:
         return torch.cat([self._sum(pending.wait(), d, w) for (d, pending), (_, _, w) in zip(back, parts)])
 
     def dispatch(self, x: Tensor, topk_ids: Tensor) -> Dispatched:
-        """Send every slot's row of x to the rank of its expert. See `Dispatched` and `__call__`."""
+        """Send every slot's row of x `[T, H]` to the rank of its expert. topk_ids `[T, top_k]`: see `__call__`, and `Dispatched`."""
         return self._finish(self._begin(x, topk_ids))
 
     def combine(self, y: Tensor, d: Dispatched, topk_weights: Tensor) -> Tensor:
-        """Send the results `y` `[R, N]` of `d.rows` back, and sum each token's own by its weights: `[T, N]`."""
+        """Send the results `y` `[R, N]` of `d.rows` back, and sum each token's own by topk_weights `[T, top_k]`: `[T, N]`."""
         return self._sum(d.exchange.back.rows(self._unsorted(_joined(y, d), d)), d, topk_weights)
 
     def _grad(self, *inputs: Tensor) -> bool:

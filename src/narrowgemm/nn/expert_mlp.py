@@ -61,6 +61,7 @@ class ExpertMLP(torch.nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
+        """New weights: normal, with a standard deviation of 1 / sqrt of the contracted length."""
         for w in (self.gate_up, self.down):
             torch.nn.init.normal_(w, std=w.shape[-1]**-0.5)
 

@@ -68,7 +68,7 @@ class Experts(torch.nn.Module):
         self.batch_invariant, self.backend = batch_invariant, backend
 
     def weight(self, name: str) -> Weight:
-        """One of `WEIGHTS` as an operand."""
+        """The weight of that `name`, one of `WEIGHTS`, as an operand."""
         if name in self.packs:
             shape, pair, order = self.packs[name]
             parts = {part: getattr(self, f"{name}_{part}") for part in ("scale", *PARTS)}
@@ -88,7 +88,11 @@ class Experts(torch.nn.Module):
     def forward(self, x: Tensor, router_logits: Tensor | None = None, *, topk_weights: Tensor | None = None,
                 topk_ids: Tensor | None = None, shared_output: Tensor | None = None, out: Tensor | None = None,
                 workspace: Tensor | None = None) -> Tensor:
-        """`x` `[..., H]` through the layer. Routing tensors have a row for each token, leading axes flattened."""
+        """`x` `[..., H]` through the layer: a tensor of x's shape.
+
+        router_logits, topk_weights, topk_ids, shared_output, out, workspace: as in `experts`, whose errors it raises. They have a
+        row for each token, leading axes flattened.
+        """
         rows = x.reshape(-1, x.shape[-1])
         routing = self.routing | {"router_bias": self.router_bias, "top_k": self.top_k} if router_logits is not None else {}
         y = experts(rows, self.weight("gate_up"), self.weight("down"), router_logits=router_logits,
@@ -101,7 +105,7 @@ class Experts(torch.nn.Module):
         return y.view(x.shape)
 
     def workspace_bytes(self, tokens: int, num_experts: int = 0, dtype: torch.dtype = torch.bfloat16) -> int:
-        """Bytes of workspace for `tokens` tokens; `num_experts`: over all ranks, where there are several."""
+        """Bytes of workspace for `tokens` tokens of type `dtype`; `num_experts`: over all ranks, where there are several."""
         return experts_workspace(tokens, self.weight("gate_up"), self.weight("down"), top_k=self.top_k,
                                  num_experts=num_experts or self.num_experts,
                                  num_expert_group=self.routing.get("num_expert_group"), dtype=dtype,

@@ -91,8 +91,10 @@ def explain(op: str, *, layout: str = "dense", groups: int = 1, m: int, n: int, 
             on_unsupported: str = "portable") -> Explanation:
     """The Plan for a problem given by its sizes, on `device`: a name ('h200', 'sm90', 'cpu'), a torch device, or the one here.
 
-    m: rows of A (masked: expected rows per group; routed_gemm: slots). packed: B went through `prepack`; 'fp8', 'mxfp8': with
-        these `activations`.
+    op: 'gemm', 'grouped_gemm', 'grouped_gemm_wgrad' or 'routed_gemm'; layout: the layout's kind; groups: of a grouped one.
+    m: rows of A (masked: expected rows per group; routed_gemm: slots). n: rows of B, columns of the output. k: contracted length.
+    a, b: formats. out_dtype: 'bf16', 'fp16' or 'fp32'. expected_m: the hint of a masked layout.
+    packed: B went through `prepack`; 'fp8', 'mxfp8': with these `activations`. max_sms, backend, on_unsupported: as in `gemm`.
     Needs no GPU. Raises what the op itself would raise: ValueError, Unsupported.
     """
     arch = detect(device if isinstance(device, torch.device) else None) if device is None or isinstance(device, torch.device) \

@@ -58,7 +58,9 @@ def explain_experts(*, tokens: int, hidden: int, inter: int, experts: int, top_k
                     backend: str | None = None) -> ExpertsExplanation:
     """The plan of `experts` for a layer given by its sizes, on `device` (as in `explain`). Needs no GPU.
 
+    tokens, hidden, inter, top_k: rows of x, its columns H, columns I of the intermediate, experts that a token takes.
     experts: on this rank, of `num_experts` over all (default: the same). shared: intermediate size of shared experts.
+    weights: their format; dtype: x's. bias: whether gate_up has one. Others as in `experts`.
     packed: the routed experts' weights went through `prepack`, gate_up with its pair; 'fp8': with these `activations`.
     Raises as the op itself would: ValueError, Unsupported.
     """

@@ -29,7 +29,8 @@ def prepare(b: ScaledTensor | PackedWeight, *, layout: str = "dense", max_m: int
     b: `[N, K]` (dense) or `[G, N, K]`, packed or not: the real weight, or one of its shape, strides and formats.
     max_m: the most rows of A (masked: the rows a group can hold; `expected_m` are then the hints that calls will give).
     sizes: only these numbers of rows, instead of every bucket up to `max_m` (not for masked).
-    Other arguments as in the calls to come.
+    layout: 'dense', or a grouped one by its kind; alignment: of contiguous and psum groups. a_format: of the activations.
+    out_dtype, zero_padding, max_sms, backend: as in the calls to come.
 
     Activations of zeros are used, with scales MN-major, as `quantize(..., scale_layout='mn_major')` gives them; nothing is kept.
     Returns the Plans. Raises as the calls would.

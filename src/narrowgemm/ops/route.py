@@ -42,7 +42,7 @@ def route(logits: Tensor, top_k: int, *, scoring: str = "softmax", renormalize: 
           config: Config | None = None) -> tuple[Tensor, Tensor]:
     """The `top_k` experts of each token: `(topk_weights fp32 [T, top_k], topk_ids int32 [T, top_k])`, best first.
 
-    Scores are the fp32 `softmax` or `sigmoid` of `logits` `[T, E]`. Experts are chosen by score + `bias` (`[E]`: a
+    `scoring`: scores are the fp32 'softmax' or 'sigmoid' of `logits` `[T, E]`. Experts are chosen by score + `bias` (`[E]`: a
     correction that never enters the weights), the lower id first among equals. With `num_expert_group` groups of
     neighbouring experts only those of the `topk_group` best groups are eligible; a group counts as its best expert,
     with a bias as its two best together. Weights are the chosen scores, divided by their sum if `renormalize`, times
@@ -240,8 +240,8 @@ def moe_align_block_size(topk_ids: Tensor, block_m: int, num_experts: int, *, ex
                          a_div: int | None = None) -> Routed:
     """`topk_ids` `[T, top_k]` as vLLM's block-padded slot layout, see `Routed`; sized for the worst case.
 
-    `a_div` (default top_k: activations have a row a token; 1: a row a slot) goes into the layout. Skipped slots (ids as
-    in `sort_by_expert`) are not in it at all; vLLM instead gives experts of other ranks blocks with expert id -1.
+    `a_div` (default top_k: activations have a row a token; 1: a row a slot) goes into the layout. Skipped slots (ids and
+    `expert_map` as in `sort_by_expert`) are not in it at all; vLLM instead gives experts of other ranks blocks with expert id -1.
     Raises ValueError (shape, block_m, a_div, num_experts) or TypeError (dtype).
     """
     _ids(topk_ids, num_experts, expert_map)
