@@ -186,7 +186,7 @@ class ScaledTensor:
 
     @staticmethod
     def make(data: Tensor, scale: Tensor | float | None, fmt: Format | str, *, scale_layout: str = "auto") -> ScaledTensor:
-        """`data` and `scale`, payload and scales, checked against `fmt`, scales in the one logical layout. Only packed ones are copied.
+        """Payload `data` and `scale`, checked against `fmt`; scales come to the one logical layout, copied only to unpack.
 
         `scale_layout`: 'row_major' (logical shape, any strides, so MN-major TMA-aligned is one too), 'transposed'
         (`[..., K/cols, R/rows]`), 'packed_ue8m0' (int32, four E8M0 codes along K), or 'auto': the first of these whose

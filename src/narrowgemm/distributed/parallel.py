@@ -122,7 +122,7 @@ class ExpertParallel:
         return torch.cat([self._sum(pending.wait(), d, w) for (d, pending), (_, _, w) in zip(back, parts)])
 
     def dispatch(self, x: Tensor, topk_ids: Tensor) -> Dispatched:
-        """Send every slot's row of x `[T, H]` to the rank of its expert. topk_ids `[T, top_k]`: see `__call__`, and `Dispatched`."""
+        """Send every slot's row of x `[T, H]` to the rank of its expert. topk_ids: as in `__call__`. See `Dispatched`."""
         return self._finish(self._begin(x, topk_ids))
 
     def combine(self, y: Tensor, d: Dispatched, topk_weights: Tensor) -> Tensor:
