@@ -62,8 +62,8 @@ class Layer:
         x_format = self.activation_format and self.activation_format.name
         bias, shared, mapped = (x is not None for x in (self.biases[0], self.shared, self.expert_map))
         return (f"{self.weights.name} {packing} x {x_format} {self.tokens}x{hidden}x{inter} of {count} by {self.top_k} "
-                f"{self.activation} interleaved {self.interleaved} bias {bias} shared {shared} added {self.added} first {self.first} "
-                f"skipped {self.skipped} map {mapped}")
+                f"{self.activation} interleaved {self.interleaved} bias {bias} shared {shared} added {self.added} "
+                f"first {self.first} skipped {self.skipped} map {mapped}")
 
     def tokens_of(self, seed: int) -> dict[str, Tensor]:
         """Tokens and routing, as arguments of `experts`."""
