@@ -9,6 +9,7 @@ from .formats import BF16, Format
 
 LAYOUTS = ("dense", "contiguous", "psum", "offsets", "masked", "routed", "k_grouped")
 GROUPED = LAYOUTS[1:]
+PADDED = ("contiguous", "psum")       # layouts with rows of padding
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +95,28 @@ class Problem:
         return max(1, min(self.groups, live)) if self.layout != "dense" else 1
 
     @property
+    def counted(self) -> bool:
+        """Whether the layout's index tells how long groups are, so that tiles are counted on the device."""
+        return self.layout not in ("dense", "contiguous")
+
+    @property
+    def zeroes(self) -> bool:
+        """Whether rows of padding are written as zero."""
+        return self.zero_padding and self.layout in PADDED
+
+    @property
+    def out_bytes(self) -> int:
+        """Of an element of the output."""
+        return 4 if self.out_dtype == "fp32" else 2
+
+    @property
     def bytes(self) -> float:
         """Fewest bytes through device memory: each input read once, each output written once."""
         if self.layout == "k_grouped":
             read = self.a.format.storage_bytes(self.m, self.k) + self.b.format.storage_bytes(self.n, self.k)
-            return read + self.groups * self.m * self.n * (4 if self.out_dtype == "fp32" else 2) * (1 + self.accumulate)
+            return read + self.groups * self.m * self.n * self.out_bytes * (1 + self.accumulate)
         m = self.groups * self.rows if self.layout == "masked" else self.m
-        out = m * self.n * (4 if self.out_dtype == "fp32" else 2) * (1 + self.accumulate)
+        out = m * self.n * self.out_bytes * (1 + self.accumulate)
         return (self.a.format.storage_bytes(m, self.k) + out
                 + self.active_groups * self.b.format.storage_bytes(self.n, self.k))
 

@@ -82,7 +82,7 @@ class Case:
         sa = np.repeat(self.sa.astype(np.float64), 128, -1)
         sb = np.repeat(np.repeat(self.sb.astype(np.float64), 128, 1)[:, :self.n], 128, -1)
         out = self.before[EDGE:-EDGE].reshape(*self.a.shape[:2], self.n).astype(np.float64)
-        pads = fp8_decode.pads(self.problem)
+        pads = self.problem.zeroes
         for (p, r), g in np.ndenumerate(self.owners()):
             if g >= 0:
                 y = (self.a[p, r] * sa[p, r]) @ (self.b[g] * sb[g]).T

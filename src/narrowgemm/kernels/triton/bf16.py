@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ...arch import Arch
-from ...problem import Config, Problem, Step
+from ...problem import PADDED, Config, Problem, Step
 from ..launching import Launch
 from ..operands import Operands
 from . import common
@@ -17,7 +17,6 @@ from . import common
 NAME = "triton.bf16"
 BACKEND = "triton"
 LAYOUTS = ("dense", "contiguous", "psum", "offsets", "masked")
-PADDED = ("contiguous", "psum")
 BESIDE = 4.0        # times as long on Hopper, in these: not measured beside `gluon_sm90.bf16`, in whose place it is never taken
 ELEMENTS = ("bf16", "fp16")
 # of the BF16 rate on 128x128 tiles; of the read bandwidth; what a byte through L2 costs of one from memory (H100)
@@ -110,5 +109,5 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
          out.stride(-2)),
         dict(LAYOUT=common.LAYOUT_IDS[problem.layout], BM=c.block_m, BN=c.block_n, BK=c.block_k, GROUP_M=c.group_m,
              EVEN_K=x.k % c.block_k == 0, EVEN_N=x.n % c.block_n == 0, SWAP=c.swap_ab, ACCUMULATE=problem.accumulate,
-             ZERO=problem.zero_padding and problem.layout in PADDED, WIDE=problem.wide, num_warps=c.num_warps,
+             ZERO=problem.zeroes, WIDE=problem.wide, num_warps=c.num_warps,
              num_stages=c.num_stages))]

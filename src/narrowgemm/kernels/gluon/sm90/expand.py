@@ -25,13 +25,12 @@ from ... import launching
 from ...launching import Launch, Pointer
 from ...operands import Operands
 from . import expand_rows, narrow, refusals
-from .fp8_block_tile import LAYOUTS, MAX_GROUPS
+from .fp8_block_tile import LAYOUTS, group_table
 from .fp8_decode_tile import extra
 from .fp8_scaled import SHAPES, tiles
 from .fp8_scaled_tile import OUT_COLS
 from .fp8_scaled_tile import Tile as ScaledTile
 from .narrow_tile import CHUNK, KINDS, ROWS
-from .refusals import OUT_BYTES
 from .tensor_maps import output, row_tiles, stride
 
 NAME = "gluon_sm90.expand"
@@ -140,15 +139,14 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
 def tile_of(problem: Problem, config: Config, arch: Arch, factor: bool = False, gate: bool = False) -> Tile | None:
     """The product's compile-time constants; None where it needs more shared memory than there is. factor: columns have factors."""
     wgm, wgn, cols0, cols1 = SHAPES[config.block_m, config.block_n]
-    counted = problem.layout not in ("dense", "contiguous")
-    groups = next(n for n in (32, 128, 512, MAX_GROUPS) if not counted or n >= problem.groups)
+    groups = group_table(problem)
     for buffers in (4, 2, 1):       # staging of the store: as much as fits
         if buffers * OUT_COLS > cols0 + cols1:
             continue
         tile = Tile(
-            LAYOUTS[problem.layout], wgm, wgn, cols0, cols1, config.num_stages, 0, config.group_m, buffers,
-            OUT_BYTES[problem.out_dtype], groups, A_ROWS=True, B_ROWS=factor,
-            ZERO=problem.zero_padding and problem.layout in ("contiguous", "psum"), ACCUMULATE=problem.accumulate,
+            LAYOUTS[problem.layout], WGM=wgm, WGN=wgn, COLS0=cols0, COLS1=cols1, STAGES=config.num_stages, PROMOTE=0,
+            STRIP=config.group_m, OUT_BUFFERS=buffers, OUT_BYTES=problem.out_bytes, GROUPS=groups, A_ROWS=True, B_ROWS=factor,
+            ZERO=problem.zeroes, ACCUMULATE=problem.accumulate,
             STORE_TMA=problem.out_aligned, GATE=gate)
         if tile.shared_bytes <= arch.smem:
             return tile
@@ -202,7 +200,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     read = p.active_groups * p.b.format.storage_bytes(unit_rows(p.n), p.k) + p.a.format.storage_bytes(live, p.k)
     seconds, copy = (ROWS_SECONDS, ROWS_COPY) if by_rows(p) else (LAUNCH_SECONDS, COPY)
     front = seconds + (wide + read) / (rate * copy)
-    memory = (wide + live * p.n * OUT_BYTES[p.out_dtype] * (1 + p.accumulate)) / (rate * COPY)
+    memory = (wide + live * p.n * p.out_bytes * (1 + p.accumulate)) / (rate * COPY)
     if extra(config, "cublas"):
         return front + CUBLAS_SECONDS + max(p.flops / (CUBLAS_RATE[p.k % 4096 == 0] * arch.bf16_flops / RATE), memory)
     work = tiles(p, config)

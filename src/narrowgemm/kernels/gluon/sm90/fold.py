@@ -30,9 +30,8 @@ from ...operands import Operands
 from . import fold_whole, fp8_block, refusals
 from .fold_tile import MAX_FLAGS, SCALE_BYTES, UNIT_ROWS, FoldTile
 from .fp8_block import LAUNCH_SECONDS
-from .fp8_block_tile import LAYOUTS, MAX_GROUPS
+from .fp8_block_tile import LAYOUTS, group_table
 from .fp8_scaled import MEMORY_EFFICIENCY, MEMORY_SECONDS
-from .refusals import OUT_BYTES
 from .tensor_maps import output, planes, row_tiles, stride
 
 NAME = "gluon_sm90.fold"
@@ -148,16 +147,16 @@ def tile_of(problem: Problem, config: Config, arch: Arch, factor: bool = False, 
     factors; exact: of the product with all of MXFP4's scales."""
     shape = _EXACT if exact else (config.block_m, config.block_n)
     wgm, wgn, mp = _SHAPES[shape]
-    counted = problem.layout not in ("dense", "contiguous")
-    groups = next(n for n in (32, 128, 512, MAX_GROUPS) if not counted or n >= problem.groups)
+    groups = group_table(problem)
     gate = 0 if problem.a.format.element == "e4m3" else 2 if exact else 1
     # staging of the store and slots of 4-bit weights: as much as fits
     quarters = config.extra == _QUARTERS and not exact
     for w_stages, split, buffers in ((3, 1, mp), (3, 2, 2), (3, 2, 1), (2, 2, 1))[quarters:]:
         tile = FoldTile(
-            LAYOUTS[problem.layout], wgm, wgn, mp, 1, 128, config.num_stages, 1, 1, 1, 0, config.group_m, 1, buffers, split,
-            OUT_BYTES[problem.out_dtype], groups, A_SCALE_TMA=True,
-            ZERO=problem.zero_padding and problem.layout in ("contiguous", "psum"), ACCUMULATE=problem.accumulate,
+            LAYOUTS[problem.layout], WGM=wgm, WGN=wgn, MP=mp, NP=1, WN=128, STAGES=config.num_stages, KS=1, UNROLL=1, HEAD=1,
+            SKIP=0, STRIP=config.group_m, CTAS=1, OUT_BUFFERS=buffers, OUT_SPLIT=split, OUT_BYTES=problem.out_bytes, GROUPS=groups,
+            A_SCALE_TMA=True,
+            ZERO=problem.zeroes, ACCUMULATE=problem.accumulate,
             STORE_TMA=problem.out_aligned, LATE_STORE=False, SINGLE=mp == 1, TAIL=bool(config.extra) and not exact, FACTOR=factor,
             NIBBLES=fold_whole.nibbles(problem), SUB=4 if exact else 1, CONSUMER_REGISTERS=208,
             PRODUCER_REGISTERS=24, W_STAGES=w_stages, GATE=gate, FLAGS=MAX_FLAGS if gate else 32,
@@ -231,14 +230,13 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
 
 
 def _product_seconds(problem: Problem, config: Config, arch: Arch) -> float:
-    counted = problem.layout not in ("dense", "contiguous")
     halves = bool(config.extra)
     width = fold_whole.spread_width(problem)
     sms = min(arch.sms, problem.max_sms or arch.sms)
     blocks = -(-problem.k // BLOCK)
     nibbles = expands_fast(problem)
     routed = nibbles and problem.layout == "offsets" and problem.groups >= _MANY_GROUPS
-    spreads = (False, ) if not counted else (True, ) if routed else (False, True)
+    spreads = (False, ) if not problem.counted else (True, ) if routed else (False, True)
     works = {fp8_block.dealt(problem, config, spread, halves, width) for spread in spreads}
     times = _NIBBLE_TIMES if nibbles else _BLOCK_TIMES
     unit = blocks * 1e-6 * (_H200_RATE / 132) / (arch.fp8_flops / arch.sms) * times[config.block_m, config.block_n]
@@ -249,7 +247,7 @@ def _product_seconds(problem: Problem, config: Config, arch: Arch) -> float:
         rounds = _rounds(work, sms, half, quarter) if config.extra == _QUARTERS else fp8_block.waves(work, sms, half)
         alone = _ALONE if nibbles else 1.0
         seconds += rounds * tile * (alone + (1 - alone) * min(1.0, work.tiles / sms)) / len(works)
-    if problem.groups >= _MANY_GROUPS and problem.rows <= _FEW_ROWS and counted and not nibbles:
+    if problem.groups >= _MANY_GROUPS and problem.rows <= _FEW_ROWS and problem.counted and not nibbles:
         seconds *= _SPREAD
     rate = arch.bandwidth * sms / arch.sms
     memory = MEMORY_SECONDS + problem.bytes / (rate * MEMORY_EFFICIENCY)

@@ -38,9 +38,8 @@ from .fold_mixed import (
     tiles_time,
 )
 from .fp8_block import tiles
-from .fp8_block_tile import LAYOUTS, MAX_GROUPS
+from .fp8_block_tile import LAYOUTS, group_table
 from .narrow import power_of_two
-from .refusals import OUT_BYTES
 from .tensor_maps import output, row_tiles, stride
 
 NAME = "gluon_sm90.fold_both"
@@ -117,13 +116,12 @@ def tile_of(problem: Problem, config: Config, arch: Arch) -> MixedTile | fold_bo
     if config.block_n == 256:
         return fold_mixed.tile_of(problem, config, arch, picks=True)
     tensors, columns, _ = WIDTHS[config.block_n]
-    counted = problem.layout not in ("dense", "contiguous")
-    groups = next(n for n in (32, 128, 512, MAX_GROUPS) if not counted or n >= problem.groups)
+    groups = group_table(problem)
     stages = config.num_stages - (problem.out_dtype == "fp32")      # staging of the store takes twice as much
     for buffers in (tensors, 2, 1):     # staging of the store: as much as fits
         tile = fold_both_tile.Tile(
             LAYOUTS[problem.layout], 2, 1, 1, tensors, columns, STAGES=stages, STRIP=config.group_m, OUT_BUFFERS=buffers,
-            OUT_BYTES=OUT_BYTES[problem.out_dtype], GROUPS=groups, ZERO=problem.zero_padding and problem.layout == "contiguous",
+            OUT_BYTES=problem.out_bytes, GROUPS=groups, ZERO=problem.zero_padding and problem.layout == "contiguous",
             STORE_TMA=problem.out_aligned, CLUSTER_M=1 + bool(config.extra))
         if tile.shared_bytes <= arch.smem:
             return tile

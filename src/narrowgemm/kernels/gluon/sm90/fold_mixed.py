@@ -24,9 +24,8 @@ from ...operands import Operands
 from . import expand
 from .expand import columns, unit_rows
 from .fp8_block import tiles
-from .fp8_block_tile import LAYOUTS, MAX_GROUPS, Tile
+from .fp8_block_tile import LAYOUTS, Tile, group_table
 from .narrow import a_strides, power_of_two
-from .refusals import OUT_BYTES
 from .tensor_maps import output, row_tiles, stride
 
 NAME = "gluon_sm90.fold_mixed"
@@ -108,13 +107,12 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
 def tile_of(problem: Problem, config: Config, arch: Arch, factor: bool = False, picks: bool = False) -> MixedTile | None:
     """The product's compile-time constants; None where it needs more shared memory than there is. factor: weight rows have some;
     picks: `MixedTile.PICKS`."""
-    counted = problem.layout not in ("dense", "contiguous")
-    groups = next(n for n in (32, 128, 512, MAX_GROUPS) if not counted or n >= problem.groups)
+    groups = group_table(problem)
     stages = config.num_stages - (problem.out_dtype == "fp32")      # staging of the store takes twice as much
     tile = MixedTile(
-        LAYOUTS[problem.layout], 1, 2, 2, 1, 128, stages, 1, 1, 1, 0, config.group_m, 1, 1, 2,
-        OUT_BYTES[problem.out_dtype], groups, A_SCALE_TMA=True,
-        ZERO=problem.zero_padding and problem.layout in ("contiguous", "psum"), STORE_TMA=problem.out_aligned, LATE_STORE=False,
+        LAYOUTS[problem.layout], WGM=1, WGN=2, MP=2, NP=1, WN=128, STAGES=stages, KS=1, UNROLL=1, HEAD=1, SKIP=0,
+        STRIP=config.group_m, CTAS=1, OUT_BUFFERS=1, OUT_SPLIT=2, OUT_BYTES=problem.out_bytes, GROUPS=groups, A_SCALE_TMA=True,
+        ZERO=problem.zeroes, STORE_TMA=problem.out_aligned, LATE_STORE=False,
         FOLD=True, FACTOR=factor, SUB=4, PICKS=picks)
     return tile if tile.shared_bytes <= arch.smem else None
 
@@ -170,8 +168,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
 
 def tiles_time(p: Problem, config: Config, arch: Arch, sms: int, more: float = 0.0, block: float = BLOCK_TIME) -> float:
     """Seconds of a product's tiles on `sms` SMs. On a device of RATE, block: of a K block; more: of each."""
-    counted = p.layout not in ("dense", "contiguous")
-    works = {tiles(p, config, spread) for spread in ((False, True) if counted else (False, ))}
+    works = {tiles(p, config, spread) for spread in ((False, True) if p.counted else (False, ))}
     unit = (-(-p.k // BLOCK) * block + more) * (RATE / 132) / (arch.fp8_flops / arch.sms)
     seconds = 0.0
     for work in works:

@@ -23,8 +23,7 @@ from ...launching import Launch, Pointer
 from ...operands import Operands
 from . import fp8_block, fp8_cluster, fp8_cluster_tile
 from .fold_tile import MAX_FLAGS, UNIT_ROWS
-from .fp8_block_tile import LAYOUTS, MAX_GROUPS, Tile
-from .refusals import OUT_BYTES
+from .fp8_block_tile import LAYOUTS, Tile, group_table
 from .tensor_maps import output, row_tiles, stride
 
 BLOCK = 128             # of K
@@ -91,10 +90,9 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
 def tile_of(problem: Problem, config: Config, arch: Arch, factor: bool = False) -> Tile | fp8_cluster_tile.Tile | None:
     """The compile-time constants of the product; None where it needs more shared memory than there is."""
     extra = dict(config.extra)
-    counted = problem.layout not in ("dense", "contiguous")
-    groups = next(n for n in (32, 128, 512, MAX_GROUPS) if not counted or n >= problem.groups)
-    layout, zero = LAYOUTS[problem.layout], problem.zero_padding and problem.layout in ("contiguous", "psum")
-    size = OUT_BYTES[problem.out_dtype]
+    groups = group_table(problem)
+    layout, zero = LAYOUTS[problem.layout], problem.zeroes
+    size = problem.out_bytes
     tile: Tile | fp8_cluster_tile.Tile
     wgm, wgn, mp, unroll = _SHAPES[config.block_m, config.block_n]
     head = 1 + (-(-problem.k // BLOCK) - 1) % unroll
@@ -104,14 +102,16 @@ def tile_of(problem: Problem, config: Config, arch: Arch, factor: bool = False) 
             ahead = extra["whole"] == 2
             np, wn = (5, 32) if wider else (1, 128)
             tile = fp8_cluster_tile.Tile(
-                layout, wgm, wgn, mp, np, wn, 1, columns, config.num_stages, config.group_m, buffers, split, size, groups,
-                A_SCALE_TMA=True, ZERO=zero, STORE_TMA=problem.out_aligned, FOLD=True, FACTOR=factor, PITCH=wider,
+                layout, WGM=wgm, WGN=wgn, MP=mp, NP=np, WN=wn, CLUSTER_M=1, CLUSTER_N=columns, STAGES=config.num_stages,
+                STRIP=config.group_m, OUT_BUFFERS=buffers, OUT_SPLIT=split, OUT_BYTES=size, GROUPS=groups, A_SCALE_TMA=True,
+                ZERO=zero, STORE_TMA=problem.out_aligned, FOLD=True, FACTOR=factor, PITCH=wider,
                 NIBBLES=nibbles(problem), PIECE=PIECE if ahead else 0,
                 GATE=0 if problem.a.format.element == "e4m3" else 1, FLAGS=MAX_FLAGS, KERNEL="fold_cluster_kernel",
                 CONSUMER_REGISTERS=224 if ahead else 232, PRODUCER_REGISTERS=64 if ahead else 40)
         else:
-            tile = Tile(layout, wgm, wgn, mp, 1, 128, config.num_stages, 1, unroll, head, 0, config.group_m, 1, buffers, split,
-                        size, groups, A_SCALE_TMA=True, ZERO=zero, STORE_TMA=problem.out_aligned, LATE_STORE=False, FOLD=True,
+            tile = Tile(layout, WGM=wgm, WGN=wgn, MP=mp, NP=1, WN=128, STAGES=config.num_stages, KS=1, UNROLL=unroll, HEAD=head,
+                        SKIP=0, STRIP=config.group_m, CTAS=1, OUT_BUFFERS=buffers, OUT_SPLIT=split, OUT_BYTES=size, GROUPS=groups,
+                        A_SCALE_TMA=True, ZERO=zero, STORE_TMA=problem.out_aligned, LATE_STORE=False, FOLD=True,
                         FACTOR=factor, NIBBLES=nibbles(problem), CONSUMER_REGISTERS=232, PRODUCER_REGISTERS=40)
         if tile.shared_bytes <= arch.smem:
             return tile
@@ -185,8 +185,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     extra = dict(config.extra)
     columns = extra.get("cluster_n", 1)
     unit = replace(config, block_n=config.block_n * columns)
-    counted = problem.layout not in ("dense", "contiguous")
-    spreads = (False, True) if counted else (False, )
+    spreads = (False, True) if problem.counted else (False, )
     if extra.get("wider"):
         seconds = sum(_of_alone(problem, config, arch, x) for x in spreads) / len(spreads)
         return seconds + _in_front(problem, arch)

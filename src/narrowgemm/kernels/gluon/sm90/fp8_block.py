@@ -20,8 +20,7 @@ from ...launching import Launch
 from ...operands import Operands
 from . import refusals
 from .few_model import SPREAD, few, insured
-from .fp8_block_tile import LAYOUTS, MAX_GROUPS, Tile
-from .refusals import OUT_BYTES
+from .fp8_block_tile import LAYOUTS, Tile, group_table
 from .tensor_maps import output, planes, row_tiles, stride
 
 NAME = "gluon_sm90.fp8_block"
@@ -116,17 +115,17 @@ def tile_of(problem: Problem, config: Config, arch: Arch) -> Tile | None:
     pieces = mp * np
     unroll = extra.get("unroll", 4 if pieces == 1 else 2 if np > 1 else 1)
     blocks = problem.k // 128
-    counted = problem.layout not in ("dense", "contiguous")
-    groups = next(n for n in (32, 128, 512, MAX_GROUPS) if not counted or n >= problem.groups)
+    groups = group_table(problem)
     budget = arch.smem if ctas == 1 else (arch.smem + RESERVED_SMEM) // ctas - RESERVED_SMEM
     consumers = wgm * wgn
     # staging of the store: as much as fits; whole pieces, or halves of their columns
     for split, buffers in ((1, pieces), (2, 2), (2, 1)) if columns == 128 else ((1, pieces), (1, 2), (1, 1)):
         tile = Tile(
-            LAYOUTS[problem.layout], wgm, wgn, mp, np, columns, config.num_stages, slot, unroll, 1 + (blocks - 1) % unroll,
-            -blocks % slot, config.group_m, ctas, buffers, split, OUT_BYTES[problem.out_dtype], groups,
+            LAYOUTS[problem.layout], WGM=wgm, WGN=wgn, MP=mp, NP=np, WN=columns, STAGES=config.num_stages, KS=slot, UNROLL=unroll,
+            HEAD=1 + (blocks - 1) % unroll, SKIP=-blocks % slot, STRIP=config.group_m, CTAS=ctas, OUT_BUFFERS=buffers,
+            OUT_SPLIT=split, OUT_BYTES=problem.out_bytes, GROUPS=groups,
             A_SCALE_TMA=problem.a.scale_major == "mn" and problem.a.scale_dtype == "fp32",
-            ZERO=problem.zero_padding and problem.layout in ("contiguous", "psum"), ACCUMULATE=problem.accumulate,
+            ZERO=problem.zeroes, ACCUMULATE=problem.accumulate,
             STORE_TMA=problem.out_aligned, LATE_STORE=bool(extra.get("late_store", 0)) and not problem.accumulate,
             DOUBLE=np > 1, TAIL=_halves(problem, config),
             CONSUMER_REGISTERS=232, PRODUCER_REGISTERS=40 if consumers == 2 else 24)
@@ -237,8 +236,8 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
 
 def of_spread(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds with the expected sizes of groups."""
-    counted = problem.layout not in ("dense", "contiguous")
-    works = {dealt(problem, config, spread, _halves(problem, config)) for spread in ((False, True) if counted else (False, ))}
+    spreads = (False, True) if problem.counted else (False, )
+    works = {dealt(problem, config, spread, _halves(problem, config)) for spread in spreads}
     return sum(_seconds(problem, config, arch, work) for work in works) / len(works)
 
 

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from ....problem import Problem
+
 LAYOUTS = {"dense": 0, "contiguous": 1, "offsets": 2, "psum": 3, "masked": 4}
 WARPGROUP_ROWS = 64     # rows of one wgmma
 MAX_GROUPS = 4096       # groups that the table in shared memory holds
 _BARRIER_BYTES = 8
+
+
+def group_table(problem: Problem) -> int:
+    """Groups that the table in shared memory holds: few sizes, so that not every number of groups compiles a kernel of its own."""
+    return next(n for n in (32, 128, 512, MAX_GROUPS) if not problem.counted or n >= problem.groups)
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,8 @@ from ...operands import Operands
 from . import fp8_block
 from .few_model import few, insured
 from .fp8_block import BACKEND as BACKEND
-from .fp8_block_tile import LAYOUTS, MAX_GROUPS
+from .fp8_block_tile import LAYOUTS, group_table
 from .fp8_cluster_tile import Tile
-from .refusals import OUT_BYTES
 from .tensor_maps import planes, row_tiles
 
 NAME = "gluon_sm90.fp8_cluster"
@@ -96,15 +95,15 @@ def tile_of(problem: Problem, config: Config, arch: Arch) -> Tile | None:
     """The compile-time constants of a legal config; None where it needs more shared memory than there is."""
     extra = dict(config.extra)
     wgm, wgn, pieces, tensors, columns = _SHAPES[config.block_m, config.block_n]
-    counted = problem.layout not in ("dense", "contiguous")
-    groups = next(n for n in (32, 128, 512, MAX_GROUPS) if not counted or n >= problem.groups)
+    groups = group_table(problem)
     # staging of the store: as much as fits; whole tensors, or halves of their columns
     for split, buffers in ((1, pieces), (2, 2), (2, 1)) if columns == 128 else ((1, tensors), (1, 2), (1, 1)):
         tile = Tile(
-            LAYOUTS[problem.layout], wgm, wgn, pieces, tensors, columns, extra.get("cluster_m", 1), extra.get("cluster_n", 1),
-            config.num_stages, config.group_m, buffers, split, OUT_BYTES[problem.out_dtype], groups,
+            LAYOUTS[problem.layout], WGM=wgm, WGN=wgn, MP=pieces, NP=tensors, WN=columns, CLUSTER_M=extra.get("cluster_m", 1),
+            CLUSTER_N=extra.get("cluster_n", 1), STAGES=config.num_stages, STRIP=config.group_m, OUT_BUFFERS=buffers,
+            OUT_SPLIT=split, OUT_BYTES=problem.out_bytes, GROUPS=groups,
             A_SCALE_TMA=problem.a.scale_major == "mn" and problem.a.scale_dtype == "fp32",
-            ZERO=problem.zero_padding and problem.layout in ("contiguous", "psum"), ACCUMULATE=problem.accumulate,
+            ZERO=problem.zeroes, ACCUMULATE=problem.accumulate,
             STORE_TMA=problem.out_aligned, LATE_STORE=bool(extra.get("late_store", 0)) and not problem.accumulate,
             MIX=bool(extra.get("mix", 0)), PITCH=extra.get("wider", 0))
         if tile.shared_bytes <= arch.smem:
@@ -171,11 +170,10 @@ def of_spread(problem: Problem, config: Config, arch: Arch) -> float:
     extra = dict(config.extra)
     rows, columns = extra.get("cluster_m", 1), extra.get("cluster_n", 1)
     unit = replace(config, block_m=config.block_m * rows, block_n=config.block_n * columns)
-    counted = problem.layout not in ("dense", "contiguous")
     if rows * columns == 1 and problem.layout != "dense" and config.block_n in _ALONE_TIMES:
-        both = [_of_alone(problem, config, arch, spread) for spread in ((False, True) if counted else (False, ))]
+        both = [_of_alone(problem, config, arch, spread) for spread in ((False, True) if problem.counted else (False, ))]
         return sum(both) / len(both)
-    works = {fp8_block.tiles(problem, unit, spread) for spread in ((False, True) if counted else (False, ))}
+    works = {fp8_block.tiles(problem, unit, spread) for spread in ((False, True) if problem.counted else (False, ))}
     clusters = min(arch.sms, problem.max_sms or arch.sms) // (rows * columns)
     busy, alone = _BLOCK_TIMES[config.block_m, config.block_n]
     tile = fp8_block.TILE_SECONDS

@@ -18,7 +18,6 @@ from ...operands import Operands
 from .fp8_decode_model import estimate, expected_rows, tiles_expected
 from .fp8_decode_tile import (
     AHEADS,
-    ITEMSIZE,
     KEEP_BYTES,
     LAYOUT_IDS,
     MAX_SPLIT,
@@ -30,7 +29,6 @@ from .fp8_decode_tile import (
     in_workspace,
     legal,
     max_registers,
-    pads,
     slot_bytes,
     smem_budget,
     smem_bytes,
@@ -38,7 +36,7 @@ from .fp8_decode_tile import (
 )
 from .tensor_maps import planes, planes_by_eight
 
-__all__ = ["BACKEND", "LAYOUT_IDS", "NAME", "configs", "estimate", "extra", "launches", "legal", "max_registers", "pads",
+__all__ = ["BACKEND", "LAYOUT_IDS", "NAME", "configs", "estimate", "extra", "launches", "legal", "max_registers",
            "smem_bytes", "supports", "workspace"]
 
 NAME = "gluon_sm90.fp8_decode"
@@ -105,7 +103,7 @@ def widths(problem: Problem) -> list[tuple[int, int, int, tuple[Shape, ...]]]:
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     rows = problem.groups * problem.rows if problem.layout == "masked" else problem.m
-    kept = rows * problem.n * ITEMSIZE[problem.out_dtype] <= KEEP_BYTES
+    kept = rows * problem.n * problem.out_bytes <= KEEP_BYTES
     found = []
     for bt, narrow, middle, shapes in widths(problem):
         for bn, warps, ctas in shapes:

@@ -9,7 +9,6 @@ from ....problem import Config, Problem
 from .refusals import FRONTS
 
 LAYOUT_IDS = {"dense": 0, "contiguous": 1, "offsets": 2, "psum": 3, "masked": 4}
-ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4}
 TOKENS = (8, 16, 32, 64, 128)
 MAX_SPLIT = 16
 TRIPS = (1, 2, 4)
@@ -114,10 +113,6 @@ def trip_of(config: Config, columns: int, registers: int) -> int:
     return extra(config, "trip", 1) if need <= registers else 1
 
 
-def pads(problem: Problem) -> bool:
-    return problem.zero_padding and problem.layout in ("contiguous", "psum")
-
-
 def static(problem: Problem, config: Config, groups: int) -> Static:
     table = 32
     while table < groups and problem.layout in ("offsets", "psum", "masked"):
@@ -135,13 +130,14 @@ def static(problem: Problem, config: Config, groups: int) -> Static:
     w_at = blocks * config.block_m // config.block_n if together and config.block_m > config.block_n else 0
     x_at = blocks * config.block_n // config.block_m if together and not w_at else 0
     rows = blocks * (config.block_m + config.block_n)
-    return Static(LAYOUT_IDS[problem.layout], config.block_m, middle, narrow, config.block_n,
-                  config.num_warps // 4, pieces(config), wide_trip, middle_trip, narrow_trip, config.num_stages,
-                  guess, config.split_k, extra(config, "box", 1), cluster, w_at, x_at,
-                  rows + (-(-config.num_stages // 16) if stream else 0), bool(stream), rows * 16 if stream else 0, table,
-                  16 // ITEMSIZE[problem.out_dtype],
-                  problem.accumulate, pads(problem), bool(extra(config, "keep")), extra(config, "ahead", AHEADS[0]), front,
-                  3 if guess or front == 1 else 2, loader, consumer)
+    return Static(
+        LAYOUT=LAYOUT_IDS[problem.layout], BT=config.block_m, MIDDLE=middle, NARROW=narrow, BN=config.block_n,
+        CONSUMERS=config.num_warps // 4, PIECES=pieces(config), TRIP=wide_trip, TRIP_MIDDLE=middle_trip, TRIP_NARROW=narrow_trip,
+        STAGES=config.num_stages, GUESS=guess, SPLIT=config.split_k, BOX=extra(config, "box", 1), CLUSTER=cluster, W_AT=w_at,
+        X_AT=x_at, RING_ROWS=rows + (-(-config.num_stages // 16) if stream else 0), STREAM=bool(stream),
+        F_AT=rows * 16 if stream else 0, GROUPS=table, STORE_VEC=16 // problem.out_bytes, ACCUMULATE=problem.accumulate,
+        ZERO=problem.zeroes, KEEP=bool(extra(config, "keep")), AHEAD=extra(config, "ahead", AHEADS[0]), FRONT=front,
+        ARRIVALS=3 if guess or front == 1 else 2, LOADER_REGS=loader, CONSUMER_REGS=consumer)
 
 
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:

@@ -21,7 +21,7 @@ from ...launching import Launch
 from ...operands import Operands
 from ...triton.activate import is_bf16
 from . import fp8_cluster
-from .fp8_block_tile import LAYOUTS, MAX_GROUPS
+from .fp8_block_tile import LAYOUTS, group_table
 from .fp8_gated_tile import BLOCK, GatedTile
 from .tensor_maps import planes, row_tiles, stride
 
@@ -77,7 +77,7 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
 
 @lru_cache(maxsize=4096)
 def tile_of(problem: Problem, config: Config) -> GatedTile:
-    groups = next(n for n in (32, 128, 512, MAX_GROUPS) if n >= problem.groups)
+    groups = group_table(problem)
     clamped = 0 if problem.epilogue.activation == "swiglu" else 2 if is_bf16(numbers(problem)[1]) else 1
     return GatedTile(LAYOUTS[problem.layout], CLUSTER_N=dict(config.extra).get("cluster_n", 1), STAGES=config.num_stages,
                      STRIP=config.group_m, GROUPS=groups, CLAMPED=clamped)

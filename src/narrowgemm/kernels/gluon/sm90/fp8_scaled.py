@@ -21,9 +21,8 @@ from ...launching import Launch
 from ...operands import Operands
 from ...triton import k_major
 from . import refusals
-from .fp8_block_tile import LAYOUTS, MAX_GROUPS
+from .fp8_block_tile import LAYOUTS, group_table
 from .fp8_scaled_tile import OUT_COLS, Tile
-from .refusals import OUT_BYTES
 from .tensor_maps import output, planes, row_tiles, stride
 
 NAME = "gluon_sm90.fp8_scaled"
@@ -102,15 +101,15 @@ def legal_tile(problem: Problem, config: Config) -> str | None:
 def tile_of(problem: Problem, config: Config, arch: Arch) -> Tile | None:
     """The compile-time constants of a legal config; None where it needs more shared memory than there is."""
     wgm, wgn, cols0, cols1 = SHAPES[config.block_m, config.block_n]
-    counted = problem.layout not in ("dense", "contiguous")
-    groups = next(n for n in (32, 128, 512, MAX_GROUPS) if not counted or n >= problem.groups)
+    groups = group_table(problem)
     for buffers in (4, 3, 2, 1):       # staging of the store: as much as fits
         if buffers * OUT_COLS > cols0 + cols1:
             continue
         tile = Tile(
-            LAYOUTS[problem.layout], wgm, wgn, cols0, cols1, config.num_stages, problem.promote // 128, config.group_m, buffers,
-            OUT_BYTES[problem.out_dtype], groups, problem.a.format.group[0] == 1, problem.b.format.group[0] == 1,
-            ZERO=problem.zero_padding and problem.layout in ("contiguous", "psum"), ACCUMULATE=problem.accumulate,
+            LAYOUTS[problem.layout], WGM=wgm, WGN=wgn, COLS0=cols0, COLS1=cols1, STAGES=config.num_stages,
+            PROMOTE=problem.promote // 128, STRIP=config.group_m, OUT_BUFFERS=buffers, OUT_BYTES=problem.out_bytes, GROUPS=groups,
+            A_ROWS=problem.a.format.group[0] == 1, B_ROWS=problem.b.format.group[0] == 1,
+            ZERO=problem.zeroes, ACCUMULATE=problem.accumulate,
             STORE_TMA=problem.out_aligned)
         if tile.shared_bytes <= arch.smem:
             return tile

@@ -22,9 +22,9 @@ from ...operands import Operands
 from ...triton import k_major
 from ...triton.k_major import Copied
 from . import fp8_scaled
-from .fp8_block_tile import LAYOUTS, MAX_GROUPS
+from .fp8_block_tile import LAYOUTS, MAX_GROUPS, group_table
 from .fp8_scaled_tile import OUT_COLS, Tile
-from .refusals import OUT_BYTES
+from .refusals import OUT_DTYPES
 from .tensor_maps import output, planes, stride
 
 NAME = "gluon_sm90.fp8_wgrad"
@@ -55,8 +55,8 @@ def supports(problem: Problem, arch: Arch) -> str | None:
         return f"takes 1x128 scales of groups that start at multiples of 128 (KGrouped.alignment), not of {p.alignment}"
     if p.n < 8 or not p.k:
         return f"takes at least 8 columns and something to contract, not {p.n} and {p.k}"
-    if p.out_dtype not in OUT_BYTES:
-        return f"writes {', '.join(OUT_BYTES)}, not {p.out_dtype}"
+    if p.out_dtype not in OUT_DTYPES:
+        return f"writes {', '.join(OUT_DTYPES)}, not {p.out_dtype}"
     if 0 < p.promote < 128:
         return f"promotes every 128 of K, not every {p.promote}"
     if p.groups > MAX_GROUPS:
@@ -98,15 +98,16 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
 def tile_of(problem: Problem, config: Config, arch: Arch) -> Tile | None:
     """The compile-time constants of a legal config; None where it needs more shared memory than there is."""
     wgm, wgn, cols0, cols1, pieces = _shape(problem, config)
-    groups = next(n for n in (32, 128, 512, MAX_GROUPS) if n >= problem.groups)
+    groups = group_table(problem)
     for buffers in (4, 3, 2, 1):       # staging of the store: as much as fits
         if buffers * OUT_COLS > cols0 + cols1:
             continue
         tile = Tile(
-            LAYOUTS["masked"], wgm, wgn, cols0, cols1, config.num_stages,
-            0 if _blocks(problem) else problem.promote // 128, config.group_m, buffers,
-            OUT_BYTES[problem.out_dtype], groups, problem.a.format.group[0] == 1, problem.b.format.group[0] == 1,
-            _blocks(problem), ZERO=False, ACCUMULATE=problem.accumulate, STORE_TMA=problem.out_aligned,
+            LAYOUTS["masked"], WGM=wgm, WGN=wgn, COLS0=cols0, COLS1=cols1, STAGES=config.num_stages,
+            PROMOTE=0 if _blocks(problem) else problem.promote // 128, STRIP=config.group_m, OUT_BUFFERS=buffers,
+            OUT_BYTES=problem.out_bytes, GROUPS=groups, A_ROWS=problem.a.format.group[0] == 1,
+            B_ROWS=problem.b.format.group[0] == 1, BLOCKS=_blocks(problem), ZERO=False, ACCUMULATE=problem.accumulate,
+            STORE_TMA=problem.out_aligned,
             SPLIT=_cut(problem, config) or pieces > 1,      # two pieces: see `_cut`
             TABLES=2, MP=pieces)
         if tile.shared_bytes <= arch.smem:
@@ -134,7 +135,7 @@ def _copies(problem: Problem) -> tuple[int, int]:
 def _counts(problem: Problem, config: Config) -> tuple[int, int, int]:
     """int32 of the plan, arrivals at cut tiles, elements of their sums. Cut tiles make fewer than 2 * SHARE items: each is
     more than half as long as a chunk may be."""
-    groups = 4 * next(n for n in (32, 128, 512, MAX_GROUPS) if n >= problem.groups)
+    groups = 4 * group_table(problem)
     if not _cut(problem, config):
         return groups, 0, 0
     return groups, 4 * SHARE, 2 * SHARE * config.block_m * config.block_n
@@ -160,7 +161,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     times = BLOCK_TIMES if _blocks(problem) else fp8_scaled.BLOCK_TIMES
     tile = fp8_scaled.TILE_SECONDS + fp8_scaled.store_seconds(problem, tile_of(problem, config, arch), arch)
     if _blocks(problem) and _shape(problem, config)[4] > 1:
-        tile += WIDE_SECONDS * OUT_BYTES[problem.out_dtype] * (2 if problem.accumulate else 1)
+        tile += WIDE_SECONDS * problem.out_bytes * (2 if problem.accumulate else 1)
     seconds = waves * (unit * times[config.block_m, config.block_n] + tile)
     memory = fp8_scaled.MEMORY_SECONDS + problem.bytes / (arch.bandwidth * fp8_scaled.MEMORY_EFFICIENCY)
     copies = sum(k_major.seconds(size, arch) for size in _copies(problem) if size)

@@ -15,7 +15,7 @@ from ....problem import Config, Problem, Step
 from ...launching import Launch, Pointer
 from ...operands import Operands
 from . import mx8_tile as tile
-from .fp8_decode_tile import ITEMSIZE, extra, max_registers, smem_budget
+from .fp8_decode_tile import extra, max_registers, smem_budget
 from .mx8_tile import TRIP
 
 __all__ = ["BACKEND", "NAME", "configs", "estimate", "launches", "legal", "smem_bytes", "supports", "workspace"]
@@ -66,7 +66,7 @@ def fixed_bytes(problem: Problem, config: Config) -> int:
     """Codes of weights of all of a block's K, and where the tile is transposed."""
     codes = chunk_of(problem, config) // TRIP * ROWS * 16
     sums = 4 * config.block_m * ROWS * (config.num_warps > 4)
-    return codes + sums + config.block_m * ROWS * ITEMSIZE[problem.out_dtype] + 512
+    return codes + sums + config.block_m * ROWS * problem.out_bytes + 512
 
 
 def smem_bytes(problem: Problem, config: Config) -> int:

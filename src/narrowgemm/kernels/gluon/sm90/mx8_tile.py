@@ -15,7 +15,7 @@ from ....arch import Arch
 from ....problem import Config, Problem
 from ...launching import Launch, Pointer
 from ...operands import Operands
-from .fp8_decode_tile import CLUSTERS, ITEMSIZE, KEEP_BYTES, ROOM, STREAM_CACHES, extra
+from .fp8_decode_tile import CLUSTERS, KEEP_BYTES, ROOM, STREAM_CACHES, extra
 from .tensor_maps import planes
 
 TRIP = 4                     # K blocks of 128 whose codes are 16 bytes of a row
@@ -56,7 +56,7 @@ def shared(problem: Problem, config: Config, sw: int, consumer: int, loader: int
 
 def columns(problem: Problem, config: Config, chunk: int) -> dict[str, Any]:
     """The fields that `Columns` adds. chunk: `chunk_of`."""
-    return {"BT": config.block_m, "TRIPS": chunk // TRIP, "STORE_VEC": 16 // ITEMSIZE[problem.out_dtype]}
+    return {"BT": config.block_m, "TRIPS": chunk // TRIP, "STORE_VEC": 16 // problem.out_bytes}
 
 
 # ---------------------------------------------------------------- what they take
@@ -125,7 +125,7 @@ def clusters_at_once(arch: Arch) -> Iterator[tuple[int, int]]:
 
 def caching(problem: Problem, tiles_m: int, arch: Arch) -> tuple[tuple[str, int], ...]:
     """For `Config.extra`: 'keep' where the output stays in L2, 'stream' where weights are read once and leave it first."""
-    keep = problem.m * problem.n * ITEMSIZE[problem.out_dtype] <= KEEP_BYTES
+    keep = problem.m * problem.n * problem.out_bytes <= KEEP_BYTES
     stream = tiles_m == 1 and problem.b.format.storage_bytes(problem.n, problem.k) <= STREAM_CACHES * arch.l2
     return tuple((name, 1) for name, given in (("keep", keep), ("stream", stream)) if given)
 

@@ -20,7 +20,7 @@ from ....prepack_bits import FP8_PREPACK, ORDERS
 from ....problem import Config, Operand, Problem, Step
 from ...launching import Launch, Pointer
 from ...operands import Operands
-from .fp8_decode_tile import ITEMSIZE, KEEP_BYTES, STREAM_CACHES, extra
+from .fp8_decode_tile import KEEP_BYTES, STREAM_CACHES, extra
 from .narrow_model import active_experts, estimate, rows_expected
 from .narrow_split import ctas_at_most, splits
 from .narrow_tile import (
@@ -139,7 +139,7 @@ def columns(problem: Problem) -> list[int]:
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     out = []
     slots = problem.m * (problem.groups if problem.layout == "masked" else 1)
-    keep = slots * problem.n * ITEMSIZE[problem.out_dtype] <= KEEP_BYTES
+    keep = slots * problem.n * problem.out_bytes <= KEEP_BYTES
     stream = passes_through(problem, arch)
     for bt in columns(problem):
         for rows, bk, stages, ctas in (DOUBLE_SHAPES if doubles(problem) else SHAPES)[problem.b.format.element][bt]:
@@ -285,7 +285,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
                 xfactor if x.bias is None else x.bias, xfactor if x.weight is None else x.weight, table, counts, parts,
                 tiles, steps, chunks, slots, problem.a_div, cap, steps if extra(config, "whole") else 1, x.n, kx, som, cfg),
                {"num_warps": config.num_warps, "maxnreg": registers(config), "launch_pdl": True})]
-    if problem.zero_padding and problem.layout in ("contiguous", "psum"):
+    if problem.zeroes:
         made.insert(0, zero_padding_rows(problem, x))
     if e.combine:
         made.append(combine(x, y, live, n, slots, True))

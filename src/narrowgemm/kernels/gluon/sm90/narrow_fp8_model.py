@@ -6,7 +6,7 @@ import math
 
 from ....arch import Arch
 from ....problem import Config, Problem
-from .fp8_decode_tile import ITEMSIZE, extra
+from .fp8_decode_tile import extra
 from .narrow_model import active_experts, rows_expected, slots_expected
 from .narrow_prefill_tile import COLUMNS, FP8_WIDTHS, columns
 from .narrow_tile import CHUNK, ROWS, by_row, chunks_of, in_two
@@ -73,7 +73,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     # few tiles an SM: the last round counts whole
     compute = mean / CLOCK * (math.ceil(round(work, 3)) if work < 8 else work + 0.5)
     total = slots_expected(problem)
-    written = total * problem.n * ITEMSIZE[problem.out_dtype]
+    written = total * problem.n * problem.out_bytes
     weights = experts * -(-problem.n // ROWS) * chunks * ROWS * (CHUNK / 2 + 4)
     rate = arch.bandwidth * sms / arch.sms
     moved, tokens = weights + 2 * written + bytes_ * total * problem.k, 2.0 * bytes_ * total * problem.k

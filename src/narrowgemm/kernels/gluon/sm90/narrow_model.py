@@ -5,7 +5,7 @@ from __future__ import annotations
 from ....arch import Arch
 from ....problem import Config, Problem
 from . import narrow_dense_model
-from .fp8_decode_tile import ITEMSIZE, extra
+from .fp8_decode_tile import extra
 from .narrow_tile import CHUNK, ROWS, in_two
 
 START = 8.0e-6               # two launches, the table, the first bytes, the pieces' sums
@@ -62,7 +62,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     per_chunk = ROWS * (CHUNK * problem.b.format.elem.bits / 8 + 4)
     weights = active_experts(problem) * -(-problem.n // ROWS) * chunks * per_chunk
     total = slots_expected(problem)
-    written = total * problem.n * ITEMSIZE[problem.out_dtype]
+    written = total * problem.n * problem.out_bytes
     # A is read for every tile of weight rows, again from memory where L2 doesn't keep it beside the stream of weights. Seen on an
     # H100: 8192 rows of 7168, 16 tiles: 1.75 ms, 0.6 of it beyond the weights
     rows = 2.0 * (total // problem.a_div) * problem.k

@@ -24,7 +24,7 @@ from ...operands import Operands
 from . import narrow, narrow_fp8_model
 from . import narrow_prefill_ring as ring
 from .fp8_block_tile import LAYOUTS
-from .fp8_decode_tile import ITEMSIZE, extra, smem_budget
+from .fp8_decode_tile import extra, smem_budget
 from .narrow import TWO_ORDER, combine, power_of_two, sms_of, xkind
 from .narrow_model import active_experts, rows_expected, slots_expected
 from .narrow_prefill_tile import BOXES, RATIO_BYTES, SCALE_BYTES, WIDTHS, Tile
@@ -196,7 +196,7 @@ def tile_of(problem: Problem, config: Config, slots: bool = True, factor: bool =
                 problem.b.format.element == "e4m3", slots, factor, problem.a.format.scaled and (not fp8 or row), PAIR_IDS[pair],
                 ACT_IDS[e.activation], args[0], args[1], e.bias, e.routing_weight, promotes(problem) and not fp8,
                 doubles(problem), fp8, packed_for_fp8(problem) and not fp8, fp8 and in_two(problem),
-                ITEMSIZE["fp32" if fp32 else problem.out_dtype],
+                4 if fp32 else problem.out_bytes,
                 ROW=row, CONSUMERS=consumers(config), COLUMNS=columns, PIECE=piece_of(config) if columns else 0, AHEAD=ahead,
                 BOX=box, BY_K=fp8 and not row and not columns, STREAM=bool(extra(config, "stream")),
                 OUT_TOKENS=16 if box > 1 and extra(config, "ctas", 1) == 2 else 32,
@@ -303,7 +303,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
         compute = clocks / CLOCK / entries * math.ceil(round(work * entries / sms, 3))
         compute *= DENSE_E4M3.get((config.block_m, units // 2), 1.0) if element == "e4m3" and problem.m <= 512 else 1.0
     total = slots_expected(problem)
-    written = total * problem.n * ITEMSIZE[problem.out_dtype]
+    written = total * problem.n * problem.out_bytes
     weights = experts * -(-problem.n // ROWS) * chunks * ROWS * (CHUNK * problem.b.format.elem.bits / 8 + 4)
     rate = arch.bandwidth * sms / arch.sms
     memory = (weights + 2 * written + 2.0 * total * problem.k) / (rate * EFFICIENCY[element][config.block_m])
@@ -394,7 +394,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
                 weight, table if x.top is None else x.top, index if tile.AHEAD else table, k_blocks(problem), tiles, slots,
                 each if tile.AHEAD else cap, x.groups, x.n, om, tile),
                {"num_warps": 4, "maxnreg": tile.max_registers, "launch_pdl": tile.AHEAD})]
-    if problem.zero_padding and problem.layout in ("contiguous", "psum"):
+    if problem.zeroes:
         made.insert(0, narrow.zero_padding_rows(problem, x))
     if e.combine:
         made.append(combine(x, y, live, n, slots, False))

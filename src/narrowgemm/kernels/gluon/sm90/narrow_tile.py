@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ....arch import Arch
 from ....prepack_bits import FP8_PREPACK
 from ....problem import Config, Problem
-from .fp8_decode_tile import ITEMSIZE, extra, smem_budget
+from .fp8_decode_tile import extra, smem_budget
 
 KINDS = {"dense": 0, "offsets": 1, "masked": 2, "routed": 3, "contiguous": 4, "psum": 5}
 PAIR_IDS = {"": 0, "halves": 1, "interleaved": 2}
@@ -132,7 +132,7 @@ def stage_bytes(problem: Problem, config: Config) -> int:
 
 def smem_bytes(problem: Problem, config: Config) -> int:
     """Shared memory of a CTA; never less than the compiler's figure."""
-    itemsize = 4 if problem.epilogue.combine else ITEMSIZE[problem.out_dtype]
+    itemsize = 4 if problem.epilogue.combine else problem.out_bytes
     turn = config.block_n * config.block_m * itemsize if extra(config, "wide") else 0
     return config.num_stages * stage_bytes(problem, config) + turn + 512
 

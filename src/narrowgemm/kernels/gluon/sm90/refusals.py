@@ -6,7 +6,7 @@ from ....arch import Arch
 from ....problem import Problem
 from .fp8_block_tile import LAYOUTS, MAX_GROUPS
 
-OUT_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+OUT_DTYPES = ("bf16", "fp16", "fp32")
 FRONTS = {"": 0, "tokens": 1, "sizes": 2}     # `Problem.front`, for device code
 
 
@@ -27,11 +27,11 @@ def shape(p: Problem, k: int) -> str | None:
         return f"takes at least 8 columns, not {p.n}"
     if not p.epilogue.plain or p.gather:
         return "has no fused gather and no epilogue beyond the sum"
-    if p.out_dtype not in OUT_BYTES:
-        return f"writes {', '.join(OUT_BYTES)}, not {p.out_dtype}"
+    if p.out_dtype not in OUT_DTYPES:
+        return f"writes {', '.join(OUT_DTYPES)}, not {p.out_dtype}"
     if 0 < p.promote < 128:
         return f"promotes every 128 of K, not every {p.promote}"
-    if p.groups > MAX_GROUPS and p.layout not in ("dense", "contiguous"):
+    if p.groups > MAX_GROUPS and p.counted:
         return f"counts tiles of up to {MAX_GROUPS} groups, not {p.groups}"
     if p.wide:
         return "offsets inside a tile pass 2^31 elements"
