@@ -105,7 +105,7 @@ def place(case: Any) -> tuple[int, str]:
 
 def suites(seen: set[str]) -> list[str]:
     """What the suites that have rows measure."""
-    from narrowgemm.testing.suite_titles import TITLES
+    from narrowgemm.testing.cases import TITLES
 
     return ["| suite | what it measures |", "| --- | --- |", *(f"| `{name}` | {TITLES[name]} |" for name in TITLES if name in seen)]
 

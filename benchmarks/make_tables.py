@@ -160,8 +160,7 @@ def named(what: str, found: list[tuple[str, str]]) -> list[str]:
 def render(paths: list[Path]) -> tuple[str, str, list[str]]:
     """(the table of results, the headline, problems)."""
     from narrowgemm.testing import results
-    from narrowgemm.testing.cases import SUITES
-    from narrowgemm.testing.suite_titles import TITLES
+    from narrowgemm.testing.cases import SUITES, TITLES
 
     columns: dict[str, dict[str, list[results.Summary]]] = {}
     sources, problems = [], []

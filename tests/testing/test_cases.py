@@ -10,10 +10,9 @@ import torch
 from narrowgemm.formats import FP8_1x128, ScaledTensor
 from narrowgemm.scales import mn_major_tma_aligned
 from narrowgemm.testing.case import Case, apportion, spread
-from narrowgemm.testing.cases import PEERS, SUITES, build, find, get_case, get_suite, guarded_empty
+from narrowgemm.testing.cases import PEERS, SUITES, TITLES, build, find, get_case, get_suite, guarded_empty
 from narrowgemm.testing.inputs import make_layout
 from narrowgemm.testing.peers import computes, names
-from narrowgemm.testing.suite_titles import TITLES
 from narrowgemm.testing.tokens import Tokens
 
 COUNTS = {

@@ -15,8 +15,7 @@ import click
 
 from ..testing import results, runner
 from ..testing.case import Case
-from ..testing.cases import PEERS, SUITES, find, get_case
-from ..testing.suite_titles import TITLES
+from ..testing.cases import PEERS, SUITES, TITLES, find, get_case
 from ..testing.worker import Job
 
 

@@ -1,7 +1,7 @@
 """What tests, `narrowgemm bench`, `doctor` and users check and time products with. Nothing here is imported by a product.
 
     numerics                     the two gates on a result, and `calc_diff`
-    cases, suites, suite_titles  every suite: its cases, its peers, what it measures; `models`: the shapes they are made of
+    cases, suites, suite_table   every suite: its cases, its peers, what it measures; `models`: the shapes they are made of
     case, inputs, values, guard  one case: its sizes, its tensors, poison and guard bytes around what is written
     layer, step, tokens          cases that are a whole expert layer, a training step, a product from BF16 tokens on
     timers                       times on a device, and the floor of a streaming read
