@@ -59,6 +59,7 @@ GENERIC = {"sm90": "h100", "sm100": "b200", "sm120": "rtx5090", "gfx942": "mi300
 
 def get_arch(name: str, what: str = "device") -> Arch:
     """An arch record by device name ('h200') or by target ('sm90': that target's usual device). `what`: who gave the name."""
+    expect(isinstance(name, str), what, f"{name!r}", "the name of a device, or a torch.device", error=TypeError)
     key = GENERIC.get(name.lower(), name.lower())
     expect(key in ARCHS, what, repr(name), f"one of {sorted(ARCHS)} or a target of {sorted(GENERIC)}")
     return ARCHS[key]

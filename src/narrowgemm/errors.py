@@ -23,6 +23,6 @@ def expect(condition: bool, what: str, given: object, expected: str, *, error: t
 def expect_count(x: object, what: str, least: int = 1, unit: str = "") -> None:
     """Raise unless `x` is a whole number known on the host, at least `least`: a tensor would be read back, a float be cut off."""
     # torch.compile traces isinstance of a size, not hasattr
-    whole = isinstance(x, int) or (hasattr(x, "__index__") and not hasattr(x, "stride"))
+    whole = not isinstance(x, bool) and (isinstance(x, int) or (hasattr(x, "__index__") and not hasattr(x, "stride")))
     expect(whole, what, type(x).__name__, "an int, known on the host", error=TypeError)
     expect(x >= least, what, x, f"at least {least}{unit}")  # type: ignore[operator]

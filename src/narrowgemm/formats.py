@@ -145,6 +145,7 @@ def get_format(fmt: Format | str) -> Format:
     """A format by object or by name; names are the keys of `FORMATS`."""
     if isinstance(fmt, Format):
         return fmt
+    expect(isinstance(fmt, str), "format", type(fmt).__name__, "a Format, or the name of one", error=TypeError)
     expect(fmt in FORMATS, "format", repr(fmt), f"one of {sorted(FORMATS)}")
     return FORMATS[fmt]
 

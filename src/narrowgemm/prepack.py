@@ -226,8 +226,11 @@ def _check_weights(weights: ScaledTensor, pair: str, activations: str, folded: b
     """Arguments of `prepack`. TypeError, ValueError; Unsupported for a format, or weights without memory."""
     expect(isinstance(weights, ScaledTensor), "weights", type(weights).__name__,
            "a ScaledTensor in MXFP4 or MXFP8 (narrowgemm.quantize or ScaledTensor.make)", error=TypeError)
+    expect(isinstance(weights.format, Format), "weights.format", type(weights.format).__name__, "a Format", error=TypeError)
     fmt, shape = weights.format, tuple(weights.shape)
     check_packable(fmt)
+    expect(weights.data.dtype == fmt.elem.dtype, f"weights ({fmt.name}), dtype", weights.data.dtype,
+           f"{fmt.elem.dtype}: ScaledTensor.make takes bytes, too", error=TypeError)
     expect(weights.data.dim() in (2, 3), "weights, shape", shape, "[E, N, K] or [N, K]")
     scale = weights.scale
     expect(isinstance(scale, Tensor), "weights, scale", type(scale).__name__, "a torch.Tensor", error=TypeError)

@@ -90,6 +90,8 @@ def normalize_scale(scale: Tensor | float, shape: tuple[int, ...] | torch.Size, 
     layouts = ("auto", "row_major", "transposed", "packed_ue8m0")
     expect(layout in layouts, "scale_layout", repr(layout), f"one of {layouts}")
     if not isinstance(scale, Tensor):
+        expect(isinstance(scale, (int, float)), f"scale of {fmt.name}", type(scale).__name__, "a torch.Tensor, or one number",
+               error=TypeError)
         scale = torch.full(want, float(scale), dtype=torch.float32, device=device)
     expect(scale.device == device, f"scale of {fmt.name}, device", scale.device, f"the payload's, {device}")
     if scale.dtype == getattr(torch, "float8_e8m0fnu", None):

@@ -52,6 +52,27 @@ def test_micro_batches_share_the_quantised_weights(counted):
     assert not torch.equal(mlp(x, LENS), y) and len(counted) == 5
 
 
+def test_weights_that_were_replaced_are_quantised_anew(counted):
+    """By another tensor, of whatever version, or for another recipe; copies hold no weights but their own."""
+    mlp = made("rowwise")
+    x, _ = sample()
+    mlp(x, LENS)
+    assert not copy.deepcopy(mlp)._cached and mlp._cached
+    mlp.gate_up.data = mlp.gate_up.data.flip(0)
+    assert torch.equal(mlp(x, LENS), expert_mlp(x, mlp.gate_up, mlp.down, LENS, recipe="rowwise")) and len(counted) == 3
+    mlp.recipe = "block"
+    assert torch.equal(mlp(x, LENS), expert_mlp(x, mlp.gate_up, mlp.down, LENS, recipe="block")) and len(counted) == 5
+
+
+def test_every_option_reaches_the_op(monkeypatch):
+    options = {"recipe": "rowwise", "element": "e5m2", "grads": "e4m3", "activation": "swiglu_oai", "args": (1.7, 7.0), "fast_accum": True,
+               "max_sms": 9}
+    given: dict = {}
+    monkeypatch.setattr(module, "expert_mlp", lambda *a, **kw: given.update(kw))
+    made(**options)(sample()[0], LENS)
+    assert {k: given[k] for k in options} == options
+
+
 def test_quantized_once_for_what_is_inside(counted):
     mlp = made()
     x, _ = sample()

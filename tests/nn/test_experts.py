@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from narrowgemm import MXFP4, MXFP8, FP8_128x128, prepack, quantize, route
+from narrowgemm import MXFP4, MXFP8, FP8_1x128, FP8_128x128, prepack, quantize, route
 from narrowgemm.nn import Experts
+from narrowgemm.nn import experts as module_of_experts
 from narrowgemm.ops.experts import experts
 
 
@@ -36,6 +37,25 @@ def test_forward_is_the_op():
     space = torch.empty(m.workspace_bytes(10), dtype=torch.uint8)
     assert torch.equal(m(X, topk_weights=w, topk_ids=ids, workspace=space), want.view(X.shape))
     assert m.num_experts == 4 and "top_k 2" in repr(m)
+
+
+def test_every_option_reaches_the_op_and_its_workspace(monkeypatch):
+    up, down = weights(0)
+    options = {"activation": "swiglu_oai", "activation_args": (1.7, 7.0), "interleaved": True, "activation_format": FP8_1x128,
+               "first_expert": 4, "batch_invariant": True, "backend": "reference", "top_k": 2}
+    routing = {"scoring": "sigmoid", "renormalize": False, "num_expert_group": 2, "topk_group": 1, "scaling_factor": 2.5}
+    tensors = {"gate_up_bias": torch.ones(4, 256), "down_bias": torch.ones(4, 128), "router_bias": torch.ones(4), "expert_map": torch.arange(8)}
+    m = Experts(up, down, **options, **routing, **tensors)
+    given: dict = {}
+    monkeypatch.setattr(module_of_experts, "experts", lambda x, *w, **kw: given.update(kw) or x)
+    own = {"router_logits": LOGITS, "workspace": torch.empty(8, dtype=torch.uint8), "out": torch.empty(10, 128), "shared_output": X}
+    m(X, **own)
+    assert {k: given[k] for k in options | routing} == options | routing
+    assert all(given[k] is t for k, t in own.items()) and all(torch.equal(given[k], t) for k, t in tensors.items())
+    monkeypatch.setattr(module_of_experts, "experts_workspace", lambda *w, **kw: given.update(kw) or 0)
+    m.workspace_bytes(10, num_experts=32, dtype=torch.float16)
+    want = {k: v for k, v in options.items() if k != "first_expert"} | {"num_experts": 32, "num_expert_group": 2, "dtype": torch.float16, "bias": True}
+    assert {k: given[k] for k in want} == want
 
 
 def test_state_dict_goes_round(tmp_path):

@@ -7,6 +7,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import narrowgemm as ng
+from narrowgemm.ops import expert_mlp as module
 from narrowgemm.ops.expert_mlp import RECIPES, Scaling, expert_mlp
 from narrowgemm.ops.expert_mlp_traced import _forward
 from narrowgemm.ops.grouped_linear import quantize_weight
@@ -84,14 +85,45 @@ def test_one_token_and_none() -> None:
 def test_only_what_needs_a_gradient() -> None:
     """Frozen weights: nothing is transposed forward; and a frozen input, and one weight alone."""
     x, w1, w2, lens, dy = inputs()
-    for recipe in FP8:
-        y, dx, d1, d2 = run(x, w1, w2, lens, dy, recipe=recipe)
-        frozen = expert_mlp(x, w1.detach(), w2.detach(), lens, recipe=recipe)
+    for recipe in RECIPES:
+        how = {"recipe": recipe, "activation": "swiglu_oai", "args": (1.702, 0.5)}      # a clamp that most values meet
+        y, dx, d1, d2 = run(x, w1, w2, lens, dy, **how)
+        frozen = expert_mlp(x, w1.detach(), w2.detach(), lens, **how)
         assert torch.equal(frozen, y) and torch.equal(torch.autograd.grad(frozen, x, dy)[0], dx)
-        assert torch.equal(torch.autograd.grad(expert_mlp(x.detach(), w1, w2.detach(), lens, recipe=recipe), w1, dy)[0], d1)
-        assert torch.equal(torch.autograd.grad(expert_mlp(x.detach(), w1.detach(), w2, lens, recipe=recipe), w2, dy)[0], d2)
+        assert torch.equal(torch.autograd.grad(expert_mlp(x.detach(), w1, w2.detach(), lens, **how), w1, dy)[0], d1)
+        assert torch.equal(torch.autograd.grad(expert_mlp(x.detach(), w1.detach(), w2, lens, **how), w2, dy)[0], d2)
         with torch.no_grad():
-            assert torch.equal(expert_mlp(x, w1, w2, lens, recipe=recipe), y)
+            assert torch.equal(expert_mlp(x, w1, w2, lens, **how), y)
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "rowwise"])
+def test_arguments_of_the_activation(recipe: str) -> None:
+    x, w1, w2, lens, dy = inputs()
+    options = {"activation": "swiglu_oai", "args": (1.2, 0.5)}
+    y = expert_mlp(x, w1, w2, lens, recipe=recipe, **options)
+    assert calc_diff(y.detach().float(), reference(x, w1, w2, dy, **options)[0]) < (2e-5 if recipe == "bf16" else LIMIT["e4m3"])
+
+
+@pytest.mark.parametrize("recipe", ["bf16", "rowwise"])
+def test_gradients_are_summed_up_in_each_masters_type(recipe: str) -> None:
+    """That of an FP32 master has bits that BF16 has not, whatever the other weight is."""
+    x, w1, w2, lens, dy = inputs(torch.float32)
+    for first, second in ((w1, w2.detach().bfloat16().requires_grad_()), (w1.detach().bfloat16().requires_grad_(), w2)):
+        grads = run(x, first, second, lens, dy, recipe=recipe)[2:]
+        for g, w in zip(grads, (first, second)):
+            assert g.dtype == w.dtype
+            assert recipe == "bf16" or (w.dtype == torch.float32) == bool((g != g.bfloat16()).any())    # torch's product is BF16
+
+
+def test_options_of_products_reach_all_of_them(monkeypatch) -> None:
+    found = []
+    for name in ("grouped_gemm", "grouped_gemm_wgrad"):
+        real = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *a, real=real, **kw: found.append((kw["fast_accum"], kw["max_sms"])) or real(*a, **kw))
+    x, w1, w2, lens, dy = inputs()
+    run(x, w1, w2, lens, dy, recipe="rowwise", fast_accum=True, max_sms=7)
+    expert_mlp(x, w1.detach(), w2.detach(), lens, recipe="rowwise", fast_accum=True, max_sms=7)
+    assert found == [(True, 7)] * 8     # two forward, four backward; two that keep nothing
 
 
 @pytest.mark.parametrize("recipe", ["bf16", "tensorwise"])
@@ -132,7 +164,7 @@ def test_delayed_scaling() -> None:
 @pytest.mark.parametrize("recipe", FP8)
 def test_compiled_as_one_graph(recipe: str) -> None:
     x, w1, w2, lens, dy = inputs()
-    f = lambda a, b, c, n: expert_mlp(a, b, c, n, recipe=recipe) * 2  # noqa: E731
+    f = lambda a, b, c, n: expert_mlp(a, b, c, n, recipe=recipe, grads="e5m2" if recipe == "rowwise" else "") * 2  # noqa: E731
     y = torch.compile(f, fullgraph=True, backend="aot_eager")(x, w1, w2, lens)
     want = f(x, w1, w2, lens)
     assert torch.equal(y, want)
@@ -150,8 +182,10 @@ def test_opcheck() -> None:
     with torch.no_grad():
         kept = _forward(x, w1, w2, *flat, offsets, *how)[1:]
     columns = [flat[i] for i in (2, 3, 6, 7)]
-    torch.library.opcheck(torch.ops.narrowgemm.expert_mlp_backward.default, (dy, *kept, *columns, offsets, *how, "bf16", "bf16"),
+    torch.library.opcheck(torch.ops.narrowgemm.expert_mlp_backward.default, (dy, *kept, *columns, offsets, *how, "fp32", "bf16"),
                           test_utils=CHECKS)
+    grads = torch.ops.narrowgemm.expert_mlp_backward(dy, *kept, *columns, offsets, *how, "fp32", "bf16")
+    assert [g.dtype for g in grads] == [torch.bfloat16, torch.float32, torch.bfloat16]
     layout = ng.Offsets(offsets)
     both = ng.activate_backward(kept[0], torch.ones(sum(LENS), I).bfloat16(), layout, "fp8_row")
     torch.library.opcheck(torch.ops.narrowgemm.activate_both.default,
@@ -182,7 +216,12 @@ def test_refusals() -> None:
                  lambda: expert_mlp(x, w1, w2, lens[:2]), lambda: expert_mlp(x, w1, w2, lens, grads="fp16"),
                  lambda: expert_mlp(x, w1, w2, lens, activation="gelu"),
                  lambda: expert_mlp(x, w1, w2, lens, main_grads=(torch.zeros(3), None)),
+                 lambda: expert_mlp(x, w1, w2, lens, main_grads=(None, torch.zeros(w2.shape).bfloat16())),
                  lambda: expert_mlp(x, w1, w2, lens, scaling=Scaling(torch.ones(4, 4), torch.ones(4, 4))),
                  lambda: expert_mlp(x, w1, w2, lens, quantized=(quantize_weight(w2.detach()),) * 2)):
         with pytest.raises(ValueError, match="expected"):
+            call()
+    for call in (lambda: expert_mlp(x, w1, w2, lens, main_grads=None), lambda: expert_mlp(x, w1, w2, lens, main_grads=(1.0, None)),
+                 lambda: expert_mlp(x, w1, w2, lens, quantized=quantize_weight(w1.detach())), lambda: expert_mlp(x, w1, w2, lens, quantized=(w1, w2))):
+        with pytest.raises(TypeError, match=r"got .*, expected "):
             call()

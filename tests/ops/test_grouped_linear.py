@@ -125,6 +125,30 @@ def test_delayed_scaling() -> None:
     assert torch.equal(y, y2) and torch.equal(x.grad, x2.grad) and torch.equal(w.grad, w2.grad)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_take_the_scale_that_is_given(compiled: bool) -> None:
+    """One that is too small for them cuts them off."""
+    x, w, lens = inputs()
+    dy = torch.randn(sum(LENS), N).bfloat16()
+    sx, sdy = ((t.detach().abs().max().float() / 448).reshape(1) for t in (x, dy))
+    f = lambda a, b, s: grouped_linear(a, b, lens, recipe="tensorwise", scales=(sx, s))  # noqa: E731
+    f = torch.compile(f, fullgraph=True, backend="aot_eager") if compiled else f
+    for scale in (sdy, sdy / 64):
+        most = 448 * float(scale)
+        for got, want in zip(torch.autograd.grad(f(x, w, scale), (x, w), dy), reference(x, w, dy.clamp(-most, most))[1:]):
+            assert calc_diff(got.float(), want) < 1.1 * LIMIT["e4m3"]
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_the_gradient_of_an_fp32_master_is_no_rounded_one(compiled: bool) -> None:
+    x, w, lens = inputs()
+    master = w.detach().float().requires_grad_()
+    f = lambda a, b: grouped_linear(a, b, lens, recipe="rowwise")  # noqa: E731
+    f = torch.compile(f, fullgraph=True, backend="aot_eager") if compiled else f
+    dw, = torch.autograd.grad(f(x, master), master, torch.randn(sum(LENS), N).bfloat16())
+    assert dw.dtype == torch.float32 and bool((dw != dw.bfloat16()).any())
+
+
 def test_checkpointing_gives_the_same() -> None:
     x, w, lens = inputs()
     f = lambda a, b: grouped_linear(torch.nn.functional.silu(a), b, lens)  # noqa: E731
@@ -189,11 +213,16 @@ def test_opcheck() -> None:
 def test_refusals() -> None:
     x, w, lens = inputs()
     for call in (lambda: grouped_linear(x, w, lens, recipe="int4"), lambda: grouped_linear(x, w, lens, grads="fp16"),
-                 lambda: grouped_linear(x, w), lambda: grouped_linear(x, w[..., :80], lens), lambda: grouped_linear(x[0], w, lens),
+                 lambda: grouped_linear(x, w), lambda: grouped_linear(x, w[..., :80], lens), lambda: grouped_linear(x, w, group_offs=torch.zeros(6, dtype=torch.int64)),
+                 lambda: grouped_linear(x[0], w, lens),
                  lambda: grouped_linear(x, w, lens[:2]), lambda: grouped_linear(x, w, lens, scales=(lens, lens)),
+                 lambda: grouped_linear(x, w, lens, recipe="rowwise", scales=(torch.ones(1), torch.ones(1))),
                  lambda: grouped_linear(x, w, lens, recipe="tensorwise", main_grad=torch.zeros(3)),
                  lambda: grouped_linear(x, w, lens, fast_accum=True)):
         with pytest.raises(ValueError, match="expected"):
+            call()
+    for call in (lambda: grouped_linear(x, w, lens, quantized=w), lambda: grouped_linear(x, w, lens, main_grad=3)):
+        with pytest.raises(TypeError, match=r"got .*, expected "):
             call()
     with pytest.raises(ValueError, match=f"group_lens, length: got 2, expected the number of groups of the weights, {w.shape[0]}"):
         grouped_linear(x, w, lens[:2])

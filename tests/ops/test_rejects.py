@@ -145,6 +145,7 @@ def narrow_out(dtype: torch.dtype) -> ng.ScaledTensor:
 
 
 PACKED = ng.prepack(ng.quantize(torch.randn(G, 64, 64), ng.MXFP4))
+LAYER = torch.randn(G, 64, 64).bfloat16(), torch.randn(G, 64, 32).bfloat16()
 GROUPS = ng.Masked(torch.zeros(G, dtype=I32))
 
 MORE = {
@@ -164,6 +165,20 @@ MORE = {
     "an inverse too short": (lambda: ng.combine(ROWS, replace(OWN, inverse=OWN.inverse[:5]), torch.rand(3, 2)), ValueError, r"routing, inverse, shape: got \(5,\), expected \(6,\)"),
     "a routing to write of another dtype": (lambda: ng.sort_by_expert(torch.zeros(3, 2, dtype=I32), G, out=replace(OWN, offsets=OWN.offsets.int())), TypeError, "routing, offsets, dtype"),
     "negative first expert": (lambda: ng.sort_by_expert(torch.zeros(3, 2, dtype=I32), G, first_expert=-1), ValueError, "first_expert: got -1"),
+    "no top_k": (lambda: ng.route(torch.randn(4, 8), None), TypeError, "top_k: got NoneType, expected an int"),
+    "top_k is a flag": (lambda: ng.route(torch.randn(4, 9), True), TypeError, "top_k: got bool, expected an int"),
+    "no scaling factor": (lambda: ng.route(torch.randn(4, 8), 2, scaling_factor=None), TypeError, "scaling_factor: got NoneType, expected a number"),
+    "renormalize is no flag": (lambda: ng.route(torch.randn(4, 8), 2, renormalize="no"), TypeError, "renormalize: got 'no', expected True or False"),
+    "a layer's top_k": (lambda: ng.experts(TOKENS, *LAYER, router_logits=torch.randn(3, G), top_k=None), TypeError, "top_k: got NoneType"),
+    "interleaved is no flag": (lambda: ng.experts(TOKENS, *LAYER, router_logits=torch.randn(3, G), top_k=2, interleaved="no"), TypeError, "interleaved: got 'no'"),
+    "tokens of a workspace": (lambda: ng.experts_workspace(torch.tensor(4), *LAYER, top_k=2), TypeError, "tokens: got Tensor, expected an int"),
+    "top_k of a workspace": (lambda: ng.experts_workspace(4, *LAYER, top_k=2.5), TypeError, "top_k: got float, expected an int"),
+    "a format in a list": (lambda: ng.quantize(TOKENS, [ng.FP8_1x128]), TypeError, "format: got list, expected a Format, or the name of one"),
+    "scales in a list": (lambda: ng.ScaledTensor.make(ROWS.to(torch.float8_e4m3fn), [1.0], ng.FP8_TENSOR), TypeError, "scale of fp8_tensor: got list"),
+    "a number for a device": (lambda: ng.explain("gemm", m=4, n=64, k=64, device=0), TypeError, "device: got 0, expected the name of a device"),
+    "sparse rows": (lambda: ng.gather(TOKENS.to_sparse(), OWN), TypeError, "x: got torch.sparse_coo torch.bfloat16, expected a dense"),
+    "weights to pack of another element": (lambda: ng.prepack(replace(ng.quantize(torch.randn(64, 64), ng.MXFP8), data=torch.zeros(64, 64, dtype=torch.float8_e4m3fnuz))), TypeError, r"weights \(mxfp8\), dtype: got torch.float8_e4m3fnuz, expected torch.float8_e4m3fn"),
+    "weights to pack of a format's name": (lambda: ng.prepack(replace(ng.quantize(torch.randn(64, 64), ng.MXFP8), format="mxfp8")), TypeError, "weights.format: got str, expected a Format"),
     "top_k is a float": (lambda: ng.route(torch.randn(4, 8), 2.0), TypeError, "top_k: got float, expected an int"),
     "args in a list": (lambda: ng.activate(ROWS, activation="swiglu_oai", args=[1.7, 7.0]), TypeError, r"args: got list, expected a tuple"),
     "layout of activate": (lambda: ng.activate(ROWS, layout=OWN.offsets), TypeError, "layout: got Tensor, expected Offsets"),

@@ -30,6 +30,9 @@ def test_no_rows_get_a_plan(device: str) -> None:
     problems = [describe("gemm" if layout == "dense" else "grouped_gemm", layout=layout, groups=1 if layout == "dense" else 8, m=0, n=256, k=256,
                          a=a, b=b) for layout in ("dense", "contiguous", "psum", "offsets", "masked")
                 for a, b in (("fp8_1x128", "fp8_128x128"), ("mxfp8", "mxfp8"), ("bf16", "mxfp4"), ("bf16", "bf16"))]
+    problems += [describe("gemm" if layout == "dense" else "routed_gemm", layout=layout, groups=1 if layout == "dense" else 8, m=0, n=256, k=256,
+                          a=a, b=b, packed=packed) for layout in ("dense", "offsets", "routed")
+                 for a, b, packed in (("mxfp8", "mxfp8", True), ("bf16", "mxfp4", True), ("fp8_1x128", "mxfp4", "fp8"), ("bf16", "mxfp8", True))]
     problems += [steps.route_problem(0, 8, 2, 0, BF16), steps.sort_problem(0, 8), steps.combine_problem(0, 256, 2, 8, BF16, False)]
     for fmt in (BF16, MXFP8, FP8_1x128):
         problems += [steps.activate_problem(0, 256, groups, 0, BF16, fmt, steps.scale_layout_of(fmt), "swiglu", (), False, False)
@@ -38,6 +41,15 @@ def test_no_rows_get_a_plan(device: str) -> None:
     for problem in problems:
         plan = dispatch.select(problem, get_arch(device))
         assert plan.predicted_us >= 0, (plan, problem)
+
+
+@pytest.mark.parametrize("packed", [False, True, "fp8"])
+@pytest.mark.parametrize("sizes", [{"n": 0}, {"groups": 0}, {"k": 0}, {"m": 0}])
+def test_empty_products_are_explained(sizes: dict, packed: bool | str) -> None:
+    for op, layout in (("gemm", "dense"), ("grouped_gemm", "offsets"), ("grouped_gemm", "masked"), ("routed_gemm", "routed")):
+        for a, b in (("fp8_1x128", "mxfp4"), ("mxfp8", "mxfp8"), ("bf16", "mxfp4"), *((("fp8_1x128", "fp8_128x128"), ) if not packed else ())):
+            given = {"groups": 1 if layout == "dense" else 4, "m": 5, "n": 64, "k": 128} | sizes
+            assert explain(op, layout=layout, a=a, b=b, packed=packed, device="h200", **given).plan.predicted_us >= 0
 
 
 @pytest.mark.parametrize("device", TARGETS)

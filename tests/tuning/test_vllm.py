@@ -71,8 +71,20 @@ def test_the_best_of_both_products_is_written(tmp_path: Path) -> None:
     assert vllm.read(made[0]) == [Config(32, 64, 128), Config(64, 64, 128)]
     alone = vllm.write(tmp_path / "alone", records, "NVIDIA H200", top_k=1)     # a layer whose tokens have one expert each
     assert list(json.loads(alone[0].read_text())) == ["64", "512"]
+    few = vllm.write(tmp_path / "few", [record(*UP, 2, {16: 1.0}), record(*DOWN, 2, {16: 1.0})], "NVIDIA H200", top_k=8)
+    assert list(json.loads(few[0].read_text())) == ["1"]      # fewer rows than a token has experts: still a token
     with pytest.raises(ValueError, match="top_k: got 0"):
         vllm.write(tmp_path, records, "NVIDIA H200", top_k=0)
+
+
+def test_of_two_measurements_the_better_counts_and_a_cut_k_is_no_tile_of_vllms(tmp_path: Path) -> None:
+    """Two cases of a product differ in what the key does not say: 16 rows were slow in one of them, and 32 never as fast."""
+    records = [record(*UP, 64, {16: 1.0, 32: 3.0}), record(*UP, 64, {16: 9.0, 32: 3.0}), record(*DOWN, 64, {16: 1.0, 32: 1.0})]
+    for r in records:
+        split = Config(64, 64, 128, split_k=2).to_dict()
+        r["candidates"].append({**r["candidates"][0], "config": split, "us": 0.1, "error": None})
+    made = vllm.write(tmp_path, records, "NVIDIA H200", top_k=8)
+    assert json.loads(made[0].read_text())["8"]["BLOCK_SIZE_M"] == 16
 
 
 def test_commands(tmp_path: Path) -> None:

@@ -100,7 +100,10 @@ def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, group_lens: Tensor | No
     expect(tuple(down.shape) == want, "down, shape", tuple(down.shape), str(want))
     offsets = group_offsets(group_lens, group_offs, gate_up.shape[0])
     expect(scaling is None or recipe == "tensorwise", "scaling with recipe", recipe, "'tensorwise'")
+    expect(isinstance(main_grads, (tuple, list)) and len(main_grads) == 2, "main_grads", type(main_grads).__name__,
+           "a pair, of gate_up and down, each a tensor or None", error=TypeError)
     for w, main in zip((gate_up, down), main_grads):
+        expect(main is None or isinstance(main, Tensor), "main_grads", type(main).__name__, "tensors or None", error=TypeError)
         expect(main is None or (main.dtype == torch.float32 and main.shape == w.shape), "main_grads",
                "none" if main is None else f"{main.dtype} {tuple(main.shape)}", f"torch.float32 {tuple(w.shape)}")
     if recipe == "bf16":
@@ -109,6 +112,8 @@ def expert_mlp(x: Tensor, gate_up: Tensor, down: Tensor, group_lens: Tensor | No
     how = How(fx.name, fx.with_element(grads).name, fw.name, activation, args, fast_accum, max_sms)
     if quantized is None:
         quantized = quantize_both(gate_up, fw), quantize_both(down, fw)
+    pair = isinstance(quantized, (tuple, list)) and len(quantized) == 2 and all(isinstance(q, Both) for q in quantized)
+    expect(pair, "quantized", type(quantized).__name__, "what quantize_weight gives of gate_up and of down", error=TypeError)
     for q, w in zip(quantized, (gate_up, down)):
         expect(q.rows.format == fw and q.rows.shape == w.shape, "quantized", f"{q.rows.format.name} {tuple(q.rows.shape)}",
                f"quantize_weight of {tuple(w.shape)}, recipe {recipe!r}, element {element!r}")

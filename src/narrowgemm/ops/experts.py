@@ -159,16 +159,19 @@ def plan_for(tokens: int, gate_up: Weights, down: Weights, top_k: int, num_exper
     up, dn, both = as_weight(gate_up, "gate_up"), as_weight(down, "down"), as_weights(shared)
     if isinstance(up, PackedWeight) and up.pair:
         kind = (*kind[:2], up.pair == "interleaved")     # the weights know
-    expect(tokens >= 0, "tokens", tokens, "at least 0")
+    for name, given, least in (("tokens", tokens, 0), ("top_k", top_k, 1), ("num_experts", num_experts, 0)):
+        expect_count(given, name, least)
+    tokens, top_k, num_experts = (x if isinstance(x, int) else int(x) for x in (tokens, top_k, num_experts))   # NumPy's, too
     expect(dtype in PLAIN, "dtype", dtype, f"one of {steps.FLOATS}", error=TypeError)
-    x = torch.empty((tokens, up.shape[-1]), dtype=dtype, device=up.device)
+    experts_check.weight(up, "gate_up", "[E, 2I, H]", 3)
+    x = torch.empty((0, up.shape[-1]), dtype=dtype, device=up.device)
     experts_check.layer(x, up, dn, kind, None, None, both, None, None)
     source = PLAIN[dtype]
     fmt = get_format(activation_format) if activation_format is not None else default_activations(up, source)
     recipe = Recipe(source, experts_check.activations(fmt, source, up), *kind, True, num_expert_group or 1, bias, bias,
                     by_slot(up), both is not None)
     world = num_experts or up.shape[0]
-    expect(1 <= top_k <= world, "top_k", top_k, f"in [1, {world}], the number of experts")
+    expect(top_k <= world, "top_k", top_k, f"in [1, {world}], the number of experts")
     sizes = Sizes(tokens, up.shape[-1], dn.shape[-1], up.shape[0], top_k, world, 0 if both is None else both[1].shape[1])
     arch = get_arch(device) if isinstance(device, str) and device not in ("cuda", "meta") else \
         detect(torch.device(device) if device is not None else up.device)

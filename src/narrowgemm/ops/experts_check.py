@@ -38,6 +38,7 @@ def layer(x: Tensor, gate_up: Weight, down: Weight, kind: tuple[str, tuple[float
         expect(w.device == x.device, f"{name}, device", w.device, f"x's, {x.device}")
         expect(w.format.scaled or w.data.dtype == x.dtype, f"{name}, dtype", w.data.dtype, f"x's, {x.dtype}", error=TypeError)
     activation, args, interleaved = kind
+    common.check_flags(interleaved=interleaved)
     if isinstance(gate_up, PackedWeight) and gate_up.pair:
         expect((gate_up.pair == "interleaved") == interleaved, "interleaved", interleaved,
                f"as gate_up was packed, {gate_up.pair!r}")
@@ -100,7 +101,8 @@ def routing(x: Tensor, experts: int, logits: Tensor | None, top_k: int, weights:
     if logits is not None:
         expect(weights is None and ids is None, "routing", "router_logits and topk_weights or topk_ids",
                "router_logits with top_k, or topk_weights with topk_ids")
-        route.check(logits, top_k, options["scoring"], bias, options["num_expert_group"], options["topk_group"])
+        route.check(logits, top_k, options["scoring"], bias, options["num_expert_group"], options["topk_group"],
+                    options["renormalize"], options["scaling_factor"])
         expect(logits.shape[0] == x.shape[0], "router_logits, rows", logits.shape[0], f"x's, {x.shape[0]}")
         expect(logits.device == x.device, "router_logits, device", logits.device, f"x's, {x.device}")
         check_rows(x.shape[0] * top_k, "tokens * top_k")

@@ -70,8 +70,9 @@ def describe(op: str, *, layout: str = "dense", groups: int = 1, m: int, n: int,
     expect(layout != "routed" or op == "routed_gemm", f"layout of {op}", "'routed'", "one of its own: routed is routed_gemm's")
     expect((op == "grouped_gemm_wgrad") == (layout == "k_grouped"), f"layout of {op}", repr(layout),
            "'k_grouped' for grouped_gemm_wgrad, and for it only")
+    n, groups = max(n, 1), max(groups, 1)       # nothing is launched without them: what one would get
     fa, fb = get_format(a), get_format(b)
-    rows = {"dense": m, "masked": expected_m or m}.get(layout, -(-m // max(groups, 1)))
+    rows = {"dense": m, "masked": expected_m or m}.get(layout, -(-m // groups))
     sa, sb = [Operand(f, "k", "", f.scale if f.scaled else "", "mn" if f.scaled and i == 0 else "k" if f.scaled else "",
                     k * f.elem.bits // 8 % 16 == 0) for i, f in enumerate((fa, fb))]
     if packed:

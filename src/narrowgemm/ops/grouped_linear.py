@@ -88,6 +88,9 @@ def grouped_linear(x: Tensor, w: Tensor | Both, group_lens: Tensor | None = None
     how = How(fx.name, fx.with_element(grads).name, fast_accum, max_sms)
     if quantized is None:
         quantized = quantize_both(w, fw)
+    expect(isinstance(quantized, Both), "quantized", type(quantized).__name__, "what quantize_weight gives", error=TypeError)
+    expect(main_grad is None or isinstance(main_grad, Tensor), "main_grad", type(main_grad).__name__, "a torch.Tensor or None",
+           error=TypeError)
     quiet = master is not None or main_grad is None or x.requires_grad or not torch.is_grad_enabled()
     expect(quiet, "x with a quantised w and main_grad", "no gradient asked for", "requires_grad: main_grad is filled on its way")
     expect(quantized.rows.format == fw and quantized.rows.shape == w.shape, "quantized", f"{quantized.rows.format.name} "

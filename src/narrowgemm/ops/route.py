@@ -27,6 +27,7 @@ from ..rows import check_rows
 from ..runtime import env
 from ..runtime.launch import run
 from . import steps
+from .common import check_flags
 from .plan_cache import PlanCache
 from .steps import FLOATS
 
@@ -55,14 +56,14 @@ def route(logits: Tensor, top_k: int, *, scoring: str = "softmax", renormalize: 
     Raises ValueError for shapes and numbers that don't fit, TypeError for dtypes.
     """
     if steps.wants_definition(logits, bias):
-        check(logits, top_k, scoring, bias, num_expert_group, topk_group)
+        check(logits, top_k, scoring, bias, num_expert_group, topk_group, renormalize, scaling_factor)
         made = reference.route(logits, top_k, scoring=scoring, renormalize=renormalize, bias=bias,
                                num_expert_group=num_expert_group, topk_group=topk_group, scaling_factor=scaling_factor)
         return made if out is None else (out[0].copy_(made[0]), out[1].copy_(made[1]))
     key = ("route", steps.sign(logits), steps.sign(bias), top_k, scoring, renormalize, num_expert_group, topk_group,
            scaling_factor, backend, config, env.choice(), *map(steps.sign, out or ()))
-    plan, memo = _plans.get(key, lambda: _plan_route(logits, top_k, scoring, bias, num_expert_group, topk_group, out,
-                                                     backend, config))
+    plan, memo = _plans.get(key, lambda: _plan_route(logits, top_k, scoring, bias, num_expert_group, topk_group, renormalize,
+                                                     scaling_factor, out, backend, config))
     if out is None:
         shape = (logits.shape[0], top_k)
         out = (torch.empty(shape, dtype=torch.float32, device=logits.device),
@@ -73,15 +74,18 @@ def route(logits: Tensor, top_k: int, *, scoring: str = "softmax", renormalize: 
     return out
 
 
-def check(logits: Tensor, top_k: int, scoring: str, bias: Tensor | None, num_expert_group: int | None,
-                 topk_group: int | None) -> None:
+def check(logits: Tensor, top_k: int, scoring: str, bias: Tensor | None, num_expert_group: int | None, topk_group: int | None,
+          renormalize: bool, scaling_factor: float) -> None:
     _float(logits, "logits", 2)
     experts = logits.shape[1]
     for name, given in (("top_k", top_k), ("num_expert_group", num_expert_group), ("topk_group", topk_group)):
-        if given is not None:
+        if given is not None or name == "top_k":
             expect_count(given, name)
     expect(1 <= top_k <= experts, "top_k", top_k, f"in [1, {experts}], the number of experts")
     expect(scoring in SCORINGS, "scoring", repr(scoring), f"one of {SCORINGS}")
+    check_flags(renormalize=renormalize)
+    number = isinstance(scaling_factor, (int, float))
+    expect(number, "scaling_factor", type(scaling_factor).__name__, "a number, 1.0 for none", error=TypeError)
     if bias is not None:
         _float(bias, "bias", 1)
         expect(bias.numel() == experts, "bias, length", bias.numel(), f"the number of experts, {experts}")
@@ -98,9 +102,9 @@ def check(logits: Tensor, top_k: int, scoring: str, bias: Tensor | None, num_exp
 
 
 def _plan_route(logits: Tensor, top_k: int, scoring: str, bias: Tensor | None, num_expert_group: int | None,
-                topk_group: int | None, out: tuple[Tensor, Tensor] | None, backend: str | None,
-                config: Config | None) -> Plan | None:
-    check(logits, top_k, scoring, bias, num_expert_group, topk_group)
+                topk_group: int | None, renormalize: bool, scaling_factor: float, out: tuple[Tensor, Tensor] | None,
+                backend: str | None, config: Config | None) -> Plan | None:
+    check(logits, top_k, scoring, bias, num_expert_group, topk_group, renormalize, scaling_factor)
     tokens = logits.shape[0]
     if out is not None:
         for x, name, dtype in ((out[0], "out, topk_weights", torch.float32), (out[1], "out, topk_ids", torch.int32)):
@@ -166,6 +170,8 @@ def gather(x: Tensor | ScaledTensor, routing: Routing) -> Tensor | ScaledTensor:
     steps.check_routing(routing)
     if not isinstance(x, ScaledTensor | Tensor):
         expect(False, "x", type(x).__name__, "a torch.Tensor or a ScaledTensor", error=TypeError)
+    if isinstance(x, Tensor) and (x.layout != torch.strided or x.is_quantized):
+        expect(False, "x", f"{x.layout} {x.dtype}", "a dense strided tensor", error=TypeError)
     if len(x.shape) != 2 or x.shape[0] != routing.num_tokens:  # a message made in advance would fix T in a traced graph
         expect(False, "x, shape", tuple(x.shape), f"[{routing.num_tokens}, K], a row for each routed token")
     return reference.gather(x, routing)

@@ -66,7 +66,7 @@ def write(folder: Path, records: Iterable[Record], device: str, top_k: int) -> l
             for c in timed(r):
                 if c["kernel"] == KERNEL and Config.from_dict(c["config"]).split_k == 1:
                     key = json.dumps(c["config"], sort_keys=True)
-                    best[key] = min(best.get(key, (c["us"], {})), (c["us"], {}))[0], c["config"]
+                    best[key] = min(best[key][0], c["us"]) if key in best else c["us"], c["config"]
     files: dict[str, dict[int, dict[str, int]]] = defaultdict(dict)
     for (groups, m, n, k), up in products.items():
         down = products.get((groups, m, k, n // 2), {})

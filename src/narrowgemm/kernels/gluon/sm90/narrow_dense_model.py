@@ -25,7 +25,7 @@ _POWER = 4
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds."""
     sms = min(arch.sms, problem.max_sms or arch.sms)
-    steps, tiles = ring_steps(problem, config), -(-problem.m // config.block_m) * -(-problem.n // config.block_n)
+    steps, tiles = ring_steps(problem, config), max(1, -(-problem.m // config.block_m) * -(-problem.n // config.block_n))
     grid = min(sms * extra(config, "ctas", 1), ctas_at_most(tiles, steps, config))
     units = -(-tiles * steps // grid)           # ring steps of a CTA
     whole = extra(config, "whole") or (tiles * steps % grid == 0 and units % steps == 0)
