@@ -69,7 +69,7 @@ class Permute(torch.autograd.Function):
         return x[order]
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         return dy[ctx.saved_tensors[1]], None, None
 
 
@@ -143,7 +143,7 @@ class Model(nn.Module):
         return cross_entropy(x.flatten(0, 1), text[:, 1:].flatten()), balance / len(self.blocks)
 
     def experts(self) -> list[ExpertMLP]:
-        return [b.mlp for b in self.blocks]  # type: ignore[union-attr, misc]
+        return [b.mlp for b in self.blocks]  # type: ignore[misc]
 
 
 # ---------------------------------------------------------------- text

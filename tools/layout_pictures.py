@@ -7,6 +7,7 @@ the routed layout. tests/test_docs.py fails where a committed picture is not wha
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -27,7 +28,7 @@ def words(x: float, y: float, text: str, size: int = 12) -> str:
     return f'<text x="{x}" y="{y}" font-family="monospace" font-size="{size}" fill="#333">{text}</text>'
 
 
-def picture(title: str, rows: list[tuple[int | None, str]], index: str, block: int = 0) -> str:
+def picture(title: str, rows: Sequence[tuple[int | None, str]], index: str, block: int = 0) -> str:
     """`rows`: (group, None for padding; what stands beside the row). `block`: a gap behind every so many rows."""
     parts = [words(LEFT, 20, title, 13)]
     y = float(TOP)

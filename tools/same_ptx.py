@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from importlib import import_module
 from io import BytesIO
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 LINES = re.compile(r"\s*(\.(loc|file)\b.*|\$L__(tmp|func|info)\w*:.*)?")     # of debugging, or empty
@@ -51,7 +52,7 @@ def compiled(target: str, jobs: list[str]) -> Iterator[tuple[str, str]]:
     triton.runtime.driver.set_active(FakeDriver(target))
     run, found = triton.runtime.jit.JITFunction.run, []
 
-    def keep(self, *arguments, grid, warmup, **options):
+    def keep(self: Any, *arguments: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         kernel = run(self, *arguments, grid=grid, warmup=True, **options)
         found.append((self.fn.__name__, stripped(kernel.asm["ptx"])))
         return kernel
