@@ -178,6 +178,10 @@ class Config:
         s += " persistent" if self.persistent else ""
         return s + "".join(f" {k}={v}" for k, v in self.extra)
 
+    def option(self, name: str, default: int = 0) -> int:
+        """What `extra` says of a name; `default` where it is silent."""
+        return next((v for k, v in self.extra if k == name), default)
+
     def to_dict(self) -> dict[str, Any]:
         """What differs from the defaults, as plain data; `extra`'s pairs beside the others."""
         d = {f: getattr(self, f) for f in self.__dataclass_fields__ if f != "extra"}

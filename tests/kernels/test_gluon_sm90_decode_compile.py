@@ -12,7 +12,6 @@ import torch
 from narrowgemm.arch import get_arch
 from narrowgemm.formats import FP8_1x128, FP8_128x128, ScaledTensor
 from narrowgemm.kernels.gluon.sm90 import fp8_decode
-from narrowgemm.kernels.gluon.sm90.fp8_decode_tile import extra
 from narrowgemm.kernels.operands import Operands
 from narrowgemm.ops.explain import describe
 from narrowgemm.problem import Config, Problem, Step
@@ -74,8 +73,8 @@ def chosen(which: str) -> Iterator[tuple[str, Problem, Config, Operands]]:
     for layout, rows, *want in FEW:
         p = problem(layout, rows)
         c = next(c for c in fp8_decode.configs(p, ARCH)
-                 if [c.block_m, extra(c, "middle"), extra(c, "narrow"), c.block_n, c.num_warps, min(c.split_k, 2),
-                     extra(c, "trip", 1)] == want)
+                 if [c.block_m, c.option("middle"), c.option("narrow"), c.block_n, c.num_warps, min(c.split_k, 2),
+                     c.option("trip", 1)] == want)
         yield f"{layout} {rows}", p, replace(c, extra=(*c.extra, ("keep", 1))) if layout == "masked" else c, operands(p)
     for tokens, blocks, stages in ((128, 2, 8), (16, 8, 4)):
         p = problem("dense", tokens)

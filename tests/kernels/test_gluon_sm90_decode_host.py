@@ -84,8 +84,8 @@ def test_illegal_boxes_say_why(extra: dict[str, int], stages: int, n: int, k: in
 def test_layers_of_few_rows_are_offered_boxes(tokens: int, boxes: set[int], through: set[int]) -> None:
     p = replace(grouped("offsets", 128, tokens * 4, 6144, 6144, max(1, tokens // 32)), front="tokens")
     space = fp8_decode.configs(p, ARCH)
-    assert {fp8_decode.extra(c, "box", 1) for c in space} == boxes and {fp8_decode.extra(c, "stream") for c in space} == through
-    assert {fp8_decode.extra(c, "box", 1) for c in fp8_decode.configs(replace(p, front=""), ARCH)} == {1}
+    assert {c.option("box", 1) for c in space} == boxes and {c.option("stream") for c in space} == through
+    assert {c.option("box", 1) for c in fp8_decode.configs(replace(p, front=""), ARCH)} == {1}
 
 
 @pytest.mark.parametrize("chip, layout, wide", [("h100", "masked", True), ("h100", "offsets", True), ("h100", "dense", False),

@@ -117,7 +117,7 @@ def test_tiles_that_fill_the_last_round_are_chosen() -> None:
     def best(m: int, n: int, k: int, picks: int) -> tuple[int, int]:
         p = replace(BOTH, layout="dense", op="gemm", m=m, n=n, k=k, groups=1, rows=m, b=replace(BOTH.b, picks=picks))
         c = min(fold_both.configs(p, H100), key=lambda c: fold_both.estimate(p, c, H100))
-        return c.block_n, dict(c.extra).get("cluster_m", 1)
+        return c.block_n, c.option("cluster_m", 1)
 
     assert best(512, 2304, 6144, 1152) == (80, 1) and best(2048, 2304, 6144, 1152) == (144, 1)
     assert best(512, 6144, 8192, 3900) == (192, 1) and best(8192, 9216, 6144, 4608) == (192, 2)

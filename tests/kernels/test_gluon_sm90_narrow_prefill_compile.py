@@ -45,7 +45,7 @@ def compile_step(p: Problem, config: Config, x: Operands) -> None:
     work = torch.empty(size, dtype=torch.uint8, device="meta")
     for made in narrow_prefill.launches(Step(narrow_prefill.NAME, config, size), p, x, work):
         compiled = made.warm()
-        if dict(config.extra).get("stream") and made.kernel.__name__ == narrow_prefill_parts_device.KERNEL.value:
+        if config.option("stream") and made.kernel.__name__ == narrow_prefill_parts_device.KERNEL.value:
             maps = re.findall(r"\.param \.align 64 \.b8 narrow_prefill_kernel_param_(\d+)\[128\]", compiled.asm["ptx"])
             assert maps[5] == str(narrow_prefill_parts_device.W_PARAMETER.value), "boxes of weights are asked for by this number"
 

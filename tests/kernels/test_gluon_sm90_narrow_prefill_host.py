@@ -99,8 +99,8 @@ def test_weights_packed_for_fp8() -> None:
     for slots, factor in ((False, False), (True, True)):
         tiles = [narrow_prefill.tile_of(p, c, slots, factor) for c in found]
         assert all(t.FP8 and not t.CHUNKED and not t.XFACTOR and t.shared_bytes <= ARCH.smem for t in tiles)
-    assert all(bool(dict(c.extra).get("bf16")) != narrow_prefill.tile_of(bf16, c).TWO for c in narrow_prefill.configs(bf16, ARCH))
-    wide = [c for c in narrow_prefill.configs(bf16, ARCH) if dict(c.extra).get("bf16")]
+    assert all(bool(c.option("bf16")) != narrow_prefill.tile_of(bf16, c).TWO for c in narrow_prefill.configs(bf16, ARCH))
+    wide = [c for c in narrow_prefill.configs(bf16, ARCH) if c.option("bf16")]
     two = {(c.block_m, c.block_n // 128) for c in narrow_prefill.configs(bf16, ARCH) if c not in wide}
     assert two == {*narrow_prefill.TWO_SHAPES, narrow_prefill.FP8_PAIR} and len(wide) == len(narrow_prefill.WIDE_SHAPES)
     for c in wide:      # weights become BF16, and no FP8 tokens go with that
@@ -114,7 +114,7 @@ def test_weights_are_asked_for_in_front_where_groups_have_one_entry(layout: str,
     """The launch in front doesn't know which groups have rows."""
     p = describe("gemm" if layout == "dense" else "grouped_gemm", layout=layout, groups=1 if layout == "dense" else 8,
                  m=128 if layout == "masked" else rows, n=7168, k=2048, a="fp8_1x128", b="mxfp4", packed="fp8", expected_m=rows)
-    found = [c for c in narrow_prefill.configs(p, ARCH) if c.block_m == 32 and not narrow_prefill.extra(c, "bf16")]
+    found = [c for c in narrow_prefill.configs(p, ARCH) if c.block_m == 32 and not c.option("bf16")]
     assert len(found) == 2 and all(narrow_prefill.touched(p, c) == blocks for c in found)
 
 
@@ -285,7 +285,7 @@ def test_many_tokens_choose_it_and_few_do_not() -> None:
 def test_weights_of_few_groups_pass_through_l2() -> None:
     """Where they are up to three times as large as it, and tokens are few: not a dense product's, which another call may find there."""
     def pair(**kw: object) -> dict[str, object]:
-        return next(dict(c.extra) for c in narrow_prefill.configs(for_fp8(**kw), ARCH) if dict(c.extra).get("ctas"))
+        return next(dict(c.extra) for c in narrow_prefill.configs(for_fp8(**kw), ARCH) if c.option("ctas"))
 
     few = dict(m=64, n=7168, k=2048, layout="masked")
     assert pair(groups=8, **few) == {"box": 2, "ctas": 2, "stream": 1}
@@ -296,7 +296,7 @@ def test_rings_that_are_refused() -> None:
     """Slots of several K blocks where products are in pieces, or trips are of others; a ring of tokens in front of the weights'."""
     p = for_fp8()
     found = narrow_prefill.configs(p, ARCH)
-    pair = next(c for c in found if dict(c.extra).get("ctas"))
+    pair = next(c for c in found if c.option("ctas"))
     columns, wide = (next(c for c in found if c.block_m == t) for t in (96, 128))
 
     def said(config: Config, **extra: int) -> str:

@@ -58,7 +58,7 @@ def test_every_config(config: Config | tuple[int, int, str]) -> None:
         problem = build(CASES[0], "cuda").plan(backend=narrow_prefill.NAME).problem
         config = next(c for c in narrow_prefill.configs(problem, detect(torch.device("cuda")))
                       if (c.block_m, c.block_n) == (tokens, 128 * units) and [n for n, _ in c.extra] == [kind] * bool(kind))
-    if (config.block_m, config.num_warps, dict(config.extra).get("ctas")) == (32, 8, 2):
+    if (config.block_m, config.num_warps, config.option("ctas")) == (32, 8, 2):
         with pytest.raises(ValueError, match="registers"):
             ng.grouped_gemm(x, p, offsets, config=config)
         return

@@ -26,7 +26,6 @@ from ...launching import Launch, Pointer
 from ...operands import Operands
 from . import expand_rows, narrow, refusals
 from .fp8_block_tile import LAYOUTS, group_table
-from .fp8_decode_tile import extra
 from .fp8_scaled import SHAPES, tiles
 from .fp8_scaled_tile import OUT_COLS
 from .fp8_scaled_tile import Tile as ScaledTile
@@ -127,7 +126,7 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
         return "the kernel is persistent, without split_k, swap_ab and extra options but cublas"
     if config.num_stages < 2 or config.group_m < 1:
         return f"num_stages={config.num_stages}, group_m={config.group_m}, expected at least 2 and 1"
-    if extra(config, "cublas") and (p.layout != "dense" or p.out_dtype != "bf16" or p.accumulate or p.max_sms or p.batch_invariant
+    if config.option("cublas") and (p.layout != "dense" or p.out_dtype != "bf16" or p.accumulate or p.max_sms or p.batch_invariant
                                     or p.n % 8):
         return "cuBLAS takes dense products into BF16, with N in multiples of 8 and all SMs"
     if tile_of(p, config, arch) is None:
@@ -201,7 +200,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     seconds, copy = (ROWS_SECONDS, ROWS_COPY) if by_rows(p) else (LAUNCH_SECONDS, COPY)
     front = seconds + (wide + read) / (rate * copy)
     memory = (wide + live * p.n * p.out_bytes * (1 + p.accumulate)) / (rate * COPY)
-    if extra(config, "cublas"):
+    if config.option("cublas"):
         return front + CUBLAS_SECONDS + max(p.flops / (CUBLAS_RATE[p.k % 4096 == 0] * arch.bf16_flops / RATE), memory)
     work = tiles(p, config)
     unit = -(-p.k // BLOCK) * 1e-6 * (RATE / 132) / (arch.bf16_flops / arch.sms)
@@ -230,7 +229,7 @@ class PrepStatic:
 
 
 def launch(step: Step, problem: Problem, operands: Operands, workspace: Tensor | None) -> None:
-    if extra(step.config, "cublas") and operands.factor is None:
+    if step.config.option("cublas") and operands.factor is None:
         _launch_cublas(step, problem, operands, workspace)
     else:
         launching.launch(launches, step, problem, operands, workspace)

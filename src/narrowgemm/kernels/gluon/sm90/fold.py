@@ -108,7 +108,7 @@ def expands_fast(problem: Problem) -> bool:
 
 def whole(config: Config) -> int:
     """Whether all weights are expanded once a call."""
-    return dict(config.extra).get("whole", 0)
+    return config.option("whole", 0)
 
 
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:

@@ -52,7 +52,7 @@ CANDIDATES = (_config(4, 16, whole=2, cluster_n=2), _config(4, 16, whole=1, clus
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
     """Where K is short, to take pieces is most of the work: no candidate."""
-    return [c for c in CANDIDATES if legal(problem, c, arch) is None and (dict(c.extra)["whole"] == 1 or problem.k >= _PIECES_K)
+    return [c for c in CANDIDATES if legal(problem, c, arch) is None and (c.option("whole") == 1 or problem.k >= _PIECES_K)
             and ((c.block_m, c.block_n) == _TILE or problem.layout == "masked")]
 
 
@@ -62,8 +62,8 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     for name, value in extra.items():
         if value not in _EXTRA.get(name, ()):
             return f"{name}={value!r}, expected one of {_EXTRA.get(name, 'no such option')}"
-    clustered = extra.get("cluster_n", 1) > 1
-    shapes = [_TILE] if clustered else [_ALONE] if extra.get("wider") else [_TILE, _SMALL]
+    clustered = config.option("cluster_n", 1) > 1
+    shapes = [_TILE] if clustered else [_ALONE] if config.option("wider") else [_TILE, _SMALL]
     if (config.block_m, config.block_n) not in shapes or config.block_k != BLOCK or config.num_warps != _WARPS:
         tile = f"{config.block_m}x{config.block_n}x{config.block_k} by {config.num_warps} warps"
         return f"tile {tile}, expected one of {shapes}, {BLOCK}, {_WARPS}"
@@ -75,11 +75,11 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
         return f"has room for weights of {MAX_BYTES} bytes in E4M3, not of {weight_bytes(problem)}"
     if problem.accumulate:
         return "has no registers to add to the output beside the scales of columns"
-    if extra.get("wider") and problem.layout in ("dense", "contiguous"):
+    if config.option("wider") and problem.layout in ("dense", "contiguous"):
         return f"wider={_WIDER} is for layouts whose sizes are on the device"
     if clustered and (problem.layout == "dense" or problem.max_sms == 1):
         return "clusters of two blocks are for grouped products on two SMs or more"
-    if extra["whole"] == 2 and not clustered:
+    if config.option("whole") == 2 and not clustered:
         return "weights are expanded while the product runs on clusters only: other blocks have no warps idle"
     if tile_of(problem, config, arch) is None:
         return f"needs more shared memory than the {arch.smem} bytes of the device"
@@ -89,17 +89,16 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
 @lru_cache(maxsize=4096)
 def tile_of(problem: Problem, config: Config, arch: Arch, factor: bool = False) -> Tile | fp8_cluster_tile.Tile | None:
     """The compile-time constants of the product; None where it needs more shared memory than there is."""
-    extra = dict(config.extra)
     groups = group_table(problem)
     layout, zero = LAYOUTS[problem.layout], problem.zeroes
     size = problem.out_bytes
     tile: Tile | fp8_cluster_tile.Tile
     wgm, wgn, mp, unroll = _SHAPES[config.block_m, config.block_n]
     head = 1 + (-(-problem.k // BLOCK) - 1) % unroll
-    columns, wider = extra.get("cluster_n", 1), extra.get("wider", 0)
+    columns, wider = config.option("cluster_n", 1), config.option("wider", 0)
     for split, buffers in ((1, 5), (1, 2), (1, 1)) if wider else ((1, mp), (2, 2), (2, 1)):
         if columns > 1 or wider:
-            ahead = extra["whole"] == 2
+            ahead = config.option("whole") == 2
             np, wn = (5, 32) if wider else (1, 128)
             tile = fp8_cluster_tile.Tile(
                 layout, WGM=wgm, WGN=wgn, MP=mp, NP=np, WN=wn, CLUSTER_M=1, CLUSTER_N=columns, STAGES=config.num_stages,
@@ -131,7 +130,7 @@ def weight_bytes(problem: Problem) -> int:
 
 def workspace(problem: Problem, config: Config) -> int:
     """Weights, and counters."""
-    return weight_bytes(problem) + (4 * (1 + problem.groups) if dict(config.extra)["whole"] == 2 else 0)
+    return weight_bytes(problem) + (4 * (1 + problem.groups) if config.option("whole") == 2 else 0)
 
 
 # ---------------------------------------------------------------- cost
@@ -182,11 +181,10 @@ def _of_alone(problem: Problem, config: Config, arch: Arch, spread: bool) -> flo
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds of the product and the launch in front of it."""
-    extra = dict(config.extra)
-    columns = extra.get("cluster_n", 1)
+    columns = config.option("cluster_n", 1)
     unit = replace(config, block_n=config.block_n * columns)
     spreads = (False, True) if problem.counted else (False, )
-    if extra.get("wider"):
+    if config.option("wider"):
         seconds = sum(_of_alone(problem, config, arch, x) for x in spreads) / len(spreads)
         return seconds + _in_front(problem, arch)
     works = {fp8_block.tiles(problem, unit, spread, spread_width(problem)) for spread in spreads}
@@ -207,7 +205,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     seconds = (total / len(works) + _CLUSTER_SECONDS * (columns > 1)) * (_FEWER_ROWS if problem.rows < _ROWS else 1.0)
     rate = arch.bandwidth * clusters * columns / arch.sms
     moved = moved_bytes(problem)
-    if extra["whole"] == 2:
+    if config.option("whole") == 2:
         first = moved / problem.active_groups
         rest = (moved - first) / rate
         seconds = max(seconds + rest / _COST, rest / _AHEAD_RATE + (1 - _AHEAD_HIDDEN) * seconds)
@@ -230,7 +228,7 @@ def launches(problem: Problem, config: Config, x: Operands, arch: Arch, a: Any, 
     assert fields is not None and top is not None
     tile = tile_of(problem, config, arch, x.factor is not None)
     assert tile is not None, f"{config} is not legal for {problem}"
-    masked, columns = problem.layout == "masked", dict(config.extra).get("cluster_n", 1)
+    masked, columns = problem.layout == "masked", config.option("cluster_n", 1)
     blocks, units = -(-x.k // BLOCK), -(-x.n // UNIT_ROWS)
     om = stride(x.out, -2, x.n)
     og = stride(x.out, 0, om * x.m) if masked else 0

@@ -88,7 +88,7 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     for name, value in extra.items():
         if value not in _EXTRA.get(name, ()):
             return f"{name}={value!r}, expected one of {_EXTRA.get(name, 'no such option')}"
-    shape = (config.block_m, config.block_n, extra.get("ctas", 1))
+    shape = (config.block_m, config.block_n, config.option("ctas", 1))
     if shape not in _SHAPES or config.block_k != 128:
         return f"tile {config.block_m}x{config.block_n}x{config.block_k} with {shape[2]} an SM, expected one of {list(_SHAPES)}"
     if not config.persistent or config.split_k != 1 or config.swap_ab:
@@ -96,10 +96,10 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     if config.num_stages < 2 or config.group_m < 1:
         return f"num_stages={config.num_stages}, group_m={config.group_m}, expected at least 2 and 1"
     _, _, mp, np, _ = _SHAPES[shape]
-    if mp * np > 1 and extra.get("slot", 1) > 1:
+    if mp * np > 1 and config.option("slot", 1) > 1:
         return "slot=2 is for tiles of one piece a warpgroup"
-    if extra.get("unroll", 4) % extra.get("slot", 1):
-        return f"unroll={extra.get('unroll', 4)} is no multiple of slot={extra['slot']}"
+    if config.option("unroll", 4) % config.option("slot", 1):
+        return f"unroll={config.option('unroll', 4)} is no multiple of slot={config.option('slot', 1)}"
     tile = tile_of(problem, config, arch)
     if tile is None:
         return f"needs more shared memory than the {arch.smem} bytes of the device"
@@ -109,11 +109,10 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
 @lru_cache(maxsize=4096)
 def tile_of(problem: Problem, config: Config, arch: Arch) -> Tile | None:
     """The compile-time constants of a legal config; None where it needs more shared memory than there is."""
-    extra = dict(config.extra)
-    ctas, slot = extra.get("ctas", 1), extra.get("slot", 1)
+    ctas, slot = config.option("ctas", 1), config.option("slot", 1)
     wgm, wgn, mp, np, columns = _SHAPES[config.block_m, config.block_n, ctas]
     pieces = mp * np
-    unroll = extra.get("unroll", 4 if pieces == 1 else 2 if np > 1 else 1)
+    unroll = config.option("unroll", 4 if pieces == 1 else 2 if np > 1 else 1)
     blocks = problem.k // 128
     groups = group_table(problem)
     budget = arch.smem if ctas == 1 else (arch.smem + RESERVED_SMEM) // ctas - RESERVED_SMEM
@@ -126,7 +125,7 @@ def tile_of(problem: Problem, config: Config, arch: Arch) -> Tile | None:
             OUT_SPLIT=split, OUT_BYTES=problem.out_bytes, GROUPS=groups,
             A_SCALE_TMA=problem.a.scale_major == "mn" and problem.a.scale_dtype == "fp32",
             ZERO=problem.zeroes, ACCUMULATE=problem.accumulate,
-            STORE_TMA=problem.out_aligned, LATE_STORE=bool(extra.get("late_store", 0)) and not problem.accumulate,
+            STORE_TMA=problem.out_aligned, LATE_STORE=bool(config.option("late_store", 0)) and not problem.accumulate,
             DOUBLE=np > 1, TAIL=_halves(problem, config),
             CONSUMER_REGISTERS=232, PRODUCER_REGISTERS=40 if consumers == 2 else 24)
         if tile.shared_bytes <= budget:
@@ -136,9 +135,8 @@ def tile_of(problem: Problem, config: Config, arch: Arch) -> Tile | None:
 
 def _halves(problem: Problem, config: Config) -> bool:
     """Whether tiles of a config are of two pieces along M, and a group's last one may be worked on by half."""
-    extra = dict(config.extra)
-    wgm, _, mp, _, _ = _SHAPES[config.block_m, config.block_n, extra.get("ctas", 1)]
-    return (wgm, mp) == (1, 2) and bool(extra.get("tails", 1)) and has_tails(problem)
+    wgm, _, mp, _, _ = _SHAPES[config.block_m, config.block_n, config.option("ctas", 1)]
+    return (wgm, mp) == (1, 2) and bool(config.option("tails", 1)) and has_tails(problem)
 
 
 def has_tails(problem: Problem) -> bool:
@@ -242,7 +240,7 @@ def of_spread(problem: Problem, config: Config, arch: Arch) -> float:
 
 
 def _seconds(problem: Problem, config: Config, arch: Arch, dealt: Work) -> float:
-    ctas, work = dict(config.extra).get("ctas", 1), dealt.tiles
+    ctas, work = config.option("ctas", 1), dealt.tiles
     sms = min(arch.sms, problem.max_sms or arch.sms)
     busy, alone, plain = _BLOCK_TIMES[config.block_m, config.block_n, ctas]
     tile = TILE_SECONDS
@@ -262,7 +260,7 @@ def _seconds(problem: Problem, config: Config, arch: Arch, dealt: Work) -> float
     else:
         last_alone = ctas == 2 and 0 < work % (sms * ctas) <= sms
         seconds = waves(dealt, sms * ctas) * (unit * busy + tile) - (unit * (busy - alone) if last_alone else 0.0)
-    if dict(config.extra).get("late_store"):
+    if config.option("late_store"):
         # the store beside the next tile's first product: seen to pay where K is long and tiles are many
         seconds *= 0.98 if problem.k >= 4096 and work > 2 * sms else 1.005
     busy_share = 1.0 if work <= sms else work / (sms * ctas) / math.ceil(work / (sms * ctas))

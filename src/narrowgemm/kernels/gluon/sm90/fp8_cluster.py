@@ -76,14 +76,14 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
         return "the kernel is persistent, without split_k and swap_ab"
     if not 2 <= config.num_stages <= 8 or config.group_m < 1:
         return f"num_stages={config.num_stages}, group_m={config.group_m}, expected 2 to 8, and at least 1"
-    cluster_n = extra.get("cluster_n", 1)
-    cluster = extra.get("cluster_m", 1) * cluster_n
+    cluster_n = config.option("cluster_n", 1)
+    cluster = config.option("cluster_m", 1) * cluster_n
     if cluster > min(2, problem.max_sms or 2):
         return f"clusters of {cluster} blocks on {problem.max_sms or 'all'} SMs, expected two at most, and an SM for each"
-    if extra.get("mix") and (problem.layout != "dense" or config.block_n != 192 or problem.n <= 256 or cluster_n > 1
-                             or extra.get("late_store")):
+    if config.option("mix") and (problem.layout != "dense" or config.block_n != 192 or problem.n <= 256 or cluster_n > 1
+                             or config.option("late_store")):
         return "mix=1 is for dense products of more than 256 columns on 192, clusters of rows, stores that aren't late"
-    if extra.get("wider") and (problem.layout in ("dense", "contiguous") or cluster > 1 or config.block_n != 160):
+    if config.option("wider") and (problem.layout in ("dense", "contiguous") or cluster > 1 or config.block_n != 160):
         return "wider=192 is for blocks of 160 columns that are alone, and for layouts whose sizes are on the device"
     if tile_of(problem, config, arch) is None:
         return f"needs more shared memory than the {arch.smem} bytes of the device"
@@ -93,19 +93,18 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
 @lru_cache(maxsize=4096)
 def tile_of(problem: Problem, config: Config, arch: Arch) -> Tile | None:
     """The compile-time constants of a legal config; None where it needs more shared memory than there is."""
-    extra = dict(config.extra)
     wgm, wgn, pieces, tensors, columns = _SHAPES[config.block_m, config.block_n]
     groups = group_table(problem)
     # staging of the store: as much as fits; whole tensors, or halves of their columns
     for split, buffers in ((1, pieces), (2, 2), (2, 1)) if columns == 128 else ((1, tensors), (1, 2), (1, 1)):
         tile = Tile(
-            LAYOUTS[problem.layout], WGM=wgm, WGN=wgn, MP=pieces, NP=tensors, WN=columns, CLUSTER_M=extra.get("cluster_m", 1),
-            CLUSTER_N=extra.get("cluster_n", 1), STAGES=config.num_stages, STRIP=config.group_m, OUT_BUFFERS=buffers,
+            LAYOUTS[problem.layout], WGM=wgm, WGN=wgn, MP=pieces, NP=tensors, WN=columns, CLUSTER_M=config.option("cluster_m", 1),
+            CLUSTER_N=config.option("cluster_n", 1), STAGES=config.num_stages, STRIP=config.group_m, OUT_BUFFERS=buffers,
             OUT_SPLIT=split, OUT_BYTES=problem.out_bytes, GROUPS=groups,
             A_SCALE_TMA=problem.a.scale_major == "mn" and problem.a.scale_dtype == "fp32",
             ZERO=problem.zeroes, ACCUMULATE=problem.accumulate,
-            STORE_TMA=problem.out_aligned, LATE_STORE=bool(extra.get("late_store", 0)) and not problem.accumulate,
-            MIX=bool(extra.get("mix", 0)), PITCH=extra.get("wider", 0))
+            STORE_TMA=problem.out_aligned, LATE_STORE=bool(config.option("late_store", 0)) and not problem.accumulate,
+            MIX=bool(config.option("mix", 0)), PITCH=config.option("wider", 0))
         if tile.shared_bytes <= arch.smem:
             return tile
     return None
@@ -167,8 +166,7 @@ def mixture(m: int, n: int, rows: int, clusters: int) -> Mixture:
 
 def of_spread(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds with the expected sizes of groups."""
-    extra = dict(config.extra)
-    rows, columns = extra.get("cluster_m", 1), extra.get("cluster_n", 1)
+    rows, columns = config.option("cluster_m", 1), config.option("cluster_n", 1)
     unit = replace(config, block_m=config.block_m * rows, block_n=config.block_n * columns)
     if rows * columns == 1 and problem.layout != "dense" and config.block_n in _ALONE_TIMES:
         both = [_of_alone(problem, config, arch, spread) for spread in ((False, True) if problem.counted else (False, ))]
@@ -185,7 +183,7 @@ def of_spread(problem: Problem, config: Config, arch: Arch) -> float:
     block = problem.k // 128 * 1e-6 * fp8_block.rate(arch)
     total = 0.0
     for work in works:
-        if extra.get("mix"):
+        if config.option("mix"):
             seconds = mixture(problem.m, problem.n, unit.block_m, clusters).rounds * (block * busy + tile)
         elif work <= clusters:
             seconds = block * (alone + (busy - alone) * work / clusters) + tile
@@ -200,7 +198,7 @@ def _of_alone(problem: Problem, config: Config, arch: Arch, spread: bool) -> flo
     """Seconds of blocks that are alone; of two widths, that which the device will find the faster one."""
     sms = min(arch.sms, problem.max_sms or arch.sms)
     works = {n: fp8_block.tiles(problem, replace(config, block_n=n), spread)
-             for n in (dict(config.extra).get("wider"), config.block_n) if n}
+             for n in (config.option("wider"), config.block_n) if n}
     n = min(works, key=lambda n: math.ceil(works[n] / sms) * n)
     busy, alone, many = _ALONE_TIMES[n]
     work, block = works[n], problem.k // 128 * 1e-6 * fp8_block.rate(arch)

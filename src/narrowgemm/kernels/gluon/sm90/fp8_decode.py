@@ -25,7 +25,6 @@ from .fp8_decode_tile import (
     STREAM_CACHES,
     TOKENS,
     TRIPS,
-    extra,
     in_workspace,
     legal,
     max_registers,
@@ -36,7 +35,7 @@ from .fp8_decode_tile import (
 )
 from .tensor_maps import planes, planes_by_eight
 
-__all__ = ["BACKEND", "LAYOUT_IDS", "NAME", "configs", "estimate", "extra", "launches", "legal", "max_registers",
+__all__ = ["BACKEND", "LAYOUT_IDS", "NAME", "configs", "estimate", "launches", "legal", "max_registers",
            "smem_bytes", "supports", "workspace"]
 
 NAME = "gluon_sm90.fp8_decode"
@@ -114,7 +113,7 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
             if bt >= min(rows, 64):             # narrower ones read the weights twice for nothing
                 found += at_once(problem, arch, bt, kept)
     boxes = boxed(problem, arch, kept)
-    if any(extra(c, "stream") for c in boxes):
+    if any(c.option("stream") for c in boxes):
         return boxes        # nothing else is as fast there: tiles cut along K take 1.1 to 1.25 of it where one expert has a token
     found += boxes
     few = Config(8, 64, 128, 4, 0, swap_ab=True, persistent=True)
@@ -223,8 +222,8 @@ def groups_met(problem: Problem) -> float:
 
 def programs(config: Config, sms: int, max_sms: int) -> int:
     """CTAs of the persistent grid."""
-    limit = [sms, *([max_sms] if max_sms else []), *([extra(config, "sms")] if in_workspace(config) else [])]
-    return min(limit) * extra(config, "ctas", 1)
+    limit = [sms, *([max_sms] if max_sms else []), *([config.option("sms")] if in_workspace(config) else [])]
+    return min(limit) * config.option("ctas", 1)
 
 
 def part_bytes(config: Config, ctas: int) -> int:

@@ -14,8 +14,8 @@ from typing import NamedTuple
 from ....arch import Arch
 from ....problem import Config, Problem, middle
 from .few_model import SPREAD, few, insured
-from .fp8_decode_tile import extra, register_split, trip_of
 from .fp8_decode_tile import pieces as pieces_of
+from .fp8_decode_tile import register_split, trip_of
 
 START = 3.5e-6               # launch, schedule, first bytes, drain
 TABLE = 1.0e-6               # group sizes are read and added up before the first byte
@@ -58,7 +58,7 @@ def expected_rows(problem: Problem) -> int:
 
 def width(config: Config, rows: int) -> int:
     """Token columns of a tile with so many rows."""
-    return next((w for w in (extra(config, "narrow"), extra(config, "middle")) if rows <= w), config.block_m)
+    return next((w for w in (config.option("narrow"), config.option("middle")) if rows <= w), config.block_m)
 
 
 def tiles_of(config: Config, sizes: Iterable[int], each: float) -> list[Tiles]:
@@ -99,9 +99,9 @@ def block_seconds(config: Config, columns: int, ctas: int, arch: Arch, dense: bo
     # wgmma of 64 x columns x 128: bound by its product, or by reading both operands from shared memory, 128 bytes a clock
     clock = arch.fp8_flops / arch.sms / 8192
     wgmma = ctas * consumers * pieces * max(2 * columns, 64 + columns) / clock
-    trip = trip_of(config, columns, register_split(config, 32)[1]) if dense else extra(config, "trip", 1)
-    chain = (STEP + pieces * columns * (DENSE_PROMOTE if dense else PROMOTE)) * (AHEAD if trip * extra(config, "box", 1) > 1 else 1)
-    ahead = config.num_stages * extra(config, "box", 1)
+    trip = trip_of(config, columns, register_split(config, 32)[1]) if dense else config.option("trip", 1)
+    chain = (STEP + pieces * columns * (DENSE_PROMOTE if dense else PROMOTE)) * (AHEAD if trip * config.option("box", 1) > 1 else 1)
+    ahead = config.num_stages * config.option("box", 1)
     return longest(taken, (DENSE_LATENCY if dense else LATENCY) / ahead, wgmma, chain)
 
 
@@ -112,12 +112,12 @@ def longest(*seconds: float) -> float:
 def tiles_seconds(problem: Problem, config: Config, arch: Arch, tiles: Iterable[Tiles], read: float) -> float:
     """Every tile of these over the grid. `read`: bytes through memory in all."""
     sms = min(arch.sms, problem.max_sms or arch.sms)
-    per_sm = extra(config, "ctas", 1)
+    per_sm = config.option("ctas", 1)
     ctas = sms * per_sm
     blocks_n = -(-problem.n // config.block_n)
     tiles = list(tiles)
     total = max(1, round(sum(t.number for t in tiles) * blocks_n))
-    cluster = extra(config, "cluster", 1)
+    cluster = config.option("cluster", 1)
     split = cluster if cluster > 1 else max(1, min(config.split_k, ctas // total))
     k_blocks = -(-problem.k // 128 // split)
     dense = problem.layout == "dense"
@@ -126,7 +126,7 @@ def tiles_seconds(problem: Problem, config: Config, arch: Arch, tiles: Iterable[
     # dense products were not seen to meet this limit: twice their weights come from L2 at more than that
     taken = 0.0 if dense else sum(t.number * (config.block_n + t.columns) for t in tiles) * blocks_n * problem.k
 
-    efficiency = BOXED if extra(config, "box", 1) > 1 else EFFICIENCY
+    efficiency = BOXED if config.option("box", 1) > 1 else EFFICIENCY
 
     def wave(n: int, columns: float) -> float:
         on_one = min(per_sm, -(-n // sms))
@@ -158,7 +158,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
 def of_spread(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds with the expected sizes of groups."""
     seconds = fixed(problem, config) + tiles_seconds(problem, config, arch, expected_tiles(problem, config), problem.bytes)
-    return seconds * (THROUGH if extra(config, "box") and extra(config, "stream") else 1.0)
+    return seconds * (THROUGH if config.option("box") and config.option("stream") else 1.0)
 
 
 def fixed(problem: Problem, config: Config) -> float:
@@ -166,7 +166,7 @@ def fixed(problem: Problem, config: Config) -> float:
     if problem.layout == "contiguous":
         seconds += SEGMENTS_SECONDS * -(-problem.m // 1024)
     if problem.layout != "dense":
-        seconds += TABLE - (FETCHED if extra(config, "guess") else 0.0)
-    elif extra(config, "guess"):
+        seconds += TABLE - (FETCHED if config.option("guess") else 0.0)
+    elif config.option("guess"):
         seconds -= EARLY
     return seconds

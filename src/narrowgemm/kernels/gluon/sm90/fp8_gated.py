@@ -79,7 +79,7 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
 def tile_of(problem: Problem, config: Config) -> GatedTile:
     groups = group_table(problem)
     clamped = 0 if problem.epilogue.activation == "swiglu" else 2 if is_bf16(numbers(problem)[1]) else 1
-    return GatedTile(LAYOUTS[problem.layout], CLUSTER_N=dict(config.extra).get("cluster_n", 1), STAGES=config.num_stages,
+    return GatedTile(LAYOUTS[problem.layout], CLUSTER_N=config.option("cluster_n", 1), STAGES=config.num_stages,
                      STRIP=config.group_m, GROUPS=groups, CLAMPED=clamped)
 
 

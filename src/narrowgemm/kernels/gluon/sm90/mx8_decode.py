@@ -15,7 +15,7 @@ from ....problem import Config, Problem, Step
 from ...launching import Launch, Pointer
 from ...operands import Operands
 from . import mx8_tile as tile
-from .fp8_decode_tile import extra, max_registers, smem_budget
+from .fp8_decode_tile import max_registers, smem_budget
 from .mx8_tile import TRIP
 
 __all__ = ["BACKEND", "NAME", "configs", "estimate", "launches", "legal", "smem_bytes", "supports", "workspace"]
@@ -78,7 +78,7 @@ def loader_registers(config: Config) -> int:
     """Registers of a thread of the loader and of the scaler."""
     if config.num_warps == 4:
         return 56
-    return 40 if extra(config, "ctas", 1) > 1 else 88
+    return 40 if config.option("ctas", 1) > 1 else 88
 
 
 def consumer_registers(config: Config) -> int:
@@ -139,7 +139,7 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
         return f"{config.num_stages} stages, expected an even number, so that each of two consumers has slots of its own"
     if (reason := tile.illegal_split(problem, config, trip_of(config))) is not None:
         return reason
-    ctas, there = extra(config, "ctas", 1), consumer_registers(config)
+    ctas, there = config.option("ctas", 1), consumer_registers(config)
     need = 56 + config.block_m // 2 * (1 + 2 * GROUP[config.block_m])
     if not 1 <= ctas <= 2 or need > there:
         return f"ctas={ctas}, expected 1 or 2 on an SM that leave a consumer {need} registers a thread, not {there}"
@@ -166,10 +166,10 @@ _POWER = 2.6
 
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds: the bytes over the bandwidth and the K blocks of a CTA after one another, in waves."""
-    ctas, alone, tiles = extra(config, "ctas", 1), tile.tiles_at_once(config, arch), tile.tiles_of(problem, config)
+    ctas, alone, tiles = config.option("ctas", 1), tile.tiles_at_once(config, arch), tile.tiles_of(problem, config)
     block = BLOCK[config.block_m, config.num_warps] * (1.0 + BESIDE * (ctas > 1 and tiles > alone))
     work = -(-tiles // (alone * ctas)) * (chunk_of(problem, config) * block + TILE[config.num_warps])
-    memory = tile.read_seconds(problem, arch, STREAM if extra(config, "stream") else READ)
+    memory = tile.read_seconds(problem, arch, STREAM if config.option("stream") else READ)
     if tiles > alone:
         memory *= (-(-tiles // alone) * alone / tiles) ** UNEVEN
     return tile.seconds(config, START, memory, work, _POWER, CUT)

@@ -15,7 +15,7 @@ from ....arch import Arch
 from ....problem import Config, Problem
 from ...launching import Launch, Pointer
 from ...operands import Operands
-from .fp8_decode_tile import CLUSTERS, KEEP_BYTES, ROOM, STREAM_CACHES, extra
+from .fp8_decode_tile import CLUSTERS, KEEP_BYTES, ROOM, STREAM_CACHES
 from .tensor_maps import planes
 
 TRIP = 4                     # K blocks of 128 whose codes are 16 bytes of a row
@@ -50,7 +50,7 @@ def shared(problem: Problem, config: Config, sw: int, consumer: int, loader: int
     """The fields of `Shared`. sw: `row_alignment` of the weights' scales. consumer, loader: registers of a thread of theirs."""
     return {"BN": config.block_n, "STAGES": config.num_stages, "CLUSTER": config.split_k,
             "VEC": min(sw // 4, 1) if blocks_of(problem) % TRIP else sw // 4,
-            "KEEP": bool(extra(config, "keep")), "STREAM": bool(extra(config, "stream")),
+            "KEEP": bool(config.option("keep")), "STREAM": bool(config.option("stream")),
             "CONSUMER_REGS": consumer, "LOADER_REGS": loader}
 
 

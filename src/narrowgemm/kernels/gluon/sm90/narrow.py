@@ -20,7 +20,7 @@ from ....prepack_bits import FP8_PREPACK, ORDERS
 from ....problem import Config, Operand, Problem, Step
 from ...launching import Launch, Pointer
 from ...operands import Operands
-from .fp8_decode_tile import KEEP_BYTES, STREAM_CACHES, extra
+from .fp8_decode_tile import KEEP_BYTES, STREAM_CACHES
 from .narrow_model import active_experts, estimate, rows_expected
 from .narrow_split import ctas_at_most, splits
 from .narrow_tile import (
@@ -234,8 +234,8 @@ def statics(problem: Problem, config: Config, x: Operands) -> tuple[Static, Prep
         x.slots is not None, x.factor is not None, kind in (1, 2, TWO_ORDER), PAIR_IDS[x.packed.pair], ACT_IDS[e.activation],
         alpha, limit,
         x.bias is not None, x.weight is not None, True,
-        bool(extra(config, "keep")), bool(extra(config, "wide")), promotes(problem), doubles(problem),
-        DENSE=problem.layout == "dense", STREAM=bool(extra(config, "stream")), WAYS=8 if config.block_m <= 16 else 4,
+        bool(config.option("keep")), bool(config.option("wide")), promotes(problem), doubles(problem),
+        DENSE=problem.layout == "dense", STREAM=bool(config.option("stream")), WAYS=8 if config.block_m <= 16 else 4,
         FP8=two, EARLY=registers(config) > 96)
     prep = PrepStatic(KINDS[problem.layout], config.block_m, power_of_two(problem.groups), kind, problem.a.format.group[1] or 32,
                       power_of_two(x.block_m), e.combine,
@@ -267,7 +267,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     cap = entries_at_most(problem.layout, x.m if masked else slots, problem.groups, config.block_m)
     sms = sms_of(x.out.device)
     most = ctas_at_most(cap * -(-x.n // config.block_n), steps, config)
-    grid = max(1, min(min(sms, problem.max_sms or sms) * extra(config, "ctas", 1), MAX_CTAS, most))
+    grid = max(1, min(min(sms, problem.max_sms or sms) * config.option("ctas", 1), MAX_CTAS, most))
     kx, each = row_stride(x.k), share(problem, x.m)
     index = table if x.index is None else x.index
     order = table if x.slots is None else x.slots
@@ -283,7 +283,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
                (x.b.data, Pointer(fields, i32), xp, xscale, out, order, xfactor if x.factor is None else x.factor,
                 table if x.top is None else x.top, xfactor,
                 xfactor if x.bias is None else x.bias, xfactor if x.weight is None else x.weight, table, counts, parts,
-                tiles, steps, chunks, slots, problem.a_div, cap, steps if extra(config, "whole") else 1, x.n, kx, som, cfg),
+                tiles, steps, chunks, slots, problem.a_div, cap, steps if config.option("whole") else 1, x.n, kx, som, cfg),
                {"num_warps": config.num_warps, "maxnreg": registers(config), "launch_pdl": True})]
     if problem.zeroes:
         made.insert(0, zero_padding_rows(problem, x))

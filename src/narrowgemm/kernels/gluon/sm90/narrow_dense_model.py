@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from ....arch import Arch
 from ....problem import Config, Problem
-from .fp8_decode_tile import extra
 from .narrow_split import ctas_at_most, ring_steps
 from .narrow_tile import CHUNK, ROWS
 
@@ -26,10 +25,10 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     """Seconds."""
     sms = min(arch.sms, problem.max_sms or arch.sms)
     steps, tiles = ring_steps(problem, config), max(1, -(-problem.m // config.block_m) * -(-problem.n // config.block_n))
-    grid = min(sms * extra(config, "ctas", 1), ctas_at_most(tiles, steps, config))
+    grid = min(sms * config.option("ctas", 1), ctas_at_most(tiles, steps, config))
     units = -(-tiles * steps // grid)           # ring steps of a CTA
-    whole = extra(config, "whole") or (tiles * steps % grid == 0 and units % steps == 0)
-    if extra(config, "whole"):
+    whole = config.option("whole") or (tiles * steps % grid == 0 and units % steps == 0)
+    if config.option("whole"):
         grid = min(grid, tiles)
         units = -(-tiles // grid) * steps
     pieces = 1 if whole else min(steps, -(-grid // tiles) + 1)

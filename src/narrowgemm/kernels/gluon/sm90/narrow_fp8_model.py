@@ -6,7 +6,6 @@ import math
 
 from ....arch import Arch
 from ....problem import Config, Problem
-from .fp8_decode_tile import extra
 from .narrow_model import active_experts, rows_expected, slots_expected
 from .narrow_prefill_tile import COLUMNS, FP8_WIDTHS, columns
 from .narrow_tile import CHUNK, ROWS, by_row, chunks_of, in_two
@@ -58,7 +57,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     experts, rows = active_experts(problem), rows_expected(problem)
     spread = rows**0.5 if problem.layout != "dense" else 0.0
     sizes = [max(1.0, rows + spread * z) for z in (_SPREAD if spread else (0.0, ))]
-    chunks, units, ctas = chunks_of(problem), config.block_n // ROWS, extra(config, "ctas", 1)
+    chunks, units, ctas = chunks_of(problem), config.block_n // ROWS, config.option("ctas", 1)
     shape, two = (config.block_m, units / 2), in_two(problem)
     expand, column = (x * (TWO_CLOCKS[shape] if two else 1.0) for x in (ROW_CLOCKS if by_row(problem) else BLOCK_CLOCKS)[shape])
     bytes_ = 2.0 if two else 1.0

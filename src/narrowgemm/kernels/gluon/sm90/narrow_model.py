@@ -5,7 +5,6 @@ from __future__ import annotations
 from ....arch import Arch
 from ....problem import Config, Problem
 from . import narrow_dense_model
-from .fp8_decode_tile import extra
 from .narrow_tile import CHUNK, ROWS, in_two
 
 START = 8.0e-6               # two launches, the table, the first bytes, the pieces' sums
@@ -56,7 +55,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     if problem.layout == "dense" and problem.b.format.element == "e4m3":
         return narrow_dense_model.estimate(problem, config, arch)
     sms = min(arch.sms, problem.max_sms or arch.sms)
-    ctas = extra(config, "ctas", 1)
+    ctas = config.option("ctas", 1)
     chunks = -(-problem.k // CHUNK)
     tiles = entries_expected(problem, config.block_m) * -(-problem.n // ROWS)
     per_chunk = ROWS * (CHUNK * problem.b.format.elem.bits / 8 + 4)
@@ -80,7 +79,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     intake = taken / sms / min(INTAKE, flight / LATENCY)
     math = tiles * chunks / (sms * 4) * STEP[problem.b.format.element] * max(1.0, config.block_m / 16) * max(1.0, 4 / (ctas * 2))
     seconds = START + (memory**4 + intake**4 + math**4) ** 0.25
-    seconds *= 1.001 if extra(config, "deep") else 1.0
+    seconds *= 1.001 if config.option("deep") else 1.0
     if in_two(problem) and rows_expected(problem) > 1.5:    # 2 to 11% slower than the kernel for many from 64 tokens on, on an H200
         seconds *= TWO_ROWS
     return seconds + (COMBINE + 3 * written / arch.bandwidth if problem.epilogue.combine else 0.0)

@@ -10,7 +10,6 @@ from dataclasses import replace
 
 from ....arch import Arch
 from ....problem import Config, Problem
-from .fp8_decode_tile import extra
 from .narrow_tile import CHUNK, chunks_of
 
 PIECES = (8, 4)
@@ -22,16 +21,16 @@ def ring_steps(problem: Problem, config: Config) -> int:
 
 def ctas_at_most(tiles: int, steps: int, config: Config) -> int:
     """CTAs that `tiles` tiles of `steps` ring steps are for."""
-    return tiles * -(-steps // extra(config, "deep", 1))
+    return tiles * -(-steps // config.option("deep", 1))
 
 
 def splits(problem: Problem, config: Config, arch: Arch) -> list[Config]:
     """`config` with tiles cut in fewer pieces, where the grid would cut them in more."""
-    if problem.layout != "dense" or extra(config, "whole"):
+    if problem.layout != "dense" or config.option("whole"):
         return []
     steps = ring_steps(problem, config)
     tiles = -(-problem.m // config.block_m) * -(-problem.n // config.block_n)
-    grid = min(arch.sms, problem.max_sms or arch.sms) * extra(config, "ctas", 1)
+    grid = min(arch.sms, problem.max_sms or arch.sms) * config.option("ctas", 1)
     found = {}
     for pieces in PIECES:
         deep = -(-steps // pieces)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ....arch import Arch
 from ....prepack_bits import FP8_PREPACK
 from ....problem import Config, Problem
-from .fp8_decode_tile import extra, smem_budget
+from .fp8_decode_tile import smem_budget
 
 KINDS = {"dense": 0, "offsets": 1, "masked": 2, "routed": 3, "contiguous": 4, "psum": 5}
 PAIR_IDS = {"": 0, "halves": 1, "interleaved": 2}
@@ -133,13 +133,13 @@ def stage_bytes(problem: Problem, config: Config) -> int:
 def smem_bytes(problem: Problem, config: Config) -> int:
     """Shared memory of a CTA; never less than the compiler's figure."""
     itemsize = 4 if problem.epilogue.combine else problem.out_bytes
-    turn = config.block_n * config.block_m * itemsize if extra(config, "wide") else 0
+    turn = config.block_n * config.block_m * itemsize if config.option("wide") else 0
     return config.num_stages * stage_bytes(problem, config) + turn + 512
 
 
 def registers(config: Config) -> int:
     """Registers a thread that let the CTAs of one SM be resident together."""
-    return min(255, 65536 // (extra(config, "ctas", 1) * config.num_warps * 32) // 8 * 8)
+    return min(255, 65536 // (config.option("ctas", 1) * config.num_warps * 32) // 8 * 8)
 
 
 def rows_expected(problem: Problem) -> int:
@@ -160,11 +160,11 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     """Why `config` can't run the problem, or None."""
     if config.block_m not in TOKENS or config.block_n not in (ROWS, 2 * ROWS):
         return f"tile {config.block_m} x {config.block_n}, expected {TOKENS} token columns x {ROWS} or {2 * ROWS} weight rows"
-    if problem.batch_invariant and not extra(config, "whole"):
+    if problem.batch_invariant and not config.option("whole"):
         return "cuts tiles along K where the number of tiles asks for it; expected whole=1 for a batch-invariant product"
     if config.block_k not in (256, 512) or config.num_warps != config.block_n // 16 or not config.swap_ab or not config.persistent:
         return "expected block_k 256 or 512, a warp for 16 rows, swap_ab and persistent"
-    ctas = extra(config, "ctas", 1)
+    ctas = config.option("ctas", 1)
     if not 1 <= ctas <= 6:
         return f"ctas={ctas}, expected 1 to 6 on an SM"
     if config.num_stages < 2 or smem_bytes(problem, config) > smem_budget(config, arch):
