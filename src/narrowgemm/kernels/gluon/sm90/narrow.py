@@ -230,16 +230,16 @@ def statics(problem: Problem, config: Config, x: Operands) -> tuple[Static, Prep
     ch = config.block_k // CHUNK
     even = chunks_of(problem) % ch == 0 and -(-problem.n // ROWS) % (config.block_n // ROWS) == 0
     cfg = Static(
-        problem.b.format.element == "e4m3", config.block_m, config.block_n, ch, config.num_stages, even,
-        x.slots is not None, x.factor is not None, kind in (1, 2, TWO_ORDER), PAIR_IDS[x.packed.pair], ACT_IDS[e.activation],
-        alpha, limit,
-        x.bias is not None, x.weight is not None, True,
-        bool(config.option("keep")), bool(config.option("wide")), promotes(problem), doubles(problem),
+        E4M3=problem.b.format.element == "e4m3", BT=config.block_m, ROWS=config.block_n, CH=ch, STAGES=config.num_stages, EVEN=even,
+        SLOTS=x.slots is not None, FACTOR=x.factor is not None, XFACTOR=kind in (1, 2, TWO_ORDER), PAIR=PAIR_IDS[x.packed.pair],
+        ACT=ACT_IDS[e.activation], ALPHA=alpha, LIMIT=limit, BIAS=x.bias is not None, WEIGHT=x.weight is not None, PDL=True,
+        KEEP=bool(config.option("keep")), WIDE=bool(config.option("wide")), XSCALE=promotes(problem), DOUBLE=doubles(problem),
         DENSE=problem.layout == "dense", STREAM=bool(config.option("stream")), WAYS=8 if config.block_m <= 16 else 4,
         FP8=two, EARLY=registers(config) > 96)
-    prep = PrepStatic(KINDS[problem.layout], config.block_m, power_of_two(problem.groups), kind, problem.a.format.group[1] or 32,
-                      power_of_two(x.block_m), e.combine,
-                      min(power_of_two(row_stride(problem.k)), PREP_ROW) if two else PREP_K, True)
+    prep = PrepStatic(
+        KIND=KINDS[problem.layout], BT=config.block_m, GROUPS=power_of_two(problem.groups), XKIND=kind,
+        GROUP=problem.a.format.group[1] or 32, BLOCK=power_of_two(x.block_m), LIVE=e.combine,
+        BK=min(power_of_two(row_stride(problem.k)), PREP_ROW) if two else PREP_K, PDL=True)
     return cfg, prep
 
 
