@@ -12,6 +12,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
+COMMIT = re.compile("[0-9a-f]{10}")
 
 
 def complaints() -> dict[int, str]:
@@ -34,6 +35,19 @@ def test_tests_that_are_named_exist() -> None:
     assert len(named) > 40
     for path, name in named:
         assert re.search(rf"^def {name}\(", (ROOT / path).read_text(), re.MULTILINE), f"{path} has no {name}"
+
+
+def test_names_in_backticks_are_in_the_code() -> None:
+    """Functions, options and files that a page written by hand names; what was measured may name what is gone."""
+    folders = ("src", "tests", "benchmarks", "tools", "examples")
+    files = [ROOT / "pyproject.toml", ROOT / "Makefile", *(p for f in folders for p in (ROOT / f).rglob("*.py"))]
+    known = {word for p in files for word in re.findall(r"\w+", p.read_text() + " " + p.as_posix())}
+    elsewhere = {"k_grouped_bf16_gemm_tn_contiguous"}      # DeepGEMM's, said to be missing here
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.glob("*.md")]
+    names = [(page.name, name) for page in pages if page.name != "performance.md"
+             for name in re.findall(r"`(?:[a-z]\w*\.)*([A-Za-z]\w+)(?:\([^`]*\))?`", re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL))]
+    assert len(names) > 300
+    assert [(page, name) for page, name in names if name not in known | elsewhere and not COMMIT.fullmatch(name)] == []
 
 
 def test_rows_that_say_gpu_name_tests_that_run_on_one() -> None:
