@@ -60,6 +60,13 @@ def test_moe_sorting_of_a_buffer_that_ends_inside_a_block():
     assert group_lens(routed, 4).tolist() == [0, 0, 0, 3]
 
 
+def test_a_negative_choice_is_padding():
+    """Of a token that there is: its sign bit is no choice."""
+    packed = MoeSorting(i32([1, (-1 << 24) | 1]), torch.tensor([3.0, 5.0]), i32([0]), i32([2, 2]), 2, 1, 2)
+    routed, weights = routed_from_moe_sorting(packed)
+    assert routed.sorted_token_ids.tolist() == [1, 2] and weights.tolist() == [[0], [3]]
+
+
 def slots(num_slots, top_k):
     return Routed(i32([0]), i32([0]), i32([1]), num_slots, top_k, 1)
 

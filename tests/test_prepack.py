@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import sys
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from narrowgemm import (
 from narrowgemm.formats import Format
 from narrowgemm.prepack import PAIRS, PREPACK, row_order
 from narrowgemm.prepack_bits import FP8_PREPACK, ROWS_PREPACK
-from narrowgemm.prepack_scales import BIAS, unpack_scale
+from narrowgemm.prepack_scales import BIAS, power_of_two, unpack_scale
 from narrowgemm.scales import e8m0_to_float
 
 SHAPES = ((3, 128, 256), (2, 100, 360), (64, 32), (1, 2, 32))
@@ -190,6 +191,29 @@ def test_order_for_fp8_activations(shape: tuple[int, ...], pair: str) -> None:
     for i, word in enumerate(p.data[0, 0, 0, 0].view(torch.int32)[:4].tolist()):
         signs = [7, 15, 23, 31, 3, 11, 19, 27]
         assert [(word >> (4 * j) & 7) | (word >> signs[j] & 1) << 3 for j in range(8)] == codes[8 * i: 8 * i + 8]
+
+
+def test_rows_that_do_not_fold_count_wherever_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts are looked at some at a time."""
+    monkeypatch.setattr(sys.modules["narrowgemm.prepack"], "CHUNK_BYTES", 1)      # the package has a function of that name
+    w = weights((3, 70, 256), MXFP4, 115, 128)
+    assert prepack(w).top is not None
+    w.scale[0, 3, 2] = w.scale[0, 3].amax() - 15
+    assert prepack(w).top is None and prepack(w, activations="fp8").prepack == PREPACK
+
+
+def test_rows_are_shifted_no_further_than_they_must() -> None:
+    """A factor far from one would let sums overflow on the way to a result that does not."""
+    w = weights((1, 64, 64), MXFP8, 100, 101)
+    w.scale[0, 7], w.scale[0, 9], w.scale[0, 11] = torch.tensor([1, 100]), torch.tensor([100, 140]), torch.tensor([3, 134])
+    factor = prepack(w).factor
+    assert factor is not None
+    assert factor[0, [7, 9, 11, 12]].tolist() == [0.25, 64.0, 1.0, 1.0]
+
+
+def test_powers_of_two_are_exact_down_to_the_smallest() -> None:
+    exponent = torch.arange(-149, 128)
+    assert torch.equal(power_of_two(exponent.float()), torch.ldexp(torch.ones(277), exponent)) and power_of_two(torch.tensor(torch.nan)).isnan()
 
 
 def test_order_for_fp8_activations_needs_weights_that_fold() -> None:

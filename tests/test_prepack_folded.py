@@ -112,6 +112,16 @@ def test_where_there_is_no_copy(spoil: str) -> None:
     assert prepack(w, folded=True).folded is None
 
 
+@pytest.mark.parametrize("columns", [MOST, MOST + 1])
+def test_as_many_columns_as_a_tile_may_leave_out(columns: int) -> None:
+    """One block 2^20 above the others, whose elements would lose their lowest bit."""
+    k = 32 * 10
+    data, scale = torch.full((1, 64, k), 0x38, dtype=torch.uint8), torch.full((1, 64, k // 32), 127, dtype=torch.uint8)
+    scale[..., 1:], data[..., 32:] = 107, 0
+    data[0, 5, 32:32 + columns] = 0x39
+    assert (fold(data, scale) is not None) == (columns == MOST)
+
+
 def test_packed_weights_hold_it_beside() -> None:
     w = normal(*SHAPE)
     packed = prepack(w, folded=True)

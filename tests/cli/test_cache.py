@@ -83,6 +83,8 @@ def test_warm_without_a_gpu_lists_what_a_named_one_compiles() -> None:
 def test_tensor_parallel_shapes_and_every_bucket() -> None:
     work = cli_cache.plan_work("deepseek-v3", 2, 1, ["dense"], 300, None, None, "bf16", get_arch("h200"))
     assert {(u.n, u.k, u.groups) for u, _ in work} == {(2048, 7168, 1), (7168, 1024, 1)}
+    layers = [u for u, _ in cli_cache.plan_work("deepseek-v3", 2, 8, ["experts"], 8, None, None, "bf16", get_arch("h200"))]
+    assert {(u.experts, u.world, u.hidden, u.inter) for u in layers} == {(32, 256, 7168, 1024)}
     for n in (2048, 7168):
         sizes = [s for u, _ in work if u.n == n for s in u.sizes]
         assert sorted(sizes) == list(buckets(300)) and sizes.count(300) == 1

@@ -4,6 +4,7 @@ import json
 import sys
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from click.testing import CliRunner
@@ -47,14 +48,17 @@ def test_a_self_test_that_dies_is_a_finding(tmp_path: Path, monkeypatch: pytest.
 def test_a_self_test_in_shares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a GPU several processes take part; one that dies is a finding, and the others' results are there."""
     (tmp_path / "shares.py").write_text(
-        "import os, sys; i, n = sys.argv[3].split('/'); print('{\"kernel\": \"' + i + ' of ' + n + '\", \"status\": \"ok\", "
-        "\"case\": \"\", \"detail\": \"\"}', flush=True); i == '1' and os._exit(9)")
+        "import os, sys; i, n = sys.argv[3].split('/'); what = 'failed' if i == '2' else 'ok'; assert 'TRITON_INTERPRET' not in os.environ; "
+        "print('{\"kernel\": \"' + i + ' of ' + n + '\", \"status\": \"' + what + '\", \"case\": \"\", \"detail\": \"\"}', flush=True)\n"
+        "import time; i == '1' and time.sleep(1); i == '1' and os._exit(9); i == '2' and os._exit(1)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(doctor, "SELFTEST", "shares")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")     # of the caller's: the kernels that are tested are compiled ones
     monkeypatch.setattr(doctor.os, "cpu_count", lambda: 6)
     found = list(doctor.selftest("cuda:0", 1.0))
-    assert {f.what for f in found if f.status == "ok"} == {"0 of 3", "1 of 3", "2 of 3"}
-    assert [f.detail for f in found if f.status == "failed"] == ["its process ended with 9: "]
+    assert {f.what for f in found if f.status == "ok"} == {"0 of 3", "1 of 3"}
+    failed = [(f.what, f.detail) for f in found if f.status == "failed"]       # one that says what failed ends with 1: no second finding
+    assert failed == [("2 of 3", ""), ("self-test", "its process ended with 9: ")]
 
 
 def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,6 +80,9 @@ def test_versions(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_cache_and_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "not" / "there" / "yet"))
     assert doctor.compile_cache().status == "ok"
+    with monkeypatch.context() as full:
+        full.setattr(doctor.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**8))
+        assert doctor.compile_cache().status == "warning"
     monkeypatch.setattr(doctor.os, "access", lambda *a: False)
     assert doctor.compile_cache().status == "failed"
     monkeypatch.undo()

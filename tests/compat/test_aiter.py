@@ -203,7 +203,11 @@ def test_many_rows_of_an_expert_are_sorted_anew(monkeypatch, top_k):
     layout = moe_align_block_size(ids, 16, e)
     weight = torch.rand(tokens * top_k)
     args = (a, sa, w, sw, layout.sorted_token_ids, layout.expert_ids, layout.num_tokens_post_padded, tokens * top_k, top_k, 16)
+    sorted_anew = []
+    real = mxfp8.offsets_from_routed
+    monkeypatch.setattr(mxfp8, "offsets_from_routed", lambda *a: sorted_anew.append(a) or real(*a))
     y = aiter.grouped_gemm_mxfp8(*args, torch.float32, top_k, weight, backend="reference")
+    assert len(sorted_anew) == 1
     live = (ids.flatten() < e)
     want = torch.stack([wf[min(int(x), e - 1)] @ af[s // top_k] for s, x in enumerate(ids.flatten())]) * (weight * live)[:, None]
     assert calc_diff(y, want) < 1e-6 and not y[~live].any()
@@ -218,6 +222,41 @@ def test_rows_of_skipped_blocks_are_zero():
     y = aiter.grouped_gemm_mxfp8(a, sa, w, sw, ids, torch.tensor([-1, 1], dtype=torch.int32), torch.tensor([8], dtype=torch.int32),
                                  4, 1, 4, torch.float32, 1, backend="reference")
     assert not y[:2].any() and calc_diff(y[2:], af[2:] @ wf[1].T) < 1e-6
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_rows_of_an_out_that_no_block_computes_stay(monkeypatch, many):
+    monkeypatch.setattr(mxfp8, "MANY_ROWS", 1 if many else 100)
+    out = torch.full((6, 32), 7.0)
+    moe(out=out, expert_ids=torch.tensor([-1], dtype=torch.int32))
+    assert (out == 7).all()
+    moe(out=out, sorted_token_ids=torch.tensor([0, 4, 2, 4], dtype=torch.int32))
+    assert (out[[1, 3, 4, 5]] == 7).all() and not (out[[0, 2]] == 7).any()
+
+
+def test_a_row_for_each_slot_of_several_choices(monkeypatch):
+    """a_div of 1 where tokens have two experts each, as the second product of a layer has it; few slots and many."""
+    tokens, e = 6, 3
+    a, sa, af = mx(2 * tokens, 64)
+    w, sw, wf = mx(e, 48, 64)
+    ids = torch.stack([torch.randperm(e)[:2] for _ in range(tokens)]).int()
+    layout = moe_align_block_size(ids, 4, e, a_div=1)
+    want = torch.stack([wf[int(i)] @ row for i, row in zip(ids.flatten(), af)])
+    for most in (1, 100):
+        monkeypatch.setattr(mxfp8, "MANY_ROWS", most)
+        y = aiter.grouped_gemm_mxfp8(a, sa, w, sw, layout.sorted_token_ids, layout.expert_ids, layout.num_tokens_post_padded, 2 * tokens, 2, 4,
+                                     torch.float32, 1, backend="reference")
+        assert calc_diff(y, want) < 1e-6
+
+
+def test_a_backend_that_was_asked_for_and_can_not_run_raises():
+    layout = [torch.tensor(v, dtype=torch.int32) for v in ([0, 1, 2, 3], [0], [4])]
+    x, sx, _ = mx(4, 64)
+    w, sw, _ = mx(2, 32, 64)
+    with pytest.raises(Unsupported, match="on cpu with backend 'gluon_sm90'"):
+        aiter.mxfp8_gemv(x, sx, w[0], sw[0], backend="gluon_sm90")
+    with pytest.raises(Unsupported, match="on cpu with backend 'gluon_sm90'"):
+        aiter.grouped_gemm_mxfp8(x, sx, w, sw, *layout, 4, 1, 4, torch.bfloat16, 1, backend="gluon_sm90")
 
 
 @pytest.mark.parametrize("call", ["gemv", "grouped"])

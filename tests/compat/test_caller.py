@@ -113,6 +113,30 @@ def test_k_grouped_psum_needs_no_host_sizes(deep_gemm):
         assert all(deep_gemm.testing.calc_diff(d[g], ref[g]) < caller.LIMIT for g in range(4))
 
 
+def test_k_grouped_psum_without_room_behind_the_last_group(deep_gemm):
+    """Its end, rounded up to the alignment, lies beyond the columns that there are."""
+    deep_gemm.set_mk_alignment_for_contiguous_layout(256)
+    a, b = caller.randn(384, 64, device="cpu"), caller.randn(384, 96, device="cpu")
+    a[128:256] = b[128:256] = 0
+    pairs = [deep_gemm.per_channel_cast_to_fp8(x, use_ue8m0=False) for x in (a, b)]
+    d = torch.full((2, 64, 96), float("nan"))
+    deep_gemm.k_grouped_fp8_gemm_tn_contiguous(*pairs, d, None, torch.tensor([128, 384], dtype=torch.int32), use_psum_layout=True)
+    for g, rows in enumerate((slice(0, 256), slice(256, 384))):
+        assert deep_gemm.testing.calc_diff(d[g], a[rows].float().t() @ b[rows].float()) < caller.LIMIT
+
+
+@pytest.mark.parametrize("majors", ["nt", "tn"])
+def test_k_grouped_without_a_column(deep_gemm, majors):
+    """Zero, or what there was to add to."""
+    flat, scales = torch.zeros(0).to(torch.float8_e4m3fn), torch.zeros(64, 0)
+    pair = (flat, scales) if majors == "nt" else (flat.view(0, 64), scales.t())
+    function = getattr(deep_gemm, f"k_grouped_fp8_gemm_{majors}_contiguous")
+    for c in (None, torch.full((2, 64, 64), 3.0)):
+        d = torch.full((2, 64, 64), 7.0)
+        function(pair, pair, d, [0, 0], torch.zeros(2, dtype=torch.int32), c)
+        assert torch.equal(d, torch.zeros_like(d) if c is None else c)
+
+
 def test_c_beside_d_is_copied_and_kept(deep_gemm):
     a, b, _, d, _ = caller.dense(deep_gemm, 64, 128, 256, "cpu", out=torch.float32)
     deep_gemm.fp8_gemm_nt(a, b, d)

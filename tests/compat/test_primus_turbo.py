@@ -9,6 +9,7 @@ import torch
 
 import narrowgemm as ng
 from narrowgemm import Unsupported
+from narrowgemm.compat import torch_scaled
 from narrowgemm.compat.primus_turbo import (
     Float8QuantConfig,
     Format,
@@ -60,6 +61,15 @@ def test_primus_list(groups, rows, dtype) -> None:
         assert min(snr_of(a, b, lens, True, None)) > 25
 
 
+def test_hybrid_gradients_are_e5m2_and_groups_may_come_as_offsets() -> None:
+    a, b = torch.randn(sum(LENS), K).bfloat16().requires_grad_(), torch.randn(len(LENS), N, K).bfloat16().requires_grad_()
+    dy, offs = torch.randn(sum(LENS), N).bfloat16(), torch.tensor([0, *LENS]).cumsum(0)
+    want = torch.autograd.grad(ng.grouped_linear(a, b, group_offs=offs, recipe="rowwise", grads="e5m2"), (a, b), dy)
+    config = Float8QuantConfig(Format.HYBRID, ScalingGranularity.ROWWISE)
+    got = torch.autograd.grad(grouped_gemm_fp8(a, b, None, offs, config=config), (a, b), dy)
+    assert all(torch.equal(p, q) for p, q in zip(got, want))
+
+
 def test_repeats_are_bit_equal() -> None:
     a, b = torch.randn(sum(LENS), K).bfloat16(), torch.randn(len(LENS), N, K).bfloat16()
     first = grouped_gemm_fp8(a, b, torch.tensor(LENS))
@@ -91,6 +101,17 @@ def test_scaled_grouped_mm() -> None:
     x, y = torch.randn(N, sum(LENS)).to(torch.float8_e4m3fn), torch.randn(sum(LENS), K).to(torch.float8_e4m3fn)
     dw = scaled_grouped_mm(x, y, torch.ones(N), "RowWise", torch.ones(K), "RowWise", offs=ends, output_dtype=torch.float32)
     assert calc_diff(dw, torch.stack([p @ q for p, q in zip(x.float().split(LENS, 1), y.float().split(LENS))])) < 1e-6
+
+
+def test_options_of_scaled_grouped_mm_reach_every_product(monkeypatch) -> None:
+    found = []
+    for name in ("grouped_gemm", "grouped_gemm_wgrad"):
+        monkeypatch.setattr(torch_scaled, name, lambda *a, **kw: found.append((kw["out_dtype"], kw["fast_accum"])) or torch.zeros(1, 1))
+    f8, ends = torch.float8_e4m3fn, torch.tensor([16, 32], dtype=torch.int32)
+    for x, y, offs in (((32, 64), (2, 64, 48), ends), ((48, 32), (32, 64), ends), ((2, 48, 64), (64, 32), ends), ((2, 48, 64), (2, 64, 16), None)):
+        torch_scaled.scaled_grouped_mm(torch.zeros(x).to(f8), torch.zeros(y).to(f8), torch.ones(1), "TensorWise", torch.ones(1), "TensorWise",
+                                       offs=offs, output_dtype=torch.float16, use_fast_accum=True)
+    assert found == [(torch.float16, True)] * 4
 
 
 def test_scaled_grouped_mm_of_stacked_operands() -> None:

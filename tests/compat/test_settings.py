@@ -96,6 +96,10 @@ def test_compile_mode_launches_each_choice_once(deep_gemm, monkeypatch):
     deep_gemm.set_compile_mode(0)
     deep_gemm.fp8_gemm_nt(a, b, d)
     assert launched == [65, 81, 70]
+    deep_gemm.set_compile_mode(1)       # anew: what was launched before counts for nothing; an output of another type is another choice
+    for out in (d, d.float(), d.float()):
+        deep_gemm.fp8_gemm_nt(a, b, out)
+    assert launched == [65, 81, 70, 70, 70]
 
 
 def test_threads_do_not_lose_settings(deep_gemm):

@@ -193,6 +193,15 @@ def test_nested_config_and_compressed_tensors(folder: Path) -> None:
              "config_groups": {"group_0": {"weights": {"num_bits": 8, "type": "float", "block_structure": [128, 128]}}}}
     (folder / "config.json").write_text(json.dumps({"text_config": doc | {"quantization_config": quant}}))
     assert load_moe_layer(folder, 0).top_k == 2
+    outer = {"text_config": doc | {"quantization_config": quant}, "num_experts_per_tok": 1}       # of the vision part, say
+    (folder / "config.json").write_text(json.dumps(outer))
+    assert load_moe_layer(folder, 0).top_k == 2
+
+
+def test_weights_are_renormalised_unless_the_config_says_no(folder: Path) -> None:
+    assert load_moe_layer(folder, 0).routing["renormalize"] is True
+    edit_config(folder, norm_topk_prob=False)
+    assert load_moe_layer(folder, 0).routing["renormalize"] is False
 
 
 def test_missing_pieces(folder: Path, tmp_path: Path) -> None:

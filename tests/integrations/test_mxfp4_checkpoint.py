@@ -114,6 +114,7 @@ DEFECTS = {
     ("compressed-tensors", "experts.1.gate_proj.weight_scale"): (lambda x: x.float(), r"weight_scale: got F32"),
     ("deepseek", "experts.0.w2.scale"): (None, r"expert 0, down projection: got .*expected weight and scale"),
     ("deepseek", "experts.3.w1.weight"): (lambda x: x.to(torch.bfloat16), r"got BF16"),
+    ("gpt-oss", "experts.down_proj_blocks"): (lambda x: x[:-1], r"down_proj_blocks: got U8 \(3, 96, 2, 16\), expected U8 \[4, N"),
 }
 
 
@@ -130,6 +131,24 @@ def test_defects_are_named(kind: str, name: str, tmp_path: Path) -> None:
     write(tmp_path, kind, change)
     with pytest.raises(CheckpointError, match=match):
         load_moe_layer(tmp_path, 3)
+
+
+def test_gate_and_up_of_other_sizes_do_not_belong_together(tmp_path: Path) -> None:
+    def change(t: dict[str, torch.Tensor]) -> None:
+        for key in [k for k in t if ".up_proj." in k]:
+            t[key] = t[key][:32]
+
+    write(tmp_path, "compressed-tensors", change)
+    with pytest.raises(CheckpointError, match="don't belong together"):
+        load_moe_layer(tmp_path, 3)
+
+
+def test_deepseeks_expert_dtype_may_stand_beside_the_method(tmp_path: Path) -> None:
+    write(tmp_path, "deepseek")
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["quantization_config"]["expert_dtype"] = config.pop("expert_dtype")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert load_moe_layer(tmp_path, 3).gate_up.format == ng.MXFP4
 
 
 def test_no_such_layer_or_experts(tmp_path: Path) -> None:

@@ -200,6 +200,14 @@ def test_fp8_linears_run_without_kernels_from_the_hub(tmp_path: Path) -> None:
         assert got.shape == want.shape and 1e-7 < calc_diff(got, want) < recipe_gate(FP8_128x128, FP8_128x128)
     tokens, _ = models.greedy(loaded, models.prompt())
     assert tokens.shape == (2, 8)
+    ours.bias = torch.nn.Parameter(torch.randn(got.shape[-1]))
+    assert torch.equal(ours(x), got + ours.bias.bfloat16())
+
+
+def test_fp8_experts_in_other_blocks_are_refused() -> None:
+    experts = models.fp8_experts(models.config("qwen3_moe", hidden=128, inter=128, experts=2), (64, 64), "float", "fp8")
+    with pytest.raises(ValueError, match=r"block_size of FP8 experts: got \(64, 64\), expected \(128, 128\)"):
+        weights.fp8(experts)
 
 
 @pytest.mark.usefixtures("fp8_on_cpu")
@@ -331,8 +339,13 @@ def test_the_fused_layer_is_the_steps_around_the_modules_own_gate(name: str, mon
     assert experts.fused(layer) is None and not torch.equal(got, logits(model))
 
 
-def test_slots_of_other_ranks_count_as_zero() -> None:
-    """Expert parallelism marks them with ids from num_experts on, weight 0; NaN in their rows must not spread."""
+@pytest.mark.parametrize("fused", [True, False])
+def test_slots_of_other_ranks_count_as_zero(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Expert parallelism marks them with ids from num_experts on, weight 0; NaN in their rows must not spread, nor biases be missed."""
+    from narrowgemm.integrations.transformers import experts as forward
+
+    if not fused:
+        monkeypatch.setattr(forward, "fused", lambda module: None)
     model = models.build("gpt_oss", torch.bfloat16)
     experts = model.model.layers[0].mlp.experts
     x = torch.randn(5, 64, dtype=torch.bfloat16)
