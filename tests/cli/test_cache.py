@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -148,3 +149,13 @@ def test_parts_are_compiled_in_processes_and_failures_are_named() -> None:
     cli_cache.run([(good, [])], "cpu", 1)
     with pytest.raises(cli_cache.click.ClickException, match="numbers of rows from 1 to max_m, 8"):
         cli_cache.run([(good, []), (bad, [])], "cpu", 2)
+    with pytest.raises(cli_cache.click.ClickException, match="one that dies: its process died"):
+        cli_cache.run([(Dies(), [])], "cpu", 1)     # type: ignore[list-item]
+
+
+class Dies:
+    def __str__(self) -> str:
+        return "one that dies"
+
+    def compile(self, where: str) -> int:
+        os._exit(3)

@@ -119,3 +119,5 @@ def test_an_expert_layer_step_by_step() -> None:
     assert explain(*args[:-1], "nothing").exit_code == 2
     few = explain("--op", "experts", "-G", "4", "-M", "64", "-N", "256", "-K", "256", "--device", "h200")      # fewer than the default of top-k
     assert few.exit_code == 0 and "top-4 of 4" in few.output
+    asked = json.loads(explain(*args, "--backend", "reference", "--json").output)
+    assert all(step["kernel"].startswith("reference") for step in asked["steps"].values())

@@ -53,7 +53,11 @@ def test_a_sweep_and_tables_from_it(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.rglob("*.json")] == ["sweep.json"]
     done = tune("--from", path, "--out", tmp_path / "t")
     assert done.exit_code == 0 and "0 that beat the cost model" in done.output
-    assert store.read_rows(tmp_path / "t" / "cpu" / "gemm-dense-fp8_1x128-fp8_128x128.json")
+    table = tmp_path / "t" / "cpu" / "gemm-dense-fp8_1x128-fp8_128x128.json"
+    assert store.read_rows(table)
+    later = tmp_path / "later.json"
+    later.write_text(json.dumps(json.loads(path.read_text()) | {"commit": "later"}))
+    assert tune("--from", path, "--from", later, "--out", tmp_path / "t").exit_code == 0 and json.loads(table.read_text())["commit"] == "later"
 
 
 def test_report_fails_where_a_case_has_no_figure(tmp_path: Path) -> None:

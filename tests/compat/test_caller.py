@@ -137,6 +137,18 @@ def test_k_grouped_without_a_column(deep_gemm, majors):
         assert torch.equal(d, torch.zeros_like(d) if c is None else c)
 
 
+def test_packed_scales_of_blocks_with_a_row_for_each_of_the_operands(deep_gemm):
+    """As transform_sf_into_required_layout gives them on the newest chips: one row of a block counts."""
+    a, b = (deep_gemm.per_token_cast_to_fp8(caller.randn(m, 1024, device="cpu"), use_ue8m0=True) for m in (40, 384))
+    blocks = 2.0 ** torch.randint(-3, 4, (3, 8)).float()
+    want, got = torch.empty(40, 384), torch.empty(40, 384)
+    deep_gemm.fp8_gemm_nt(a, (b[0], blocks), want, recipe=(1, 128, 128))
+    packed = deep_gemm.get_mn_major_tma_aligned_packed_ue8m0_tensor(blocks.repeat_interleave(128, 0))
+    packed_a = deep_gemm.get_mn_major_tma_aligned_packed_ue8m0_tensor(a[1])
+    deep_gemm.fp8_gemm_nt((a[0], packed_a), (b[0], packed), got, recipe=(1, 128, 128))
+    assert torch.equal(got, want)
+
+
 def test_c_beside_d_is_copied_and_kept(deep_gemm):
     a, b, _, d, _ = caller.dense(deep_gemm, 64, 128, 256, "cpu", out=torch.float32)
     deep_gemm.fp8_gemm_nt(a, b, d)

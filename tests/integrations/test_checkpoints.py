@@ -200,8 +200,9 @@ def test_nested_config_and_compressed_tensors(folder: Path) -> None:
 
 def test_weights_are_renormalised_unless_the_config_says_no(folder: Path) -> None:
     assert load_moe_layer(folder, 0).routing["renormalize"] is True
-    edit_config(folder, norm_topk_prob=False)
-    assert load_moe_layer(folder, 0).routing["renormalize"] is False
+    edit_config(folder, norm_topk_prob=False, routed_scaling_factor=2.5, n_group=2, topk_group=1)
+    assert load_moe_layer(folder, 0).routing == {"scoring": "softmax", "renormalize": False, "num_expert_group": 2, "topk_group": 1,
+                                                 "scaling_factor": 2.5}
 
 
 def test_missing_pieces(folder: Path, tmp_path: Path) -> None:

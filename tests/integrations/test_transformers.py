@@ -146,7 +146,10 @@ def test_quantised_at_load_equals_quantised_in_place(name: str, tmp_path: Path) 
         again = models.build(name, torch.bfloat16, **SIZES)
         narrow.quantize(again, kind)
         loaded = narrow.from_pretrained(folder, quantize=kind, dtype=torch.bfloat16)
-        assert not any(p.requires_grad for p in loaded.model.layers[1].mlp.experts.parameters() if p.element_size() == 1)
+        narrow_ones = {n: p for n, p in loaded.model.layers[1].mlp.experts.named_parameters() if p.element_size() == 1}
+        assert not any(p.requires_grad for p in narrow_ones.values())
+        size = loaded.hf_quantizer.param_element_size(loaded, "model.layers.1.mlp.experts.down_proj", narrow_ones["down_proj"])
+        assert size == (0.5 if kind == "mxfp4" else 1.0)     # what memory is estimated by
         assert torch.equal(logits(loaded), logits(again, "narrowgemm"))
 
 
@@ -190,6 +193,8 @@ def test_fp8_checkpoints_of_other_models(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("fp8_on_cpu")
 def test_fp8_linears_run_without_kernels_from_the_hub(tmp_path: Path) -> None:
+    from narrowgemm.integrations.transformers import linears
+
     model = models.build("qwen3_moe", torch.bfloat16, **SIZES)
     loaded = narrow.from_pretrained(models.write_fp8(tmp_path / "fp8", model), dtype=torch.bfloat16)
     x = torch.randn(2, 9, 128, dtype=torch.bfloat16)
@@ -200,6 +205,12 @@ def test_fp8_linears_run_without_kernels_from_the_hub(tmp_path: Path) -> None:
         assert got.shape == want.shape and 1e-7 < calc_diff(got, want) < recipe_gate(FP8_128x128, FP8_128x128)
     tokens, _ = models.greedy(loaded, models.prompt())
     assert tokens.shape == (2, 8)
+    fp8_class = type(ours).__mro__[1]
+    for module in (ours, loaded.model.layers[0].self_attn.q_proj):      # one with scales of its activations stays transformers' own
+        module.__class__ = fp8_class
+    ours.activation_scheme = "static"
+    assert linears.serve(torch.nn.ModuleList([ours, loaded.model.layers[0].self_attn.q_proj])) == 1 and type(ours) is fp8_class
+    ours.__class__ = linears.NarrowFP8Linear
     ours.bias = torch.nn.Parameter(torch.randn(got.shape[-1]))
     assert torch.equal(ours(x), got + ours.bias.bfloat16())
 
@@ -257,6 +268,10 @@ def test_fp4_experts_of_a_checkpoint_are_prepacked(gate: str) -> None:
         data.data.copy_(torch.randint(-128, 127, data.shape, dtype=torch.int8))
         scale.data.copy_((2.0 ** torch.randint(-7, -4, scale.shape)).to(scale.dtype))
     kind = forward.fused(layer)
+    if gate == "swiglu_oai":        # a release whose gate has a soft cap, too
+        layer.gate_softcap = 1.0
+        assert forward.fused(layer) is None
+        layer.gate_softcap = None
     assert (None if kind is None else kind[0]) == {"swiglu": "swiglu", "swiglu_oai": "swiglu_oai"}.get(gate)
     call = torch.randn(33, 128).bfloat16(), torch.rand(33, 4).argsort(1)[:, :2], torch.rand(33, 2)
     with torch.no_grad():
@@ -359,6 +374,28 @@ def test_slots_of_other_ranks_count_as_zero(fused: bool, monkeypatch: pytest.Mon
     assert torch.equal(got[2], torch.zeros(64, dtype=torch.bfloat16)) and calc_diff(got, alone) < 1e-5
 
 
+def test_the_type_of_the_hidden_states_comes_back() -> None:
+    """FP32 ones through BF16 experts, and BF16 ones through FP32 experts."""
+    for dtype, other in ((torch.bfloat16, torch.float32), (torch.float32, torch.bfloat16)):
+        experts = models.build("qwen3_moe", dtype, implementation="narrowgemm").model.layers[0].mlp.experts
+        with torch.no_grad():
+            assert experts(torch.randn(3, 64, dtype=other), torch.zeros(3, 1, dtype=torch.int64), torch.ones(3, 1)).dtype == other
+
+
+def test_factors_of_packed_rows_survive_another_type() -> None:
+    """A row of scales beyond what BF16 multiplies by keeps a factor in FP32, whatever the model is brought to."""
+    model = models.build("qwen3_moe", torch.bfloat16, implementation="narrowgemm", **SIZES)
+    narrow.quantize(model, "mxfp4", prepacked=False)
+    layer = model.model.layers[0].mlp.experts
+    layer.down_proj_scale.data[:, 3] += 20
+    call = torch.randn(9, 128).bfloat16(), torch.rand(9, 4).argsort(1), torch.rand(9, 4)
+    with torch.no_grad():
+        want = layer(*call)
+        assert narrow.prepack(model) == 2 and weights.plain(layer).down.factor is not None
+        layer.half()
+        assert weights.plain(layer).down.factor.dtype == torch.float32 and calc_diff(layer(*call), want) < 1e-4
+
+
 def test_no_tokens() -> None:
     model = models.build("qwen3_moe", torch.bfloat16, implementation="narrowgemm")
     experts = model.model.layers[0].mlp.experts
@@ -370,6 +407,13 @@ def test_wide_experts_train_and_quantised_ones_say_that_they_do_not() -> None:
     model = models.build("qwen3_moe", implementation="narrowgemm")
     model(models.prompt()).logits.sum().backward()
     assert model.model.layers[0].mlp.experts.gate_up_proj.grad.abs().sum() > 0
+    model.zero_grad()
+    experts = model.model.layers[1].mlp.experts
+    model.requires_grad_(False)
+    experts.requires_grad_(True)        # experts alone: no input of theirs asks for a gradient
+    model(models.prompt()).logits.sum().backward()
+    assert experts.down_proj.grad.abs().sum() > 0
+    model.requires_grad_(True)
     narrow.quantize(model, "fp8")
     with pytest.raises(Unsupported, match="no backward"):
         model(models.prompt()).logits.sum().backward()

@@ -52,6 +52,7 @@ def test_every_option_reaches_the_op_and_its_workspace(monkeypatch):
     m(X, **own)
     assert {k: given[k] for k in options | routing} == options | routing
     assert all(given[k] is t for k, t in own.items()) and all(torch.equal(given[k], t) for k, t in tensors.items())
+    given.clear()
     monkeypatch.setattr(module_of_experts, "experts_workspace", lambda *w, **kw: given.update(kw) or 0)
     m.workspace_bytes(10, num_experts=32, dtype=torch.float16)
     want = {k: v for k, v in options.items() if k != "first_expert"} | {"num_experts": 32, "num_expert_group": 2, "dtype": torch.float16, "bias": True}

@@ -125,28 +125,26 @@ def test_delayed_scaling() -> None:
     assert torch.equal(y, y2) and torch.equal(x.grad, x2.grad) and torch.equal(w.grad, w2.grad)
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_gradients_take_the_scale_that_is_given(compiled: bool) -> None:
-    """One that is too small for them cuts them off."""
+def test_gradients_take_the_scale_that_is_given() -> None:
+    """One that is too small for them cuts them off; compiled, too."""
     x, w, lens = inputs()
     dy = torch.randn(sum(LENS), N).bfloat16()
     sx, sdy = ((t.detach().abs().max().float() / 448).reshape(1) for t in (x, dy))
     f = lambda a, b, s: grouped_linear(a, b, lens, recipe="tensorwise", scales=(sx, s))  # noqa: E731
-    f = torch.compile(f, fullgraph=True, backend="aot_eager") if compiled else f
-    for scale in (sdy, sdy / 64):
-        most = 448 * float(scale)
-        for got, want in zip(torch.autograd.grad(f(x, w, scale), (x, w), dy), reference(x, w, dy.clamp(-most, most))[1:]):
-            assert calc_diff(got.float(), want) < 1.1 * LIMIT["e4m3"]
+    for how in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
+        for scale in (sdy, sdy / 64):
+            most = 448 * float(scale)
+            for got, want in zip(torch.autograd.grad(how(x, w, scale), (x, w), dy), reference(x, w, dy.clamp(-most, most))[1:]):
+                assert calc_diff(got.float(), want) < 1.1 * LIMIT["e4m3"]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-def test_the_gradient_of_an_fp32_master_is_no_rounded_one(compiled: bool) -> None:
+def test_the_gradient_of_an_fp32_master_is_no_rounded_one() -> None:
     x, w, lens = inputs()
     master = w.detach().float().requires_grad_()
     f = lambda a, b: grouped_linear(a, b, lens, recipe="rowwise")  # noqa: E731
-    f = torch.compile(f, fullgraph=True, backend="aot_eager") if compiled else f
-    dw, = torch.autograd.grad(f(x, master), master, torch.randn(sum(LENS), N).bfloat16())
-    assert dw.dtype == torch.float32 and bool((dw != dw.bfloat16()).any())
+    for how in (f, torch.compile(f, fullgraph=True, backend="aot_eager")):
+        dw, = torch.autograd.grad(how(x, master), master, torch.randn(sum(LENS), N).bfloat16())
+        assert dw.dtype == torch.float32 and bool((dw != dw.bfloat16()).any())
 
 
 def test_checkpointing_gives_the_same() -> None:

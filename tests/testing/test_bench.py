@@ -90,7 +90,9 @@ def test_the_report_fails_where_something_is_missing(whole: Path, tmp_path: Path
             rows.append(mine[0] | {"case": "dense-of-old"})
 
     extra = ["--suite", "cpu-formats"] if what == "suite" else []
-    done = CliRunner().invoke(report, [str(edited(whole, tmp_path, change)), *extra])
+    path = str(edited(whole, tmp_path, change))
+    assert CliRunner().invoke(report, [path, *extra, "--json"]).exit_code == 1
+    done = CliRunner().invoke(report, [path, *extra])
     assert done.exit_code == 1
     expected = {"row": victim, "case": victim, "peer": "against floor: missing", "error": "it broke", "ratio": "no ratio",
                 "suite": "cpu-formats/", "unknown": "no such case"}

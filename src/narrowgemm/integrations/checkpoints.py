@@ -1,4 +1,4 @@
-"""One MoE layer of a Hugging Face FP8 or MXFP4 checkpoint on disk, as the stacked expert weights that the ops take.
+"""One MoE layer of a Hugging Face FP8, MXFP8 or MXFP4 checkpoint on disk, as the stacked expert weights that the ops take.
 
 What is read: a folder with `config.json` and safetensors files, one or many with `model.safetensors.index.json`. Each
 expert has a gate, an up and a down projection, `[N, K]` E4M3, with one scale for each 128 x 128 block,
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..errors import Unsupported, expect
 from ..formats import FP8_128x128, ScaledTensor
-from . import mxfp4_checkpoint
+from . import mx_checkpoint
 
 if TYPE_CHECKING:
     from ..testing.models import MoEModel
@@ -48,7 +48,7 @@ class MoELayer:
     """The routed experts of one layer. H hidden, I intermediate size of one expert, E experts that were loaded.
 
     `gate_up`: `[E, 2I, H]`, the gate's rows before the up projection's, or `interleaved` with them (GPT-OSS). `down`:
-    `[E, H, I]`. Both FP8_128x128, with E8M0 scales where the file holds those, or MXFP4. `gate_up_bias`, `down_bias`,
+    `[E, H, I]`. Both FP8_128x128, with E8M0 scales where the file holds those, MXFP8 or MXFP4. `gate_up_bias`, `down_bias`,
     `router_logit_bias`: GPT-OSS's, `[E, 2I]`, `[E, H]`, `[E_total]`, or None.
     `router`: `[E_total, H]` in the file's dtype, or None if the layer has none.
     `router_bias`: `[E_total]`, DeepSeek's bias for choosing experts, or None. `routing`: what config.json says about
@@ -159,7 +159,7 @@ class Checkpoint:
 
 def load_moe_layer(path: str | Path, layer: int, *, experts: range | None = None,
                    device: torch.device | str = "cpu") -> MoELayer:
-    """Read one layer's routed experts into stacks, on `device`: FP8 ones, and MXFP4 (`mxfp4_checkpoint.py`).
+    """Read one layer's routed experts into stacks, on `device`: FP8 ones, MXFP8 and MXFP4 (`mx_checkpoint.py`).
 
     `experts`: which of them, e.g. `range(rank * n, (rank + 1) * n)` under expert parallelism; default all.
 
@@ -168,8 +168,8 @@ def load_moe_layer(path: str | Path, layer: int, *, experts: range | None = None
     128 x 128; an intermediate size that is no multiple of 128, where gate and up can't share one stack of blocks).
     """
     with Checkpoint(path) as ckpt:
-        if kind := mxfp4_checkpoint.kind_of(ckpt.config):
-            return mxfp4_checkpoint.load(ckpt, kind, layer, experts, device)
+        if kind := mx_checkpoint.kind_of(ckpt.config):
+            return mx_checkpoint.load(ckpt, kind, layer, experts, device)
         _check_quantization(ckpt)
         block, names = _layer_names(ckpt, layer)
         total = len(names)
@@ -233,7 +233,8 @@ def _check_quantization(ckpt: Checkpoint) -> None:
         blocks = [quant.get("weight_block_size")]
     else:
         raise CheckpointError(f"{ckpt.path / 'config.json'}: quantization_config.quant_method: got {method!r}, "
-                              "expected 'fp8', 'mxfp4', or 'compressed-tensors' with FP8 blocks or mxfp4-pack-quantized")
+                              "expected 'fp8', 'mxfp8', 'mxfp4', 'modelopt' with MXFP8, or 'compressed-tensors' with FP8 blocks, "
+                              "mxfp8-quantized or mxfp4-pack-quantized")
     if not blocks or any(b != [BLOCK, BLOCK] for b in blocks):
         raise Unsupported(f"{ckpt.path / 'config.json'}: weight blocks {blocks}, and only 128 x 128 ones are read",
                           "requantise the layer with narrowgemm.quantize(w, FP8_128x128)")

@@ -1,4 +1,4 @@
-"""MXFP4 experts from GPT-OSS, compressed-tensors and DeepSeek-V4 checkpoints: bit for bit, and every defect is named."""
+"""MXFP4 experts from GPT-OSS, compressed-tensors and DeepSeek-V4 checkpoints, MXFP8 ones: bit for bit, and every defect is named."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 import narrowgemm as ng
 from narrowgemm.integrations.checkpoints import CheckpointError, MoELayer, load_moe_layer
-from narrowgemm.integrations.mxfp4_checkpoint import from_blocks
+from narrowgemm.integrations.mx_checkpoint import from_blocks
 
 E, H, I, TOP_K = 4, 96, 64, 2
 QUANT = {"gpt-oss": {"quant_method": "mxfp4"},
@@ -133,6 +133,36 @@ def test_defects_are_named(kind: str, name: str, tmp_path: Path) -> None:
         load_moe_layer(tmp_path, 3)
 
 
+MXFP8 = {"mxfp8": ("weight_scale_inv", {"quant_method": "mxfp8"}), "modelopt": ("weight_scale", {"quant_method": "modelopt", "quant_algo": "MXFP8"}),
+         "compressed-tensors": ("weight_scale", {"quant_method": "compressed-tensors", "config_groups": {"g": {"format": "mxfp8-quantized"}}})}
+
+
+@pytest.mark.parametrize("kind", MXFP8)
+def test_mxfp8(kind: str, tmp_path: Path) -> None:
+    """An intermediate size that is no multiple of 128, scales as bytes or as E8M0; experts 1 and 2 alone."""
+    name, quant = MXFP8[kind]
+    made = {(e, proj): ng.quantize(torch.randn(*shape), ng.MXFP8) for e in range(E)
+            for proj, shape in (("gate", (I, H)), ("up", (I, H)), ("down", (H, I)))}
+    t = {}
+    for (e, proj), q in made.items():
+        key = f"model.layers.3.mlp.experts.{e}.{proj}_proj"
+        t |= {f"{key}.weight": q.data, f"{key}.{name}": q.scale.contiguous().view(torch.float8_e8m0fnu if kind == "modelopt" else torch.uint8)}
+    save_file(t, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps({"num_experts_per_tok": TOP_K, "num_experts": E, "quantization_config": quant}))
+    layer = load_moe_layer(tmp_path, 3, experts=range(1, 3))
+    assert layer.gate_up.format == layer.down.format == ng.MXFP8 and layer.gate_up.shape == (2, 2 * I, H)
+    for slot, e in enumerate((1, 2)):
+        want = torch.cat([made[e, "gate"].dequantize(), made[e, "up"].dequantize()])
+        assert torch.equal(layer.gate_up[slot].dequantize(), want) and torch.equal(layer.down[slot].dequantize(), made[e, "down"].dequantize())
+    x = torch.randn(5, H).bfloat16()
+    out = ng.experts(x, layer.gate_up, layer.down, router_logits=torch.randn(5, 2), top_k=2)
+    assert out.shape == (5, H) and bool(out.isfinite().all())
+    t["model.layers.3.mlp.experts.2.up_proj.weight"] = torch.zeros(I, H).bfloat16()
+    save_file(t, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"expert 2, up projection.*got BF16 \(64, 96\), expected \(64, 96\) in F8_E4M3"):
+        load_moe_layer(tmp_path, 3)
+
+
 def test_gate_and_up_of_other_sizes_do_not_belong_together(tmp_path: Path) -> None:
     def change(t: dict[str, torch.Tensor]) -> None:
         for key in [k for k in t if ".up_proj." in k]:
@@ -149,6 +179,19 @@ def test_deepseeks_expert_dtype_may_stand_beside_the_method(tmp_path: Path) -> N
     config["quantization_config"]["expert_dtype"] = config.pop("expert_dtype")
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert load_moe_layer(tmp_path, 3).gate_up.format == ng.MXFP4
+
+
+def test_other_ways_to_say_the_same(tmp_path: Path) -> None:
+    """compressed-tensors' format of a group of its own; GPT-OSS's older name for top-k."""
+    for kind, change in (("compressed-tensors", {"quantization_config": {"quant_method": "compressed-tensors", "format": "mixed-precision",
+                                                                          "config_groups": {"g": {"format": "mxfp4-pack-quantized"}}}}),
+                         ("gpt-oss", {"num_experts_per_tok": None, "experts_per_token": 4})):
+        write(tmp_path / kind, kind)
+        file = tmp_path / kind / "config.json"
+        config = json.loads(file.read_text()) | change
+        file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+        layer = load_moe_layer(tmp_path / kind, 3)
+        assert layer.gate_up.format == ng.MXFP4 and layer.top_k == (4 if kind == "gpt-oss" else TOP_K)
 
 
 def test_no_such_layer_or_experts(tmp_path: Path) -> None:

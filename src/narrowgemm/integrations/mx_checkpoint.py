@@ -1,14 +1,16 @@
-"""One MoE layer of a checkpoint whose experts are MXFP4, payload and scales bit for bit. `checkpoints.load_moe_layer` comes here.
+"""One MoE layer of a checkpoint with MXFP4 or MXFP8 experts, bit for bit. `checkpoints.load_moe_layer` comes here.
 
 | kind | tensors | payload | scales |
 | --- | --- | --- | --- |
 | GPT-OSS | `experts.gate_up_proj_blocks`, `_scales`, `_bias`; `down_proj_` | uint8 `[E, N, K/32, 16]` | uint8 `[E, N, K/32]` |
 | compressed-tensors | `experts.E.gate_proj.weight_packed`, `.weight_scale` | uint8 `[N, K/2]` | uint8 `[N, K/32]` |
 | DeepSeek-V4 | `experts.E.w1.weight`, `.scale` | int8 `[N, K/2]` | float8_e8m0fnu `[N, K/32]` |
+| MXFP8 | `experts.E.gate_proj.weight`, `.weight_scale` (or `_inv`, or `.scale`) | float8_e4m3fn `[N, K]` | uint8 `[N, K/32]` |
 
-In config.json: `quant_method: mxfp4`; `format: mxfp4-pack-quantized`; `expert_dtype: fp4`.
-All pack two a byte, low nibble = even K. GPT-OSS's gate and up rows alternate (`MoELayer.interleaved`); the others' are stacked
-[gate; up]. Definitions: OCP MX v1.0; the three projects' checkpoints.
+In config.json: `quant_method: mxfp4`; `format: mxfp4-pack-quantized`; `expert_dtype: fp4`; of MXFP8 `quant_method: mxfp8`,
+compressed-tensors' `format: mxfp8-quantized`, or modelopt's `quant_algo: MXFP8`.
+MXFP4 has two a byte, low nibble = even K. GPT-OSS's gate and up rows alternate (`MoELayer.interleaved`); the others' are stacked
+[gate; up]. Definitions: OCP MX v1.0; the projects' checkpoints.
 """
 
 from __future__ import annotations
@@ -20,15 +22,16 @@ import torch
 from torch import Tensor
 
 from ..errors import expect
-from ..formats import MXFP4, ScaledTensor
+from ..formats import MXFP4, MXFP8, Format, ScaledTensor
 
 if TYPE_CHECKING:
     from .checkpoints import Checkpoint, MoELayer
 
-GPT_OSS, PACKED, DEEPSEEK = "gpt-oss", "mxfp4-pack-quantized", "deepseek-v4"
-# payload's and scales' names beside an expert's projection, and the dtypes that safetensors names
-PARTS = {PACKED: ("weight_packed", "weight_scale", ("U8",), ("U8", "F8_E8M0")),
-         DEEPSEEK: ("weight", "scale", ("I8", "U8", "F4"), ("F8_E8M0", "U8"))}
+GPT_OSS, PACKED, DEEPSEEK, EIGHT = "gpt-oss", "mxfp4-pack-quantized", "deepseek-v4", "mxfp8-quantized"
+# format; the payload's name and those that scales may have beside an expert's projection, and the dtypes that safetensors names
+PARTS = {PACKED: (MXFP4, "weight_packed", ("weight_scale",), ("U8",), ("U8", "F8_E8M0")),
+         DEEPSEEK: (MXFP4, "weight", ("scale",), ("I8", "U8", "F4"), ("F8_E8M0", "U8")),
+         EIGHT: (MXFP8, "weight", ("weight_scale", "weight_scale_inv", "scale"), ("F8_E4M3",), ("U8", "F8_E8M0"))}
 _STACKED = re.compile(r"(?P<block>(?:.*\.)?layers\.(?P<layer>\d+)\.\w+)\.experts\.gate_up_proj_blocks")
 
 
@@ -38,9 +41,12 @@ def kind_of(config: dict[str, Any]) -> str:
     method = quant.get("quant_method")
     if method == "mxfp4":
         return GPT_OSS
+    if method == "mxfp8" or (method == "modelopt" and quant.get("quant_algo") == "MXFP8"):
+        return EIGHT
     groups = (quant.get("config_groups") or {}).values()
-    if method == "compressed-tensors" and (quant.get("format") == PACKED or any(g.get("format") == PACKED for g in groups)):
-        return PACKED
+    for kind in (PACKED, EIGHT):
+        if method == "compressed-tensors" and (quant.get("format") == kind or any(g.get("format") == kind for g in groups)):
+            return kind
     return DEEPSEEK if "fp4" in (config.get("expert_dtype"), quant.get("expert_dtype")) else ""
 
 
@@ -101,7 +107,8 @@ def _stacked(ckpt: Checkpoint, layer: int, experts: range | None, device: torch.
 def _separate(ckpt: Checkpoint, kind: str, layer: int, experts: range | None, device: torch.device | str) -> MoELayer:
     from . import checkpoints as c
 
-    payload, scale, payload_dtypes, scale_dtypes = PARTS[kind]
+    fmt, payload, scales, payload_dtypes, scale_dtypes = PARTS[kind]
+    per = fmt.elem.per_byte
     block, names = c._layer_names(ckpt, layer)
     c._check_experts(ckpt, layer, sorted(names))
     total = len(names)
@@ -112,37 +119,39 @@ def _separate(ckpt: Checkpoint, kind: str, layer: int, experts: range | None, de
         for proj in ("gate", "up", "down"):
             kinds = names[e].get(proj, {})
             where = f"checkpoint {ckpt.path}: layer {layer}, expert {e}, {proj} projection"
-            if payload not in kinds or scale not in kinds:
-                raise c.CheckpointError(f"{where}: got {sorted(kinds.values()) or 'nothing'}, expected {payload} and {scale}")
+            scale = next((s for s in scales if s in kinds), "")
+            if payload not in kinds or not scale:
+                raise c.CheckpointError(f"{where}: got {sorted(kinds.values()) or 'nothing'}, expected {payload} and "
+                                        f"{' or '.join(scales)}")
             dtype, shape = ckpt.header(kinds[payload])
             sdtype, sshape = ckpt.header(kinds[scale])
             if dtype not in payload_dtypes or len(shape) != 2 or shape != shapes.setdefault(proj, shape):
                 raise c.CheckpointError(f"{where}: {kinds[payload]}: got {dtype} {shape}, expected "
-                                        f"{shapes.get(proj, '[N, K/2]')} in {' or '.join(payload_dtypes)}")
-            want = MXFP4.scale_shape((shape[0], 2 * shape[1]))
+                                        f"{shapes.get(proj, f'[N, K/{per}]')} in {' or '.join(payload_dtypes)}")
+            want = fmt.scale_shape((shape[0], per * shape[1]))
             if sdtype not in scale_dtypes or sshape != want:
                 raise c.CheckpointError(f"{where}: {kinds[scale]}: got {sdtype} {sshape}, expected {want} in "
                                         f"{' or '.join(scale_dtypes)}")
             found[e, proj] = kinds[payload], kinds[scale]
-    inter, half = shapes["gate"]
-    if shapes["up"] != shapes["gate"] or shapes["down"] != (2 * half, inter // 2):
+    inter, hidden = shapes["gate"][0], per * shapes["gate"][1]
+    if shapes["up"] != shapes["gate"] or shapes["down"] != (hidden, inter // per):
         raise c.CheckpointError(f"checkpoint {ckpt.path}: layer {layer}: gate {shapes['gate']}, up {shapes['up']} and down "
-                                f"{shapes['down']} don't belong together, two elements a byte")
-    gate_up, down = (_empty(len(chosen), *nk, device) for nk in ((2 * inter, 2 * half), (2 * half, inter)))
+                                f"{shapes['down']} don't belong together, {'two elements' if per == 2 else 'one element'} a byte")
+    gate_up, down = (_empty(fmt, len(chosen), *nk, device) for nk in ((2 * inter, hidden), (hidden, inter)))
     for slot, e in enumerate(chosen):
         for proj, stack, row in (("gate", gate_up, 0), ("up", gate_up, inter), ("down", down, 0)):
             for name, target in zip(found[e, proj], (stack.data, stack.scale)):
                 source = ckpt.tensor(name).view(torch.uint8)
                 assert target is not None
-                target[slot, row:row + len(source)].copy_(source)
-    router = c._router(ckpt, f"{block}.gate.weight", (total, 2 * half), device)
+                target.view(torch.uint8)[slot, row:row + len(source)].copy_(source)
+    router = c._router(ckpt, f"{block}.gate.weight", (total, hidden), device)
     biases = [f"{block}.{n}" for n in ("gate.e_score_correction_bias", "gate.bias", "e_score_correction_bias")]
     bias = next((c._router(ckpt, n, (total,), device) for n in biases if n in ckpt.files), None)
     return c.MoELayer(gate_up, down, router, bias, layer, chosen, total, int(ckpt.config.get("num_experts_per_tok", 1)),
                       c._routing(ckpt.config, bias))
 
 
-def _empty(experts: int, rows: int, cols: int, device: torch.device | str) -> ScaledTensor:
+def _empty(fmt: Format, experts: int, rows: int, cols: int, device: torch.device | str) -> ScaledTensor:
     shape = (experts, rows, cols)
-    return ScaledTensor(torch.empty((experts, rows, cols // 2), dtype=torch.uint8, device=device),
-                        torch.empty(MXFP4.scale_shape(shape), dtype=torch.uint8, device=device), MXFP4)
+    return ScaledTensor(torch.empty((experts, rows, cols // fmt.elem.per_byte), dtype=fmt.elem.dtype, device=device),
+                        torch.empty(fmt.scale_shape(shape), dtype=torch.uint8, device=device), fmt)
