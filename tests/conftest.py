@@ -41,6 +41,8 @@ def wants_device(expression: str) -> bool:
 
 def pytest_configure(config: pytest.Config) -> None:
     os.environ.setdefault("TRITON_INTERPRET", "0" if wants_device(config.getoption("markexpr") or "") else "1")
+    if interpreting():      # small tensors in several processes: threads that wait for each other took most of the time
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 # Cases that emulate or interpret device code take seconds each on a CPU. Of each function of these modules one case in so many

@@ -88,9 +88,9 @@ def test_import_touches_no_gpu() -> None:
 
 
 def test_import_time() -> None:
-    """0.3 s of CPU time on top of torch's own import; the best of three, since the machine may be busy."""
+    """0.3 s of CPU time on top of torch's own import; once in three, since the machine may be busy."""
     code = "import torch, time; t = time.process_time(); import narrowgemm; print(time.process_time() - t)"
-    assert min(float(python(code)) for _ in range(3)) < 0.3
+    assert any(float(python(code)) < 0.3 for _ in range(3))
 
 
 def test_broken_torch_fails_at_first_use_and_says_why(tmp_path: Path) -> None:
