@@ -11,7 +11,8 @@ from narrowgemm.arch import detect
 from narrowgemm.kernels import binding
 from narrowgemm.kernels.gluon.sm90 import fp8_decode
 from narrowgemm.kernels.gluon.sm90.fp8_decode import NAME
-from narrowgemm.kernels.gluon.sm90.fp8_decode_tile import CLUSTERS, TOKENS
+from narrowgemm.kernels.gluon.sm90.fp8_decode_tile import TOKENS
+from narrowgemm.kernels.gluon.sm90.occupancy import CLUSTERS
 from narrowgemm.problem import Config
 from narrowgemm.testing.cases import Case, build
 

@@ -26,6 +26,6 @@ this first), `_sums_device` (its inner loop), `_parts_device`, `_schedule_device
 
 What several kernels share: `ring_device` (the ring of K blocks and its producer), `fp8_block_parts_device` and
 `fp8_block_schedule_device` (tiles in turn, promotion, the store), `narrow_expand_device` and `fold_expand_device` (weights from
-four bits to more), `cluster_device`, `wgmma_device` and `counters_device` (PTX), `tensor_maps`, `refusals` and, for `mx8_*`,
-`mx8_tile` (host), `shim` (names that changed between Triton 3.6 and 3.9).
+four bits to more), `cluster_device`, `wgmma_device` and `counters_device` (PTX), `tensor_maps`, `refusals`, `occupancy` and,
+for `mx8_*`, `mx8_tile` (host), `shim` (names that changed between Triton 3.6 and 3.9).
 """

@@ -21,13 +21,13 @@ from ...operands import Operands
 from . import refusals
 from .few_model import SPREAD, few, insured
 from .fp8_block_tile import LAYOUTS, Tile, group_table
+from .occupancy import smem_budget
 from .tensor_maps import output, planes, row_tiles, stride
 
 NAME = "gluon_sm90.fp8_block"
 BACKEND = "gluon_sm90"
 TAIL_LEAST, TAIL_MOST = 192, 256    # expected rows of a group: with fewer, weights read again for tails cost more than they save
 TAIL_GROUPS, TAIL_ROWS = 512, 1 << 28      # within which tiles of 128 rows, and groups, are counted in one integer
-RESERVED_SMEM = 1024    # of an SM's shared memory, a block
 
 
 # ---------------------------------------------------------------- what it takes
@@ -115,7 +115,6 @@ def tile_of(problem: Problem, config: Config, arch: Arch) -> Tile | None:
     unroll = config.option("unroll", 4 if pieces == 1 else 2 if np > 1 else 1)
     blocks = problem.k // 128
     groups = group_table(problem)
-    budget = arch.smem if ctas == 1 else (arch.smem + RESERVED_SMEM) // ctas - RESERVED_SMEM
     consumers = wgm * wgn
     # staging of the store: as much as fits; whole pieces, or halves of their columns
     for split, buffers in ((1, pieces), (2, 2), (2, 1)) if columns == 128 else ((1, pieces), (1, 2), (1, 1)):
@@ -128,7 +127,7 @@ def tile_of(problem: Problem, config: Config, arch: Arch) -> Tile | None:
             STORE_TMA=problem.out_aligned, LATE_STORE=bool(config.option("late_store", 0)) and not problem.accumulate,
             DOUBLE=np > 1, TAIL=_halves(problem, config),
             CONSUMER_REGISTERS=232, PRODUCER_REGISTERS=40 if consumers == 2 else 24)
-        if tile.shared_bytes <= budget:
+        if tile.shared_bytes <= smem_budget(config, arch):
             return tile
     return None
 

@@ -18,21 +18,17 @@ from ...operands import Operands
 from .fp8_decode_model import estimate, expected_rows, tiles_expected
 from .fp8_decode_tile import (
     AHEADS,
-    KEEP_BYTES,
     LAYOUT_IDS,
     MAX_SPLIT,
-    ROOM,
-    STREAM_CACHES,
     TOKENS,
     TRIPS,
     in_workspace,
     legal,
-    max_registers,
     slot_bytes,
-    smem_budget,
     smem_bytes,
     static,
 )
+from .occupancy import KEEP_BYTES, ROOM, STREAM_CACHES, max_registers, smem_budget
 from .tensor_maps import planes, planes_by_eight
 
 __all__ = ["BACKEND", "LAYOUT_IDS", "NAME", "configs", "estimate", "launches", "legal", "max_registers",

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from ....arch import Arch
 from ....problem import Config, Problem
+from .occupancy import CLUSTERS, max_registers, smem_budget
 from .refusals import FRONTS
 
 LAYOUT_IDS = {"dense": 0, "contiguous": 1, "offsets": 2, "psum": 3, "masked": 4}
@@ -14,10 +15,6 @@ MAX_SPLIT = 16
 TRIPS = (1, 2, 4)
 AHEADS = (4, 8, 16)
 BOXES = (1, 2, 4, 8)
-KEEP_BYTES = 16e6        # an output of so many bytes and fewer is asked to stay in L2, where its reader finds it
-STREAM_CACHES = 3        # weights of so many times L2 and fewer pass through it, which keeps what others wrote; more lose 3-5%
-ROOM = {2: 66 / 132, 4: 30 / 132, 8: 15 / 132}     # clusters of so many blocks, one on an SM, that an H100 of 132 SMs holds at once
-CLUSTERS = (2, 4, 8)     # blocks that share a tile, each with a part of K; more than 8 not every chip grants
 
 
 @dataclass(frozen=True)
@@ -72,18 +69,6 @@ def smem_bytes(problem: Problem, config: Config) -> int:
     wide = problem.out_dtype == "fp32" or problem.accumulate
     transpose = config.block_m * config.block_n * 4 if wide else 2048 * (config.num_warps // 4)
     return config.num_stages * slot_bytes(config) + transpose + 256
-
-
-def smem_budget(config: Config, arch: Arch) -> int:
-    """What one of the CTAs on an SM may use; each costs 1 KB on top."""
-    ctas = config.option("ctas", 1)
-    return min(arch.smem, (arch.smem + 1024) // ctas - 1024)
-
-
-def max_registers(config: Config) -> int:
-    """Registers a thread that let the CTAs of one SM be resident together; warps are allocated by fours."""
-    warps = config.num_warps + 4
-    return min(232, 65536 // (config.option("ctas", 1) * warps * 32) // 8 * 8)
 
 
 def register_split(config: Config, table: int) -> tuple[int, int]:

@@ -15,8 +15,8 @@ from ....problem import Config, Problem, Step
 from ...launching import Launch, Pointer
 from ...operands import Operands
 from . import mx8_tile as tile
-from .fp8_decode_tile import max_registers, smem_budget
 from .mx8_tile import TRIP
+from .occupancy import max_registers, smem_budget
 
 __all__ = ["BACKEND", "NAME", "configs", "estimate", "launches", "legal", "smem_bytes", "supports", "workspace"]
 

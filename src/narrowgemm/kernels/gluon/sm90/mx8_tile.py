@@ -15,7 +15,7 @@ from ....arch import Arch
 from ....problem import Config, Problem
 from ...launching import Launch, Pointer
 from ...operands import Operands
-from .fp8_decode_tile import CLUSTERS, KEEP_BYTES, ROOM, STREAM_CACHES
+from .occupancy import CLUSTERS, KEEP_BYTES, ROOM, STREAM_CACHES
 from .tensor_maps import planes
 
 TRIP = 4                     # K blocks of 128 whose codes are 16 bytes of a row

@@ -20,7 +20,6 @@ from ....prepack_bits import FP8_PREPACK, ORDERS
 from ....problem import Config, Operand, Problem, Step
 from ...launching import Launch, Pointer
 from ...operands import Operands
-from .fp8_decode_tile import KEEP_BYTES, STREAM_CACHES
 from .narrow_model import active_experts, estimate, rows_expected
 from .narrow_split import ctas_at_most, splits
 from .narrow_tile import (
@@ -45,6 +44,7 @@ from .narrow_tile import (
     registers,
     smem_bytes,
 )
+from .occupancy import KEEP_BYTES, STREAM_CACHES
 
 __all__ = ["BACKEND", "NAME", "configs", "estimate", "launches", "legal", "make_config", "smem_bytes", "supports",
            "workspace"]

@@ -24,7 +24,7 @@ from ...operands import Operands
 from . import narrow, narrow_fp8_model
 from . import narrow_prefill_ring as ring
 from .fp8_block_tile import LAYOUTS
-from .fp8_decode_tile import extra, smem_budget
+from .fp8_decode_tile import extra
 from .narrow import TWO_ORDER, combine, power_of_two, sms_of, xkind
 from .narrow_model import active_experts, rows_expected, slots_expected
 from .narrow_prefill_tile import BOXES, RATIO_BYTES, SCALE_BYTES, WIDTHS, Tile
@@ -43,6 +43,7 @@ from .narrow_tile import (
     packed_for_fp8,
     promotes,
 )
+from .occupancy import smem_budget
 
 NAME = "gluon_sm90.narrow_prefill"
 BACKEND = "gluon_sm90"

@@ -6,8 +6,8 @@ from typing import Any
 
 from ....arch import Arch
 from ....problem import Problem
-from .fp8_decode_tile import STREAM_CACHES
 from .narrow_model import active_experts
+from .occupancy import STREAM_CACHES
 
 # K blocks of a slot, and slots. An H100 is 1-3% faster by 8 K blocks in four slots than by 7 in seven, as it is by only 4; an H200
 # 1.5-2.7% by 6 in three, and 2% slower by 4

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ....arch import Arch
 from ....prepack_bits import FP8_PREPACK
 from ....problem import Config, Problem
-from .fp8_decode_tile import smem_budget
+from .occupancy import smem_budget
 
 KINDS = {"dense": 0, "offsets": 1, "masked": 2, "routed": 3, "contiguous": 4, "psum": 5}
 PAIR_IDS = {"": 0, "halves": 1, "interleaved": 2}
