@@ -76,22 +76,22 @@ def scales_of(ring, slot, cfg: gl.constexpr, T: gl.constexpr, P: gl.constexpr, A
 
 
 @constexpr_function
-def side_by_side(tokens, cfg):
+def side_by_side(tokens, cfg, alone):
     """Whether the two numbers of BF16 tokens are columns of one product; else two products of the same columns, whose sums take half
-    the registers."""
-    return cfg.TWO and tokens <= 16
+    the registers: beside another piece, of one unit, ptxas would have every wgmma of the kernel wait for the one before (C7511)."""
+    return cfg.TWO and tokens <= 16 and (alone or cfg.MP > 1)
 
 
 @constexpr_function
-def columns8(tokens, cfg):
-    """Of the products of so many tokens."""
-    return 2 * tokens if side_by_side(tokens, cfg) else tokens
+def columns8(tokens, cfg, alone):
+    """Of the products of so many tokens; alone: there is no second piece."""
+    return 2 * tokens if side_by_side(tokens, cfg, alone) else tokens
 
 
 @gluon.jit
-def multiply8(a, ring, slot, p, MORE: gl.constexpr, cfg: gl.constexpr, T: gl.constexpr, P: gl.constexpr):
+def multiply8(a, ring, slot, p, MORE: gl.constexpr, cfg: gl.constexpr, T: gl.constexpr, P: gl.constexpr, ALONE: gl.constexpr):
     """Start p = a . tokens^T over a K block's 128 of K; `slot` counts K blocks. MORE: p += that, else p comes in only to keep its registers."""
-    N: gl.constexpr = columns8(P, cfg)
+    N: gl.constexpr = columns8(P, cfg, ALONE)
     BOXES: gl.constexpr = T // P * (2 if cfg.TWO else 1) * P // N
     xs = view_as(ring, gl.float8e4nv, cfg.STAGES * cfg.BOX * BOXES, N, 128, X8_TILE)
     a = gl.convert_layout(a, gl.DotOperandLayout(0, sums8_layout(N), 4), assert_trivial=True)
@@ -104,9 +104,9 @@ def multiply8(a, ring, slot, p, MORE: gl.constexpr, cfg: gl.constexpr, T: gl.con
 @gluon.jit
 def multiply_all(a, rings, slot, parts, MORE: gl.constexpr, cfg: gl.constexpr, P0: gl.constexpr, P1: gl.constexpr):
     """`multiply8` of both pieces of the tokens, where there are two."""
-    new = (multiply8(a, rings[0], slot, parts[0], MORE, cfg, cfg.T0, P0), )
+    new = (multiply8(a, rings[0], slot, parts[0], MORE, cfg, cfg.T0, P0, P1 == 0), )
     if P1 > 0:
-        new = new + (multiply8(a, rings[1], slot, parts[1], MORE, cfg, cfg.T1, P1), )
+        new = new + (multiply8(a, rings[1], slot, parts[1], MORE, cfg, cfg.T1, P1, False), )
     return new
 
 
@@ -249,11 +249,13 @@ def products8(slot, phase, KC, top_ptr, unit, rows, rings, bars, cfg: gl.constex
     for i in gl.static_range(MP):
         sums = sums + (gl.zeros([64, P0], gl.float32, L0), )
         tops = tops + (row_tops(top_ptr, (unit + i).to(gl.int64) * 64, rows - i * 64), )
-    parts = (gl.zeros([64, columns8(P0, cfg)], gl.float32, sums8_layout(columns8(P0, cfg))), )
+    N0: gl.constexpr = columns8(P0, cfg, P1 == 0)
+    parts = (gl.zeros([64, N0], gl.float32, sums8_layout(N0)), )
     if P1 > 0:
         for i in gl.static_range(MP):
             sums = sums + (gl.zeros([64, P1], gl.float32, L1), )
-        parts = parts + (gl.zeros([64, columns8(P1, cfg)], gl.float32, sums8_layout(columns8(P1, cfg))), )
+        N1: gl.constexpr = columns8(P1, cfg, False)
+        parts = parts + (gl.zeros([64, N1], gl.float32, sums8_layout(N1)), )
     for kb in range(0, KC - cfg.REST, cfg.UNROLL):
         slot = fresh(slot)      # where it comes round once a trip, every slot's addresses would be kept in registers
         sums, parts, slot, phase = some_blocks(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg, WG, P0, P1, cfg.UNROLL)

@@ -29,7 +29,7 @@ BLOCK_CLOCKS = {(32, 1): (170.0, 2.9), (32, 2): (170.0, 2.9), (64, 1): (205.0, 3
 ROW_CLOCKS = {(32, 1): (160.0, 2.6), (32, 2): (160.0, 2.6), (64, 1): (195.0, 3.0), (64, 2): (165.0, 2.6), (128, 1): (200.0, 2.5),
               (96, 1): (190.0, 2.2), (96, 1.5): (225.0, 2.3), (160, 1): (204.0, 2.2)}
 # the same of BF16 tokens, two numbers each, as a factor: fitted to 40 products
-TWO_CLOCKS: dict[tuple[int, float], float] = {(32, 1): 1.10, (32, 2): 1.22, (64, 1): 1.20, (64, 2): 1.27}
+TWO_CLOCKS: dict[tuple[int, float], float] = {(32, 1): 1.10, (32, 2): 1.22, (64, 1): 1.10, (64, 2): 1.27}
 EFFICIENCY = 0.97           # of the streaming rate
 # seen with BF16 tokens: pairs of blocks are up to 2% faster than wide ones
 TWO_EFFICIENCY: dict[tuple[int, float], float] = {(32, 1): 1.0, (32, 2): 0.98}
