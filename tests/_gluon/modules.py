@@ -48,7 +48,7 @@ def load_device_module(name: str) -> types.ModuleType:
     shim = types.ModuleType("_emulated_sm90.shim")
     shim.__dict__.update(
         tma_load=tma_load, tma_store=tma_store, tma_add=tma_add, block_barrier=lambda: None, copy_to_shared=copy_to_shared,
-        touch=lambda p: p.checked(np.broadcast_to(True, p.offset.shape), "touch"),
+        VIEWS_GROW=False, touch=lambda p: p.checked(np.broadcast_to(True, p.offset.shape), "touch"),
         view_as=_view_as,
         view_rows=lambda buf, dtype, n, cols, layout: AddressedBarriers() if isinstance(layout, MBarrierLayout)
         else buf.view(dtype, [n, cols]),

@@ -63,15 +63,17 @@ def test_entries_of_a_block(name: str, entries_device: types.ModuleType) -> None
     assert all(tokens <= 0 for live, *_, tokens in found if not live)
 
 
+@pytest.mark.parametrize("columns", [False, True])
 @pytest.mark.parametrize(("ahead", "blocks", "box"), [(True, 5, 1), (True, 2, 1), (False, 5, 1), (True, 9, 2), (True, 3, 2), (False, 8, 2)])
-def test_producer_asks_for_the_first_weights_ahead(ahead: bool, blocks: int, box: int) -> None:
+def test_producer_asks_for_the_first_weights_ahead(ahead: bool, blocks: int, box: int, columns: bool) -> None:
     """Every K block of every tile once, or pair of them, in order, a slot of the ring after the other, each behind a wait for it; tokens
-    behind the launch in front, weights of as many blocks as the ring has slots before that."""
+    behind the launch in front, weights of as many blocks as the ring has slots before that. In COLUMNS, each tile is announced before the
+    first tokens of the one before it are asked for, and behind the last one that there is none."""
     kb = -(-blocks // box)
     module = emu.load_device_module("narrow_prefill_device")
     stages, tiles, programs = 3, 4, 5
     want = expected("masked")
-    cfg = types.SimpleNamespace(AHEAD=ahead, GROUPS=32, BT=BT, LAYOUT=LAYOUTS["masked"], UNITS=2, STAGES=stages, BOX=box, WIDTHS=((8, 0), (16, 0), (32, 0)))
+    cfg = types.SimpleNamespace(AHEAD=ahead, GROUPS=32, BT=BT, LAYOUT=LAYOUTS["masked"], UNITS=2, STAGES=stages, BOX=box, COLUMNS=columns, WIDTHS=((8, 0), (16, 0), (32, 0)))
     table = np.zeros(16 + 3 * 64, np.int32)
     table[0], table[16:].reshape(3, 64)[:, :len(want)] = len(want), np.array(want).T
     index, room = INDEX["masked"]
@@ -86,6 +88,8 @@ def test_producer_asks_for_the_first_weights_ahead(ahead: bool, blocks: int, box
     given["load_weights"] = lambda descs, rings, full, slot, unit, k, cfg: log.append(("weights", *number(slot, unit, k)))
     given["load_activations"] = lambda descs, rings, full, slot, first, k, cfg, p, q: log.append(("tokens", *number(slot, first, k), p))
     given["advance"] = lambda slot, phase, stages: ((slot + 1) % stages, phase ^ ((slot + 1) // stages))
+
+    given["announce"] = lambda i, tile, cfg: log.append(("announced", *number(i, *tile)))
 
     class Slots:
         def index(self, i: Any) -> Any:
@@ -116,6 +120,10 @@ def test_producer_asks_for_the_first_weights_ahead(ahead: bool, blocks: int, box
         assert len(weights) == len(tokens) and len(tokens) % kb == 0
         for i, (w, x) in enumerate(zip(weights, tokens)):
             assert w[3] == x[3] == i % kb and log.index(w) < log.index(x)
+        told = [x for x in log if x[0] == "announced"]
+        assert [x[1] for x in told] == list(range(1, 1 + len(tokens) // kb)) if columns else not told
+        for x, now, after in zip(told, tokens[::kb], [*tokens[kb::kb], None]):
+            assert log.index(x) < log.index(now) and (x[5] <= 0 if after is None else (x[4], x[5] > 0) == (after[2], True))
         for w, x in zip(weights[::kb], tokens[::kb]):
             seen.append((w[2] // (2 * tiles), w[2] % (2 * tiles) // 2, x[2], x[4]))
     assert sorted(seen) == sorted((e, n, first, next(p for p, _ in cfg.WIDTHS if p >= rows)) for e, first, rows in want for n in range(tiles))

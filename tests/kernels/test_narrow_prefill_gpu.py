@@ -41,11 +41,13 @@ RUNS = [*((MAIN, shape) for shape in narrow_prefill.SHAPES),
                 max_m=300 if layout == "masked" else 0), t)
           for layout, a, t, out in (("offsets", FP8_1x128, (160, 1.5), "bf16"), ("offsets", FP8_1x128, (160, 1.5), "fp32"),
                                     ("offsets", FP8_1x128, (144, 2), "bf16"), ("offsets", FP8_1x128, (144, 2), "fp32"), ("offsets", FP8_1x128, (160, 1), "bf16"), ("masked", FP8_1x128, (160, 1), "fp32"),
+                                    ("offsets", FP8_ROW, (288, 1), "bf16"), ("offsets", FP8_ROW, (288, 1), "fp32"),
                                     ("offsets", FP8_ROW, (160, 1), "bf16"), ("offsets", FP8_ROW, (96, 1), "bf16"), ("offsets", FP8_ROW, (96, 1), "fp32"),
                                     ("offsets", FP8_1x128, (96, 1.5), "bf16"), ("masked", FP8_1x128, (96, 1.5), "fp32"), ("psum", FP8_ROW, (96, 1.5), "bf16"),
                                     ("masked", FP8_ROW, (160, 1), "bf16"), ("psum", FP8_ROW, (128, 1), "fp32"), ("contiguous", FP8_ROW, (64, 2), "bf16"),
                                     ("offsets", FP8_ROW, (64, 1), "bf16"), ("offsets", FP8_ROW, (32, 2), "bf16"), ("masked", FP8_ROW, (32, 1), "bf16"))),
         (Case("narrow-prefill", "dense", 1, 333, 320, 1152, a=FP8_ROW, b=MXFP4, packed="fp8"), (160, 1)),
+        (Case("narrow-prefill", "dense", 1, 333, 320, 1152, a=FP8_1x128, b=MXFP4, packed="fp8"), (160, 1)),
         (Case("narrow-prefill", "offsets", 40, 4, 192, 256, sizes="empty:0.4", a=FP8_1x128, b=MXFP4, packed="fp8"), (32, 1)),
         (Case("narrow-prefill", "dense", 1, 77, 320, 1152, a=FP8_1x128, b=MXFP4, packed="fp8"), (64, 1)),
         # few rows where there is room for many; more groups than a warp finds entries of

@@ -14,7 +14,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from . import cluster_device as cluster
-from .fold_expand_device import NIBBLES_ASM, blocks_layout, lane_table, of_blocks, of_lane, row_tops, words_layout
+from .fold_expand_device import NIBBLES_ASM, blocks_layout, of_blocks, of_lane, row_tops, words_layout
 from .fp8_block_parts_device import advance
 from .fp8_block_schedule_device import fresh
 from .narrow_expand_device import field_layout
@@ -24,7 +24,9 @@ from .shim import view_as, view_cube
 
 WORDS = gl.constexpr(words_layout(4))
 SIXTEEN = gl.constexpr(sums8_layout(16))
-SWIZZLED = gl.constexpr(0x4000004000010000)     # wgmma's descriptor of rows of 128 bytes, swizzled by as many, without its address
+# wgmma's descriptor of rows of 128 bytes, swizzled by as many: the lower word without its address, and the upper one
+SWIZZLED, SWIZZLED_HIGH = gl.constexpr(0x00010000), 0x40000040
+TILES = gl.constexpr(16)                        # that are announced: more than slots of a ring and two
 TURNS = 8                                       # the first of the hardware's barriers for turns: Triton takes them from 0 on
 FIRST_TURN = gl.constexpr(f"bar.arrive {TURNS}, 256; mov.b32 $0, 0;")
 LAST_TURN = gl.constexpr(f"bar.sync {TURNS}, 256; mov.b32 $0, 0;")
@@ -34,7 +36,7 @@ LAST_TURN = gl.constexpr(f"bar.sync {TURNS}, 256; mov.b32 $0, 0;")
 @constexpr_function
 def product_code(P, BLOCKS, WG, PIECE, FROM):
     """PTX. Operands: sums, the same as they come in; of each block the lower halves, words 0 to 3 of row g, then of row g + 8, the upper
-    halves, and the descriptor of its tokens, whose columns from FROM on are multiplied; a number that isn't negative.
+    halves, and the lower word of the descriptor of its tokens, whose columns from FROM on are multiplied; a number that isn't negative.
 
     PIECE: that what comes in isn't added is decided by that number. ptxas would otherwise give each product sums of its own, of which there
     are too many, and so have each wgmma wait for the one before."""
@@ -43,7 +45,7 @@ def product_code(P, BLOCKS, WG, PIECE, FROM):
     turn = "" if PIECE else f"bar.sync {TURNS + WG}, 256;"
     text = f"""{{
 .reg .pred add;
-.reg .b64 at;
+.reg .b64 tokens, at;
 {turn}
 wgmma.fence.sync.aligned;"""
     for i in range(4 * BLOCKS):
@@ -51,9 +53,10 @@ wgmma.fence.sync.aligned;"""
         hi, desc = lo + 8, lo + 16
         commit = "wgmma.commit_group.sync.aligned;" if i == 4 * BLOCKS - 1 and not PIECE else ""
         add = f"setp.lt.s32 add, ${2 * d + blocks}, 0;" if PIECE and i == 0 else f"setp.ne.b32 add, {int(i > 0)}, 0;"
+        start = f"mov.b64 tokens, {{${desc}, {SWIZZLED_HIGH}}};\n" if q == 0 else ""
         text += f"""
 {commit}
-add.s64 at, ${desc}, {2 * q + 8 * FROM};
+{start}add.s64 at, tokens, {2 * q + 8 * FROM};
 {add}
 wgmma.mma_async.sync.aligned.m64n{P}k32.f32.e4m3.e4m3 {sums}, {{${lo + q}, ${lo + 4 + q}, ${hi + q}, ${hi + 4 + q}}}, at, add, 1, 1;"""
     return text + "\nwgmma.commit_group.sync.aligned;\n}"
@@ -72,7 +75,7 @@ wgmma.wait_group.sync.aligned 0;"""
 def tied(P, BLOCKS=0, SCALES=0):
     """Constraints of P / 2 registers that come in and go out, of the other operands of a product, and of scales."""
     d = P // 2
-    product = (["r"] * 16 + ["l"] * 8) * BLOCKS + ["r"] * 8 if BLOCKS else []
+    product = ["r"] * 24 * BLOCKS + ["r"] * 8 if BLOCKS else []
     return ",".join(["=f"] * d + [str(i) for i in range(d)] + product + ["f"] * SCALES)
 
 
@@ -109,6 +112,28 @@ def last_turn(cfg: gl.constexpr, WG: gl.constexpr):
         gl.inline_asm_elementwise(LAST_TURN, "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1)
 
 
+# ---------------------------------------------------------------- tiles
+@gluon.jit
+def tile_word(i, cfg: gl.constexpr):
+    """Address of what is known of a block's i-th tile: behind the tokens, in the box that no slot has."""
+    return cluster.start_of_shared() + (cfg.STAGES * cfg.BOX * cfg.XT * 128) + i % TILES * 16
+
+
+@gluon.jit
+def announce(i, tile, cfg: gl.constexpr):
+    """By the producer, before it asks for a K block of tile i - 1: whoever has found that block finds this."""
+    at = tile_word(i, cfg)
+    for j in gl.static_range(4):
+        cluster.put_word(at + 4 * j, tile[j])
+
+
+@gluon.jit
+def announced(i, cfg: gl.constexpr):
+    """(expert, n tile, first position, tokens) of tile i, behind a K block of tile i - 1."""
+    at = tile_word(i, cfg)
+    return cluster.word(at), cluster.word(at + 4), cluster.word(at + 8), cluster.word(at + 12)
+
+
 # ---------------------------------------------------------------- operands
 @gluon.jit
 def of_words(x):
@@ -118,13 +143,20 @@ def of_words(x):
 
 
 @gluon.jit
-def expanded(w_s, s_s, unit, kb, tops, tables, cfg: gl.constexpr):
-    """(lower, upper halves) of a unit's K block in E4M3. The assembly counts as impure, so it stays in front of the wait for tokens."""
+def fields_of(s_s, unit, cfg: gl.constexpr):
+    """Of a unit's chunk."""
+    return view_as(s_s, gl.int32, cfg.STAGES * cfg.UNITS, 32, 4, ROWS_OF_BYTES).index(unit).load(field_layout(64))
+
+
+@gluon.jit
+def expanded(w_s, block, fields, tops, tables, cfg: gl.constexpr):
+    """(lower, upper halves) of a unit's K block in E4M3. The assembly counts as impure, so it stays in front of the wait for tokens.
+
+    A shuffle takes five bits of a lane's number, and lanes 16 apart have the same table: what is above them may stay."""
     low, high = tables
-    fields = view_as(s_s, gl.int32, cfg.STAGES * cfg.UNITS, 32, 4, ROWS_OF_BYTES).index(unit).load(field_layout(64)) >> (16 * (kb % 2))
-    w = view_as(w_s, gl.int32, cfg.STAGES * cfg.UNITS, 64, 16, ROWS_OF_BYTES).index(unit).load(WORDS)
-    d0 = (tops - fields) & 15
-    d1 = ((tops >> 8) - (fields >> 8)) & 15
+    w = view_as(w_s, gl.int32, cfg.STAGES * cfg.UNITS * cfg.BOX, 64, 16, ROWS_OF_BYTES).index(block).load(WORDS)
+    d0 = tops - fields
+    d1 = (tops >> 8) - (fields >> 8)
     lows = of_blocks(of_lane(low, d0), of_lane(low, d1), 4)
     highs = of_blocks(of_lane(high, d0), of_lane(high, d1), 4)
     w = gl.convert_layout(gl.reshape(w, [64, 4, 4]), blocks_layout(4), assert_trivial=True)
@@ -133,16 +165,21 @@ def expanded(w_s, s_s, unit, kb, tops, tables, cfg: gl.constexpr):
 
 
 @gluon.jit
-def tokens_at(slot, cfg: gl.constexpr):
-    """The descriptor of a slot's tokens: their ring is the largest allocation, which is at the start of shared memory."""
-    return ((cluster.start_of_shared() + slot * (cfg.XT * 128)) >> 4).to(gl.int64) | SWIZZLED
+def tokens_at(block, cfg: gl.constexpr):
+    """The lower word of the descriptor of a K block's tokens: their ring is the largest allocation, which is at the start of shared memory."""
+    return (cluster.start_of_shared() >> 4) + SWIZZLED + block * (cfg.XT * 8)
 
 
 @gluon.jit
-def scale_of_slot(ring, slot, i: gl.constexpr, cfg: gl.constexpr):
-    """[1, 16]: of a slot's tokens from 16 i on."""
-    f = view_cube(ring, gl.float32, cfg.STAGES * (cfg.XT // 16), 1, 8, 8, CUBE).index(slot * (cfg.XT // 16) + i)
-    s = f.slice(0, 4, 1).slice(0, 4, 2).load(sixteens_layout(16))
+def scale_of_slot(ring, slot, i: gl.constexpr, AT: gl.constexpr, cfg: gl.constexpr):
+    """[1, 16]: of a slot's tokens from 16 i on in its K block AT."""
+    if cfg.BY_K:        # boxes of 64 tokens
+        f = view_cube(ring, gl.float32, cfg.STAGES * (cfg.FT // 64), 1, 32 * cfg.BOX, 8, CUBE).index(slot * (cfg.FT // 64) + i // 4)
+        s = f.slice(32 * AT + i % 4 * 8, 4, 1)
+    else:
+        f = view_cube(ring, gl.float32, cfg.STAGES * (cfg.XT // 16), 1, 8, 8, CUBE).index(slot * (cfg.XT // 16) + i)
+        s = f.slice(0, 4, 1)
+    s = s.slice(0, 4, 2).load(sixteens_layout(16))
     one, own = gl.split(gl.reshape(s, [1, 4, 2, 2]))
     s = gl.reshape(gl.permute(gl.join(own, one), (0, 2, 1, 3)), [16])
     return gl.expand_dims(gl.convert_layout(s, gl.SliceLayout(0, SIXTEEN), assert_trivial=True), 0)
@@ -181,23 +218,24 @@ def several(x, FROM: gl.constexpr, TO: gl.constexpr):
 
 
 @gluon.jit
-def some_columns(sums, parts, operands, at, f_s, empty, cfg: gl.constexpr, WG: gl.constexpr, COUNT: gl.constexpr, FROM: gl.constexpr,
-                 TO: gl.constexpr, ALL: gl.constexpr):
-    """(sums with the products of columns FROM to TO of ALL, in 16, unit by unit, parts)."""
+def some_columns(sums, parts, operands, slot, done, f_s, empty, cfg: gl.constexpr, WG: gl.constexpr, COUNT: gl.constexpr, AT: gl.constexpr,
+                 FROM: gl.constexpr, TO: gl.constexpr, ALL: gl.constexpr):
+    """(sums with the products of columns FROM to TO of ALL, in 16, unit by unit, parts). The tokens' scales are those of K block AT of a
+    slot; slots of `done` are free behind the last product."""
     MP: gl.constexpr = cfg.MP
     P: gl.constexpr = (TO - FROM) * 16
     new = ()
     scales = ()
     for u in gl.static_range(MP):
-        some = product(several(parts, 0, TO - FROM), operands[u], at[0], P, COUNT, cfg, WG, FROM * 16)
+        some = product(several(parts, 0, TO - FROM), operands[u], slot, P, COUNT, cfg, WG, FROM * 16)
         if u == 0 and not cfg.ROW:
             for i in gl.static_range(TO - FROM):
-                s, p = gl.broadcast(scale_of_slot(f_s, at[0], FROM + i, cfg), some[i])
+                s, p = gl.broadcast(scale_of_slot(f_s, slot, FROM + i, AT, cfg), some[i])
                 scales = scales + (s, )
         some = settle(some, scales, P, cfg, WG)
         if TO == ALL and u == MP - 1:
-            for c in gl.static_range(COUNT):
-                mbarrier.arrive(empty.index(at[c]), count=1)
+            for i in gl.static_range(len(done)):
+                mbarrier.arrive(empty.index(done[i]), count=1)
         for i in gl.static_range(TO - FROM):
             if cfg.ROW:
                 new = new + (sums[u * ALL + FROM + i] + some[i], )
@@ -210,50 +248,87 @@ def some_columns(sums, parts, operands, at, f_s, empty, cfg: gl.constexpr, WG: g
 @gluon.jit
 def blocks16(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg: gl.constexpr, WG: gl.constexpr, P: gl.constexpr,
              COUNT: gl.constexpr):
-    """COUNT K blocks from kb, a product of each unit and piece: the tensor cores add them up. More than one are for tokens with one scale
-    a row."""
+    """COUNT K blocks from kb, a product of each unit and piece: of tokens with one scale a row, the tensor cores add up all of them."""
     x_s, x1_s, w_s, s_s, f_s, f1_s = rings
     full, empty = bars
     w_full, x_full = full
     MP: gl.constexpr = cfg.MP
-    operands = ()
-    for u in gl.static_range(MP):
-        operands = operands + ((), )
-    at = ()
-    for c in gl.static_range(COUNT):
-        mbarrier.wait(w_full.index(cfg.F_AT + slot), phase)
-        more = ()
+    BOX: gl.constexpr = cfg.BOX
+    EACH: gl.constexpr = COUNT if cfg.ROW else 1        # K blocks of a product
+    for first in gl.static_range(0, COUNT, EACH):
+        operands = ()
         for u in gl.static_range(MP):
-            a = expanded(w_s, s_s, slot * cfg.UNITS + (WG * MP + u), kb + c, tops[u], tables, cfg)
-            more = more + (operands[u] + a + (tokens_at(slot, cfg), ), )
-        operands = more
-        mbarrier.wait(x_full.index(slot), phase)
-        at = at + (slot, )
-        slot, phase = advance(slot, phase, cfg.STAGES)
-    found = ()
-    for j in gl.static_range(len(cuts(P, cfg.PIECE)) - 1):
-        more, parts = some_columns(sums, parts, operands, at, f_s, empty, cfg, WG, COUNT, cuts(P, cfg.PIECE)[j], cuts(P, cfg.PIECE)[j + 1],
-                                   P // 16)
-        found = found + more
-    new = ()
-    for u in gl.static_range(MP):
-        for i in gl.static_range(P // 16):
-            new = new + (found[place(P, cfg.PIECE, MP, u, i)], )
-    return new, parts, slot, phase
+            operands = operands + ((), )
+        done = ()
+        for c in gl.static_range(first, first + EACH):
+            # of 160 columns, sums leave no registers to expand weights beside them: a wait keeps the two apart
+            if c % BOX == 0 or (c == first and P >= 160):
+                mbarrier.wait(w_full.index(cfg.F_AT + slot), phase)
+            if c % BOX == 0:
+                fields = ()
+                for u in gl.static_range(MP):
+                    fields = fields + (fields_of(s_s, slot * cfg.UNITS + (WG * MP + u), cfg), )
+            more = ()
+            for u in gl.static_range(MP):
+                if BOX == 1:
+                    f = fields[u] >> (16 * ((kb + c) % 2))
+                else:       # slots begin at even K blocks
+                    f = fields[u] >> (16 * (c % 2))
+                a = expanded(w_s, (slot * cfg.UNITS + (WG * MP + u)) * BOX + c % BOX, f, tops[u], tables, cfg)
+                more = more + (operands[u] + a + (tokens_at(slot * BOX + c % BOX, cfg), ), )
+            operands = more
+            if c % BOX == 0:
+                mbarrier.wait(x_full.index(slot), phase)
+            if c == first:
+                old = slot
+            if c % BOX == BOX - 1:
+                done = done + (slot, )
+                slot, phase = advance(slot, phase, cfg.STAGES)
+        found = ()
+        for j in gl.static_range(len(cuts(P, cfg.PIECE)) - 1):
+            more, parts = some_columns(sums, parts, operands, old, done, f_s, empty, cfg, WG, EACH, first % BOX, cuts(P, cfg.PIECE)[j],
+                                       cuts(P, cfg.PIECE)[j + 1], P // 16)
+            found = found + more
+        new = ()
+        for u in gl.static_range(MP):
+            for i in gl.static_range(P // 16):
+                new = new + (found[place(P, cfg.PIECE, MP, u, i)], )
+        sums = new
+    return sums, parts, slot, phase
 
 
 @gluon.jit
-def products16(slot, phase, KC, top_ptr, unit, rows, rings, bars, cfg: gl.constexpr, WG: gl.constexpr, P: gl.constexpr):
-    """All of K of one consumer's units: (P / 16 sums [64, 16] of each, slot, phase). Arguments as those of `narrow_fp8_device.products8`."""
+def tops_of(top_ptr, unit, rows, cfg: gl.constexpr):
+    """Of one consumer's units, what `expanded` needs. Arguments as those of `narrow_fp8_device.products8`."""
     MP: gl.constexpr = cfg.MP
-    tables = lane_table()
     tops = ()
-    sums = ()
     for u in gl.static_range(MP):
         tops = tops + (row_tops(top_ptr, (unit + u).to(gl.int64) * 64, rows - u * 64), )
-    for i in gl.static_range(MP * (P // 16)):
-        sums = sums + (gl.zeros([64, 16], gl.float32, SIXTEEN), )
-    parts = several(sums, 0, widest(P, cfg.PIECE))
+    return tops
+
+
+@gluon.jit
+def zeros(COUNT: gl.constexpr):
+    """So many [64, 16]."""
+    new = ()
+    for i in gl.static_range(COUNT):
+        new = new + (gl.zeros([64, 16], gl.float32, SIXTEEN), )
+    return new
+
+
+@gluon.jit
+def opaque(x):
+    """x, which the compiler takes for values that it doesn't know: it would have zeros in front of each width's loop."""
+    new = ()
+    for i in gl.static_range(len(x)):
+        new = new + (gl.inline_asm_elementwise("", "=f,=f,=f,=f,=f,=f,=f,=f,0,1,2,3,4,5,6,7", [x[i]], dtype=gl.float32, is_pure=False, pack=8), )
+    return new
+
+
+@gluon.jit
+def products16(sums, slot, phase, KC, tops, tables, rings, bars, cfg: gl.constexpr, WG: gl.constexpr, P: gl.constexpr):
+    """All of K of one consumer's units by P columns, added to P / 16 sums [64, 16] of each: (sums, slot, phase). tops: `tops_of`."""
+    parts = zeros(widest(P, cfg.PIECE))
     for kb in range(0, KC - cfg.REST, cfg.UNROLL):
         slot = fresh(slot)      # where it comes round once a trip, every slot's addresses would be kept in registers
         sums, parts, slot, phase = blocks16(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg, WG, P, cfg.UNROLL)
@@ -263,7 +338,33 @@ def products16(slot, phase, KC, top_ptr, unit, rows, rings, bars, cfg: gl.conste
 
 
 @gluon.jit
+def products_of_all(sums, slot, phase, KC, tops, tables, rings, bars, cfg: gl.constexpr, WG: gl.constexpr, P: gl.constexpr):
+    """The same of sums of all columns that a tile may have, the first of which are those of this width; zeros behind those."""
+    ALL: gl.constexpr = cfg.BT // 16
+    A: gl.constexpr = P // 16
+    MP: gl.constexpr = cfg.MP
+    mine = ()
+    for u in gl.static_range(MP):
+        mine = mine + several(sums, u * ALL, u * ALL + A)
+    mine, slot, phase = products16(mine, slot, phase, KC, tops, tables, rings, bars, cfg, WG, P)
+    every = ()
+    for u in gl.static_range(MP):
+        every = every + several(mine, u * A, (u + 1) * A) + zeros(ALL - A)
+    return every, slot, phase
+
+
+@gluon.jit
 def side_by_side(left, right):
-    """Sums [64, 32] of two pieces."""
-    x = gl.reshape(gl.permute(gl.join(left, right), (0, 2, 1)), [64, 32])
-    return gl.convert_layout(x, sums8_layout(32), assert_trivial=True)
+    """The sums of two pieces as one."""
+    N: gl.constexpr = 2 * left.shape[1]
+    x = gl.reshape(gl.permute(gl.join(left, right), (0, 2, 1)), [64, N])
+    return gl.convert_layout(x, sums8_layout(N), assert_trivial=True)
+
+
+@gluon.jit
+def joined(sums, FROM: gl.constexpr, COUNT: gl.constexpr):
+    """COUNT of the sums [64, 16], a power of two, as one."""
+    if COUNT == 1:
+        return sums[FROM]
+    else:
+        return side_by_side(joined(sums, FROM, COUNT // 2), joined(sums, FROM + COUNT // 2, COUNT // 2))

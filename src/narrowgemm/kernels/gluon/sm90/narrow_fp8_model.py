@@ -20,14 +20,14 @@ AHEAD_BYTES, AHEAD_EFFICIENCY, AHEAD_COPY = 3.4e-6, 0.95, 0.345
 MAX_GROUPS = 256            # whose entries a warp finds by itself
 ALONE = 0.71                # of the clocks of a K block, where hardly any other SM is at work
 LAST_WAVE = 0.35            # power of the share of blocks that are at work in the mean, by which bytes take longer
-TILE_CLOCKS = 200.0         # of a tile, beyond its K blocks
+TILE_CLOCKS: dict[tuple[int, float], float] = {(288, 1): 5000.0}        # of a tile, beyond its K blocks: of others 200
 # of one K block of 64 weight rows on one SM: expansion, and for each column, by most tokens and half the units. The last two are a
 # quarter more than 64 experts took on an H100, 6% less than a tile of one product: 256 experts of 128 rows took 13-19% more than it
 BLOCK_CLOCKS = {(32, 1): (170.0, 2.9), (32, 2): (170.0, 2.9), (64, 1): (205.0, 3.5), (64, 2): (170.0, 2.9), (128, 1): (200.0, 3.0),
-                (96, 1.5): (243.0, 2.45), (160, 1): (250.0, 2.72), (160, 1.5): (375.0, 2.30), (144, 2): (430.0, 2.15)}
+                (96, 1.5): (230.0, 2.31), (160, 1): (239.0, 2.60), (160, 1.5): (375.0, 2.30), (144, 2): (430.0, 2.15)}
 # the same of tokens with one scale
 ROW_CLOCKS = {(32, 1): (160.0, 2.6), (32, 2): (160.0, 2.6), (64, 1): (195.0, 3.0), (64, 2): (165.0, 2.6), (128, 1): (200.0, 2.5),
-              (96, 1): (190.0, 2.2), (96, 1.5): (225.0, 2.3), (160, 1): (204.0, 2.2)}
+              (96, 1): (185.0, 2.14), (96, 1.5): (212.0, 2.17), (160, 1): (191.0, 2.06), (288, 1): (290.0, 2.06)}
 # the same of BF16 tokens, two numbers each, as a factor: fitted to 40 products
 TWO_CLOCKS: dict[tuple[int, float], float] = {(32, 1): 1.10, (32, 2): 1.22, (64, 1): 1.10, (64, 2): 1.27}
 EFFICIENCY = 0.97           # of the streaming rate
@@ -65,7 +65,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     for size in sizes:
         whole, rest = divmod(round(size), config.block_m)
         for wide, count in ((config.block_m, whole), (width(rest, config.block_m), rest > 0)):
-            clocks += count * ctas * (chunks * units * (expand + column * wide) + TILE_CLOCKS) / len(sizes)
+            clocks += count * ctas * (chunks * units * (expand + column * wide) + TILE_CLOCKS.get(shape, 200.0)) / len(sizes)
             entries += count / len(sizes)
     work = experts * entries * -(-problem.n // config.block_n) / (sms * ctas)
     mean = clocks / entries

@@ -21,11 +21,12 @@ from ....prepack_bits import FP8_PREPACK, ORDERS
 from ....problem import Config, Problem, Step
 from ...launching import Launch, Pointer
 from ...operands import Operands
-from . import narrow, narrow_fp8_model
+from . import narrow, narrow_fp8_front, narrow_fp8_model
 from . import narrow_prefill_ring as ring
 from .fp8_block_tile import LAYOUTS
 from .fp8_decode_tile import extra
 from .narrow import TWO_ORDER, combine, power_of_two, sms_of, xkind
+from .narrow_columns import FP8_COLUMNS, OF_ROWS, offered
 from .narrow_model import active_experts, rows_expected, slots_expected
 from .narrow_prefill_tile import BOXES, RATIO_BYTES, SCALE_BYTES, WIDTHS, Tile
 from .narrow_tile import (
@@ -75,9 +76,6 @@ SHAPES = {(32, 1): (12, 8), (64, 1): (7, 5), (64, 2): (5, 3), (128, 1): (4, 3), 
 
 # the same of FP8 tokens and weights packed for them: ring slots
 FP8_SHAPES = {(32, 2): 9, (64, 1): 10, (64, 2): 7, (128, 1): 6}
-# the same by most tokens and units, in widths of COLUMNS: consumers, ring slots, columns of a product where they are several
-FP8_COLUMNS = {(96, 3): (3, 7, 0), (160, 2): (2, 6, 0), (160, 3): (3, 5, 64), (144, 4): (2, 4, 48), (96, 2): (2, 10, 0)}
-OF_ROWS = (96, 2)       # of tokens with one scale a row alone
 FP8_PAIR = (32, 1)      # two blocks an SM
 # of BF16 ones
 TWO_SHAPES = {(32, 2): 7, (64, 1): 7, (64, 2): 5}
@@ -91,8 +89,9 @@ TOUCHED_ROWS = 4        # expected ones of a masked group: with fewer, some have
 FEWEST = {"e2m1": 0, "e4m3": 32}     # tiles of so many tokens and fewer are left to the kernel for few
 
 
-def _config(tokens: int, units: int, stages: int, warpgroups: int = 2) -> Config:
-    return Config(tokens, warpgroups * units * ROWS, CHUNK, 4 * warpgroups + 1, stages, swap_ab=True, persistent=True)
+def _config(tokens: int, units: int, stages: int, warpgroups: int = 2, box: int = 1) -> Config:
+    return Config(tokens, warpgroups * units * ROWS, CHUNK, 4 * warpgroups + 1, stages, swap_ab=True, persistent=True,
+                  extra=(("box", box), ) if box > 1 else ())
 
 
 def consumers(config: Config) -> int:
@@ -112,18 +111,7 @@ def in_columns(problem: Problem, config: Config) -> bool:
 
 def piece_of(config: Config) -> int:
     """Columns of a product, where a tile of FP8_COLUMNS has several a K block."""
-    return FP8_COLUMNS[config.block_m, config.block_n // ROWS][2]
-
-
-def offered(problem: Problem, tokens: int, units: int, piece: int) -> bool:
-    """Several products a K block have been run by offsets alone, of tokens with scales: three units if one tile holds an expert's.
-
-    Faster with few experts, slower with many: candidates that the model doesn't choose."""
-    if (tokens, units) == OF_ROWS:      # timed by offsets
-        return by_row(problem) and problem.op == "grouped_gemm" and problem.layout == "offsets"
-    if in_two(problem) or (piece and (by_row(problem) or problem.op != "grouped_gemm" or problem.layout != "offsets")):
-        return False
-    return not piece or units > 3 or rows_expected(problem) <= tokens
+    return FP8_COLUMNS[config.block_m, config.block_n // ROWS][3]
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
@@ -132,7 +120,7 @@ def configs(problem: Problem, arch: Arch) -> list[Config]:
         if not in_two(problem):
             shapes, pair = FP8_SHAPES, replace(_config(*FP8_PAIR, ring.SLOTS), extra=ring.options(problem, arch))
         wide = [replace(_config(*x, SHAPES[x][0]), extra=(("bf16", 1), )) for x in WIDE_SHAPES]
-        columns = [_config(t, u // w, s, w) for (t, u), (w, s, p) in FP8_COLUMNS.items() if offered(problem, t, u, p)]
+        columns = [_config(t, u // w, s, w, b) for (t, u), (w, s, b, p) in FP8_COLUMNS.items() if offered(problem, t, u, p)]
         every = (*(_config(t, u, s) for (t, u), s in shapes.items()), *columns, pair, *wide)
         return [c for c in every if legal(problem, c, arch) is None]
     e4m3 = problem.b.format.element == "e4m3"
@@ -151,9 +139,9 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     if (not columns and (shape not in shapes or config.block_n % (2 * ROWS))) or config.block_k != CHUNK:
         shapes += [*FP8_COLUMNS] if fp8 and not in_two(problem) else []
         return f"tile {config.block_m}x{config.block_n}x{config.block_k}, expected tokens and units of {shapes}, and {CHUNK}"
-    if columns and piece_of(config) and by_row(problem):
+    if columns and piece_of(config) and by_row(problem) and (config.block_m, config.block_n // ROWS) not in OF_ROWS:
         return f"tile {config.block_m}x{config.block_n} is for tokens with scales of 128 of K, not {problem.a.format.name}"
-    if columns and not by_row(problem) and (config.block_m, config.block_n // ROWS) == OF_ROWS:
+    if columns and not by_row(problem) and (config.block_m, config.block_n // ROWS) in OF_ROWS:
         return f"tile {config.block_m}x{config.block_n} is for tokens with one scale, not {problem.a.format.name}"
     if extra(config, "bf16") and not in_two(problem):
         return f"bf16=1 is for BF16 tokens and weights in the order {FP8_PREPACK}, not {problem.a.format.name}, {problem.b.prepack}"
@@ -168,7 +156,7 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     if extra(config, "ctas", 1) != (2 if paired else 1):
         return f"ctas={extra(config, 'ctas', 1)}, expected 2 for {FP8_PAIR} FP8 tokens and units, else 1"
     tile = tile_of(problem, config)
-    if tile.BOX not in (1, 2) or (tile.BOX > 1 and (not fp8 or columns or tile.UNROLL != tile.BOX)):
+    if tile.BOX not in (1, 2) or (tile.BOX > 1 and (not fp8 or (tile.PIECE and not tile.ROW) or tile.UNROLL != tile.BOX)):
         return f"box={tile.BOX} K blocks a slot, expected 1, or 2 for FP8 tiles of one product and trips of two"
     if extra(config, "stream") and not tile.weights_first:
         return "stream takes tiles whose weights have more of the ring than their tokens"
@@ -187,8 +175,8 @@ def tile_of(problem: Problem, config: Config, slots: bool = True, factor: bool =
     """The compile-time constants of a config. `slots`: positions are mapped to slots; `factor`: weight rows have factors."""
     e = problem.epilogue
     columns, row = in_columns(problem, config), by_row(problem)
-    unroll = 1 if columns and not row else extra(config, "unroll", 2)
     box = extra(config, "box", 1)
+    unroll = box if columns and not row else extra(config, "unroll", 2)
     args = (*e.activation_args, 0.0, 0.0)
     pair, fp8 = problem.b.prepack.partition(":")[2], by_fp8(problem, config)
     fp32, ahead = e.combine or problem.out_dtype == "fp32", starts_ahead(problem, config)
@@ -199,7 +187,7 @@ def tile_of(problem: Problem, config: Config, slots: bool = True, factor: bool =
                 doubles(problem), fp8, packed_for_fp8(problem) and not fp8, fp8 and in_two(problem),
                 4 if fp32 else problem.out_bytes,
                 ROW=row, CONSUMERS=consumers(config), COLUMNS=columns, PIECE=piece_of(config) if columns else 0, AHEAD=ahead,
-                BOX=box, BY_K=fp8 and not row and not columns, STREAM=bool(extra(config, "stream")),
+                BOX=box, BY_K=fp8 and not row and (not columns or box > 1), STREAM=bool(extra(config, "stream")),
                 OUT_TOKENS=16 if box > 1 and extra(config, "ctas", 1) == 2 else 32,
                 LAYOUT=LAYOUTS[problem.layout] if ahead else 0,
                 GROUPS=max(32, power_of_two(problem.groups)) if ahead else 32,
@@ -377,7 +365,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
         boxes.append(TensorDescriptor(base, [x.groups * tiles, deep, box[2]], [deep * box[2], box[2], 1], box, planes))
     flat = narrow_prefill_parts_device.RATIO_TILE.value
     by_k = tile.SCALES and tile.BY_K
-    deep, across, box = (chunks, 4 * rows, [tile.BOX, 64]) if by_k else (rows, 4 * chunks, [16, 4])
+    deep, across, box = (chunks, 4 * rows, [tile.BOX, 256 if tile.COLUMNS else 64]) if by_k else (rows, 4 * chunks, [16, 4])
     boxes.append(TensorDescriptor(ratios, [deep, across], [across, 1], box, flat) if tile.SCALES else boxes[0])
     out, om = (y, n) if e.combine else (x.out, x.out.stride(-2))
     sms = sms_of(x.out.device)
@@ -395,6 +383,8 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
                 weight, table if x.top is None else x.top, index if tile.AHEAD else table, k_blocks(problem), tiles, slots,
                 each if tile.AHEAD else cap, x.groups, x.n, om, tile),
                {"num_warps": 4, "maxnreg": tile.max_registers, "launch_pdl": tile.AHEAD})]
+    if narrow_fp8_front.takes(problem, x, tile):
+        made[0] = narrow_fp8_front.launch(problem, x, tile, rows, (tokens, xfactor, ratios), kx)
     if problem.zeroes:
         made.insert(0, narrow.zero_padding_rows(problem, x))
     if e.combine:

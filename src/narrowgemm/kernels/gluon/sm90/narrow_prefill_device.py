@@ -19,16 +19,29 @@ grid, so that blocks that run at the same time share their tokens through L2.
 """
 
 from triton.experimental import gluon
+from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.language.extra.cuda import gdc_wait
 
 from .fp8_block_parts_device import ROW_OF_FLOATS, advance
 from .fp8_block_schedule_device import ROW_OF_INTS
-from .narrow_columns_device import first_turn, last_turn, products16, side_by_side
+from .fold_expand_device import lane_table
+from .narrow_columns_device import (
+    announce,
+    announced,
+    first_turn,
+    joined,
+    last_turn,
+    opaque,
+    products16,
+    products_of_all,
+    tops_of,
+    zeros,
+)
 from .narrow_entries_device import entry_at, entry_sums, sum_up
 from .narrow_fp8_device import products8
-from .narrow_prefill_parts_device import PLANES, RATIO_TILE, X8_TILE, X_TILE, finish, load_activations, load_weights, products, rows_vectors
+from .narrow_prefill_parts_device import PLANES, RATIO_TILE, X8_TILE, X_TILE, boxes_of, finish, load_activations, load_weights, products, rows_vectors
 from .shim import view_rows
 
 HEAD = gl.constexpr(16)      # of the table: see narrow_tile.TABLE_HEAD
@@ -81,6 +94,7 @@ def producer(descs, rings, bars, table, table_ptr, sizes, cfg: gl.constexpr):
     e, n, first, rows = tile_at(t, total, num_n, sums, table_ptr, G, cap, cfg, 1)
     boxes = (KC + (cfg.BOX - 1)) // cfg.BOX
     asked = gl.to_tensor(0)
+    made = gl.to_tensor(0)
     if cfg.AHEAD:       # the first weights come while the launch in front brings the tokens
         if rows > 0:
             asked = gl.minimum(boxes, cfg.STAGES)
@@ -92,6 +106,9 @@ def producer(descs, rings, bars, table, table_ptr, sizes, cfg: gl.constexpr):
         # the next tile is looked up first, so that its loads are off the path between two tiles
         ahead = tile_at(t, total, num_n, sums, table_ptr, G, cap, cfg, 1)
         unit = e * NT + n * cfg.UNITS
+        if cfg.COLUMNS:
+            made += 1
+            announce(made, ahead, cfg)
         for kb in range(boxes):
             mbarrier.wait(empty.index(slot), phase)
             if cfg.AHEAD:
@@ -108,15 +125,8 @@ def producer(descs, rings, bars, table, table_ptr, sizes, cfg: gl.constexpr):
 
 
 @gluon.jit
-def run_tile(slot, phase, rings, bars, buf, vectors, pointers, tile, sizes, cfg: gl.constexpr, WG: gl.constexpr, P0: gl.constexpr,
-             P1: gl.constexpr):
-    """Sum and store one tile of up to P0 + P1 tokens."""
-    KC, NT, N, R, cap, G = sizes
-    out_ptr, om, slots_ptr, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr, top_ptr = pointers
-    slot_s, xfactor_s, weight_s = vectors
-    e, n, first, rows = tile
-    MP: gl.constexpr = cfg.MP
-    # what the epilogue needs is loaded ahead of the sums
+def of_tokens(slots_ptr, xfactor_ptr, weight_ptr, first, rows, cfg: gl.constexpr):
+    """(slots, factors, routing weights) of a tile's tokens."""
     lane: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     i = gl.arange(0, cfg.TP, lane)
     slots = i
@@ -128,34 +138,43 @@ def run_tile(slot, phase, rings, bars, buf, vectors, pointers, tile, sizes, cfg:
         xfactors = gl.load(xfactor_ptr + first + i, mask=i < rows, other=0.0)
     if cfg.WEIGHT:
         weights = gl.load(weight_ptr + first + i, mask=i < rows, other=0.0)
+    return slots, xfactors, weights
+
+
+@gluon.jit
+def keep(found, vectors, cfg: gl.constexpr):
+    """Those to shared memory."""
+    if cfg.SLOTS:
+        vectors[0].store(found[0])
+    if cfg.XFACTOR:
+        vectors[1].store(found[1])
+    if cfg.WEIGHT:
+        vectors[2].store(found[2])
+
+
+@gluon.jit
+def run_tile(slot, phase, rings, bars, buf, vectors, pointers, tile, sizes, cfg: gl.constexpr, WG: gl.constexpr, P0: gl.constexpr,
+             P1: gl.constexpr):
+    """Sum and store one tile of up to P0 + P1 tokens."""
+    KC, NT, N, R, cap, G = sizes
+    out_ptr, om, slots_ptr, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr, top_ptr = pointers
+    e, n, first, rows = tile
+    MP: gl.constexpr = cfg.MP
+    # what the epilogue needs is loaded ahead of the sums
+    found = of_tokens(slots_ptr, xfactor_ptr, weight_ptr, first, rows, cfg)
     unit = n * cfg.UNITS + WG * MP
     of_rows = ()
     for j in gl.static_range(MP):
         of_rows = of_rows + (rows_vectors(factor_ptr, bias_ptr, top_ptr, e, unit + j, NT, N, cfg), )
-    if cfg.COLUMNS:
-        sums, slot, phase = products16(slot, phase, KC, top_ptr, e * NT + unit, (NT - unit) * 64, rings, bars, cfg, WG, P0)
-    elif cfg.FP8:
+    if cfg.FP8:
         sums, slot, phase = products8(slot, phase, KC, top_ptr, e * NT + unit, (NT - unit) * 64, rings, bars, cfg, WG, P0, P1)
     else:
         sums, slot, phase = products(slot, phase, KC, rings, bars, cfg, WG, P0, P1)
-    if cfg.SLOTS:
-        slot_s.store(slots)
-    if cfg.XFACTOR:
-        xfactor_s.store(xfactors)
-    if cfg.WEIGHT:
-        weight_s.store(weights)
-    if cfg.COLUMNS:
-        for u in gl.static_range(MP):
-            for j in gl.static_range(P0 // 32):
-                finish(side_by_side(sums[u * (P0 // 16) + 2 * j], sums[u * (P0 // 16) + 2 * j + 1]), buf, vectors, of_rows[u], (out_ptr, om), tile,
-                       unit + u, (N, R), cfg, 32, 32 * j)
-            if P0 % 32 > 0:
-                finish(sums[(u + 1) * (P0 // 16) - 1], buf, vectors, of_rows[u], (out_ptr, om), tile, unit + u, (N, R), cfg, 16, P0 - 16)
-    else:
-        for j in gl.static_range(MP):
-            finish(sums[j], buf, vectors, of_rows[j], (out_ptr, om), tile, unit + j, (N, R), cfg, P0, 0)
-            if P1 > 0:
-                finish(sums[MP + j], buf, vectors, of_rows[j], (out_ptr, om), tile, unit + j, (N, R), cfg, P1, P0)
+    keep(found, vectors, cfg)
+    for j in gl.static_range(MP):
+        finish(sums[j], buf, vectors, of_rows[j], (out_ptr, om), tile, unit + j, (N, R), cfg, P0, 0)
+        if P1 > 0:
+            finish(sums[MP + j], buf, vectors, of_rows[j], (out_ptr, om), tile, unit + j, (N, R), cfg, P1, P0)
     return slot, phase
 
 
@@ -170,8 +189,6 @@ def consumer(rings, bars, buf, vectors, pointers, table, table_ptr, sizes, cfg: 
     phase = gl.to_tensor(0)
     t = gl.program_id(0)
     e, n, first, rows = tile_at(t, total, num_n, sums, table_ptr, G, cap, cfg, 4)
-    if cfg.COLUMNS:
-        first_turn(cfg, WG)
     if cfg.AHEAD and (cfg.WEIGHT or cfg.XFACTOR):
         gdc_wait()
     while rows > 0:
@@ -182,8 +199,88 @@ def consumer(rings, bars, buf, vectors, pointers, table, table_ptr, sizes, cfg: 
                 slot, phase = run_tile(slot, phase, rings, bars, buf, vectors, pointers, (e, n, first, rows), sizes, cfg, WG,
                                        cfg.WIDTHS[i][0], cfg.WIDTHS[i][1])
         e, n, first, rows = ahead
+
+
+@constexpr_function
+def store_boxes(P, cfg):
+    """(columns, the first one) of what is stored at once."""
+    return boxes_of(P, cfg.OUT_TOKENS)
+
+
+@gluon.jit
+def store_columns(sums, buf, vectors, of_rows, pointers, tile, unit, sizes, cfg: gl.constexpr, P: gl.constexpr):
+    """Finish P columns of a consumer's units."""
+    MP: gl.constexpr = cfg.MP
+    for u in gl.static_range(MP):
+        for j in gl.static_range(len(store_boxes(P, cfg))):
+            finish(joined(sums, (u * P + store_boxes(P, cfg)[j][1]) // 16, store_boxes(P, cfg)[j][0] // 16), buf, vectors, of_rows[u], pointers,
+                   tile, unit + u, sizes, cfg, store_boxes(P, cfg)[j][0], store_boxes(P, cfg)[j][1])
+
+
+@gluon.jit
+def next_tile(i, top_ptr, NT, cfg: gl.constexpr, WG: gl.constexpr):
+    """(tile i, what expanding its weights takes): asked for in front of the store of the one before."""
+    tile = announced(i, cfg)
+    unit = tile[1] * cfg.UNITS + WG * cfg.MP
+    return tile, tops_of(top_ptr, tile[0] * NT + unit, (NT - unit) * 64, cfg)
+
+
+@gluon.jit
+def columns_consumer(rings, bars, buf, vectors, pointers, table, table_ptr, sizes, cfg: gl.constexpr, WG: gl.constexpr):
+    """The same where tiles are multiplied in COLUMNS: the producer tells of tiles. A width has a loop of its own over K and, where
+    registers allow, nothing else: what comes behind it is longer than the loop, and tiles of many widths would take turns in the caches of
+    instructions."""
+    KC, NT, N, R, cap, G = sizes
+    out_ptr, om, slots_ptr, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr, top_ptr = pointers
+    MP: gl.constexpr = cfg.MP
+    num_n = gl.cdiv(NT, cfg.UNITS)
+    entry_ends, count = entries(table, table_ptr, cfg, 4)
+    slot = gl.to_tensor(0)
+    phase = gl.to_tensor(0)
+    made = gl.to_tensor(0)
+    e, n, first, rows = tile_at(gl.program_id(0), count * num_n, num_n, entry_ends, table_ptr, G, cap, cfg, 4)
+    unit = n * cfg.UNITS + WG * MP
+    tops = tops_of(top_ptr, e * NT + unit, (NT - unit) * 64, cfg)
+    tables = lane_table()
+    first_turn(cfg, WG)
+    if cfg.AHEAD and (cfg.WEIGHT or cfg.XFACTOR):
+        gdc_wait()
+    while rows > 0:
+        # what the epilogue needs is loaded ahead of the sums
+        found = of_tokens(slots_ptr, xfactor_ptr, weight_ptr, first, rows, cfg)
+        of_rows = ()
+        for j in gl.static_range(MP):
+            of_rows = of_rows + (rows_vectors(factor_ptr, bias_ptr, top_ptr, e, unit + j, NT, N, cfg), )
+        made += 1
+        tile = (e, n, first, rows)
+        ahead = tile
+        if cfg.PIECE == 0:
+            sums = opaque(zeros(MP * cfg.BT // 16))
+            for i in gl.static_range(len(cfg.WIDTHS)):
+                if takes(rows, cfg, i):
+                    sums, slot, phase = products_of_all(sums, slot, phase, KC, tops, tables, rings, bars, cfg, WG, cfg.WIDTHS[i][0])
+            ahead, tops = next_tile(made, top_ptr, NT, cfg, WG)
+            keep(found, vectors, cfg)
+            store_columns(sums, buf, vectors, of_rows, (out_ptr, om), tile, unit, (N, R), cfg, cfg.BT)
+        else:
+            for i in gl.static_range(len(cfg.WIDTHS)):
+                if takes(rows, cfg, i):
+                    sums, slot, phase = products16(zeros(MP * cfg.WIDTHS[i][0] // 16), slot, phase, KC, tops, tables, rings, bars, cfg, WG,
+                                                   cfg.WIDTHS[i][0])
+                    ahead, tops = next_tile(made, top_ptr, NT, cfg, WG)
+                    keep(found, vectors, cfg)
+                    store_columns(sums, buf, vectors, of_rows, (out_ptr, om), tile, unit, (N, R), cfg, cfg.WIDTHS[i][0])
+        e, n, first, rows = ahead
+        unit = n * cfg.UNITS + WG * MP
+    last_turn(cfg, WG)
+
+
+@gluon.jit
+def consumer_of(rings, bars, buf, vectors, pointers, table, table_ptr, sizes, cfg: gl.constexpr, WG: gl.constexpr):
     if cfg.COLUMNS:
-        last_turn(cfg, WG)
+        columns_consumer(rings, bars, buf, vectors, pointers, table, table_ptr, sizes, cfg, WG)
+    else:
+        consumer(rings, bars, buf, vectors, pointers, table, table_ptr, sizes, cfg, WG)
 
 
 @gluon.jit(do_not_specialize=["KC", "NT", "R", "cap", "G"])
@@ -218,7 +315,7 @@ def narrow_prefill_kernel(x8_desc, x16_desc, x32_desc, x64_desc, x128_desc, w_de
     f1_s = x0_s
     if cfg.SCALES:
         if cfg.COLUMNS:
-            f0_s = gl.allocate_shared_memory(gl.float32, [STAGES * cfg.XT // 16, 16, 4], RATIO_TILE)
+            f0_s = gl.allocate_shared_memory(gl.float32, [STAGES * cfg.BOX * cfg.FT // 16, 16, 4], RATIO_TILE)
         else:
             f0_s = gl.allocate_shared_memory(gl.float32, [STAGES * cfg.BOX, cfg.T0, 4], RATIO_TILE)
         if cfg.T1 > 0:
@@ -249,15 +346,15 @@ def narrow_prefill_kernel(x8_desc, x16_desc, x32_desc, x64_desc, x128_desc, w_de
     v1 = (slot_s.index(1), xfactor_s.index(1), weight_s.index(1))
     if cfg.CONSUMERS == 2:
         gl.warp_specialize([
-            (consumer, (rings, bars, d_s.index(0), v0, pointers, table, table_ptr, sizes, cfg, 0)),
-            (consumer, (rings, bars, d_s.index(1), v1, pointers, table, table_ptr, sizes, cfg, 1)),
+            (consumer_of, (rings, bars, d_s.index(0), v0, pointers, table, table_ptr, sizes, cfg, 0)),
+            (consumer_of, (rings, bars, d_s.index(1), v1, pointers, table, table_ptr, sizes, cfg, 1)),
             (producer, (descs, rings, bars, table, table_ptr, sizes, cfg)),
         ], [4, 1], [cfg.CONSUMER_REGISTERS, cfg.PRODUCER_REGISTERS])
     else:
         v2 = (slot_s.index(2), xfactor_s.index(2), weight_s.index(2))
         gl.warp_specialize([
-            (consumer, (rings, bars, d_s.index(0), v0, pointers, table, table_ptr, sizes, cfg, 0)),
-            (consumer, (rings, bars, d_s.index(1), v1, pointers, table, table_ptr, sizes, cfg, 1)),
-            (consumer, (rings, bars, d_s.index(2), v2, pointers, table, table_ptr, sizes, cfg, 2)),
+            (consumer_of, (rings, bars, d_s.index(0), v0, pointers, table, table_ptr, sizes, cfg, 0)),
+            (consumer_of, (rings, bars, d_s.index(1), v1, pointers, table, table_ptr, sizes, cfg, 1)),
+            (consumer_of, (rings, bars, d_s.index(2), v2, pointers, table, table_ptr, sizes, cfg, 2)),
             (producer, (descs, rings, bars, table, table_ptr, sizes, cfg)),
         ], [4, 4, 1], [cfg.CONSUMER_REGISTERS, cfg.CONSUMER_REGISTERS, cfg.PRODUCER_REGISTERS])

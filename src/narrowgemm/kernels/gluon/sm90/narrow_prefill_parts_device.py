@@ -11,7 +11,7 @@ from .fp8_block_schedule_device import fresh
 from .narrow_epilogue_device import activate, payload_unit
 from .narrow_epilogue_device import columns as logical_columns
 from .narrow_expand_device import E2M1_ASM, E4M3_ASM, NIBBLES_ASM, block_factors, byte_layout, bytes_layout, field_layout
-from .shim import tma_load, view_as
+from .shim import VIEWS_GROW, tma_load, view_as, view_rows
 
 X_TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2))
 X8_TILE = gl.constexpr(gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2))     # of FP8 tokens
@@ -94,21 +94,59 @@ def load_weights(descs, rings, full, slot, unit, kb, cfg: gl.constexpr):
         tma_load(s_desc, [unit + i, weight_block(kb, cfg) * cfg.BOX // 2, 0], bar, s_s.index(slot * BOXES + i))
 
 
+@constexpr_function
+def box_number(tokens):
+    """Among the descriptors, of 8 to 128 tokens."""
+    return (tokens // 8).bit_length() - 1
+
+
+@constexpr_function
+def boxes_of(P, most):
+    """(columns, the first one) of P columns, a multiple of 16, in as few powers of two as there can be, up to `most`."""
+    found, at, size = [], 0, most
+    while at < P:
+        if P - at >= size:
+            found.append((size, at))
+            at += size
+        else:
+            size //= 2
+    return found
+
+
+@constexpr_function
+def token_boxes(P):
+    """The boxes of P tokens. A copy costs the producer some eight instructions, which take their turns from the consumers' warps of its
+    scheduler."""
+    return boxes_of(P, 128 if VIEWS_GROW else 32)
+
+
+@gluon.jit
+def load_box(x_descs, x_s, bar, at, first, k, cfg: gl.constexpr, T: gl.constexpr, FROM: gl.constexpr):
+    """128 of K from k on of T tokens from FROM of a tile that begins at `first`, to the ring's tokens from `at` + FROM on."""
+    if T <= 32:
+        box = view_as(x_s, gl.float8e4nv, cfg.X_BOXES * 16 // T, T, 128, X8_TILE).index(at // T + FROM // T)
+    else:
+        box = view_rows(view_as(x_s, gl.float8e4nv, cfg.X_BOXES, 16, 128, X8_TILE).index(at // 16 + FROM // 16), gl.float8e4nv, T, 128, X8_TILE)
+    tma_load(x_descs[box_number(T)], [first + FROM, k], bar, box)
+
+
 @gluon.jit
 def load_columns(descs, x_s, f_s, bar, slot, first, kb, cfg: gl.constexpr, P: gl.constexpr):
-    """K block kb of P tokens, a multiple of 16, into a slot, and their scales."""
+    """K block, or box of them, kb of P tokens, a multiple of 16, into a slot, and their scales."""
     x_descs, w_desc, s_desc, f_desc = descs
-    mbarrier.expect(bar, P * 128 + (P * 16 if cfg.SCALES else 0))
+    B: gl.constexpr = cfg.BOX
+    mbarrier.expect(bar, B * (P * 128 + (((P + 63) // 64 * 64 if cfg.BY_K else P) * 16 if cfg.SCALES else 0)))
     if cfg.SCALES:
-        boxes = view_as(f_s, gl.float32, cfg.STAGES * (cfg.XT // 16), 16, 4, RATIO_TILE)
-        for i in gl.static_range(P // 16):
-            tma_load(f_desc, [first + i * 16, kb * 4], bar, boxes.index(slot * (cfg.XT // 16) + i))
-    boxes = view_as(x_s, gl.float8e4nv, cfg.X_BOXES // 2, 32, 128, X8_TILE)
-    for i in gl.static_range(P // 32):
-        tma_load(x_descs[2], [first + i * 32, kb * 128], bar, boxes.index(slot * (cfg.XT // 32) + i))
-    if P % 32 > 0:
-        last = view_as(x_s, gl.float8e4nv, cfg.X_BOXES, 16, 128, X8_TILE).index(slot * (cfg.XT // 16) + (P // 16 - 1))
-        tma_load(x_descs[1], [first + (P - 16), kb * 128], bar, last)
+        if cfg.BY_K:
+            scales = view_as(f_s, gl.float32, cfg.STAGES * (cfg.FT // 64), B, 256, RATIO_TILE)
+            for i in gl.static_range((P + 63) // 64):
+                tma_load(f_desc, [kb * B, (first + i * 64) * 4], bar, scales.index(slot * (cfg.FT // 64) + i))
+        else:
+            load_ratios(f_desc, f_s, bar, slot, first, kb, cfg, cfg.XT, P)
+    for j in gl.static_range(B):
+        for i in gl.static_range(len(token_boxes(P))):
+            load_box(x_descs, x_s, bar, (slot * B + j) * cfg.XT, first, (kb * B + j) * 128, cfg, token_boxes(P)[i][0],
+                     token_boxes(P)[i][1])
 
 
 @gluon.jit

@@ -24,6 +24,7 @@ COLUMNS = {
     96: (32, 48, 64, 80, 96),
     144: (32, 48, 64, 80, 96, 112, 128, 144),
     160: (32, 64, 80, 96, 112, 128, 144, 160),
+    288: (64, 128, 160, 192, 224, 240, 256, 272, 288),
 }
 BOXES = (8, 16, 32, 64, 128)    # tokens of a TMA box
 RATIO_BYTES = 16                # of a token in one slot: a number four times, the least that TMA moves
@@ -88,6 +89,7 @@ class Tile:
     T1: int = field(init=False)
     X_BOXES: int = field(init=False)         # COLUMNS: 16 tokens x 128 of K each, and one more, so that no allocation is as large
     XT: int = field(init=False)              # COLUMNS: tokens that a slot has room for
+    FT: int = field(init=False)              # COLUMNS: tokens whose scales a slot has room for
     TP: int = field(init=False)              # BT up to a power of two
     SCALES: bool = field(init=False)         # tokens' scales, or ratios of them, come beside their K blocks
     FEATURES: int = field(init=False)        # of the output that a unit gives
@@ -103,7 +105,8 @@ class Tile:
         set_(self, "T0", max(w[0] for w in self.WIDTHS))
         set_(self, "T1", max(w[1] for w in self.WIDTHS))
         set_(self, "XT", -(-self.BT // 32) * 32)
-        set_(self, "X_BOXES", self.STAGES * self.XT // 16 + 1)
+        set_(self, "FT", -(-self.BT // 64) * 64 if self.BY_K else self.XT)
+        set_(self, "X_BOXES", self.STAGES * self.BOX * self.XT // 16 + 1)
         set_(self, "TP", 1 << (self.BT - 1).bit_length())
         set_(self, "SCALES", self.CHUNKED or (self.FP8 and not self.ROW))
         set_(self, "FEATURES", 32 if self.ACT else 64)
@@ -125,8 +128,9 @@ class Tile:
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block: an upper bound."""
-        token = (128 if self.FP8 and not self.TWO else 256) + (RATIO_BYTES if self.SCALES else 0)
+        token = 128 if self.FP8 and not self.TWO else 256
         tokens = self.BOX * ((self.XT if self.COLUMNS else self.T0) + self.T1) * token
+        tokens += self.BOX * ((self.FT if self.COLUMNS else self.T0) + self.T1) * (RATIO_BYTES if self.SCALES else 0)
         ring = self.STAGES * (self.WEIGHT_BYTES + tokens + 3 * _BARRIER_BYTES) + (1024 if self.STREAM else 0)
         staging = self.CONSUMERS * self.OUT_TOKENS * self.FEATURES * self.OUT_BYTES
         vectors = self.CONSUMERS * self.TP * 4 * (self.SLOTS + self.XFACTOR + self.WEIGHT)

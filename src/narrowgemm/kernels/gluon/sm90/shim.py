@@ -31,6 +31,8 @@ else:
 block_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 
 HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+# whether a view may be larger than what it is of
+VIEWS_GROW = not HAS_REINTERPRET.value
 
 
 @gluon.jit
