@@ -155,6 +155,8 @@ def test_moe_sorting_is_its_definition(mask, here, block):
 @pytest.mark.parametrize("change, match", [
     ({"topk_ids": torch.zeros(3, dtype=torch.int32)}, "topk_ids"), ({"topk_ids": torch.zeros(3, 2)}, "int32"),
     ({"topk_weights": torch.zeros(3, 1)}, "topk_weights"), ({"topk_weights": torch.zeros(3, 2).double()}, "float32"),
+    ({"topk_weights": None}, "topk_weights: got NoneType"), ({"num_local_tokens": 2}, "num_local_tokens: got int"),
+    ({"num_local_tokens": torch.zeros(0, dtype=torch.int32)}, "num_local_tokens"), ({"moebuf_dtype": "bf16"}, "moebuf_dtype: got 'bf16'"),
     ({"block_size": 0}, "block_size"), ({"expert_mask": torch.ones(3, dtype=torch.int32)}, "expert_mask")])
 def test_moe_sorting_refuses(change, match):
     given = {"topk_ids": torch.zeros(3, 2, dtype=torch.int32), "topk_weights": torch.zeros(3, 2), "num_experts": 4, "model_dim": 8,

@@ -155,6 +155,26 @@ def test_masked(deep_gemm, case):
     refuses(deep_gemm.fp8_m_grouped_gemm_nt_masked, error, match, out=args["d"], **args)
 
 
+X = torch.zeros(M, K)
+WRONG_KINDS = {
+    "recipe": ("fp8_gemm_nt", dict(a=a(), b=b(), d=d(), recipe=128), r"recipe: got 128, expected a tuple"),
+    "recipe of scales": ("transform_sf_into_required_layout", dict(sf=torch.ones(M, 1), mn=M, k=128, recipe=None), r"recipe: got None"),
+    "mn": ("transform_sf_into_required_layout", dict(sf=torch.ones(M, 1), mn=None, k=128, recipe=(1, 128)), r"mn: got NoneType, expected an int"),
+    "cast of no tensor": ("per_token_cast_to_fp8", dict(x=[1.0], use_ue8m0=False), r"x: got list, expected a torch.Tensor"),
+    "cast of FP8": ("per_block_cast_to_fp8", dict(x=X.to(torch.float8_e4m3fn), use_ue8m0=False), r"x: got torch.float8_e4m3fn.*expected dense numbers"),
+    "FP4 without scales": ("prepack_fp4", dict(b=(torch.zeros(64, 32, dtype=torch.int8), None)), r"b, scales: got NoneType, expected a torch.Tensor"),
+    "recipe of FP4": ("prepack_fp4", dict(b=(torch.zeros(64, 32, dtype=torch.int8), torch.ones(64, 2)), recipe_b=32), r"recipe_b: got 32, expected \(1, 32\)"),
+    "sizes": ("k_grouped_fp8_gemm_tn_contiguous", dict(a=a(), b=b(), d=torch.zeros(1, M, N), ks_cpu=128, grouped_layout=ids(1)), r"ks_cpu: got 128, expected a list"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_KINDS)
+def test_arguments_of_a_wrong_kind(deep_gemm, case):
+    name, args, match = WRONG_KINDS[case]
+    with pytest.raises(TypeError, match=match):
+        getattr(deep_gemm, name)(**args)
+
+
 KS = [128, 256]
 K_GROUPED = {
     "ks length": (dict(ks_cpu=[384]), ValueError, r"ks_cpu, length: got 1, expected the number of groups, 2"),

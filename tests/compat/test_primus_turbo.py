@@ -103,6 +103,17 @@ def test_scaled_grouped_mm() -> None:
     assert calc_diff(dw, torch.stack([p @ q for p, q in zip(x.float().split(LENS, 1), y.float().split(LENS))])) < 1e-6
 
 
+@pytest.mark.parametrize(("change", "match"), [
+    ({"mat_a": None}, "mat_a: got NoneType"), ({"offs": [16, 32]}, "offs: got list"), ({"scale_recipe_b": None}, "recipe of mat_b: got None"),
+    ({"scale_recipe_a": torch.float32}, "recipe of mat_a: got torch.float32, expected a ScalingType")])
+def test_scaled_grouped_mm_refuses(change, match) -> None:
+    good = {"mat_a": torch.zeros(32, 64).to(torch.float8_e4m3fn), "mat_b": torch.zeros(2, 64, 48).to(torch.float8_e4m3fn), "scale_a": torch.ones(1),
+            "scale_recipe_a": "TensorWise", "scale_b": torch.ones(1), "scale_recipe_b": "TensorWise", "offs": torch.tensor([16, 32], dtype=torch.int32)}
+    scaled_grouped_mm(**good)
+    with pytest.raises(TypeError, match=match):
+        scaled_grouped_mm(**good | change)
+
+
 def test_options_of_scaled_grouped_mm_reach_every_product(monkeypatch) -> None:
     found = []
     for name in ("grouped_gemm", "grouped_gemm_wgrad"):

@@ -158,3 +158,9 @@ def test_what_it_says_and_refuses():
                  lambda: made("block").update_scales()):
         with pytest.raises(ValueError, match="expected"):
             call()
+    for change, match in (({"inter": None}, "inter: got NoneType"), ({"hidden": 64.0}, "hidden: got float"), ({"dtype": "bf16"}, "dtype: got bf16"),
+                          ({"dtype": torch.float8_e4m3fn}, "dtype: got torch.float8_e4m3fn, expected one of")):
+        with pytest.raises(TypeError, match=match):
+            ExpertMLP(**{"num_experts": E, "hidden": H, "inter": I} | change)
+    with pytest.raises(ValueError, match="hidden: got 0, expected at least 1"):
+        ExpertMLP(E, 0, I)

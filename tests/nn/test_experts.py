@@ -163,3 +163,5 @@ def test_no_parameters_and_bad_options():
         Experts(up, up, top_k=2)
     with pytest.raises(ValueError, match="top_k"):
         Experts(up, down, top_k=0)
+    with pytest.raises(TypeError, match="top_k: got NoneType, expected an int"):
+        Experts(up, down, top_k=None)

@@ -40,6 +40,9 @@ def scaled_grouped_mm(mat_a: Tensor, mat_b: Tensor, scale_a: Tensor | list[Tenso
 
     Raises TypeError / ValueError as the native ops; Unsupported for biases, swizzled scales and other recipes.
     """
+    for name, x in (("mat_a", mat_a), ("mat_b", mat_b), ("offs", offs)):
+        there = isinstance(x, Tensor) or (x is None and name == "offs")
+        expect(there, name, type(x).__name__, "a torch.Tensor", error=TypeError)
     dims = [mat_a.dim(), mat_b.dim()]
     expect(set(dims) <= {2, 3}, "mat_a and mat_b, dimensions", dims, "2 or 3 each")
     if list(contraction_dim) and [d % n for d, n in zip(contraction_dim, dims)] != [dims[0] - 1, dims[1] - 2]:
@@ -72,7 +75,8 @@ def _operand(x: Tensor, scale: Tensor | list[Tensor], recipe: Any, name: str, gr
     if isinstance(recipe, (list, tuple)):
         expect(len(recipe) == 1, f"recipes of {name}", len(recipe), "one")
         recipe = recipe[0]
-    kind = recipe if isinstance(recipe, str) else recipe.name
+    kind = recipe if isinstance(recipe, str) else getattr(recipe, "name", None)
+    expect(isinstance(kind, str), f"recipe of {name}", repr(recipe), "a ScalingType of torch, or its name", error=TypeError)
     if kind not in FORMATS:
         raise Unsupported(f"{kind} scales of {name}", f"one of {sorted(FORMATS)}")
     expect(x.dtype in ELEMENT, f"{name}, dtype", x.dtype, "float8_e4m3fn or float8_e5m2", error=TypeError)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import expect
-from ..formats import ELEMENTS
+from ..errors import expect, expect_count
+from ..formats import ELEMENTS, PLAIN
 from ..ops.expert_mlp import RECIPES, Scaling, expert_mlp
 from ..ops.grouped_linear import quantize_weight
 from ..ops.quantize_both import Both
@@ -46,7 +46,9 @@ class ExpertMLP(torch.nn.Module):
         super().__init__()
         expect(recipe in RECIPES, "recipe", repr(recipe), f"one of {RECIPES}")
         expect(not delayed or recipe == "tensorwise", "delayed with recipe", recipe, "'tensorwise'")
-        expect(history >= 1, "history", history, "at least one step")
+        for name, size in (("num_experts", num_experts), ("hidden", hidden), ("inter", inter), ("history", history)):
+            expect_count(size, name)
+        expect(dtype in PLAIN, "dtype", dtype, f"one of {tuple(PLAIN)}", error=TypeError)
         self.recipe, self.element, self.grads = recipe, element, grads or element
         self.activation, self.args, self.delayed = activation, args, delayed
         self.fast_accum, self.max_sms = fast_accum, max_sms

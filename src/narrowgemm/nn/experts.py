@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import expect
+from ..errors import expect, expect_count
 from ..formats import Format, ScaledTensor, get_format
 from ..ops import experts_check
 from ..ops.experts import ROUTING, experts, experts_workspace
@@ -51,7 +51,7 @@ class Experts(torch.nn.Module):
         source = pairs[0][1].data.dtype if not pairs[0][1].format.scaled else torch.bfloat16
         x = torch.empty((0, pairs[0][1].shape[-1]), dtype=source, device=pairs[0][1].device)
         experts_check.layer(x, weights["gate_up"], weights["down"], kind, gate_up_bias, down_bias, both, None, None)
-        expect(top_k >= 1, "top_k", top_k, "at least 1")
+        expect_count(top_k, "top_k")
         self.formats = {name: w.format.name for name, w in pairs}
         self.packs = {name: (w.shape, w.pair, w.prepack) for name, w in pairs if isinstance(w, PackedWeight)}
         buffers: dict[str, Tensor | None] = {}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import expect
 from ...layout_convert import aligned_capacity, routed_from_offsets
+from ...layouts import INT
 from ...moe_sorting import moe_sorting_from_routed
 from ...ops.route import sort_by_expert
 
@@ -34,6 +35,13 @@ def moe_sorting(topk_ids: Tensor, topk_weights: Tensor, num_experts: int, model_
     expect(isinstance(topk_ids, Tensor) and topk_ids.dim() == 2, "topk_ids", getattr(topk_ids, "shape", topk_ids), "[T, top_k]")
     expect(isinstance(block_size, int) and block_size >= 1, "block_size", block_size, "at least 1")
     expect(isinstance(model_dim, int) and model_dim >= 0, "model_dim", model_dim, "a size")
+    for name, given in (("topk_weights", topk_weights), ("num_local_tokens", num_local_tokens), ("expert_mask", expert_mask)):
+        there = isinstance(given, Tensor) or (given is None and name != "topk_weights")
+        expect(there, name, type(given).__name__, "a torch.Tensor", error=TypeError)
+    if num_local_tokens is not None:
+        expect(num_local_tokens.dtype in INT and num_local_tokens.numel() >= 1, "num_local_tokens",
+               f"{num_local_tokens.dtype} {tuple(num_local_tokens.shape)}", "int32 [1]")
+    expect(isinstance(moebuf_dtype, torch.dtype), "moebuf_dtype", repr(moebuf_dtype), "a torch.dtype", error=TypeError)
     (tokens, top_k), device = topk_ids.shape, topk_ids.device
     experts, ids, mapped = num_experts, topk_ids, None
     if num_local_tokens is not None:

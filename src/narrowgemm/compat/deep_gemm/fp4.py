@@ -43,6 +43,9 @@ def prepack_fp4(b: Sequence[Tensor], recipe_b: Sequence[int] | None = None, acti
            "a pair (payload, scales) of 2 or 3 dimensions", error=TypeError)
     assert data is not None
     expect(data.dtype in FP4, "b, payload dtype", data.dtype, " or ".join(map(str, FP4)), error=TypeError)
+    expect(isinstance(b[1], Tensor), "b, scales", type(b[1]).__name__, "a torch.Tensor", error=TypeError)
+    known = recipe_b is None or (isinstance(recipe_b, Sequence) and len(recipe_b) == 2)
+    expect(known, "recipe_b", repr(recipe_b), "(1, 32) or (1, 128)", error=TypeError)
     block = None if recipe_b is None else (int(recipe_b[0]), int(recipe_b[1]))
     return prepack(operand(data, b[1], "b", block), activations=activations)
 

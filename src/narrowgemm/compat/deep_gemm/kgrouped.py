@@ -118,6 +118,8 @@ def host_sizes(ks: Sequence[int] | Tensor | None, groups: int, *, exact: bool = 
     if isinstance(ks, Tensor):
         expect(ks.device.type == "cpu", "ks_cpu, device", ks.device, "a list, or a tensor on the CPU")
         ks = ks.tolist()
+    many = hasattr(ks, "__iter__") and not isinstance(ks, str)
+    expect(many, "ks_cpu", repr(ks), "a list of sizes, or a tensor on the CPU", error=TypeError)
     sizes = [int(k) for k in ks]
     if not sizes:
         return None if groups else []

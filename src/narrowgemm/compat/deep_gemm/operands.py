@@ -102,6 +102,8 @@ def blocks(recipe: Sequence[int] | None, recipe_a: Sequence[int] | None,
     """A's and B's scale blocks; None is left to `operand`. ValueError for recipes that contradict each other."""
     if recipe is None and recipe_a is None and recipe_b is None:
         return None, None
+    for name, given in (("recipe", recipe), ("recipe_a", recipe_a), ("recipe_b", recipe_b)):
+        expect(given is None or isinstance(given, Sequence), name, repr(given), "a tuple of numbers", error=TypeError)
     expect((recipe_a is None) == (recipe_b is None), "recipe_a and recipe_b", f"{recipe_a} and {recipe_b}",
            "both or neither")
     if recipe is None:

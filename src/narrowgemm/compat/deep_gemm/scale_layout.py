@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ... import arch
-from ...errors import Unsupported, expect
+from ...errors import Unsupported, expect, expect_count
 from ...runtime import env
 from ...scales import mn_major_tma_aligned
 from . import state
@@ -104,6 +104,8 @@ def transform_sf_into_required_layout(sf: Tensor, mn: int, k: int, recipe: Seque
     packed int32, one row a row of the operand. E8M0 codes stay as they are. ValueError for shapes that don't fit.
     """
     rows, cols = _block(recipe, is_sfa)
+    expect_count(mn, "mn", 0)
+    expect_count(k, "k", 0)
     check_scales(sf, SCALES)
     packed = sf.dtype == torch.int32
     lead = () if num_groups is None else (num_groups,)
@@ -175,6 +177,7 @@ def rows_in_groups(ends: Tensor, rows: int, alignment: int) -> Tensor:
 
 
 def _block(recipe: Sequence[int], is_sfa: bool | None) -> tuple[int, int]:
+    expect(isinstance(recipe, Sequence), "recipe", repr(recipe), "(rows, cols) or (rows of A's, B's, cols)", error=TypeError)
     if len(recipe) == 3:
         expect(is_sfa is not None, "is_sfa with a recipe of three", is_sfa, "True for A's scales, False for B's")
         rows, cols = int(recipe[0] if is_sfa else recipe[1]), int(recipe[2])

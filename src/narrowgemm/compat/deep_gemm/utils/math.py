@@ -66,7 +66,7 @@ def unpack_ue8m0_from_int(packed_sf: Tensor) -> Tensor:
 def per_token_cast_to_fp8(x: Tensor, use_ue8m0: bool, gran_k: int = 128,
                           use_packed_ue8m0: bool = False) -> tuple[Tensor, Tensor]:
     """`x` `[M, K]` to E4M3 `[M, K]` and float32 scales `[M, ceil(K / gran_k)]`, or packed int32 `[M, that / 4]`."""
-    m, k = _two_dims(x)
+    m, k = _numbers(x)
     count = ceil_div(k, gran_k)
     blocks = _pad(x, m, count * gran_k).view(m, count, gran_k)
     scale = _scale(blocks, (2,), E4M3_MAX, use_ue8m0)
@@ -77,7 +77,7 @@ def per_token_cast_to_fp8(x: Tensor, use_ue8m0: bool, gran_k: int = 128,
 
 def per_channel_cast_to_fp8(x: Tensor, use_ue8m0: bool, gran_k: int = 128) -> tuple[Tensor, Tensor]:
     """`x` `[K, N]`, K a multiple of `gran_k`, to E4M3 `[K, N]` and scales `[K / gran_k, N]`: blocks along columns."""
-    k, n = _two_dims(x)
+    k, n = _numbers(x)
     expect(k % gran_k == 0, "rows of x", k, f"a multiple of gran_k, {gran_k}")
     blocks = x.reshape(k // gran_k, gran_k, n)
     scale = _scale(blocks, (1,), E4M3_MAX, use_ue8m0)
@@ -86,7 +86,7 @@ def per_channel_cast_to_fp8(x: Tensor, use_ue8m0: bool, gran_k: int = 128) -> tu
 
 def per_block_cast_to_fp8(x: Tensor, use_ue8m0: bool, gran_k: int = 128) -> tuple[Tensor, Tensor]:
     """`x` `[N, K]` to E4M3 `[N, K]` and scales `[ceil(N / gran_k), ceil(K / gran_k)]`: square blocks."""
-    n, k = _two_dims(x)
+    n, k = _numbers(x)
     rows, cols = ceil_div(n, gran_k), ceil_div(k, gran_k)
     blocks = _pad(x, rows * gran_k, cols * gran_k).view(rows, gran_k, cols, gran_k)
     scale = _scale(blocks, (1, 3), E4M3_MAX, use_ue8m0)
@@ -107,7 +107,7 @@ def per_token_cast_to_fp4(x: Tensor, use_ue8m0: bool, gran_k: int = 128,
 
     Halfway values go to the smaller magnitude. Packed scales are filled up with 1.0 to a multiple of 4.
     """
-    m, k = _two_dims(x)
+    m, k = _numbers(x)
     expect(k % 2 == 0, "columns of x", k, "an even number: two a byte")
     expect(use_ue8m0 or not use_packed_ue8m0, "use_packed_ue8m0 with use_ue8m0", use_ue8m0, "True")
     count = ceil_div(k, gran_k)
@@ -138,6 +138,14 @@ def transpose_packed_fp4(a: Tensor) -> Tensor:
     expect(m % 2 == 0, "rows of packed E2M1", m, "an even number: two a byte")
     codes = _nibbles(a).t().contiguous().view(2 * half, m // 2, 2)
     return (codes[..., 0] | codes[..., 1] << 4).view(torch.int8)
+
+
+def _numbers(x: Tensor) -> tuple[int, int]:
+    """`_two_dims` of what can be quantised. TypeError for anything else."""
+    expect(isinstance(x, Tensor), "x", type(x).__name__, "a torch.Tensor", error=TypeError)
+    wide = x.dtype.is_floating_point and x.element_size() > 1 and x.layout == torch.strided
+    expect(wide, "x", f"{x.dtype}, {x.layout}", "dense numbers to quantise, float32, bfloat16 or float16", error=TypeError)
+    return _two_dims(x)
 
 
 def _two_dims(x: Tensor) -> tuple[int, int]:
