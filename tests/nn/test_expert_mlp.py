@@ -117,6 +117,31 @@ def test_delayed_scales_follow_the_largest_magnitudes():
     assert torch.equal(other(x, LENS), mlp(x, LENS)) and torch.equal(copy.deepcopy(mlp)(x, LENS), mlp(x, LENS))
 
 
+def test_steps_without_tokens_say_nothing_of_scales():
+    """A rank of expert parallelism may have none in its first step, and in later ones."""
+    def step(mlp, tokens):
+        mlp.zero_grad()
+        x, dy = (t[:tokens].requires_grad_(i == 0) for i, t in enumerate(sample()))
+        y = mlp(x, LENS if tokens else torch.zeros_like(LENS))
+        y.backward(dy)
+        return y
+
+    one, two = made("tensorwise", delayed=True, history=2), made("tensorwise", delayed=True, history=2)
+    for tokens in (0, 32, 0, 0, 0, 32, 32):
+        step(one, tokens)
+        one.update_scales()
+        if tokens:
+            step(two, tokens)
+            two.update_scales()
+        for name in module.STATE:
+            assert torch.equal(getattr(one, name), getattr(two, name)), (tokens, name)
+    assert one.scale[:, 0].gt(0).all() and torch.equal(step(one, 32), step(two, 32))
+    step(one, 0)        # a micro-batch without tokens beside one that has some
+    one.update_scales()
+    two.update_scales()
+    assert torch.equal(one.scale, two.scale)
+
+
 def test_sharded_checkpoints_keep_all_of_the_state(tmp_path):
     """They load in place: into a state of the same size, whether scales are known or not."""
     checkpoint = pytest.importorskip("torch.distributed.checkpoint")

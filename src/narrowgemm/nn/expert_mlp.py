@@ -58,6 +58,7 @@ class ExpertMLP(torch.nn.Module):
             for name, rows in zip(STATE, (4, 4, 4 * history)):
                 self.register_buffer(name, torch.zeros(rows, 4, dtype=torch.float32, device=device))
         self._ready = False
+        self._idle: bool | None = None      # whether all calls of this step were without tokens; None: there was none
         self._held: tuple[Both, Both] | None = None
         self._cached: dict[str, tuple[Any, Both]] = {}
         self.reset_parameters()
@@ -71,9 +72,12 @@ class ExpertMLP(torch.nn.Module):
         """`x` `[T, H]`, rows sorted by expert, as `[T, H]`. Groups by sizes or offsets on the device, as in `grouped_linear`."""
         mains = (getattr(self.gate_up, "main_grad", None), getattr(self.down, "main_grad", None))
         scaling = Scaling(self.scale, self.amax, self._ready) if self.delayed else None
-        return expert_mlp(x, self.gate_up, self.down, group_lens, group_offs=group_offs, recipe=self.recipe, element=self.element,
-                          grads=self.grads, activation=self.activation, args=self.args, quantized=self._weights(), scaling=scaling,
-                          main_grads=mains, fast_accum=self.fast_accum, max_sms=self.max_sms)
+        y = expert_mlp(x, self.gate_up, self.down, group_lens, group_offs=group_offs, recipe=self.recipe, element=self.element,
+                       grads=self.grads, activation=self.activation, args=self.args, quantized=self._weights(), scaling=scaling,
+                       main_grads=mains, fast_accum=self.fast_accum, max_sms=self.max_sms)
+        if self.delayed:
+            self._idle = x.shape[0] == 0 and self._idle is not False
+        return y
 
     # ---------------------------------------------------------------- weights
     @contextmanager
@@ -110,8 +114,13 @@ class ExpertMLP(torch.nn.Module):
     # ---------------------------------------------------------------- delayed scaling
     @torch.no_grad()
     def update_scales(self) -> None:
-        """The end of a step: the scales of the next one, from the largest magnitudes of the last `history`. All on the device."""
+        """The end of a step: the scales of the next one, from the largest magnitudes of the last `history`. All on the device.
+
+        A step without tokens, as a rank may have, counts for nothing."""
         expect(self.delayed, "update_scales of a module with delayed", self.delayed, "True")
+        idle, self._idle = self._idle, None
+        if idle:
+            return
         past = self.history.view(-1, 4, 4)
         finite = self.amax.isfinite()       # an overflow must not be remembered
         past.copy_(torch.cat([torch.where(finite, self.amax, past[0])[None], past[:-1]]))

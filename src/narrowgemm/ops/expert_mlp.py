@@ -45,7 +45,7 @@ class Scaling(NamedTuple):
         return {"scale": self.scale[i, :1], "amax": self.amax[i, :1]} if self.ready else {}
 
     def keep(self, i: int, q: Both) -> None:
-        if not self.ready:
+        if not self.ready and len(q.rows.data):     # the scale of no rows says nothing
             assert q.rows.scale is not None
             torch.maximum(self.amax[i, :1], q.rows.scale.view(1) * q.rows.format.elem.max, out=self.amax[i, :1])
 
