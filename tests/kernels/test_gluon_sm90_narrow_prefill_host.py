@@ -8,7 +8,7 @@ import pytest
 
 from narrowgemm.arch import get_arch
 from narrowgemm.formats import BF16, FP8_ROW, FP16, MXFP4, MXFP8, Format, FP8_1x128
-from narrowgemm.kernels.gluon.sm90 import narrow, narrow_fp8_model, narrow_prefill
+from narrowgemm.kernels.gluon.sm90 import narrow, narrow_fp8_model, narrow_prefill, narrow_prefill_model
 from narrowgemm.kernels.gluon.sm90.narrow_prefill_tile import BOXES, COLUMNS, FP8_WIDTHS, WIDTHS
 from narrowgemm.ops.explain import describe, explain
 from narrowgemm.prepack_bits import FP8_PREPACK, PREPACK
@@ -238,7 +238,7 @@ def test_widths_are_pieces_that_tma_brings() -> None:
         assert sums == sorted(set(sums)) and sums[-1] == most
         assert all(p in BOXES and q in (0, *BOXES) for p, q in pairs)
         # an entry of any size up to the most has a width, and it holds its tokens
-        assert [narrow_prefill.width(r, most) for r in range(1, most + 1)] == [min(s for s in sums if s >= r) for r in range(1, most + 1)]
+        assert [narrow_prefill_model.width(r, most) for r in range(1, most + 1)] == [min(s for s in sums if s >= r) for r in range(1, most + 1)]
 
 
 def test_workspace_holds_everything() -> None:

@@ -53,10 +53,6 @@ class Static:
     CONSUMER_REGS: int
 
 
-def extra(config: Config, name: str, default: int = 0) -> int:
-    return config.option(name, default)
-
-
 def slot_bytes(config: Config) -> int:
     """A ring slot: weights, tokens, scales, two barriers."""
     return config.option("box", 1) * ((config.block_n + config.block_m) * 128 + config.block_m * 4) + 16

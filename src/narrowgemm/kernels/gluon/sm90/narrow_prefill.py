@@ -7,7 +7,6 @@ BF16. How it works: `narrow_prefill_device.py`. It takes what the kernel for few
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import accumulate
@@ -21,14 +20,12 @@ from ....prepack_bits import FP8_PREPACK, ORDERS
 from ....problem import Config, Problem, Step
 from ...launching import Launch, Pointer
 from ...operands import Operands
-from . import narrow, narrow_fp8_front, narrow_fp8_model
+from . import narrow, narrow_fp8_front, narrow_fp8_model, narrow_prefill_model
 from . import narrow_prefill_ring as ring
 from .fp8_block_tile import LAYOUTS
-from .fp8_decode_tile import extra
 from .narrow import TWO_ORDER, combine, power_of_two, sms_of, xkind
 from .narrow_columns import FP8_COLUMNS, OF_ROWS, offered
-from .narrow_model import active_experts, rows_expected, slots_expected
-from .narrow_prefill_tile import BOXES, RATIO_BYTES, SCALE_BYTES, WIDTHS, Tile
+from .narrow_prefill_tile import BOXES, RATIO_BYTES, SCALE_BYTES, Tile
 from .narrow_tile import (
     ACT_IDS,
     CHUNK,
@@ -41,6 +38,7 @@ from .narrow_tile import (
     doubles,
     entries_at_most,
     in_two,
+    k_blocks,
     packed_for_fp8,
     promotes,
 )
@@ -101,7 +99,7 @@ def consumers(config: Config) -> int:
 
 def by_fp8(problem: Problem, config: Config) -> bool:
     """Whether the product is FP8 wgmma's."""
-    return packed_for_fp8(problem) and not extra(config, "bf16")
+    return packed_for_fp8(problem) and not config.option("bf16")
 
 
 def in_columns(problem: Problem, config: Config) -> bool:
@@ -143,31 +141,26 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
         return f"tile {config.block_m}x{config.block_n} is for tokens with scales of 128 of K, not {problem.a.format.name}"
     if columns and not by_row(problem) and (config.block_m, config.block_n // ROWS) in OF_ROWS:
         return f"tile {config.block_m}x{config.block_n} is for tokens with one scale, not {problem.a.format.name}"
-    if extra(config, "bf16") and not in_two(problem):
+    if config.option("bf16") and not in_two(problem):
         return f"bf16=1 is for BF16 tokens and weights in the order {FP8_PREPACK}, not {problem.a.format.name}, {problem.b.prepack}"
     if promotes(problem) and not fp8 and shape not in PROMOTED[problem.b.format.element]:
         return f"tokens and units {shape} have not run right with FP32 scales of A, expected {PROMOTED[problem.b.format.element]}"
     warps = 4 * FP8_COLUMNS[config.block_m, config.block_n // ROWS][0] + 1 if columns else 9
     if config.num_warps != warps or not config.swap_ab or not config.persistent or config.split_k != 1:
         return f"expected {warps} warps, swap_ab and persistent, without split_k"
-    if extra(config, "unroll", 2) not in (2, 4):
-        return f"unroll={extra(config, 'unroll')}, expected 2 or 4"
+    if config.option("unroll", 2) not in (2, 4):
+        return f"unroll={config.option('unroll')}, expected 2 or 4"
     paired = fp8 and shape == FP8_PAIR
-    if extra(config, "ctas", 1) != (2 if paired else 1):
-        return f"ctas={extra(config, 'ctas', 1)}, expected 2 for {FP8_PAIR} FP8 tokens and units, else 1"
+    if config.option("ctas", 1) != (2 if paired else 1):
+        return f"ctas={config.option('ctas', 1)}, expected 2 for {FP8_PAIR} FP8 tokens and units, else 1"
     tile = tile_of(problem, config)
     if tile.BOX not in (1, 2) or (tile.BOX > 1 and (not fp8 or (tile.PIECE and not tile.ROW) or tile.UNROLL != tile.BOX)):
         return f"box={tile.BOX} K blocks a slot, expected 1, or 2 for FP8 tiles of one product and trips of two"
-    if extra(config, "stream") and not tile.weights_first:
+    if config.option("stream") and not tile.weights_first:
         return "stream takes tiles whose weights have more of the ring than their tokens"
     if config.num_stages < 2 or tile.shared_bytes > smem_budget(config, arch):
         return f"{config.num_stages} stages take {tile.shared_bytes} bytes of shared memory; expected 2 or more, in {arch.smem}"
     return None
-
-
-def k_blocks(problem: Problem) -> int:
-    """Blocks of 128 of K that the tokens are multiplied in: FP16 ones are two BF16 numbers, a block each."""
-    return chunks_of(problem) * (2 if doubles(problem) else 1)
 
 
 @lru_cache(maxsize=4096)
@@ -175,23 +168,24 @@ def tile_of(problem: Problem, config: Config, slots: bool = True, factor: bool =
     """The compile-time constants of a config. `slots`: positions are mapped to slots; `factor`: weight rows have factors."""
     e = problem.epilogue
     columns, row = in_columns(problem, config), by_row(problem)
-    box = extra(config, "box", 1)
-    unroll = box if columns and not row else extra(config, "unroll", 2)
+    box = config.option("box", 1)
+    unroll = box if columns and not row else config.option("unroll", 2)
     args = (*e.activation_args, 0.0, 0.0)
     pair, fp8 = problem.b.prepack.partition(":")[2], by_fp8(problem, config)
     fp32, ahead = e.combine or problem.out_dtype == "fp32", starts_ahead(problem, config)
-    return Tile(config.block_m, config.block_n // (consumers(config) * ROWS), config.num_stages, unroll,
-                k_blocks(problem) % unroll if box == 1 else 0,      # slots of several end with zeros
-                problem.b.format.element == "e4m3", slots, factor, problem.a.format.scaled and (not fp8 or row), PAIR_IDS[pair],
-                ACT_IDS[e.activation], args[0], args[1], e.bias, e.routing_weight, promotes(problem) and not fp8,
-                doubles(problem), fp8, packed_for_fp8(problem) and not fp8, fp8 and in_two(problem),
-                4 if fp32 else problem.out_bytes,
+    return Tile(BT=config.block_m, MP=config.block_n // (consumers(config) * ROWS), STAGES=config.num_stages, UNROLL=unroll,
+                REST=k_blocks(problem) % unroll if box == 1 else 0,     # slots of several end with zeros
+                E4M3=problem.b.format.element == "e4m3", SLOTS=slots, FACTOR=factor,
+                XFACTOR=problem.a.format.scaled and (not fp8 or row), PAIR=PAIR_IDS[pair], ACT=ACT_IDS[e.activation],
+                ALPHA=args[0], LIMIT=args[1], BIAS=e.bias, WEIGHT=e.routing_weight, CHUNKED=promotes(problem) and not fp8,
+                DOUBLE=doubles(problem), FP8=fp8, NIBBLES=packed_for_fp8(problem) and not fp8, TWO=fp8 and in_two(problem),
+                OUT_BYTES=4 if fp32 else problem.out_bytes,
                 ROW=row, CONSUMERS=consumers(config), COLUMNS=columns, PIECE=piece_of(config) if columns else 0, AHEAD=ahead,
-                BOX=box, BY_K=fp8 and not row and (not columns or box > 1), STREAM=bool(extra(config, "stream")),
-                OUT_TOKENS=16 if box > 1 and extra(config, "ctas", 1) == 2 else 32,
+                BOX=box, BY_K=fp8 and not row and (not columns or box > 1), STREAM=bool(config.option("stream")),
+                OUT_TOKENS=16 if box > 1 and config.option("ctas", 1) == 2 else 32,
                 LAYOUT=LAYOUTS[problem.layout] if ahead else 0,
                 GROUPS=max(32, power_of_two(problem.groups)) if ahead else 32,
-                **({"CTAS": 2, "CONSUMER_REGISTERS": 104, "PRODUCER_REGISTERS": 24} if extra(config, "ctas", 1) == 2 else
+                **({"CTAS": 2, "CONSUMER_REGISTERS": 104, "PRODUCER_REGISTERS": 24} if config.option("ctas", 1) == 2 else
                    {"CONSUMER_REGISTERS": 160, "PRODUCER_REGISTERS": 24} if consumers(config) == 3 else
                    {"CONSUMER_REGISTERS": 240, "PRODUCER_REGISTERS": 24} if fp8 else {}))
 
@@ -245,61 +239,9 @@ def workspace(problem: Problem, config: Config) -> int:
 
 
 # ---------------------------------------------------------------- cost
-# fitted to 23 products on an H100: docs/measured.md
-# by weights: launches, the table, the first bytes, blocks that are idle at the end
-START = {"e2m1": 12.0e-6, "e4m3": 8.0e-6}
-DENSE = 1.0e-6              # seen beside it on dense products of few tiles
-TILE_CLOCKS = 900.0         # of a tile, beyond its K blocks
-EXPAND_CLOCKS = 520.0       # of one K block of two units: no less, however few the tokens
-# of the tensor cores' rate at CLOCK, by most tokens and units of a tile
-RATE = {(32, 1): 0.60, (64, 1): 0.60, (64, 2): 0.605, (128, 1): 0.72, (128, 2): 0.72, (192, 1): 0.70}
-NIBBLES = (1.09, 1.65)      # of the arithmetic and the expansion, where weights in the order FP8_PREPACK become BF16
-# what the arithmetic of dense products with E4M3 weights takes of that: seen on an H200 at 512 tokens, not at 2048
-DENSE_E4M3 = {(64, 1): 1.11, (64, 2): 1.03, (128, 1): 0.92, (128, 2): 0.86, (192, 1): 0.94}
-# of the streaming rate, by most tokens: they take the place of weights in flight
-EFFICIENCY = {"e2m1": {32: 0.98, 64: 0.96, 128: 0.83, 192: 0.80}, "e4m3": {32: 0.90, 64: 0.90, 128: 0.83, 192: 0.80}}
-COPY = 0.95                 # of the streaming rate, in the launch in front and the one behind
-CLOCK = 1.7e9
-_POWER = 6                  # of the norm that arithmetic and bytes are put together with
-
-
-def width(rows: float, tokens: int) -> int:
-    """Columns that a tile of `rows` tokens runs at."""
-    return next((p + q for p, q in WIDTHS[tokens] if p + q >= rows), tokens)
-
-
 def estimate(problem: Problem, config: Config, arch: Arch) -> float:
-    """Seconds: tiles by their widths, experts' sizes spread as a Poisson's do; or the bytes at the streaming rate."""
-    if by_fp8(problem, config):
-        return narrow_fp8_model.estimate(problem, config, arch)
-    sms = min(arch.sms, problem.max_sms or arch.sms)
-    units = config.block_n // ROWS
-    experts, rows = active_experts(problem), rows_expected(problem)
-    spread = rows**0.5 if problem.layout == "offsets" else 0.0
-    sizes = [max(1.0, rows + spread * z) for z in (-1.3, -0.7, -0.3, 0.0, 0.3, 0.7, 1.3)]
-    chunks, element = chunks_of(problem), problem.b.format.element
-    more, expand = NIBBLES if extra(config, "bf16") else (1.0, 1.0)
-    clocks = entries = 0.0
-    for size in sizes:
-        whole, rest = divmod(round(size), config.block_m)
-        for columns, count in ((config.block_m, whole), (width(rest, config.block_m), rest > 0)):
-            block = units / 2 * max(8 * columns / RATE[config.block_m, units // 2] * more, EXPAND_CLOCKS * expand)
-            clocks += count * (k_blocks(problem) * block + TILE_CLOCKS * units / 2) / len(sizes)
-            entries += count / len(sizes)
-    work = experts * -(-problem.n // config.block_n)        # an expert's entries are dealt out one by one
-    compute = clocks / CLOCK * max(work / sms, 1.0 / entries)
-    if problem.layout == "dense":       # the tiles are known, so the last wave counts whole
-        compute = clocks / CLOCK / entries * math.ceil(round(work * entries / sms, 3))
-        compute *= DENSE_E4M3.get((config.block_m, units // 2), 1.0) if element == "e4m3" and problem.m <= 512 else 1.0
-    total = slots_expected(problem)
-    written = total * problem.n * problem.out_bytes
-    weights = experts * -(-problem.n // ROWS) * chunks * ROWS * (CHUNK * problem.b.format.elem.bits / 8 + 4)
-    rate = arch.bandwidth * sms / arch.sms
-    memory = (weights + 2 * written + 2.0 * total * problem.k) / (rate * EFFICIENCY[element][config.block_m])
-    gather = 2 * 2.0 * total * problem.k / (rate * COPY)
-    combine = 3 * 4.0 * total * problem.n / (rate * COPY) if problem.epilogue.combine else 0.0
-    start = START[element] + (DENSE if problem.layout == "dense" else 0.0)
-    return start + (compute**_POWER + memory**_POWER) ** (1 / _POWER) + gather + combine
+    """Seconds."""
+    return (narrow_fp8_model if by_fp8(problem, config) else narrow_prefill_model).estimate(problem, config, arch)
 
 
 # ---------------------------------------------------------------- launch
@@ -349,12 +291,13 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     index = table if x.index is None else x.index
     share = narrow.share(problem, each)
     order = table if x.slots is None else x.slots
-    prep = PrepStatic(KINDS[problem.layout], config.block_m, power_of_two(x.groups),
-                      NIBBLE_ORDER if tile.NIBBLES else TWO_ORDER if tile.TWO else ROW_ORDER if tile.ROW else FP8_ORDER if tile.FP8
-                      else xkind(problem.a),
-                      problem.a.format.group[1] or 32, e.combine, PREP_K,
-                      x.slots is not None, x.weight is not None, power_of_two(x.block_m), not tile.AHEAD or e.combine, tile.BY_K,
-                      tile.AHEAD, touched(problem, config), tile.UNITS)
+    order_of_k = (NIBBLE_ORDER if tile.NIBBLES else TWO_ORDER if tile.TWO else ROW_ORDER if tile.ROW else FP8_ORDER if tile.FP8
+                  else xkind(problem.a))
+    prep = PrepStatic(
+        KIND=KINDS[problem.layout], BT=config.block_m, GROUPS=power_of_two(x.groups), XKIND=order_of_k,
+        GROUP=problem.a.format.group[1] or 32, LIVE=e.combine, BK=PREP_K, SLOTS=x.slots is not None, WEIGHT=x.weight is not None,
+        BLOCK=power_of_two(x.block_m), LIST=not tile.AHEAD or e.combine, BY_K=tile.BY_K, PDL=tile.AHEAD,
+        TOUCHED=touched(problem, config), UNITS=tile.UNITS)
     x_tile = narrow_prefill_parts_device.X8_TILE.value if tile.FP8 else narrow_prefill_parts_device.X_TILE.value
     planes = narrow_prefill_parts_device.PLANES.value
     wide = k_blocks(problem) * CHUNK * (2 if tile.TWO else 1)

@@ -118,6 +118,11 @@ def doubles(problem: Problem) -> bool:
     return problem.a.format.element == "fp16"
 
 
+def k_blocks(problem: Problem) -> int:
+    """Blocks of 128 of K that the tokens are multiplied in: FP16 ones are two BF16 numbers, a block each."""
+    return chunks_of(problem) * (2 if doubles(problem) else 1)
+
+
 def chunks_of(problem: Problem) -> int:
     return -(-problem.k // CHUNK)
 
