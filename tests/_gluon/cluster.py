@@ -144,10 +144,11 @@ def _multiply_step(a: Any, b: Any, sums: tuple[Any, ...], parts: int, columns: i
     return tuple(started)
 
 
-def _multiply_turned(a: Any, b: Any, sums: tuple[Any, ...], parts: int, columns: int, mma: Any) -> tuple[Pending, ...]:
-    """64 columns of A, 64 rows each, in BF16."""
+def _multiply_bf16(a: Any, b: Any, sums: tuple[Any, ...], parts: int, columns: int, mma: Any, turned: bool = False) -> tuple[Pending, ...]:
+    """64 rows of 64 columns of A in BF16; turned: columns of 64 rows each."""
     memory, a, b = current().memory, int(raw(a)), int(raw(b))
-    x = Shared(memory.at(a, 64 * 64, 2).reshape(64, 64).T, bfloat16)
+    x = memory.at(a, 64 * 64, 2).reshape(64, 64)
+    x = Shared(x.T if turned else x, bfloat16)
     started = [Pending(x, Shared(memory.at(b + i * columns * 128, columns * 64, 2).reshape(columns, 64).T, bfloat16), p, float32)
                for i, p in enumerate(sums)]
     local.flight.extend(started)
@@ -186,6 +187,18 @@ def _scales_of(most: Tensor, clamp: Any) -> tuple[Tensor, Tensor]:
     return wrap(scale), wrap(1 / scale)
 
 
+def _pairs_of_e4m3(w: Tensor) -> tuple[Tensor, Tensor]:
+    x = w.a.astype(np.int64)
+    second = ((x << 1) & 0x80008000) | ((x >> 3) & 0x07000700) | ((x << 4) & 0x00F000F0)
+    return wrap((x & 0x87F087F0).astype(np.uint32).view(np.int32)), wrap(second.astype(np.uint32).view(np.int32))
+
+
+def _scaled_pair(pair: Tensor, scale: Tensor) -> Tensor:
+    halves = ((pair.a.view(np.uint32)[..., None] >> np.array([0, 16], np.uint32)) << np.uint32(16)).view(np.float32) * scale.a[..., None]
+    bits = np.ascontiguousarray(halves).view(np.uint32) >> 16
+    return wrap((bits[..., 0] | bits[..., 1] << 16).view(np.int32))
+
+
 def stand_ins(package: str) -> dict[str, types.ModuleType]:
     cluster = types.ModuleType(f"{package}.cluster_device")
     cluster.__dict__.update(
@@ -199,15 +212,20 @@ def stand_ins(package: str) -> dict[str, types.ModuleType]:
         load_box=lambda desc, kernel, parameter, at, bar, to: _load(desc, kernel, parameter, (*at, 0, 0), bar, to, 1),
         load_rows=lambda desc, kernel, parameter, at, bar, to: _load(desc, kernel, parameter, at, bar, to, 1))
     wgmma = types.ModuleType(f"{package}.wgmma_device")
-    wgmma.__dict__.update(multiply=_multiply, multiply_step=_multiply_step, multiply_turned=_multiply_turned,
+    wgmma.__dict__.update(multiply=_multiply, multiply_step=_multiply_step, multiply_bf16=_multiply_bf16,
+                          multiply_turned=lambda *given: _multiply_bf16(*given, turned=True),
                           multiply_part=lambda a, b, goes_on, sums, *rest: _multiply_step(a, b, sums, *rest, goes_on=bool(raw(goes_on))), wait=_wait_sums, wait_for=_wait_for, keep=lambda sums, parts, columns: sums)
     counters = types.ModuleType(f"{package}.counters_device")
     counters.__dict__.update(take=lambda p: atomic_add(p, 1), finish=lambda p: atomic_add(p, 1), await_count=_await_count)
+    prep = types.ModuleType(f"{package}.narrow_prep_device")       # Triton's, not Gluon's
+    prep.__dict__.update(HIGH=240, LOW=3, power_of_two=lambda e: wrap(np.exp2(np.clip(e.a, -149, 127).astype(np.float32))))
+    expand = types.ModuleType(f"{package}.expand_device")
+    expand.__dict__.update(pairs_of_e4m3=_pairs_of_e4m3, scaled_pair=_scaled_pair)
     gated = types.ModuleType(f"{package}.fp8_gated_values_device")
     gated.__dict__.update(
         activated=_activated, magnitudes=lambda y: wrap(np.abs(y.a).max(1)), scales_of=_scales_of, put_rows=_put_rows, take_rows=_take_rows,
         narrowed=lambda y, inverse, dtype: Tensor(y.a * inverse.a[:, None], dtype), announce=lambda bar: _own(bar).update(arrivals=4))
-    return {m.__name__: m for m in (cluster, wgmma, counters, gated)}
+    return {m.__name__: m for m in (cluster, wgmma, counters, prep, expand, gated)}
 
 
 def launch(kernel: Any, grid: int, blocks: int, partitions: int, *args: Any, seed: int = 0) -> None:

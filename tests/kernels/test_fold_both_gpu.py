@@ -137,3 +137,35 @@ def test_a_look_in_front_leaves_outliers_at_once_and_normal_data_folded() -> Non
 
 def test_a_graph_follows_the_data() -> None:
     follows_the_data(MXFP8, NAME, ([0, 1, 203, 300, 512], [0, 0, 0, 511, 512], [0, 128, 256, 384, 512]), folded=True)
+
+
+@pytest.mark.parametrize("columns, pairs", [(80, False), (192, True)])
+@pytest.mark.parametrize("m", [700, 444], ids=["own", "behind"])
+def test_a_graph_follows_data_of_another_kind(m: int, columns: int, pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One capture, whether a product multiplies in BF16 itself or another one does: every replay is bit for bit the call on the same data."""
+    n, k = 512, 1152
+    if m != 700:
+        monkeypatch.setattr(fold_both, "OWN", 0)
+    w = ng.quantize(torch.randn(n, k, device=DEV), MXFP8)
+    packed, wide, a = ng.prepack(w, folded=True), double(w), activations("normal", m, k)
+    config = next(c for c in fold_both.of_widths() if c.block_n == columns and bool(c.extra) == pairs)
+    out = torch.empty(m, n, dtype=torch.bfloat16, device=DEV)
+
+    def call() -> torch.Tensor:
+        return ng.gemm(a, packed, out=out, backend=NAME, config=config)
+
+    call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    for kind in ("blocks apart", "normal", "outlier channel", "far out", "nan", "half of it", "normal"):
+        new = activations(kind, m, k)
+        a.data.copy_(new.data)
+        a.scale.copy_(new.scale)
+        out.fill_(7)
+        graph.replay()
+        replayed, want = out.clone(), double(a) @ wide.mT
+        out.fill_(7)
+        assert torch.equal(call().view(torch.int16), replayed.view(torch.int16)), kind
+        assert torch.equal(replayed.isnan(), want.isnan()), kind
+        assert calc_diff(replayed.double().nan_to_num(0), want.nan_to_num(0)) <= GATE[torch.bfloat16], kind

@@ -2,8 +2,9 @@
 
 The product is that of `fold_mixed.py`, without a launch that expands weights: they lie folded into E4M3 with one power of two a
 row (`prepack_folded.py`). Elements that don't fold meet columns of A that the launch in front, which folds A, brings to BF16
-beside; their products are what a tile's sums begin with. As there, blocks of A that don't fold are taken in parts, and
-the device leaves all of it to the BF16 product launched behind where too many don't, or where scales are too far out.
+beside; their products are what a tile's sums begin with. As there, blocks of A that don't fold are taken in parts. Where too many
+don't, or where scales are too far out, all of it is multiplied in BF16: on tiles of 128 x 256 by the product launched behind, on
+others by the same launch, which brings both operands there first (`fold_both_rest_device.py`).
 """
 
 from __future__ import annotations
@@ -48,6 +49,7 @@ KINDS = ("dense", "contiguous", "offsets")
 MOST_BLOCKS = 255           # of K, that columns are left out of: what looks say is added up in ten bits each
 WEIGHT_ROWS = 16            # of their weights, that a program takes at a time
 WEIGHT_PROGRAMS = 4         # of those, an SM
+REST_REGISTERS = 112        # of a lane of those, where they bring all to BF16
 MOST_GROUPS = 128           # that the launch in front looks a row's group up in
 
 
@@ -75,7 +77,9 @@ def supports(problem: Problem, arch: Arch) -> str | None:
 # columns of a tile -> tensors of a piece, columns of one, slots of the ring
 WIDTHS = {64: (1, 64, 8), 80: (5, 16, 7), 128: (2, 64, 6), 144: (9, 16, 6), 160: (5, 32, 5), 192: (3, 64, 5)}
 
-
+# FLOPs up to which a product multiplies in BF16 itself what doesn't fold: beyond, launches behind that mostly do nothing cost less
+# than what tiles of BF16's own product save where they are wanted
+OWN = 1.5e11
 PAIRED = (144, 192)         # for pairs of blocks, too, which share weights
 
 
@@ -111,6 +115,11 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     return None
 
 
+def own(problem: Problem) -> bool:
+    """Whether a product on tiles that are not 256 wide multiplies in BF16 itself."""
+    return problem.flops <= OWN
+
+
 def tile_of(problem: Problem, config: Config, arch: Arch) -> MixedTile | fold_both_tile.Tile | None:
     """The product's compile-time constants; None where it needs more shared memory than there is."""
     if config.block_n == 256:
@@ -122,7 +131,7 @@ def tile_of(problem: Problem, config: Config, arch: Arch) -> MixedTile | fold_bo
         tile = fold_both_tile.Tile(
             LAYOUTS[problem.layout], 2, 1, 1, tensors, columns, STAGES=stages, STRIP=config.group_m, OUT_BUFFERS=buffers,
             OUT_BYTES=problem.out_bytes, GROUPS=groups, ZERO=problem.zero_padding and problem.layout == "contiguous",
-            STORE_TMA=problem.out_aligned, CLUSTER_M=1 + bool(config.extra))
+            STORE_TMA=problem.out_aligned, CLUSTER_M=1 + bool(config.extra), WHOLE=own(problem))
         if tile.shared_bytes <= arch.smem:
             return tile
     return None
@@ -138,6 +147,7 @@ class Regions(NamedTuple):
     flags: int
     picks: int
     removed: int
+    codes: int
     size: int
 
 
@@ -147,9 +157,10 @@ def regions(problem: Problem, m: int) -> Regions:
     blocks = kx // BLOCK
     sizes = (max(FRONT, PROBES_AT + LOOK_BYTES * blocks + 4 * LIMIT), m * kx, 16 * blocks * column(m),
              4 * blocks * -(-m // FLAG_ROWS), 2 * (max(problem.b.picks, 1) + LIMIT) * pitch(m, problem.groups),
-             2 * LIMIT * problem.groups * problem.n)
+             2 * LIMIT * problem.groups * problem.n, problem.groups * problem.n)
     at = Regions(*accumulate((-(-s // 256) * 256 for s in sizes), initial=0))
-    return at._replace(size=max(at.size, expand.regions(problem, m, at.x).size))
+    codes = max(at.codes, expand.regions(problem, m, at.x).size)
+    return at._replace(codes=codes, size=codes + at.size - at.codes)
 
 
 def pitch(m: int, groups: int) -> int:
@@ -165,8 +176,9 @@ def workspace(problem: Problem, config: Config) -> int:
 # fitted on an H100: docs/measured.md
 # six launches, three of which do nothing; of several groups, whose tiles take longer than their number says
 LAUNCH_SECONDS = 11e-6, 36e-6
-# of one group, more: launches that do nothing behind a product took 7 to 11 us on two H200s, 4 to 5 on H100s
-SLOWER_LAUNCHES = {"h200": 8e-6}
+OWN_LAUNCH_SECONDS = 10e-6      # four launches, one of which does nothing, and more code
+# of one group, more: launches that do nothing behind a product took 7 to 11 us on two H200s, 4 to 5 on H100s; four launches
+SLOWER_LAUNCHES = {"h200": (8e-6, 3e-6)}
 FOLD = 1.05e-12                 # an element of A, on a device of `fold_mixed.RATE`
 PICK = 0.7e-12, 3.0e-12         # a row and a column of picks; of several groups
 STEP_TIME = 0.75e-6             # 64 columns of picks of a tile of 256 columns, on one SM
@@ -191,7 +203,13 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
             column *= LONG_PAIR
         seconds = tiles_time(p, unit, arch, sms // pair, steps * met(p.n, config.block_n) * column, BLOCK_TIME + column)
     memory = p.bytes / arch.bandwidth
-    launch = LAUNCH_SECONDS[1] if p.groups > 1 else LAUNCH_SECONDS[0] + SLOWER_LAUNCHES.get(arch.name, 0.0)
+    launch, slower = LAUNCH_SECONDS[0], SLOWER_LAUNCHES.get(arch.name, (0.0, 0.0))
+    if p.groups > 1:
+        launch = LAUNCH_SECONDS[1]
+    elif config.block_n != prepack_folded.TILE and own(p):
+        launch = OWN_LAUNCH_SECONDS + slower[1]
+    else:
+        launch += slower[0]
     return launch + front + max(seconds, memory) + SHARE * min(seconds, memory)
 
 
@@ -207,33 +225,47 @@ def copy_of(x: Operands) -> prepack_folded.FoldedCopy | None:
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
-    """A looked at, folded and its columns picked, the product; BF16's two launches, for what that left."""
-    copy, rest = copy_of(x), x.folded_rest
-    assert workspace is not None and copy is not None and rest is not None
+    """A looked at, folded and its columns picked, the product; what BF16 needs or does, for what that leaves."""
+    copy, kept = copy_of(x), x.folded_rest
+    assert workspace is not None and copy is not None and kept is not None
     at = regions(problem, x.m)
     of = prepack_folded.regions(x.groups, x.n, x.k, copy.columns, copy.picks)
     behind = gate(problem, x, workspace, at)
-    picks = (Pointer(rest, torch.int32, of.starts), Pointer(rest, torch.int32, of.picks), Pointer(workspace, torch.int32, at.picks),
+    picks = (Pointer(kept, torch.int32, of.starts), Pointer(kept, torch.int32, of.picks), Pointer(workspace, torch.int32, at.picks),
              copy.picks, pitch(x.m, x.groups) // 4)
     blocks = columns(x.k) // BLOCK
     remove = power_of_two(blocks) if blocks <= MOST_BLOCKS else 0
-    return [
-        *front(problem, x, workspace, at, picks, remove),
-        *([_outlying_weights(x, workspace, at)] if remove else []),
-        _product(step.config, problem, x, workspace, behind.limit),
-        *expand_gate.launches(Step(expand.NAME, BEHIND), problem, x, workspace, at.x, behind)]
+    in_front = front(problem, x, workspace, at, picks, remove)
+    product = _product(step.config, problem, x, workspace, behind.limit)
+    whole = step.config.block_n != prepack_folded.TILE and own(problem)
+    rest = [_rest(problem, x, workspace, at, behind.limit, whole)] if whole or remove else []
+    gated = [] if whole else expand_gate.launches(Step(expand.NAME, BEHIND), problem, x, workspace, at.x, behind)
+    return [*in_front, *rest, product, *gated]
 
 
-def _outlying_weights(x: Operands, workspace: Tensor, at: Regions) -> Launch:
+def listed_at(at: Regions, k: int) -> int:
+    """Where the list of columns that are left out starts."""
+    return at.counter + PROBES_AT + LOOK_BYTES * (columns(k) // BLOCK)
+
+
+def _rest(problem: Problem, x: Operands, workspace: Tensor, at: Regions, limit: int, whole: bool) -> Launch:
+    """What A's columns that are left out are multiplied by, or both operands in BF16; mostly nothing."""
     from ....arch import detect
-    from .fold_outliers_device import outlying_weights_kernel
+    from .fold_both_rest_device import rest_kernel
 
-    assert x.folded is not None
-    rows, listed = x.groups * x.n, at.counter + PROBES_AT + LOOK_BYTES * (columns(x.k) // BLOCK)
-    return Launch(outlying_weights_kernel, (min(-(-rows // WEIGHT_ROWS), WEIGHT_PROGRAMS * detect(x.out.device).sms),),
-                  (Pointer(x.folded, torch.float8_e4m3fn), Pointer(workspace, torch.int32, listed),
-                   Pointer(workspace, torch.int32, at.counter), Pointer(workspace, torch.bfloat16, at.removed), rows, x.k),
-                  {"ROWS": WEIGHT_ROWS, "num_warps": 4, "launch_pdl": True})
+    scale, fields, wide = x.a.scale, x.b.scale, expand.regions(problem, x.m, at.x)
+    assert scale is not None and fields is not None and x.folded is not None
+    count = Pointer(workspace, torch.int32, at.counter)
+    return Launch(
+        rest_kernel, (WEIGHT_PROGRAMS * detect(x.out.device).sms,),
+        (count, count if x.index is None else x.index, Pointer(x.a.data, torch.float8_e4m3fn), scale, x.a.data.stride(-2),
+         *scale.stride()[-2:], Pointer(x.b.data, torch.int32), fields, count if x.factor is None else x.factor,
+         Pointer(workspace, torch.bfloat16, wide.x), Pointer(workspace, torch.float32, wide.factor),
+         Pointer(workspace, torch.int64, wide.weights), Pointer(workspace, torch.uint8, at.codes),
+         Pointer(x.folded, torch.float8_e4m3fn), Pointer(workspace, torch.int32, listed_at(at, x.k)),
+         Pointer(workspace, torch.bfloat16, at.removed), x.m, x.n, x.k, columns(x.k) // BLOCK, x.groups, limit),
+        {"LAYOUT": LAYOUTS[problem.layout], "FACTOR": x.factor is not None, "OUTLYING": WEIGHT_ROWS, "WHOLE": whole,
+         "num_warps": 4, "maxnreg": REST_REGISTERS, "launch_pdl": True})
 
 
 def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, limit: int) -> Launch:
@@ -252,8 +284,7 @@ def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, l
     of = prepack_folded.regions(x.groups, x.n, x.k, copy.columns, copy.picks)
     blocks, row_blocks, across, rows = kx // BLOCK, -(-x.m // FLAG_ROWS), column(x.m), pitch(x.m, x.groups)
     om = stride(x.out, -2, x.n)
-    own = isinstance(tile, fold_both_tile.Tile)
-    box = tile.B_BOX & -tile.B_BOX if own else tile.BN
+    box = tile.B_BOX & -tile.B_BOX if isinstance(tile, fold_both_tile.Tile) else tile.BN
     flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
     plane = [x.groups, x.n, copy.columns]
     if isinstance(tile, fold_both_tile.Tile):     # by the tiles that weights are packed in, so that boxes end with one
@@ -280,10 +311,18 @@ def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, l
                             Pointer(rest, torch.int32, of.at))
     options = {"num_warps": 4, "maxnreg": tile.max_registers, "launch_pdl": True}
     if isinstance(tile, fold_both_tile.Tile):
+        wide = expand.regions(problem, x.m, at.x)
+        aw, bw = None, None
+        if tile.WHOLE:
+            aw, bw = (TensorDescriptor(Pointer(workspace, torch.bfloat16, start), [planes, height, kx], [height * kx, kx, 1],
+                                       [1, lines, 64], fold_mixed_device.REST_PLANE.value)
+                      for start, planes, height, lines in ((wide.x, 1, x.m, 128), (wide.weights, x.groups, x.n, box)))
         return Launch(
             fold_both_device.fold_both_product_kernel, (grid,),
-            (a, sa, b, r, p, o, d, x.out, top, x.index, flags, count, starts, x.m, x.n, blocks, row_blocks, x.groups, x.alignment,
-             limit, copy.picks, om, tile), options, blocks_of, boxes=tile.boxes)
+            (a, sa, b, r, p, o, aw, bw, d, x.out, top, Pointer(workspace, torch.uint8, at.codes),
+             Pointer(workspace, torch.float32, wide.factor), x.index, flags, count, starts, x.m, x.n, blocks, row_blocks, x.groups,
+             x.alignment, limit, copy.picks, om, tile),
+            options, blocks_of, boxes=tile.boxes)
     return Launch(
         fold_mixed_device.fold_mixed_product_kernel, (grid,),
         (a, sa, b, d, p, r, o, x.out, top, top, x.index, flags, count, starts, x.m, x.n, blocks, row_blocks, x.groups, x.alignment,

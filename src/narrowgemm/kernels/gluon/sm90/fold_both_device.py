@@ -15,12 +15,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import cluster_device as cluster
 from .fold_mixed_device import STEP, column_of, flag, flags_of
+from .fold_both_wide_device import load_weights, multiply_wide, pass_on, wide_consumer, wide_producer
 from .fp8_block_parts_device import ROW_OF_FLOATS, advance, promote, store_zeros
 from .fp8_block_schedule_device import DENSE, OFFSETS, first_tile, fresh, has_products, is_live, next_tile, total_tiles
 from .fp8_cluster_device import prepare, start_piece, store_tile
 from .fp8_cluster_feed_device import barriers, has_rows, idle, own_tile
 from .shim import view_rows
-from .wgmma_device import keep, multiply_part, multiply_turned, wait
+from .wgmma_device import keep, multiply_part, wait
 
 PACKED = gl.constexpr(256)      # rows of weights that share picks
 
@@ -50,35 +51,6 @@ def load_picks(p_desc, of_b: gl.constexpr, b_desc, full, slot, column, row, at, 
     else:
         cluster.expect(bar, cfg.BN * 128)
     load_weights(b_desc, of_b, full, slot, at, cfg)
-
-
-@gluon.jit
-def load_weights(desc, PARAMETER: gl.constexpr, full, slot, at, cfg: gl.constexpr):
-    """This block's share of BN rows, to all of the cluster."""
-    KERNEL: gl.constexpr = cfg.KERNEL
-    share = gl.to_tensor(0)
-    if cfg.CLUSTER_M > 1:
-        share = cluster.rank() * cfg.B_BOX
-    plane, row, k = at
-    cluster.load(desc, KERNEL, PARAMETER, (plane, row + share, k), full + slot * 8,
-                 full - cfg.BARS_AT + (cfg.B_AT + (slot * cfg.B_ROWS + share) * 128), cfg.CLUSTER_M)
-
-
-@gluon.jit
-def multiply_picks(acc, slot, phase, bars, steps, cfg: gl.constexpr, WM: gl.constexpr, mma: gl.constexpr):
-    """Sums after a tile's picks: (sums, slot, phase)."""
-    full, empty = bars
-    NP: gl.constexpr = cfg.NP
-    for i in range(0, steps):
-        cluster.wait(full + slot * 8, phase, 1)
-        slot = fresh(slot)
-        at = cluster.start_of_shared()
-        a = at + (slot * (cfg.BM * 128) + (cfg.A_AT + WM * 64 * 128))
-        b = at + (slot * (cfg.B_ROWS * 128) + cfg.B_AT)
-        acc = wait(multiply_turned(a, b, acc, NP, cfg.WN, mma), NP, cfg.WN)
-        cluster.arrive(empty + slot * 8, cfg.CLUSTER)
-        slot, phase = advance(slot, phase, cfg.STAGES)
-    return acc, slot, phase
 
 
 # ---------------------------------------------------------------- the ring
@@ -229,7 +201,7 @@ def consumer(d_desc, out, scales, ring, d_s, table, problem, flags_ptr, RB, at_p
             if has_rows(own, M, cfg, WM * 64):
                 f = flags_of(flags_ptr, own, M, KB, RB, WM, cfg)
                 up = flag(f, slot * 0, cfg)
-                acc, slot, phase = multiply_picks(zeros, slot, phase, bars, steps, cfg, WM, mma)
+                acc, slot, phase = multiply_wide(zeros, slot, phase, bars, steps, cfg, WM, mma, True)
                 cluster.wait(full + slot * 8, phase, 1)
                 for kb in range(0, KB):
                     up_ahead = flag(f, gl.minimum(kb + 1, KB - 1), cfg)
@@ -239,10 +211,7 @@ def consumer(d_desc, out, scales, ring, d_s, table, problem, flags_ptr, RB, at_p
                     up = up_ahead
                 store_tile(acc, scales, d_s, d_desc, out, problem, own, cfg, WM, 0, mma, NP)
             else:
-                for block in range(0, steps + KB):
-                    cluster.wait(full + slot * 8, phase, 1)
-                    cluster.arrive(empty + slot * 8, cfg.CLUSTER)
-                    slot, phase = advance(slot, phase, cfg.STAGES)
+                slot, phase = pass_on(slot, phase, bars, steps + KB, cfg)
         elif cfg.ZERO and cfg.LAYOUT != DENSE:
             store_zeros(out, own, own[2] + WM * 64, own[0] * cfg.BN, N, cfg)
         cursor, tile = next_tile(cursor, tile, work, UNIT, 4)
@@ -251,16 +220,43 @@ def consumer(d_desc, out, scales, ring, d_s, table, problem, flags_ptr, RB, at_p
     cluster.wait_all(cfg.CLUSTER)
 
 
+# ---------------------------------------------------------------- the kernel
+@gluon.jit
+def producer_of(whole, wide, descs, picks, table, problem, at_ptr, of_weights, removed, cfg: gl.constexpr):
+    if cfg.WHOLE:
+        if whole == 0:      # what is mostly done stands first
+            producer(descs, picks, table, problem, at_ptr, of_weights, removed, cfg)
+        else:
+            wide_producer(wide, table, problem, cfg)
+    else:
+        producer(descs, picks, table, problem, at_ptr, of_weights, removed, cfg)
+
+
+@gluon.jit
+def consumer_of(whole, wide, d_desc, out, scales, ring, d_s, table, problem, flags_ptr, RB, at_ptr, removed, cfg: gl.constexpr, WM: gl.constexpr):
+    if cfg.WHOLE:
+        if whole == 0:
+            consumer(d_desc, out, scales, ring, d_s, table, problem, flags_ptr, RB, at_ptr, removed, cfg, WM)
+        else:
+            factor_ptr, of_columns = wide
+            wide_consumer(d_desc, out, of_columns, factor_ptr, d_s, table, problem, cfg, WM)
+    else:
+        consumer(d_desc, out, scales, ring, d_s, table, problem, flags_ptr, RB, at_ptr, removed, cfg, WM)
+
+
 @gluon.jit(do_not_specialize=["M", "KB", "RB", "G", "alignment", "limit", "of_weights"])
-def fold_both_product_kernel(a_desc, sa_desc, b_desc, r_desc, p_desc, o_desc, d_desc, out_ptr, top_ptr, index_ptr, flags_ptr, count_ptr,
-                             at_ptr, M, N, KB, RB, G, alignment, limit, of_weights, om, cfg: gl.constexpr):
+def fold_both_product_kernel(a_desc, sa_desc, b_desc, r_desc, p_desc, o_desc, aw_desc, bw_desc, d_desc, out_ptr, top_ptr, own_ptr, factor_ptr,
+                             index_ptr, flags_ptr, count_ptr, at_ptr, M, N, KB, RB, G, alignment, limit, of_weights, om, cfg: gl.constexpr):
     """A persistent grid, of clusters. a_desc [1, M, K], sa_desc [1, KB * 4, M], b_desc [G, N, K] E4M3, r_desc BF16 [G * tiles of 256, 256, columns], p_desc
     BF16 [columns of picks, rows of A as `column_of` places them], d_desc [M, N]; flags int32 [RB, KB]; top [G, N]; at int32 [G, tiles of
-    256 + 1], the first column of the picks of 256 rows of weights, a multiple of 64 each. N is a multiple of 256. Nothing is done where more
-    than `limit` flags are up, as count_ptr says."""
+    256 + 1], the first column of the picks of 256 rows of weights, a multiple of 64 each. N is a multiple of 256. Where more than `limit` flags
+    are up, as count_ptr says, nothing is done or, WHOLE, all in BF16: aw_desc [1, M, K], bw_desc [G, N, K], factors FP32 [M], and own [G, N]
+    instead of top."""
     gdc_wait()
     gdc_launch_dependents()
-    M = gl.where(gl.load(count_ptr) <= limit, M, 0)
+    whole = (gl.load(count_ptr) > limit).to(gl.int32)
+    if not cfg.WHOLE:
+        M = gl.where(whole == 0, M, 0)
     removed = gl.load(count_ptr + 1)
     ring, d_s, table = prepare(out_ptr, index_ptr, M, G, alignment, cfg)
     problem = (index_ptr, M, N, KB, G, alignment)
@@ -268,17 +264,19 @@ def fold_both_product_kernel(a_desc, sa_desc, b_desc, r_desc, p_desc, o_desc, d_
     out = (out_ptr, 0, om, 0)
     descs = (a_desc, sa_desc, b_desc)
     picks = (p_desc, r_desc, o_desc)
+    wide = (aw_desc, bw_desc)
+    factors = (factor_ptr, (own_ptr, 0, 0, 0, own_ptr, N, own_ptr, 0))
     if cfg.CLUSTER == 1:
         gl.warp_specialize([
-            (consumer, (d_desc, out, scales, ring, d_s, table, problem, flags_ptr, RB, at_ptr, removed, cfg, 0)),
-            (consumer, (d_desc, out, scales, ring, d_s, table, problem, flags_ptr, RB, at_ptr, removed, cfg, 1)),
-            (producer, (descs, picks, table, problem, at_ptr, of_weights, removed, cfg)),
+            (consumer_of, (whole, factors, d_desc, out, scales, ring, d_s, table, problem, flags_ptr, RB, at_ptr, removed, cfg, 0)),
+            (consumer_of, (whole, factors, d_desc, out, scales, ring, d_s, table, problem, flags_ptr, RB, at_ptr, removed, cfg, 1)),
+            (producer_of, (whole, wide, descs, picks, table, problem, at_ptr, of_weights, removed, cfg)),
         ], [4, 1], [cfg.CONSUMER_REGISTERS, cfg.PRODUCER_REGISTERS])
     else:       # the wait for a cluster is for every warp there is
         gl.warp_specialize([
-            (consumer, (d_desc, out, scales, ring, d_s, table, problem, flags_ptr, RB, at_ptr, removed, cfg, 0)),
-            (consumer, (d_desc, out, scales, ring, d_s, table, problem, flags_ptr, RB, at_ptr, removed, cfg, 1)),
+            (consumer_of, (whole, factors, d_desc, out, scales, ring, d_s, table, problem, flags_ptr, RB, at_ptr, removed, cfg, 0)),
+            (consumer_of, (whole, factors, d_desc, out, scales, ring, d_s, table, problem, flags_ptr, RB, at_ptr, removed, cfg, 1)),
             (idle, (cfg, )),
-            (producer, (descs, picks, table, problem, at_ptr, of_weights, removed, cfg)),
+            (producer_of, (whole, wide, descs, picks, table, problem, at_ptr, of_weights, removed, cfg)),
             (idle, (cfg, )),
         ], [4, 2, 1, 1], [cfg.CONSUMER_REGISTERS, cfg.PRODUCER_REGISTERS, cfg.PRODUCER_REGISTERS, cfg.PRODUCER_REGISTERS])

@@ -15,6 +15,7 @@ class Tile(fp8_cluster_tile.Tile):
 
     FOLD: bool = True
     SUB: int = 4
+    WHOLE: bool = False      # where too much of A doesn't fold, all is multiplied in BF16, else nothing
     KERNEL: str = "fold_both_product_kernel"
 
     def __post_init__(self) -> None:
@@ -25,5 +26,6 @@ class Tile(fp8_cluster_tile.Tile):
 
     @property
     def boxes(self) -> tuple[tuple[int, int], ...]:
-        """B's, and those of what picks are multiplied by."""
-        return () if self.B_BOX & (self.B_BOX - 1) == 0 else tuple((which, self.B_BOX) for which in (2, 3, 5))
+        """B's, those of what picks are multiplied by, and of weights in BF16."""
+        which = (2, 3, 5, 7) if self.WHOLE else (2, 3, 5)
+        return () if self.B_BOX & (self.B_BOX - 1) == 0 else tuple((i, self.B_BOX) for i in which)

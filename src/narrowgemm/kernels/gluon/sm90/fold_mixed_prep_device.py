@@ -62,7 +62,7 @@ def as_one(x, code, there, mask, REMOVE: gl.constexpr):
 def probe_kernel(x_ptr, s_ptr, index_ptr, probes_ptr, count_ptr, M, K, KB, RB, planes, sxg, sxm, ssg, ssm, ssk, MASKED: gl.constexpr,
                  ALIGNED: gl.constexpr):
     """A as `fold_mixed_kernel` takes it. probes int32 [programs]: whether one of so many blocks, spread over all, does not fold as one.
-    Clears the count."""
+    Clears the count, and that of columns that are left out."""
     gdc_launch_dependents()
     i = gl.program_id(0)
     t = (i.to(gl.int64) * (planes * RB) // gl.num_programs(0)).to(gl.int32)
@@ -77,6 +77,7 @@ def probe_kernel(x_ptr, s_ptr, index_ptr, probes_ptr, count_ptr, M, K, KB, RB, p
     gl.store(probes_ptr + i, lost)
     if i == 0:
         gl.store(count_ptr, lost * 0)
+        gl.store(count_ptr + 1, lost * 0)
 
 
 @gluon.jit

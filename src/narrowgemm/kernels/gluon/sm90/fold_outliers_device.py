@@ -7,7 +7,7 @@ columns that weights ask for do, and so do their elements of the weights: a few 
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents
 
 from .fold_mixed_words_device import MOST, PAIR, WORDS, any_part, counting, least_of, load_block, over_code, places, without
 from .fold_pick_device import CHUNK, COLUMNS, OFFSETS, groups_among, shift_of, store_fours, take
@@ -18,7 +18,6 @@ WITH = gl.constexpr(1 << 10)    # parts of what a look says: blocks that don't f
 THERE = gl.constexpr(1 << 20)   # and such with columns that are far larger
 APART = gl.constexpr(3)
 LIMIT = gl.constexpr(128)       # columns
-NEVER = gl.constexpr(1 << 30)   # as in `fold_mixed_prep_device.py`
 _WORDS = gl.constexpr(gl.BlockedLayout([1, 4], [32, 1], [4, 1], [1, 0]))
 
 
@@ -171,20 +170,14 @@ def pick_removed(place, index_ptr, list_ptr, p_ptr, first, kb, M, G, picks, pitc
                 store_fours(p_ptr, gl.expand_dims(picks + c + j, 1) * pitch + (to + quad), low * 0, high * 0, gl.expand_dims(c + j < end, 1))
 
 
-@gluon.jit(do_not_specialize=["N"])
-def outlying_weights_kernel(w_ptr, list_ptr, count_ptr, r_ptr, N, K, ROWS: gl.constexpr):
-    """w [N, K] E4M3 to r BF16 [N, LIMIT]: the columns that are left out of A, zeros up to whole steps."""
-    gdc_wait()
-    gdc_launch_dependents()
-    removed = gl.load(count_ptr + 1)
-    if (removed > 0) & (gl.load(count_ptr) < NEVER):
-        layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-        r = gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, layout)), 1)
-        j = gl.arange(0, 64, gl.SliceLayout(0, layout))
-        for item in range(gl.program_id(0), gl.cdiv(N, ROWS), gl.num_programs(0)):
-            row = (item * ROWS + r).to(gl.int64)
-            for c in range(0, removed, 64):
-                column = gl.load(list_ptr + (c + j), mask=c + j < removed, other=0)
-                live = (row < N) & gl.expand_dims(c + j < removed, 0)
-                w = gl.load(w_ptr + (row * K + gl.expand_dims(column, 0)), mask=live, other=0.0).to(gl.bfloat16)
-                gl.store(r_ptr + (row * LIMIT + gl.expand_dims(c + j, 0)), w, mask=(row < N) & (gl.expand_dims(j, 0) >= 0))
+@gluon.jit
+def outlying_rows(w_ptr, list_ptr, r_ptr, first, removed, N, K, ROWS: gl.constexpr):
+    """ROWS rows of w [N, K] E4M3 to r BF16 [N, LIMIT]: the columns that are left out of A, zeros up to whole steps."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    row = (first + gl.expand_dims(gl.arange(0, ROWS, gl.SliceLayout(1, layout)), 1)).to(gl.int64)
+    j = gl.arange(0, 64, gl.SliceLayout(0, layout))
+    for c in range(0, removed, 64):
+        column = gl.load(list_ptr + (c + j), mask=c + j < removed, other=0)
+        live = (row < N) & gl.expand_dims(c + j < removed, 0)
+        w = gl.load(w_ptr + (row * K + gl.expand_dims(column, 0)), mask=live, other=0.0).to(gl.bfloat16)
+        gl.store(r_ptr + (row * LIMIT + gl.expand_dims(c + j, 0)), w, mask=(row < N) & (gl.expand_dims(j, 0) >= 0))

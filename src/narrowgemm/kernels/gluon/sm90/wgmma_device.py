@@ -144,16 +144,17 @@ def multiply_part(a, b, goes_on, p, PARTS: gl.constexpr, COLS: gl.constexpr, mma
 
 
 @constexpr_function
-def turned_code(PARTS, COLS):
-    """PTX: as `multiply_code`, of 64 of K in BF16, onto the sums. Columns of A lie one behind the other, 64 rows of one in 128 bytes, so that
-    16 of K are 2048 bytes of it."""
+def bf16_code(PARTS, COLS, TURNED):
+    """PTX: as `multiply_code`, of 64 of K in BF16, onto the sums. TURNED: columns of A lie one behind the other, 64 rows of one in 128 bytes,
+    so that 16 of K are 2048 bytes of it."""
     each = COLS // 2
     count = PARTS * each
     sums = ", ".join(f"${i}" for i in range(count))
     steps = "".join(f"""
-        wgmma.mma_async.sync.aligned.m64n{PARTS * COLS}k16.f32.bf16.bf16 {{{sums}}}, a{k}, b{k}, more, 1, 1, 1, 0;""" for k in range(4))
+        wgmma.mma_async.sync.aligned.m64n{PARTS * COLS}k16.f32.bf16.bf16 {{{sums}}}, a{k}, b{k}, more, 1, 1, {int(TURNED)}, 0;"""
+                    for k in range(4))
     adds = "".join(f"""
-        add.s64 a{k}, a0, {128 * k};
+        add.s64 a{k}, a0, {(128 if TURNED else 2) * k};
         add.s64 b{k}, b0, {2 * k};""" for k in range(1, 4))
     return f"""{{
         .reg .b64 a<4>, b<4>;
@@ -171,4 +172,10 @@ def turned_code(PARTS, COLS):
 @gluon.jit
 def multiply_turned(a, b, sums, PARTS: gl.constexpr, COLS: gl.constexpr, mma: gl.constexpr):
     """Start sums += products of 64 columns of A, 64 rows each, by PARTS * COLS rows of B, in BF16."""
-    return start(turned_code(PARTS, COLS), a, b, sums, PARTS, COLS, mma)
+    return start(bf16_code(PARTS, COLS, True), a, b, sums, PARTS, COLS, mma)
+
+
+@gluon.jit
+def multiply_bf16(a, b, sums, PARTS: gl.constexpr, COLS: gl.constexpr, mma: gl.constexpr):
+    """The same of A's rows as they are."""
+    return start(bf16_code(PARTS, COLS, False), a, b, sums, PARTS, COLS, mma)
