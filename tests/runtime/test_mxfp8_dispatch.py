@@ -83,7 +83,7 @@ def test_the_more_rows_a_weight_meets_the_earlier_it_is_expanded(b: str, m: int,
 
 
 @pytest.mark.parametrize("m, n, k, groups, kernel", [
-    (16, 6144, 6144, 1, "narrow"), (512, 2304, 6144, 1, "expand"), (2048, 2304, 6144, 1, "fold_both"), (2048, 9216, 6144, 1, "fold_both"), (8192, 6144, 6144, 8, "fold_both"),
+    (16, 6144, 6144, 1, "narrow"), (512, 2304, 6144, 1, "fold_both"), (2048, 2304, 6144, 1, "fold_both"), (2048, 9216, 6144, 1, "fold_both"), (8192, 6144, 6144, 8, "fold_both"),
     (64, 6144, 6144, 8, "narrow_prefill")])
 def test_a_folded_copy_is_for_many_rows(m: int, n: int, k: int, groups: int, kernel: str) -> None:
     given = {"op": "gemm"} if groups == 1 else {"op": "grouped_gemm", "layout": "offsets", "groups": groups}

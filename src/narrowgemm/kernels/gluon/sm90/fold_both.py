@@ -116,8 +116,8 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
 
 
 def own(problem: Problem) -> bool:
-    """Whether a product on tiles that are not 256 wide multiplies in BF16 itself."""
-    return problem.flops <= OWN
+    """Whether a product on tiles that are not 256 wide multiplies in BF16 itself. Groups' was not run so on a GPU."""
+    return problem.layout == "dense" and problem.flops <= OWN
 
 
 def tile_of(problem: Problem, config: Config, arch: Arch) -> MixedTile | fold_both_tile.Tile | None:
