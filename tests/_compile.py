@@ -12,6 +12,7 @@ TRITONS: the installed Triton is the oldest that is supported; the newest lies b
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import json
 import os
@@ -155,8 +156,8 @@ class FakeDriver:
 
 
 def nvidia_report(kernel, target: str, log: str) -> dict:
-    """`log`: what ptxas said when it made the kernel; nothing where the kernel was cached."""
-    from triton.backends.nvidia.compiler import get_ptxas, sm_arch_from_capability
+    """`log`: what ptxas said when it made the kernel; nothing where the kernel was cached, so that it is asked again, with Triton's options."""
+    from triton.backends.nvidia.compiler import CUDABackend, get_ptxas, sm_arch_from_capability
 
     ptx, arch = kernel.asm["ptx"], sm_arch_from_capability(int(target[2:]))
     tool = Path((get_ptxas(int(target[2:])) if get_ptxas.__code__.co_argcount else get_ptxas()).path)
@@ -164,7 +165,8 @@ def nvidia_report(kernel, target: str, log: str) -> dict:
         source, cubin = Path(d) / "kernel.ptx", Path(d) / "kernel.cubin"
         if "registers" not in log:
             source.write_text(ptx)
-            log = subprocess.run([tool, "-v", f"--gpu-name={arch}", source, "-o", cubin], capture_output=True, text=True, check=True).stderr
+            options = ["-lineinfo", *re.findall(r"--regAllocOptLevel=\d", inspect.getsource(CUDABackend.make_cubin))]
+            log = subprocess.run([tool, *options, "-v", f"--gpu-name={arch}", source, "-o", cubin], capture_output=True, text=True, check=True).stderr
         machine_code: dict[str, int | list[str]] = {}
         if os.environ.get("NARROWGEMM_TEST_SASS") == "1":
             cubin.write_bytes(kernel.asm["cubin"])

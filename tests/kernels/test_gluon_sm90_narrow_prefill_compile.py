@@ -38,8 +38,9 @@ PROBLEMS = (("offsets", BF16, MXFP4, 128, 16384, 5760, 2880, "interleaved", "swi
             ("masked", BF16, MXFP8, 8, 1600, 7168, 2048, "", "", False, False, None))
 
 
-# bytes of a tile's state that are kept beyond the registers, by tile
-BEYOND = {"96x192": 320, "160x192": 960, "144x256": 640, "288x128": 640}
+# bytes of a tile's state that are kept beyond the registers, by tile: 96x192 of the newest Triton has the most, 464, none of them in one of
+# its fifteen loops over K
+BEYOND = {"96x192": 464, "160x192": 960, "144x256": 640, "288x128": 640}
 
 
 def compile_step(p: Problem, config: Config, x: Operands) -> None:
