@@ -19,6 +19,11 @@ VOCABULARY = 64
 SHARED = {"num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY, "max_position_embeddings": 256,
           "initializer_range": 0.2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": None}
 
+# A recipe gate is for one product. A layer has two, and the first one's error counts in gate and in up.
+LAYER, MODEL = 3, 6
+# Every token goes to every expert, so that rounding can't change a choice, which no gate could bound.
+SIZES = {"hidden": 128, "inter": 128, "experts": 4, "top_k": 4}
+
 
 def config(name: str, hidden: int = 64, inter: int = 32, experts: int = 8, top_k: int = 2) -> Any:
     import transformers
@@ -172,3 +177,26 @@ def write_mxfp4(folder: Path, model: Any) -> Path:
         tensors[f"{name}_blocks"] = q.data.unflatten(-1, (-1, 16))
         tensors[f"{name}_scales"] = q.scale
     return save(folder, model.config, tensors, {"quant_method": "mxfp4", "modules_to_not_convert": ["self_attn", "lm_head"]})
+
+
+@pytest.fixture(autouse=True)
+def registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from narrowgemm.integrations import transformers as narrow
+
+    narrow.register()
+
+
+@pytest.fixture
+def fp8_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers dequantises FP8 checkpoints where there is no GPU; without its check it keeps them."""
+    from transformers.quantizers.quantizer_finegrained_fp8 import FineGrainedFP8HfQuantizer
+
+    monkeypatch.setattr(FineGrainedFP8HfQuantizer, "validate_environment", lambda *a, **k: None)
+
+
+@torch.no_grad()
+def logits(model: Any, implementation: str | None = None) -> torch.Tensor:
+    if implementation:
+        model.set_experts_implementation(implementation)
+    return model(prompt(4, 12)).logits.float()

@@ -20,7 +20,7 @@ from . import _models as models
 
 pytestmark = pytest.mark.gpu
 SIZES = {"hidden": 256, "inter": 128, "experts": 8, "top_k": 8}
-LAYER, MODEL = 3, 10  # recipe gates: a layer as in test_transformers.py; the model's logits differ by 7.7 of them on the reference alone, too
+LAYER, MODEL = 3, 10  # recipe gates: a layer as in _models.py; the model's logits differ by 7.7 of them on the reference alone, too
 
 
 @pytest.fixture(autouse=True)
