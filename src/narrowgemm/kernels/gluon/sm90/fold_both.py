@@ -235,9 +235,9 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
              copy.picks, pitch(x.m, x.groups) // 4)
     blocks = columns(x.k) // BLOCK
     remove = power_of_two(blocks) if blocks <= MOST_BLOCKS else 0
-    in_front = front(problem, x, workspace, at, picks, remove)
-    product = _product(step.config, problem, x, workspace, behind.limit)
     whole = step.config.block_n != prepack_folded.TILE and own(problem)
+    in_front = front(problem, x, workspace, at, picks, remove, not whole)
+    product = _product(step.config, problem, x, workspace, behind.limit, not whole)
     rest = [_rest(problem, x, workspace, at, behind.limit, whole)] if whole or remove else []
     gated = [] if whole else expand_gate.launches(Step(expand.NAME, BEHIND), problem, x, workspace, at.x, behind)
     return [*in_front, *rest, product, *gated]
@@ -265,10 +265,10 @@ def _rest(problem: Problem, x: Operands, workspace: Tensor, at: Regions, limit: 
          Pointer(x.folded, torch.float8_e4m3fn), Pointer(workspace, torch.int32, listed_at(at, x.k)),
          Pointer(workspace, torch.bfloat16, at.removed), x.m, x.n, x.k, columns(x.k) // BLOCK, x.groups, limit),
         {"LAYOUT": LAYOUTS[problem.layout], "FACTOR": x.factor is not None, "OUTLYING": WEIGHT_ROWS, "WHOLE": whole,
-         "num_warps": 4, "maxnreg": REST_REGISTERS, "launch_pdl": True})
+         "num_warps": 4, "maxnreg": REST_REGISTERS, "launch_pdl": not whole})
 
 
-def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, limit: int) -> Launch:
+def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, limit: int, ahead: bool) -> Launch:
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -309,7 +309,7 @@ def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, l
                       row_tiles(problem, x, tile.BM * blocks_of) * -(-x.n // tile.BN)))
     flags, count, starts = (Pointer(workspace, torch.int32, at.flags), Pointer(workspace, torch.int32, at.counter),
                             Pointer(rest, torch.int32, of.at))
-    options = {"num_warps": 4, "maxnreg": tile.max_registers, "launch_pdl": True}
+    options = {"num_warps": 4, "maxnreg": tile.max_registers, "launch_pdl": ahead}
     if isinstance(tile, fold_both_tile.Tile):
         wide = expand.regions(problem, x.m, at.x)
         aw, bw = None, None

@@ -210,9 +210,10 @@ def gate(problem: Problem, x: Operands, workspace: Tensor, at: Any) -> expand.Ga
 
 
 def front(problem: Problem, x: Operands, workspace: Tensor, at: Any,
-          picks: tuple[Pointer, Pointer, Pointer, int, int] | None = None, remove: int = 0) -> list[Launch]:
+          picks: tuple[Pointer, Pointer, Pointer, int, int] | None = None, remove: int = 0, ahead: bool = True) -> list[Launch]:
     """A looked at; A folded. at: `Regions` of either kernel. picks: where the entries of each K block start, the entries, where
-    columns go, entries of a group, and how many fours of rows lie between two columns. remove: `REMOVE` of `fold_mixed_kernel`."""
+    columns go, entries of a group, and how many fours of rows lie between two columns. remove: `REMOVE` of `fold_mixed_kernel`.
+    ahead: folding begins beside the look."""
     from ....arch import detect
     from . import fold_mixed_prep_device as device
     from . import fold_outliers_device
@@ -245,7 +246,7 @@ def front(problem: Problem, x: Operands, workspace: Tensor, at: Any,
                 *strides, column(x.m) // 4, x.groups, entries_of_group, pitch),
                {**options, "PROBES": PROBES, "PICKS": picks is not None, "LAYOUT": LAYOUTS[problem.layout],
                 "GROUPS": max(32, power_of_two(x.groups)), "EARLY": (EARLY_BLOCKS + many) * sms, "REMOVE": remove,
-                "maxnreg": FOLD_REGISTERS[many], "launch_pdl": True})]
+                "maxnreg": FOLD_REGISTERS[many], "launch_pdl": ahead})]
 
 
 def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, limit: int) -> Launch:
