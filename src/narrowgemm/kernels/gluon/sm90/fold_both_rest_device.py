@@ -61,8 +61,9 @@ def wide_rows(x_ptr, s_ptr, y_ptr, factor_ptr, first, M, K, KX, sxm, ssm, ssk):
 
 
 @gluon.jit
-def wide_weights(w_ptr, f_ptr, v_ptr, piece, KC):
-    """WEIGHTS rows of packed weights by CHUNKS of 128 of K in BF16, as words of four: `expand_weights`."""
+def wide_weights(w_ptr, f_ptr, factors_ptr, v_ptr, piece, KC, FACTOR: gl.constexpr):
+    """WEIGHTS rows of packed weights by CHUNKS of 128 of K in BF16, as words of four: `expand_weights`; NaN in rows whose factor is, which a
+    code of the store doesn't hold."""
     parts = gl.cdiv(KC, CHUNKS)
     slab = piece // parts
     unit = (slab // 4).to(gl.int64)
@@ -76,7 +77,11 @@ def wide_weights(w_ptr, f_ptr, v_ptr, piece, KC):
     live = (c < KC) & (r >= 0) & (q >= 0)
     of_row = (r // 16 * 8 + r % 8) * 16 + r % 16 // 8
     field = gl.load(f_ptr + unit * ((KC + 1) // 2) * 512 + (of_row + (c // 2 * 512 + c % 2 * 2) + q * 4), mask=live, other=0).to(gl.int32)
-    scale = gl.expand_dims((field << 23).to(gl.float32, bitcast=True), 3)
+    scale = (field << 23).to(gl.float32, bitcast=True)
+    if FACTOR:
+        factor = gl.load(factors_ptr + unit * 64 + r)
+        scale += gl.where(factor == factor, 0.0, float("nan"))
+    scale = gl.expand_dims(scale, 3)
     live = gl.expand_dims(live, 3) & (o >= 0)
     at = gl.expand_dims(c * 2048 + (r * 4 + q) * 4, 3) + (o // 4 * 1024 + o % 4)
     low, high = pairs_of_e4m3(gl.load(w_ptr + unit * KC * 2048 + at, mask=live, other=0))
@@ -112,7 +117,7 @@ def make_wide(index_ptr, given, made, M, K, KB, G, N, LAYOUT: gl.constexpr, FACT
                 g = (piece - of_rows) // of_group
                 wanted = gl.load(index_ptr + g + 1) > gl.load(index_ptr + g)
             if wanted:
-                wide_weights(w_ptr, f_ptr, v_ptr, piece - of_rows, KB)
+                wide_weights(w_ptr, f_ptr, factors_ptr, v_ptr, piece - of_rows, KB, FACTOR)
         else:
             codes_of_factors(factors_ptr, codes_ptr, (piece - of_weights) * CODES, G * N, FACTOR)
 
