@@ -25,12 +25,12 @@ def describe(layout: str, **kw) -> Problem:
     return replace(p, b=replace(p.b, picks=PICKS))
 
 
-def call(p: Problem, config: Config) -> None:
+def call(p: Problem, config: Config, factors: bool) -> None:
     def new(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=torch.uint8, device="meta")
 
     work = new(fold_both.workspace(p, config))
-    x = base.operands(p)
+    x = base.operands(p, factors)
     x.folded, x.folded_rest = new(p.groups, p.n, p.k), new(regions(p.groups, p.n, p.k, COLUMNS, PICKS).size)
     x.packed = PackedWeight(x.b.data, x.b.scale, MXFP8, (p.groups, p.n, p.k), folded=FoldedCopy(x.folded, x.folded_rest, COLUMNS, PICKS))
     for launch in fold_both.launches(Step(fold_both.NAME, config, len(work)), p, x, work):
@@ -38,9 +38,9 @@ def call(p: Problem, config: Config) -> None:
 
 
 def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], object]]]:
-    """'few': one layout on 128x256 and on the widest of other tiles; 'all': every layout with every option, and every width."""
+    """'few': two layouts on 128x256 and on the widest of other tiles, with factors of weights' rows and without; 'all': every layout with every option, and every width."""
     arch = get_arch(target)
-    runs = [describe("offsets")]
+    runs = [describe("offsets"), describe("dense")]
     if which == "all":
         runs = [describe(layout, **kw) for layout in fold_both.KINDS
                 for kw in ({}, {"out_dtype": "fp32"}, {"out_dtype": "fp16"}, {"out_aligned": False})]
@@ -50,4 +50,5 @@ def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], ob
         for c in offered if which == "all" and (p.layout, p.out_dtype) == ("dense", "bf16") else (offered[0], offered[-1]):
             tile = fold_both.tile_of(p, c, arch)
             assert tile is not None
-            yield f"{p.layout} {p.out_dtype} {c} | {tile.shared_bytes}", partial(call, p, c)
+            for factors in (False, True) if which == "few" else (False, ):
+                yield f"{p.layout} {p.out_dtype} {c}{' factors' if factors else ''} | {tile.shared_bytes}", partial(call, p, c, factors)
