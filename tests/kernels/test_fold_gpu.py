@@ -67,6 +67,16 @@ def test_gates(case: Case, tile: Config) -> None:
     inputs.verify_repeats(backend=NAME, config=tile)
 
 
+def test_rows_beyond_a_tile() -> None:
+    """Up to 32 rows more than whole tiles: the bits of whole tiles."""
+    inputs = build(case("offsets", m=272, n=392, k=1184, packed="fp8", groups=100, sizes="uniform:0.9:1.1"), "cuda", seed=7)
+    inputs.verify_repeats(backend=NAME, config=TAILS)
+    got = inputs.out.tensor.clone()
+    inputs.reset_out()
+    inputs.call(backend=NAME, config=TILES[0])
+    assert torch.equal(got, inputs.out.tensor)
+
+
 def test_row_major_scales() -> None:
     build(case("contiguous"), "cuda", seed=4, scale_layout="row_major").verify(backend=NAME)
 

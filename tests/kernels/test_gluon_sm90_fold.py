@@ -12,7 +12,7 @@ import torch
 from narrowgemm import prepack
 from narrowgemm.arch import get_arch
 from narrowgemm.formats import BF16, MXFP4, MXFP8, FP8_1x128, ScaledTensor
-from narrowgemm.kernels.gluon.sm90 import fold, fold_whole, fp8_block
+from narrowgemm.kernels.gluon.sm90 import fold, fold_stub, fold_whole, fp8_block
 from narrowgemm.kernels.gluon.sm90.fold_tile import FoldTile
 from narrowgemm.kernels.gluon.sm90.fp8_block_tile import LAYOUTS
 from narrowgemm.prepack import PREPACK
@@ -95,9 +95,11 @@ class Case:
         at = np.asarray(self.index, np.int64 if self.layout == "offsets" else np.int32)
         factor = p.factor.numpy().reshape(-1) if p.factor is not None else np.zeros(1, np.float32)
         flags = np.array([0, self.flag, 0], np.int32)
-        emu.launch(device.fold_kernel, grid, emu.Descriptor(self.a, [1, t.A_BOX, 128], emu.float8e4nv),
-                   emu.Descriptor(sa[..., :self.m], [1, t.SUB, t.BM], emu.float32), emu.Descriptor(words, [t.UNITS, 4, 256], emu.int32),
-                   emu.Descriptor(fields, [t.UNITS, 1, 128], emu.int32),
+        def rows(count: int) -> tuple[emu.Descriptor, emu.Descriptor]:
+            return emu.Descriptor(self.a, [1, count, 128], emu.float8e4nv), emu.Descriptor(sa[..., :self.m], [1, t.SUB, count], emu.float32)
+
+        emu.launch(device.fold_kernel, grid, rows(t.A_BOX)[0], rows(t.BM)[1], emu.Descriptor(words, [t.UNITS, 4, 256], emu.int32),
+                   emu.Descriptor(fields, [t.UNITS, 1, 128], emu.int32), *(rows(t.STUB) if t.STUB else (None, None)),
                    emu.Descriptor(body.reshape(-1, self.n), [64, t.OUT_COLS], self.out), emu.Pointer(self.memory, 4096, self.out),
                    emu.Pointer(p.top.numpy().reshape(-1)), emu.Pointer(factor), emu.Pointer(at), emu.Pointer(flags), self.m, self.n,
                    self.blocks, self.groups, self.alignment, 3, units, self.m * self.n, self.n, self.m, t)
@@ -157,6 +159,20 @@ TAILS = {"masked": [150, 0, 1, 129, 300, 256], "offsets": [3, 4, 70, 70, 201, 48
 def test_tails(device, three: bool) -> None:
     """A group's last tile by half where it has no more rows, or without its last quarter: the same product, no block left out."""
     Case("masked", 300, 136, 1, 6, TAILS["masked"], **TILES["256x128"], TAIL=True, THREE=three).check(device, 3)
+
+
+# of a few rows more than half a tile, a tile, two tiles; of more than that
+STUBS = {"offsets": [4, 136, 137, 281, 441, 445, 733, 733, 1050, 1210], "masked": [288, 289, 260, 32, 128, 160, 161, 130, 200]}
+
+
+@pytest.mark.parametrize("three", [False, True])
+@pytest.mark.parametrize("layout", STUBS)
+def test_stub(device, layout: str, three: bool) -> None:
+    """A group's few rows beyond a tile or half of one, with that."""
+    index = STUBS[layout]
+    groups, m = len(index) - (layout == "offsets"), 300 if layout == "masked" else 1210
+    Case(layout, m, 200, 2, groups, index, **TILES["256x128"], TAIL=True, THREE=three, STUB=32, factors=three,
+         out=emu.bfloat16 if three else emu.float32).check(device, 3)
 
 
 QUARTERS = dict(MP=2, OUT_SPLIT=2, OUT_BUFFERS=2, TAIL=True, QUARTERS=True, ITEMS=32, LISTED=8)
@@ -229,6 +245,20 @@ def test_configs_are_legal(layout: str, out_dtype: str) -> None:
             t = fold.tile_of(p, c, H200)
             assert (c.block_m, c.block_n) == (t.BM, t.BN) and t.shared_bytes <= H200.smem
             assert 0 < fold.estimate(p, c, H200) < 1
+
+
+def test_stubs() -> None:
+    """By offsets, with tails, where there are registers, of calls with about 256 rows a group."""
+    weights = Operand(MXFP4, prepack=FP8_PREPACK, scale_dtype="e8m0", folds=True)
+    many = problem("offsets", m=256 * 256, groups=256, b=weights)
+    tails = next(c for c in fold.configs(many, H200) if c.extra == (("tails", 1), ))
+    tile = fold.tile_of(many, tails, H200, stub=True)
+    assert tile is not None and tile.STUB == 32 and tile.GROUPS == 512 and tile.shared_bytes <= H200.smem
+    assert fold.tile_of(many, tails, H200).STUB == fold.tile_of(many, tails, H200, factor=True, stub=True).STUB == 0
+    for other in (replace(many, out_dtype="fp32"), replace(many, layout="masked", m=512, groups=8), replace(many, groups=600)):
+        assert fold.tile_of(other, tails, H200, stub=True).STUB == 0
+    assert fold.tile_of(many, replace(tails, extra=()), H200, stub=True).STUB == 0
+    assert [fold_stub.wins(rows * 64, 64) for rows in (128, 240, 256, 272, 300)] == [False, False, True, True, False]
 
 
 def test_tails_by_half_are_for_masked_groups() -> None:

@@ -13,14 +13,14 @@ JOBS = "tests.kernels.gluon_sm90_fold_jobs:jobs"
 
 
 # bytes, outside the loop over K: what a store with factors, or one that adds to the output, has no registers for, nor two places in the
-# order of tiles
-SPILLS, SPILLS_TAILS = 128, 384
+# order of tiles. And inside it, where a tile has rows beyond: 13 of the registers that their sums take
+SPILLS, SPILLS_TAILS, SPILLS_STUBS = 128, 384, 704
 
 
 def check(reports: list[dict]) -> None:
     for r in reports:
         product = r["kernel"] in ("fold_kernel", "fold_cluster_kernel")
-        limit = SPILLS_TAILS if "tails=" in r["job"] else SPILLS
+        limit = SPILLS if "tails=" not in r["job"] else SPILLS_STUBS if r["job"].startswith("offsets") else SPILLS_TAILS
         assert r["spills"] <= limit * product, f"{r['job']}: {r['spills']} bytes spilled in {r['kernel']}"
         assert not r["serialized"] and not r["starved"], f"{r['job']}: ptxas serialises wgmma"
         if r["kernel"] not in ("fold_kernel", "fold_cluster_kernel", "fp8_block_kernel"):
@@ -36,7 +36,7 @@ def check(reports: list[dict]) -> None:
 def test_few() -> None:
     reports = compile_jobs("sm90", JOBS)
     kernels = [r["kernel"] for r in reports]
-    want = {"fold_kernel": 5, "fold_words_kernel": 1, "fold_scales_kernel": 1, "fold_whole_kernel": 2, "fold_cluster_kernel": 2}
+    want = {"fold_kernel": 6, "fold_words_kernel": 1, "fold_scales_kernel": 1, "fold_whole_kernel": 2, "fold_cluster_kernel": 2}
     assert {n: kernels.count(n) for n in want} == want
     check(reports)
 

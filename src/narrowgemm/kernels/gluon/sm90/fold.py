@@ -4,11 +4,11 @@ Weights stay 4-bit in memory. A row's scales are folded into E4M3, losslessly wh
 other (`PackedWeight.top`), and the row's own power of two is applied to the sum. Activations are FP8 with 1x128 scales, or MXFP4,
 which a launch in front brings to FP8 with 1x128 scales; where the device finds that this would not be exact, a second product,
 which is launched behind and does nothing otherwise, takes K 32 at a time with all of A's scales. A group's last tile that has rows
-in its first half only may be worked on by half (`tails`); of few masked groups it may be in quarters, too, and so may whole tiles
-of a last round that leaves blocks idle, as the device finds best (`quarters`). Device code: `fold_device.py`,
-`fold_quarters_device.py`; what is fixed at compile time: `fold_tile.py`. To expand a tile anew for every 256 rows costs more
-instructions than there are beside wgmma: where groups have so many rows that it pays, all weights are expanded once a call instead
-(`fold_whole.py`).
+in its first half only may be worked on by half (`tails`), and a few rows beyond whole tiles with the last of them (`fold_stub.py`);
+of few masked groups it may be in quarters, too, and so may whole tiles of a last round that leaves blocks idle, as the device finds
+best (`quarters`). Device code: `fold_device.py`, `fold_stub_device.py`, `fold_quarters_device.py`; what is fixed at compile time:
+`fold_tile.py`. To expand a tile anew for every 256 rows costs more instructions than there are beside wgmma: where groups have so
+many rows that it pays, all weights are expanded once a call instead (`fold_whole.py`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from ....prepack_bits import ORDERS
 from ....problem import Config, Problem, Step
 from ...launching import Launch, Pointer
 from ...operands import Operands
-from . import fold_whole, fp8_block, refusals
+from . import fold_stub, fold_whole, fp8_block, refusals
 from .fold_tile import MAX_FLAGS, SCALE_BYTES, UNIT_ROWS, FoldTile
 from .fp8_block import LAUNCH_SECONDS
 from .fp8_block_tile import LAYOUTS, group_table
@@ -142,12 +142,14 @@ def _most_items(problem: Problem, config: Config, arch: Arch) -> int:
 
 
 @lru_cache(maxsize=4096)
-def tile_of(problem: Problem, config: Config, arch: Arch, factor: bool = False, exact: bool = False) -> FoldTile | None:
+def tile_of(problem: Problem, config: Config, arch: Arch, factor: bool = False, exact: bool = False,
+            stub: bool = False) -> FoldTile | None:
     """The compile-time constants of a config; None where it needs more shared memory than there is. factor: weight rows have
-    factors; exact: of the product with all of MXFP4's scales."""
+    factors; exact: of the product with all of MXFP4's scales; stub: rows beyond whole tiles are worked on with them, if offered."""
     shape = _EXACT if exact else (config.block_m, config.block_n)
     wgm, wgn, mp = _SHAPES[shape]
-    groups = group_table(problem)
+    stub = stub and config.extra == _TAILS and not factor and not exact and fold_stub.offered(problem)
+    groups = fold_stub.TABLE if stub else group_table(problem)
     gate = 0 if problem.a.format.element == "e4m3" else 2 if exact else 1
     # staging of the store and slots of 4-bit weights: as much as fits
     quarters = config.extra == _QUARTERS and not exact
@@ -158,10 +160,11 @@ def tile_of(problem: Problem, config: Config, arch: Arch, factor: bool = False, 
             A_SCALE_TMA=True,
             ZERO=problem.zeroes, ACCUMULATE=problem.accumulate,
             STORE_TMA=problem.out_aligned, LATE_STORE=False, SINGLE=mp == 1, TAIL=bool(config.extra) and not exact, FACTOR=factor,
-            NIBBLES=fold_whole.nibbles(problem), SUB=4 if exact else 1, CONSUMER_REGISTERS=208,
+            NIBBLES=fold_whole.nibbles(problem), SUB=4 if exact else 1, CONSUMER_REGISTERS=216 if stub else 208,
+            EXPANDER_REGISTERS=56 if stub else 72,
             PRODUCER_REGISTERS=24, W_STAGES=w_stages, GATE=gate, FLAGS=MAX_FLAGS if gate else 32,
             THREE=config.extra == _TAILS and not exact and problem.layout == "offsets",     # run and timed there: 12% at 192 rows
-            QUARTERS=quarters, ITEMS=_ITEMS if quarters else 0,
+            STUB=fold_stub.ROWS if stub else 0, QUARTERS=quarters, ITEMS=_ITEMS if quarters else 0,
             LISTED=next(n for n in (1, 2, 4, 8, 16, 32) if n >= problem.groups) if quarters else 0)
         if tile.shared_bytes <= arch.smem:
             return tile
@@ -302,7 +305,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     made, group, up = partial(fold_whole.fp8_rows, y, groups, x.m, blocks * BLOCK), 4 * pitch * blocks, (flags, count)
     # without SUB: the first of the four scales of a block, which are one
     return [prep, *_products(step.config, problem, x, arch, made, scales, (group, 4 * pitch), workspace, at.size, up),
-            _product(tile, problem, x, arch, made(tile.BM), scales, (group, pitch), up)]
+            _product(tile, problem, x, arch, made, scales, (group, pitch), up)]
 
 
 def _rows_to_fp8(problem: Problem, x: Operands, y: Pointer, scales: Pointer, flags: Pointer, count: int, rows: int,
@@ -331,15 +334,15 @@ def _products(config: Config, problem: Problem, x: Operands, arch: Arch, a: Call
             assert workspace is not None
             return fold_whole.launches(problem, config, x, arch, a, scales, strides, workspace, at, flags)
         config = _CANDIDATES[0]     # the FP8 kernels take A's scales as rows of one matrix
-    tile = tile_of(problem, config, arch, x.factor is not None)
+    tile = tile_of(problem, config, arch, x.factor is not None, stub=fold_stub.wins(x.m, x.groups))
     assert tile is not None, f"{config} is not legal for {problem}"
-    return [_product(tile, problem, x, arch, a(tile.A_BOX), scales, strides, flags)]
+    return [_product(tile, problem, x, arch, a, scales, strides, flags)]
 
 
-def _product(tile: FoldTile, problem: Problem, x: Operands, arch: Arch, a_desc: Any, scales: Tensor | Pointer,
+def _product(tile: FoldTile, problem: Problem, x: Operands, arch: Arch, a: Callable[[int], Any], scales: Tensor | Pointer,
              strides: tuple[int, int], flags: Flags | None) -> Launch:
-    """`strides`: of A's scales, from one group to the next and from one row of M scales to the next; `flags`: of what is not exact,
-    and their number."""
+    """`a`: see `_products`; `strides`: of A's scales, from one group to the next and from one row of M scales to the next; `flags`:
+    of what is not exact, and their number."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -351,13 +354,18 @@ def _product(tile: FoldTile, problem: Problem, x: Operands, arch: Arch, a_desc: 
     blocks, units = -(-x.k // BLOCK), -(-x.n // UNIT_ROWS)
     om = stride(x.out, -2, x.n)
     og = stride(x.out, 0, om * x.m) if masked else 0
-    flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
-    descriptors = [a_desc, TensorDescriptor(scales, [x.groups if masked else 1, blocks * tile.SUB, x.m], [*strides, 1],
-                                            [1, tile.SUB, tile.BM], flat)]
+
+    def of_scales(rows: int) -> Any:
+        flat = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=3)
+        shape = [x.groups if masked else 1, blocks * tile.SUB, x.m]
+        return TensorDescriptor(scales, shape, [*strides, 1], [1, tile.SUB, rows], flat)
+
+    descriptors = [a(tile.A_BOX), of_scales(tile.BM)]
     for base, deep, box in ((Pointer(x.b.data, torch.int32), blocks * 4, [tile.UNITS, 4, 256]),
                             (Pointer(fields, torch.int32), -(-blocks // 2), [tile.UNITS, 1, SCALE_BYTES // 4])):
         descriptors.append(TensorDescriptor(base, [x.groups * units, deep, box[2]], [deep * box[2], box[2], 1], box,
                                             device.PLANES.value))
+    descriptors += [a(tile.STUB), of_scales(tile.STUB)] if tile.STUB else [None, None]
     descriptors.append(output(x, og, om, tile.OUT_COLS, tile.OUT_BYTES) if tile.STORE_TMA else None)
     sms = min(problem.max_sms or arch.sms, arch.sms)
     grid = max(1, min(sms, row_tiles(problem, x, tile.BM) * -(-x.n // tile.BN) * (4 if tile.QUARTERS else 1)))

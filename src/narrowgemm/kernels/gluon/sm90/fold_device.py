@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from . import fold_quarters_device as quarters
 from .fold_expand_device import FIELDS, WORDS, expand, lane_table, row_tops
+from .fold_stub_device import has_stub
 from .fp8_block_device import consumer
 from .fp8_block_parts_device import FP8_PLANE, advance
 from .fp8_block_schedule_device import MASKED, ROW_OF_INTS, first_tile, has_products, next_tile, total_tiles
@@ -88,8 +89,8 @@ def first_unit(tile, cfg: gl.constexpr):
 
 @gluon.jit
 def producer(descs, rings, bars, table, problem, NT, cfg: gl.constexpr):
-    a_desc, sa_desc, w_desc, s_desc = descs
-    a_s, sa_s, w_s, s_s = rings
+    a_desc, sa_desc, w_desc, s_desc, stub_desc, stub_sa_desc = descs
+    a_s, sa_s, w_s, s_s, stub_s, stub_sa_s = rings
     full, empty, w_full, w_empty = bars
     index_ptr, M, N, KB, G, alignment = problem
     slot = gl.to_tensor(0)
@@ -108,6 +109,8 @@ def producer(descs, rings, bars, table, problem, NT, cfg: gl.constexpr):
         # the next tile is looked up first, so that its loads are off the path between two tiles
         run = runs((n, g, first, end, stop), cfg)
         whole = is_whole((n, g, first, end, stop), cfg)
+        if cfg.STUB > 0:
+            stub = has_stub((n, g, first, end, stop), cfg)
         cursor, ahead = next_one(cursor, (n, g, first, end, stop), table, problem, total, cfg, 1)
         if run:
             for kb in range(KB):
@@ -120,7 +123,13 @@ def producer(descs, rings, bars, table, problem, NT, cfg: gl.constexpr):
                 mbarrier.wait(empty.index(slot), phase)
                 bar = full.index(slot)
                 if cfg.TAIL:
-                    mbarrier.expect(bar, cfg.BLOCK_BYTES, pred=whole)
+                    if cfg.STUB > 0:
+                        mbarrier.expect(bar, cfg.BLOCK_BYTES + cfg.STUB * (128 + 4), pred=stub)
+                        mbarrier.expect(bar, cfg.BLOCK_BYTES, pred=whole & (stub == 0))
+                        tma_load(stub_desc, [plane, row + cfg.BM, kb * 128], bar, stub_s.index(slot), pred=stub)
+                        tma_load(stub_sa_desc, [plane, kb * cfg.SUB, row + cfg.BM], bar, stub_sa_s.index(slot), pred=stub)
+                    else:
+                        mbarrier.expect(bar, cfg.BLOCK_BYTES, pred=whole)
                     mbarrier.expect(bar, cfg.BLOCK_BYTES - cfg.A_BOX * 128, pred=whole == 0)
                     tma_load(a_desc, [plane, row, kb * 128], bar, a_s.index(slot * 2))
                     tma_load(a_desc, [plane, row + cfg.A_BOX, kb * 128], bar, a_s.index(slot * 2 + 1), pred=whole)
@@ -204,11 +213,11 @@ def gated(M, flags_ptr, flags, cfg: gl.constexpr):
 
 
 @gluon.jit(do_not_specialize=["M", "KB", "G", "alignment", "flags", "NT", "out_pitch"])
-def fold_kernel(a_desc, sa_desc, w_desc, s_desc, d_desc, out_ptr, top_ptr, factor_ptr, index_ptr, flags_ptr, M, N, KB, G, alignment,
+def fold_kernel(a_desc, sa_desc, w_desc, s_desc, stub_desc, stub_sa_desc, d_desc, out_ptr, top_ptr, factor_ptr, index_ptr, flags_ptr, M, N, KB, G, alignment,
                 flags, NT, og, om, out_pitch, cfg: gl.constexpr):
     """A persistent grid. M: rows of A, or rows a group can hold (masked). a_desc [1 or G, M, K] E4M3, sa_desc [1 or G, KB * SUB, M],
     w_desc int32 [G * NT, KB * 4, 256] and s_desc int32 [G * NT, ceil(KB / 2), 128]: tiles of 64 weight rows, NT a group; d_desc
-    [M, N]; top, factor [G, NT * 64]; flags: their number; out_pitch: rows of d_desc from one group to the next (masked)."""
+    [M, N]; stub_desc, stub_sa_desc: as a_desc and sa_desc, of STUB rows; top, factor [G, NT * 64]; flags: their number; out_pitch: rows of d_desc from one group to the next (masked)."""
     M = gated(M, flags_ptr, flags, cfg)
     STAGES: gl.constexpr = cfg.STAGES
     a_s = gl.allocate_shared_memory(gl.float8e4nv, [STAGES * (cfg.BM // cfg.A_BOX), 1, cfg.A_BOX, 128], FP8_PLANE)
@@ -218,6 +227,13 @@ def fold_kernel(a_desc, sa_desc, w_desc, s_desc, d_desc, out_ptr, top_ptr, facto
     s_s = gl.allocate_shared_memory(gl.int32, [W_STAGES, cfg.UNITS, 1, 128], PLANES)
     d_s = store_buffers(out_ptr, cfg)
     sa_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1, cfg.SUB, cfg.BM], sa_desc.layout)
+    rings = (a_s, sa_s, b_s)
+    loaded = (a_s, sa_s, w_s, s_s, a_s, sa_s)
+    if cfg.STUB > 0:
+        stub_s = gl.allocate_shared_memory(gl.float8e4nv, [STAGES, 1, cfg.STUB, 128], FP8_PLANE)
+        stub_sa_s = gl.allocate_shared_memory(gl.float32, [STAGES, 1, cfg.SUB, cfg.STUB], sa_desc.layout)
+        rings = (a_s, sa_s, b_s, stub_s, stub_sa_s)
+        loaded = (a_s, sa_s, w_s, s_s, stub_s, stub_sa_s)
     ring = ring_barriers(STAGES, 2, cfg.CONSUMERS)
     bars = ring + ring_barriers(W_STAGES, 1, 1)
     if cfg.QUARTERS:
@@ -230,18 +246,18 @@ def fold_kernel(a_desc, sa_desc, w_desc, s_desc, d_desc, out_ptr, top_ptr, facto
     problem = (index_ptr, M, N, KB, G, alignment)
     scales = (top_ptr, 0, 0, 0, top_ptr, NT * 64, factor_ptr, 0)
     out = (out_ptr, og, om, out_pitch)
-    views = (a_s, sa_s, b_s)
+    descs = (a_desc, sa_desc, w_desc, s_desc, stub_desc, stub_sa_desc)
     if cfg.QUARTERS:
         gl.warp_specialize([
-            (quarters.consumer, (d_desc, out, scales, views, d_s, ring, table, problem, cfg, 0)),
-            (quarters.consumer, (d_desc, out, scales, views, d_s, ring, table, problem, cfg, 1)),
+            (quarters.consumer, (d_desc, out, scales, rings, d_s, ring, table, problem, cfg, 0)),
+            (quarters.consumer, (d_desc, out, scales, rings, d_s, ring, table, problem, cfg, 1)),
             (expander, ((b_s, w_s, s_s), bars, table, problem, top_ptr, NT, cfg)),
-            (producer, ((a_desc, sa_desc, w_desc, s_desc), (a_s, sa_s, w_s, s_s), bars, table, problem, NT, cfg)),
+            (producer, (descs, loaded, bars, table, problem, NT, cfg)),
         ], [4, 4, 1], [cfg.CONSUMER_REGISTERS, cfg.EXPANDER_REGISTERS, cfg.PRODUCER_REGISTERS])
     else:
         gl.warp_specialize([
-            (consumer, (d_desc, out, scales, views, d_s, ring, table, problem, cfg, 0, 0)),
-            (consumer, (d_desc, out, scales, views, d_s, ring, table, problem, cfg, cfg.WGM - 1, cfg.WGN - 1)),
+            (consumer, (d_desc, out, scales, rings, d_s, ring, table, problem, cfg, 0, 0)),
+            (consumer, (d_desc, out, scales, rings, d_s, ring, table, problem, cfg, cfg.WGM - 1, cfg.WGN - 1)),
             (expander, ((b_s, w_s, s_s), bars, table, problem, top_ptr, NT, cfg)),
-            (producer, ((a_desc, sa_desc, w_desc, s_desc), (a_s, sa_s, w_s, s_s), bars, table, problem, NT, cfg)),
+            (producer, (descs, loaded, bars, table, problem, NT, cfg)),
         ], [4, 4, 1], [cfg.CONSUMER_REGISTERS, cfg.EXPANDER_REGISTERS, cfg.PRODUCER_REGISTERS])

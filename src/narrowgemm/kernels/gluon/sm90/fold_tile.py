@@ -22,6 +22,7 @@ class FoldTile(Tile):
     GATE: int = 0            # 0; 1: does nothing where a flag is up; 2: where none is
     FLAGS: int = 32          # power of two, at least the number of flags
     EXPANDER_REGISTERS: int = 72
+    STUB: int = 0            # rows beyond a group's last whole tile that may be worked on with it: `fold_stub_device.py`
     THREE: bool = False      # TAIL: of a tile with rows in three quarters of it the last one isn't multiplied
     QUARTERS: bool = False   # tails, and whole tiles of a last round, by quarters: `fold_quarters_device.py`
     LISTED: int = 0          # groups at most, then
@@ -51,4 +52,4 @@ class FoldTile(Tile):
         staging = self.CONSUMERS * self.OUT_BUFFERS * WARPGROUP_ROWS * self.OUT_COLS * self.OUT_BYTES
         table = 16 * self.ITEMS or (4 * self.GROUPS if LAYOUTS["offsets"] <= self.LAYOUT else 0)
         captures = 768
-        return ring + weights + staging + table + captures
+        return ring + self.STAGES * self.STUB * (128 + 4) + weights + staging + table + captures

@@ -21,10 +21,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
+from .fold_stub_device import sum_tile
 from .fp8_block_parts_device import (
     FP8_PLANE, FP8_TILE, ROW_OF_FLOATS, advance, block_of, column_scales, load_a_scales, load_b_scales, load_blocks, multiply, scale_bases,
     second_piece, store_piece, store_zeros)
-from .fp8_block_schedule_device import DENSE, first_tile, fresh, has_products, is_live, next_tile, total_tiles
+from .fp8_block_schedule_device import DENSE, first_tile, fresh, has_products, is_live, next_tile, stub_rows, total_tiles
 from .fp8_block_sums_device import blocks, sum_pieces
 from .ring_device import feed, groups_table, ring_barriers, store_buffers
 from .shim import view_as, view_rows
@@ -80,7 +81,9 @@ def store_tile(acc, scales, d_s, d_desc, out, problem, tile, cfg: gl.constexpr, 
 @gluon.jit
 def consumer(d_desc, out, scales, rings, d_s, bars, table, problem, cfg: gl.constexpr, WM: gl.constexpr, WN: gl.constexpr):
     """Rows [WM * MP * 64, +MP * 64) and columns [WN * NP * cfg.WN, +NP * cfg.WN) of every tile."""
-    a_s, sa_s, b_s = rings
+    a_s = rings[0]
+    sa_s = rings[1]
+    b_s = rings[2]
     full, empty = bars
     index_ptr, M, N, KB, G, alignment = problem
     S: gl.constexpr = cfg.STAGES * cfg.KS
@@ -134,6 +137,8 @@ def consumer(d_desc, out, scales, rings, d_s, bars, table, problem, cfg: gl.cons
             elif not cfg.TAIL:
                 acc, last, sa, sb, slot, phase = sum_pieces(acc, p, sa, sb, slot, phase, views, bars, problem, bases, scales, tile, cfg, WM,
                                                          WN, mma, MP)
+            elif stub_rows(cfg) > 0:
+                acc, slot, phase = sum_tile(acc, p, slot, phase, rings, views, bars, problem, bases, scales, out, tile, cfg, WM, mma)
             elif tile[2] + second_piece(cfg, WM) < tile[3]:
                 acc, last, sa, sb, slot, phase = sum_pieces(acc, p, sa, sb, slot, phase, views, bars, problem, bases, scales, tile, cfg, WM,
                                                          WN, mma, MP)

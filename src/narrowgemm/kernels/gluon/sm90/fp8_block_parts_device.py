@@ -128,12 +128,16 @@ def load_a_scales(base, scales, tile, M, kb, KB, cfg: gl.constexpr, WM: gl.const
 
 @gluon.jit
 def column_scales(scales, tile, col0, cfg: gl.constexpr, mma: gl.constexpr):
-    """What the sums of WN columns from col0 are multiplied by, where B's scales are folded into its payload: sb_ptr holds E8M0
-    codes, sbg a group, for a payload of 2^6 times the value; sbn is a pointer to factors."""
+    """What the sums of WN columns from col0 are multiplied by, where B's scales are folded into its payload."""
+    COLS: gl.constexpr = cfg.WN
+    return folded_scales(scales, tile, col0 + fresh(gl.arange(0, COLS, gl.SliceLayout(0, mma))), cfg)
+
+
+@gluon.jit
+def folded_scales(scales, tile, col, cfg: gl.constexpr):
+    """Those of columns `col`: sb_ptr holds E8M0 codes, sbg a group, for a payload of 2^6 times the value; sbn is a pointer to factors."""
     sa_ptr, sag, sam, sak, sb_ptr, sbg, sbn, sbk = scales
     n, g, first, end, stop = tile
-    COLS: gl.constexpr = cfg.WN
-    col = col0 + fresh(gl.arange(0, COLS, gl.SliceLayout(0, mma)))
     at = g.to(gl.int64) * sbg + col
     # a thread does this for 32 columns of a tile; the codes of rows are never that of NaN
     bits = gl.maximum(gl.load(sb_ptr + at, mask=col < sbg, other=0).to(gl.int32) << 23, 0x00400000)

@@ -37,6 +37,12 @@ def has_tails(cfg):
     return getattr(cfg, "TAIL", False)
 
 
+@constexpr_function
+def stub_rows(cfg):
+    """Rows beyond a group's last whole tile that are worked on with it."""
+    return getattr(cfg, "STUB", 0)
+
+
 @gluon.jit
 def add(x, y):
     return x + y
@@ -101,6 +107,8 @@ def fill_table(table, index_ptr, M, G, alignment, cfg: gl.constexpr, WARPS: gl.c
         stop = end
     if has_tails(cfg):
         left = (end - start) % cfg.BM
+        if stub_rows(cfg) > 0:
+            left = gl.where((left <= stub_rows(cfg)) & (end - start >= cfg.BM), 0, left)
         tiles = (end - start) // cfg.BM + gl.where(left > cfg.BM // 2, 1, gl.where(left > 0, 1 << TAIL_BITS, 0))
         tiles = gl.where(g < G, tiles, 0).to(gl.int32)
     else:
