@@ -6,9 +6,9 @@ The table of results has every suite; the headline, on the first screen, those o
     python benchmarks/make_tables.py --check    exits with 1 where README.md is not what the files say
 
 Every folder of benchmarks/results is a device. A suite's rows against a peer are those of the newest commit that was measured
-against it; several files of that commit count as one result. A suite with a row missing or failed fails the script. The whole
-tables, with the cases behind the worst ratios and the peers that were left out or were wrong, are on the page that
-`make_performance.py` writes.
+against it in all cases (in the most, where none was in all); several files of that commit count as one result. A suite with a row
+missing or failed fails the script. The whole tables, with the cases behind the worst ratios and the peers that were left out or
+were wrong, are on the page that `make_performance.py` writes.
 """
 
 from __future__ import annotations
@@ -54,12 +54,14 @@ def committed(root: Path) -> list[Path]:
 
 def newest(files: list[dict[str, Any]]) -> dict[tuple[str, bool], list[dict[str, Any]]]:
     """(suite, transforms inside) -> results, oldest first, each with those of its rows alone whose peer no newer commit was
-    measured against."""
+    measured against, in as many cases."""
     ordered = sorted(files, key=lambda d: str(d["date"]))
-    last: dict[tuple[str, bool, str | None], str] = {}
+    cases: dict[tuple[str, bool, str | None], dict[str, set[str]]] = {}
     for d in ordered:
-        for suite, peer in {(r["suite"], r["peer"]) for r in d["rows"]}:
-            last[suite, bool(d.get("scale_transform")), peer] = d["commit"]
+        for r in d["rows"]:
+            of = (r["suite"], bool(d.get("scale_transform")), r["peer"])
+            cases.setdefault(of, {}).setdefault(d["commit"], set()).add(r["case"])
+    last = {of: max(enumerate(commits), key=lambda x: (len(commits[x[1]]), x[0]))[1] for of, commits in cases.items()}
     chosen: dict[tuple[str, bool], list[dict[str, Any]]] = {}
     for d in ordered:
         inside, rows = bool(d.get("scale_transform")), {}

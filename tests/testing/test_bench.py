@@ -373,12 +373,15 @@ def test_time_over_tokens() -> None:
 
 def test_the_newest_commit_that_measured_a_suite_against_a_peer_counts() -> None:
     make = tables()
-    row = lambda suite, peer: {"suite": suite, "peer": peer}  # noqa: E731
+    row = lambda suite, peer, case="one": {"suite": suite, "peer": peer, "case": case}  # noqa: E731
     old = {"date": "1", "commit": "a", "rows": [row("fp8-dense", "deepgemm"), row("fp8-dense", "floor")]}
     new, part = ({"date": d, "commit": "b", "rows": [row("fp8-dense", "deepgemm")]} for d in ("2", "3"))
     other = {"date": "4", "commit": "c", "rows": [row("fp8-masked", "floor")]}
     chosen = make.newest([part, other, old, new])
     assert chosen == {("fp8-dense", False): [{**old, "rows": old["rows"][1:]}, new, part], ("fp8-masked", False): [other]}
+    # a newer commit that was measured in some of the cases doesn't stand for all of them
+    whole = {"date": "1", "commit": "a", "rows": [row("fp8-dense", "deepgemm"), row("fp8-dense", "deepgemm", "two")]}
+    assert make.newest([new, whole]) == {("fp8-dense", False): [whole]}
 
 
 def test_a_readme_without_marks_is_refused() -> None:
