@@ -15,7 +15,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import cluster_device as cluster
 from .fold_mixed_device import STEP, column_of, flag, flags_of
-from .fold_both_wide_device import load_weights, multiply_wide, pass_on, wide_consumer, wide_producer
+from .fold_both_wide_device import feed_wide, load_weights, multiply_wide, pass_on, sum_wide
 from .fp8_block_parts_device import ROW_OF_FLOATS, advance, promote, store_zeros
 from .fp8_block_schedule_device import DENSE, OFFSETS, first_tile, fresh, has_products, is_live, next_tile, total_tiles
 from .fp8_cluster_device import prepare, start_piece, store_tile
@@ -73,11 +73,41 @@ def load_block(descs, full, slot, at, kb, rows, cfg: gl.constexpr):
 
 
 @gluon.jit
-def producer(descs, picks, table, problem, at_ptr, of_weights, removed, cfg: gl.constexpr):
+def feed(descs, picks, slot, phase, bars, tile, own, rows, problem, at_ptr, of_weights, removed, cfg: gl.constexpr):
+    """A tile's picks, columns that are left out of A, and K blocks: (slot, phase)."""
     index_ptr, M, N, KB, G, alignment = problem
     p_desc, r_desc, o_desc = picks
+    full, empty = bars
+    n, g, first, end, stop = tile
+    row = own[2]
+    if cfg.LAYOUT == OFFSETS:
+        row = column_of(row, stop, g)
+    begin, middle, last, low = picks_of(at_ptr, n, g, N, cfg)
+    plane = g * gl.cdiv(N, PACKED) + low
+    n0 = n * cfg.BN - low * PACKED
+    for column in range(begin, last, STEP):
+        cluster.wait(empty + slot * 8, phase, 1)
+        beyond = (column >= middle).to(gl.int32)
+        at = (plane + beyond, n0 - beyond * PACKED, column - gl.where(beyond == 1, middle, begin))
+        load_picks(p_desc, 21, r_desc, full, slot, column, row, at, rows, cfg)
+        slot, phase = advance(slot, phase, cfg.STAGES)
+    for k in range(0, removed, STEP):
+        cluster.wait(empty + slot * 8, phase, 1)
+        load_picks(p_desc, 33, o_desc, full, slot, of_weights + k, row, (g, n * cfg.BN, k), rows, cfg)
+        slot, phase = advance(slot, phase, cfg.STAGES)
+    for kb in range(0, KB):
+        cluster.wait(empty + slot * 8, phase, 1)
+        load_block(descs, full, slot, (own[2], g, n * cfg.BN), kb, rows, cfg)
+        slot, phase = advance(slot, phase, cfg.STAGES)
+    return slot, phase
+
+
+@gluon.jit
+def producer(wide, descs, picks, table, problem, at_ptr, of_weights, removed, cfg: gl.constexpr, WIDE: gl.constexpr):
+    """WIDE: `wide`, A and weights in BF16, instead of all else."""
+    index_ptr, M, N, KB, G, alignment = problem
     UNIT: gl.constexpr = cfg.UNIT
-    full, empty = barriers(cfg)
+    bars = barriers(cfg)
     cluster.wait_all(cfg.CLUSTER)
     work = (index_ptr, table, M, N, KB, G, alignment, total_tiles(table, M, N, UNIT, 1, G, alignment))
     slot = gl.to_tensor(0)
@@ -90,26 +120,10 @@ def producer(descs, picks, table, problem, at_ptr, of_weights, removed, cfg: gl.
         if has_products(here, cfg):
             own = own_tile(here, cfg)
             rows = has_rows(own, M, cfg, 0)
-            row = own[2]
-            if cfg.LAYOUT == OFFSETS:
-                row = column_of(row, stop, g)
-            begin, middle, last, low = picks_of(at_ptr, n, g, N, cfg)
-            plane = g * gl.cdiv(N, PACKED) + low
-            n0 = n * cfg.BN - low * PACKED
-            for column in range(begin, last, STEP):
-                cluster.wait(empty + slot * 8, phase, 1)
-                beyond = (column >= middle).to(gl.int32)
-                at = (plane + beyond, n0 - beyond * PACKED, column - gl.where(beyond == 1, middle, begin))
-                load_picks(p_desc, 21, r_desc, full, slot, column, row, at, rows, cfg)
-                slot, phase = advance(slot, phase, cfg.STAGES)
-            for k in range(0, removed, STEP):
-                cluster.wait(empty + slot * 8, phase, 1)
-                load_picks(p_desc, 33, o_desc, full, slot, of_weights + k, row, (g, n * cfg.BN, k), rows, cfg)
-                slot, phase = advance(slot, phase, cfg.STAGES)
-            for kb in range(0, KB):
-                cluster.wait(empty + slot * 8, phase, 1)
-                load_block(descs, full, slot, (own[2], g, n * cfg.BN), kb, rows, cfg)
-                slot, phase = advance(slot, phase, cfg.STAGES)
+            if WIDE:
+                slot, phase = feed_wide(wide, slot, phase, bars, here, own, rows, KB, cfg)
+            else:
+                slot, phase = feed(descs, picks, slot, phase, bars, here, own, rows, problem, at_ptr, of_weights, removed, cfg)
         n, g, first, end, stop = ahead
     cluster.wait_all(cfg.CLUSTER)      # what the other block still sends, it sends to one that is there
 
@@ -170,8 +184,26 @@ def step(acc, p, up, slot, ahead, phase, more, sa_v, bars, cfg: gl.constexpr, WM
 
 
 @gluon.jit
-def consumer(d_desc, out, scales, ring, d_s, table, problem, flags_ptr, RB, at_ptr, removed, cfg: gl.constexpr, WM: gl.constexpr):
-    """Rows [WM * 64, +64) of every tile."""
+def sum_blocks(acc, p, slot, phase, bars, steps, sa_v, flags_ptr, own, M, KB, RB, cfg: gl.constexpr, WM: gl.constexpr, mma: gl.constexpr):
+    """Sums after `steps` slots of columns in BF16 and all K blocks: (sums, what wgmma left, slot, phase)."""
+    full, empty = bars
+    f = flags_of(flags_ptr, own, M, KB, RB, WM, cfg)
+    up = flag(f, slot * 0, cfg)
+    acc, slot, phase = multiply_wide(acc, slot, phase, bars, steps, cfg, WM, mma, True)
+    cluster.wait(full + slot * 8, phase, 1)
+    for kb in range(0, KB):
+        up_ahead = flag(f, gl.minimum(kb + 1, KB - 1), cfg)
+        ahead, phase = advance(slot, phase, cfg.STAGES)
+        acc, p = step(acc, p, up, slot, ahead, phase, (kb + 1 < KB).to(gl.int32), sa_v, bars, cfg, WM, mma)
+        slot = ahead
+        up = up_ahead
+    return acc, p, slot, phase
+
+
+@gluon.jit
+def consumer(d_desc, out, scales, factor_ptr, ring, d_s, table, problem, flags_ptr, RB, at_ptr, removed, cfg: gl.constexpr, WM: gl.constexpr,
+             WIDE: gl.constexpr):
+    """Rows [WM * 64, +64) of every tile. WIDE: sums of what is in BF16, whose rows have factors."""
     index_ptr, M, N, KB, G, alignment = problem
     UNIT: gl.constexpr = cfg.UNIT
     NP: gl.constexpr = cfg.NP
@@ -196,19 +228,15 @@ def consumer(d_desc, out, scales, ring, d_s, table, problem, flags_ptr, RB, at_p
         work = (index_ptr, table, fresh(M), fresh(N), KB, fresh(G), alignment, total)
         own = own_tile(tile, cfg)
         if has_products(tile, cfg):
-            begin, middle, last, low = picks_of(at_ptr, tile[0], tile[1], N, cfg)
-            steps = (last - begin) // STEP + (removed + (STEP - 1)) // STEP
+            steps = KB      # slots beside those of K blocks, or as many in BF16
+            if not WIDE:
+                begin, middle, last, low = picks_of(at_ptr, tile[0], tile[1], N, cfg)
+                steps = (last - begin) // STEP + (removed + (STEP - 1)) // STEP
             if has_rows(own, M, cfg, WM * 64):
-                f = flags_of(flags_ptr, own, M, KB, RB, WM, cfg)
-                up = flag(f, slot * 0, cfg)
-                acc, slot, phase = multiply_wide(zeros, slot, phase, bars, steps, cfg, WM, mma, True)
-                cluster.wait(full + slot * 8, phase, 1)
-                for kb in range(0, KB):
-                    up_ahead = flag(f, gl.minimum(kb + 1, KB - 1), cfg)
-                    ahead, phase = advance(slot, phase, cfg.STAGES)
-                    acc, p = step(acc, p, up, slot, ahead, phase, (kb + 1 < KB).to(gl.int32), sa_v, bars, cfg, WM, mma)
-                    slot = ahead
-                    up = up_ahead
+                if WIDE:
+                    acc, slot, phase = sum_wide(zeros, slot, phase, bars, factor_ptr, own, M, KB, cfg, WM, mma)
+                else:
+                    acc, p, slot, phase = sum_blocks(zeros, p, slot, phase, bars, steps, sa_v, flags_ptr, own, M, KB, RB, cfg, WM, mma)
                 store_tile(acc, scales, d_s, d_desc, out, problem, own, cfg, WM, 0, mma, NP)
             else:
                 slot, phase = pass_on(slot, phase, bars, steps + KB, cfg)
@@ -225,23 +253,23 @@ def consumer(d_desc, out, scales, ring, d_s, table, problem, flags_ptr, RB, at_p
 def producer_of(whole, wide, descs, picks, table, problem, at_ptr, of_weights, removed, cfg: gl.constexpr):
     if cfg.WHOLE:
         if whole == 0:      # what is mostly done stands first
-            producer(descs, picks, table, problem, at_ptr, of_weights, removed, cfg)
+            producer(wide, descs, picks, table, problem, at_ptr, of_weights, removed, cfg, False)
         else:
-            wide_producer(wide, table, problem, cfg)
+            producer(wide, descs, picks, table, problem, at_ptr, of_weights, removed, cfg, True)
     else:
-        producer(descs, picks, table, problem, at_ptr, of_weights, removed, cfg)
+        producer(wide, descs, picks, table, problem, at_ptr, of_weights, removed, cfg, False)
 
 
 @gluon.jit
 def consumer_of(whole, wide, d_desc, out, scales, ring, d_s, table, problem, flags_ptr, RB, at_ptr, removed, cfg: gl.constexpr, WM: gl.constexpr):
+    factor_ptr, of_columns = wide
     if cfg.WHOLE:
         if whole == 0:
-            consumer(d_desc, out, scales, ring, d_s, table, problem, flags_ptr, RB, at_ptr, removed, cfg, WM)
+            consumer(d_desc, out, scales, factor_ptr, ring, d_s, table, problem, flags_ptr, RB, at_ptr, removed, cfg, WM, False)
         else:
-            factor_ptr, of_columns = wide
-            wide_consumer(d_desc, out, of_columns, factor_ptr, d_s, table, problem, cfg, WM)
+            consumer(d_desc, out, of_columns, factor_ptr, ring, d_s, table, problem, flags_ptr, RB, at_ptr, removed, cfg, WM, True)
     else:
-        consumer(d_desc, out, scales, ring, d_s, table, problem, flags_ptr, RB, at_ptr, removed, cfg, WM)
+        consumer(d_desc, out, scales, factor_ptr, ring, d_s, table, problem, flags_ptr, RB, at_ptr, removed, cfg, WM, False)
 
 
 @gluon.jit(do_not_specialize=["M", "KB", "RB", "G", "alignment", "limit", "of_weights"])
