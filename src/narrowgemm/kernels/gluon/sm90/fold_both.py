@@ -115,9 +115,9 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     return None
 
 
-def own(problem: Problem) -> bool:
-    """Whether a product on tiles that are not 256 wide multiplies in BF16 itself. Groups' was not run so on a GPU."""
-    return problem.layout == "dense" and problem.flops <= OWN
+def own(problem: Problem, config: Config) -> bool:
+    """Whether a product multiplies in BF16 itself: on tiles that are not 256 wide. Groups' was not run so on a GPU."""
+    return config.block_n != prepack_folded.TILE and problem.layout == "dense" and problem.flops <= OWN
 
 
 def tile_of(problem: Problem, config: Config, arch: Arch) -> MixedTile | fold_both_tile.Tile | None:
@@ -131,7 +131,7 @@ def tile_of(problem: Problem, config: Config, arch: Arch) -> MixedTile | fold_bo
         tile = fold_both_tile.Tile(
             LAYOUTS[problem.layout], 2, 1, 1, tensors, columns, STAGES=stages, STRIP=config.group_m, OUT_BUFFERS=buffers,
             OUT_BYTES=problem.out_bytes, GROUPS=groups, ZERO=problem.zero_padding and problem.layout == "contiguous",
-            STORE_TMA=problem.out_aligned, CLUSTER_M=1 + bool(config.extra), WHOLE=own(problem))
+            STORE_TMA=problem.out_aligned, CLUSTER_M=1 + bool(config.extra), WHOLE=own(problem, config))
         if tile.shared_bytes <= arch.smem:
             return tile
     return None
@@ -206,7 +206,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     launch, slower = LAUNCH_SECONDS[0], SLOWER_LAUNCHES.get(arch.name, (0.0, 0.0))
     if p.groups > 1:
         launch = LAUNCH_SECONDS[1]
-    elif config.block_n != prepack_folded.TILE and own(p):
+    elif own(p, config):
         launch = OWN_LAUNCH_SECONDS + slower[1]
     else:
         launch += slower[0]
@@ -235,7 +235,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
              copy.picks, pitch(x.m, x.groups) // 4)
     blocks = columns(x.k) // BLOCK
     remove = power_of_two(blocks) if blocks <= MOST_BLOCKS else 0
-    whole = step.config.block_n != prepack_folded.TILE and own(problem)
+    whole = own(problem, step.config)
     in_front = front(problem, x, workspace, at, picks, remove, not whole)
     product = _product(step.config, problem, x, workspace, behind.limit, not whole)
     rest = [_rest(problem, x, workspace, at, behind.limit, whole)] if whole or remove else []
