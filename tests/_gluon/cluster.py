@@ -193,6 +193,12 @@ def _pairs_of_e4m3(w: Tensor) -> tuple[Tensor, Tensor]:
     return wrap((x & 0x87F087F0).astype(np.uint32).view(np.int32)), wrap(second.astype(np.uint32).view(np.int32))
 
 
+def _least_shift(top: Tensor, bottom: Tensor) -> Tensor:
+    """What brings codes between 3 and 240, the upper end first."""
+    down, up = np.maximum(top.a - 240, 0), np.minimum(bottom.a - 3, 0)
+    return wrap(np.where(down > 0, down, np.maximum(up, top.a - 240)))
+
+
 def _scaled_pair(pair: Tensor, scale: Tensor) -> Tensor:
     halves = ((pair.a.view(np.uint32)[..., None] >> np.array([0, 16], np.uint32)) << np.uint32(16)).view(np.float32) * scale.a[..., None]
     bits = np.ascontiguousarray(halves).view(np.uint32) >> 16
@@ -218,7 +224,7 @@ def stand_ins(package: str) -> dict[str, types.ModuleType]:
     counters = types.ModuleType(f"{package}.counters_device")
     counters.__dict__.update(take=lambda p: atomic_add(p, 1), finish=lambda p: atomic_add(p, 1), await_count=_await_count)
     prep = types.ModuleType(f"{package}.narrow_prep_device")       # Triton's, not Gluon's
-    prep.__dict__.update(HIGH=240, LOW=3, power_of_two=lambda e: wrap(np.exp2(np.clip(e.a, -149, 127).astype(np.float32))))
+    prep.__dict__.update(least_shift=_least_shift, power_of_two=lambda e: wrap(np.exp2(np.clip(e.a, -149, 127).astype(np.float32))))
     expand = types.ModuleType(f"{package}.expand_device")
     expand.__dict__.update(pairs_of_e4m3=_pairs_of_e4m3, scaled_pair=_scaled_pair)
     gated = types.ModuleType(f"{package}.fp8_gated_values_device")

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from .expand_rows_device import SHIFTED
 from .narrow_prefill_prep_device import e2m1_value
-from .narrow_prep_device import E2M1, HIGH, LOW, MASKED, OFFSETS, offset_of, power_of_two
+from .narrow_prep_device import E2M1, MASKED, OFFSETS, least_shift, offset_of, power_of_two
 from .narrow_rows_device import PSUM, psum_rows
 
 SIGNS = tl.constexpr(-2147450880)       # 0x80008000
@@ -106,7 +106,7 @@ def shifts_of_rows(xs, rows, K, ssk, cfg: tl.constexpr):
         nan = tl.maximum(nan, tl.max((code == 255).to(tl.int32), 1))
         top = tl.maximum(top, tl.max(tl.where((code == 255) | (there == 0), 0, code), 1))
         bottom = tl.minimum(bottom, tl.min(tl.where(there, code, 255), 1))
-    return tl.where(top > HIGH, top - HIGH, tl.where(bottom < LOW, tl.maximum(bottom - LOW, top - HIGH), 0)), nan
+    return least_shift(top, bottom), nan
 
 
 @triton.jit

@@ -7,7 +7,7 @@ see `expand_device.py`. Codes that BF16 does not hold are rare: only then rows a
 import triton
 import triton.language as tl
 
-from .narrow_prep_device import HIGH, LOW, power_of_two
+from .narrow_prep_device import HIGH, LOW, least_shift, power_of_two
 
 PIECE = tl.constexpr(2048)          # columns that are moved together
 SHIFTED = tl.constexpr(0x5D1F7ED1)  # what `flag` holds where a row may have been shifted; anything else where none was
@@ -42,7 +42,7 @@ def bring_rows(x_ptr, xs_ptr, y_ptr, factor_ptr, flag_ptr, first, R, K, KX, sxm,
             nan = tl.maximum(nan, tl.max((c[i] == 255).to(tl.int32), 1))
             top = tl.maximum(top, tl.max(tl.where(c[i] == 255, 0, c[i]), 1))
             bottom = tl.minimum(bottom, tl.min(c[i], 1))
-        shift = tl.where(top > HIGH, top - HIGH, tl.where(bottom < LOW, tl.maximum(bottom - LOW, top - HIGH), 0))
+        shift = least_shift(top, bottom)
         factor = tl.where(nan > 0, float("nan"), power_of_two(shift))
         tl.store(flag_ptr, SHIFTED)
     for i in tl.static_range(PIECES):

@@ -12,7 +12,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .expand_device import pairs_of_e4m3, scaled_pair
 from .fold_outliers_device import outlying_rows
 from .fp8_block_schedule_device import OFFSETS
-from .narrow_prep_device import HIGH, LOW, power_of_two
+from .narrow_prep_device import least_shift, power_of_two
 
 ROWS = gl.constexpr(4)          # of A, a piece
 BLOCKS = gl.constexpr(64)       # of 32 of K, at a time,
@@ -46,7 +46,7 @@ def wide_rows(x_ptr, s_ptr, y_ptr, factor_ptr, first, M, K, KX, sxm, ssm, ssk):
         nan = gl.maximum(nan, gl.max((code == 255).to(gl.int32), 1))
         top = gl.maximum(top, gl.max(gl.where((code == 255) | (live == 0), 0, code), 1))
         bottom = gl.minimum(bottom, gl.min(gl.where(live, code, 255), 1))
-    shift = gl.where(top > HIGH, top - HIGH, gl.where(bottom < LOW, gl.maximum(bottom - LOW, top - HIGH), 0))
+    shift = least_shift(top, bottom)
     x_ptr += gl.expand_dims(gl.expand_dims(r.to(gl.int64) * sxm, 1), 2)
     y_ptr += gl.expand_dims(gl.expand_dims(r.to(gl.int64) * KX, 1), 2)
     for b in range(0, KX // 32, BLOCKS):

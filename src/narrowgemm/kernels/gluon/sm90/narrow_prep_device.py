@@ -130,6 +130,12 @@ def in_use(index_ptr, g, positions):
 
 
 @triton.jit
+def least_shift(top, bottom):
+    """What brings codes between LOW and HIGH, the upper end first: `top` and `bottom` are their ends."""
+    return tl.where(top > HIGH, top - HIGH, tl.where(bottom < LOW, tl.maximum(bottom - LOW, top - HIGH), 0))
+
+
+@triton.jit
 def row_shift(xs_ptr, K, ssk, cfg: tl.constexpr):
     """(shift of the scale codes of the row at xs_ptr, whether one is NaN): the least that brings them between LOW and HIGH, the upper
     end first. A large one would let sums overflow on the way to a result that does not."""
@@ -143,7 +149,7 @@ def row_shift(xs_ptr, K, ssk, cfg: tl.constexpr):
         nan = tl.maximum(nan, tl.max((code == 255).to(tl.int32), 0))
         top = tl.maximum(top, tl.max(tl.where((code == 255) | (o >= count), 0, code), 0))
         bottom = tl.minimum(bottom, tl.min(tl.where(o < count, code, 255), 0))
-    return tl.where(top > HIGH, top - HIGH, tl.where(bottom < LOW, tl.maximum(bottom - LOW, top - HIGH), 0)), nan
+    return least_shift(top, bottom), nan
 
 
 @triton.jit
