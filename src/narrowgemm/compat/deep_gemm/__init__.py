@@ -6,13 +6,14 @@
 Every GEMM takes `(payload, scales)` pairs, writes `d` in place and returns None. More is accepted than upstream does:
 any device, MN-major FP8 operands, scales of any layout, segments of any length, E5M2, FP16 output. Bad input raises
 ValueError or TypeError before anything is written; what no kernel does raises `narrowgemm.Unsupported`. Names that are
-not here (attention, einsum, mega kernels) come from a real deep_gemm if one is installed; so do the BF16 ones, which are
-ours where there is none.
+not here (attention, mega kernels) come from a real deep_gemm if one is installed; so do the BF16 ones (products, einsum,
+cublaslt), which are ours where there is none.
 """
 
 from __future__ import annotations
 
 from . import testing, utils
+from .batched import fp8_einsum
 from .delegate import attribute as __getattr__  # noqa: F401  (module attribute hook)
 from .dense import (
     fp8_fp4_gemm_nn,
@@ -58,7 +59,7 @@ __version__ = "2.6.1"  # the DeepGEMM release whose signatures these are; argume
 
 __all__ = [
     *_utils,
-    "fp8_fp4_gemm_nn", "fp8_fp4_gemm_nt", "fp8_fp4_gemm_tn", "fp8_fp4_gemm_tt", "fp8_gemm_nn", "fp8_gemm_nt",
+    "fp8_einsum", "fp8_fp4_gemm_nn", "fp8_fp4_gemm_nt", "fp8_fp4_gemm_tn", "fp8_fp4_gemm_tt", "fp8_gemm_nn", "fp8_gemm_nt",
     "fp8_gemm_tn", "fp8_gemm_tt", "fp8_m_grouped_gemm_nt_masked", "get_compile_mode", "get_deterministic_algorithms",
     "get_num_sms", "get_pdl", "get_tc_util", "install", "installed", "k_grouped_fp8_gemm_nt_contiguous",
     "k_grouped_fp8_gemm_tn_contiguous", "m_grouped_fp8_fp4_gemm_nn_contiguous", "m_grouped_fp8_fp4_gemm_nt_contiguous",

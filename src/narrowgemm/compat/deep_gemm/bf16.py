@@ -16,7 +16,8 @@ from .grouped import contiguous, masked
 from .operands import check_options, check_out, take_c
 
 NAMES = ("bf16_gemm_nn", "bf16_gemm_nt", "bf16_gemm_tn", "bf16_gemm_tt", "bf16_m_grouped_gemm_nt_masked",
-         "m_grouped_bf16_gemm_nn_contiguous", "m_grouped_bf16_gemm_nt_contiguous", "m_grouped_bf16_gemm_nt_masked")
+         "m_grouped_bf16_gemm_nn_contiguous", "m_grouped_bf16_gemm_nt_contiguous", "m_grouped_bf16_gemm_nt_masked",
+         "cublaslt_gemm_nn", "cublaslt_gemm_nt", "cublaslt_gemm_tn", "cublaslt_gemm_tt")
 
 
 def bf16_gemm_nt(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, compiled_dims: str = "nk") -> None:
@@ -45,6 +46,26 @@ def bf16_gemm_tn(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, compi
 def bf16_gemm_tt(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, compiled_dims: str = "mn") -> None:
     """`d = c + a.T @ b.T` with `a` `[K, M]`, `b` `[N, K]`. The rest as `bf16_gemm_nt`."""
     bf16_gemm_nt(_turned(a, "a"), b, d, c, compiled_dims)
+
+
+def cublaslt_gemm_nt(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None) -> None:
+    """`bf16_gemm_nt`, by whatever kernel is fastest there: cuBLAS's or another."""
+    bf16_gemm_nt(a, b, d, c)
+
+
+def cublaslt_gemm_nn(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None) -> None:
+    """As `bf16_gemm_nn`."""
+    bf16_gemm_nn(a, b, d, c)
+
+
+def cublaslt_gemm_tn(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None) -> None:
+    """As `bf16_gemm_tn`."""
+    bf16_gemm_tn(a, b, d, c)
+
+
+def cublaslt_gemm_tt(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None) -> None:
+    """As `bf16_gemm_tt`."""
+    bf16_gemm_tt(a, b, d, c)
 
 
 def m_grouped_bf16_gemm_nt_contiguous(a: Tensor, b: Tensor, d: Tensor, grouped_layout: Tensor, compiled_dims: str = "nk",

@@ -1,4 +1,4 @@
-"""Names that are not offered here, from a real DeepGEMM where there is one: attention, einsum, BF16 (else ours), mega kernels.
+"""Names that are not offered here, from a real DeepGEMM where there is one: attention, mega kernels; and BF16 ones, else ours.
 
 It is looked for only when such a name is asked for: the `deep_gemm` that was imported before `install()`, else one on
 the path, loaded under a private name so that `install()`'s entry in `sys.modules` stays, else the one inside vLLM if
@@ -15,11 +15,12 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-from . import bf16, state
+from . import batched, bf16, state
 
 NAME = "deep_gemm"
 PRIVATE = "_narrowgemm_real_deep_gemm"
 VENDORED = "vllm.third_party.deep_gemm"
+OURS = {name: getattr(module, name) for module in (bf16, batched) for name in module.NAMES}     # where the real one lacks them
 MARK = "__narrowgemm_compat__"  # attribute of the modules that install() makes
 
 replaced: dict[str, ModuleType] = {}  # what install() found in sys.modules
@@ -35,8 +36,8 @@ def attribute(name: str, path: str = "") -> Any:
     if name.startswith("__"):
         raise AttributeError(f"module {dotted.rpartition('.')[0]!r} has no attribute {name!r}")
     module = real()
-    if not path and name in bf16.NAMES and not hasattr(module, name):
-        return getattr(bf16, name)
+    if not path and name in OURS and not hasattr(module, name):
+        return OURS[name]
     if module is None:
         raise AttributeError(
             f"{dotted} is not offered by narrowgemm.compat.deep_gemm, and "
