@@ -13,7 +13,7 @@ import torch
 import narrowgemm as ng
 from narrowgemm.arch import detect
 from narrowgemm.formats import MXFP8, ScaledTensor
-from narrowgemm.kernels.gluon.sm90 import mx8_bf16, mx8_decode, mx8_rows
+from narrowgemm.kernels.gluon.sm90 import mx8_bf16, mx8_decode, mx8_f16, mx8_rows
 from narrowgemm.testing.cases import Case, build
 
 from ..test_mxfp8_gpu import DEV, GATE, calc_diff, check, double, extremes, mx
@@ -26,12 +26,14 @@ SHAPES = {
     # tiles of 128 tokens, too, whole and not, one and several
     mx8_bf16: (*EITHER, (65, 100, 768, "fp32"), (100, 2304, 1152, "bf16"), (300, 200, 2048, "fp16"), (512, 648, 1024, "bf16")),
     mx8_rows: (*EITHER, (64, 9216, 640, "bf16")),
+    mx8_f16: ((130, 100, 768, "fp32"), (300, 200, 2048, "fp16"), (512, 648, 1024, "bf16"), (512, 2304, 6144, "bf16")),
 }
 KINDS = ("ends", "ones", "spread", "nan", "zeros")
 EXTREMES = {
     mx8_decode: [(m, kind) for m in (1, 5, 16, 33, 150) for kind in KINDS],
     mx8_bf16: [*((m, kind) for m in (33, 64) for kind in KINDS), (130, "ends"), (130, "spread"), (130, "nan")],
     mx8_rows: [(m, kind) for m in (33, 64) for kind in KINDS],
+    mx8_f16: [(130, kind) for kind in KINDS],
 }
 CODES = [(7, 120), (0, 127), (120, 10), (245, 90)]
 MOST = [*CODES, (90, 245)]
@@ -66,7 +68,8 @@ def test_exponent_extremes(kernel: ModuleType, of: tuple[int, str], side: str) -
 
 
 @pytest.mark.parametrize("kernel, of", each({mx8_decode: [(9, c) for c in CODES], mx8_bf16: [(40, c) for c in MOST],
-                                             mx8_rows: [(40, c) for c in MOST]}))
+                                             mx8_rows: [(40, c) for c in MOST],
+                                             mx8_f16: [(140, c) for c in MOST]}))
 def test_products_at_the_ends_of_fp32(kernel: ModuleType, of: tuple[int, tuple[int, int]]) -> None:
     m, codes = of
     x, w = (mx((m if i == 0 else 64, 256), (c, c + 1)) for i, c in enumerate(codes))
@@ -82,10 +85,10 @@ def test_blocks_of_zeros_whose_scales_are_beyond_fp32_together(kernel: ModuleTyp
     check(ng.gemm(x, w, out_dtype=torch.float32, backend=kernel.NAME), double(x) @ double(w).mT)
 
 
-@pytest.mark.parametrize("kernel, last", each({mx8_bf16: [140], mx8_rows: [192]}))
+@pytest.mark.parametrize("kernel, last", each({mx8_bf16: [140], mx8_rows: [192], mx8_f16: [140]}))
 def test_wild_codes_in_one_block_of_one_row(kernel: ModuleType, last: int) -> None:
-    """Each K block, or four of them, is summed as its own scales want it."""
-    x, w = mx((64, 2048)), mx((640, 2048))
+    """Each K block, or four of them, or a row, is summed as its own scales want it."""
+    x, w = mx((64 + 72 * (kernel is mx8_f16), 2048)), mx((640, 2048))
     for row, block, code in ((3, 0, 250), (70, 17, 1), (639, 63, last)):
         w.scale[row, block] = code
     x.data.view(torch.uint8)[:, :32] = 0        # what the first one is multiplied with: 2^123 is too much for anything else
@@ -103,7 +106,7 @@ def test_codes_of_tokens_in_either_order(m: int, columns: bool) -> None:
 
 
 @pytest.mark.parametrize("off", [1, 2, 4, 12, 16])
-@pytest.mark.parametrize("kernel, m", each({mx8_decode: [9], mx8_bf16: [39], mx8_rows: [39]}))
+@pytest.mark.parametrize("kernel, m", each({mx8_decode: [9], mx8_bf16: [39], mx8_rows: [39], mx8_f16: [139]}))
 def test_scales_off_16_bytes(kernel: ModuleType, m: int, off: int) -> None:
     x, w = mx((m, 1024)), mx((200, 1024))
     apart = torch.empty(200, 32 + off, dtype=torch.uint8, device=DEV)[:, off:]
@@ -112,7 +115,7 @@ def test_scales_off_16_bytes(kernel: ModuleType, m: int, off: int) -> None:
     check(y, double(x) @ double(w).mT)
 
 
-@pytest.mark.parametrize("kernel, m", each({mx8_decode: [4], mx8_bf16: [33], mx8_rows: [33]}))
+@pytest.mark.parametrize("kernel, m", each({mx8_decode: [4], mx8_bf16: [33], mx8_rows: [33], mx8_f16: [130]}))
 def test_a_graph_follows_the_data(kernel: ModuleType, m: int) -> None:
     x, w = mx((m, 1024)), mx((640, 1024))
     out = torch.empty(m, 640, device=DEV)
@@ -130,3 +133,16 @@ def test_a_graph_follows_the_data(kernel: ModuleType, m: int) -> None:
         x.scale.copy_(new.scale)
         graph.replay()
         assert calc_diff(out.double(), double(x) @ double(w).mT) <= GATE[torch.float32]
+
+
+def test_rows_that_fp16_does_not_hold() -> None:
+    """Of either side, beside such as it just holds, and blocks of zeros far below."""
+    x, w = mx((200, 1152)), mx((300, 1152))
+    for q, row in ((x, 5), (w, 7)):
+        q.scale[row, 3], q.scale[row + 1, 3], q.scale[row + 2, 3] = 128 - 21, 128 - 22, 60
+        q.scale[row: row + 3, 4] = 128
+        q.data.view(torch.uint8)[row + 2, 96: 128] = 0
+    w.data.view(torch.uint8)[:200, :96] = 0
+    w.data.view(torch.uint8)[:200, 128:] = 0        # so that the small block is all there is
+    for dtype in (torch.bfloat16, torch.float32):
+        check(ng.gemm(x, w, out_dtype=dtype, backend=mx8_f16.NAME), double(x) @ double(w).mT)

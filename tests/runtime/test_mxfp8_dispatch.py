@@ -48,14 +48,14 @@ def test_dense_of_any_size(out_dtype: str) -> None:
 
 
 def test_dense_weights_that_are_not_packed() -> None:
-    """Few tokens in FP8, 33 to 64 beside large weights as rows; from 65 to 512 in BF16, weights in registers; many in BF16; the portable one,
-    which takes them as well, is not what is chosen."""
+    """Few tokens in FP8, 33 to 64 beside large weights as rows; from 65 to 512 in BF16, from 129 to 2048 in FP16, weights in registers; many in
+    BF16; the portable one, which takes them as well, is not what is chosen."""
     for k, n in M3_DENSE:
         for m in (1, 5, 16, 33, 64, 65, 80, 128, 160, 192, 256, 257, 400, 1000, 100_000):
             given = {"m": m, "n": n, "k": k, "a": "mxfp8", "b": "mxfp8", "device": "h200"}
             ok, why = can_run("gemm", **given)
             kernels = ("gluon_sm90.mx8_decode", ) * (m <= 256) + ("gluon_sm90.expand", ) * (m > 64)
-            kernels += ("gluon_sm90.mx8_bf16", ) * (64 < m <= 512)
+            kernels += ("gluon_sm90.mx8_bf16", ) * (64 < m <= 512) + ("gluon_sm90.mx8_f16", ) * (128 < m <= 2048)
             kernels = ("gluon_sm90.mx8_rows", ) if 33 <= m <= 64 and n * k > 13e6 else kernels
             assert ok and why.startswith(kernels), (m, n, k, why)
             assert explain("gemm", **given).plan.kernel in kernels, (m, n, k)

@@ -36,6 +36,7 @@ MODULES: tuple[str, ...] = (
     "gluon.sm90.mx8_decode",
     "gluon.sm90.mx8_rows",
     "gluon.sm90.mx8_bf16",
+    "gluon.sm90.mx8_f16",
     "gluon.sm90.narrow",
     "gluon.sm90.narrow_prefill",
     "gluon.sm90.expand",

@@ -14,6 +14,7 @@ this first), `_sums_device` (its inner loop), `_parts_device`, `_schedule_device
     mx8_decode      MXFP8 x MXFP8, weights as a checkpoint has them, few tokens: FP8 wgmma
     mx8_rows        the same for 33 to 64 tokens, which are the rows of wgmma
     mx8_bf16        the same for 33 to 512 tokens: BF16 wgmma
+    mx8_f16         the same for 129 to 2048 tokens: FP16 wgmma, rows that FP16 does not hold summed again
     narrow          packed MXFP4 and MXFP8 weights, few tokens
     narrow_prefill  packed weights, many tokens, expanded tile by tile
     expand          packed weights, many tokens, expanded once a call; then `bf16`
