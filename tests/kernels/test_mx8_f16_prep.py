@@ -39,19 +39,24 @@ def test_what_is_brought_and_what_is_mended(device: str) -> None:
     i32 = {"dtype": torch.int32, "device": device}
     xp, codes = torch.full((M, K), 7.0, dtype=torch.float16, device=device), torch.full((N, K // 32), 7, dtype=torch.uint8, device=device)
     xtop, xstate, top, state = (torch.full((n, ), 77, **i32) for n in (M, M, N + 1, N + 1))
-    cfg = PrepStatic(32, 2, BK=256, LOOK=256, PDL=False)
+    cfg = PrepStatic(32, 2, BK=256, LOOK=8, PDL=False)
     programs = -(-M // cfg.TOKENS)
+    front = programs + -(-N // cfg.ROWS)
+    flags = torch.full((front + 1, ), 7, dtype=torch.uint8, device=device)
     strides = x.stride(0), *xs.stride(), w.stride(0), *ws.stride()
-    prep.mx8_f16_prep_kernel[(programs + -(-N // cfg.ROWS), )](x, xs, xp, xtop, xstate, w, ws, codes, top, state, M, N, K, K // 32, programs, *strides, cfg)
+    prep.mx8_f16_prep_kernel[(front, )](x, xs, xp, xtop, xstate, w, ws, codes, top, state, flags, M, N, K, K // 32, programs, *strides, cfg)
     assert torch.equal(codes, ws) and top[N] == state[N] == 77
     for tops, states, s, n in ((xtop, xstate, xs, M), (top, state, ws, N)):
         assert torch.equal(tops[:n], torch.where(s == 255, 0, s).amax(1).int().clamp(min=74))
         assert states[:n].tolist() == [0, 0, 1, 0, 0, 1, 2] + [0] * (n - 7)
+    groups = [*xstate.split(cfg.TOKENS), *state[:N].split(cfg.ROWS)]
+    assert flags.tolist() == [int(g.max()) for g in groups] + [7]
     tame = xstate == 0
     want = torch.where(xs.int() < xtop[:, None] - 21, 0.0, torch.exp2(xs.double() - xtop[:, None] + 7)).repeat_interleave(32, 1) * x.double()
     assert torch.equal(xp.double()[tame], row_order(want)[tame])
     y = torch.full((M, N + 3), 7.0, device=device)
-    prep.mx8_f16_mend_kernel[(1, -(-N // 32))](x, xs, xstate, w, ws, state, y, M, N, K, *strides, N + 3, BM=16, BN=32, STEP=16, TOGETHER=3, PDL=False)
+    prep.mx8_f16_mend_kernel[(2, )](x, xs, xstate, w, ws, state, flags, y, M, N, K, front, *strides, N + 3, BM=16, BN=16, TOGETHER=5, LOOK=4,
+                                    PDL=False)
     touched = (xstate != 0)[:, None] | (state[:N] != 0)[None, :]
     want = double(x, xs) @ double(w, ws).mT
     assert (y[:, N:] == 7).all() and (y[:, :N][~touched] == 7).all()

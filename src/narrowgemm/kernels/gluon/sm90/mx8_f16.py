@@ -34,7 +34,8 @@ REGISTERS = {2: (168, 240), 3: (128, 160)}                   # a thread's at the
 WHOLE = {2: 160, 3: 96}                                      # most columns that leave registers for a whole K block, expanded
 BUFFERS, STRIP, MAX_STAGES = 4, 8, 8
 MOVED = 2048                 # of a token that the launch in front moves together
-MEND, MEND_BLOCKS = (16, 32), 3      # tokens that a program behind sums together, its columns; blocks of K that it asks for at once
+# behind: tokens and columns that are summed together, blocks of K that are asked for at once, flags that are looked at so
+MEND = {"BM": 16, "BN": 32, "TOGETHER": 3, "LOOK": 2048, "num_warps": 4, "num_stages": 1, "maxnreg": 160, "launch_pdl": True}
 SPARE = 1024                 # bytes of shared memory beside the ring
 
 
@@ -82,7 +83,7 @@ class PrepStatic:
     TOKENS: int = 2          # of a program
     ROWS: int = 8            # of weights that one looks at
     COPY: bool = True        # their codes, which the product takes four at a time, to the workspace
-    LOOK: int = 1024         # of K of these, at a time, where a code is far below the largest
+    LOOK: int = 64           # blocks of these, at a time, where a code is far below the largest
     PDL: bool = True         # the product starts meanwhile
 
 
@@ -135,19 +136,20 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
 
 # ---------------------------------------------------------------- workspace
 class Regions(NamedTuple):
-    """Byte offsets of the parts of the workspace, and its size: rows' largest codes and states, weights' codes, tokens."""
+    """Byte offsets of the parts of the workspace, and its size: rows' largest codes and states, flags, weights' codes, tokens."""
 
     xtop: int
     xstate: int
     top: int
     state: int
+    flags: int
     codes: int
     x: int
     size: int
 
 
 def regions(problem: Problem, rows: int) -> Regions:
-    sizes = (4 * rows, 4 * rows, 4 * problem.n, 4 * problem.n, problem.n * problem.k // 32, 2 * rows * problem.k)
+    sizes = (4 * rows, 4 * rows, 4 * problem.n, 4 * problem.n, rows + problem.n, problem.n * problem.k // 32, 2 * rows * problem.k)
     return Regions(*accumulate((-(-s // 256) * 256 for s in sizes), initial=0))
 
 
@@ -202,17 +204,15 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     static = PrepStatic(COPY=not lies, BLOCKS=max(32, narrow.power_of_two(x.k // 32)), PIECES=-(-x.k // MOVED))
     programs = -(-x.m // static.TOKENS)
     strides = x.a.data.stride(-2), *sx.stride()[-2:], x.b.data.stride(-2), *sw.stride()[-2:]
-    together, columns = MEND
-    half = max(together, narrow.power_of_two(-(-x.m // 2)))
+    front = programs + -(-x.n // static.ROWS)
+    flags = Pointer(workspace, torch.uint8, at.flags)
     return [
-        Launch(prep.mx8_f16_prep_kernel, (programs + -(-x.n // static.ROWS),),
-               (x.a.data, sx, xp, xtop, xstate, x.b.data, sw, Pointer(workspace, torch.uint8, at.codes), top, state,
+        Launch(prep.mx8_f16_prep_kernel, (front,),
+               (x.a.data, sx, xp, xtop, xstate, x.b.data, sw, Pointer(workspace, torch.uint8, at.codes), top, state, flags,
                 x.m, x.n, x.k, x.k // 32, programs, *strides, static), {"num_warps": 4}),
         Launch(device.mx8_f16_kernel, (min(sms, tiles),),
                (planes(x.b.data, x.k, narrow.power_of_two(cfg.BN)), tokens, out, x.out, codes, top, xtop, x.m, x.n,
                 blocks_of(problem), ssn, om, cfg),
                {"num_warps": 4, "maxnreg": REGISTERS[cfg.CONSUMERS][0], "launch_pdl": True}, boxes=cfg.boxes),
-        Launch(prep.mx8_f16_mend_kernel, (-(-x.m // half), -(-x.n // columns)),
-               (x.a.data, sx, xstate, x.b.data, sw, state, x.out, x.m, x.n, x.k, *strides, om),
-               {"BM": half, "BN": columns, "STEP": together, "TOGETHER": MEND_BLOCKS, "num_warps": 4, "num_stages": 1,
-                "maxnreg": 160, "launch_pdl": True})]
+        Launch(prep.mx8_f16_mend_kernel, (min(2 * sms, -(-x.m // MEND["BM"]) * -(-x.n // MEND["BN"])),),
+               (x.a.data, sx, xstate, x.b.data, sw, state, flags, x.out, x.m, x.n, x.k, front, *strides, om), MEND)]

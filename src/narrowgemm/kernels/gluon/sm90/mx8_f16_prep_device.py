@@ -27,7 +27,15 @@ def top_of(c, axis: tl.constexpr):
 
 
 @triton.jit
-def bring_tokens(x_ptr, xs_ptr, xp_ptr, top_ptr, state_ptr, first, M, K, sxm, ssm, ssk, cfg: tl.constexpr):
+def put_states(state_ptr, flag_ptr, row, there, nan, wild):
+    """Of rows, and of a program: whether it has any that are not TAME."""
+    state = tl.where(nan != 0, NAN, tl.where(wild, WILD, TAME))
+    tl.store(state_ptr + row, state, mask=there)
+    tl.store(flag_ptr, tl.max(tl.where(there, state, TAME), 0).to(tl.uint8))
+
+
+@triton.jit
+def bring_tokens(x_ptr, xs_ptr, xp_ptr, top_ptr, state_ptr, flag_ptr, first, M, K, sxm, ssm, ssk, cfg: tl.constexpr):
     """TOKENS rows in FP16. All that is moved is asked for first, codes, which may lie column by column, with it."""
     TOKENS: tl.constexpr = cfg.TOKENS
     BK: tl.constexpr = cfg.BK
@@ -60,11 +68,11 @@ def bring_tokens(x_ptr, xs_ptr, xp_ptr, top_ptr, state_ptr, first, M, K, sxm, ss
         tl.store(xp_ptr + (row * K)[:, None] + k[None, :], tl.reshape(row_order(y, TOKENS * BK), [TOKENS, BK]), mask=here & (k < K)[None, :])
     wild = (lost != 0) | (top > MOST)
     tl.store(top_ptr + row, top, mask=row < M)
-    tl.store(state_ptr + row, tl.where(nan != 0, NAN, tl.where(wild, WILD, TAME)), mask=row < M)
+    put_states(state_ptr, flag_ptr, row, row < M, nan, wild)
 
 
 @triton.jit
-def look_at_weights(w_ptr, s_ptr, codes_ptr, top_ptr, state_ptr, first, N, blocks, swn, ssn, ssw, cfg: tl.constexpr):
+def look_at_weights(w_ptr, s_ptr, codes_ptr, top_ptr, state_ptr, flag_ptr, first, N, blocks, swn, ssn, ssw, cfg: tl.constexpr):
     """The same of ROWS rows of weights, whose values are looked at only where a code is far below; their codes, side by side, with COPY."""
     ROWS: tl.constexpr = cfg.ROWS
     r = first + tl.arange(0, ROWS)
@@ -80,30 +88,30 @@ def look_at_weights(w_ptr, s_ptr, codes_ptr, top_ptr, state_ptr, first, N, block
     nan = tl.max(((code == 255) & inside).to(tl.int32), 1)
     lost = tl.zeros([ROWS], tl.int32)
     if tl.max(tl.max((inside & (code < (top - RANGE)[:, None])).to(tl.int32), 1), 0) != 0:
-        for k0 in range(0, blocks * 32, cfg.LOOK):
-            k = k0 + tl.arange(0, cfg.LOOK)
-            b = k0 // 32 + tl.arange(0, cfg.LOOK // 32)
+        for b0 in range(0, blocks, cfg.LOOK):
+            b = b0 + tl.arange(0, cfg.LOOK)
             c = tl.load(codes + (b * ssw)[None, :], mask=there[:, None] & (b < blocks)[None, :], other=255).to(tl.int32)
-            x = tl.load(w_ptr + r.to(tl.int64)[:, None] * swn + k[None, :], mask=there[:, None] & (k < blocks * 32)[None, :], other=0.0).to(tl.float32)
-            some = tl.max((tl.reshape(x, [ROWS, cfg.LOOK // 32, 32]) != 0).to(tl.int32), 2)
-            lost |= tl.max(((c < (top - RANGE)[:, None]) & (some != 0)).to(tl.int32), 1)
+            far = c < (top - RANGE)[:, None]
+            k = (b * 32)[None, :, None] + tl.arange(0, 32)[None, None, :]
+            x = tl.load(w_ptr + (r.to(tl.int64) * swn)[:, None, None] + k, mask=far[:, :, None], other=0.0).to(tl.float32)
+            lost |= tl.max(tl.max((x != 0).to(tl.int32), 2), 1)
     wild = (lost != 0) | (top > MOST)
     tl.store(top_ptr + r, top, mask=there)
-    tl.store(state_ptr + r, tl.where(nan != 0, NAN, tl.where(wild, WILD, TAME)), mask=there)
+    put_states(state_ptr, flag_ptr, r, there, nan, wild)
 
 
 @triton.jit(do_not_specialize=["M", "N", "programs", "ssm", "ssk"])
-def mx8_f16_prep_kernel(x_ptr, xs_ptr, xp_ptr, xtop_ptr, xstate_ptr, w_ptr, s_ptr, codes_ptr, top_ptr, state_ptr, M, N, K, blocks, programs, sxm, ssm,
-                        ssk, swn, ssn, ssw, cfg: tl.constexpr):
+def mx8_f16_prep_kernel(x_ptr, xs_ptr, xp_ptr, xtop_ptr, xstate_ptr, w_ptr, s_ptr, codes_ptr, top_ptr, state_ptr, flag_ptr, M, N, K, blocks, programs, sxm,
+                        ssm, ssk, swn, ssn, ssw, cfg: tl.constexpr):
     """`programs` of TOKENS tokens each, then those of ROWS rows of weights. blocks: of 32, of K; with that as an argument, codes are loaded 16
     at a time where they lie so."""
     if cfg.PDL:
         gdc_launch_dependents()
     pid = tl.program_id(0)
     if pid < programs:
-        bring_tokens(x_ptr, xs_ptr, xp_ptr, xtop_ptr, xstate_ptr, pid * cfg.TOKENS, M, K, sxm, ssm, ssk, cfg)
+        bring_tokens(x_ptr, xs_ptr, xp_ptr, xtop_ptr, xstate_ptr, flag_ptr + pid, pid * cfg.TOKENS, M, K, sxm, ssm, ssk, cfg)
     else:
-        look_at_weights(w_ptr, s_ptr, codes_ptr, top_ptr, state_ptr, (pid - programs) * cfg.ROWS, N, blocks, swn, ssn, ssw, cfg)
+        look_at_weights(w_ptr, s_ptr, codes_ptr, top_ptr, state_ptr, flag_ptr + pid, (pid - programs) * cfg.ROWS, N, blocks, swn, ssn, ssw, cfg)
 
 
 @triton.jit
@@ -112,46 +120,56 @@ def half_power(e):
     return tl.maximum((e + 127) << 23, 0x00400000).to(tl.float32, bitcast=True)
 
 
-@triton.jit(do_not_specialize=["M", "N", "ssm", "ssk", "ssn", "ssw"])
-def mx8_f16_mend_kernel(x_ptr, xs_ptr, xstate_ptr, w_ptr, s_ptr, state_ptr, y_ptr, M, N, K, sxm, ssm, ssk, swn, ssn, ssw, som,
-                        BM: tl.constexpr, BN: tl.constexpr, STEP: tl.constexpr, TOGETHER: tl.constexpr, PDL: tl.constexpr = True):
-    """A program BM tokens, STEP at a time, by BN columns: what their rows meet that FP16 does not hold, or that are NaN. PDL: it starts while
-    the product stores, which has waited for what is looked at first."""
-    first = tl.program_id(0) * BM
-    m = first + tl.arange(0, BM)
-    n = tl.program_id(1) * BN + tl.arange(0, BN)
-    there = n < N
-    of_weights = tl.load(state_ptr + n, mask=there, other=0)
-    wild = tl.max(of_weights, 0)
-    held = tl.maximum(tl.max(tl.load(xstate_ptr + m, mask=m < M, other=0), 0), wild) == 0
+@triton.jit
+def blocks_at(x_at, w_at, xs, ws, here, there, block, blocks, ssk, ssw, TOGETHER: tl.constexpr):
+    """Values and codes of TOGETHER blocks of 32 of K: (tokens, weights, their codes)."""
+    x, w, a, b = (), (), (), ()
+    for i in tl.static_range(TOGETHER):
+        inside = block + i < blocks
+        x = x + (tl.load(x_at + (block + i) * 32, mask=here[:, None] & inside, other=0.0), )
+        w = w + (tl.load(w_at + (block + i) * 32, mask=there[:, None] & inside, other=0.0), )
+        a = a + (tl.load(xs + (block + i) * ssk, mask=here & inside, other=127), )
+        b = b + (tl.load(ws + (block + i) * ssw, mask=there & inside, other=127), )
+    return x, w, a, b
+
+
+@triton.jit(do_not_specialize=["M", "N", "flags", "ssm", "ssk", "ssn", "ssw"])
+def mx8_f16_mend_kernel(x_ptr, xs_ptr, xstate_ptr, w_ptr, s_ptr, state_ptr, flag_ptr, y_ptr, M, N, K, flags, sxm, ssm, ssk, swn, ssn, ssw, som,
+                        BM: tl.constexpr, BN: tl.constexpr, TOGETHER: tl.constexpr, LOOK: tl.constexpr, PDL: tl.constexpr = True):
+    """What rows meet that FP16 does not hold, or that are NaN: programs take parts of BM tokens by BN columns in turn. flags: how many of them,
+    LOOK at a time, say whether there are any such rows; mostly there are none. PDL: it starts while the product stores, which has waited for
+    what is looked at first."""
+    wild = 0
+    for f0 in range(0, flags, LOOK):
+        f = f0 + tl.arange(0, LOOK)
+        wild = tl.maximum(wild, tl.max(tl.load(flag_ptr + f, mask=f < flags, other=0).to(tl.int32), 0))
     if PDL:
         gdc_wait()
-    if held:
+    if wild == 0:
         return
     k = tl.arange(0, 32)
-    w_at = w_ptr + (n.to(tl.int64) * swn)[:, None] + k[None, :]
-    ws = s_ptr + n.to(tl.int64) * ssn
-    for m0 in range(first, tl.minimum(first + BM, M), STEP):
-        r = m0 + tl.arange(0, STEP)
-        here = r < M
-        of_tokens = tl.load(xstate_ptr + r, mask=here, other=0)
-        if tl.maximum(tl.max(of_tokens, 0), wild) != 0:
-            x_at = x_ptr + (r.to(tl.int64) * sxm)[:, None] + k[None, :]
-            xs = xs_ptr + r.to(tl.int64) * ssm
-            acc = tl.zeros([STEP, BN], tl.float32)
-            for first_block in range(0, K // 32, TOGETHER):
-                x, w, a, b = (), (), (), ()
-                for i in tl.static_range(TOGETHER):        # asked for at once: one block takes as long
-                    block = first_block + i
-                    inside = block < K // 32
-                    x = x + (tl.load(x_at + block * 32, mask=here[:, None] & inside, other=0.0), )
-                    w = w + (tl.load(w_at + block * 32, mask=there[:, None] & inside, other=0.0), )
-                    a = a + (tl.load(xs + block * ssk, mask=here & inside, other=127).to(tl.int32), )
-                    b = b + (tl.load(ws + block * ssw, mask=there & inside, other=127).to(tl.int32), )
+    blocks = K // 32
+    num_m = tl.cdiv(M, BM)
+    for t in range(tl.program_id(0), num_m * tl.cdiv(N, BN), tl.num_programs(0)):
+        m = t % num_m * BM + tl.arange(0, BM)
+        n = t // num_m * BN + tl.arange(0, BN)
+        here = m < M
+        there = n < N
+        of_tokens = tl.load(xstate_ptr + m, mask=here, other=0)
+        of_weights = tl.load(state_ptr + n, mask=there, other=0)
+        if tl.maximum(tl.max(of_tokens, 0), tl.max(of_weights, 0)) != 0:
+            x_at = x_ptr + (m.to(tl.int64) * sxm)[:, None] + k[None, :]
+            w_at = w_ptr + (n.to(tl.int64) * swn)[:, None] + k[None, :]
+            xs, ws = xs_ptr + m.to(tl.int64) * ssm, s_ptr + n.to(tl.int64) * ssn
+            acc = tl.zeros([BM, BN], tl.float32)
+            x, w, a, b = blocks_at(x_at, w_at, xs, ws, here, there, 0, blocks, ssk, ssw, TOGETHER)
+            for block in range(TOGETHER, blocks + TOGETHER, TOGETHER):
+                x_next, w_next, a_next, b_next = blocks_at(x_at, w_at, xs, ws, here, there, block, blocks, ssk, ssw, TOGETHER)
                 for i in tl.static_range(TOGETHER):
-                    e = a[i][:, None] + b[i][None, :] - 254
+                    e = a[i].to(tl.int32)[:, None] + b[i].to(tl.int32)[None, :] - 254
                     half = e >> 1
                     acc += tl.dot(x[i].to(tl.bfloat16), tl.trans(w[i].to(tl.bfloat16))) * half_power(half) * half_power(e - half)
+                x, w, a, b = x_next, w_next, a_next, b_next
             acc = tl.where((of_tokens == NAN)[:, None] | (of_weights == NAN)[None, :], float("nan"), acc)
             mended = ((of_tokens != 0)[:, None] | (of_weights != 0)[None, :]) & here[:, None] & there[None, :]
-            tl.store(y_ptr + r.to(tl.int64)[:, None] * som + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mended)
+            tl.store(y_ptr + m.to(tl.int64)[:, None] * som + n[None, :], acc.to(y_ptr.dtype.element_ty), mask=mended)
