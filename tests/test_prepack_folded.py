@@ -145,16 +145,27 @@ def test_packed_weights_hold_it_beside() -> None:
 
 @pytest.mark.parametrize("fmt, options, match", [
     (MXFP4, {}, "mxfp8 without pair"), (MXFP8, {"pair": "halves"}, "mxfp8 without pair"), (MXFP8, {"folded": 1}, "True or False"),
-    (MXFP8, {"activations": "mxfp8"}, "whose order it stands beside")])
+    (MXFP8, {"activations": "fp8"}, "'bf16' or 'mxfp8'")])
 def test_what_is_refused(fmt, options: dict, match: str) -> None:
     w = quantize(torch.randn(2, 64, 128), fmt, backend="reference")
     with pytest.raises((ValueError, TypeError), match=match):
         prepack(w, **{"folded": True, **options})
 
 
-def test_a_copy_beside_weights_left_in_their_order_is_refused() -> None:
-    w = normal(64, 256)
-    state = prepack(w, activations="mxfp8").state_dict() | {
-        name: x for name, x in prepack(w, folded=True).state_dict().items() if name.startswith("folded")}
-    with pytest.raises(ValueError, match="weights with a folded copy: got mxfp8, pair '', order rows_sm90/1, expected mxfp8 without pair"):
-        PackedWeight.from_state_dict(state)
+def test_weights_left_in_their_order_hold_no_codes() -> None:
+    """What goes with a copy, without the copy; through a file and back."""
+    w = normal(300, 256)
+    packed, beside = prepack(w, activations="mxfp8", folded=True), prepack(w, folded=True)
+    assert packed.plain is not None and packed.folded is not None and beside.folded is not None and packed.folded.data is None
+    assert torch.equal(packed.folded.rest, beside.folded.rest) and prepack(w, activations="mxfp8").folded is None
+    assert prepack(normal(2, 64, 256), activations="mxfp8", folded=True).folded.data is not None, "which are not left in their order"
+    kept = io.BytesIO()
+    torch.save(packed.state_dict(), kept)
+    kept.seek(0)
+    again = PackedWeight.from_state_dict(torch.load(kept, weights_only=True)).to("cpu")
+    assert again.folded is not None and again.folded.data is None and torch.equal(again.folded.rest, packed.folded.rest)
+    for one, other, got in ((packed, beside, "kept"), (beside, packed, "none")):
+        state = {k: v for k, v in one.state_dict().items() if not k.startswith("folded")} | {
+            k: v for k, v in other.state_dict().items() if k.startswith("folded")}
+        with pytest.raises(ValueError, match=f"codes of the copy of weights in the order {one.prepack}: got {got}"):
+            PackedWeight.from_state_dict(state)

@@ -59,7 +59,8 @@ class PackedWeight:
     `FOLD` of it, so that they can be folded into E4M3 without loss; `scale` and `data` say the same. pair: how gate and up rows lay
     in the weights that came ('halves' or 'interleaved'; here they lie eight rows apart), or '' where rows are in their order.
     plain: the weights `[N, K]` as they came, in the same memory, where that is their order (`ROWS_PREPACK`), else None.
-    folded: None, or a second copy of MXFP8 weights for many rows (`prepack_folded.py`).
+    folded: None, or what products with many rows take MXFP8 weights folded by (`prepack_folded.py`): a second copy; of weights that
+    stay as they came what goes with one, which each call makes.
     """
 
     data: Tensor
@@ -124,8 +125,9 @@ class PackedWeight:
     def state_dict(self) -> dict[str, Any]:
         """Plain tensors, strings and numbers: what `from_state_dict` takes, and `torch.save` with `weights_only` keeps."""
         f = self.folded
-        copy = {} if f is None else {"folded": FOLDED, "folded_data": f.data, "folded_rest": f.rest,
-                                     "folded_sizes": [f.columns, f.picks]}
+        copy = {} if f is None else {"folded": FOLDED, "folded_rest": f.rest, "folded_sizes": [f.columns, f.picks]}
+        if f is not None and f.data is not None:
+            copy["folded_data"] = f.data
         return {**self.tensors(), "format": self.format.name, "shape": list(self.shape), "pair": self.pair,
                 "prepack": self.prepack, **copy}
 
@@ -138,7 +140,7 @@ class PackedWeight:
                f"one of {KNOWN}: unpack with the version that packed it, and pack again")
         expect(state.get("folded", FOLDED) == FOLDED, "order of the folded copy", repr(state.get("folded")),
                f"{FOLDED!r}: unpack with the version that packed it, and pack again")
-        copy = FoldedCopy(state["folded_data"], state["folded_rest"], *state["folded_sizes"]) if "folded" in state else None
+        copy = FoldedCopy(state.get("folded_data"), state["folded_rest"], *state["folded_sizes"]) if "folded" in state else None
         out = PackedWeight(state["data"], state["scale"], get_format(state["format"]), tuple(state["shape"]), state["pair"],
                            state.get("factor"), state.get("codes"), state["prepack"], state.get("top"), copy)
         out.check()
@@ -174,8 +176,11 @@ class PackedWeight:
             expect(x.device == self.device, f"packed {name}, device", x.device, f"the data's, {self.device}")
             expect(x.is_contiguous(), f"packed {name}, strides", x.stride(), "contiguous")
         if self.folded is not None:
-            expect(self.format == MXFP8 and not self.pair and self.prepack == PREPACK, "weights with a folded copy",
-                   f"{self.format.name}, pair {self.pair!r}, order {self.prepack}", f"mxfp8 without pair, order {PREPACK}")
+            expect(self.format == MXFP8 and not self.pair, "weights with a folded copy", f"{self.format.name}, pair {self.pair!r}",
+                   "mxfp8 without pair")
+            kept = self.folded.data is not None
+            expect(kept != (self.prepack == ROWS_PREPACK), f"codes of the copy of weights in the order {self.prepack}",
+                   "kept" if kept else "none", f"none in the order {ROWS_PREPACK}, else kept")
             self.folded.check(data[0], self.n, self.k)
 
 
@@ -196,9 +201,10 @@ def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16",
             for MXFP8 activations read them; memory is shared where scales lie row by row. Other activations then run on the
             portable kernels.
         Weights of another kind than 'fp8' or 'mxfp8' is for get the order of 'bf16'.
-    folded: for MXFP8 without `pair`, in the order of 'bf16': also make a second copy, as large as the first, by which products with
-        many rows of MXFP8 activations run on FP8 tensor cores instead of BF16 ones, just as exactly. `PackedWeight.folded` is None
-        where too much of the weights does not fold.
+    folded: for MXFP8 without `pair`: products with many rows of MXFP8 activations run on FP8 tensor cores instead of BF16 ones,
+        just as exactly, by a second copy, as large as the first. Dense weights that 'mxfp8' leaves as they are need none: each
+        call folds them anew, by a table of a few per cent of their size. `PackedWeight.folded` is None where too much of the
+        weights does not fold.
 
     Works on any device, some experts at a time. It waits for the device a few times, so call it when loading. Raises TypeError or
     ValueError for weights that are not of this kind, and Unsupported if the scales of one row are further apart than BF16 can
@@ -212,7 +218,8 @@ def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16",
     if len(shape) == 2:
         data, scale = data.unsqueeze(0), scale.unsqueeze(0)
     if as_they_are(fmt, shape, pair, activations):
-        return PackedWeight(_from_16_bytes(data), _from_16_bytes(scale), fmt, shape, prepack=ROWS_PREPACK)
+        return PackedWeight(_from_16_bytes(data), _from_16_bytes(scale), fmt, shape, prepack=ROWS_PREPACK,
+                            folded=fold(data, scale, keep=False) if folded else None)
     wanted = FP8_PREPACK if activations == "fp8" and fmt.element == "e2m1" and _all_fold(data, scale, fmt) else PREPACK
     order = row_order(shape[-2], pair).to(data.device)
     packed, fields, factor, top, regular = _permuted(data, scale, fmt, order, shape[-1], wanted)
@@ -247,7 +254,7 @@ def _check_weights(weights: ScaledTensor, pair: str, activations: str, folded: b
     expect(pair == "" or shape[-2] % 2 == 0, f"N of {pair} gate and up rows", shape[-2], "an even number")
     expect(isinstance(folded, bool), "folded", repr(folded), "True or False", error=TypeError)
     expect(not folded or (fmt == MXFP8 and not pair), "folded, of weights", f"{fmt.name}, pair {pair!r}", "mxfp8 without pair")
-    expect(not folded or activations == "bf16", "activations, folded", repr(activations), "'bf16', whose order it stands beside")
+    expect(not folded or activations != "fp8", "activations, folded", repr(activations), "'bf16' or 'mxfp8'")
 
 
 def _permuted(data: Tensor, scale: Tensor, fmt: Format, order: Tensor, k: int, prepack: str

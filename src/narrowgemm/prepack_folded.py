@@ -1,4 +1,4 @@
-"""A second copy of MXFP8 weights for many rows: folded into E4M3 with one power of two a row, without loss.
+"""MXFP8 weights for many rows: folded into E4M3 with one power of two a row, without loss.
 
 The weights of a row are codes times one power of two, instead of one for every 32 of K, so that an FP8 tensor core multiplies them
 as they lie. Elements that this would round or that it can't hold are left out (zero), and kept beside, in BF16: for each tile of
@@ -6,9 +6,12 @@ as they lie. Elements that this would round or that it can't hold are left out (
 normal weights with K = 6144 that is about 110 columns a tile; where there are more than `MOST` columns, or scales are out of what
 the product takes, there is no copy.
 
+The codes are a second copy of the weights; or each call makes them (`kernels/gluon/sm90/fold_codes.py`) from weights that are in
+the order that they came in, and only the rest is kept.
+
 `FOLDED` is the order's id and version:
 
-    data  uint8 [G, N, K]   the codes
+    data  uint8 [G, N, K]   the codes, or None
     rest  uint8, at the offsets of `Regions`:
           top    uint8 [G, N]               the row's power of two, an E8M0 code, 6 added
           at     int32 [G, tiles + 1]       the first pick of each tile: multiples of `STEP`
@@ -60,13 +63,13 @@ def regions(groups: int, n: int, k: int, columns: int, picks: int) -> Regions:
 class FoldedCopy:
     """See the module. columns: of `values`, at least as many as any tile has picks. picks: of the group that has most."""
 
-    data: Tensor
+    data: Tensor | None
     rest: Tensor
     columns: int
     picks: int
 
     def to(self, device: torch.device | str) -> FoldedCopy:
-        return FoldedCopy(self.data.to(device), self.rest.to(device), self.columns, self.picks)
+        return FoldedCopy(None if self.data is None else self.data.to(device), self.rest.to(device), self.columns, self.picks)
 
     def check(self, groups: int, n: int, k: int) -> None:
         """Shapes and dtypes are those of weights `[groups, n, k]`. ValueError or TypeError elsewhere."""
@@ -74,10 +77,12 @@ class FoldedCopy:
             expect(v >= STEP and v % STEP == 0, f"folded {name}", v, f"a multiple of {STEP}")
         for name, x, shape in (("data", self.data, (groups, n, k)),
                                ("rest", self.rest, (regions(groups, n, k, self.columns, self.picks).size,))):
+            if x is None:
+                continue
             expect(x.dtype == torch.uint8, f"folded {name}, dtype", x.dtype, "uint8", error=TypeError)
             expect(tuple(x.shape) == shape, f"folded {name}, shape", tuple(x.shape), str(shape))
             expect(x.is_contiguous(), f"folded {name}, strides", x.stride(), "contiguous")
-            expect(x.device == self.data.device, f"folded {name}, device", x.device, f"the data's, {self.data.device}")
+            expect(x.device == self.rest.device, f"folded {name}, device", x.device, f"the rest's, {self.rest.device}")
 
     def part(self, name: str, groups: int, n: int, k: int) -> Tensor:
         """A part of `rest` by its name, in its shape."""
@@ -90,14 +95,16 @@ class FoldedCopy:
         return self.rest[start: start + count * dtype.itemsize].view(dtype).view(shape)
 
 
-def fold(data: Tensor, scale: Tensor) -> FoldedCopy | None:
-    """The copy of E4M3 `[G, N, K]` bytes with E8M0 `[G, N, K / 32]` codes, on their device; None where there is none."""
+def fold(data: Tensor, scale: Tensor, keep: bool = True) -> FoldedCopy | None:
+    """The copy of E4M3 `[G, N, K]` bytes with E8M0 `[G, N, K / 32]` codes, on their device; None where there is none. keep:
+    with the codes."""
     groups, n, k = data.shape
     if bool((scale == E8M0_NAN).any()):
         return None
-    codes, tops, found = torch.empty_like(data, memory_format=torch.contiguous_format), [], []
+    codes = torch.empty_like(data, memory_format=torch.contiguous_format) if keep else None
+    tops, found = [], []
     for g in range(groups):
-        one = _fold_group(data[g], scale[g], codes[g])
+        one = _fold_group(data[g], scale[g], None if codes is None else codes[g])
         if one is None:
             return None
         tops.append(one[0])
@@ -131,9 +138,9 @@ def fold(data: Tensor, scale: Tensor) -> FoldedCopy | None:
     return out
 
 
-def _fold_group(data: Tensor, scale: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]] | None:
+def _fold_group(data: Tensor, scale: Tensor, codes: Tensor | None) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]] | None:
     """Of one group: (top `[N]`, picks of each tile `[tiles]`, bool `[tiles, K]`, (row, column, value) of what is left out). Writes
-    `codes`."""
+    `codes`, if any."""
     n, k = data.shape
     value, most, last = _tables(data.device)
     step = max(1, CHUNK // (TILE * k)) * TILE
@@ -149,7 +156,8 @@ def _fold_group(data: Tensor, scale: Tensor, codes: Tensor) -> tuple[Tensor, Ten
         power = top - counts.argmin(0, keepdim=True).T.to(torch.int16)
         out = _left_out(high, low, power)
         exact = value[code] * torch.exp2((shift - power).clamp(-100, 100).float())
-        codes[row: row + step] = torch.where(out, 0.0, exact).to(torch.float8_e4m3fn).view(torch.uint8)
+        if codes is not None:
+            codes[row: row + step] = torch.where(out, 0.0, exact).to(torch.float8_e4m3fn).view(torch.uint8)
         r, c = out.nonzero(as_tuple=True)
         v = exact[r, c]
         field = power[:, 0] + 127 + BIAS

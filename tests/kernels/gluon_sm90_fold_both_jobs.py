@@ -31,7 +31,9 @@ def call(p: Problem, config: Config, factors: bool) -> None:
 
     work = new(fold_both.workspace(p, config))
     x = base.operands(p, factors)
-    x.folded, x.folded_rest = new(p.groups, p.n, p.k), new(regions(p.groups, p.n, p.k, COLUMNS, PICKS).size)
+    x.folded_rest = new(regions(p.groups, p.n, p.k, COLUMNS, PICKS).size)
+    if p.b.prepack:
+        x.folded = new(p.groups, p.n, p.k)
     x.packed = PackedWeight(x.b.data, x.b.scale, MXFP8, (p.groups, p.n, p.k), folded=FoldedCopy(x.folded, x.folded_rest, COLUMNS, PICKS))
     for launch in fold_both.launches(Step(fold_both.NAME, config, len(work)), p, x, work):
         launch.warm()
@@ -44,6 +46,8 @@ def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], ob
     if which == "all":
         runs = [describe(layout, **kw) for layout in fold_both.KINDS
                 for kw in ({}, {"out_dtype": "fp32"}, {"out_dtype": "fp16"}, {"out_aligned": False})]
+    plain = replace(describe("dense", prepack=""), n=1536, k=1152)
+    yield "weights as they came | 0", partial(call, plain, fold_both.configs(plain, arch)[0], False)
     for p in runs:
         p = replace(p, n=1536)
         offered = fold_both.configs(p, arch)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -46,11 +48,18 @@ def of_any_width(**kw) -> list[Case]:
             Case("both", "offsets", 40, 7, 512, 2048, sizes="empty:0.4", **kw)]
 
 
+def as_they_came() -> list[Case]:
+    """Dense ones, of weights that each call folds."""
+    kw = {"packed": "folded_mxfp8"}
+    dense = [c for c in (*cases(), *of_any_width(), *of_any_width(out_dtype="fp32"), *of_any_width(outliers=True)) if c.layout == "dense"]
+    return [replace(c, **kw) for c in dense if c.k % 128 == 0]
+
+
 @pytest.mark.parametrize("case", [*cases(), *cases(out_dtype="fp32"), cases(out_dtype="fp16")[0], cases(outliers=True)[0], *of_any_width(),
-                                  of_any_width(out_dtype="fp32")[3], *of_any_width(outliers=True)], ids=lambda c: c.id)
+                                  of_any_width(out_dtype="fp32")[3], *of_any_width(outliers=True), *as_they_came()], ids=str)
 def test_gates(case: Case) -> None:
     inputs = build(case, DEV, seed=3)
-    assert inputs.packed.folded is not None
+    assert inputs.packed.folded is not None and (inputs.packed.plain is None) == (case.packed == "folded")
     offered = fold_both.configs(inputs.plan(backend=NAME).problem, detect(torch.device(DEV)))
     assert len(offered) > 2 or case.n % 256
     for config in offered:
@@ -71,15 +80,17 @@ def weights(kind: str, n: int, k: int) -> ScaledTensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", ["normal", "outlier channel", "blocks apart", "half of it", "ends"])
 @pytest.mark.parametrize("of_weights", ["normal", "outlier column", "ends"])
-def test_data_that_folds_and_other_data(of_weights: str, kind: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("order", ["bf16", "mxfp8"])
+def test_data_that_folds_and_other_data(order: str, of_weights: str, kind: str, dtype: torch.dtype) -> None:
     """Whatever the device decides, nothing is rounded: each row and column is held against the product in FP64."""
-    w = weights(of_weights, 512, 1056)
-    a = activations("normal" if kind == "ends" else kind, 700, 1056)
+    k = 1056 if order == "bf16" else 1152
+    w = weights(of_weights, 512, k)
+    a = activations("normal" if kind == "ends" else kind, 700, k)
     if kind == "ends":
         a.scale[3, 1], a.scale[5, 2], a.scale[9, :], a.scale[200, 8] = 255, 150, 64, 90
         a.data[11, 32:64], a.scale[11, 1], a.data[13, 70] = 0, 254, float("nan")
-    packed = ng.prepack(w, folded=True)
-    assert packed.folded is not None
+    packed = ng.prepack(w, activations=order, folded=True)
+    assert packed.folded is not None and (packed.plain is None) == (order == "bf16")
     want = double(a) @ double(w).mT
     nan, want = want.isnan(), want.nan_to_num(0)
     for config in (fold_both.configs_of()[0], fold_both.of_widths()[1], fold_both.of_widths()[-1]):      # the last one for pairs of blocks
@@ -93,10 +104,12 @@ def test_data_that_folds_and_other_data(of_weights: str, kind: str, dtype: torch
 
 
 @pytest.mark.parametrize("code", [20, 200])
-def test_activations_far_out_take_the_other_product(code: int) -> None:
-    a, w = activations("normal", 300, 1056), weights("normal", 520, 1056)
+@pytest.mark.parametrize("order, k", [("bf16", 1056), ("mxfp8", 1152)])
+def test_activations_far_out_take_the_other_product(order: str, k: int, code: int) -> None:
+    a, w = activations("normal", 300, k), weights("normal", 520, k)
     a.scale[7] = code
-    got, want = ng.gemm(a, ng.prepack(w, folded=True), out_dtype=torch.float32, backend=NAME), double(a) @ double(w).mT
+    packed = ng.prepack(w, activations=order, folded=True)
+    got, want = ng.gemm(a, packed, out_dtype=torch.float32, backend=NAME), double(a) @ double(w).mT
     for row in (6, 7, 8):
         assert calc_diff(got[row].double(), want[row]) <= 1e-6
 
@@ -140,14 +153,14 @@ def test_a_graph_follows_the_data() -> None:
 
 
 @pytest.mark.parametrize("columns, pairs", [(80, False), (192, True)])
-@pytest.mark.parametrize("m", [700, 444], ids=["own", "behind"])
-def test_a_graph_follows_data_of_another_kind(m: int, columns: int, pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("m, order", [(700, "bf16"), (444, "bf16"), (444, "mxfp8")], ids=["own", "behind", "as they came"])
+def test_a_graph_follows_data_of_another_kind(m: int, order: str, columns: int, pairs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One capture, whether a product multiplies in BF16 itself or another one does: every replay is bit for bit the call on the same data."""
     n, k = 512, 1152
     if m != 700:
         monkeypatch.setattr(fold_both, "OWN", 0)
     w = ng.quantize(torch.randn(n, k, device=DEV), MXFP8)
-    packed, wide, a = ng.prepack(w, folded=True), double(w), activations("normal", m, k)
+    packed, wide, a = ng.prepack(w, activations=order, folded=True), double(w), activations("normal", m, k)
     config = next(c for c in fold_both.of_widths() if c.block_n == columns and bool(c.extra) == pairs)
     out = torch.empty(m, n, dtype=torch.bfloat16, device=DEV)
 

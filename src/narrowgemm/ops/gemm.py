@@ -46,7 +46,7 @@ def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tensor, *, o
     Scale recipes follow DeepSeek-V3 (1x128 activations, 128x128 weights), OCP MX (1x32) and torch.scaled_mm (row, tensor).
     """
     if isinstance(b, PackedWeight):
-        if b.plain is None:
+        if b.plain is None or (b.folded is not None and not torch.compiler.is_compiling()):
             return packed_gemm(a, b, None, out, out_dtype, accumulate,
                                Options(backend, config, max_sms, validate, on_unsupported, fast_accum), workspace)
         b = b.plain

@@ -180,7 +180,9 @@ def groups_of(b: PackedWeight | ScaledTensor) -> int:
 
 
 def _plain(b: PackedWeight | ScaledTensor) -> ScaledTensor:
-    return ScaledTensor(b.data, b.scale, b.format) if isinstance(b, PackedWeight) else b
+    if isinstance(b, ScaledTensor):
+        return b
+    return ScaledTensor(b.data, b.scale, b.format) if b.plain is None else b.plain
 
 
 def _stored(b: PackedWeight | ScaledTensor) -> list[ScaledTensor | Tensor]:
@@ -218,8 +220,8 @@ def _check_weights(b: PackedWeight | ScaledTensor, dims: int) -> None:
 
 def weight_operand(b: PackedWeight | ScaledTensor) -> Operand:
     """The Problem's side of weights, packed or as they are."""
-    if isinstance(b, ScaledTensor):
-        return common.operand(b)
+    if isinstance(b, ScaledTensor) or b.plain is not None:
+        return common.operand(_plain(b))
     return Operand(b.format, "k", f"{b.prepack}:{b.pair}" if b.pair else b.prepack, "e8m0", "", folds=b.top is not None)
 
 

@@ -15,6 +15,7 @@ from ..formats import BF16, ELEMENTS, Format, FP8_1x128, FP8_128x128
 
 OPS = ("gemm", "grouped_gemm", "grouped_gemm_wgrad")
 LAYOUTS = ("dense", "contiguous", "psum", "offsets", "masked", "k_grouped")
+FOLDED = {"folded": "bf16", "folded_mxfp8": "mxfp8"}    # `Case.packed` -> `activations` of `prepack`, folded
 ORDERS = ("sorted", "reversed", "repeated")
 
 
@@ -27,9 +28,9 @@ class Case:
     world. `max_m`: rows a group can hold (masked). `alignment`: a group's segment starts at a multiple of it
     (contiguous, psum). `order`: of the segments of a contiguous layout; 'repeated' cuts every group in two. `slack`:
     rows of A behind the last group. `e2e`: timed from BF16 tokens, see `tokens.py`. `packed`: B goes through
-    `narrowgemm.prepack` first; 'fp8', 'mxfp8': for such activations; 'folded': with a folded copy beside. `fast_accum`:
-    partial sums are never promoted, ours and a peer's. `outliers`: one column of A in a hundred is 30 times as large as the
-    others.
+    `narrowgemm.prepack` first; 'fp8', 'mxfp8': for such activations; 'folded': with a folded copy beside; 'folded_mxfp8':
+    for MXFP8, where each call folds dense weights. `fast_accum`: partial sums are never promoted, ours and a peer's.
+    `outliers`: one column of A in a hundred is 30 times as large as the others.
     """
 
     suite: str

@@ -29,7 +29,7 @@ from ..prepack_bits import FP8_PREPACK, PREPACK
 from ..prepack_folded import STEP
 from ..problem import Config, Operand, Plan, Problem, bucket, promotion
 from ..runtime import dispatch
-from .case import Case
+from .case import FOLDED, Case
 from .fuzz_inputs import CORRUPT, VALUES, Store, build
 
 E8M0 = FP8_1x128.with_scale("e8m0"), FP8_128x128.with_scale("e8m0")
@@ -133,7 +133,7 @@ def draw_case(rng: random.Random, limit: int) -> Case:
         packed = "fp8" if b is MXFP4 and rng.random() < 0.5 else True
         packed = "mxfp8" if b is not MXFP4 and rng.random() < 0.3 else packed
         if (a, b) == (MXFP8, MXFP8) and packed is True and layout in fold_both.KINDS and rng.random() < 0.6:
-            packed = "folded"
+            packed = rng.choice(("folded", "folded", "folded_mxfp8"))
     max_m = max(1, m * rng.choice((1, 1, 2, 3)) + rng.choice((0, 0, 1, 5))) if layout == "masked" else 0
     alignment = rng.choice((1, 4, 16, 64, 128, 128, 128)) if layout in ("contiguous", "psum") else 128
     return Case("fuzz", layout, groups, m, n, k, a=a, b=b, max_m=max_m, sizes="balanced" if layout == "dense" else sizes,
@@ -200,9 +200,11 @@ def likely(case: Case, only: Collection[str], device: torch.device) -> bool:
     a, b = (Operand(f, scale_dtype=f.scale if f.scaled else "", scale_major=major if f.scaled else "")
             for f, major in ((case.a, "mn"), (case.b, "mn" if case.layout == "k_grouped" else "k")))
     shape = (case.n, case.k) if case.layout == "dense" else (case.groups, case.n, case.k)
-    if case.packed and not as_they_are(case.b, shape, "", str(case.packed)):
-        b = replace(b, prepack=FP8_PREPACK if case.packed == "fp8" else PREPACK, folds=case.b.element == "e2m1", scale_major="",
-                    picks=STEP if case.packed == "folded" else -1)
+    activations = FOLDED.get(str(case.packed), str(case.packed))
+    if case.packed in FOLDED:
+        b = replace(b, picks=STEP)
+    if case.packed and not as_they_are(case.b, shape, "", activations):
+        b = replace(b, prepack=FP8_PREPACK if case.packed == "fp8" else PREPACK, folds=case.b.element == "e2m1", scale_major="")
     rows = case.max_m if case.layout == "masked" else max(1, case.a_rows)
     k, alignment = (case.rows, case.column_alignment) if case.layout == "k_grouped" else (case.k, case.alignment)
     problem = Problem(case.op, case.layout, bucket(rows), case.n, k, case.groups, a, b, rows=bucket(max(1, case.m)),

@@ -21,7 +21,7 @@ from ..layouts import Contiguous, KGrouped, Layout, Masked, Offsets, Psum
 from ..prepack import PackedWeight, prepack
 from ..problem import Plan
 from ..reference.float32 import full_float32
-from .case import Case
+from .case import FOLDED, Case
 from .guard import Guarded, guarded_empty
 from .numerics import FAST_ACCUM_GATE, KERNEL_GATE, GateResult, Sums, independent, recipe_gate
 from .tokens import Tokens, tokens_of
@@ -60,8 +60,8 @@ class Inputs:
         """B, prepacked."""
         if self._packed is None:
             kind = self.case.packed
-            folded = kind == "folded"
-            self._packed = prepack(self.b, activations=kind if isinstance(kind, str) and not folded else "bf16", folded=folded)
+            self._packed = prepack(self.b, activations=FOLDED.get(kind, kind) if isinstance(kind, str) else "bf16",
+                                   folded=kind in FOLDED)
         return self._packed
 
     # ---- sources and references ------------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ class Inputs:
         c, out = self.case, self.out.tensor
         chosen = common.Options(**{"fast_accum": c.fast_accum, **options})
         packed = self.packed if c.packed and chosen.backend != "triton" else None
-        if packed is not None and packed.plain is None:
+        if packed is not None and (packed.plain is None or packed.folded is not None):
             return routed.packed_plan(self.a, packed, self.layout, out, out.dtype, c.accumulate, chosen)
         if c.layout == "dense":
             b = self.b if packed is None or packed.plain is None else packed.plain

@@ -239,7 +239,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
              ) -> list[Launch]:
     """The launch in front and the product. `start`: first byte of the workspace."""
     assert workspace is not None
-    return [_front(problem, x, workspace, start, gate), _product(step.config, problem, x, workspace, start, gate)]
+    return [_front(problem, x, workspace, start, gate), gated_product(step.config, problem, x, workspace, start, gate)]
 
 
 def prep_steps(rows: int, kx: int) -> int:
@@ -287,7 +287,8 @@ def _front(problem: Problem, x: Operands, workspace: Tensor, start: int = 0, gat
          counter, limit, cfg), {"num_warps": 4})
 
 
-def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, start: int, gate: Gate | None) -> Launch:
+def gated_product(config: Config, problem: Problem, x: Operands, workspace: Tensor, start: int, gate: Gate | None) -> Launch:
+    """BF16's product of what the launch in front brought to the workspace."""
     from ....arch import detect
 
     arch = detect(x.out.device)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ....problem import Problem, Step
 from ...launching import Launch
 from ...operands import Operands
-from . import expand
+from . import expand, expand_rows
 from .expand import Gate
 
 PROGRAMS = 5        # an SM, that take the pieces in turn: as many as it has registers for
@@ -16,14 +16,20 @@ REGISTERS = 88      # of a lane
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor, start: int, gate: Gate) -> list[Launch]:
-    """As `expand.launches`, of packed weights."""
+    """As `expand.launches`, of packed weights, or of rows that a program holds."""
     from ....arch import detect
     from . import expand_gate_device as device
 
+    most = PROGRAMS * detect(x.out.device).sms
+    if expand.plain(problem):
+        front = expand_rows.front(x, expand.columns(x.k), expand.regions(problem, x.m, start), workspace)
+        *rest, cfg = front.arguments
+        return [Launch(device.gated_rows_kernel, (min(front.grid[0], most),), (*rest, front.grid[0], *gate, cfg),
+                       {**front.keywords, "maxnreg": REGISTERS, "launch_pdl": True}),
+                expand.gated_product(step.config, problem, x, workspace, start, gate)]
     front, product = expand.launches(step, problem, x, workspace, start, gate)
     a = list(front.arguments)
     # without what is for plain weights: factors of their columns, their rows, pieces of these and strides
     a = [*a[:8], *a[9:17], a[17], front.grid[0], a[18], *a[19:24], *a[29:]]
-    programs = min(front.grid[0], PROGRAMS * detect(x.out.device).sms)
     options = {**front.keywords, "maxnreg": REGISTERS, "launch_pdl": True}
-    return [Launch(device.gated_expand_kernel, (programs,), a, options), product]
+    return [Launch(device.gated_expand_kernel, (min(front.grid[0], most),), a, options), product]

@@ -1,10 +1,11 @@
 """FP8 products on Hopper of MXFP8 by MXFP8 weights that are held folded beside, for problems with many rows, dense and grouped.
 
 The product is that of `fold_mixed.py`, without a launch that expands weights: they lie folded into E4M3 with one power of two a
-row (`prepack_folded.py`). Elements that don't fold meet columns of A that the launch in front, which folds A, brings to BF16
-beside; their products are what a tile's sums begin with. As there, blocks of A that don't fold are taken in parts. Where too many
-don't, or where scales are too far out, all of it is multiplied in BF16: on tiles of 128 x 256 by the product launched behind, on
-others by the same launch, which brings both operands there first (`fold_both_rest_device.py`).
+row (`prepack_folded.py`); dense ones that are held as they came are folded by a launch in front (`fold_codes.py`). Elements that
+don't fold meet columns of A that the launch in front, which folds A, brings to BF16 beside; their products are what a tile's sums
+begin with. As there, blocks of A that don't fold are taken in parts. Where too many don't, or where scales are too far out, all of
+it is multiplied in BF16: on tiles of 128 x 256 by the product launched behind, on others by the same launch, which brings both
+operands there first (`fold_both_rest_device.py`).
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from ....arch import Arch
 from ....problem import Config, Problem, Step
 from ...launching import Launch, Pointer
 from ...operands import Operands
-from . import expand, expand_gate, fold_both_tile, fold_mixed
+from . import expand, expand_gate, expand_rows, fold_both_tile, fold_codes, fold_mixed
 from .expand import columns
 from .fold_mixed import (
     BEHIND,
@@ -60,6 +61,8 @@ def supports(problem: Problem, arch: Arch) -> str | None:
         return f"folds MXFP8 activations, not {a.format.name}"
     if b.format.element != "e4m3" or b.picks < 0:
         return "takes packed MXFP8 weights that hold a folded copy, prepack(folded=True), of which enough folds"
+    if expand.plain(p) and not expand_rows.pieces(columns(p.k)):
+        return f"folds weights that are not in an order of their own up to K = {expand_rows.PIECE * expand_rows.MOST}, not {p.k}"
     if p.layout not in KINDS:
         return f"takes {', '.join(KINDS)} layouts, not {p.layout}"
     if p.layout == "offsets" and p.groups > MOST_GROUPS:
@@ -116,8 +119,10 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
 
 
 def own(problem: Problem, config: Config) -> bool:
-    """Whether a product multiplies in BF16 itself: on tiles that are not 256 wide. Groups' was not run so on a GPU."""
-    return config.block_n != prepack_folded.TILE and problem.layout == "dense" and problem.flops <= OWN
+    """Whether a product multiplies in BF16 itself: on tiles that are not 256 wide, by packed weights. Groups' was not run so on a
+    GPU."""
+    dense = problem.layout == "dense" and not expand.plain(problem)
+    return config.block_n != prepack_folded.TILE and dense and problem.flops <= OWN
 
 
 def tile_of(problem: Problem, config: Config, arch: Arch) -> MixedTile | fold_both_tile.Tile | None:
@@ -147,6 +152,7 @@ class Regions(NamedTuple):
     flags: int
     picks: int
     removed: int
+    folded: int              # weights that are held as they came
     codes: int
     size: int
 
@@ -157,7 +163,7 @@ def regions(problem: Problem, m: int) -> Regions:
     blocks = kx // BLOCK
     sizes = (max(FRONT, PROBES_AT + LOOK_BYTES * blocks + 4 * LIMIT), m * kx, 16 * blocks * column(m),
              4 * blocks * -(-m // FLAG_ROWS), 2 * (max(problem.b.picks, 1) + LIMIT) * pitch(m, problem.groups),
-             2 * LIMIT * problem.groups * problem.n, problem.groups * problem.n)
+             2 * LIMIT * problem.groups * problem.n, problem.n * problem.k * expand.plain(problem), problem.groups * problem.n)
     at = Regions(*accumulate((-(-s // 256) * 256 for s in sizes), initial=0))
     codes = max(at.codes, expand.regions(problem, m, at.x).size)
     return at._replace(codes=codes, size=codes + at.size - at.codes)
@@ -203,6 +209,8 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
             column *= LONG_PAIR
         seconds = tiles_time(p, unit, arch, sms // pair, steps * met(p.n, config.block_n) * column, BLOCK_TIME + column)
     memory = p.bytes / arch.bandwidth
+    if expand.plain(p):
+        front += fold_codes.SECONDS + 2.0 * p.n * p.k / (arch.bandwidth * fold_codes.COPY) * arch.sms / sms
     launch, slower = LAUNCH_SECONDS[0], SLOWER_LAUNCHES.get(arch.name, (0.0, 0.0))
     if p.groups > 1:
         launch = LAUNCH_SECONDS[1]
@@ -237,10 +245,20 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     remove = power_of_two(blocks) if blocks <= MOST_BLOCKS else 0
     whole = own(problem, step.config)
     in_front = front(problem, x, workspace, at, picks, remove, not whole)
+    if expand.plain(problem):
+        in_front = [fold_codes.launch(x, Pointer(kept, torch.uint8, of.top), workspace, at.folded), *in_front]
     product = _product(step.config, problem, x, workspace, behind.limit, not whole)
     rest = [_rest(problem, x, workspace, at, behind.limit, whole)] if whole or remove else []
     gated = [] if whole else expand_gate.launches(Step(expand.NAME, BEHIND), problem, x, workspace, at.x, behind)
     return [*in_front, *rest, product, *gated]
+
+
+def _folded(problem: Problem, x: Operands, workspace: Tensor, at: Regions) -> Pointer:
+    """The weights' codes."""
+    if expand.plain(problem):
+        return Pointer(workspace, torch.float8_e4m3fn, at.folded)
+    assert x.folded is not None
+    return Pointer(x.folded, torch.float8_e4m3fn)
 
 
 def listed_at(at: Regions, k: int) -> int:
@@ -254,7 +272,7 @@ def _rest(problem: Problem, x: Operands, workspace: Tensor, at: Regions, limit: 
     from .fold_both_rest_device import rest_kernel
 
     scale, fields, wide = x.a.scale, x.b.scale, expand.regions(problem, x.m, at.x)
-    assert scale is not None and fields is not None and x.folded is not None
+    assert scale is not None and fields is not None
     count = Pointer(workspace, torch.int32, at.counter)
     return Launch(
         rest_kernel, (WEIGHT_PROGRAMS * detect(x.out.device).sms,),
@@ -262,7 +280,7 @@ def _rest(problem: Problem, x: Operands, workspace: Tensor, at: Regions, limit: 
          *scale.stride()[-2:], Pointer(x.b.data, torch.int32), fields, count if x.factor is None else x.factor,
          Pointer(workspace, torch.bfloat16, wide.x), Pointer(workspace, torch.float32, wide.factor),
          Pointer(workspace, torch.int64, wide.weights), Pointer(workspace, torch.uint8, at.codes),
-         Pointer(x.folded, torch.float8_e4m3fn), Pointer(workspace, torch.int32, listed_at(at, x.k)),
+         _folded(problem, x, workspace, at), Pointer(workspace, torch.int32, listed_at(at, x.k)),
          Pointer(workspace, torch.bfloat16, at.removed), x.m, x.n, x.k, columns(x.k) // BLOCK, x.groups, limit),
         {"LAYOUT": LAYOUTS[problem.layout], "FACTOR": x.factor is not None, "OUTLYING": WEIGHT_ROWS, "WHOLE": whole,
          "num_warps": 4, "maxnreg": REST_REGISTERS, "launch_pdl": not whole})
@@ -279,7 +297,7 @@ def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, l
     arch = detect(x.out.device)
     tile = tile_of(problem, config, arch)
     copy, rest = copy_of(x), x.folded_rest
-    assert tile is not None and copy is not None and rest is not None and x.folded is not None, f"{config}: not legal for {problem}"
+    assert tile is not None and copy is not None and rest is not None, f"{config}: not legal for {problem}"
     at, kx = regions(problem, x.m), columns(x.k)
     of = prepack_folded.regions(x.groups, x.n, x.k, copy.columns, copy.picks)
     blocks, row_blocks, across, rows = kx // BLOCK, -(-x.m // FLAG_ROWS), column(x.m), pitch(x.m, x.groups)
@@ -294,7 +312,7 @@ def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, l
                          FP8_PLANE.value),
         TensorDescriptor(Pointer(workspace, torch.float32, at.scale), [1, blocks * 4, x.m], [4 * blocks * across, across, 1],
                          [1, 4, 128], flat),
-        TensorDescriptor(Pointer(x.folded, torch.float8_e4m3fn), [x.groups, x.n, x.k], [x.n * x.k, x.k, 1], [1, box, BLOCK],
+        TensorDescriptor(_folded(problem, x, workspace, at), [x.groups, x.n, x.k], [x.n * x.k, x.k, 1], [1, box, BLOCK],
                          FP8_PLANE.value),
         output(x, 0, om, tile.OUT_COLS, tile.OUT_BYTES) if tile.STORE_TMA else None,
         TensorDescriptor(Pointer(workspace, torch.bfloat16, at.picks), [copy.picks + LIMIT, rows], [rows, 1], [64, 64],
