@@ -106,6 +106,8 @@ TABLE: dict[str, Suite] = {
         "MXFP8, dense, as stored, large weights, 1 to 16 tokens", ("floor",),
         lambda s: suites.mxfp8_dense(s, (1, 2, 4, 8, 16), 30_000_000, packed=False)),
     "mxfp8-prefill": Suite("MXFP8, packed, hundreds to thousands of rows", MANY_ROWS, suites.mxfp8_prefill),
+    "mxfp8-prefill-refolded": Suite("MXFP8 as it came, folded by each call, hundreds to thousands of rows", MANY_ROWS,
+                                    suites.mxfp8_refolded),
     "mxfp8-prefill-folded": Suite("MXFP8, packed and folded, hundreds to thousands of rows", MANY_ROWS, suites.mxfp8_folded),
     "train-fwd": Suite(
         "training, forward, row- and tensor-wise FP8", ("torch_row", "floor"),

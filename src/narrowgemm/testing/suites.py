@@ -216,6 +216,11 @@ def mxfp8_folded(suite: str) -> list[Case]:
     return [*cases, *(replace(c, outliers=True) for c in cases if (c.n, c.k) in ((9216, 6144), (6144, 6144)) and c.rows > 4096)]
 
 
+def mxfp8_refolded(suite: str) -> list[Case]:
+    """The dense ones of those, of weights that stay as they came and that each call folds."""
+    return [replace(c, packed="folded_mxfp8") for c in mxfp8_folded(suite) if c.layout == "dense"]
+
+
 def large(suite: str) -> list[Case]:
     """One tensor of each over 2^31 elements: A, B, the output; the arithmetic stays small."""
     return [
