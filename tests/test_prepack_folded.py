@@ -144,7 +144,7 @@ def test_packed_weights_hold_it_beside() -> None:
 
 
 @pytest.mark.parametrize("fmt, options, match", [
-    (MXFP4, {}, "mxfp8 without pair"), (MXFP8, {"pair": "halves"}, "mxfp8 without pair"), (MXFP8, {"folded": 1}, "True or False"),
+    (MXFP4, {}, "mxfp8 without pair"), (MXFP8, {"pair": "halves"}, "mxfp8 without pair"), (MXFP8, {"folded": 1}, "True, False or None"),
     (MXFP8, {"activations": "fp8"}, "'bf16' or 'mxfp8'")])
 def test_what_is_refused(fmt, options: dict, match: str) -> None:
     w = quantize(torch.randn(2, 64, 128), fmt, backend="reference")

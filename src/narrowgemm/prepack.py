@@ -37,7 +37,7 @@ from torch import Tensor
 from .errors import Unsupported, expect
 from .formats import MXFP4, MXFP8, Format, ScaledTensor, check_device, get_format
 from .prepack_bits import FP8_PREPACK, ORDERS, PREPACK, ROWS_PREPACK, TILE, pack_data, unpack_data
-from .prepack_folded import FOLDED, FoldedCopy, fold
+from .prepack_folded import FEWEST_ROWS, FOLDED, FoldedCopy, fold
 from .prepack_scales import BIAS, in_window, pack_scale, power_of_two, row_codes, shifts, unpack_scale
 from .scales import float_to_e8m0
 
@@ -109,6 +109,10 @@ class PackedWeight:
     @property
     def k(self) -> int:
         return self.shape[-1]
+
+    def plain_for(self, rows: int) -> ScaledTensor | None:
+        """`plain`, but None where a product with so many rows of activations may take the weights folded."""
+        return None if self.folded is not None and rows >= FEWEST_ROWS else self.plain
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that there are, by name."""
@@ -187,7 +191,7 @@ class PackedWeight:
 torch.serialization.add_safe_globals([PackedWeight, FoldedCopy])
 
 
-def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16", folded: bool = False) -> PackedWeight:
+def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16", folded: bool | None = None) -> PackedWeight:
     """`weights` MXFP4 or MXFP8 (E4M3), `[E, N, K]` or `[N, K]`, for the Hopper kernels that expand them in registers.
 
     pair: for gate_up weights whose activation is to be fused, how gate and up rows lie in `weights`: 'halves' ([gate; up]) or
@@ -203,8 +207,8 @@ def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16",
         Weights of another kind than 'fp8' or 'mxfp8' is for get the order of 'bf16'.
     folded: for MXFP8 without `pair`: products with many rows of MXFP8 activations run on FP8 tensor cores instead of BF16 ones,
         just as exactly, by a second copy, as large as the first. Dense weights that 'mxfp8' leaves as they are need none: each
-        call folds them anew, by a table of a few per cent of their size. `PackedWeight.folded` is None where too much of the
-        weights does not fold.
+        call folds them anew, by a table of a few per cent of their size. None: those of them that lie on a GPU, no others.
+        `PackedWeight.folded` is None where too much of the weights does not fold.
 
     Works on any device, some experts at a time. It waits for the device a few times, so call it when loading. Raises TypeError or
     ValueError for weights that are not of this kind, and Unsupported if the scales of one row are further apart than BF16 can
@@ -219,7 +223,7 @@ def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16",
         data, scale = data.unsqueeze(0), scale.unsqueeze(0)
     if as_they_are(fmt, shape, pair, activations):
         return PackedWeight(_from_16_bytes(data), _from_16_bytes(scale), fmt, shape, prepack=ROWS_PREPACK,
-                            folded=fold(data, scale, keep=False) if folded else None)
+                            folded=fold(data, scale, keep=False) if folded or (folded is None and data.is_cuda) else None)
     wanted = FP8_PREPACK if activations == "fp8" and fmt.element == "e2m1" and _all_fold(data, scale, fmt) else PREPACK
     order = row_order(shape[-2], pair).to(data.device)
     packed, fields, factor, top, regular = _permuted(data, scale, fmt, order, shape[-1], wanted)
@@ -229,7 +233,7 @@ def prepack(weights: ScaledTensor, *, pair: str = "", activations: str = "bf16",
     return PackedWeight(packed, fields, fmt, shape, pair, factor, scale.contiguous(), wanted, top, copy)
 
 
-def _check_weights(weights: ScaledTensor, pair: str, activations: str, folded: bool) -> None:
+def _check_weights(weights: ScaledTensor, pair: str, activations: str, folded: bool | None) -> None:
     """Arguments of `prepack`. TypeError, ValueError; Unsupported for a format, or weights without memory."""
     expect(isinstance(weights, ScaledTensor), "weights", type(weights).__name__,
            "a ScaledTensor in MXFP4 or MXFP8 (narrowgemm.quantize or ScaledTensor.make)", error=TypeError)
@@ -252,7 +256,7 @@ def _check_weights(weights: ScaledTensor, pair: str, activations: str, folded: b
         raise Unsupported(f"prepack of weights without memory, on {weights.device}: what order they get depends on their scales",
                           "pack them once they are loaded; explain and experts_workspace size packed weights without any")
     expect(pair == "" or shape[-2] % 2 == 0, f"N of {pair} gate and up rows", shape[-2], "an even number")
-    expect(isinstance(folded, bool), "folded", repr(folded), "True or False", error=TypeError)
+    expect(folded is None or isinstance(folded, bool), "folded", repr(folded), "True, False or None", error=TypeError)
     expect(not folded or (fmt == MXFP8 and not pair), "folded, of weights", f"{fmt.name}, pair {pair!r}", "mxfp8 without pair")
     expect(not folded or activations != "fp8", "activations, folded", repr(activations), "'bf16' or 'mxfp8'")
 

@@ -40,6 +40,8 @@ SMALLEST = -49              # power of two of an element that is left out, over 
 BIAS = 6                    # of `top`
 NOTHING = 1000              # beyond every exponent
 CHUNK = 1 << 24             # elements looked at at a time
+USUAL = 128                 # columns of picks of a tile of normal weights with K = 6144
+FEWEST_ROWS = 512           # of A, from which on weights that are held as they came may be folded
 
 
 class Regions(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from ..errors import Unsupported, expect
 from ..formats import Format, get_format
 from ..prepack import ACTIVATIONS, as_they_are, check_packable
 from ..prepack_bits import FP8_PREPACK, PREPACK
+from ..prepack_folded import FEWEST_ROWS, TILE, USUAL
 from ..problem import LAYOUTS, Operand, Plan, Problem, bucket, promotion
 from ..runtime import dispatch
 
@@ -81,6 +82,8 @@ def describe(op: str, *, layout: str = "dense", groups: int = 1, m: int, n: int,
     if packed and not as_they_are(fb, (n, k) if layout == "dense" else (groups, n, k), "", str(packed)):
         order = FP8_PREPACK if packed == "fp8" and fb.element == "e2m1" else PREPACK
         sb = Operand(fb, "k", order, fb.scale, "", folds=fb.element == "e2m1")
+    elif packed and m >= FEWEST_ROWS:       # as many columns as of normal weights don't fold
+        sb = replace(sb, picks=-(-n // TILE) * USUAL)
     return Problem(op, layout, bucket(m), n, k, groups, sa, sb, rows=bucket(max(rows, 1)), out_dtype=out_dtype,
                    out_aligned=n * (4 if out_dtype == "fp32" else 2) % 16 == 0, promote=promotion(fa, fb), max_sms=max_sms,
                    alignment=128 if layout == "psum" else 1)

@@ -46,10 +46,13 @@ def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tensor, *, o
     Scale recipes follow DeepSeek-V3 (1x128 activations, 128x128 weights), OCP MX (1x32) and torch.scaled_mm (row, tensor).
     """
     if isinstance(b, PackedWeight):
-        if b.plain is None or (b.folded is not None and not torch.compiler.is_compiling()):
+        plain = b.plain
+        if b.folded is not None and not torch.compiler.is_compiling():
+            plain = b.plain_for(common.as_operand(a, "a").shape[0])
+        if plain is None:
             return packed_gemm(a, b, None, out, out_dtype, accumulate,
                                Options(backend, config, max_sms, validate, on_unsupported, fast_accum), workspace)
-        b = b.plain
+        b = plain
     if type(a) is not ScaledTensor or type(b) is not ScaledTensor:
         a, b = common.as_operand(a, "a"), common.as_operand(b, "b")
     if torch.compiler.is_compiling():

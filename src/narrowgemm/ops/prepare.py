@@ -36,8 +36,6 @@ def prepare(b: ScaledTensor | PackedWeight, *, layout: str = "dense", max_m: int
     Returns the Plans. Raises as the calls would.
     """
     expect(isinstance(b, ScaledTensor | PackedWeight), "b", type(b).__name__, "a ScaledTensor or a PackedWeight", error=TypeError)
-    if isinstance(b, PackedWeight) and b.plain is not None:
-        b = b.plain
     expect(layout in LAYOUTS, "layout", repr(layout), f"one of {LAYOUTS}")
     expect(max_m >= 1, "max_m", max_m, "at least 1 row")
     fmt = get_format(a_format)
@@ -54,12 +52,13 @@ def prepare(b: ScaledTensor | PackedWeight, *, layout: str = "dense", max_m: int
             shape = (*a.shape[:-1], b.shape[-2])
             out = torch.empty(shape, dtype=out_dtype, device=b.device)
             plan: Plan | None
-            if isinstance(b, PackedWeight):
-                plan = routed_op.packed_plan(a, b, where, out, out_dtype, False, options, zero_padding)
+            w = b if isinstance(b, ScaledTensor) else b.plain_for(m) or b
+            if isinstance(w, PackedWeight):
+                plan = routed_op.packed_plan(a, w, where, out, out_dtype, False, options, zero_padding)
             elif where is None:
-                plan = gemm_op.plan_of(a, b, out, out_dtype, False, options)
+                plan = gemm_op.plan_of(a, w, out, out_dtype, False, options)
             else:
-                plan = grouped_op.plan_of(a, b, where, out, out_dtype, False, zero_padding, options)
+                plan = grouped_op.plan_of(a, w, where, out, out_dtype, False, zero_padding, options)
             key = (plan.steps, plan.problem.wide) if plan else ()
             if plan is None or key in plans:
                 continue

@@ -205,10 +205,11 @@ class Inputs:
         c, out = self.case, self.out.tensor
         chosen = common.Options(**{"fast_accum": c.fast_accum, **options})
         packed = self.packed if c.packed and chosen.backend != "triton" else None
-        if packed is not None and (packed.plain is None or packed.folded is not None):
+        plain = None if packed is None else packed.plain_for(self.a.shape[0])
+        if packed is not None and plain is None:
             return routed.packed_plan(self.a, packed, self.layout, out, out.dtype, c.accumulate, chosen)
         if c.layout == "dense":
-            b = self.b if packed is None or packed.plain is None else packed.plain
+            b = self.b if plain is None else plain
             return gemm.plan_of(self.a, b, out, out.dtype, c.accumulate, chosen)
         if isinstance(self.layout, KGrouped):
             return wgrad.plan_of(self.a, self.b, self.layout, out, out.dtype, c.accumulate, chosen)
