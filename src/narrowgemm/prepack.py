@@ -110,9 +110,10 @@ class PackedWeight:
     def k(self) -> int:
         return self.shape[-1]
 
-    def plain_for(self, rows: int) -> ScaledTensor | None:
-        """`plain`, but None where a product with so many rows of activations may take the weights folded."""
-        return None if self.folded is not None and rows >= FEWEST_ROWS else self.plain
+    def plain_for(self, rows: int, asked: bool = False) -> ScaledTensor | None:
+        """`plain`, but None where a product with so many rows of activations may take the weights folded: any, where a kernel was
+        `asked` for."""
+        return None if self.folded is not None and (asked or rows >= FEWEST_ROWS) else self.plain
 
     def tensors(self) -> dict[str, Tensor]:
         """The tensors that there are, by name."""

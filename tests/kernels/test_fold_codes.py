@@ -10,6 +10,11 @@ from narrowgemm.prepack_folded import FoldedCopy, fold
 from narrowgemm.reference.quantize import quantize
 
 
+def signless(codes: torch.Tensor) -> torch.Tensor:
+    """NaN without its sign, which a GPU doesn't keep."""
+    return torch.where((codes & 0x7F) == 0x7F, 0x7F, codes)
+
+
 @pytest.mark.parametrize("n, k", [(19, 256), (8, 1152)])
 @pytest.mark.parametrize("mn_major", [False, True])
 def test_codes_are_those_of_the_copy(device: str, n: int, k: int, mn_major: bool) -> None:
@@ -34,5 +39,5 @@ def test_codes_are_those_of_the_copy(device: str, n: int, k: int, mn_major: bool
     fold_codes_kernel[(-(-rows // ROWS) * -(-k // COLUMNS),)](
         data[:rows].to(device).view(torch.float8_e4m3fn), codes, top, made.view(torch.float8_e4m3fn), rows, k, k, *codes.stride(),
         BN=ROWS, BK=COLUMNS)
-    assert torch.equal(made[:rows].cpu(), copy.data[0]) and bool((made[rows] == 9).all())
+    assert torch.equal(signless(made[:rows].cpu()), signless(copy.data[0])) and bool((made[rows] == 9).all())
     assert k > 256 or not (copy.data[0, 3, 96:128] & 0x7F).any()

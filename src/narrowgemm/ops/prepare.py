@@ -52,7 +52,7 @@ def prepare(b: ScaledTensor | PackedWeight, *, layout: str = "dense", max_m: int
             shape = (*a.shape[:-1], b.shape[-2])
             out = torch.empty(shape, dtype=out_dtype, device=b.device)
             plan: Plan | None
-            w = b if isinstance(b, ScaledTensor) else b.plain_for(m) or b
+            w = b if isinstance(b, ScaledTensor) else b.plain_for(m, backend is not None) or b
             if isinstance(w, PackedWeight):
                 plan = routed_op.packed_plan(a, w, where, out, out_dtype, False, options, zero_padding)
             elif where is None:

@@ -205,7 +205,7 @@ class Inputs:
         c, out = self.case, self.out.tensor
         chosen = common.Options(**{"fast_accum": c.fast_accum, **options})
         packed = self.packed if c.packed and chosen.backend != "triton" else None
-        plain = None if packed is None else packed.plain_for(self.a.shape[0])
+        plain = None if packed is None else packed.plain_for(self.a.shape[0], chosen.backend is not None)
         if packed is not None and plain is None:
             return routed.packed_plan(self.a, packed, self.layout, out, out.dtype, c.accumulate, chosen)
         if c.layout == "dense":
