@@ -28,7 +28,7 @@ from ..ops.quantize_both import quantize_both
 from ..problem import Problem
 from ..reference import quantize as reference
 from . import selftest_steps
-from .case import Case
+from .case import FOLDED, Case
 from .inputs import build
 from .numerics import calc_diff
 from .worker import FAILURES, failure
@@ -62,8 +62,8 @@ def cases() -> list[Case]:
         out += [Case("selftest", "offsets", 5, 24, 384, 512, a=a, b=b, sizes="empty:0.3", packed=True),
                 Case("selftest", "dense", 1, 5, 384, 512, a=a, b=b, packed=True)]
     out += [Case("selftest", "dense", 1, 7, 384, 512, a=a, b=MXFP8, packed="mxfp8") for a in (MXFP8, BF16)]
-    out += [Case("selftest", "dense", 1, 300, 384, 512, a=MXFP8, b=MXFP8, packed="folded"),
-            Case("selftest", "offsets", 3, 300, 384, 512, a=MXFP8, b=MXFP8, packed="folded", sizes="uniform:0.7:1.3")]
+    out += [Case("selftest", "dense", 1, 300, 384, 512, a=MXFP8, b=MXFP8, packed=packed) for packed in FOLDED]
+    out += [Case("selftest", "offsets", 3, 300, 384, 512, a=MXFP8, b=MXFP8, packed="folded", sizes="uniform:0.7:1.3")]
     # columns of each group at multiples of 128, as `quantize_both` writes them
     out += [Case("selftest", "k_grouped", 3, 320, 256, 512, a=a, b=a, sizes="skew128:3", out_dtype="fp32")
             for a in (FP8_ROW, FP8_1x128, FP8_TENSOR)]
