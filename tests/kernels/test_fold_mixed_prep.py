@@ -31,13 +31,18 @@ def emulated_pointer(x: Tensor, dtype: torch.dtype) -> emu.Pointer:
 def emulated():
     """The device module, its PTX by the words of `_ptx` and by what the conversions are in torch."""
     kernels = emu.load_device_module("fold_mixed_prep_device")
-    words = kernels.over_code.__globals__
+    stand_in(kernels.__dict__)
+    return kernels
+
+
+def stand_in(names: dict) -> None:
+    """What PTX does, in the modules that a device module's `names` are of."""
+    words = names["over_code"].__globals__
     words["over"] = over
     words["room_of"] = lambda x: word(_ptx.run(words["ROOM_ASM"], x.a.view(np.uint32))[0])
-    picks = kernels.place_block.__globals__
+    picks = names["place_block"].__globals__
     picks["turned"] = lambda *rows: tuple(map(word, _ptx.run(picks["TURN_ASM"], *(np.ascontiguousarray(r.a).view(np.uint32) for r in rows))))
     picks["put"], picks["take"] = put, partial(take, picks)
-    return kernels
 
 
 def word(x: np.ndarray) -> emu.Tensor:

@@ -22,7 +22,7 @@ from ....arch import Arch
 from ....problem import Config, Problem, Step
 from ...launching import Launch, Pointer
 from ...operands import Operands
-from . import expand, expand_gate, expand_rows, fold_both_tile, fold_codes, fold_mixed
+from . import expand, expand_gate, expand_rows, fold_beside, fold_both_tile, fold_codes, fold_mixed
 from .expand import columns
 from .fold_mixed import (
     BEHIND,
@@ -161,7 +161,7 @@ def regions(problem: Problem, m: int) -> Regions:
     """`m`: rows of A."""
     kx = columns(problem.k)
     blocks = kx // BLOCK
-    sizes = (max(FRONT, PROBES_AT + LOOK_BYTES * blocks + 4 * LIMIT), m * kx, 16 * blocks * column(m),
+    sizes = (max(FRONT, PROBES_AT + LOOK_BYTES * blocks + 4 * LIMIT + 4 * fold_beside.MOST), m * kx, 16 * blocks * column(m),
              4 * blocks * -(-m // FLAG_ROWS), 2 * (max(problem.b.picks, 1) + LIMIT) * pitch(m, problem.groups),
              2 * LIMIT * problem.groups * problem.n, problem.n * problem.k * expand.plain(problem), problem.groups * problem.n)
     at = Regions(*accumulate((-(-s // 256) * 256 for s in sizes), initial=0))
@@ -215,7 +215,7 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
     if p.groups > 1:
         launch = LAUNCH_SECONDS[1]
     elif own(p, config):
-        launch = OWN_LAUNCH_SECONDS + slower[1]
+        launch = OWN_LAUNCH_SECONDS + slower[1] - fold_beside.SAVED_SECONDS * fold_beside.offered(p.m, p.k, MOST_BLOCKS)
     else:
         launch += slower[0]
     return launch + front + max(seconds, memory) + SHARE * min(seconds, memory)
@@ -233,7 +233,8 @@ def copy_of(x: Operands) -> prepack_folded.FoldedCopy | None:
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
-    """A looked at, folded and its columns picked, the product; what BF16 needs or does, for what that leaves."""
+    """A looked at, folded and its columns picked, of few rows in one launch; the product; what BF16 needs or does, for what that
+    leaves."""
     copy, kept = copy_of(x), x.folded_rest
     assert workspace is not None and copy is not None and kept is not None
     at = regions(problem, x.m)
@@ -244,6 +245,11 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     blocks = columns(x.k) // BLOCK
     remove = power_of_two(blocks) if blocks <= MOST_BLOCKS else 0
     whole = own(problem, step.config)
+    if whole and fold_beside.offered(x.m, x.k, MOST_BLOCKS):
+        # not where BF16's operands go
+        listed, flags = (Pointer(workspace, torch.int32, listed_at(at, x.k) + far) for far in (0, 4 * LIMIT))
+        both = fold_beside.launches(problem, x, workspace, at, flags, listed, picks, behind.limit, WEIGHT_ROWS)
+        return [*both, _product(step.config, problem, x, workspace, behind.limit, False, flags)]
     in_front = front(problem, x, workspace, at, picks, remove, not whole)
     if expand.plain(problem):
         in_front = [fold_codes.launch(x, Pointer(kept, torch.uint8, of.top), workspace, at.folded), *in_front]
@@ -286,7 +292,9 @@ def _rest(problem: Problem, x: Operands, workspace: Tensor, at: Regions, limit: 
          "num_warps": 4, "maxnreg": REST_REGISTERS, "launch_pdl": not whole})
 
 
-def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, limit: int, ahead: bool) -> Launch:
+def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, limit: int, ahead: bool,
+             flags: Pointer | None = None) -> Launch:
+    """flags: of A's blocks, where they lie elsewhere than by `at`."""
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
@@ -325,7 +333,7 @@ def _product(config: Config, problem: Problem, x: Operands, workspace: Tensor, l
     blocks_of = tile.CLUSTER if isinstance(tile, fold_both_tile.Tile) else 1
     grid = max(1, min(min(problem.max_sms or arch.sms, arch.sms) // blocks_of,
                       row_tiles(problem, x, tile.BM * blocks_of) * -(-x.n // tile.BN)))
-    flags, count, starts = (Pointer(workspace, torch.int32, at.flags), Pointer(workspace, torch.int32, at.counter),
+    flags, count, starts = (flags or Pointer(workspace, torch.int32, at.flags), Pointer(workspace, torch.int32, at.counter),
                             Pointer(rest, torch.int32, of.at))
     options = {"num_warps": 4, "maxnreg": tile.max_registers, "launch_pdl": ahead}
     if isinstance(tile, fold_both_tile.Tile):

@@ -70,15 +70,11 @@ def does_not_fold(x, code, there, mask, REMOVE: gl.constexpr):
     return gl.max(gl.max(lost.to(gl.int32) + 2 * (apart & lost).to(gl.int32), 1), 0)
 
 
-@gluon.jit(do_not_specialize=["M", "K", "KB", "RB"])
-def look_kernel(x_ptr, s_ptr, looks_ptr, count_ptr, M, K, KB, RB, sxm, ssm, ssk, ALIGNED: gl.constexpr):
-    """A as `fold_mixed_kernel` takes it, one plane. looks int32 [LOOKS * KB], and [LOOKS * KB, 4] behind them: of a block, 1 where it does not
-    fold without its columns that are far larger, 2^10 where not with them, 2^20 where there are such columns; those columns, as bits.
-    Clears the count."""
-    gdc_launch_dependents()
-    i = gl.program_id(0)
+@gluon.jit
+def look(x_ptr, s_ptr, looks_ptr, i, number, M, K, KB, RB, sxm, ssm, ssk, ALIGNED: gl.constexpr):
+    """Look i of so many, spread over all blocks."""
     kb = i % KB
-    first = (i.to(gl.int64) * RB // gl.num_programs(0)).to(gl.int32) * 64
+    first = (i.to(gl.int64) * RB // number).to(gl.int32) * 64
     x, code, there = load_block(x_ptr, s_ptr, first, M, kb, K, sxm, ssm, ssk, ALIGNED)
     row, part, word = places()
     at = kb * LOOKS + i // KB
@@ -90,8 +86,18 @@ def look_kernel(x_ptr, s_ptr, looks_ptr, count_ptr, M, K, KB, RB, sxm, ssm, ssk,
         if gl.max(gl.max((mask != 0).to(gl.int32), 1), 0) > 0:
             say = (does_not_fold(without(x, mask, True), code, there, mask, True) & 1) + (WITH + THERE)
     gl.store(looks_ptr + at, say.to(gl.int32))
+
+
+@gluon.jit(do_not_specialize=["M", "K", "KB", "RB"])
+def look_kernel(x_ptr, s_ptr, looks_ptr, count_ptr, M, K, KB, RB, sxm, ssm, ssk, ALIGNED: gl.constexpr):
+    """A as `fold_mixed_kernel` takes it, one plane. looks int32 [LOOKS * KB], and [LOOKS * KB, 4] behind them: of a block, 1 where it does not
+    fold without its columns that are far larger, 2^10 where not with them, 2^20 where there are such columns; those columns, as bits.
+    Clears the count."""
+    gdc_launch_dependents()
+    i = gl.program_id(0)
+    look(x_ptr, s_ptr, looks_ptr, i, gl.num_programs(0), M, K, KB, RB, sxm, ssm, ssk, ALIGNED)
     if i == 0:
-        gl.store(count_ptr, first * 0)
+        gl.store(count_ptr, (i * 0).to(gl.int32))
 
 
 @gluon.jit
