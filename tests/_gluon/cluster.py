@@ -66,7 +66,9 @@ def _ready(bar: Any, phase: Any) -> Tensor:
 
 
 def _arrive(bar: Any, blocks: int) -> None:
-    """The four warps of a warpgroup, at each block of the cluster."""
+    """The four warps of a warpgroup, at each block of the cluster; none where the address is negative."""
+    if int(raw(bar)) < 0:
+        return
     own = current()
     for other in own.cluster.blocks if blocks > 1 else [own]:
         other.by_address[int(raw(bar))].update(arrivals=4)
@@ -227,11 +229,13 @@ def stand_ins(package: str) -> dict[str, types.ModuleType]:
     prep.__dict__.update(least_shift=_least_shift, power_of_two=lambda e: wrap(np.exp2(np.clip(e.a, -149, 127).astype(np.float32))))
     expand = types.ModuleType(f"{package}.expand_device")
     expand.__dict__.update(pairs_of_e4m3=_pairs_of_e4m3, scaled_pair=_scaled_pair)
+    rows = types.ModuleType(f"{package}.expand_rows_device")
+    rows.__dict__.update(SHIFTED=0x5D1F7ED1)
     gated = types.ModuleType(f"{package}.fp8_gated_values_device")
     gated.__dict__.update(
         activated=_activated, magnitudes=lambda y: wrap(np.abs(y.a).max(1)), scales_of=_scales_of, put_rows=_put_rows, take_rows=_take_rows,
         narrowed=lambda y, inverse, dtype: Tensor(y.a * inverse.a[:, None], dtype), announce=lambda bar: _own(bar).update(arrivals=4))
-    return {m.__name__: m for m in (cluster, wgmma, counters, prep, expand, gated)}
+    return {m.__name__: m for m in (cluster, wgmma, counters, prep, expand, rows, gated)}
 
 
 def launch(kernel: Any, grid: int, blocks: int, partitions: int, *args: Any, seed: int = 0) -> None:

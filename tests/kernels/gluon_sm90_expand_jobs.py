@@ -9,7 +9,7 @@ import torch
 
 from narrowgemm.arch import get_arch
 from narrowgemm.formats import MXFP4, MXFP8, Format, ScaledTensor, dtype_of
-from narrowgemm.kernels.gluon.sm90 import expand
+from narrowgemm.kernels.gluon.sm90 import bf16_cluster, expand
 from narrowgemm.kernels.operands import Operands
 from narrowgemm.prepack import PREPACK
 from narrowgemm.problem import Config, Operand, Problem, Step
@@ -57,18 +57,20 @@ def behind(p: Problem) -> None:
 
 
 def jobs(target: str, which: str = "few") -> Iterator[tuple[str, Callable[[], object]]]:
-    """'few': two tiles, two pairs of formats, the launch in front where weights are not packed, the one behind cuBLAS; 'all': every config in every layout and with every option."""
+    """'few': two tiles and a pair of blocks, two pairs of formats, the launch in front where weights are not packed, the one behind cuBLAS;
+    'all': every config in every layout and with every option, plain weights on pairs of blocks, too."""
     arch = get_arch(target)
     own = expand.configs(describe("offsets"), arch)
-    runs = [(describe("offsets", MXFP8, MXFP4), own[0], False), (describe("masked", MXFP4, MXFP8), own[2], True)]
+    runs = [(describe("offsets", MXFP8, MXFP4), own[0], False), (describe("masked", MXFP4, MXFP8), own[2], True),
+            (describe("dense", prepack=""), expand.PAIRS, False)]
     yield "plain weights | 0", partial(call, describe("dense", prepack=""), own[0], count=1)
     for prepack in ("", PREPACK):
         yield f"behind cuBLAS, weights {prepack or 'plain'} | 0", partial(behind, describe("dense", prepack=prepack))
     if which == "all":
         kinds = [describe(layout, a, b, **kw) for layout in LAYOUTS for a in (MXFP8, MXFP4) for b in (MXFP8, MXFP4)
                  for kw in ({}, {"out_dtype": "fp32"}, {"accumulate": True, "out_dtype": "fp16"}, {"out_aligned": False})]
-        runs = [(p, c, factor) for p in kinds for c in expand.configs(p, arch) for factor in (False, True)]
+        runs = [runs[-1], *((p, c, factor) for p in kinds for c in expand.configs(p, arch) for factor in (False, True))]
     for p, c, factor in runs:
-        tile = expand.tile_of(p, c, arch, factor or expand.plain(p))
+        tile = (bf16_cluster if bf16_cluster.blocks(c) else expand).tile_of(p, c, arch, factor or expand.plain(p))
         assert tile is not None
         yield f"{p.layout} {p.a.format.name} {p.b.format.name} {p.out_dtype} {c} | {tile.shared_bytes}", partial(call, p, c, factor)

@@ -85,7 +85,7 @@ def test_activations_that_fold_and_others(kind: str, dtype: torch.dtype) -> None
 
 
 @pytest.mark.parametrize("codes, other", [((0, 4), (246, 250)), ((120, 130), (120, 130)), ((251, 255), (0, 4))])
-@pytest.mark.parametrize("config", [expand.CANDIDATES[0], expand.CUBLAS], ids=str)
+@pytest.mark.parametrize("config", [expand.CANDIDATES[0], expand.PAIRS, expand.CUBLAS], ids=str)
 @pytest.mark.parametrize("packed", [True, False], ids=["packed", "plain"])
 def test_scales_at_the_ends(packed: bool, config, codes: tuple[int, int], other: tuple[int, int]) -> None:
     """Of A; weights' are at the other end. What was shifted comes back from cuBLAS, too."""

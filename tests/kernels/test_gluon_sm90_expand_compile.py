@@ -8,7 +8,7 @@ from narrowgemm.arch import get_arch
 
 from .._compile import compile_jobs
 
-JOBS = {"expand": {"bf16_kernel": "wgmma.mma_async"}, "bf16": {"bf16_kernel": "wgmma.mma_async"},
+JOBS = {"expand": {"bf16_kernel": "wgmma.mma_async", "bf16_cluster_kernel": "multicast::cluster"}, "bf16": {"bf16_kernel": "wgmma.mma_async"},
         "fold_mixed": {"fold_mixed_product_kernel": "m64n128k32.f32.e4m3.e4m3"},
         "fold_both": {"fold_mixed_product_kernel": "m64n128k16.f32.bf16.bf16", "fold_both_product_kernel": "m64n192k32.f32.e4m3.e4m3"}}
 SPILLS = 64     # bytes, around a store of FP32 with factors, and where warps of `fold_both` start

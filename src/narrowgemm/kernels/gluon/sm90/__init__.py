@@ -22,6 +22,7 @@ this first), `_sums_device` (its inner loop), `_parts_device`, `_schedule_device
     fold_mixed      the same with MXFP8 activations
     fold_both       MXFP8 x MXFP8, many tokens: weights were folded when they were packed
     bf16            BF16 groups of many rows
+    bf16_cluster    dense BF16 on pairs of blocks, for `expand`
     quantize_both   one read, two FP8 copies: along rows and along columns
     activate_both   SwiGLU or its derivative, quantised so
 

@@ -42,7 +42,7 @@ def supports(problem: Problem, arch: Arch) -> str | None:
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
-    return [c for c in expand.CANDIDATES if c is not expand.CUBLAS and legal(problem, c, arch) is None]
+    return [c for c in expand.CANDIDATES if not c.extra and legal(problem, c, arch) is None]
 
 
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:

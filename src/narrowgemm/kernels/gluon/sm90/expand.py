@@ -24,7 +24,7 @@ from ....problem import Config, Problem, Step
 from ... import launching
 from ...launching import Launch, Pointer
 from ...operands import Operands
-from . import expand_rows, narrow, refusals
+from . import bf16_cluster, expand_rows, narrow, refusals
 from .fp8_block_tile import LAYOUTS, group_table
 from .fp8_scaled import SHAPES, tiles
 from .fp8_scaled_tile import OUT_COLS
@@ -109,12 +109,15 @@ def _config(bm: int, bn: int, stages: int, strip: int = 16, **more: int) -> Conf
 
 
 CUBLAS = _config(128, 256, 4, cublas=1)
+PAIRS = _config(128, 256, 4, 8, cluster_m=2)
 CANDIDATES = (_config(128, 256, 4, 8), _config(128, 256, 4), _config(128, 192, 5, 8), _config(128, 128, 6, 8), _config(64, 256, 5),
-              _config(64, 128, 8), CUBLAS)
+              _config(64, 128, 8), PAIRS, CUBLAS)
 
 
 def configs(problem: Problem, arch: Arch) -> list[Config]:
-    return [c for c in CANDIDATES if legal(problem, c, arch) is None]
+    """Pairs of blocks where their last tiles are cut in two: elsewhere they are level with blocks that are alone."""
+    offered = [c for c in CANDIDATES if legal(problem, c, arch) is None]
+    return [c for c in offered if not bf16_cluster.blocks(c) or bf16_cluster.left(problem, c, arch)[1]]
 
 
 def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
@@ -122,13 +125,15 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     p, shape = problem, (config.block_m, config.block_n)
     if shape not in SHAPES or config.block_k != BLOCK:
         return f"tile {config.block_m}x{config.block_n}x{config.block_k}, expected one of {list(SHAPES)} x {BLOCK}"
-    if not config.persistent or config.split_k != 1 or config.swap_ab or dict(config.extra).keys() - {"cublas"}:
-        return "the kernel is persistent, without split_k, swap_ab and extra options but cublas"
+    if not config.persistent or config.split_k != 1 or config.swap_ab or dict(config.extra).keys() - {"cublas", "cluster_m"}:
+        return "the kernel is persistent, without split_k, swap_ab and extra options but cublas or cluster_m"
     if config.num_stages < 2 or config.group_m < 1:
         return f"num_stages={config.num_stages}, group_m={config.group_m}, expected at least 2 and 1"
     if config.option("cublas") and (p.layout != "dense" or p.out_dtype != "bf16" or p.accumulate or p.max_sms or p.batch_invariant
                                     or p.n % 8):
         return "cuBLAS takes dense products into BF16, with N in multiples of 8 and all SMs"
+    if bf16_cluster.blocks(config):
+        return bf16_cluster.legal(p, config, arch)
     if tile_of(p, config, arch) is None:
         return f"needs more shared memory than the {arch.smem} bytes of the device"
     return None
@@ -204,6 +209,8 @@ def estimate(problem: Problem, config: Config, arch: Arch) -> float:
         return front + CUBLAS_SECONDS + max(p.flops / (CUBLAS_RATE[p.k % 4096 == 0] * arch.bf16_flops / RATE), memory)
     work = tiles(p, config)
     unit = -(-p.k // BLOCK) * 1e-6 * (RATE / 132) / (arch.bf16_flops / arch.sms)
+    if bf16_cluster.blocks(config):
+        return front + max(bf16_cluster.estimate(p, config, arch, TILE_SECONDS, unit), memory)
     waves = work / sms
     waves = math.ceil(waves) if waves < 8 else waves + 0.5
     return front + max(waves * (unit * BLOCK_TIMES[config.block_m, config.block_n] + TILE_SECONDS), memory)
@@ -294,12 +301,20 @@ def gated_product(config: Config, problem: Problem, x: Operands, workspace: Tens
     arch = detect(x.out.device)
     masked, kx = problem.layout == "masked", columns(x.k)
     own = plain(problem)
-    tile = tile_of(problem, config, arch, own or x.factor is not None, gate is not None)
-    assert tile is not None, f"{config} is not legal for {problem}"
     at, units = regions(problem, _rows(problem, x), start), unit_rows(x.n)
     weights = Pointer(workspace, torch.bfloat16, at.weights)
     one = Pointer(workspace, torch.float32, at.one)
     factors = Pointer(workspace, torch.float32, at.columns) if own else one if x.factor is None else x.factor
+    if bf16_cluster.blocks(config):
+        assert gate is None and not start, "the word about factors is the launch in front's"
+        pair = bf16_cluster.tile_of(problem, config, arch, own or x.factor is not None, by_rows(problem) > 0)
+        assert pair is not None, f"{config} is not legal for {problem}"
+        boxes = (_planes(Pointer(workspace, torch.bfloat16, at.x), 1, x.m, kx, pair.BM), _planes(weights, 1, units, kx, pair.B_BOX),
+                 _planes(weights, 1, units, kx, pair.B_BOX // 2))
+        factor = Pointer(workspace, torch.float32, at.factor)
+        return bf16_cluster.product(problem, config, x, arch, pair, boxes, kx, factor, factors, expand_rows.flag(workspace, at))
+    tile = tile_of(problem, config, arch, own or x.factor is not None, gate is not None)
+    assert tile is not None, f"{config} is not legal for {problem}"
     counter, limit = gate or (one, 0)
     planes = (_planes(Pointer(workspace, torch.bfloat16, at.x), x.groups if masked else 1, x.m, kx, tile.BM),
               _planes(weights, x.groups, units, kx, tile.WGN * tile.COLS0),
