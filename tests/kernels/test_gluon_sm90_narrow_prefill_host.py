@@ -9,7 +9,7 @@ import pytest
 from narrowgemm.arch import get_arch
 from narrowgemm.formats import BF16, FP8_ROW, FP16, MXFP4, MXFP8, Format, FP8_1x128
 from narrowgemm.kernels.gluon.sm90 import narrow, narrow_fp8_model, narrow_prefill, narrow_prefill_model
-from narrowgemm.kernels.gluon.sm90.narrow_prefill_tile import BOXES, COLUMNS, FP8_WIDTHS, WIDTHS
+from narrowgemm.kernels.gluon.sm90.narrow_prefill_tile import BOXES, COLUMNS, FP8_WIDTHS, WIDTHS, Tile
 from narrowgemm.ops.explain import describe, explain
 from narrowgemm.prepack_bits import FP8_PREPACK, PREPACK
 from narrowgemm.problem import Config, Epilogue, Operand, Problem
@@ -95,7 +95,7 @@ def test_weights_packed_for_fp8() -> None:
     shapes = {(t, 2 * u) for t, u in (*narrow_prefill.FP8_SHAPES, narrow_prefill.FP8_PAIR)}
     assert {(c.block_m, c.block_n // 64) for c in found} == shapes | set(narrow_prefill.FP8_COLUMNS) - set(narrow_prefill.OF_ROWS)
     assert {c.block_m for c in found} == {*FP8_WIDTHS, *COLUMNS} - {288}
-    assert [dict(c.extra) for c in found if c.extra] == [{"box": 2}, {"box": 2}, {"box": 2, "ctas": 2}]
+    assert [dict(c.extra) for c in found if c.extra] == [{"box": 2}, {"box": 2}, {"box": 2}, {"box": 2, "ctas": 2}]
     for slots, factor in ((False, False), (True, True)):
         tiles = [narrow_prefill.tile_of(p, c, slots, factor) for c in found]
         assert all(t.FP8 and not t.CHUNKED and not t.XFACTOR and t.shared_bytes <= ARCH.smem for t in tiles)
@@ -177,14 +177,32 @@ def test_products_in_turn(piece: int) -> None:
             assert [left[value(device.place(p, piece, 2, u, i))] for u in range(2) for i in range(p // 16)] == sorted(left)
 
 
-def test_tiles_of_products_in_turn_are_not_chosen() -> None:
-    """By the model: offered, but slower with many experts than one product of all columns."""
+@pytest.mark.parametrize("tokens, units", [(160, 2), (96, 3), (80, 4)])
+def test_sums_of_two_k_blocks(tokens: int, units: int) -> None:
+    """Where the launch in front is the one that gives ratios of scales, whatever the operands are; the last K block's is beside nothing's."""
+    def tile(p: Problem) -> Tile | None:
+        c = next((c for c in narrow_prefill.configs(p, ARCH) if (c.block_m, c.block_n // 64) == (tokens, units)), None)
+        return c and narrow_prefill.tile_of(p, c)
+
+    p = for_fp8(m=4096, groups=64)
+    own = tile(p)
+    assert own is not None and own.CHAIN and own.BOX == own.UNROLL == 2 and own.PIECE in (0, tokens)
+    assert [narrow_prefill.scale_blocks(replace(p, k=k), own) for k in (512, 640, 600)] == [4, 6, 6]
+    for other in (replace(p, layout="psum"), replace(p, layout="masked"), replace(p, a_div=2), replace(p, groups=300),
+                  replace(p, epilogue=Epilogue(combine=True, routing_weight=True))):
+        there = tile(other)
+        assert (there is None) == (units == 4) and (there is None or not there.CHAIN)
+    assert not any(narrow_prefill.tile_of(p, c).CHAIN for c in narrow_prefill.configs(p, ARCH) if (c.block_m, c.block_n // 64) == (144, 4))
+
+
+def test_tiles_of_two_units_share_scales() -> None:
+    """What brings them holds tiles of many columns, so two units a consumer are chosen where one tile has an expert's rows."""
     def shape(tokens: int) -> tuple[int, int]:
         p = for_fp8(m=8 * tokens, n=4096, k=7168, groups=256)
         c = min(narrow_prefill.configs(p, ARCH), key=lambda c: narrow_fp8_model.estimate(p, c, ARCH))
         return c.block_m, c.block_n // 64
 
-    assert [shape(t) for t in (2048, 4096, 8192)] == [(96, 3), (160, 2), (160, 2)]
+    assert [shape(t) for t in (2048, 4096, 8192)] == [(80, 4), (144, 4), (144, 4)]
 
 
 @pytest.mark.parametrize("n, k, tokens, tile", [(4096, 7168, 2048, (96, 128)), (4096, 7168, 4096, (160, 128)), (4096, 7168, 8192, (288, 128)),

@@ -12,15 +12,16 @@ from narrowgemm.kernels.gluon.sm90.narrow_fp8_front import PREP_K, FrontStatic
 from narrowgemm.scales import e8m0_to_float
 
 
-def run(device: str, x: torch.Tensor, scale: torch.Tensor, index: torch.Tensor | None, row: bool, each: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def run(device: str, x: torch.Tensor, scale: torch.Tensor, index: torch.Tensor | None, row: bool, each: int,
+        chain: bool = False) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(tokens, factors, scales [K blocks, rows, 4])."""
     from narrowgemm.kernels.gluon.sm90.narrow_fp8_front_device import SCALE_BLOCKS, SCALE_POSITIONS, narrow_fp8_front_kernel
 
     (rows, k), kx = x.shape, -(-x.shape[1] // 128) * 128
     to, factor = torch.full((rows, kx), 7, dtype=torch.uint8, device=device), torch.full((rows,), 7.0, device=device)
-    four = torch.full((kx // 128, rows, 4), 7.0, device=device)
+    four = torch.full((kx // 128 + (kx // 128 % 2 if chain else 0), rows, 4), 7.0, device=device)
     programs = -(-rows // each) * -(-kx // PREP_K) + (0 if row else -(-rows // SCALE_POSITIONS.value) * -(-kx // (128 * SCALE_BLOCKS.value)))
-    cfg = FrontStatic(row, index is not None, each, PDL=False)
+    cfg = FrontStatic(row, index is not None, each, CHAIN=chain, PDL=False)
     x, scale = x.view(torch.float8_e4m3fn).to(device), scale.to(device)
     index = (torch.zeros(1, dtype=torch.int64) if index is None else index).to(device)
     narrow_fp8_front_kernel[(programs,)](x, scale, to.view(torch.float8_e4m3fn), factor, four, index, k, kx, x.stride(0), scale.stride(0),
@@ -57,6 +58,27 @@ def test_scales_that_lie_by_k_block_and_no_groups(device: str) -> None:
     x, scale = torch.randint(0, 120, (40, 256), generator=g, dtype=torch.uint8), torch.rand(2, 40, generator=g).t()
     tokens, _, four = run(device, x, scale, None, False, 2)
     assert torch.equal(tokens, in_order(x)) and torch.equal(four[:, :, 1], scale.t())
+
+
+@pytest.mark.parametrize("blocks", [2, 5])
+def test_scales_as_ratios(device: str, blocks: int) -> None:
+    """Of the first of two K blocks to the second one's, which is as it is unless it is nothing beside the first: every product of the two
+    that a sum meets is its scale."""
+    g = torch.Generator().manual_seed(blocks)
+    x, scale = torch.zeros(40, 128 * blocks, dtype=torch.uint8), torch.rand(40, blocks, generator=g) + 0.01
+    scale[3, 0], scale[4, 1], scale[5, 0], scale[6, :2] = 0.0, 0.0, 1e30, 0.0
+    scale[7, 0], scale[8, 1], scale[9, 1] = torch.nan, torch.nan, 1e-38
+    wide = torch.zeros(40, blocks + blocks % 2)
+    wide[:, :blocks] = scale
+    given = run(device, x, scale, None, False, 2, chain=True)[2][:, :, 1].t()
+    assert given.shape == wide.shape
+    first, second, ratio, unit = wide[:, ::2], wide[:, 1::2], given[:, ::2], given[:, 1::2]
+    assert torch.equal(unit.isnan(), second.isnan()) and torch.equal(ratio.isnan(), first.isnan() | second.isnan())
+    finite = ~ratio.isnan()
+    assert bool((unit[finite] >= 2.0**-126).all()) and bool((ratio[finite] <= 2.0**100).all())
+    torch.testing.assert_close((ratio * unit)[finite], first[finite], rtol=1e-6, atol=0)
+    as_it_is = finite & (second >= 1e-20) & (second >= 1e-20 * first)
+    assert torch.equal(unit[as_it_is], second[as_it_is]) and bool((unit[finite & ~as_it_is] <= (first * 2.0**-63).clamp(min=2.0**-126)[finite & ~as_it_is]).all())
 
 
 @pytest.mark.parametrize("a", [FP8_1x128, FP8_ROW], ids=lambda a: a.name)

@@ -10,6 +10,7 @@ from narrowgemm import BF16, FP8_ROW, MXFP4, MXFP8, FP8_1x128, Offsets
 from narrowgemm.arch import detect
 from narrowgemm.formats import FP16
 from narrowgemm.kernels.gluon.sm90 import narrow_prefill
+from narrowgemm.ops.explain import describe
 from narrowgemm.prepack_bits import FP8_PREPACK
 from narrowgemm.problem import Config, Problem
 from narrowgemm.testing.cases import Case, build
@@ -41,6 +42,8 @@ RUNS = [*((MAIN, shape) for shape in narrow_prefill.SHAPES),
                 max_m=300 if layout == "masked" else 0), t)
           for layout, a, t, out in (("offsets", FP8_1x128, (160, 1.5), "bf16"), ("offsets", FP8_1x128, (160, 1.5), "fp32"),
                                     ("offsets", FP8_1x128, (144, 2), "bf16"), ("offsets", FP8_1x128, (144, 2), "fp32"), ("offsets", FP8_1x128, (160, 1), "bf16"), ("masked", FP8_1x128, (160, 1), "fp32"),
+                                    ("offsets", FP8_1x128, (160, 1), "fp32"), ("offsets", FP8_1x128.with_scale("e8m0"), (160, 1), "bf16"), ("offsets", FP8_1x128, (96, 1.5), "fp32"),
+                                    ("offsets", FP8_1x128, (80, 2), "bf16"),
                                     ("offsets", FP8_ROW, (288, 1), "bf16"), ("offsets", FP8_ROW, (288, 1), "fp32"),
                                     ("offsets", FP8_ROW, (160, 1), "bf16"), ("offsets", FP8_ROW, (96, 1), "bf16"), ("offsets", FP8_ROW, (96, 1), "fp32"),
                                     ("offsets", FP8_1x128, (96, 1.5), "bf16"), ("masked", FP8_1x128, (96, 1.5), "fp32"), ("psum", FP8_ROW, (96, 1.5), "bf16"),
@@ -144,6 +147,32 @@ def test_fp8_tokens_with_scales_at_the_ends_and_nan() -> None:
     assert packed.prepack == FP8_PREPACK and torch.equal(got.isnan(), want.isnan()) and bool(want[:90, 100].isnan().all())
     for columns in (5, 7, 64, slice(8, 60)):
         assert calc_diff(got[:, columns].double(), want[:, columns].double()) <= 1e-6, columns
+
+
+@pytest.mark.parametrize("shape", [(160, 1), (96, 1.5), (80, 2), (144, 2)], ids=lambda x: f"{x[0]}x{x[1]}")
+def test_scales_of_tokens_far_apart(shape: tuple[int, float]) -> None:
+    """Of neighbouring K blocks, whose sums some tiles have in units of the second one's scale: each is as good as where it stands alone."""
+    g = torch.Generator(device="cuda").manual_seed(2)
+    w = ng.quantize(torch.randn(2, 192, 640, generator=g, device="cuda"), MXFP4, backend="reference")
+    x = ng.quantize(torch.randn(200, 640, generator=g, device="cuda"), FP8_1x128)
+    # row -> K block: what its scale is multiplied by
+    wild = {3: {0: 2.0**60}, 4: {1: 2.0**60}, 5: {0: 2.0**-70, 1: 2.0**-70}, 6: {0: 2.0**90, 1: 2.0**-20}, 7: {0: 2.0**-50, 1: 2.0**50}, 8: {0: 2.0**70, 1: 2.0**70},
+            9: {0: 0.0}, 10: {1: 0.0}, 11: {0: 0.0, 1: 0.0, 2: 0.0, 3: 0.0}, 12: {4: 0.0}, 13: {2: float("nan")}, 14: {3: float("nan")}}
+    for row, blocks in wild.items():
+        for k, factor in blocks.items():
+            x.scale[row, k] *= factor
+    x.data.view(torch.uint8)[15, 128:256] = 0       # nothing beside something, whatever the scale of nothing
+    x.scale[15, 1] = 1e30
+    layout = Offsets(torch.tensor([0, 90, 200], device="cuda"))
+    want = ng.grouped_gemm(x, w, layout, out_dtype=torch.float32, backend="reference")
+    fp32 = shape != (80, 2)     # that has no shared memory for it
+    problem = describe("grouped_gemm", layout="offsets", groups=2, m=200, n=192, k=640, a=FP8_1x128, b=MXFP4, packed="fp8", out_dtype="fp32" if fp32 else "bf16")
+    got = ng.grouped_gemm(x, ng.prepack(w, activations="fp8"), layout, out_dtype=torch.float32 if fp32 else torch.bfloat16, backend=NAME,
+                          config=config_of(problem, shape))
+    assert torch.equal(got.isnan(), want.isnan()) and bool(want[13:15].isnan().all())
+    for row in (*range(13), 15, *range(16, 200)):
+        limit = 1e-6 if fp32 else 5e-6
+        assert calc_diff(got[row].double(), want[row].double()) <= limit if bool(want[row].any()) else float(got[row].abs().max()) < 1e-12, row
 
 
 @pytest.mark.parametrize("block_m", [16, 64])

@@ -5,7 +5,11 @@ over the registers of all of them: one of 80 columns takes five eighths of the t
 
 One product a K block: consumers multiply in turn. The next one starts when all but the last wgmma of this one are done, and meanwhile
 this one adds up and expands its next weights. Several (PIECE): of so many columns at most, one after the other, so that only one's
-sums take registers beside those of the tile, and consumers in no order. Two units a consumer then share what is read of the tokens' scales.
+sums take registers beside those of the tile, and consumers in no order. Two units a consumer then share what is read of the tokens' scales:
+beside wgmma a scheduler brings a register from shared memory in 12 clocks, of 144 columns 36 of scales for every 8 of weights.
+
+CHAIN: the tokens' scales of every other K block are given as ratios to those of the next one. The sums of both are one: the first product's
+are multiplied by the ratio, and the second product goes onto them; then they are multiplied by its scale and added up.
 """
 
 from triton.experimental import gluon
@@ -34,11 +38,11 @@ LAST_TURN = gl.constexpr(f"bar.sync {TURNS}, 256; mov.b32 $0, 0;")
 
 # ---------------------------------------------------------------- wgmma
 @constexpr_function
-def product_code(P, BLOCKS, WG, PIECE, FROM):
+def product_code(P, BLOCKS, WG, PIECE, FROM, MORE):
     """PTX. Operands: sums, the same as they come in; of each block the lower halves, words 0 to 3 of row g, then of row g + 8, the upper
     halves, and the lower word of the descriptor of its tokens, whose columns from FROM on are multiplied; a number that isn't negative.
 
-    PIECE: that what comes in isn't added is decided by that number. ptxas would otherwise give each product sums of its own, of which there
+    MORE: what comes in is added. PIECE: that it isn't is decided by that number. ptxas would otherwise give each product sums of its own, of which there
     are too many, and so have each wgmma wait for the one before."""
     d, blocks = P // 2, 24 * BLOCKS
     sums = "{" + ", ".join(f"${i}" for i in range(d)) + "}"
@@ -52,7 +56,7 @@ wgmma.fence.sync.aligned;"""
         lo, q = 2 * d + 24 * (i // 4), i % 4
         hi, desc = lo + 8, lo + 16
         commit = "wgmma.commit_group.sync.aligned;" if i == 4 * BLOCKS - 1 and not PIECE else ""
-        add = f"setp.lt.s32 add, ${2 * d + blocks}, 0;" if PIECE and i == 0 else f"setp.ne.b32 add, {int(i > 0)}, 0;"
+        add = f"setp.lt.s32 add, ${2 * d + blocks}, 0;" if PIECE and i == 0 and not MORE else f"setp.ne.b32 add, {int(i > 0 or MORE)}, 0;"
         start = f"mov.b64 tokens, {{${desc}, {SWIZZLED_HIGH}}};\n" if q == 0 else ""
         text += f"""
 {commit}
@@ -63,9 +67,9 @@ wgmma.mma_async.sync.aligned.m64n{P}k32.f32.e4m3.e4m3 {sums}, {{${lo + q}, ${lo 
 
 
 @constexpr_function
-def settle_code(WG, CONSUMERS, PIECE):
+def settle_code(WG, CONSUMERS, PIECE, PENDING):
     if PIECE:
-        return "wgmma.wait_group.sync.aligned 0;"
+        return f"wgmma.wait_group.sync.aligned {PENDING};"
     return f"""wgmma.wait_group.sync.aligned 1;
 bar.arrive {TURNS + (WG + 1) % CONSUMERS}, 256;
 wgmma.wait_group.sync.aligned 0;"""
@@ -85,16 +89,17 @@ def floats(P):
 
 
 @gluon.jit
-def product(parts, operands, slot, P: gl.constexpr, BLOCKS: gl.constexpr, cfg: gl.constexpr, WG: gl.constexpr, FROM: gl.constexpr):
-    """When it is this consumer's turn, if it has one, start parts = a . tokens^T over BLOCKS blocks of 128 of K and P columns."""
-    return gl.inline_asm_elementwise(product_code(P, BLOCKS, WG, cfg.PIECE, FROM), tied(P, BLOCKS), parts + operands + (slot, ),
+def product(parts, operands, slot, P: gl.constexpr, BLOCKS: gl.constexpr, cfg: gl.constexpr, WG: gl.constexpr, FROM: gl.constexpr,
+            MORE: gl.constexpr):
+    """When it is this consumer's turn, if it has one, start parts = a . tokens^T over BLOCKS blocks of 128 of K and P columns; MORE: parts +=."""
+    return gl.inline_asm_elementwise(product_code(P, BLOCKS, WG, cfg.PIECE, FROM, MORE), tied(P, BLOCKS), parts + operands + (slot, ),
                                      dtype=floats(P), is_pure=False, pack=8)
 
 
 @gluon.jit
-def settle(parts, scales, P: gl.constexpr, cfg: gl.constexpr, WG: gl.constexpr):
+def settle(parts, scales, P: gl.constexpr, cfg: gl.constexpr, WG: gl.constexpr, PENDING: gl.constexpr):
     """Wait for the product; give the turn away shortly before. The scales are there by then: they aren't asked for behind the wait."""
-    return gl.inline_asm_elementwise(settle_code(WG, cfg.CONSUMERS, cfg.PIECE), tied(P, 0, 8 * len(scales)), parts + scales,
+    return gl.inline_asm_elementwise(settle_code(WG, cfg.CONSUMERS, cfg.PIECE, PENDING), tied(P, 0, 8 * len(scales)), parts + scales,
                                      dtype=floats(P), is_pure=False, pack=8)
 
 
@@ -172,14 +177,9 @@ def tokens_at(block, cfg: gl.constexpr):
 
 @gluon.jit
 def scale_of_slot(ring, slot, i: gl.constexpr, AT: gl.constexpr, cfg: gl.constexpr):
-    """[1, 16]: of a slot's tokens from 16 i on in its K block AT."""
-    if cfg.BY_K:        # boxes of 64 tokens
-        f = view_cube(ring, gl.float32, cfg.STAGES * (cfg.FT // 64), 1, 32 * cfg.BOX, 8, CUBE).index(slot * (cfg.FT // 64) + i // 4)
-        s = f.slice(32 * AT + i % 4 * 8, 4, 1)
-    else:
-        f = view_cube(ring, gl.float32, cfg.STAGES * (cfg.XT // 16), 1, 8, 8, CUBE).index(slot * (cfg.XT // 16) + i)
-        s = f.slice(0, 4, 1)
-    s = s.slice(0, 4, 2).load(sixteens_layout(16))
+    """[1, 16]: of a slot's tokens from 16 i on in its K block AT. They come in boxes of 64 tokens."""
+    f = view_cube(ring, gl.float32, cfg.STAGES * (cfg.FT // 64), 1, 32 * cfg.BOX, 8, CUBE).index(slot * (cfg.FT // 64) + i // 4)
+    s = f.slice(32 * AT + i % 4 * 8, 4, 1).slice(0, 4, 2).load(sixteens_layout(16))
     one, own = gl.split(gl.reshape(s, [1, 4, 2, 2]))
     s = gl.reshape(gl.permute(gl.join(own, one), (0, 2, 1, 3)), [16])
     return gl.expand_dims(gl.convert_layout(s, gl.SliceLayout(0, SIXTEEN), assert_trivial=True), 0)
@@ -201,6 +201,12 @@ def widest(P, PIECE):
 
 
 @constexpr_function
+def sets(P, cfg):
+    """Of sums of products: one for each unit, so that its product runs while another one's is added up, or one in turn."""
+    return cfg.MP if cfg.CHAIN or P <= cfg.BOTH else 1
+
+
+@constexpr_function
 def place(P, PIECE, MP, unit, i):
     """Of the sums of a unit's columns 16 i among those of all products, one after the other, of all units each."""
     count = -(-P // PIECE) if PIECE else 1
@@ -219,29 +225,44 @@ def several(x, FROM: gl.constexpr, TO: gl.constexpr):
 
 @gluon.jit
 def some_columns(sums, parts, operands, slot, done, f_s, empty, cfg: gl.constexpr, WG: gl.constexpr, COUNT: gl.constexpr, AT: gl.constexpr,
-                 FROM: gl.constexpr, TO: gl.constexpr, ALL: gl.constexpr):
+                 FROM: gl.constexpr, TO: gl.constexpr, ALL: gl.constexpr, MORE: gl.constexpr, LAST: gl.constexpr):
     """(sums with the products of columns FROM to TO of ALL, in 16, unit by unit, parts). The tokens' scales are those of K block AT of a
-    slot; slots of `done` are free behind the last product."""
+    slot; slots of `done` are free behind the last product. MORE: the product goes onto parts that are in units of its scale. Not LAST: the
+    parts are brought to units of the next product's instead of added up."""
     MP: gl.constexpr = cfg.MP
     P: gl.constexpr = (TO - FROM) * 16
+    # of each unit's own, where they go on
+    EACH: gl.constexpr = len(parts) // MP if sets(ALL * 16, cfg) > 1 else 0
     new = ()
     scales = ()
+    if EACH > 0:       # all units' products one behind the other, as each has sums of its own
+        for u in gl.static_range(MP):
+            some = product(several(parts, u * EACH, u * EACH + TO - FROM), operands[u], slot, P, COUNT, cfg, WG, FROM * 16, MORE)
+            parts = several(parts, 0, u * EACH) + some + several(parts, u * EACH + TO - FROM, len(parts))
     for u in gl.static_range(MP):
-        some = product(several(parts, 0, TO - FROM), operands[u], slot, P, COUNT, cfg, WG, FROM * 16)
+        some = several(parts, u * EACH, u * EACH + TO - FROM)
+        if EACH == 0:
+            some = product(some, operands[u], slot, P, COUNT, cfg, WG, FROM * 16, MORE)
         if u == 0 and not cfg.ROW:
             for i in gl.static_range(TO - FROM):
                 s, p = gl.broadcast(scale_of_slot(f_s, slot, FROM + i, AT, cfg), some[i])
                 scales = scales + (s, )
-        some = settle(some, scales, P, cfg, WG)
+        some = settle(some, scales, P, cfg, WG, MP - 1 - u if EACH > 0 else 0)
         if TO == ALL and u == MP - 1:
             for i in gl.static_range(len(done)):
                 mbarrier.arrive(empty.index(done[i]), count=1)
-        for i in gl.static_range(TO - FROM):
+        if not LAST:
+            new = sums
+            there = some
+            some = ()
+            for i in gl.static_range(TO - FROM):
+                some = some + (there[i] * scales[i], )
+        for i in gl.static_range(TO - FROM if LAST else 0):
             if cfg.ROW:
                 new = new + (sums[u * ALL + FROM + i] + some[i], )
             else:
                 new = new + (gl.fma(some[i], scales[i], sums[u * ALL + FROM + i]), )
-        parts = some + several(parts, TO - FROM, len(parts))
+        parts = several(parts, 0, u * EACH) + some + several(parts, u * EACH + TO - FROM, len(parts))
     return new, parts
 
 
@@ -287,7 +308,7 @@ def blocks16(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg: gl.co
         found = ()
         for j in gl.static_range(len(cuts(P, cfg.PIECE)) - 1):
             more, parts = some_columns(sums, parts, operands, old, done, f_s, empty, cfg, WG, EACH, first % BOX, cuts(P, cfg.PIECE)[j],
-                                       cuts(P, cfg.PIECE)[j + 1], P // 16)
+                                       cuts(P, cfg.PIECE)[j + 1], P // 16, cfg.CHAIN and first % 2 == 1, not cfg.CHAIN or first % 2 == 1)
             found = found + more
         new = ()
         for u in gl.static_range(MP):
@@ -328,7 +349,7 @@ def opaque(x):
 @gluon.jit
 def products16(sums, slot, phase, KC, tops, tables, rings, bars, cfg: gl.constexpr, WG: gl.constexpr, P: gl.constexpr):
     """All of K of one consumer's units by P columns, added to P / 16 sums [64, 16] of each: (sums, slot, phase). tops: `tops_of`."""
-    parts = zeros(widest(P, cfg.PIECE))
+    parts = zeros(widest(P, cfg.PIECE) * sets(P, cfg))
     for kb in range(0, KC - cfg.REST, cfg.UNROLL):
         slot = fresh(slot)      # where it comes round once a trip, every slot's addresses would be kept in registers
         sums, parts, slot, phase = blocks16(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg, WG, P, cfg.UNROLL)

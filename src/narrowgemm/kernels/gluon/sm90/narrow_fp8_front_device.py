@@ -30,24 +30,40 @@ def bring_rows(x_ptr, xs_ptr, to_ptr, factor_ptr, first, part, end, K, KX, sxm, 
 
 
 @triton.jit
-def scales_from(xs_ptr, r, rows, i, count, ssm, ssk):
-    """Of K blocks i [.., 1] and rows r [1, ..], the last row's behind it."""
-    return token_scale(xs_ptr + tl.minimum(r, rows - 1).to(tl.int64) * ssm, i, count, ssk)
+def ratio(first, second):
+    """(first / second, second), as factors that sums of the two blocks take one after the other: finite and normal, as long as the scales
+    are. A second one that is nothing beside the first, or nothing at all, is taken for a larger one that is as good as nothing."""
+    second = tl.where((second < first * 2.0**-100) | (second < 2.0**-126), tl.maximum(first * 2.0**-64, 2.0**-126), second)
+    return first / second, second
 
 
 @triton.jit
-def bring_scales(xs_ptr, scale_ptr, p0, i0, K, KX, ssm, ssk, rows):
+def scales_from(xs_ptr, r, rows, i, count, ssm, ssk, cfg: tl.constexpr):
+    """Of K blocks i [.., 1] and rows r [1, ..], the last row's behind it. CHAIN: those of even blocks as ratios to the next one's."""
+    at = xs_ptr + tl.minimum(r, rows - 1).to(tl.int64) * ssm
+    if cfg.CHAIN:
+        first, second = ratio(token_scale(at, i & -2, count, ssk), token_scale(at, i | 1, count, ssk))
+        return tl.where(i % 2 == 0, first, second)
+    else:
+        return token_scale(at, i, count, ssk)
+
+
+@triton.jit
+def bring_scales(xs_ptr, scale_ptr, p0, i0, K, KX, ssm, ssk, rows, cfg: tl.constexpr):
     """[K block, position, 4]: the scales of positions 1, 0, 9 and 8 further on."""
     i = (i0 + tl.arange(0, SCALE_BLOCKS))[:, None]
     p = (p0 + tl.arange(0, SCALE_POSITIONS))[None, :]
     count = (K + 127) // 128
-    s0 = scales_from(xs_ptr, p, rows, i, count, ssm, ssk)
-    s1 = scales_from(xs_ptr, p + 1, rows, i, count, ssm, ssk)
-    s8 = scales_from(xs_ptr, p + 8, rows, i, count, ssm, ssk)
-    s9 = scales_from(xs_ptr, p + 9, rows, i, count, ssm, ssk)
+    s0 = scales_from(xs_ptr, p, rows, i, count, ssm, ssk, cfg)
+    s1 = scales_from(xs_ptr, p + 1, rows, i, count, ssm, ssk, cfg)
+    s8 = scales_from(xs_ptr, p + 8, rows, i, count, ssm, ssk, cfg)
+    s9 = scales_from(xs_ptr, p + 9, rows, i, count, ssm, ssk, cfg)
     four = tl.reshape(tl.join(tl.join(s1, s9), tl.join(s0, s8)), [SCALE_BLOCKS, SCALE_POSITIONS, 4])
     to = scale_ptr + ((i.to(tl.int64) * rows + p) * 4)[:, :, None] + tl.arange(0, 4)[None, None, :]
-    tl.store(to, four, mask=((i < KX // 128) & (p < rows))[:, :, None])
+    kept = KX // 128
+    if cfg.CHAIN:
+        kept += kept % 2
+    tl.store(to, four, mask=((i < kept) & (p < rows))[:, :, None])
 
 
 @triton.jit(do_not_specialize=["G", "rows", "ssm", "ssk"])
@@ -65,4 +81,5 @@ def narrow_fp8_front_kernel(x_ptr, xs_ptr, to_ptr, factor_ptr, scale_ptr, index_
         bring_rows(x_ptr, xs_ptr, to_ptr, factor_ptr, pid // pieces * cfg.ROWS, pid % pieces, end, K, KX, sxm, ssm, cfg)
     elif not cfg.ROW:
         across = (KX // 128 + SCALE_BLOCKS - 1) // SCALE_BLOCKS
-        bring_scales(xs_ptr, scale_ptr, (pid - copies) // across * SCALE_POSITIONS, (pid - copies) % across * SCALE_BLOCKS, K, KX, ssm, ssk, rows)
+        bring_scales(xs_ptr, scale_ptr, (pid - copies) // across * SCALE_POSITIONS, (pid - copies) % across * SCALE_BLOCKS, K, KX, ssm, ssk, rows,
+                     cfg)

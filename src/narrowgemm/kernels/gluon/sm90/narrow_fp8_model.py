@@ -21,10 +21,12 @@ MAX_GROUPS = 256            # whose entries a warp finds by itself
 ALONE = 0.71                # of the clocks of a K block, where hardly any other SM is at work
 LAST_WAVE = 0.35            # power of the share of blocks that are at work in the mean, by which bytes take longer
 TILE_CLOCKS: dict[tuple[int, float], float] = {(288, 1): 5000.0}        # of a tile, beyond its K blocks: of others 200
-# of one K block of 64 weight rows on one SM: expansion, and for each column, by most tokens and half the units. The last two are a
-# quarter more than 64 experts took on an H100, 6% less than a tile of one product: 256 experts of 128 rows took 13-19% more than it
+# of one K block of 64 weight rows on one SM: expansion, and for each column, by most tokens and half the units. (160, 1.5) is a
+# quarter more than 64 experts took on an H100: 256 of 128 rows took 13-19% more than by (160, 1). On an H200 (144, 2) took 0.93 of
+# (160, 1) at 128 and 256 rows, (80, 2) 0.92 of (96, 1.5) at 64
 BLOCK_CLOCKS = {(32, 1): (170.0, 2.9), (32, 2): (170.0, 2.9), (64, 1): (205.0, 3.5), (64, 2): (170.0, 2.9), (128, 1): (200.0, 3.0),
-                (96, 1.5): (230.0, 2.31), (160, 1): (239.0, 2.60), (160, 1.5): (375.0, 2.30), (144, 2): (430.0, 2.15)}
+                (96, 1.5): (230.0, 2.31), (160, 1): (239.0, 2.60), (160, 1.5): (375.0, 2.30),
+                (144, 2): (275.0, 1.97), (80, 2): (182.0, 2.05)}
 # the same of tokens with one scale
 ROW_CLOCKS = {(32, 1): (160.0, 2.6), (32, 2): (160.0, 2.6), (64, 1): (195.0, 3.0), (64, 2): (165.0, 2.6), (128, 1): (200.0, 2.5),
               (96, 1): (185.0, 2.14), (96, 1.5): (212.0, 2.17), (160, 1): (191.0, 2.06), (288, 1): (290.0, 2.06)}

@@ -24,7 +24,7 @@ from . import narrow, narrow_fp8_front, narrow_fp8_model, narrow_prefill_model
 from . import narrow_prefill_ring as ring
 from .fp8_block_tile import LAYOUTS
 from .narrow import TWO_ORDER, combine, power_of_two, sms_of, xkind
-from .narrow_columns import FP8_COLUMNS, OF_ROWS, offered
+from .narrow_columns import BOTH, FP8_COLUMNS, OF_ROWS, offered
 from .narrow_prefill_tile import BOXES, RATIO_BYTES, SCALE_BYTES, Tile
 from .narrow_tile import (
     ACT_IDS,
@@ -108,7 +108,7 @@ def in_columns(problem: Problem, config: Config) -> bool:
 
 
 def piece_of(config: Config) -> int:
-    """Columns of a product, where a tile of FP8_COLUMNS has several a K block."""
+    """Most columns of a product of a tile of FP8_COLUMNS whose consumers multiply in no order; 0: in turns, all columns."""
     return FP8_COLUMNS[config.block_m, config.block_n // ROWS][3]
 
 
@@ -154,13 +154,19 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     if config.option("ctas", 1) != (2 if paired else 1):
         return f"ctas={config.option('ctas', 1)}, expected 2 for {FP8_PAIR} FP8 tokens and units, else 1"
     tile = tile_of(problem, config)
-    if tile.BOX not in (1, 2) or (tile.BOX > 1 and (not fp8 or (tile.PIECE and not tile.ROW) or tile.UNROLL != tile.BOX)):
+    several = tile.PIECE > 0 and not (tile.ROW or tile.CHAIN)
+    if tile.BOX not in (1, 2) or (tile.BOX > 1 and (not fp8 or several or tile.UNROLL != tile.BOX)):
         return f"box={tile.BOX} K blocks a slot, expected 1, or 2 for FP8 tiles of one product and trips of two"
     if config.option("stream") and not tile.weights_first:
         return "stream takes tiles whose weights have more of the ring than their tokens"
     if config.num_stages < 2 or tile.shared_bytes > smem_budget(config, arch):
         return f"{config.num_stages} stages take {tile.shared_bytes} bytes of shared memory; expected 2 or more, in {arch.smem}"
     return None
+
+
+def chains(problem: Problem, config: Config) -> bool:
+    """Whether sums of two K blocks go on in units of the second one's scale: one product has all columns, a slot both blocks."""
+    return piece_of(config) in (0, config.block_m) and config.option("box", 1) == 2 and narrow_fp8_front.gives_ratios(problem)
 
 
 @lru_cache(maxsize=4096)
@@ -181,7 +187,8 @@ def tile_of(problem: Problem, config: Config, slots: bool = True, factor: bool =
                 DOUBLE=doubles(problem), FP8=fp8, NIBBLES=packed_for_fp8(problem) and not fp8, TWO=fp8 and in_two(problem),
                 OUT_BYTES=4 if fp32 else problem.out_bytes,
                 ROW=row, CONSUMERS=consumers(config), COLUMNS=columns, PIECE=piece_of(config) if columns else 0, AHEAD=ahead,
-                BOX=box, BY_K=fp8 and not row and (not columns or box > 1), STREAM=bool(config.option("stream")),
+                BOX=box, CHAIN=columns and chains(problem, config), BOTH=BOTH.get((config.block_m, config.block_n // ROWS), 0),
+                BY_K=fp8 and not row, STREAM=bool(config.option("stream")),
                 OUT_TOKENS=16 if box > 1 and config.option("ctas", 1) == 2 else 32,
                 LAYOUT=LAYOUTS[problem.layout] if ahead else 0,
                 GROUPS=max(32, power_of_two(problem.groups)) if ahead else 32,
@@ -218,13 +225,19 @@ class Regions(NamedTuple):
 def regions(problem: Problem, config: Config, slots: int, rows: int) -> Regions:
     """`slots`: rows of the output before combine; `rows`: positions of all groups, as many or, routed, more."""
     e = problem.epilogue
-    n = problem.n // 2 if e.activation else problem.n
+    n, tile = problem.n // 2 if e.activation else problem.n, tile_of(problem, config)
     sizes = (4 * (TABLE_HEAD + 3 * capacity(problem, config, rows)), slots if e.combine else 0,
              (1 if packed_for_fp8(problem) and not in_two(problem) else 2) * rows * k_blocks(problem) * CHUNK,
              4 * rows if problem.a.format.scaled else 0,
-             RATIO_BYTES * rows * chunks_of(problem) if tile_of(problem, config).SCALES else 0,
+             RATIO_BYTES * rows * scale_blocks(problem, tile) if tile.SCALES else 0,
              4 * rows if e.routing_weight else 0, 4 * slots * n if e.combine else 0)
     return Regions(*accumulate((-(-s // 256) * 256 for s in sizes), initial=0))
+
+
+def scale_blocks(problem: Problem, tile: Tile) -> int:
+    """K blocks that a token has scales of: in pairs where every other one is a ratio."""
+    chunks = chunks_of(problem)
+    return chunks + chunks % 2 if tile.CHAIN else chunks
 
 
 def capacity(problem: Problem, config: Config, rows: int) -> int:
@@ -308,7 +321,9 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
         boxes.append(TensorDescriptor(base, [x.groups * tiles, deep, box[2]], [deep * box[2], box[2], 1], box, planes))
     flat = narrow_prefill_parts_device.RATIO_TILE.value
     by_k = tile.SCALES and tile.BY_K
-    deep, across, box = (chunks, 4 * rows, [tile.BOX, 256 if tile.COLUMNS else 64]) if by_k else (rows, 4 * chunks, [16, 4])
+    deep, across, box = rows, 4 * chunks, [16, 4]
+    if by_k:
+        deep, across, box = scale_blocks(problem, tile), 4 * rows, [tile.BOX, 256 if tile.COLUMNS else 64]
     boxes.append(TensorDescriptor(ratios, [deep, across], [across, 1], box, flat) if tile.SCALES else boxes[0])
     out, om = (y, n) if e.combine else (x.out, x.out.stride(-2))
     sms = sms_of(x.out.device)
@@ -326,6 +341,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
                 weight, table if x.top is None else x.top, index if tile.AHEAD else table, k_blocks(problem), tiles, slots,
                 each if tile.AHEAD else cap, x.groups, x.n, om, tile),
                {"num_warps": 4, "maxnreg": tile.max_registers, "launch_pdl": tile.AHEAD})]
+    assert narrow_fp8_front.takes(problem, x, tile) or not tile.CHAIN, "no other launch in front gives ratios"
     if narrow_fp8_front.takes(problem, x, tile):
         made[0] = narrow_fp8_front.launch(problem, x, tile, rows, (tokens, xfactor, ratios), kx)
     if problem.zeroes:

@@ -135,14 +135,11 @@ def load_columns(descs, x_s, f_s, bar, slot, first, kb, cfg: gl.constexpr, P: gl
     """K block, or box of them, kb of P tokens, a multiple of 16, into a slot, and their scales."""
     x_descs, w_desc, s_desc, f_desc = descs
     B: gl.constexpr = cfg.BOX
-    mbarrier.expect(bar, B * (P * 128 + (((P + 63) // 64 * 64 if cfg.BY_K else P) * 16 if cfg.SCALES else 0)))
+    mbarrier.expect(bar, B * (P * 128 + ((P + 63) // 64 * 1024 if cfg.SCALES else 0)))
     if cfg.SCALES:
-        if cfg.BY_K:
-            scales = view_as(f_s, gl.float32, cfg.STAGES * (cfg.FT // 64), B, 256, RATIO_TILE)
-            for i in gl.static_range((P + 63) // 64):
-                tma_load(f_desc, [kb * B, (first + i * 64) * 4], bar, scales.index(slot * (cfg.FT // 64) + i))
-        else:
-            load_ratios(f_desc, f_s, bar, slot, first, kb, cfg, cfg.XT, P)
+        scales = view_as(f_s, gl.float32, cfg.STAGES * (cfg.FT // 64), B, 256, RATIO_TILE)
+        for i in gl.static_range((P + 63) // 64):
+            tma_load(f_desc, [kb * B, (first + i * 64) * 4], bar, scales.index(slot * (cfg.FT // 64) + i))
     for j in gl.static_range(B):
         for i in gl.static_range(len(token_boxes(P))):
             load_box(x_descs, x_s, bar, (slot * B + j) * cfg.XT, first, (kb * B + j) * 128, cfg, token_boxes(P)[i][0],

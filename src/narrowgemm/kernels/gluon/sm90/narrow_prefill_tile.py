@@ -22,6 +22,7 @@ FP8_WIDTHS = {
 # widths that are one wgmma of a multiple of 16 columns, by the most tokens
 COLUMNS = {
     96: (32, 48, 64, 80, 96),
+    80: (32, 48, 64, 80),
     144: (32, 48, 64, 80, 96, 112, 128, 144),
     160: (32, 64, 80, 96, 112, 128, 144, 160),
     288: (64, 128, 160, 192, 224, 240, 256, 272, 288),
@@ -79,7 +80,9 @@ class Tile:
     BOX: int = 1             # K blocks of a slot, whose weights are one box of TMA
     BY_K: bool = False       # tokens' scales lie K block by K block in memory, else position by position
     STREAM: bool = False     # weights pass through L2, which gives them up first
-    PIECE: int = 0           # most columns of a product of several in turn, 0: one product of all columns
+    CHAIN: bool = False      # COLUMNS: sums of two K blocks go on in units of the second one's scale: see narrow_columns_device
+    BOTH: int = 0            # COLUMNS: up to so many each unit of a consumer has sums of its own for products
+    PIECE: int = 0           # consumers multiply in no order, products of so many columns at most; 0: in turns, all columns
     F_AT: int = field(init=False)            # STREAM: words of 8 bytes in front of the weights' barriers, in their allocation
     BN: int = field(init=False)
     UNITS: int = field(init=False)
@@ -87,7 +90,7 @@ class Tile:
     WIDTHS: tuple[tuple[int, int], ...] = field(init=False)
     T0: int = field(init=False)              # most tokens of a pair's first and second piece
     T1: int = field(init=False)
-    X_BOXES: int = field(init=False)         # COLUMNS: 16 tokens x 128 of K each, and one more, so that no allocation is as large
+    X_BOXES: int = field(init=False)         # COLUMNS: 16 tokens x 128 of K each, more than any other allocation has, and one
     XT: int = field(init=False)              # COLUMNS: tokens that a slot has room for
     FT: int = field(init=False)              # COLUMNS: tokens whose scales a slot has room for
     TP: int = field(init=False)              # BT up to a power of two
@@ -105,12 +108,12 @@ class Tile:
         set_(self, "T0", max(w[0] for w in self.WIDTHS))
         set_(self, "T1", max(w[1] for w in self.WIDTHS))
         set_(self, "XT", -(-self.BT // 32) * 32)
-        set_(self, "FT", -(-self.BT // 64) * 64 if self.BY_K else self.XT)
-        set_(self, "X_BOXES", self.STAGES * self.BOX * self.XT // 16 + 1)
+        set_(self, "FT", -(-self.BT // 64) * 64)
         set_(self, "TP", 1 << (self.BT - 1).bit_length())
         set_(self, "SCALES", self.CHUNKED or (self.FP8 and not self.ROW))
         set_(self, "FEATURES", 32 if self.ACT else 64)
         set_(self, "WEIGHT_ROWS", 8 if self.E4M3 else 4)
+        set_(self, "X_BOXES", self.STAGES * self.BOX * max(self.XT // 16, self.UNITS * self.WEIGHT_ROWS // 2) + 1)
         set_(self, "F_AT", self.STAGES * self.UNITS * self.BOX * self.WEIGHT_ROWS * 128 if self.STREAM else 0)
         set_(self, "WEIGHT_BYTES", self.UNITS * (self.BOX * self.WEIGHT_ROWS * 1024 + SCALE_BYTES))
 
@@ -129,7 +132,7 @@ class Tile:
     def shared_bytes(self) -> int:
         """Shared memory of a block: an upper bound."""
         token = 128 if self.FP8 and not self.TWO else 256
-        tokens = self.BOX * ((self.XT if self.COLUMNS else self.T0) + self.T1) * token
+        tokens = self.BOX * (max(self.XT, 8 * self.UNITS * self.WEIGHT_ROWS) if self.COLUMNS else self.T0 + self.T1) * token
         tokens += self.BOX * ((self.FT if self.COLUMNS else self.T0) + self.T1) * (RATIO_BYTES if self.SCALES else 0)
         ring = self.STAGES * (self.WEIGHT_BYTES + tokens + 3 * _BARRIER_BYTES) + (1024 if self.STREAM else 0)
         staging = self.CONSUMERS * self.OUT_TOKENS * self.FEATURES * self.OUT_BYTES
