@@ -1,6 +1,6 @@
 """What a DeepGEMM user's own test holds: cases with group sizes mean * U(0.7, 1.3), casts, and references from BF16.
 
-Only DeepGEMM's names are used. The shapes are those of DeepGEMM's tests, and small ones for the CPU.
+Only DeepGEMM's names are used, and our gate. The shapes are those of DeepGEMM's tests, and small ones for the CPU.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from narrowgemm.testing.numerics import KERNEL_GATE, calc_diff
 
 LIMIT = 1e-3  # calc_diff of FP8 x FP8 against the BF16 product
 
@@ -28,6 +30,11 @@ def group_sizes(groups: int, mean: int) -> list[int]:
 
 def randn(*shape: int, device: str) -> Tensor:
     return torch.randn(shape, device=device, dtype=torch.bfloat16)
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    """`got`, in the dtype that it was computed in, passes the kernel gate."""
+    assert calc_diff(got, want) <= KERNEL_GATE["fp32" if got.dtype == torch.float32 else "bf16"]
 
 
 def each_block(dg, x: Tensor, use_ue8m0: bool = False) -> tuple[Tensor, Tensor]:

@@ -14,6 +14,11 @@ from narrowgemm.compat import deep_gemm as compat
 from narrowgemm.compat.deep_gemm import delegate, state
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def where(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
 @pytest.fixture(autouse=True)
 def fresh_settings() -> Iterator[None]:
     torch.manual_seed(0)

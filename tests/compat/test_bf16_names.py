@@ -11,30 +11,19 @@ import torch
 
 from narrowgemm.compat import deep_gemm as compat
 from narrowgemm.compat.deep_gemm import bf16
-from narrowgemm.testing.numerics import KERNEL_GATE, calc_diff
+
+from ._caller import close, randn
 
 M, N, K, G = 37, 72, 136, 3
 GEMM = "a b d c=None compiled_dims={}"
 SIGNATURES = {      # DeepGEMM 2.6.1, `csrc/apis/gemm.hpp`
     **{f"bf16_gemm_{x}": GEMM.format("'nk'" if x[0] == "n" else "'mn'") for x in ("nt", "nn", "tn", "tt")},
+    **{f"cublaslt_gemm_{x}": "a b d c=None" for x in ("nt", "nn", "tn", "tt")},
     "m_grouped_bf16_gemm_nt_contiguous": "a b d grouped_layout compiled_dims='nk' use_psum_layout=False ensure_zero_padding=True "
                                          "expected_m_for_psum_layout=None",
     "m_grouped_bf16_gemm_nn_contiguous": "a b d grouped_layout compiled_dims='nk' use_psum_layout=False ensure_zero_padding=True",
     "m_grouped_bf16_gemm_nt_masked": "a b d masked_m expected_m compiled_dims='nk'",
 }
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def where(request) -> str:
-    return request.param
-
-
-def randn(*shape: int, device: str) -> torch.Tensor:
-    return torch.randn(shape, device=device, dtype=torch.bfloat16)
-
-
-def close(got: torch.Tensor, want: torch.Tensor) -> None:
-    assert calc_diff(got, want) <= KERNEL_GATE["fp32" if got.dtype == torch.float32 else "bf16"]
 
 
 @pytest.mark.parametrize("name", SIGNATURES)
@@ -56,14 +45,15 @@ def test_a_real_package_comes_first(clean_modules) -> None:
 
 @pytest.mark.parametrize("form", ["nt", "nn", "tn", "tt"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_dense(where: str, form: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("name", ["bf16_gemm", "cublaslt_gemm"])
+def test_dense(where: str, name: str, form: str, dtype: torch.dtype) -> None:
     a = randn(M, K, device=where) if form[0] == "n" else randn(K, M, device=where)
     b = randn(N, K, device=where) if form[1] == "t" else randn(K, N, device=where)
     want = (a if form[0] == "n" else a.T).float() @ (b.T if form[1] == "t" else b).float()
     d, c = torch.empty(M, N, dtype=dtype, device=where), torch.randn(M, N, device=where).to(dtype)
-    getattr(bf16, f"bf16_gemm_{form}")(a, b, d)
+    getattr(bf16, f"{name}_{form}")(a, b, d)
     close(d, want)
-    getattr(bf16, f"bf16_gemm_{form}")(a, b, d, c)
+    getattr(bf16, f"{name}_{form}")(a, b, d, c)
     close(d, want + c.float())
 
 

@@ -20,11 +20,6 @@ from . import _caller as caller
 M, N, K, G = 48, 384, 640, 3
 
 
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def where(request) -> str:
-    return request.param
-
-
 def same(got: torch.Tensor, want: torch.Tensor) -> bool:
     """The same bits on the CPU; on a GPU another scale layout may take another kernel, with another order of sums."""
     return torch.equal(got, want) if got.device.type == "cpu" else calc_diff(got, want) < KERNEL_GATE["bf16"]

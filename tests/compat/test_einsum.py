@@ -11,23 +11,11 @@ from narrowgemm import Unsupported
 from narrowgemm.compat import deep_gemm as compat
 from narrowgemm.compat.deep_gemm import batched as module
 from narrowgemm.compat.deep_gemm.utils import per_block_cast_to_fp8, per_channel_cast_to_fp8, per_token_cast_to_fp8
-from narrowgemm.testing.numerics import KERNEL_GATE, calc_diff
+
+from ._caller import close, randn
 
 B, H, D, R = 21, 3, 256, 384
 Pair = tuple[torch.Tensor, torch.Tensor]
-
-
-@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def where(request) -> str:
-    return request.param
-
-
-def randn(*shape: int, device: str) -> torch.Tensor:
-    return torch.randn(shape, device=device, dtype=torch.bfloat16)
-
-
-def close(got: torch.Tensor, want: torch.Tensor) -> None:
-    assert calc_diff(got, want) <= KERNEL_GATE["fp32" if got.dtype == torch.float32 else "bf16"]
 
 
 def tokens(*shape: int, device: str, e8m0: bool = False) -> Pair:
