@@ -138,6 +138,33 @@ def test_bf16_operands_need_no_scales() -> None:
     assert torch.equal(ng.gemm(a, b), (a.float() @ b.float().T).bfloat16())
 
 
+@pytest.mark.parametrize("order, folded", [("bf16", False), ("bf16", True), ("mxfp8", False), ("mxfp8", True)])
+@pytest.mark.parametrize("layout", ["dense", "offsets"])
+def test_validate_reads_the_scales_that_meet_packed_weights(order: str, folded: bool, layout: str) -> None:
+    w = ng.quantize(torch.randn(64, 128) if layout == "dense" else torch.randn(2, 64, 128), "mxfp8")
+    packed, x, out = ng.prepack(w, activations=order, folded=folded), ng.quantize(torch.randn(520, 128), "mxfp8"), torch.ones(520, 64).bfloat16()
+    x.scale[7, 1] = 255
+    with pytest.raises(ValueError, match=r"scale of a at \(7, 1\): got NaN"):
+        if layout == "dense":
+            ng.gemm(x, packed, out=out, validate="sync")
+        else:
+            ng.grouped_gemm(x, packed, ng.Offsets(torch.tensor([0, 100, 520])), out=out, validate="sync")
+    assert bool((out == 1).all())
+
+
+def test_weights_that_a_call_folds_are_plain_to_calls_of_few_rows() -> None:
+    w = ng.quantize(torch.randn(256, 128), "mxfp8")
+    packed = ng.prepack(w, activations="mxfp8", folded=True)
+    assert packed.plain_for(511) is packed.plain is not None and packed.plain_for(512) is None and packed.plain_for(1, asked=True) is None
+    plain = ng.prepack(w, activations="mxfp8")
+    assert plain.folded is None and plain.plain_for(512, asked=True) is plain.plain
+    for rows in (3, 600):
+        x = ng.quantize(torch.randn(rows, 128), "mxfp8")
+        assert torch.equal(ng.gemm(x, packed), ng.gemm(x, w))
+    for rows, picks in ((256, -1), (1024, packed.folded.picks)):
+        assert [p.problem.b.picks for p in ng.prepare(packed, max_m=1024, sizes=(rows,), a_format="mxfp8")] == [picks]
+
+
 @pytest.mark.parametrize("order", ["bf16", "fp8", "mxfp8"])
 @pytest.mark.parametrize("layout", ["dense", "offsets", "masked"])
 def test_prepare_takes_packed_weights(layout: str, order: str) -> None:

@@ -126,8 +126,10 @@ def packed_gemm(a: ScaledTensor | Tensor, b: PackedWeight, layout: Layout | None
         known = _plans.add(key, packed_plan(a, b, layout, out, dtype, accumulate, options, zero_padding),
                            empty_of((*a.shape[:-1], b.n), dtype, a.device), options.validate)
     plan, memo, empty, sync = known
-    if sync and layout is not None:
-        validate_data.check_layout(layout, a.shape[-2], b.groups)
+    if sync:
+        if layout is not None:
+            validate_data.check_layout(layout, a.shape[-2], b.groups)
+        validate_data.check_scales(a, *(() if b.plain is None else (b.plain,)))
     if out is None:
         out = empty.make()
     if plan is not None:

@@ -20,7 +20,7 @@ this first), `_sums_device` (its inner loop), `_parts_device`, `_schedule_device
     expand          packed weights, many tokens, expanded once a call; then `bf16`
     fold            packed MXFP4 weights folded into E4M3, FP8 or MXFP4 activations, many tokens
     fold_mixed      the same with MXFP8 activations
-    fold_both       MXFP8 x MXFP8, many tokens: weights were folded when they were packed
+    fold_both       MXFP8 x MXFP8, many tokens: weights folded when they were packed, or by the call
     bf16            BF16 groups of many rows
     bf16_cluster    dense BF16 on pairs of blocks, for `expand`
     quantize_both   one read, two FP8 copies: along rows and along columns
