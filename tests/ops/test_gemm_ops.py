@@ -161,6 +161,9 @@ def test_weights_that_a_call_folds_are_plain_to_calls_of_few_rows() -> None:
     for rows in (3, 600):
         x = ng.quantize(torch.randn(rows, 128), "mxfp8")
         assert torch.equal(ng.gemm(x, packed), ng.gemm(x, w))
+    for shape in ((), (2, 600, 128)):
+        with pytest.raises(ValueError, match="a, shape: got"):
+            ng.gemm(torch.ones(shape).bfloat16(), packed)
     for rows, picks in ((256, -1), (1024, packed.folded.picks)):
         assert [p.problem.b.picks for p in ng.prepare(packed, max_m=1024, sizes=(rows,), a_format="mxfp8")] == [picks]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 from typing import Any
 
@@ -48,7 +49,8 @@ def gemm(a: ScaledTensor | Tensor, b: ScaledTensor | PackedWeight | Tensor, *, o
     if isinstance(b, PackedWeight):
         plain = b.plain
         if b.folded is not None and not torch.compiler.is_compiling():
-            plain = b.plain_for(common.as_operand(a, "a").shape[0], backend is not None)
+            a = common.as_operand(a, "a")
+            plain = b.plain_for(math.prod(a.shape[:-1]), backend is not None)
         if plain is None:
             return packed_gemm(a, b, None, out, out_dtype, accumulate,
                                Options(backend, config, max_sms, validate, on_unsupported, fast_accum), workspace)
