@@ -16,7 +16,7 @@ from ...formats import BF16, ScaledTensor
 from ...layouts import Masked
 from ...ops.grouped import grouped_gemm
 from ...scales import mn_major_tma_aligned
-from . import state
+from . import bf16, state
 from .operands import Pair, check_out, prepare, split, take_c
 
 NAMES = ("einsum",)
@@ -65,24 +65,23 @@ def einsum(expr: str, a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, 
     made. `use_cublaslt` has no effect. Raises as `fp8_einsum`.
     """
     for name, t in (("a", a), ("b", b)):
-        _three(t, name)
-        expect(t.dtype == torch.bfloat16, f"{name}, dtype", t.dtype, "torch.bfloat16", error=TypeError)
-    expect(a.device == b.device, "b, device", b.device, f"a's, {a.device}")
+        bf16.operand(t, name, 3)
     if expr == SUM:
         _summed(a, b, d, c)
         return
     axes = _axes(expr, "einsum")
     _three(d, "d")
-    p, q, out = a.permute(axes[0]), b.permute(axes[1]), d.permute(axes[2])
-    _fits(expr, p, q)
-    check_out(out, (*p.shape[:2], q.shape[1]), a.device)
-    _products(ScaledTensor(p, None, BF16), ScaledTensor(q, None, BF16), out, c is not None and take_c(c, d))
+    out = d.permute(axes[2])
+    p, q = bf16.prepare(a.permute(axes[0]), b.permute(axes[1]), out, (3, 3))
+    _products(p, q, out, c is not None and take_c(c, d))
 
 
 def _summed(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None) -> None:
     """`bmk,bnk->mn`: pieces of the batch as K of products in FP32, added up."""
-    _fits(SUM, a, b)
     (batch, m, k), n = a.shape, b.shape[1]
+    expect((batch, k) == (b.shape[0], b.shape[2]), f"a and b of {SUM}", f"{tuple(a.shape)} and {tuple(b.shape)}",
+           "the same batch and K")
+    expect(a.device == b.device, "b, device", b.device, f"a's, {a.device}")
     check_out(d, (m, n), a.device)
     accumulate = c is not None and take_c(c, d)
     parts = max((i for i in range(1, min(batch, PARTS) + 1) if batch % i == 0), default=1)
@@ -126,8 +125,3 @@ def _three(t: object, name: str) -> None:
     expect(isinstance(t, Tensor), name, type(t).__name__, "a torch.Tensor", error=TypeError)
     assert isinstance(t, Tensor)
     expect(t.dim() == 3, f"{name}, shape", tuple(t.shape), "three dimensions")
-
-
-def _fits(expr: str, p: Tensor, q: Tensor) -> None:
-    expect(p.shape[0] == q.shape[0] and p.shape[2] == q.shape[2], f"a and b of {expr}", f"{tuple(p.shape)} and {tuple(q.shape)} as "
-           "[batch, rows, K]", "the same batch and K")

@@ -26,7 +26,7 @@ def bf16_gemm_nt(a: Tensor, b: Tensor, d: Tensor, c: Tensor | None = None, compi
     Raises ValueError / TypeError for what doesn't fit.
     """
     check_options(compiled_dims, None)
-    x, y = _prepare(a, b, d, (2, 2))
+    x, y = prepare(a, b, d, (2, 2))
     accumulate = c is not None and take_c(c, d)
     if state.settings.compile_mode and state.skips("gemm", x, y, d):
         return
@@ -73,7 +73,7 @@ def m_grouped_bf16_gemm_nt_contiguous(a: Tensor, b: Tensor, d: Tensor, grouped_l
                                       expected_m_for_psum_layout: int | None = None) -> None:
     """`d[rows of g] = a[rows of g] @ b[g].T`: `a` `[M, K]`, `b` `[G, N, K]` BF16; layouts and padding as of the FP8 name."""
     check_options(compiled_dims, None)
-    x, y = _prepare(a, b, d, (2, 3))
+    x, y = prepare(a, b, d, (2, 3))
     contiguous(x, y, d, grouped_layout, use_psum_layout, ensure_zero_padding, expected_m_for_psum_layout)
 
 
@@ -88,14 +88,15 @@ def m_grouped_bf16_gemm_nt_masked(a: Tensor, b: Tensor, d: Tensor, masked_m: Ten
     """`d[g, :masked_m[g]] = a[g, :masked_m[g]] @ b[g].T`; other rows of `d` are not written. `a` `[G, max_m, K]`,
     `b` `[G, N, K]`."""
     check_options(compiled_dims, None)
-    x, y = _prepare(a, b, d, (3, 3))
+    x, y = prepare(a, b, d, (3, 3))
     masked(x, y, d, masked_m, expected_m)
 
 
 bf16_m_grouped_gemm_nt_masked = m_grouped_bf16_gemm_nt_masked
 
 
-def _operand(x: Tensor, name: str, dims: int) -> ScaledTensor:
+def operand(x: Tensor, name: str, dims: int) -> ScaledTensor:
+    """A BF16 tensor of so many dimensions. TypeError or ValueError for anything else."""
     expect(isinstance(x, Tensor), name, type(x).__name__, "a torch.Tensor", error=TypeError)
     expect(x.dtype == torch.bfloat16, f"{name}, dtype", x.dtype, "torch.bfloat16", error=TypeError)
     expect(x.dim() == dims, f"{name}, shape", tuple(x.shape), f"{dims} dimensions")
@@ -108,8 +109,9 @@ def _turned(x: Tensor, name: str) -> Tensor:
     return x.mT
 
 
-def _prepare(a: Tensor, b: Tensor, d: Tensor, dims: tuple[int, int]) -> tuple[ScaledTensor, ScaledTensor]:
-    x, y = _operand(a, "a", dims[0]), _operand(b, "b", dims[1])
+def prepare(a: Tensor, b: Tensor, d: Tensor, dims: tuple[int, int]) -> tuple[ScaledTensor, ScaledTensor]:
+    """A and B of `dims` dimensions, checked against each other and against `d`: as `operands.prepare`."""
+    x, y = operand(a, "a", dims[0]), operand(b, "b", dims[1])
     expect(x.shape[-1] == y.shape[-1], "K of a and b", f"{x.shape[-1]} and {y.shape[-1]}",
            f"the same: a is [..., M, K] and b [..., N, K], here (as nt) {tuple(x.shape)} and {tuple(y.shape)}")
     expect(dims[0] < 3 or x.shape[0] == y.shape[0], "groups of a and b", f"{x.shape[0]} and {y.shape[0]}", "the same")
