@@ -246,7 +246,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
              ) -> list[Launch]:
     """The launch in front and the product. `start`: first byte of the workspace."""
     assert workspace is not None
-    return [_front(problem, x, workspace, start, gate), gated_product(step.config, problem, x, workspace, start, gate)]
+    return [front(problem, x, workspace, start, gate), product_behind(step.config, problem, x, workspace, start, gate)]
 
 
 def prep_steps(rows: int, kx: int) -> int:
@@ -263,7 +263,8 @@ def by_rows(problem: Problem) -> int:
     return expand_rows.pieces(columns(problem.k)) if plain(problem) else 0
 
 
-def _front(problem: Problem, x: Operands, workspace: Tensor, start: int = 0, gate: Gate | None = None) -> Launch:
+def front(problem: Problem, x: Operands, workspace: Tensor, start: int = 0, gate: Gate | None = None) -> Launch:
+    """Both operands to BF16 in the workspace, from byte `start` on."""
     from . import expand_device
 
     if by_rows(problem):
@@ -294,7 +295,7 @@ def _front(problem: Problem, x: Operands, workspace: Tensor, start: int = 0, gat
          counter, limit, cfg), {"num_warps": 4})
 
 
-def gated_product(config: Config, problem: Problem, x: Operands, workspace: Tensor, start: int, gate: Gate | None) -> Launch:
+def product_behind(config: Config, problem: Problem, x: Operands, workspace: Tensor, start: int, gate: Gate | None) -> Launch:
     """BF16's product of what the launch in front brought to the workspace."""
     from ....arch import detect
 
@@ -366,7 +367,7 @@ def _launch_cublas(step: Step, problem: Problem, x: Operands, workspace: Tensor 
 
 def _front_alone(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
     assert workspace is not None
-    return [_front(problem, x, workspace)]
+    return [front(problem, x, workspace)]
 
 
 def _rescale(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:

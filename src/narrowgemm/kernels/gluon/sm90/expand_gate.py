@@ -20,16 +20,15 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor, start
     from ....arch import detect
     from . import expand_gate_device as device
 
-    most = PROGRAMS * detect(x.out.device).sms
     if expand.plain(problem):
         front = expand_rows.front(x, expand.columns(x.k), expand.regions(problem, x.m, start), workspace)
-        *rest, cfg = front.arguments
-        return [Launch(device.gated_rows_kernel, (min(front.grid[0], most),), (*rest, front.grid[0], *gate, cfg),
-                       {**front.keywords, "maxnreg": REGISTERS, "launch_pdl": True}),
-                expand.gated_product(step.config, problem, x, workspace, start, gate)]
-    front, product = expand.launches(step, problem, x, workspace, start, gate)
-    a = list(front.arguments)
-    # without what is for plain weights: factors of their columns, their rows, pieces of these and strides
-    a = [*a[:8], *a[9:17], a[17], front.grid[0], a[18], *a[19:24], *a[29:]]
-    options = {**front.keywords, "maxnreg": REGISTERS, "launch_pdl": True}
-    return [Launch(device.gated_expand_kernel, (min(front.grid[0], most),), a, options), product]
+        *a, cfg = front.arguments
+        kernel, arguments = device.gated_rows_kernel, [*a, front.grid[0], *gate, cfg]
+    else:
+        front = expand.front(problem, x, workspace, start, gate)
+        a = list(front.arguments)
+        # without what is for plain weights: factors of their columns, their rows, pieces of these and strides
+        kernel, arguments = device.gated_expand_kernel, [*a[:8], *a[9:17], a[17], front.grid[0], a[18], *a[19:24], *a[29:]]
+    programs = min(front.grid[0], PROGRAMS * detect(x.out.device).sms)
+    return [Launch(kernel, (programs,), arguments, {**front.keywords, "maxnreg": REGISTERS, "launch_pdl": True}),
+            expand.product_behind(step.config, problem, x, workspace, start, gate)]

@@ -12,13 +12,19 @@ from .expand_device import expand_rows, expand_weights, has_rows
 from .expand_rows_device import bring_rows
 
 
+@triton.jit
+def is_idle(count_ptr, limit):
+    """Whether what stands in front left nothing to this launch, once that is known."""
+    gdc_wait()
+    return tl.load(count_ptr) <= limit
+
+
 @triton.jit(do_not_specialize=["R", "positions", "alignment", "units", "G", "row_programs", "programs", "steps", "limit", "sxg", "ssg", "ssm",
                                "ssk"])
 def gated_expand_kernel(x_ptr, xs_ptr, y_ptr, factor_ptr, one_ptr, w_ptr, s_ptr, v_ptr, index_ptr, R, positions, alignment, K, KX, units, G,
                         row_programs, programs, steps, sxg, sxm, ssg, ssm, ssk, count_ptr, limit, cfg: tl.constexpr):
     """Arguments as `expand_kernel` has them, of packed weights. programs: how many pieces there are."""
-    gdc_wait()
-    if tl.load(count_ptr) <= limit:
+    if is_idle(count_ptr, limit):
         return
     if tl.program_id(0) == 0:
         tl.store(one_ptr, 1.0)
@@ -41,8 +47,7 @@ def gated_expand_kernel(x_ptr, xs_ptr, y_ptr, factor_ptr, one_ptr, w_ptr, s_ptr,
 def gated_rows_kernel(x_ptr, xs_ptr, y_ptr, factor_ptr, flag_ptr, one_ptr, w_ptr, s_ptr, v_ptr, columns_ptr, R, K, KX, row_programs, sxm, ssm,
                       ssk, N, swn, ssn, ssw, programs, count_ptr, limit, cfg: tl.constexpr):
     """Arguments as `expand_rows_kernel` has them. programs: how many pieces there are."""
-    gdc_wait()
-    if tl.load(count_ptr) <= limit:
+    if is_idle(count_ptr, limit):
         return
     if tl.program_id(0) == 0:
         tl.store(one_ptr, 1.0)

@@ -12,7 +12,7 @@ from triton.experimental.gluon import language as gl
 from .fold_both_rest_device import make_wide
 from .fold_mixed_prep_device import NEVER, fold_as_one, fold_in_parts
 from .fold_mixed_words_device import PAIR
-from .fold_outliers_device import _WORDS, LOOKS, THERE, WITH, bits, look, looked, outlying_rows, pick_removed, rank, said
+from .fold_outliers_device import _WORDS, LOOKS, THERE, WITH, bits, found_by, look, looked, of_blocks, outlying_rows, pick_removed, rank, said
 from .fold_pick_device import DENSE, PLACE, PLACE_LINES, keep, pick_columns
 from .fp8_block_schedule_device import fresh
 from .shim import block_barrier
@@ -69,13 +69,11 @@ def fold_beside_kernel(x_ptr, s_ptr, sxm, ssm, ssk, y_ptr, ys_ptr, flags_ptr, lo
 @gluon.jit
 def list_columns(looks_ptr, list_ptr, KB, BLOCKS: gl.constexpr):
     """Columns that are left out, in their order: by every program, which all write the same."""
-    b = gl.expand_dims(gl.arange(0, BLOCKS, gl.SliceLayout(1, _WORDS)), 1)
-    w = gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, _WORDS)), 0)
+    b, w = of_blocks(BLOCKS)
     masks_ptr = looks_ptr + LOOKS * KB
     all = gl.zeros([BLOCKS, 4], gl.int32, _WORDS)
     for i in gl.static_range(LOOKS):
-        there = gl.load(looks_ptr + (b * LOOKS + i), mask=b < KB, other=0) >= THERE
-        all = all | gl.load(masks_ptr + ((b * LOOKS + i) * 4 + w), mask=there & (w >= 0), other=0)
+        all = all | found_by(looks_ptr, masks_ptr, i, b, w, KB)
     words = gl.convert_layout(gl.reshape(all, [BLOCKS * 4]), _LIST)
     number = bits(words)
     start = gl.associative_scan(number, 0, add) - number

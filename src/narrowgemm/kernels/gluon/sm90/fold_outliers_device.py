@@ -108,6 +108,20 @@ def said(looks_ptr, KB, BLOCKS: gl.constexpr):
 
 
 @gluon.jit
+def of_blocks(BLOCKS: gl.constexpr):
+    """K blocks [BLOCKS, 1], and words [1, 4] of their columns."""
+    return (gl.expand_dims(gl.arange(0, BLOCKS, gl.SliceLayout(1, _WORDS)), 1),
+            gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, _WORDS)), 0))
+
+
+@gluon.jit
+def found_by(looks_ptr, masks_ptr, i, b, w, KB):
+    """Columns that look i of each K block says are far larger, as bits [BLOCKS, 4]."""
+    there = gl.load(looks_ptr + (b * LOOKS + i), mask=b < KB, other=0) >= THERE
+    return gl.load(masks_ptr + ((b * LOOKS + i) * 4 + w), mask=there & (w >= 0), other=0)
+
+
+@gluon.jit
 def looked(looks_ptr, kb, KB, BLOCKS: gl.constexpr):
     """(whether nothing is to be tried, columns that are left out in front of K block kb, in all, and in it as bits [1, 4])."""
     sums = said(looks_ptr, KB, BLOCKS)
@@ -116,14 +130,12 @@ def looked(looks_ptr, kb, KB, BLOCKS: gl.constexpr):
     removed = sums * 0
     lost = (sums // WITH) & (WITH - 1)
     if sums >= THERE:
-        b = gl.expand_dims(gl.arange(0, BLOCKS, gl.SliceLayout(1, _WORDS)), 1)
-        w = gl.expand_dims(gl.arange(0, 4, gl.SliceLayout(0, _WORDS)), 0)
+        b, w = of_blocks(BLOCKS)
         part = places()[1]
         masks_ptr = looks_ptr + LOOKS * KB
         all = gl.zeros([BLOCKS, 4], gl.int32, _WORDS)
         for i in gl.static_range(LOOKS):
-            there = gl.load(looks_ptr + (b * LOOKS + i), mask=b < KB, other=0) >= THERE
-            all = all | gl.load(masks_ptr + ((b * LOOKS + i) * 4 + w), mask=there & (w >= 0), other=0)
+            all = all | found_by(looks_ptr, masks_ptr, i, b, w, KB)
             here = gl.load(looks_ptr + (kb * LOOKS + i)) >= THERE
             mask = mask | gl.load(masks_ptr + ((kb * LOOKS + i) * 4 + part), mask=here & (part >= 0), other=0)
         number = gl.sum(bits(all), 1)
