@@ -314,6 +314,20 @@ def test_weights_of_few_groups_pass_through_l2() -> None:
     assert pair(groups=32, **few) == pair(m=64, n=7168, k=2048, groups=1, layout="dense") == {"box": 2, "ctas": 2}
 
 
+def test_tiles_are_taken_by_number_where_the_place_of_what_is_told_is_known() -> None:
+    """Of FP8 products: behind the weights of a ring that is the largest allocation, or behind the tokens of COLUMNS."""
+    for a in (Operand(FP8_1x128, scale_dtype="fp32"), Operand(FP8_ROW, scale_dtype="fp32"), Operand(BF16)):
+        p = replace(for_fp8(), a=a)
+        for c in narrow_prefill.configs(p, ARCH):
+            tile = narrow_prefill.tile_of(p, c)
+            tokens = max(tile.T0, tile.T1) * (256 if a.format == BF16 else 128)
+            weights = tile.UNITS * 4096
+            assert (tile.FP8 and (tile.COLUMNS or tokens <= weights)) == tile.TAKES, c
+            assert ((tile.TAKES and not tile.COLUMNS) or tile.STREAM) == tile.RING
+            assert not tile.RING or tile.STAGES * tile.BOX * weights == 8 * tile.F_AT
+            assert not tile.TAKES or tile.STAGES + 2 <= 16, "16 tiles are told of: a ring's slots may all be of others"
+
+
 def test_rings_that_are_refused() -> None:
     """Slots of several K blocks where products are in pieces, or trips are of others; a ring of tokens in front of the weights'."""
     p = for_fp8()

@@ -24,8 +24,10 @@ def run(device: str, x: torch.Tensor, scale: torch.Tensor, index: torch.Tensor |
     cfg = FrontStatic(row, index is not None, each, CHAIN=chain, PDL=False)
     x, scale = x.view(torch.float8_e4m3fn).to(device), scale.to(device)
     index = (torch.zeros(1, dtype=torch.int64) if index is None else index).to(device)
-    narrow_fp8_front_kernel[(programs,)](x, scale, to.view(torch.float8_e4m3fn), factor, four, index, k, kx, x.stride(0), scale.stride(0),
+    taken = torch.full((2,), 7, dtype=torch.int32, device=device)
+    narrow_fp8_front_kernel[(programs,)](x, scale, to.view(torch.float8_e4m3fn), factor, four, index, taken, k, kx, x.stride(0), scale.stride(0),
                                          scale.stride(1), index.numel() - 1, rows, cfg)
+    assert taken.tolist() == [0, 7]
     return to.cpu(), factor.cpu(), four.cpu()
 
 

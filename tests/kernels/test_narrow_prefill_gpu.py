@@ -78,6 +78,19 @@ def test_gates(case: Case, shape: tuple[int, float]) -> None:
     inputs.verify_repeats(backend=NAME, config=config)
 
 
+@pytest.mark.parametrize("case, shape", [x for x in RUNS if x[0].packed == "fp8"],
+                         ids=lambda x: x.id if isinstance(x, Case) else f"{x[0]}x{x[1]}")
+def test_few_blocks_take_tiles_by_number(case: Case, shape: tuple[int, float]) -> None:
+    """Blocks that have many tiles each do every one of them once, call after call: the bits of a block for every tile."""
+    inputs = build(case, "cuda", seed=5)
+    config = config_of(inputs.plan(backend=NAME).problem, shape)
+    inputs.reset_out()
+    inputs.call(backend=NAME, config=config)
+    want = inputs.out.tensor.clone()
+    inputs.verify_repeats(backend=NAME, config=config, max_sms=2)
+    assert torch.equal(inputs.out.tensor.view(torch.uint8), want.view(torch.uint8))
+
+
 def routed(seed: int, tokens: int = 300, top_k: int = 4, experts: int = 8, n: int = 320, k: int = 672) -> dict:
     g = torch.Generator(device="cuda").manual_seed(seed)
     ids = torch.stack([torch.randperm(experts, generator=g, device="cuda")[:top_k] for _ in range(tokens)]).int()

@@ -18,7 +18,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from . import cluster_device as cluster
-from .fold_expand_device import NIBBLES_ASM, blocks_layout, of_blocks, of_lane, row_tops, words_layout
+from .fold_expand_device import NIBBLES_ASM, blocks_layout, of_blocks, of_lane, words_layout
 from .fp8_block_parts_device import advance
 from .fp8_block_schedule_device import fresh
 from .narrow_expand_device import field_layout
@@ -30,7 +30,6 @@ WORDS = gl.constexpr(words_layout(4))
 SIXTEEN = gl.constexpr(sums8_layout(16))
 # wgmma's descriptor of rows of 128 bytes, swizzled by as many: the lower word without its address, and the upper one
 SWIZZLED, SWIZZLED_HIGH = gl.constexpr(0x00010000), 0x40000040
-TILES = gl.constexpr(16)                        # that are announced: more than slots of a ring and two
 TURNS = 8                                       # the first of the hardware's barriers for turns: Triton takes them from 0 on
 FIRST_TURN = gl.constexpr(f"bar.arrive {TURNS}, 256; mov.b32 $0, 0;")
 LAST_TURN = gl.constexpr(f"bar.sync {TURNS}, 256; mov.b32 $0, 0;")
@@ -115,28 +114,6 @@ def last_turn(cfg: gl.constexpr, WG: gl.constexpr):
     """The first consumer takes the turn that is left, so that a block ends with no barrier half arrived at."""
     if WG == 0 and cfg.PIECE == 0:
         gl.inline_asm_elementwise(LAST_TURN, "=r,r", [gl.to_tensor(0)], dtype=gl.int32, is_pure=False, pack=1)
-
-
-# ---------------------------------------------------------------- tiles
-@gluon.jit
-def tile_word(i, cfg: gl.constexpr):
-    """Address of what is known of a block's i-th tile: behind the tokens, in the box that no slot has."""
-    return cluster.start_of_shared() + (cfg.STAGES * cfg.BOX * cfg.XT * 128) + i % TILES * 16
-
-
-@gluon.jit
-def announce(i, tile, cfg: gl.constexpr):
-    """By the producer, before it asks for a K block of tile i - 1: whoever has found that block finds this."""
-    at = tile_word(i, cfg)
-    for j in gl.static_range(4):
-        cluster.put_word(at + 4 * j, tile[j])
-
-
-@gluon.jit
-def announced(i, cfg: gl.constexpr):
-    """(expert, n tile, first position, tokens) of tile i, behind a K block of tile i - 1."""
-    at = tile_word(i, cfg)
-    return cluster.word(at), cluster.word(at + 4), cluster.word(at + 8), cluster.word(at + 12)
 
 
 # ---------------------------------------------------------------- operands
@@ -316,16 +293,6 @@ def blocks16(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg: gl.co
                 new = new + (found[place(P, cfg.PIECE, MP, u, i)], )
         sums = new
     return sums, parts, slot, phase
-
-
-@gluon.jit
-def tops_of(top_ptr, unit, rows, cfg: gl.constexpr):
-    """Of one consumer's units, what `expanded` needs. Arguments as those of `narrow_fp8_device.products8`."""
-    MP: gl.constexpr = cfg.MP
-    tops = ()
-    for u in gl.static_range(MP):
-        tops = tops + (row_tops(top_ptr, (unit + u).to(gl.int64) * 64, rows - u * 64), )
-    return tops
 
 
 @gluon.jit

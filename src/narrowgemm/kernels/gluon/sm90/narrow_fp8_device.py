@@ -12,7 +12,7 @@ from triton.experimental.gluon import constexpr_function
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma
 
-from .fold_expand_device import NIBBLES, lane_table, of_lane, row_tops
+from .fold_expand_device import NIBBLES, lane_table, of_lane
 from .fp8_block_parts_device import advance
 from .fp8_block_schedule_device import fresh
 from .narrow_expand_device import byte_layout, bytes_layout, field_layout
@@ -237,18 +237,15 @@ def some_blocks(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg: gl
 
 
 @gluon.jit
-def products8(slot, phase, KC, top_ptr, unit, rows, rings, bars, cfg: gl.constexpr, WG: gl.constexpr, P0: gl.constexpr, P1: gl.constexpr):
-    """All of K of one tile: (sums, slot, phase), MP sums [64, P0] and, where P1, MP of [64, P1]. top_ptr: rows' largest scale codes; unit:
-    of all the weights' tiles of 64 rows; rows: of its expert that there are from it on."""
+def products8(slot, phase, KC, tops, rings, bars, cfg: gl.constexpr, WG: gl.constexpr, P0: gl.constexpr, P1: gl.constexpr):
+    """All of K of one tile: (sums, slot, phase), MP sums [64, P0] and, where P1, MP of [64, P1]. tops: `tops_of`."""
     MP: gl.constexpr = cfg.MP
     L0: gl.constexpr = sums8_layout(P0)
     L1: gl.constexpr = sums8_layout(P1 if P1 > 0 else 32)
     tables = lane_table()
     sums = ()
-    tops = ()
     for i in gl.static_range(MP):
         sums = sums + (gl.zeros([64, P0], gl.float32, L0), )
-        tops = tops + (row_tops(top_ptr, (unit + i).to(gl.int64) * 64, rows - i * 64), )
     N0: gl.constexpr = columns8(P0, cfg, P1 == 0)
     parts = (gl.zeros([64, N0], gl.float32, sums8_layout(N0)), )
     if P1 > 0:

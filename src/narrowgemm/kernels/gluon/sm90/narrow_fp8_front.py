@@ -43,13 +43,14 @@ def gives_ratios(problem: Problem) -> bool:
     return plain and not (by_row(problem) or e.combine or e.routing_weight) and starts_ahead(problem)
 
 
-def launch(problem: Problem, x: Operands, tile: Tile, rows: int, to: tuple[Pointer, Pointer, Pointer], kx: int) -> Launch:
-    """to: tokens, factors, scales, in the workspace."""
+def launch(problem: Problem, x: Operands, tile: Tile, rows: int, to: tuple[Pointer, Pointer, Pointer], taken: Pointer, kx: int
+           ) -> Launch:
+    """to: tokens, factors, scales, in the workspace; taken: the counter of tiles there."""
     from .narrow_fp8_front_device import SCALE_BLOCKS, SCALE_POSITIONS, narrow_fp8_front_kernel
 
     cfg, (_, sxm, _, ssm, ssk) = FrontStatic(tile.ROW, problem.layout == "offsets", CHAIN=tile.CHAIN), narrow.a_strides(x, False)
     scales = 0 if tile.ROW else -(-rows // SCALE_POSITIONS.value) * -(-kx // (CHUNK * SCALE_BLOCKS.value))
     return Launch(narrow_fp8_front_kernel, (-(-rows // cfg.ROWS) * -(-kx // cfg.BK) + scales,),
-                  (x.a.data, x.a.scale, *to, x.a.scale if x.index is None else x.index, x.k, kx, sxm, ssm, ssk, x.groups, rows,
-                   cfg),
+                  (x.a.data, x.a.scale, *to, x.a.scale if x.index is None else x.index, taken, x.k, kx, sxm, ssm, ssk, x.groups,
+                   rows, cfg),
                   {"num_warps": 4})

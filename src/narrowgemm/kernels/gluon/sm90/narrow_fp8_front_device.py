@@ -67,11 +67,14 @@ def bring_scales(xs_ptr, scale_ptr, p0, i0, K, KX, ssm, ssk, rows, cfg: tl.const
 
 
 @triton.jit(do_not_specialize=["G", "rows", "ssm", "ssk"])
-def narrow_fp8_front_kernel(x_ptr, xs_ptr, to_ptr, factor_ptr, scale_ptr, index_ptr, K, KX, sxm, ssm, ssk, G, rows, cfg: tl.constexpr):
-    """rows: of A; index_ptr: where groups begin and, at G, the last one ends (OFFSETS): what lies behind is nobody's."""
+def narrow_fp8_front_kernel(x_ptr, xs_ptr, to_ptr, factor_ptr, scale_ptr, index_ptr, taken_ptr, K, KX, sxm, ssm, ssk, G, rows, cfg: tl.constexpr):
+    """rows: of A; index_ptr: where groups begin and, at G, the last one ends (OFFSETS): what lies behind is nobody's; taken_ptr: of tiles
+    that the product's blocks took."""
     if cfg.PDL:
         gdc_launch_dependents()
     pid = tl.program_id(0)
+    if pid == 0:
+        tl.store(taken_ptr, 0)
     pieces = (KX + cfg.BK - 1) // cfg.BK
     copies = (rows + cfg.ROWS - 1) // cfg.ROWS * pieces
     if pid < copies:

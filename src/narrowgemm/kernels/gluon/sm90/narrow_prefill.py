@@ -33,6 +33,7 @@ from .narrow_tile import (
     PAIR_IDS,
     ROWS,
     TABLE_HEAD,
+    TAKEN,
     by_row,
     chunks_of,
     doubles,
@@ -179,7 +180,7 @@ def tile_of(problem: Problem, config: Config, slots: bool = True, factor: bool =
     args = (*e.activation_args, 0.0, 0.0)
     pair, fp8 = problem.b.prepack.partition(":")[2], by_fp8(problem, config)
     fp32, ahead = e.combine or problem.out_dtype == "fp32", starts_ahead(problem, config)
-    return Tile(BT=config.block_m, MP=config.block_n // (consumers(config) * ROWS), STAGES=config.num_stages, UNROLL=unroll,
+    tile = Tile(BT=config.block_m, MP=config.block_n // (consumers(config) * ROWS), STAGES=config.num_stages, UNROLL=unroll,
                 REST=k_blocks(problem) % unroll if box == 1 else 0,     # slots of several end with zeros
                 E4M3=problem.b.format.element == "e4m3", SLOTS=slots, FACTOR=factor,
                 XFACTOR=problem.a.format.scaled and (not fp8 or row), PAIR=PAIR_IDS[pair], ACT=ACT_IDS[e.activation],
@@ -188,13 +189,15 @@ def tile_of(problem: Problem, config: Config, slots: bool = True, factor: bool =
                 OUT_BYTES=4 if fp32 else problem.out_bytes,
                 ROW=row, CONSUMERS=consumers(config), COLUMNS=columns, PIECE=piece_of(config) if columns else 0, AHEAD=ahead,
                 BOX=box, CHAIN=columns and chains(problem, config), BOTH=BOTH.get((config.block_m, config.block_n // ROWS), 0),
-                BY_K=fp8 and not row, STREAM=bool(config.option("stream")),
+                BY_K=fp8 and not row, TAKES=columns, STREAM=bool(config.option("stream")),
                 OUT_TOKENS=16 if box > 1 and config.option("ctas", 1) == 2 else 32,
                 LAYOUT=LAYOUTS[problem.layout] if ahead else 0,
                 GROUPS=max(32, power_of_two(problem.groups)) if ahead else 32,
                 **({"CTAS": 2, "CONSUMER_REGISTERS": 104, "PRODUCER_REGISTERS": 24} if config.option("ctas", 1) == 2 else
                    {"CONSUMER_REGISTERS": 160, "PRODUCER_REGISTERS": 24} if consumers(config) == 3 else
                    {"CONSUMER_REGISTERS": 240, "PRODUCER_REGISTERS": 24} if fp8 else {}))
+    # a block's later tiles are taken by number where the place of what is told of them is known
+    return replace(tile, TAKES=True) if fp8 and tile.weights_first else tile
 
 
 def starts_ahead(problem: Problem, config: Config) -> bool:
@@ -277,6 +280,7 @@ class PrepStatic:
     PDL: bool = False        # the product starts meanwhile
     TOUCHED: int = 0         # K blocks that L2 is asked for, for each block of the product, a power of two
     UNITS: int = 0           # of a tile
+    TAKES: bool = False      # the counter of tiles is set to nothing
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
@@ -294,6 +298,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
     tile = tile_of(problem, config, x.slots is not None, x.factor is not None)
     at, cap = regions(problem, config, slots, rows), capacity(problem, config, rows)
     i32, f32, bf16 = torch.int32, torch.float32, torch.bfloat16
+    taken = Pointer(workspace, i32, at.table + 4 * TAKEN)
     table, live = Pointer(workspace, i32, at.table), Pointer(workspace, torch.int8, at.live)
     xfactor, weight = Pointer(workspace, f32, at.xfactor), Pointer(workspace, f32, at.weight)
     ratios = Pointer(workspace, f32, at.ratios)
@@ -310,7 +315,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
         KIND=KINDS[problem.layout], BT=config.block_m, GROUPS=power_of_two(x.groups), XKIND=order_of_k,
         GROUP=problem.a.format.group[1] or 32, LIVE=e.combine, BK=PREP_K, SLOTS=x.slots is not None, WEIGHT=x.weight is not None,
         BLOCK=power_of_two(x.block_m), LIST=not tile.AHEAD or e.combine, BY_K=tile.BY_K, PDL=tile.AHEAD,
-        TOUCHED=touched(problem, config), UNITS=tile.UNITS)
+        TOUCHED=touched(problem, config), UNITS=tile.UNITS, TAKES=tile.TAKES)
     x_tile = narrow_prefill_parts_device.X8_TILE.value if tile.FP8 else narrow_prefill_parts_device.X_TILE.value
     planes = narrow_prefill_parts_device.PLANES.value
     wide = k_blocks(problem) * CHUNK * (2 if tile.TWO else 1)
@@ -338,12 +343,12 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
                {"num_warps": 4}),
         Launch(narrow_prefill_device.narrow_prefill_kernel, (grid,),
                (*boxes, out, order, xfactor if x.factor is None else x.factor, xfactor, xfactor if x.bias is None else x.bias,
-                weight, table if x.top is None else x.top, index if tile.AHEAD else table, k_blocks(problem), tiles, slots,
+                weight, table if x.top is None else x.top, index if tile.AHEAD else table, taken, k_blocks(problem), tiles, slots,
                 each if tile.AHEAD else cap, x.groups, x.n, om, tile),
                {"num_warps": 4, "maxnreg": tile.max_registers, "launch_pdl": tile.AHEAD})]
     assert narrow_fp8_front.takes(problem, x, tile) or not tile.CHAIN, "no other launch in front gives ratios"
     if narrow_fp8_front.takes(problem, x, tile):
-        made[0] = narrow_fp8_front.launch(problem, x, tile, rows, (tokens, xfactor, ratios), kx)
+        made[0] = narrow_fp8_front.launch(problem, x, tile, rows, (tokens, xfactor, ratios), taken, kx)
     if problem.zeroes:
         made.insert(0, narrow.zero_padding_rows(problem, x))
     if e.combine:

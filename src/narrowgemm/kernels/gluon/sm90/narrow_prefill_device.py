@@ -27,49 +27,12 @@ from triton.language.extra.cuda import gdc_wait
 from .fp8_block_parts_device import ROW_OF_FLOATS, advance
 from .fp8_block_schedule_device import ROW_OF_INTS
 from .fold_expand_device import lane_table
-from .narrow_columns_device import (
-    announce,
-    announced,
-    first_turn,
-    joined,
-    last_turn,
-    opaque,
-    products16,
-    products_of_all,
-    tops_of,
-    zeros,
-)
-from .narrow_entries_device import entry_at, entry_sums, sum_up
+from .narrow_columns_device import first_turn, joined, last_turn, opaque, products16, products_of_all, zeros
+from .narrow_entries_device import sum_up
 from .narrow_fp8_device import products8
 from .narrow_prefill_parts_device import PLANES, RATIO_TILE, X8_TILE, X_TILE, boxes_of, finish, load_activations, load_weights, products, rows_vectors
+from .narrow_prefill_tiles_device import announce, entries, next_tile, number_after, tile_at, tops_of
 from .shim import view_rows
-
-HEAD = gl.constexpr(16)      # of the table: see narrow_tile.TABLE_HEAD
-
-
-@gluon.jit
-def tile_at(t, total, num_n, sums, table_ptr, groups, cap, cfg: gl.constexpr, WARPS: gl.constexpr):
-    """(expert, n tile, first position, tokens) of tile t; no tokens past the end. AHEAD: table_ptr is the layout's index, cap the
-    rows of a masked group."""
-    live = t < total
-    b = t // num_n
-    if cfg.AHEAD:
-        e, first, rows = entry_at(b, live, sums, table_ptr, groups, cap, cfg, WARPS)
-        return e, t - b * num_n, first, rows
-    else:
-        p = table_ptr + HEAD + b
-        rows = gl.load(p + 2 * cap, mask=live, other=0)
-        return gl.load(p, mask=live, other=0), t - b * num_n, gl.load(p + cap, mask=live, other=0), rows
-
-
-@gluon.jit
-def entries(table, table_ptr, cfg: gl.constexpr, WARPS: gl.constexpr):
-    """(running sums of entries a group, how many there are)."""
-    if cfg.AHEAD:
-        sums = entry_sums(table, cfg, WARPS)
-        return sums, gl.max(sums, 0)
-    else:
-        return table, gl.load(table_ptr)
 
 
 @gluon.jit
@@ -82,7 +45,7 @@ def takes(rows, cfg: gl.constexpr, I: gl.constexpr):
 
 
 @gluon.jit
-def producer(descs, rings, bars, table, table_ptr, sizes, cfg: gl.constexpr):
+def producer(descs, rings, bars, table, table_ptr, count_ptr, sizes, cfg: gl.constexpr):
     full, empty = bars
     KC, NT, N, R, cap, G = sizes
     num_n = gl.cdiv(NT, cfg.UNITS)
@@ -102,12 +65,12 @@ def producer(descs, rings, bars, table, table_ptr, sizes, cfg: gl.constexpr):
             load_weights(descs, rings, full, kb, e * NT + n * cfg.UNITS, kb, cfg)
         gdc_wait()
     while rows > 0:
-        t += gl.num_programs(0)
+        t = number_after(t, made, total, count_ptr, cfg)
         # the next tile is looked up first, so that its loads are off the path between two tiles
         ahead = tile_at(t, total, num_n, sums, table_ptr, G, cap, cfg, 1)
         unit = e * NT + n * cfg.UNITS
-        if cfg.COLUMNS:
-            made += 1
+        made += 1
+        if cfg.COLUMNS or cfg.TAKES:
             announce(made, ahead, cfg)
         for kb in range(boxes):
             mbarrier.wait(empty.index(slot), phase)
@@ -153,9 +116,10 @@ def keep(found, vectors, cfg: gl.constexpr):
 
 
 @gluon.jit
-def run_tile(slot, phase, rings, bars, buf, vectors, pointers, tile, sizes, cfg: gl.constexpr, WG: gl.constexpr, P0: gl.constexpr,
-             P1: gl.constexpr):
-    """Sum and store one tile of up to P0 + P1 tokens."""
+def run_tile(slot, phase, rings, bars, buf, vectors, pointers, tile, made, tops, sizes, cfg: gl.constexpr, WG: gl.constexpr,
+             P0: gl.constexpr, P1: gl.constexpr):
+    """Sum and store one tile of up to P0 + P1 tokens: (slot, phase, the next tile, its tops), the last two if the producer tells of tiles, else
+    what came in."""
     KC, NT, N, R, cap, G = sizes
     out_ptr, om, slots_ptr, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr, top_ptr = pointers
     e, n, first, rows = tile
@@ -167,15 +131,21 @@ def run_tile(slot, phase, rings, bars, buf, vectors, pointers, tile, sizes, cfg:
     for j in gl.static_range(MP):
         of_rows = of_rows + (rows_vectors(factor_ptr, bias_ptr, top_ptr, e, unit + j, NT, N, cfg), )
     if cfg.FP8:
-        sums, slot, phase = products8(slot, phase, KC, top_ptr, e * NT + unit, (NT - unit) * 64, rings, bars, cfg, WG, P0, P1)
+        mine = tops
+        if not cfg.TAKES:
+            mine = tops_of(top_ptr, e * NT + unit, (NT - unit) * 64, cfg)
+        sums, slot, phase = products8(slot, phase, KC, mine, rings, bars, cfg, WG, P0, P1)
     else:
         sums, slot, phase = products(slot, phase, KC, rings, bars, cfg, WG, P0, P1)
+    ahead = tile
+    if cfg.TAKES:
+        ahead, tops = next_tile(made, top_ptr, NT, cfg, WG)
     keep(found, vectors, cfg)
     for j in gl.static_range(MP):
         finish(sums[j], buf, vectors, of_rows[j], (out_ptr, om), tile, unit + j, (N, R), cfg, P0, 0)
         if P1 > 0:
             finish(sums[MP + j], buf, vectors, of_rows[j], (out_ptr, om), tile, unit + j, (N, R), cfg, P1, P0)
-    return slot, phase
+    return slot, phase, ahead, tops
 
 
 @gluon.jit
@@ -187,17 +157,28 @@ def consumer(rings, bars, buf, vectors, pointers, table, table_ptr, sizes, cfg: 
     total = count * num_n
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
+    made = gl.to_tensor(0)
     t = gl.program_id(0)
     e, n, first, rows = tile_at(t, total, num_n, sums, table_ptr, G, cap, cfg, 4)
+    tops = ()
+    if cfg.TAKES:
+        unit = n * cfg.UNITS + WG * cfg.MP
+        tops = tops_of(pointers[7], e * NT + unit, (NT - unit) * 64, cfg)
     if cfg.AHEAD and (cfg.WEIGHT or cfg.XFACTOR):
         gdc_wait()
     while rows > 0:
-        t += gl.num_programs(0)
-        ahead = tile_at(t, total, num_n, sums, table_ptr, G, cap, cfg, 4)
+        tile = (e, n, first, rows)
+        ahead = tile
+        made += 1
+        if not cfg.TAKES:
+            t += gl.num_programs(0)
+            ahead = tile_at(t, total, num_n, sums, table_ptr, G, cap, cfg, 4)
         for i in gl.static_range(len(cfg.WIDTHS)):
             if takes(rows, cfg, i):
-                slot, phase = run_tile(slot, phase, rings, bars, buf, vectors, pointers, (e, n, first, rows), sizes, cfg, WG,
-                                       cfg.WIDTHS[i][0], cfg.WIDTHS[i][1])
+                slot, phase, told, tops = run_tile(slot, phase, rings, bars, buf, vectors, pointers, tile, made, tops, sizes, cfg, WG,
+                                                   cfg.WIDTHS[i][0], cfg.WIDTHS[i][1])
+                if cfg.TAKES:
+                    ahead = told
         e, n, first, rows = ahead
 
 
@@ -215,14 +196,6 @@ def store_columns(sums, buf, vectors, of_rows, pointers, tile, unit, sizes, cfg:
         for j in gl.static_range(len(store_boxes(P, cfg))):
             finish(joined(sums, (u * P + store_boxes(P, cfg)[j][1]) // 16, store_boxes(P, cfg)[j][0] // 16), buf, vectors, of_rows[u], pointers,
                    tile, unit + u, sizes, cfg, store_boxes(P, cfg)[j][0], store_boxes(P, cfg)[j][1])
-
-
-@gluon.jit
-def next_tile(i, top_ptr, NT, cfg: gl.constexpr, WG: gl.constexpr):
-    """(tile i, what expanding its weights takes): asked for in front of the store of the one before."""
-    tile = announced(i, cfg)
-    unit = tile[1] * cfg.UNITS + WG * cfg.MP
-    return tile, tops_of(top_ptr, tile[0] * NT + unit, (NT - unit) * 64, cfg)
 
 
 @gluon.jit
@@ -285,12 +258,12 @@ def consumer_of(rings, bars, buf, vectors, pointers, table, table_ptr, sizes, cf
 
 @gluon.jit(do_not_specialize=["KC", "NT", "R", "cap", "G"])
 def narrow_prefill_kernel(x8_desc, x16_desc, x32_desc, x64_desc, x128_desc, w_desc, s_desc, f_desc, out_ptr, slots_ptr, factor_ptr,
-                          xfactor_ptr, bias_ptr, weight_ptr, top_ptr, table_ptr, KC, NT, R, cap, G, N, om, cfg: gl.constexpr):
+                          xfactor_ptr, bias_ptr, weight_ptr, top_ptr, table_ptr, count_ptr, KC, NT, R, cap, G, N, om, cfg: gl.constexpr):
     """A persistent grid. x.._desc: tokens [positions, K] in boxes of so many tokens x 128; w_desc int32 [G * NT, KC * rows, 256];
     s_desc int32 [G * NT, ceil(KC / 2), 128]; f_desc: tokens' ratios of scales, or scales, [positions, 4 KC] in boxes of 16 x 4; top:
     rows' largest scale codes (FP8). NT tiles of 64 weight rows, KC chunks of 128 of K, R rows of the output, om: their stride, N:
-    logical weight rows, cap: entries a column of the table holds. AHEAD: table_ptr is the layout's index of G groups, cap the rows that a
-    masked group can hold (dense: that there are)."""
+    logical weight rows, cap: entries a column of the table holds. count_ptr: of tiles that were taken (TAKES). AHEAD: table_ptr is
+    the layout's index of G groups, cap the rows that a masked group can hold (dense: that there are)."""
     STAGES: gl.constexpr = cfg.STAGES
     ELEMENT: gl.constexpr = gl.float8e4nv if cfg.FP8 else gl.bfloat16
     NUMBERS: gl.constexpr = 2 if cfg.TWO else 1
@@ -303,8 +276,8 @@ def narrow_prefill_kernel(x8_desc, x16_desc, x32_desc, x64_desc, x128_desc, w_de
     if cfg.T1 > 0:
         x1_s = gl.allocate_shared_memory(ELEMENT, [STAGES * cfg.BOX, NUMBERS * cfg.T1, 128], TILE)
     BOXES: gl.constexpr = STAGES * cfg.UNITS // cfg.BOX_UNITS
-    if cfg.STREAM:      # the largest allocation is at the start of shared memory, so its addresses are known
-        ring = gl.allocate_shared_memory(gl.int8, [cfg.F_AT // 16 + 1, 128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    if cfg.RING:        # the largest allocation is at the start of shared memory, so its addresses are known
+        ring = gl.allocate_shared_memory(gl.int8, [cfg.F_AT // 16 + 3, 128], gl.SwizzledSharedLayout(1, 1, 1, [0]))
         w_s = ring
         w_full = view_rows(ring, gl.int64, cfg.F_AT + 16, 1, mbarrier.MBarrierLayout())
     else:
@@ -348,7 +321,7 @@ def narrow_prefill_kernel(x8_desc, x16_desc, x32_desc, x64_desc, x128_desc, w_de
         gl.warp_specialize([
             (consumer_of, (rings, bars, d_s.index(0), v0, pointers, table, table_ptr, sizes, cfg, 0)),
             (consumer_of, (rings, bars, d_s.index(1), v1, pointers, table, table_ptr, sizes, cfg, 1)),
-            (producer, (descs, rings, bars, table, table_ptr, sizes, cfg)),
+            (producer, (descs, rings, bars, table, table_ptr, count_ptr, sizes, cfg)),
         ], [4, 1], [cfg.CONSUMER_REGISTERS, cfg.PRODUCER_REGISTERS])
     else:
         v2 = (slot_s.index(2), xfactor_s.index(2), weight_s.index(2))
@@ -356,5 +329,5 @@ def narrow_prefill_kernel(x8_desc, x16_desc, x32_desc, x64_desc, x128_desc, w_de
             (consumer_of, (rings, bars, d_s.index(0), v0, pointers, table, table_ptr, sizes, cfg, 0)),
             (consumer_of, (rings, bars, d_s.index(1), v1, pointers, table, table_ptr, sizes, cfg, 1)),
             (consumer_of, (rings, bars, d_s.index(2), v2, pointers, table, table_ptr, sizes, cfg, 2)),
-            (producer, (descs, rings, bars, table, table_ptr, sizes, cfg)),
+            (producer, (descs, rings, bars, table, table_ptr, count_ptr, sizes, cfg)),
         ], [4, 4, 1], [cfg.CONSUMER_REGISTERS, cfg.CONSUMER_REGISTERS, cfg.PRODUCER_REGISTERS])

@@ -77,7 +77,7 @@ def weight_block(kb, cfg: gl.constexpr):
 
 @gluon.jit
 def load_weights(descs, rings, full, slot, unit, kb, cfg: gl.constexpr):
-    """Box kb of K blocks of the tile's units and their scales into a slot. STREAM: in PTX, as Gluon's copy takes no policy."""
+    """Box kb of K blocks of the tile's units and their scales into a slot. RING: in PTX, as Gluon's copy takes no policy."""
     x_descs, w_desc, s_desc, f_desc = descs
     x0_s, x1_s, w_s, s_s, f0_s, f1_s = rings
     bar = full[0].index(cfg.F_AT + slot)
@@ -85,10 +85,10 @@ def load_weights(descs, rings, full, slot, unit, kb, cfg: gl.constexpr):
     BOXES: gl.constexpr = cfg.UNITS // cfg.BOX_UNITS
     ROWS: gl.constexpr = cfg.BOX * cfg.WEIGHT_ROWS
     for i in gl.static_range(BOXES):
-        if cfg.STREAM:
+        if cfg.RING:
             start = cluster.start_of_shared()
             cluster.load(w_desc, KERNEL, W_PARAMETER, (unit + i, weight_block(kb, cfg) * ROWS, 0), start + (cfg.F_AT + slot) * 8,
-                         start + (slot * BOXES + i) * (cfg.BOX_UNITS * ROWS * 1024), 1, True, True)
+                         start + (slot * BOXES + i) * (cfg.BOX_UNITS * ROWS * 1024), 1, True, cfg.STREAM)
         else:
             tma_load(w_desc, [unit + i, weight_block(kb, cfg) * ROWS, 0], bar, w_s.index(slot * BOXES + i))
         tma_load(s_desc, [unit + i, weight_block(kb, cfg) * cfg.BOX // 2, 0], bar, s_s.index(slot * BOXES + i))

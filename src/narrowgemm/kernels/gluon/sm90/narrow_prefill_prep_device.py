@@ -13,6 +13,8 @@ from triton.language.extra.cuda import gdc_launch_dependents
 from .narrow_fp8_prep_device import FP8_ORDER, NIBBLE_ORDER, ROW_ORDER, TWO_ORDER, bring_fp8, bring_row, bring_two, load_fp8, store_fp8
 from .narrow_prep_device import E2M1, FP16, MASKED, OFFSETS, PLAIN_FP8, in_use, list_all, offset_of, power_of_two, rest_of, row_shift
 
+TAKEN = tl.constexpr(1)      # in the table: see narrow_tile
+
 
 @triton.jit
 def weight_order(x, BK: tl.constexpr):
@@ -157,6 +159,8 @@ def narrow_prefill_prep_kernel(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, ratio_ptr, we
     if cfg.KIND == MASKED:
         rows = positions * G
     if pid == 0:
+        if cfg.TAKES:
+            tl.store(table_ptr + TAKEN, 0)
         if cfg.LIST:
             list_all(index_ptr, slots_ptr, experts_ptr, posted_ptr, table_ptr, live_ptr, positions, G, R, cap, block_m, cfg)
     elif cfg.KIND == MASKED:

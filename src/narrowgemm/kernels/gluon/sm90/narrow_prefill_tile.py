@@ -83,7 +83,9 @@ class Tile:
     CHAIN: bool = False      # COLUMNS: sums of two K blocks go on in units of the second one's scale: see narrow_columns_device
     BOTH: int = 0            # COLUMNS: up to so many each unit of a consumer has sums of its own for products
     PIECE: int = 0           # consumers multiply in no order, products of so many columns at most; 0: in turns, all columns
-    F_AT: int = field(init=False)            # STREAM: words of 8 bytes in front of the weights' barriers, in their allocation
+    TAKES: bool = False      # a block takes its tiles but the first two by number, from a counter: see narrow_prefill_tiles_device
+    RING: bool = field(init=False)           # weights' slots begin at the start of shared memory
+    F_AT: int = field(init=False)            # RING: words of 8 bytes in front of the weights' barriers, in their allocation
     BN: int = field(init=False)
     UNITS: int = field(init=False)
     BOX_UNITS: int = field(init=False)       # units that one TMA brings: a power of two
@@ -114,7 +116,8 @@ class Tile:
         set_(self, "FEATURES", 32 if self.ACT else 64)
         set_(self, "WEIGHT_ROWS", 8 if self.E4M3 else 4)
         set_(self, "X_BOXES", self.STAGES * self.BOX * max(self.XT // 16, self.UNITS * self.WEIGHT_ROWS // 2) + 1)
-        set_(self, "F_AT", self.STAGES * self.UNITS * self.BOX * self.WEIGHT_ROWS * 128 if self.STREAM else 0)
+        set_(self, "RING", self.STREAM or (self.TAKES and not self.COLUMNS))
+        set_(self, "F_AT", self.STAGES * self.UNITS * self.BOX * self.WEIGHT_ROWS * 128 if self.RING else 0)
         set_(self, "WEIGHT_BYTES", self.UNITS * (self.BOX * self.WEIGHT_ROWS * 1024 + SCALE_BYTES))
 
     @property
@@ -124,9 +127,10 @@ class Tile:
 
     @property
     def weights_first(self) -> bool:
-        """Whether the weights' ring is the largest allocation, which Triton puts at the start of shared memory: STREAM needs it."""
+        """Whether the weights' ring, with what RING has behind it, is the largest allocation: Triton puts it at the start of shared
+        memory."""
         weights = self.UNITS * self.WEIGHT_ROWS * 1024
-        return max(self.XT if self.COLUMNS else self.T0, self.T1) * (128 if self.FP8 and not self.TWO else 256) < weights
+        return max(self.XT if self.COLUMNS else self.T0, self.T1) * (128 if self.FP8 and not self.TWO else 256) <= weights
 
     @property
     def shared_bytes(self) -> int:
@@ -134,7 +138,7 @@ class Tile:
         token = 128 if self.FP8 and not self.TWO else 256
         tokens = self.BOX * (max(self.XT, 8 * self.UNITS * self.WEIGHT_ROWS) if self.COLUMNS else self.T0 + self.T1) * token
         tokens += self.BOX * ((self.FT if self.COLUMNS else self.T0) + self.T1) * (RATIO_BYTES if self.SCALES else 0)
-        ring = self.STAGES * (self.WEIGHT_BYTES + tokens + 3 * _BARRIER_BYTES) + (1024 if self.STREAM else 0)
+        ring = self.STAGES * (self.WEIGHT_BYTES + tokens + 3 * _BARRIER_BYTES) + (1024 if self.RING else 0)
         staging = self.CONSUMERS * self.OUT_TOKENS * self.FEATURES * self.OUT_BYTES
         vectors = self.CONSUMERS * self.TP * 4 * (self.SLOTS + self.XFACTOR + self.WEIGHT)
         return ring + staging + vectors + (4 * self.GROUPS if self.AHEAD else 0) + 1024 + (2048 if self.COLUMNS else 0)

@@ -16,6 +16,7 @@ TOKENS = (8, 16, 32, 64)
 ROWS = 64                    # weight rows of a packed tile
 CHUNK = 128                  # of K
 TABLE_HEAD = 16              # int32 in front of the expert table: [0] is the number of its entries
+TAKEN = 1                    # of those, how many tiles were taken by number
 MAX_CTAS = 1024
 
 
