@@ -89,6 +89,13 @@ def test_few_blocks_take_tiles_by_number(case: Case, shape: tuple[int, float]) -
     want = inputs.out.tensor.clone()
     inputs.verify_repeats(backend=NAME, config=config, max_sms=2)
     assert torch.equal(inputs.out.tensor.view(torch.uint8), want.view(torch.uint8))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        inputs.call(backend=NAME, config=config, max_sms=2)
+    for _ in range(2):
+        inputs.reset_out()
+        graph.replay()
+        assert torch.equal(inputs.out.tensor.view(torch.uint8), want.view(torch.uint8))
 
 
 def routed(seed: int, tokens: int = 300, top_k: int = 4, experts: int = 8, n: int = 320, k: int = 672) -> dict:

@@ -118,8 +118,8 @@ def keep(found, vectors, cfg: gl.constexpr):
 @gluon.jit
 def run_tile(slot, phase, rings, bars, buf, vectors, pointers, tile, made, tops, sizes, cfg: gl.constexpr, WG: gl.constexpr,
              P0: gl.constexpr, P1: gl.constexpr):
-    """Sum and store one tile of up to P0 + P1 tokens: (slot, phase, the next tile, its tops), the last two if the producer tells of tiles, else
-    what came in."""
+    """Sum and store one tile of up to P0 + P1 tokens: (slot, phase, the next tile, its tops), the last two if the producer tells of
+    tiles, else what came in."""
     KC, NT, N, R, cap, G = sizes
     out_ptr, om, slots_ptr, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr, top_ptr = pointers
     e, n, first, rows = tile
@@ -258,7 +258,8 @@ def consumer_of(rings, bars, buf, vectors, pointers, table, table_ptr, sizes, cf
 
 @gluon.jit(do_not_specialize=["KC", "NT", "R", "cap", "G"])
 def narrow_prefill_kernel(x8_desc, x16_desc, x32_desc, x64_desc, x128_desc, w_desc, s_desc, f_desc, out_ptr, slots_ptr, factor_ptr,
-                          xfactor_ptr, bias_ptr, weight_ptr, top_ptr, table_ptr, count_ptr, KC, NT, R, cap, G, N, om, cfg: gl.constexpr):
+                          xfactor_ptr, bias_ptr, weight_ptr, top_ptr, table_ptr, count_ptr, KC, NT, R, cap, G, N, om,
+                          cfg: gl.constexpr):
     """A persistent grid. x.._desc: tokens [positions, K] in boxes of so many tokens x 128; w_desc int32 [G * NT, KC * rows, 256];
     s_desc int32 [G * NT, ceil(KC / 2), 128]; f_desc: tokens' ratios of scales, or scales, [positions, 4 KC] in boxes of 16 x 4; top:
     rows' largest scale codes (FP8). NT tiles of 64 weight rows, KC chunks of 128 of K, R rows of the output, om: their stride, N:
