@@ -205,10 +205,11 @@ def test_tiles_of_two_units_share_scales() -> None:
     assert [shape(t) for t in (2048, 4096, 8192)] == [(80, 4), (144, 4), (144, 4)]
 
 
-@pytest.mark.parametrize("n, k, tokens, tile", [(4096, 7168, 2048, (96, 128)), (4096, 7168, 4096, (160, 128)), (4096, 7168, 8192, (288, 128)),
-                                                (7168, 2048, 2048, (96, 128)), (7168, 2048, 4096, (160, 128)), (7168, 2048, 8192, (160, 128))])
+@pytest.mark.parametrize("n, k, tokens, tile", [(4096, 7168, 1024, (96, 128)), (4096, 7168, 2048, (96, 192)), (4096, 7168, 4096, (160, 128)),
+                                                (4096, 7168, 8192, (288, 128)), (7168, 2048, 1024, (96, 128)), (7168, 2048, 2048, (96, 192)),
+                                                (7168, 2048, 4096, (160, 128)), (7168, 2048, 8192, (160, 128))])
 def test_tiles_of_tokens_with_one_scale(tokens: int, tile: tuple[int, int], n: int, k: int) -> None:
-    """With 64 rows an expert most are in 96 columns; with 256 one tile holds an expert's, and its weights are expanded once: slower to
+    """With 32 or 64 rows an expert most are in 96 columns, and 192 rows of weights share 64; with 256 one tile holds an expert's, and its weights are expanded once: slower to
     store, which counts where K is short."""
     p = replace(for_fp8(m=8 * tokens, n=n, k=k, groups=256), a=Operand(FP8_ROW, scale_dtype="fp32"))
     c = min(narrow_prefill.configs(p, ARCH), key=lambda c: narrow_fp8_model.estimate(p, c, ARCH))
