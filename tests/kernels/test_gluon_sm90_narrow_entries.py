@@ -64,16 +64,18 @@ def test_entries_of_a_block(name: str, entries_device: types.ModuleType) -> None
 
 
 @pytest.mark.parametrize("columns", [False, True])
-@pytest.mark.parametrize(("ahead", "blocks", "box"), [(True, 5, 1), (True, 2, 1), (False, 5, 1), (True, 9, 2), (True, 3, 2), (False, 8, 2)])
-def test_producer_asks_for_the_first_weights_ahead(ahead: bool, blocks: int, box: int, columns: bool) -> None:
+@pytest.mark.parametrize(("ahead", "blocks", "box", "takes"), [(True, 5, 1, False), (True, 2, 1, True), (False, 5, 1, False), (True, 9, 2, True),
+                                                               (True, 3, 2, False), (False, 8, 2, False)])
+def test_producer_asks_for_the_first_weights_ahead(ahead: bool, blocks: int, box: int, takes: bool, columns: bool) -> None:
     """Every K block of every tile once, or pair of them, in order, a slot of the ring after the other, each behind a wait for it; tokens
-    behind the launch in front, weights of as many blocks as the ring has slots before that. In COLUMNS, each tile is announced before the
-    first tokens of the one before it are asked for, and behind the last one that there is none."""
+    behind the launch in front, weights of as many blocks as the ring has slots before that. In COLUMNS, and where tiles are taken by
+    number, each is announced before the first tokens of the one before it are asked for, and behind the last one that there is none."""
     kb = -(-blocks // box)
     module = emu.load_device_module("narrow_prefill_device")
     stages, tiles, programs = 3, 4, 5
     want = expected("masked")
-    cfg = types.SimpleNamespace(AHEAD=ahead, GROUPS=32, BT=BT, LAYOUT=LAYOUTS["masked"], UNITS=2, STAGES=stages, BOX=box, COLUMNS=columns, WIDTHS=((8, 0), (16, 0), (32, 0)))
+    cfg = types.SimpleNamespace(AHEAD=ahead, GROUPS=32, BT=BT, LAYOUT=LAYOUTS["masked"], UNITS=2, STAGES=stages, BOX=box, COLUMNS=columns, TAKES=takes,
+                                WIDTHS=((8, 0), (16, 0), (32, 0)))
     table = np.zeros(16 + 3 * 64, np.int32)
     table[0], table[16:].reshape(3, 64)[:, :len(want)] = len(want), np.array(want).T
     index, room = INDEX["masked"]
@@ -89,6 +91,8 @@ def test_producer_asks_for_the_first_weights_ahead(ahead: bool, blocks: int, box
     given["load_activations"] = lambda descs, rings, full, slot, first, k, cfg, p, q: log.append(("tokens", *number(slot, first, k), p))
     given["advance"] = lambda slot, phase, stages: ((slot + 1) % stages, phase ^ ((slot + 1) // stages))
 
+    taken = iter(range(10**6))
+    given["number_after"].__globals__["take"] = lambda counter: next(taken)
     given["announce"] = lambda i, tile, cfg: log.append(("announced", *number(i, *tile)))
 
     class Slots:
@@ -99,7 +103,7 @@ def test_producer_asks_for_the_first_weights_ahead(ahead: bool, blocks: int, box
         sums = emu.allocate_shared_memory(emu.int32, [32], None)
         if ahead:
             given["sum_up"](sums, index_ptr, groups, cap, cfg)
-        module.producer((), (), (None, Slots()), sums, index_ptr, (blocks, 2 * tiles, None, None, cap, groups), cfg)
+        module.producer((), (), (None, Slots()), sums, index_ptr, None, (blocks, 2 * tiles, None, None, cap, groups), cfg)
 
     seen = []
     for program in range(programs):
@@ -110,7 +114,8 @@ def test_producer_asks_for_the_first_weights_ahead(ahead: bool, blocks: int, box
             kernel(*emu.arguments((emu.Pointer(np.asarray(index, np.int32) if ahead else table), blocks, tiles, room if ahead else 64, len(index))))
         finally:
             block.end()
-        weights, tokens = ([x for x in log if x[0] == kind] for kind in ("weights", "tokens"))
+        at = {kind: [i for i, x in enumerate(log) if x[0] == kind] for kind in ("weights", "tokens", "announced")}
+        weights, tokens, told = ([log[i] for i in places] for places in at.values())
         assert [x[1] for x in weights] == [x[1] for x in tokens] == [i % stages for i in range(len(tokens))]
         assert [x[1:] for x in log if x[0] == "wait"] == [(i % stages, 1 ^ i // stages % 2) for i in range(len(tokens))]
         if ahead:
@@ -119,11 +124,10 @@ def test_producer_asks_for_the_first_weights_ahead(ahead: bool, blocks: int, box
             assert log[:front] == weights[:early] and not any(x[0] == "launch in front" for x in log[front + 1:])
         assert len(weights) == len(tokens) and len(tokens) % kb == 0
         for i, (w, x) in enumerate(zip(weights, tokens)):
-            assert w[3] == x[3] == i % kb and log.index(w) < log.index(x)
-        told = [x for x in log if x[0] == "announced"]
-        assert [x[1] for x in told] == list(range(1, 1 + len(tokens) // kb)) if columns else not told
-        for x, now, after in zip(told, tokens[::kb], [*tokens[kb::kb], None]):
-            assert log.index(x) < log.index(now) and (x[5] <= 0 if after is None else (x[4], x[5] > 0) == (after[2], True))
+            assert w[3] == x[3] == i % kb and at["weights"][i] < at["tokens"][i]
+        assert [x[1] for x in told] == list(range(1, 1 + len(tokens) // kb)) if columns or takes else not told
+        for place, now, x, after in zip(at["announced"], at["tokens"][::kb], told, [*tokens[kb::kb], None]):
+            assert place < now and (x[5] <= 0 if after is None else (x[4], x[5] > 0) == (after[2], True))
         for w, x in zip(weights[::kb], tokens[::kb]):
             seen.append((w[2] // (2 * tiles), w[2] % (2 * tiles) // 2, x[2], x[4]))
     assert sorted(seen) == sorted((e, n, first, next(p for p, _ in cfg.WIDTHS if p >= rows)) for e, first, rows in want for n in range(tiles))
