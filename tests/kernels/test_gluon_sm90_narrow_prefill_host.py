@@ -323,7 +323,7 @@ def test_tiles_are_taken_by_number_where_the_place_of_what_is_told_is_known() ->
             tile = narrow_prefill.tile_of(p, c)
             tokens = max(tile.T0, tile.T1) * (256 if a.format == BF16 else 128)
             weights = tile.UNITS * 4096
-            assert (tile.FP8 and (tile.COLUMNS or tokens <= weights)) == tile.TAKES, c
+            assert (tile.FP8 and (tile.COLUMNS or (tile.CTAS == 1 and tokens <= weights))) == tile.TAKES, c
             assert ((tile.TAKES and not tile.COLUMNS) or tile.STREAM) == tile.RING
             assert not tile.RING or tile.STAGES * tile.BOX * weights == 8 * tile.F_AT
             assert not tile.TAKES or tile.STAGES + 2 <= 16, "16 tiles are told of: a ring's slots may all be of others"
