@@ -19,8 +19,8 @@ FP8_WIDTHS = {
     64: ((16, 0), (32, 0), (32, 16), (64, 0)),
     128: ((32, 0), (64, 0), (64, 32), (128, 0)),
 }
-# widths that are one wgmma of a multiple of 16 columns, by the most tokens. Each has code of its own, the store included: 256x144 is
-# 0.6 to 3.7% faster without 48 and 80
+# widths that are one wgmma of a multiple of 16 columns, by the most tokens. Each has code of its own, the store included: 256x144
+# is 0.6 to 3.7% faster without 48 and 80
 COLUMNS = {
     96: (32, 48, 64, 80, 96),
     80: (32, 48, 64, 80),
