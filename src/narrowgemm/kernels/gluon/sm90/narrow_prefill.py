@@ -196,8 +196,8 @@ def tile_of(problem: Problem, config: Config, slots: bool = True, factor: bool =
                 **({"CTAS": 2, "CONSUMER_REGISTERS": 104, "PRODUCER_REGISTERS": 24} if config.option("ctas", 1) == 2 else
                    {"CONSUMER_REGISTERS": 160, "PRODUCER_REGISTERS": 24} if consumers(config) == 3 else
                    {"CONSUMER_REGISTERS": 240, "PRODUCER_REGISTERS": 24} if fp8 else {}))
-    # a block's later tiles are taken by number where the place of what is told of them is known. Two blocks of an SM that did so gave
-    # wrong sums of 16 weight rows in a few of 100 replays of a graph: not explained
+    # a block's later tiles are taken by number where the place of what is told of them is known. Two blocks of an SM that did so
+    # gave wrong sums of 16 weight rows in a few of 100 replays of a graph: not explained
     return replace(tile, TAKES=True) if fp8 and tile.CTAS == 1 and tile.weights_first else tile
 
 
