@@ -187,7 +187,7 @@ def tile_of(problem: Problem, config: Config, slots: bool = True, factor: bool =
     args = (*e.activation_args, 0.0, 0.0)
     pair, fp8 = problem.b.prepack.partition(":")[2], by_fp8(problem, config)
     fp32, ahead = e.combine or problem.out_dtype == "fp32", starts_ahead(problem, config)
-    tile = Tile(BT=config.block_m, MP=config.block_n // (consumers(config) * ROWS), STAGES=config.num_stages, UNROLL=unroll,
+    return Tile(BT=config.block_m, MP=config.block_n // (consumers(config) * ROWS), STAGES=config.num_stages, UNROLL=unroll,
                 REST=k_blocks(problem) % unroll if box == 1 else 0,     # slots of several end with zeros
                 E4M3=problem.b.format.element == "e4m3", SLOTS=slots, FACTOR=factor,
                 XFACTOR=problem.a.format.scaled and (not fp8 or row), PAIR=PAIR_IDS[pair], ACT=ACT_IDS[e.activation],
@@ -196,16 +196,13 @@ def tile_of(problem: Problem, config: Config, slots: bool = True, factor: bool =
                 OUT_BYTES=4 if fp32 else problem.out_bytes,
                 ROW=row, CONSUMERS=consumers(config), COLUMNS=columns, PIECE=piece_of(config) if columns else 0, AHEAD=ahead,
                 BOX=box, CHAIN=columns and chains(problem, config), BOTH=BOTH.get((config.block_m, config.block_n // ROWS), 0),
-                BY_K=fp8 and not row, TAKES=columns, STREAM=bool(config.option("stream")),
+                BY_K=fp8 and not row, STREAM=bool(config.option("stream")),
                 OUT_TOKENS=16 if box > 1 and config.option("ctas", 1) == 2 else 32,
                 LAYOUT=LAYOUTS[problem.layout] if ahead else 0,
                 GROUPS=max(32, power_of_two(problem.groups)) if ahead else 32,
                 **({"CTAS": 2, "CONSUMER_REGISTERS": 104, "PRODUCER_REGISTERS": 24} if config.option("ctas", 1) == 2 else
                    {"CONSUMER_REGISTERS": 160, "PRODUCER_REGISTERS": 24} if consumers(config) == 3 else
                    {"CONSUMER_REGISTERS": 240, "PRODUCER_REGISTERS": 24} if fp8 else {}))
-    # a block's later tiles are taken by number where the place of what is told of them is known. Two blocks of an SM that did so
-    # gave wrong sums of 16 weight rows in a few of 100 replays of a graph: not explained
-    return replace(tile, TAKES=True) if fp8 and tile.CTAS == 1 and tile.weights_first else tile
 
 
 def starts_ahead(problem: Problem, config: Config) -> bool:

@@ -133,7 +133,7 @@ def run_tile(slot, phase, rings, bars, buf, vectors, pointers, tile, made, tops,
     if cfg.FP8:
         mine = tops
         if not cfg.TAKES:
-            mine = tops_of(top_ptr, e * NT + unit, (NT - unit) * 64, cfg)
+            mine = tops_of(top_ptr, e, n, NT, cfg, WG)
         sums, slot, phase = products8(slot, phase, KC, mine, rings, bars, cfg, WG, P0, P1)
     else:
         sums, slot, phase = products(slot, phase, KC, rings, bars, cfg, WG, P0, P1)
@@ -162,8 +162,7 @@ def consumer(rings, bars, buf, vectors, pointers, table, table_ptr, sizes, cfg: 
     e, n, first, rows = tile_at(t, total, num_n, sums, table_ptr, G, cap, cfg, 4)
     tops = ()
     if cfg.TAKES:
-        unit = n * cfg.UNITS + WG * cfg.MP
-        tops = tops_of(pointers[7], e * NT + unit, (NT - unit) * 64, cfg)
+        tops = tops_of(pointers[7], e, n, NT, cfg, WG)
     if cfg.AHEAD and (cfg.WEIGHT or cfg.XFACTOR):
         gdc_wait()
     while rows > 0:
@@ -213,7 +212,7 @@ def columns_consumer(rings, bars, buf, vectors, pointers, table, table_ptr, size
     made = gl.to_tensor(0)
     e, n, first, rows = tile_at(gl.program_id(0), count * num_n, num_n, entry_ends, table_ptr, G, cap, cfg, 4)
     unit = n * cfg.UNITS + WG * MP
-    tops = tops_of(top_ptr, e * NT + unit, (NT - unit) * 64, cfg)
+    tops = tops_of(top_ptr, e, n, NT, cfg, WG)
     tables = lane_table()
     first_turn(cfg, WG)
     if cfg.AHEAD and (cfg.WEIGHT or cfg.XFACTOR):

@@ -76,13 +76,14 @@ def announced(i, cfg: gl.constexpr):
 
 
 @gluon.jit
-def tops_of(top_ptr, unit, rows, cfg: gl.constexpr):
-    """Of one consumer's units, what expanding them takes. top_ptr: rows' largest scale codes; unit: the first one of all the weights' tiles of
-    64 rows; rows: of its expert that there are from it on."""
+def tops_of(top_ptr, e, n, NT, cfg: gl.constexpr, WG: gl.constexpr):
+    """Of one consumer's units of n tile `n` of expert `e`, what expanding them takes. top_ptr: rows' largest scale codes; NT: tiles of 64 rows
+    of an expert."""
     MP: gl.constexpr = cfg.MP
+    unit = n * cfg.UNITS + WG * MP
     tops = ()
     for u in gl.static_range(MP):
-        tops = tops + (row_tops(top_ptr, (unit + u).to(gl.int64) * 64, rows - u * 64), )
+        tops = tops + (row_tops(top_ptr, (e * NT + unit + u).to(gl.int64) * 64, (NT - unit) * 64 - u * 64), )
     return tops
 
 
@@ -90,5 +91,4 @@ def tops_of(top_ptr, unit, rows, cfg: gl.constexpr):
 def next_tile(i, top_ptr, NT, cfg: gl.constexpr, WG: gl.constexpr):
     """(tile i, what expanding its weights takes): asked for in front of the store of the one before."""
     tile = announced(i, cfg)
-    unit = tile[1] * cfg.UNITS + WG * cfg.MP
-    return tile, tops_of(top_ptr, tile[0] * NT + unit, (NT - unit) * 64, cfg)
+    return tile, tops_of(top_ptr, tile[0], tile[1], NT, cfg, WG)
