@@ -30,7 +30,7 @@ PROBLEMS = (("offsets", BF16, MXFP4, 128, 16384, 5760, 2880, "interleaved", "swi
             ("contiguous", FP8_1x128, MXFP4, 8, 4096, 7168, 2048, "", "", False, False, (128, 1)),
             ("offsets", FP8_1x128, FP8_PREPACK, 256, 8192, 7168, 2048, "", "", False, True, (32, 2)),
             ("offsets", FP8_1x128, FP8_PREPACK, 64, 8192, 4096, 7168, "halves", "swiglu", False, False, None),
-            ("masked", FP8_ROW, FP8_PREPACK, 8, 128, 7168, 1408, "", "", False, False, (32, 1)),
+            ("masked", FP8_1x128.with_scale("e8m0"), FP8_PREPACK, 8, 128, 7168, 1408, "", "", False, False, (32, 1)),
             ("offsets", FP8_ROW, FP8_PREPACK, 256, 32768, 4096, 7168, "", "", False, False, None),
             ("offsets", FP8_1x128, FP8_PREPACK, 256, 16384, 4096, 7168, "", "", False, True, (96, 1)),
             ("offsets", BF16, FP8_PREPACK, 128, 1024, 5760, 2880, "", "", False, False, (32, 1)),

@@ -92,10 +92,10 @@ def test_weights_packed_for_fp8() -> None:
             assert "BF16" in (kernel.supports(replace(p, a=a), ARCH) or "")
     assert FP8_PREPACK in (narrow.supports(p, ARCH) or "")
     found = narrow_prefill.configs(p, ARCH)
-    shapes = {(t, 2 * u) for t, u in narrow_prefill.FP8_SHAPES}
+    shapes = {(t, 2 * u) for t, u in (*narrow_prefill.FP8_SHAPES, narrow_prefill.FP8_PAIR)}
     assert {(c.block_m, c.block_n // 64) for c in found} == shapes | set(narrow_prefill.FP8_COLUMNS) - set(narrow_prefill.OF_ROWS)
     assert {c.block_m for c in found} == {*FP8_WIDTHS, *COLUMNS} - {288}
-    assert [dict(c.extra) for c in found if c.extra] == [{"box": 2}, {"box": 2}, {"box": 2}]
+    assert [dict(c.extra) for c in found if c.extra] == [{"box": 2}, {"box": 2}, {"box": 2}, {"box": 2, "ctas": 2}]
     for slots, factor in ((False, False), (True, True)):
         tiles = [narrow_prefill.tile_of(p, c, slots, factor) for c in found]
         assert all(t.FP8 and not t.CHUNKED and not t.XFACTOR and t.shared_bytes <= ARCH.smem for t in tiles)
@@ -115,7 +115,7 @@ def test_weights_are_asked_for_in_front_where_groups_have_one_entry(layout: str,
     p = describe("gemm" if layout == "dense" else "grouped_gemm", layout=layout, groups=1 if layout == "dense" else 8,
                  m=128 if layout == "masked" else rows, n=7168, k=2048, a="fp8_1x128", b="mxfp4", packed="fp8", expected_m=rows)
     found = [c for c in narrow_prefill.configs(p, ARCH) if c.block_m == 32 and not c.option("bf16")]
-    assert len(found) == 1 and all(narrow_prefill.touched(p, c) == blocks for c in found)
+    assert len(found) == 2 and all(narrow_prefill.touched(p, c) == blocks for c in found)
 
 
 def test_rows_with_one_scale_go_with_weights_packed_for_fp8() -> None:
@@ -307,23 +307,12 @@ def test_many_tokens_choose_it_and_few_do_not() -> None:
 
 def test_weights_of_few_groups_pass_through_l2() -> None:
     """Where they are up to three times as large as it, and tokens are few: not a dense product's, which another call may find there."""
-    def small(a: Operand, **kw: object) -> dict[str, object]:
-        """Of the smallest tile: with two blocks an SM if it has them."""
-        return [dict(c.extra) for c in narrow_prefill.configs(replace(for_fp8(**kw), a=a), ARCH) if c.block_m == 32][-1]
+    def pair(**kw: object) -> dict[str, object]:
+        return next(dict(c.extra) for c in narrow_prefill.configs(for_fp8(**kw), ARCH) if c.option("ctas"))
 
-    few, dense = dict(m=64, n=7168, k=2048, layout="masked"), dict(m=64, n=7168, k=2048, groups=1, layout="dense")
-    for a, options in ((Operand(FP8_ROW, scale_dtype="fp32"), {"box": 2, "ctas": 2}), (Operand(FP8_1x128, scale_dtype="fp32"), {})):
-        assert small(a, groups=8, **few) == options | {"stream": 1}
-        assert small(a, groups=32, **few) == small(a, **dense) == options
-
-
-def test_two_blocks_an_sm_are_not_for_scales_of_128_of_k() -> None:
-    """They gave wrong sums in some replays of graphs."""
-    p = for_fp8()
-    row = replace(p, a=Operand(FP8_ROW, scale_dtype="fp32"))
-    pair = next(c for c in narrow_prefill.configs(row, ARCH) if c.option("ctas"))
-    assert narrow_prefill.legal(row, pair, ARCH) is None and "two blocks an SM" in (narrow_prefill.legal(p, pair, ARCH) or "")
-    assert not any(c.option("ctas") for c in narrow_prefill.configs(p, ARCH))
+    few = dict(m=64, n=7168, k=2048, layout="masked")
+    assert pair(groups=8, **few) == {"box": 2, "ctas": 2, "stream": 1}
+    assert pair(groups=32, **few) == pair(m=64, n=7168, k=2048, groups=1, layout="dense") == {"box": 2, "ctas": 2}
 
 
 def test_tiles_are_taken_by_number_where_the_place_of_what_is_told_is_known() -> None:
@@ -334,7 +323,7 @@ def test_tiles_are_taken_by_number_where_the_place_of_what_is_told_is_known() ->
             tile = narrow_prefill.tile_of(p, c)
             tokens = max(tile.T0, tile.T1) * (256 if a.format == BF16 else 128)
             weights = tile.UNITS * 4096
-            assert (tile.FP8 and (tile.COLUMNS or (tile.CTAS == 1 and tokens <= weights))) == tile.TAKES, c
+            assert (tile.FP8 and (tile.COLUMNS or tokens <= weights)) == tile.TAKES, c
             assert ((tile.TAKES and not tile.COLUMNS) or tile.STREAM) == tile.RING
             assert not tile.RING or tile.STAGES * tile.BOX * weights == 8 * tile.F_AT
             assert not tile.TAKES or tile.STAGES + 2 <= 16, "16 tiles are told of: a ring's slots may all be of others"
@@ -344,13 +333,13 @@ def test_rings_that_are_refused() -> None:
     """Slots of several K blocks where products are in pieces, or trips are of others; a ring of tokens in front of the weights'."""
     p = for_fp8()
     found = narrow_prefill.configs(p, ARCH)
-    small = next(c for c in found if c.block_m == 32)
+    pair = next(c for c in found if c.option("ctas"))
     columns, wide, pieces = (next(c for c in found if c.block_m == t) for t in (96, 128, 144))
 
     def said(config: Config, **extra: int) -> str:
         return narrow_prefill.legal(p, replace(config, extra=tuple(sorted((dict(config.extra) | extra).items()))), ARCH) or ""
 
-    assert "box=4" in said(small, box=4) and "box=2" in said(small, box=2, unroll=4) and "box=2" in said(pieces, box=2)
+    assert "box=4" in said(pair, box=4) and "box=2" in said(pair, unroll=4) and "box=2" in said(pieces, box=2)
     assert said(columns, box=1) == ""
-    assert "stream" in said(wide, stream=1) and said(small, stream=1) == ""
+    assert "stream" in said(wide, stream=1) and said(pair, stream=1) == ""
     assert "box=2" in (narrow_prefill.legal(problem(), replace(narrow_prefill.configs(problem(), ARCH)[0], extra=(("box", 2), )), ARCH) or "")

@@ -35,7 +35,7 @@ RUNS = [*((MAIN, shape) for shape in narrow_prefill.SHAPES),
                                    ("offsets", MXFP4, (32, 1)), ("offsets", MXFP4, (64, 1)))),
         *((Case("narrow-prefill", layout, 24, 60, 328, 672, sizes="uniform:0.0:2.4", alignment=1, a=a, b=MXFP4, packed="fp8", out_dtype=out,
                 max_m=200 if layout == "masked" else 0, order="repeated" if layout == "contiguous" else "sorted"), t)
-          for layout, a, t, out in (("offsets", FP8_1x128, (32, 2), "bf16"), ("offsets", FP8_1x128, (32, 2), "fp32"), ("masked", FP8_1x128, (64, 2), "fp32"),
+          for layout, a, t, out in (("offsets", FP8_1x128, (32, 1), "bf16"), ("offsets", FP8_1x128, (32, 2), "fp32"), ("masked", FP8_1x128, (64, 2), "fp32"),
                                     ("contiguous", FP8_1x128, (128, 1), "bf16"), ("psum", FP8_1x128, (64, 2), "bf16"),
                                     ("offsets", FP8_1x128.with_scale("e8m0"), (64, 1), "bf16"))),
         *((Case("narrow-prefill", layout, 12, 110, 328, 1184, sizes="uniform:0.0:2.4", alignment=1, a=a, b=MXFP4, packed="fp8", out_dtype=out,
@@ -51,14 +51,14 @@ RUNS = [*((MAIN, shape) for shape in narrow_prefill.SHAPES),
                                     ("offsets", FP8_ROW, (64, 1), "bf16"), ("offsets", FP8_ROW, (32, 2), "bf16"), ("masked", FP8_ROW, (32, 1), "bf16"))),
         (Case("narrow-prefill", "dense", 1, 333, 320, 1152, a=FP8_ROW, b=MXFP4, packed="fp8"), (160, 1)),
         (Case("narrow-prefill", "dense", 1, 333, 320, 1152, a=FP8_1x128, b=MXFP4, packed="fp8"), (160, 1)),
-        (Case("narrow-prefill", "offsets", 40, 4, 192, 256, sizes="empty:0.4", a=FP8_1x128, b=MXFP4, packed="fp8"), (32, 2)),
+        (Case("narrow-prefill", "offsets", 40, 4, 192, 256, sizes="empty:0.4", a=FP8_1x128, b=MXFP4, packed="fp8"), (32, 1)),
         (Case("narrow-prefill", "dense", 1, 77, 320, 1152, a=FP8_1x128, b=MXFP4, packed="fp8"), (64, 1)),
         # few rows where there is room for many; more groups than a warp finds entries of
-        (Case("narrow-prefill", "masked", 24, 3, 328, 672, max_m=4100, sizes="empty:0.4", a=FP8_1x128, b=MXFP4, packed="fp8"), (32, 2)),
+        (Case("narrow-prefill", "masked", 24, 3, 328, 672, max_m=4100, sizes="empty:0.4", a=FP8_1x128, b=MXFP4, packed="fp8"), (32, 1)),
         (Case("narrow-prefill", "masked", 6, 9, 192, 256, max_m=1000, sizes="uniform:0.0:2.4", a=BF16, b=MXFP4, packed=True), SMALL),
         # what DeepGEMM's masked tests have room for, 1.9 GB of A in BF16
         (Case("narrow-prefill", "masked", 32, 6, 256, 7168, max_m=4096, sizes="uniform:0.0:2.0", a=BF16, b=MXFP4, packed=True), SMALL),
-        (Case("narrow-prefill", "offsets", 300, 2, 128, 256, sizes="empty:0.4", a=FP8_1x128, b=MXFP4, packed="fp8"), (32, 2)),
+        (Case("narrow-prefill", "offsets", 300, 2, 128, 256, sizes="empty:0.4", a=FP8_1x128, b=MXFP4, packed="fp8"), (32, 1)),
         (Case("narrow-prefill", "psum", 6, 90, 320, 640, sizes="empty:0.3", a=MXFP4, b=MXFP4, packed=True), (128, 1)),
         (Case("narrow-prefill", "masked", 6, 50, 320, 640, max_m=100, sizes="uniform:0.3:1.7", a=BF16, b=MXFP4, packed=True), SMALL)]
 
@@ -96,6 +96,25 @@ def test_few_blocks_take_tiles_by_number(case: Case, shape: tuple[int, float]) -
         inputs.reset_out()
         graph.replay()
         assert torch.equal(inputs.out.tensor.view(torch.uint8), want.view(torch.uint8))
+
+
+def test_slots_are_not_refilled_under_loads() -> None:
+    """Two blocks an SM, few of them: one replay in a thousand was wrong where a warp's load of scales was not waited for in front of
+    giving the slot back (H200; H100: one in 10000)."""
+    case = next(c for c, shape in RUNS if shape == (32, 1) and c.packed == "fp8" and c.layout == "offsets" and c.groups == 24)
+    inputs = build(case, "cuda", seed=5)
+    config = config_of(inputs.plan(backend=NAME).problem, (32, 1))
+    assert config.option("ctas") == 2
+    inputs.call(backend=NAME, config=config)
+    want, wrong = inputs.out.tensor.clone(), torch.zeros((), dtype=torch.int64, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        inputs.call(backend=NAME, config=config, max_sms=8)
+    for _ in range(5000):
+        inputs.reset_out()
+        graph.replay()
+        wrong += (inputs.out.tensor != want).any()
+    assert int(wrong) == 0
 
 
 def routed(seed: int, tokens: int = 300, top_k: int = 4, experts: int = 8, n: int = 320, k: int = 672) -> dict:

@@ -21,6 +21,7 @@ from . import cluster_device as cluster
 from .fold_expand_device import NIBBLES_ASM, blocks_layout, of_blocks, of_lane, words_layout
 from .fp8_block_parts_device import advance
 from .fp8_block_schedule_device import fresh
+from .landed_device import landed
 from .narrow_expand_device import field_layout
 from .narrow_fp8_device import CUBE, sixteens_layout, sums8_layout
 from .narrow_prefill_parts_device import ROWS_OF_BYTES
@@ -226,6 +227,11 @@ def some_columns(sums, parts, operands, slot, done, f_s, empty, cfg: gl.constexp
                 scales = scales + (s, )
         some = settle(some, scales, P, cfg, WG, MP - 1 - u if EACH > 0 else 0)
         if TO == ALL and u == MP - 1:
+            if MP == 1 and not cfg.ROW:     # several units': those of the first one have been added up by then
+                there = scales
+                scales = ()
+                for i in gl.static_range(TO - FROM):
+                    scales = scales + (landed(there[i], slot, 8, 4), )
             for i in gl.static_range(len(done)):
                 mbarrier.arrive(empty.index(done[i]), count=1)
         if not LAST:

@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup
 from .fold_expand_device import NIBBLES, lane_table, of_lane
 from .fp8_block_parts_device import advance
 from .fp8_block_schedule_device import fresh
+from .landed_device import landed
 from .narrow_expand_device import byte_layout, bytes_layout, field_layout
 from .narrow_prefill_parts_device import ROWS_OF_BYTES, X8_TILE, settle
 from .shim import view_as, view_cube
@@ -156,6 +157,17 @@ def add_up(sums, parts, scales, cfg: gl.constexpr, UNIT: gl.constexpr, PIECES: g
 
 
 @gluon.jit
+def freed(scales, empty, slot):
+    """The scales; the slot that they are from, with all of its products done, is the producer's again."""
+    there = ()
+    for i in gl.static_range(len(scales)):
+        P: gl.constexpr = scales[i].shape[1]
+        there = there + (landed(scales[i], slot, P // 4, 4 if P > 8 else 1), )
+    mbarrier.arrive(empty.index(slot), count=1)
+    return there
+
+
+@gluon.jit
 def blocks8(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg: gl.constexpr, WG: gl.constexpr, P0: gl.constexpr,
             P1: gl.constexpr, COUNT: gl.constexpr):
     """COUNT K blocks from kb, whole slots, each unit's product a step. Leaves with nothing in flight: ptxas serialises wgmma that are, across a loop's
@@ -175,7 +187,7 @@ def blocks8(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg: gl.con
             if c + i > 0:
                 parts = settle(parts, PIECES)
                 if i == 0 and c % cfg.BOX == 0:
-                    mbarrier.arrive(empty.index(old), count=1)
+                    scales = freed(scales, empty, old)
                 sums = add_up(sums, parts, scales, cfg, (i + MP - 1) % MP, PIECES)
             if i == 0:
                 scales = (scales_of(rings[4], slot, cfg, cfg.T0, P0, c % cfg.BOX), )
@@ -186,7 +198,7 @@ def blocks8(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg: gl.con
         if c % cfg.BOX == cfg.BOX - 1:
             slot, phase = advance(slot, phase, cfg.STAGES)
     parts = settle(parts, PIECES)
-    mbarrier.arrive(empty.index(old), count=1)
+    scales = freed(scales, empty, old)
     sums = add_up(sums, parts, scales, cfg, MP - 1, PIECES)
     return sums, parts, slot, phase
 

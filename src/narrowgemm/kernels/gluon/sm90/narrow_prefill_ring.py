@@ -1,4 +1,4 @@
-"""The ring of the smallest tiles of FP8 tokens: slots where two blocks share an SM, and whether weights pass through L2."""
+"""The ring of the smallest tiles of FP8 tokens, two blocks an SM: its slots, and whether weights pass through L2."""
 
 from __future__ import annotations
 
@@ -14,13 +14,9 @@ from .occupancy import STREAM_CACHES
 BOX, SLOTS = 2, 3
 
 
-def streams(problem: Problem, arch: Arch) -> bool:
-    """Whether weights pass through L2, which gives them up first and keeps what others wrote: if they are of groups and not many
-    times as large, for each is read once."""
-    weights = active_experts(problem) * problem.b.format.storage_bytes(problem.n, problem.k)
-    return problem.layout != "dense" and weights <= STREAM_CACHES * arch.l2
-
-
 def options(problem: Problem, arch: Arch) -> tuple[tuple[str, Any], ...]:
-    """Of a config with two blocks an SM, in order."""
-    return (("box", BOX), ("ctas", 2), *((("stream", 1), ) if streams(problem, arch) else ()))
+    """Of a config, in order. Weights pass through L2, which gives them up first and keeps what others wrote, if they are of groups
+    and not many times as large: of those, each is read once."""
+    weights = active_experts(problem) * problem.b.format.storage_bytes(problem.n, problem.k)
+    stream = problem.layout != "dense" and weights <= STREAM_CACHES * arch.l2
+    return (("box", BOX), ("ctas", 2), *((("stream", 1), ) if stream else ()))

@@ -85,8 +85,7 @@ class Tile:
     BOTH: int = 0            # COLUMNS: up to so many each unit of a consumer has sums of its own for products
     PIECE: int = 0           # consumers multiply in no order, products of so many columns at most; 0: in turns, all columns
     # a block takes its tiles but the first two by number, from a counter (see narrow_prefill_tiles_device): of FP8 products, where
-    # the place of what is told of them is known. Two blocks of an SM that did so gave wrong sums of 16 weight rows in a few of 100
-    # replays of a graph: not explained
+    # the place of what is told of them is known
     TAKES: bool = field(init=False)
     RING: bool = field(init=False)           # weights' slots begin at the start of shared memory
     F_AT: int = field(init=False)            # RING: words of 8 bytes in front of the weights' barriers, in their allocation
@@ -120,7 +119,7 @@ class Tile:
         set_(self, "FEATURES", 32 if self.ACT else 64)
         set_(self, "WEIGHT_ROWS", 8 if self.E4M3 else 4)
         set_(self, "X_BOXES", self.STAGES * self.BOX * max(self.XT // 16, self.UNITS * self.WEIGHT_ROWS // 2) + 1)
-        set_(self, "TAKES", self.FP8 and (self.COLUMNS or (self.CTAS == 1 and self.weights_first)))
+        set_(self, "TAKES", self.FP8 and (self.COLUMNS or self.weights_first))
         set_(self, "RING", self.STREAM or (self.TAKES and not self.COLUMNS))
         set_(self, "F_AT", self.STAGES * self.UNITS * self.BOX * self.WEIGHT_ROWS * 128 if self.RING else 0)
         set_(self, "WEIGHT_BYTES", self.UNITS * (self.BOX * self.WEIGHT_ROWS * 1024 + SCALE_BYTES))
