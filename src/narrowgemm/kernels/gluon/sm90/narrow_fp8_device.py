@@ -158,11 +158,10 @@ def add_up(sums, parts, scales, cfg: gl.constexpr, UNIT: gl.constexpr, PIECES: g
 
 @gluon.jit
 def freed(scales, empty, slot):
-    """The scales; the slot that they are from, with all of its products done, is the producer's again."""
+    """The scales; the slot that they are from, whose products are done, is the producer's again."""
     there = ()
     for i in gl.static_range(len(scales)):
-        P: gl.constexpr = scales[i].shape[1]
-        there = there + (landed(scales[i], slot, P // 4, 4 if P > 8 else 1), )
+        there = there + (landed(scales[i], slot, scales[i].shape[1] // 4, 4 if scales[i].shape[1] > 8 else 1), )
     mbarrier.arrive(empty.index(slot), count=1)
     return there
 
