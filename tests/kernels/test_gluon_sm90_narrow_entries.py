@@ -63,18 +63,16 @@ def test_entries_of_a_block(name: str, entries_device: types.ModuleType) -> None
     assert all(tokens <= 0 for live, *_, tokens in found if not live)
 
 
-@pytest.mark.parametrize("columns", [False, True])
-@pytest.mark.parametrize(("ahead", "blocks", "box", "takes"), [(True, 5, 1, False), (True, 2, 1, True), (False, 5, 1, False), (True, 9, 2, True),
-                                                               (True, 3, 2, False), (False, 8, 2, False)])
-def test_producer_asks_for_the_first_weights_ahead(ahead: bool, blocks: int, box: int, takes: bool, columns: bool) -> None:
+@pytest.mark.parametrize(("ahead", "blocks", "box"), [(True, 5, 1), (True, 2, 1), (False, 5, 1), (True, 9, 2), (True, 3, 2), (False, 8, 2)])
+def test_producer_asks_for_the_first_weights_ahead(ahead: bool, blocks: int, box: int) -> None:
     """Every K block of every tile once, or pair of them, in order, a slot of the ring after the other, each behind a wait for it; tokens
-    behind the launch in front, weights of as many blocks as the ring has slots before that. In COLUMNS, and where tiles are taken by
-    number, each is announced before the first tokens of the one before it are asked for, and behind the last one that there is none."""
+    behind the launch in front, weights of as many blocks as the ring has slots before that. Each tile is announced
+    before the first tokens of the one before it are asked for, and behind the last one that there is none."""
     kb = -(-blocks // box)
     module = emu.load_device_module("narrow_prefill_device")
     stages, tiles, programs = 3, 4, 5
     want = expected("masked")
-    cfg = types.SimpleNamespace(AHEAD=ahead, GROUPS=32, BT=BT, LAYOUT=LAYOUTS["masked"], UNITS=2, STAGES=stages, BOX=box, COLUMNS=columns, TAKES=takes,
+    cfg = types.SimpleNamespace(AHEAD=ahead, GROUPS=32, BT=BT, LAYOUT=LAYOUTS["masked"], UNITS=2, STAGES=stages, BOX=box,
                                 WIDTHS=((8, 0), (16, 0), (32, 0)))
     table = np.zeros(16 + 3 * 64, np.int32)
     table[0], table[16:].reshape(3, 64)[:, :len(want)] = len(want), np.array(want).T
@@ -125,7 +123,7 @@ def test_producer_asks_for_the_first_weights_ahead(ahead: bool, blocks: int, box
         assert len(weights) == len(tokens) and len(tokens) % kb == 0
         for i, (w, x) in enumerate(zip(weights, tokens)):
             assert w[3] == x[3] == i % kb and at["weights"][i] < at["tokens"][i]
-        assert [x[1] for x in told] == list(range(1, 1 + len(tokens) // kb)) if columns or takes else not told
+        assert [x[1] for x in told] == list(range(1, 1 + len(tokens) // kb))
         for place, now, x, after in zip(at["announced"], at["tokens"][::kb], told, [*tokens[kb::kb], None]):
             assert place < now and (x[5] <= 0 if after is None else (x[4], x[5] > 0) == (after[2], True))
         for w, x in zip(weights[::kb], tokens[::kb]):

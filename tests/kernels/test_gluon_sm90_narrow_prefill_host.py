@@ -315,18 +315,18 @@ def test_weights_of_few_groups_pass_through_l2() -> None:
     assert pair(groups=32, **few) == pair(m=64, n=7168, k=2048, groups=1, layout="dense") == {"box": 2, "ctas": 2}
 
 
-def test_tiles_are_taken_by_number_where_the_place_of_what_is_told_is_known() -> None:
-    """Of FP8 products: behind the weights of a ring that is the largest allocation, or behind the tokens of COLUMNS."""
-    for a in (Operand(FP8_1x128, scale_dtype="fp32"), Operand(FP8_ROW, scale_dtype="fp32"), Operand(BF16)):
-        p = replace(for_fp8(), a=a)
+def test_what_is_told_of_tiles_lies_behind_the_largest_ring() -> None:
+    """Behind the weights' barriers of a ring that is the largest allocation, or behind the tokens."""
+    fp8 = [replace(for_fp8(), a=a) for a in (Operand(FP8_1x128, scale_dtype="fp32"), Operand(FP8_ROW, scale_dtype="fp32"), Operand(BF16))]
+    for p in (*fp8, problem(), problem(b=MXFP8)):
         for c in narrow_prefill.configs(p, ARCH):
             tile = narrow_prefill.tile_of(p, c)
-            tokens = max(tile.T0, tile.T1) * (256 if a.format == BF16 else 128)
-            weights = tile.UNITS * 4096
-            assert (tile.FP8 and (tile.COLUMNS or tokens <= weights)) == tile.TAKES, c
-            assert ((tile.TAKES and not tile.COLUMNS) or tile.STREAM) == tile.RING
-            assert not tile.RING or tile.STAGES * tile.BOX * weights == 8 * tile.F_AT
-            assert not tile.TAKES or tile.STAGES + 2 <= 16, "16 tiles are told of: a ring's slots may all be of others"
+            of_token, weights = 128 if tile.FP8 and not tile.TWO else 256, tile.UNITS * tile.WEIGHT_ROWS * 1024
+            assert tile.RING == (not tile.COLUMNS and max(tile.T0, tile.T1) * of_token <= weights), c
+            slot = weights if tile.RING else (tile.XT if tile.COLUMNS else tile.T0) * of_token
+            assert tile.TOLD_AT == tile.STAGES * tile.BOX * slot + (128 if tile.RING else 0)
+            assert not tile.RING or 8 * tile.STAGES <= 128, "the weights' barriers"
+            assert tile.STAGES + 2 <= 16, "16 tiles are told of: a ring's slots may all be of others"
 
 
 def test_rings_that_are_refused() -> None:

@@ -78,8 +78,7 @@ def test_gates(case: Case, shape: tuple[int, float]) -> None:
     inputs.verify_repeats(backend=NAME, config=config)
 
 
-@pytest.mark.parametrize("case, shape", [x for x in RUNS if x[0].packed == "fp8"],
-                         ids=lambda x: x.id if isinstance(x, Case) else f"{x[0]}x{x[1]}")
+@pytest.mark.parametrize("case, shape", RUNS, ids=lambda x: x.id if isinstance(x, Case) else f"{x[0]}x{x[1]}")
 def test_few_blocks_take_tiles_by_number(case: Case, shape: tuple[int, float]) -> None:
     """Blocks that have many tiles each do every one of them once, call after call: the bits of a block for every tile."""
     inputs = build(case, "cuda", seed=5)

@@ -278,7 +278,6 @@ class PrepStatic:
     PDL: bool = False        # the product starts meanwhile
     TOUCHED: int = 0         # K blocks that L2 is asked for, for each block of the product, a power of two
     UNITS: int = 0           # of a tile
-    TAKES: bool = False      # the counter of tiles is set to nothing
 
 
 def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None) -> list[Launch]:
@@ -313,7 +312,7 @@ def launches(step: Step, problem: Problem, x: Operands, workspace: Tensor | None
         KIND=KINDS[problem.layout], BT=config.block_m, GROUPS=power_of_two(x.groups), XKIND=order_of_k,
         GROUP=problem.a.format.group[1] or 32, LIVE=e.combine, BK=PREP_K, SLOTS=x.slots is not None, WEIGHT=x.weight is not None,
         BLOCK=power_of_two(x.block_m), LIST=not tile.AHEAD or e.combine, BY_K=tile.BY_K, PDL=tile.AHEAD,
-        TOUCHED=touched(problem, config), UNITS=tile.UNITS, TAKES=tile.TAKES)
+        TOUCHED=touched(problem, config), UNITS=tile.UNITS)
     x_tile = narrow_prefill_parts_device.X8_TILE.value if tile.FP8 else narrow_prefill_parts_device.X_TILE.value
     planes = narrow_prefill_parts_device.PLANES.value
     wide = k_blocks(problem) * CHUNK * (2 if tile.TWO else 1)

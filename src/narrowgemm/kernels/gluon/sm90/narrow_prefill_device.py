@@ -65,13 +65,12 @@ def producer(descs, rings, bars, table, table_ptr, count_ptr, sizes, cfg: gl.con
             load_weights(descs, rings, full, kb, e * NT + n * cfg.UNITS, kb, cfg)
         gdc_wait()
     while rows > 0:
-        t = number_after(t, made, total, count_ptr, cfg)
+        t = number_after(t, made, total, count_ptr)
         # the next tile is looked up first, so that its loads are off the path between two tiles
         ahead = tile_at(t, total, num_n, sums, table_ptr, G, cap, cfg, 1)
         unit = e * NT + n * cfg.UNITS
         made += 1
-        if cfg.COLUMNS or cfg.TAKES:
-            announce(made, ahead, cfg)
+        announce(made, ahead, cfg)
         for kb in range(boxes):
             mbarrier.wait(empty.index(slot), phase)
             if cfg.AHEAD:
@@ -118,8 +117,7 @@ def keep(found, vectors, cfg: gl.constexpr):
 @gluon.jit
 def run_tile(slot, phase, rings, bars, buf, vectors, pointers, tile, made, tops, sizes, cfg: gl.constexpr, WG: gl.constexpr,
              P0: gl.constexpr, P1: gl.constexpr):
-    """Sum and store one tile of up to P0 + P1 tokens: (slot, phase, the next tile, its tops), the last two if the producer tells of
-    tiles, else what came in."""
+    """Sum and store one tile of up to P0 + P1 tokens: (slot, phase, the next tile, its tops)."""
     KC, NT, N, R, cap, G = sizes
     out_ptr, om, slots_ptr, factor_ptr, xfactor_ptr, bias_ptr, weight_ptr, top_ptr = pointers
     e, n, first, rows = tile
@@ -131,15 +129,10 @@ def run_tile(slot, phase, rings, bars, buf, vectors, pointers, tile, made, tops,
     for j in gl.static_range(MP):
         of_rows = of_rows + (rows_vectors(factor_ptr, bias_ptr, top_ptr, e, unit + j, NT, N, cfg), )
     if cfg.FP8:
-        mine = tops
-        if not cfg.TAKES:
-            mine = tops_of(top_ptr, e, n, NT, cfg, WG)
-        sums, slot, phase = products8(slot, phase, KC, mine, rings, bars, cfg, WG, P0, P1)
+        sums, slot, phase = products8(slot, phase, KC, tops, rings, bars, cfg, WG, P0, P1)
     else:
         sums, slot, phase = products(slot, phase, KC, rings, bars, cfg, WG, P0, P1)
-    ahead = tile
-    if cfg.TAKES:
-        ahead, tops = next_tile(made, top_ptr, NT, cfg, WG)
+    ahead, tops = next_tile(made, top_ptr, NT, cfg, WG)
     keep(found, vectors, cfg)
     for j in gl.static_range(MP):
         finish(sums[j], buf, vectors, of_rows[j], (out_ptr, om), tile, unit + j, (N, R), cfg, P0, 0)
@@ -154,14 +147,12 @@ def consumer(rings, bars, buf, vectors, pointers, table, table_ptr, sizes, cfg: 
     KC, NT, N, R, cap, G = sizes
     num_n = gl.cdiv(NT, cfg.UNITS)
     sums, count = entries(table, table_ptr, cfg, 4)
-    total = count * num_n
     slot = gl.to_tensor(0)
     phase = gl.to_tensor(0)
     made = gl.to_tensor(0)
-    t = gl.program_id(0)
-    e, n, first, rows = tile_at(t, total, num_n, sums, table_ptr, G, cap, cfg, 4)
+    e, n, first, rows = tile_at(gl.program_id(0), count * num_n, num_n, sums, table_ptr, G, cap, cfg, 4)
     tops = ()
-    if cfg.TAKES:
+    if cfg.FP8:
         tops = tops_of(pointers[7], e, n, NT, cfg, WG)
     if cfg.AHEAD and (cfg.WEIGHT or cfg.XFACTOR):
         gdc_wait()
@@ -169,15 +160,10 @@ def consumer(rings, bars, buf, vectors, pointers, table, table_ptr, sizes, cfg: 
         tile = (e, n, first, rows)
         ahead = tile
         made += 1
-        if not cfg.TAKES:
-            t += gl.num_programs(0)
-            ahead = tile_at(t, total, num_n, sums, table_ptr, G, cap, cfg, 4)
         for i in gl.static_range(len(cfg.WIDTHS)):
             if takes(rows, cfg, i):
-                slot, phase, told, tops = run_tile(slot, phase, rings, bars, buf, vectors, pointers, tile, made, tops, sizes, cfg, WG,
-                                                   cfg.WIDTHS[i][0], cfg.WIDTHS[i][1])
-                if cfg.TAKES:
-                    ahead = told
+                slot, phase, ahead, tops = run_tile(slot, phase, rings, bars, buf, vectors, pointers, tile, made, tops, sizes, cfg, WG,
+                                                    cfg.WIDTHS[i][0], cfg.WIDTHS[i][1])
         e, n, first, rows = ahead
 
 
@@ -262,7 +248,7 @@ def narrow_prefill_kernel(x8_desc, x16_desc, x32_desc, x64_desc, x128_desc, w_de
     """A persistent grid. x.._desc: tokens [positions, K] in boxes of so many tokens x 128; w_desc int32 [G * NT, KC * rows, 256];
     s_desc int32 [G * NT, ceil(KC / 2), 128]; f_desc: tokens' ratios of scales, or scales, [positions, 4 KC] in boxes of 16 x 4; top:
     rows' largest scale codes (FP8). NT tiles of 64 weight rows, KC chunks of 128 of K, R rows of the output, om: their stride, N:
-    logical weight rows, cap: entries a column of the table holds. count_ptr: of tiles that were taken (TAKES). AHEAD: table_ptr is
+    logical weight rows, cap: entries a column of the table holds. count_ptr: of tiles that were taken. AHEAD: table_ptr is
     the layout's index of G groups, cap the rows that a masked group can hold (dense: that there are)."""
     STAGES: gl.constexpr = cfg.STAGES
     ELEMENT: gl.constexpr = gl.float8e4nv if cfg.FP8 else gl.bfloat16
@@ -270,6 +256,8 @@ def narrow_prefill_kernel(x8_desc, x16_desc, x32_desc, x64_desc, x128_desc, w_de
     TILE: gl.constexpr = X8_TILE if cfg.FP8 else X_TILE
     if cfg.COLUMNS:
         x0_s = gl.allocate_shared_memory(ELEMENT, [cfg.X_BOXES, 16, 128], TILE)
+    elif not cfg.RING:      # the largest allocation, with room for what is told of tiles behind the tokens
+        x0_s = gl.allocate_shared_memory(ELEMENT, [STAGES * cfg.BOX * NUMBERS * cfg.T0 // 8 + 1, 8, 128], TILE)
     else:
         x0_s = gl.allocate_shared_memory(ELEMENT, [STAGES * cfg.BOX, NUMBERS * cfg.T0, 128], TILE)
     x1_s = x0_s

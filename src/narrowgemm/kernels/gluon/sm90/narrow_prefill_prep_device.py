@@ -159,8 +159,7 @@ def narrow_prefill_prep_kernel(x_ptr, xs_ptr, xp_ptr, xfactor_ptr, ratio_ptr, we
     if cfg.KIND == MASKED:
         rows = positions * G
     if pid == 0:
-        if cfg.TAKES:
-            tl.store(table_ptr + TAKEN, 0)
+        tl.store(table_ptr + TAKEN, 0)
         if cfg.LIST:
             list_all(index_ptr, slots_ptr, experts_ptr, posted_ptr, table_ptr, live_ptr, positions, G, R, cap, block_m, cfg)
     elif cfg.KIND == MASKED:

@@ -84,10 +84,8 @@ class Tile:
     CHAIN: bool = False      # COLUMNS: sums of two K blocks go on in units of the second one's scale: see narrow_columns_device
     BOTH: int = 0            # COLUMNS: up to so many each unit of a consumer has sums of its own for products
     PIECE: int = 0           # consumers multiply in no order, products of so many columns at most; 0: in turns, all columns
-    # a block takes its tiles but the first two by number, from a counter (see narrow_prefill_tiles_device): of FP8 products, where
-    # the place of what is told of them is known
-    TAKES: bool = field(init=False)
     RING: bool = field(init=False)           # weights' slots begin at the start of shared memory
+    TOLD_AT: int = field(init=False)         # bytes in front of what is told of tiles, behind slots at the start of shared memory
     F_AT: int = field(init=False)            # RING: words of 8 bytes in front of the weights' barriers, in their allocation
     BN: int = field(init=False)
     UNITS: int = field(init=False)
@@ -119,10 +117,16 @@ class Tile:
         set_(self, "FEATURES", 32 if self.ACT else 64)
         set_(self, "WEIGHT_ROWS", 8 if self.E4M3 else 4)
         set_(self, "X_BOXES", self.STAGES * self.BOX * max(self.XT // 16, self.UNITS * self.WEIGHT_ROWS // 2) + 1)
-        set_(self, "TAKES", self.FP8 and (self.COLUMNS or self.weights_first))
-        set_(self, "RING", self.STREAM or (self.TAKES and not self.COLUMNS))
+        set_(self, "RING", not self.COLUMNS and self.weights_first)
         set_(self, "F_AT", self.STAGES * self.UNITS * self.BOX * self.WEIGHT_ROWS * 128 if self.RING else 0)
+        tokens = self.STAGES * self.BOX * (self.XT if self.COLUMNS else self.T0) * self.token_bytes
+        set_(self, "TOLD_AT", 8 * self.F_AT + 128 if self.RING else tokens)
         set_(self, "WEIGHT_BYTES", self.UNITS * (self.BOX * self.WEIGHT_ROWS * 1024 + SCALE_BYTES))
+
+    @property
+    def token_bytes(self) -> int:
+        """Of 128 of K."""
+        return 128 if self.FP8 and not self.TWO else 256
 
     @property
     def max_registers(self) -> int:
@@ -134,15 +138,14 @@ class Tile:
         """Whether the weights' ring, with what RING has behind it, is the largest allocation: Triton puts it at the start of shared
         memory."""
         weights = self.UNITS * self.WEIGHT_ROWS * 1024
-        return max(self.XT if self.COLUMNS else self.T0, self.T1) * (128 if self.FP8 and not self.TWO else 256) <= weights
+        return max(self.XT if self.COLUMNS else self.T0, self.T1) * self.token_bytes <= weights
 
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block: an upper bound."""
-        token = 128 if self.FP8 and not self.TWO else 256
-        tokens = self.BOX * (max(self.XT, 8 * self.UNITS * self.WEIGHT_ROWS) if self.COLUMNS else self.T0 + self.T1) * token
+        tokens = self.BOX * (max(self.XT, 8 * self.UNITS * self.WEIGHT_ROWS) if self.COLUMNS else self.T0 + self.T1) * self.token_bytes
         tokens += self.BOX * ((self.FT if self.COLUMNS else self.T0) + self.T1) * (RATIO_BYTES if self.SCALES else 0)
-        ring = self.STAGES * (self.WEIGHT_BYTES + tokens + 3 * _BARRIER_BYTES) + (1024 if self.RING else 0)
+        ring = self.STAGES * (self.WEIGHT_BYTES + tokens + 3 * _BARRIER_BYTES) + (1024 if self.RING else 2048)
         staging = self.CONSUMERS * self.OUT_TOKENS * self.FEATURES * self.OUT_BYTES
         vectors = self.CONSUMERS * self.TP * 4 * (self.SLOTS + self.XFACTOR + self.WEIGHT)
-        return ring + staging + vectors + (4 * self.GROUPS if self.AHEAD else 0) + 1024 + (2048 if self.COLUMNS else 0)
+        return ring + staging + vectors + (4 * self.GROUPS if self.AHEAD else 0) + 1024

@@ -1,8 +1,8 @@
 """Tiles of the Hopper prefill kernel for narrow weights: which ones a block has, in which order, and who tells whom.
 
-Without TAKES a block has every so many-th tile. With it, its first two are those, and the others it takes by number from a counter that
-the launch in front sets to nothing: not all SMs are equally near to the memory, and not all tiles equally wide, so blocks that take what
-is next end within one tile's time of each other. The producer looks a tile up, and tells the consumers through shared memory.
+A block's first two are those of its own number, the others it takes by number from a counter that the launch in front sets to nothing: not
+all SMs are equally near to the memory, and not all tiles equally wide, so blocks that take what is next end within one tile's time of each
+other. The producer looks a tile up, and tells the consumers through shared memory.
 """
 
 from triton.experimental import gluon
@@ -43,21 +43,20 @@ def entries(table, table_ptr, cfg: gl.constexpr, WARPS: gl.constexpr):
 
 
 @gluon.jit
-def number_after(t, made, total, count_ptr, cfg: gl.constexpr):
+def number_after(t, made, total, count_ptr):
     """Of the tile that a block has behind tile t, its `made`-th from 0 on; past the end if there is none. Where no block has more than two,
     none waits for the counter."""
     step = gl.num_programs(0)
     n = t + step
-    if cfg.TAKES:
-        if (made > 0) & (total > 2 * step):
-            n = take(count_ptr) + 2 * step
+    if (made > 0) & (total > 2 * step):
+        n = take(count_ptr) + 2 * step
     return n
 
 
 @gluon.jit
 def tile_word(i, cfg: gl.constexpr):
-    """Address of what is known of a block's i-th tile: behind the tokens, in the box that no slot has, or behind the weights' barriers."""
-    return cluster.start_of_shared() + (cfg.STAGES * cfg.BOX * cfg.XT * 128 if cfg.COLUMNS else cfg.F_AT * 8 + 128) + i % TILES * 16
+    """Address of what is known of a block's i-th tile."""
+    return cluster.start_of_shared() + cfg.TOLD_AT + i % TILES * 16
 
 
 @gluon.jit
@@ -89,6 +88,9 @@ def tops_of(top_ptr, e, n, NT, cfg: gl.constexpr, WG: gl.constexpr):
 
 @gluon.jit
 def next_tile(i, top_ptr, NT, cfg: gl.constexpr, WG: gl.constexpr):
-    """(tile i, what expanding its weights takes): asked for in front of the store of the one before."""
+    """(tile i, what expanding its weights takes, FP8): asked for in front of the store of the one before."""
     tile = announced(i, cfg)
-    return tile, tops_of(top_ptr, tile[0], tile[1], NT, cfg, WG)
+    tops = ()
+    if cfg.FP8:
+        tops = tops_of(top_ptr, tile[0], tile[1], NT, cfg, WG)
+    return tile, tops
