@@ -157,11 +157,15 @@ def add_up(sums, parts, scales, cfg: gl.constexpr, UNIT: gl.constexpr, PIECES: g
 
 
 @gluon.jit
-def freed(scales, empty, slot):
-    """The scales; the slot that they are from, whose products are done, is the producer's again."""
+def freed(scales, empty, slot, MP: gl.constexpr):
+    """The scales; the slot that they are from, whose products are done, is the producer's again. Of several units, what the second one's
+    expansion took was loaded behind the scales, which have come, too."""
     there = ()
     for i in gl.static_range(len(scales)):
-        there = there + (landed(scales[i], slot, scales[i].shape[1] // 4, 4 if scales[i].shape[1] > 8 else 1), )
+        if MP == 1:
+            there = there + (landed(scales[i], slot, scales[i].shape[1] // 4, 4 if scales[i].shape[1] > 8 else 1), )
+        else:
+            there = there + (scales[i], )
     mbarrier.arrive(empty.index(slot), count=1)
     return there
 
@@ -186,7 +190,7 @@ def blocks8(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg: gl.con
             if c + i > 0:
                 parts = settle(parts, PIECES)
                 if i == 0 and c % cfg.BOX == 0:
-                    scales = freed(scales, empty, old)
+                    scales = freed(scales, empty, old, MP)
                 sums = add_up(sums, parts, scales, cfg, (i + MP - 1) % MP, PIECES)
             if i == 0:
                 scales = (scales_of(rings[4], slot, cfg, cfg.T0, P0, c % cfg.BOX), )
@@ -197,7 +201,7 @@ def blocks8(sums, parts, slot, phase, kb, tops, tables, rings, bars, cfg: gl.con
         if c % cfg.BOX == cfg.BOX - 1:
             slot, phase = advance(slot, phase, cfg.STAGES)
     parts = settle(parts, PIECES)
-    scales = freed(scales, empty, old)
+    scales = freed(scales, empty, old, MP)
     sums = add_up(sums, parts, scales, cfg, MP - 1, PIECES)
     return sums, parts, slot, phase
 

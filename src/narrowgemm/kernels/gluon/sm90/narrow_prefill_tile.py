@@ -117,7 +117,7 @@ class Tile:
         set_(self, "FEATURES", 32 if self.ACT else 64)
         set_(self, "WEIGHT_ROWS", 8 if self.E4M3 else 4)
         set_(self, "X_BOXES", self.STAGES * self.BOX * max(self.XT // 16, self.UNITS * self.WEIGHT_ROWS // 2) + 1)
-        set_(self, "RING", not self.COLUMNS and self.weights_first)
+        set_(self, "RING", not self.COLUMNS and self.weights_first and (self.FP8 or self.token_ring < self.weight_ring))
         set_(self, "F_AT", self.STAGES * self.UNITS * self.BOX * self.WEIGHT_ROWS * 128 if self.RING else 0)
         tokens = self.STAGES * self.BOX * (self.XT if self.COLUMNS else self.T0) * self.token_bytes
         set_(self, "TOLD_AT", 8 * self.F_AT + 128 if self.RING else tokens)
@@ -137,8 +137,17 @@ class Tile:
     def weights_first(self) -> bool:
         """Whether the weights' ring, with what RING has behind it, is the largest allocation: Triton puts it at the start of shared
         memory."""
-        weights = self.UNITS * self.WEIGHT_ROWS * 1024
-        return max(self.XT if self.COLUMNS else self.T0, self.T1) * self.token_bytes <= weights
+        return self.token_ring <= self.weight_ring
+
+    @property
+    def token_ring(self) -> int:
+        """Bytes of a K block's tokens in their larger ring."""
+        return max(self.XT if self.COLUMNS else self.T0, self.T1) * self.token_bytes
+
+    @property
+    def weight_ring(self) -> int:
+        """Bytes of a K block's weights."""
+        return self.UNITS * self.WEIGHT_ROWS * 1024
 
     @property
     def shared_bytes(self) -> int:
