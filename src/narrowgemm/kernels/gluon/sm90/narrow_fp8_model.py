@@ -14,8 +14,8 @@ from .narrow_tile import CHUNK, ROWS, by_row, chunks_of, in_two
 # by blocks of an SM: two launches, the table, the first bytes, blocks that are idle at the end
 START = {1: 12.0e-6, 2: 11.0e-6}
 # where the product starts beside the launch in front, fitted to 240 products on an H100, 22 on an H200: both launches by blocks of
-# an SM, start and end of the bytes, of the streaming rate by blocks of an SM (two are 0.2 to 4% faster where bytes hold the product,
-# most on an H200), the same in the launch in front
+# an SM, start and end of the bytes, of the streaming rate by blocks of an SM (two are 0.2 to 4% faster where bytes hold the
+# product), the same in the launch in front
 AHEAD_START = {1: 5.2e-6, 2: 4.7e-6}
 AHEAD_BYTES, AHEAD_EFFICIENCY, AHEAD_COPY = 3.4e-6, {1: 0.96, 2: 0.98}, 0.345
 MAX_GROUPS = 256            # whose entries a warp finds by itself

@@ -152,7 +152,8 @@ class Tile:
     @property
     def shared_bytes(self) -> int:
         """Shared memory of a block: an upper bound."""
-        tokens = self.BOX * (max(self.XT, 8 * self.UNITS * self.WEIGHT_ROWS) if self.COLUMNS else self.T0 + self.T1) * self.token_bytes
+        most = max(self.XT, 8 * self.UNITS * self.WEIGHT_ROWS) if self.COLUMNS else self.T0 + self.T1
+        tokens = self.BOX * most * self.token_bytes
         tokens += self.BOX * ((self.FT if self.COLUMNS else self.T0) + self.T1) * (RATIO_BYTES if self.SCALES else 0)
         ring = self.STAGES * (self.WEIGHT_BYTES + tokens + 3 * _BARRIER_BYTES) + (1024 if self.RING else 2048)
         staging = self.CONSUMERS * self.OUT_TOKENS * self.FEATURES * self.OUT_BYTES
