@@ -323,9 +323,9 @@ def test_what_is_told_of_tiles_lies_behind_the_largest_ring() -> None:
             tile = narrow_prefill.tile_of(p, c)
             of_token, weights = 128 if tile.FP8 and not tile.TWO else 256, tile.UNITS * tile.WEIGHT_ROWS * 1024
             more = weights - max(tile.T0, tile.T1) * of_token
-            assert tile.RING == (not tile.COLUMNS and (more > 0 or (more == 0 and tile.FP8))), c
+            assert (not tile.COLUMNS and (more > 0 or (more == 0 and tile.FP8))) == tile.RING, c
             slot = weights if tile.RING else (tile.XT if tile.COLUMNS else tile.T0) * of_token
-            assert tile.TOLD_AT == tile.STAGES * tile.BOX * slot + (128 if tile.RING else 0)
+            assert tile.STAGES * tile.BOX * slot + (128 if tile.RING else 0) == tile.TOLD_AT
             assert not tile.RING or 8 * tile.STAGES <= 128, "the weights' barriers"
             assert tile.STAGES + 2 <= 16, "16 tiles are told of: a ring's slots may all be of others"
 
