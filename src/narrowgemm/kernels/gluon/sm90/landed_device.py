@@ -12,10 +12,15 @@ from triton.experimental.gluon import language as gl
 
 @constexpr_function
 def landed_code(COUNT, EACH):
-    """PTX: stores that never run of every EACH-th of COUNT registers. A store waits for its register, and stays in front of a barrier."""
+    """PTX: a store that never runs, whose predicate takes every EACH-th of COUNT registers. They are read for it, and it stays in front of a
+    barrier. (Around stores of the registers themselves ptxas makes a branch, which waits for none, where there are several.)"""
     never = 2 * COUNT
-    stores = "".join(f"@never st.shared.b32 [${never}], ${i};\n" for i in range(0, COUNT, EACH))
-    return f"{{\n.reg .pred never;\nsetp.lt.s32 never, ${never}, 0;\n{stores}}}"
+    some = [f"${i}" for i in range(0, COUNT, EACH)]
+    text = f"{{\n.reg .pred never;\n.reg .b32 any;\nsetp.lt.s32 never, ${never}, 0;\n"
+    for i in range(0, len(some), 3):
+        a, b, c = (some[i:i + 3] * 3)[:3]
+        text += f"lop3.and.b32 any|never, {a}, {b}, {c}, 0x80, never;\n"
+    return text + f"@never st.shared.b32 [${never}], any;\n}}"
 
 
 @constexpr_function

@@ -168,6 +168,8 @@ def sums(views, s_s, w_codes, bars, trips, TAME: gl.constexpr, cfg: gl.constexpr
                 q = start(views, slot, q, (i + 1) % STEPS, cfg)
             p = warpgroup_mma_wait(GROUP if i + 1 < 4 * STEPS else 0, deps=p)
             if i % STEPS == STEPS - 1:
+                # loads of fx may be on their way: what comes to their place is stored by a warp, in order behind them, not brought by TMA,
+                # which needs `landed`
                 mbarrier.arrive(empty.index(at), count=1)
                 at = slot
             acc = promote(acc, p, v[i // STEPS], fx, i % STEPS, TAME, cfg)
