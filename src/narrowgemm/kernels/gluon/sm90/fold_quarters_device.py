@@ -15,6 +15,7 @@ from .fp8_block_device import store_tile
 from .fp8_block_parts_device import FP8_TILE, ROW_OF_FLOATS, advance, column_scales, multiply, promote, read_a_scale, scale_bases, store_piece
 from .fp8_block_schedule_device import ROW_OF_INTS, clip, fresh, strip_order
 from .fp8_block_sums_device import sum_pieces
+from .landed_device import landed
 from .shim import block_barrier, view_as, view_rows
 
 ITEM_FIELDS = gl.constexpr(4)        # of an item: (n << 2 | kind) or -1, group, first row, end of the group's rows
@@ -144,6 +145,7 @@ def quarter_sums(slot, phase, KB, views, bars, cfg: gl.constexpr, WM: gl.constex
         a = a_v.index(slot * (cfg.WGM * cfg.MP) + WM)
         p = warpgroup_mma(a, b_v.index(slot * cfg.UNITS).permute((1, 0)), p, use_acc=False, is_async=True)
         sa = read_a_scale(sa_v, slot, cfg, WM, 0, gl.SliceLayout(1, mma))
+        sa = landed(sa, slot, 2, 1)     # here, what waits for it waits for the product, too
         p = warpgroup_mma_wait(0, deps=(p, ))
         mbarrier.arrive(empty.index(slot), count=1)
         acc = promote(acc, p, sa)

@@ -81,7 +81,7 @@ def sum_block(acc, p, sa, sb, slot, phase, kb, sa_v, bars, KB, M, sa_base, bases
             else:
                 cluster.wait(full + slot * 8, phase, missing)
         p = wait(p, NP, cfg.WN)
-        if m == MP - 1:
+        if m == MP - 1:     # scales may not have come yet: a warp arrives behind its own loads (see `landed_device.py`, and docs/measured.md)
             cluster.arrive(empty + old * 8, cfg.CLUSTER)
         piece = ()
         for i in gl.static_range(NP):

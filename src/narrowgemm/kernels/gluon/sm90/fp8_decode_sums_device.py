@@ -7,6 +7,9 @@ A consumer's weight rows are PIECES of 64, one wgmma each. A step is one piece o
 A trip of K blocks ends with nothing in flight: ptxas serialises wgmma whose sums are in flight across the back edge of a
 loop. Waiting for the next block while this one's slot is held costs a slot of the ring: trips are of one block where memory
 is what holds the kernel.
+
+Loads of scales may be on their way when a slot is given back: what comes into their place is stored by a warp, and such stores
+don't overtake loads, as TMA does (`landed_device.py`).
 """
 
 from triton.experimental import gluon
