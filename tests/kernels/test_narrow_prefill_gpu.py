@@ -14,6 +14,7 @@ from narrowgemm.ops.explain import describe
 from narrowgemm.prepack_bits import FP8_PREPACK
 from narrowgemm.problem import Config, Problem
 from narrowgemm.testing.cases import Case, build
+from narrowgemm.testing.inputs import Inputs
 from narrowgemm.testing.numerics import calc_diff
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("hopper")]
@@ -67,6 +68,13 @@ def config_of(problem: Problem, shape: tuple[int, float]) -> Config:
     return next(c for c in narrow_prefill.configs(problem, detect(torch.device("cuda"))) if (c.block_m, c.block_n) == (shape[0], 128 * shape[1]))
 
 
+def captured(inputs: Inputs, config: Config, max_sms: int) -> torch.cuda.CUDAGraph:
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        inputs.call(backend=NAME, config=config, max_sms=max_sms)
+    return graph
+
+
 FP8_CONFIG = Config(64, 128, 128, 9, narrow_prefill.FP8_SHAPES[64, 1], swap_ab=True, persistent=True)
 SMALL_CONFIG = Config(64, 128, 128, 9, narrow_prefill.SHAPES[SMALL][0], swap_ab=True, persistent=True)
 
@@ -88,9 +96,7 @@ def test_few_blocks_take_tiles_by_number(case: Case, shape: tuple[int, float]) -
     want = inputs.out.tensor.clone()
     inputs.verify_repeats(backend=NAME, config=config, max_sms=2)
     assert torch.equal(inputs.out.tensor.view(torch.uint8), want.view(torch.uint8))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        inputs.call(backend=NAME, config=config, max_sms=2)
+    graph = captured(inputs, config, 2)
     for _ in range(2):
         inputs.reset_out()
         graph.replay()
@@ -106,9 +112,7 @@ def test_slots_are_not_refilled_under_loads() -> None:
     assert config.option("ctas") == 2
     inputs.call(backend=NAME, config=config)
     want, wrong = inputs.out.tensor.clone(), torch.zeros((), dtype=torch.int64, device="cuda")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        inputs.call(backend=NAME, config=config, max_sms=8)
+    graph = captured(inputs, config, 8)
     for _ in range(5000):
         inputs.reset_out()
         graph.replay()
