@@ -29,6 +29,7 @@ from typing import NoReturn
 import pytest
 
 from tests._sass import unwritten
+from tests._sass_slots import arrivals
 
 ROOT = Path(__file__).resolve().parent.parent
 TRITONS = ("oldest", "newest")
@@ -56,14 +57,21 @@ def with_triton(which: str) -> dict[str, str]:
 
 def compile_jobs(target: str, jobs: str, *args: str, triton: str = "oldest", sass: bool = False) -> list[dict]:
     """One report a compiled kernel: job, kernel, shared (bytes), spills (bytes), registers, serialized (wgmma is), starved (for too few
-    registers), ops (mnemonic: count); with `sass`, which takes as long as compiling, `unwritten`, too, see `_sass.py`, and `order`: of loads,
-    barriers, exits and what the special function unit computes, as they stand."""
+    registers), ops (mnemonic: count); with `sass`, about a second a kernel, `unwritten`, too, see `_sass.py`, `order`: of loads, barriers,
+    exits and what the special function unit computes, as they stand, and of arrivals at a slot's barrier their number, `arrivals`, and
+    those with late loads, see `_sass_slots.py`: behind a barrier, `late`, or of a warp that arrives for itself, `late_own`."""
     env = {"NARROWGEMM_ARCH": target, "NARROWGEMM_TEST_SASS": str(int(sass))}
     with tempfile.TemporaryDirectory() as folder:
         status = server(triton).run({"env": env, "folder": folder, "arguments": (target, jobs, *args)})
         stdout, stderr = ((Path(folder) / name).read_text() for name in ("stdout", "stderr"))
     assert status == 0, f"compiling {jobs} for {target} failed:\n{stdout[-2000:]}\n{stderr[-6000:]}"
     return json.loads(next(line for line in reversed(stdout.splitlines()) if line.startswith("[{") or line == "[]"))
+
+
+def check_slots(report: dict) -> None:
+    """Of a kernel with a ring, compiled with `sass`: no slot is given back in front of a load from it."""
+    assert report["arrivals"], f"{report['job']}: {report['kernel']} arrives at no slot's barrier"
+    assert not report["late"], f"{report['job']}: {report['kernel']} gives slots back before loads have come: {report['late']}"
 
 
 class Server:
@@ -174,6 +182,10 @@ def nvidia_report(kernel, target: str, log: str) -> dict:
             code = subprocess.run([dump, "-sass", cubin], capture_output=True, text=True).stdout if dump.exists() else ""
             machine_code["unwritten"] = unwritten(code)
             machine_code["order"] = ORDERED.findall(code)
+            found = arrivals(code)
+            machine_code["arrivals"] = len(found)
+            machine_code["late"] = [str(x) for x in found if x.loads and x.barrier]
+            machine_code["late_own"] = [str(x) for x in found if x.loads and not x.barrier]
     spill = re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", log)
     registers = re.search(r"Used (\d+) registers", log)
     return {"spills": int(spill[1]) + int(spill[2]) if spill else -1, "registers": int(registers[1]) if registers else -1,
