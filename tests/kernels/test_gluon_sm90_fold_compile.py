@@ -1,5 +1,5 @@
-"""The Hopper prefill kernel with folded weights compiles: E4M3 wgmma, no spills that count, wgmma not serialised, TMA, and the shared memory
-that the host states is no less than the compiler's."""
+"""The Hopper prefill kernel with folded weights compiles: E4M3 wgmma, no spills that count, wgmma not serialised, TMA,
+no slot given back before it is read, and the shared memory that the host states is no less than the compiler's."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 from narrowgemm.arch import get_arch
 
-from .._compile import compile_jobs
+from .._compile import check_slots, compile_jobs
 
 JOBS = "tests.kernels.gluon_sm90_fold_jobs:jobs"
 
@@ -30,11 +30,12 @@ def check(reports: list[dict]) -> None:
         columns = 192 if "wider=" in r["job"] and r["kernel"] == "fold_cluster_kernel" else 128
         for op in (f"m64n{columns}k32.f32.e4m3.e4m3", "cp.async.bulk.tensor", "setmaxnreg"):
             assert r["ops"][op], f"{r['job']}: no {op}"
+        check_slots(r)
 
 
 @pytest.mark.compile
 def test_few() -> None:
-    reports = compile_jobs("sm90", JOBS)
+    reports = compile_jobs("sm90", JOBS, sass=True)
     kernels = [r["kernel"] for r in reports]
     want = {"fold_kernel": 6, "fold_words_kernel": 1, "fold_scales_kernel": 1, "fold_whole_kernel": 2, "fold_cluster_kernel": 2}
     assert {n: kernels.count(n) for n in want} == want
@@ -44,4 +45,4 @@ def test_few() -> None:
 @pytest.mark.compile
 @pytest.mark.slow
 def test_whole_search_space() -> None:
-    check(compile_jobs("sm90", JOBS, "all"))
+    check(compile_jobs("sm90", JOBS, "all", sass=True))

@@ -1,5 +1,5 @@
-"""The Hopper prefill kernel for narrow weights compiles: BF16 wgmma with A from registers, no spills, wgmma not serialised, TMA, and
-the shared memory that the host states is no less than the compiler's."""
+"""The Hopper prefill kernel for narrow weights compiles: BF16 wgmma with A from registers, no spills, wgmma not serialised, TMA,
+no slot given back before it is read, and the shared memory that the host states is no less than the compiler's."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from narrowgemm.kernels.operands import Operands
 from narrowgemm.prepack_bits import FP8_PREPACK, PREPACK
 from narrowgemm.problem import Config, Problem, Step
 
-from .._compile import compile_jobs
+from .._compile import check_slots, compile_jobs
 from .test_gluon_sm90_narrow_compile import WHICH, operands, problem
 
 ARCH = get_arch("h200")
@@ -85,12 +85,13 @@ def check(reports: list[dict], spills: int = 0) -> None:
         assert by_fp8 == bool(r["ops"]["m64n32k32.f32.e4m3.e4m3"]), f"{r['job']}: multiplied in {'BF16' if by_fp8 else 'FP8'}"
         for op in ("wgmma.mma_async", "cp.async.bulk.tensor", "setmaxnreg"):
             assert r["ops"][op], f"{r['job']}: no {op}"
+        check_slots(r)
 
 
 @pytest.mark.compile
 @pytest.mark.parametrize("triton, which", WHICH)
 def test_small_tiles(triton: str, which: str) -> None:
-    reports = compile_jobs("sm90", f"{__name__}:jobs", which, triton=triton)
+    reports = compile_jobs("sm90", f"{__name__}:jobs", which, triton=triton, sass=True)
     kernels = [r["kernel"] for r in reports]
     front = kernels.count("narrow_prefill_prep_kernel") + kernels.count("narrow_fp8_front_kernel")
     assert kernels.count("narrow_prefill_kernel") == front == (8 if which == "few" else 3)
@@ -103,4 +104,4 @@ def test_small_tiles(triton: str, which: str) -> None:
 def test_whole_search_space() -> None:
     # a block that finds its entries itself keeps a tile's state beyond the registers: reloaded once a tile, in no loop over K (160x128 has
     # the most; none of its sixteen loops over K has a local load)
-    check(compile_jobs("sm90", f"{__name__}:jobs", "all"), 480)
+    check(compile_jobs("sm90", f"{__name__}:jobs", "all", sass=True), 480)
