@@ -44,5 +44,6 @@ def test_few() -> None:
 
 @pytest.mark.compile
 @pytest.mark.slow
+@pytest.mark.timeout(1900)
 def test_whole_search_space() -> None:
     check(compile_jobs("sm90", JOBS, "all", sass=True))
