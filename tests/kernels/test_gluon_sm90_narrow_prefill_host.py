@@ -342,5 +342,5 @@ def test_rings_that_are_refused() -> None:
 
     assert "box=4" in said(pair, box=4) and "box=2" in said(pair, unroll=4) and "box=2" in said(pieces, box=2)
     assert said(columns, box=1) == ""
-    assert "stream" in said(wide, stream=1) and said(pair, stream=1) == ""
+    assert "stream" in said(wide, stream=1) and "stream" in said(columns, stream=1) and said(pair, stream=1) == ""
     assert "box=2" in (narrow_prefill.legal(problem(), replace(narrow_prefill.configs(problem(), ARCH)[0], extra=(("box", 2), )), ARCH) or "")

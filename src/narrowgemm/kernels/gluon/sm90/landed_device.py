@@ -24,14 +24,12 @@ def landed_code(COUNT, EACH):
 
 
 @constexpr_function
-def landed_constraints(COUNT, dtype):
-    kind = "f" if dtype == gl.float32 else "r"
-    return ",".join([f"={kind}"] * COUNT + [str(i) for i in range(COUNT)] + ["r"] * COUNT)
+def landed_constraints(COUNT):
+    return ",".join(["=f"] * COUNT + [str(i) for i in range(COUNT)] + ["r"] * COUNT)
 
 
 @gluon.jit
 def landed(x, slot, COUNT: gl.constexpr, EACH: gl.constexpr):
-    """x, FP32 or int32 in COUNT registers of a thread or a multiple of that, EACH of them from one load. slot: a number that is never negative, which the
-    compiler doesn't know."""
-    return gl.inline_asm_elementwise(landed_code(COUNT, EACH), landed_constraints(COUNT, x.dtype), [x, slot], dtype=x.dtype, is_pure=False,
-                                     pack=COUNT)
+    """x, FP32 in COUNT registers of a thread or a multiple of that, EACH of them from one load. slot: a number that is never negative,
+    which the compiler doesn't know."""
+    return gl.inline_asm_elementwise(landed_code(COUNT, EACH), landed_constraints(COUNT), [x, slot], dtype=gl.float32, is_pure=False, pack=COUNT)

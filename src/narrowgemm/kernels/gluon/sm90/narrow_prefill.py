@@ -158,7 +158,7 @@ def legal(problem: Problem, config: Config, arch: Arch) -> str | None:
     several = tile.PIECE > 0 and not (tile.ROW or tile.CHAIN)
     if tile.BOX not in (1, 2) or (tile.BOX > 1 and (not fp8 or several or tile.UNROLL != tile.BOX)):
         return f"box={tile.BOX} K blocks a slot, expected 1, or 2 for FP8 tiles of one product and trips of two"
-    if config.option("stream") and not tile.weights_first:
+    if config.option("stream") and not tile.RING:
         return "stream takes tiles whose weights have more of the ring than their tokens"
     if config.num_stages < 2 or tile.shared_bytes > smem_budget(config, arch):
         return f"{config.num_stages} stages take {tile.shared_bytes} bytes of shared memory; expected 2 or more, in {arch.smem}"

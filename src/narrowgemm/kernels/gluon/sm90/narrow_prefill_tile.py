@@ -84,7 +84,7 @@ class Tile:
     CHAIN: bool = False      # COLUMNS: sums of two K blocks go on in units of the second one's scale: see narrow_columns_device
     BOTH: int = 0            # COLUMNS: up to so many each unit of a consumer has sums of its own for products
     PIECE: int = 0           # consumers multiply in no order, products of so many columns at most; 0: in turns, all columns
-    RING: bool = field(init=False)           # weights' slots begin at the start of shared memory
+    RING: bool = field(init=False)           # weights' slots, the largest allocation, are at the start of shared memory
     TOLD_AT: int = field(init=False)         # bytes in front of what is told of tiles, behind slots at the start of shared memory
     F_AT: int = field(init=False)            # RING: words of 8 bytes in front of the weights' barriers, in their allocation
     BN: int = field(init=False)
@@ -117,7 +117,9 @@ class Tile:
         set_(self, "FEATURES", 32 if self.ACT else 64)
         set_(self, "WEIGHT_ROWS", 8 if self.E4M3 else 4)
         set_(self, "X_BOXES", self.STAGES * self.BOX * max(self.XT // 16, self.UNITS * self.WEIGHT_ROWS // 2) + 1)
-        set_(self, "RING", not self.COLUMNS and self.weights_first and (self.FP8 or self.token_ring < self.weight_ring))
+        # of two rings of one size the tokens' is first where weights become BF16: TMA in PTX, which RING takes, cost 2-3% there
+        larger = self.token_ring <= self.weight_ring if self.FP8 else self.token_ring < self.weight_ring
+        set_(self, "RING", not self.COLUMNS and larger)
         set_(self, "F_AT", self.STAGES * self.UNITS * self.BOX * self.WEIGHT_ROWS * 128 if self.RING else 0)
         tokens = self.STAGES * self.BOX * (self.XT if self.COLUMNS else self.T0) * self.token_bytes
         set_(self, "TOLD_AT", 8 * self.F_AT + 128 if self.RING else tokens)
@@ -132,12 +134,6 @@ class Tile:
     def max_registers(self) -> int:
         """Registers a thread starts with. Warps come in fours: the producer's one counts as four in the register file."""
         return 80 if self.CTAS == 2 else 168 if self.CONSUMERS == 2 else 128
-
-    @property
-    def weights_first(self) -> bool:
-        """Whether the weights' ring, with what RING has behind it, is the largest allocation: Triton puts it at the start of shared
-        memory."""
-        return self.token_ring <= self.weight_ring
 
     @property
     def token_ring(self) -> int:
